@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(encoders: Path, out: Path, draws: int) -> list[str]:
-    """Returns the command of the comparison."""
     last = max(encoders.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.rpartition("-")[2]))
     return [
         sys.executable, "main_compare.py", "--data_path", "demo/data/fashion_mnist", "--input_size", "28",

@@ -117,16 +117,14 @@ def pictures(tmp_path_factory) -> Path:
     """24 small JPEG and PNG files in train/{cat,dog}/, of several sizes, some of them gray."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / "train" / name).mkdir(parents=True)
     for number in range(24):
         height, width = generator.integers(20, 60, size=2)
         coarse = generator.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
         picture = picture if number % 5 else picture.convert("L")
-        picture.save(
-            root / "train" / ("cat" if number % 2 else "dog") / f"{number:02}.{'jpg' if number % 3 else 'PNG'}"
-        )
+        folder = root / "train" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number:02}.{'jpg' if number % 3 else 'PNG'}")
     return root
 
 
@@ -170,7 +168,7 @@ def mini_mae():
 def classify(labelled, tmp_path):
     """Runs a script for classifiers in this process with small settings; returns the output directory."""
 
-    def run(main, name: str = "run", **flags) -> Path:
+    def run(main, name: str = "run", of_main=None, **flags) -> Path:
         out = tmp_path / name
         settings = {
             "data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0,
@@ -178,7 +176,7 @@ def classify(labelled, tmp_path):
         } | flags  # fmt: skip
         if main is not main_knn:
             settings = {"output_dir": out, "log_dir": out, "epochs": 2, "warmup_epochs": 1} | settings
-        found = main.main(parse(main, **settings))
+        found = main.main(parse(main, **settings), **(of_main or {}))
         return out if found is None else found
 
     return run
@@ -190,7 +188,7 @@ def own_module(tmp_path, monkeypatch):
 
     def write(name: str, code: str) -> Path:
         folder = tmp_path / "modules"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(code)
         monkeypatch.syspath_prepend(folder)
         return folder

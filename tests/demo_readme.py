@@ -1,12 +1,12 @@
 """The README's commands on the embedded images, one after the other as they stand there."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import ROOT
+from mains import lines
 from test_docs import bash_blocks
 
 
@@ -29,12 +29,8 @@ def test_they_run(tmp_path):
     assert "patches masked, PSNR" in done.stdout
     for name in ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx"):
         assert (tmp_path / name).stat().st_size > 5000, name
-    assert len(log(tmp_path / "runs/mine")) == 3
+    assert len(lines(tmp_path / "runs/mine")) == 3
     # What the page says to expect, less a margin.
-    tuned, probed = (log(tmp_path / "runs" / name)[-1]["test_acc1"] for name in ("tuned", "probe"))
+    tuned, probed = (lines(tmp_path / "runs" / name)[-1]["test_acc1"] for name in ("tuned", "probe"))
     assert tuned > 80
     assert 70 < probed < tuned - 6
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]

@@ -61,7 +61,6 @@ def small_models() -> Iterator[None]:
 
 
 def main() -> None:
-    """Writes all runs."""
     from conftest import torchrun
 
     root = Path(__file__).parents[1]

@@ -106,7 +106,6 @@ class Run:
         return bool(alive)
 
     def workers(self, rank: int = 0) -> list[int]:
-        """The worker processes of a rank."""
         children = Path(f"/proc/{self.processes[rank].pid}/task/{self.processes[rank].pid}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
@@ -264,16 +263,13 @@ class Faults:
         self.number = 0
 
     def rows(self, part: str) -> list[Row]:
-        """The trials of a part."""
         return self.disturb(DISTURBANCES[part]) if part in DISTURBANCES else getattr(self, part)()
 
     def new_run(self, name: str, layout: Layout = ALONE, script: str = "main_pretrain") -> Run:
-        """A run in a new folder."""
         self.number += 1
         return Run(self.data, self.work / f"{name}{self.number}", layout, script=script)
 
     def undisturbed(self, layout: Layout, script: str = "main_pretrain") -> Run:
-        """The undisturbed run of a layout."""
         if (script, layout) not in self.references:
             self.references[script, layout] = run = self.new_run("reference", layout, script)
             assert run.finishes(), run.text()

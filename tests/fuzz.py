@@ -41,8 +41,6 @@ FORK = get_context("fork")  # so that PyTorch is imported once
 
 
 class Fault(NamedTuple):
-    """The fault of one input."""
-
     door: str
     number: int
     what: str

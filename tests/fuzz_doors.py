@@ -6,7 +6,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import pickle
 import random
 import shutil
@@ -47,9 +46,6 @@ class Door(NamedTuple):
     read: Callable[[Any, Path, random.Random], None]  # in a folder of its own
 
 
-# ------------------------------------------------------------------------------------------------------------- images
-
-
 FORMATS = {b"II*\0": mutations.tiff, b"MM\0*": mutations.tiff, b"\x89PNG": mutations.png,
            b"\xff\xd8": mutations.jpeg}  # fmt: skip
 HAS_FAST_JPEG = all(map(importlib.util.find_spec, ("torchcodec", "numba")))
@@ -87,9 +83,6 @@ def _read_image(made: tuple[bytes, int], folder: Path, generator: random.Random)
     in_chans = in_chans if generator.random() < 0.8 else 1
     fast_jpeg = HAS_FAST_JPEG and generator.random() < 0.5
     decode(data, in_chans, upright=generator.random() < 0.5, fast_jpeg=fast_jpeg)
-
-
-# ----------------------------------------------------------------------------------------------------------- archives
 
 
 def _archives(folder: Path) -> list[bytes]:
@@ -138,9 +131,6 @@ def _read_archive(data: bytes, folder: Path, generator: random.Random) -> None:
         archive[index]
 
 
-# -------------------------------------------------------------------------------------------------------------- lists
-
-
 def _lists(folder: Path) -> list[tuple[str, bytes]]:
     coco = {
         "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
@@ -174,9 +164,6 @@ def _read_list(made: tuple[str, bytes], folder: Path, generator: random.Random) 
     assert all(name.isprintable() for name in files.classes)
 
 
-# ------------------------------------------------------------------------------------------------------------ recipes
-
-
 def _recipes(folder: Path) -> list[str]:
     recipes = sorted(Path(__file__).parents[1].glob("recipes/pretrain_*.yaml"))
     return [*(path.read_text() for path in recipes), "mean: [0.1, 0.2, 0.3]\ndataset: 'wds:{0..3}.tar'\nhflip: 0.5\n"]
@@ -197,8 +184,6 @@ def _read_recipe(data: bytes, folder: Path, generator: random.Random) -> None:
     else:
         assert "pipe:" not in str(args.dataset)
 
-
-# ------------------------------------------------------------------------------------------------------------ weights
 
 TENSORS = [
     torch.zeros(()), torch.zeros(0), torch.zeros(1, 1).expand(10**6, 10**6), torch.eye(3).to_sparse(),
@@ -319,9 +304,6 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
     reading.statistics(file, 3, None, None)
 
 
-# ------------------------------------------------------------------------------------------------------------ sharded
-
-
 def _sharded(folder: Path) -> list[dict[str, bytes]]:
     """A folder's files, as a sharded run writes them."""
     mae, _ = _models()
@@ -351,9 +333,7 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
 
 
 def _read_sharded(files: dict[str, bytes | Path], folder: Path, generator: random.Random) -> None:
-    own = _write(files, folder / "checkpoint-0")
-    sharded.gather(own)
-    assert not os.path.exists(folder / "executed")
+    sharded.gather(_write(files, folder / "checkpoint-0"))
 
 
 DOORS = {

@@ -58,12 +58,9 @@ def recipe_settings(script: str, recipe: Path) -> dict[str, Any]:
     images = processes * args["batch_size"] * args["accum_iter"]
     blr = args.get("blr") if isinstance(args.get("blr", 0.0), float) else args["blr"][0]
     found |= {"effective_batch_size": images, "peak_lr": args["lr"] or round(blr * images / 256, 9)}
-    shape = tuple((name, to_hashable(args[name])) for name in sorted(SHAPE & args.keys()) if args[name] is not None)
+    given = {name: args[name] for name in sorted(SHAPE & args.keys()) if args[name] is not None}
+    shape = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given.items())
     return found | ({"parameters": num_parameters(args["model"], shape)} if script != "main_segment" else {})
-
-
-def to_hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @functools.cache

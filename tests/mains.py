@@ -26,13 +26,13 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def parse(script: Any, **flags: Any) -> argparse.Namespace:
-    return entry_point.parse(script.get_args_parser(), argv_of(flags))
+def parse(script: Any, *argv: Any, **flags: Any) -> argparse.Namespace:
+    return entry_point.parse(script.get_args_parser(), [*map(str, argv), *argv_of(flags)])
 
 
-def call(script: Any, **flags: Any) -> Any:
-    """Runs a script in this process with these flags only."""
-    return script.main(parse(script, **flags))
+def call(script: Any, *argv: Any, **flags: Any) -> Any:
+    """Runs a script in this process with these arguments only."""
+    return script.main(parse(script, *argv, **flags))
 
 
 def printed(capsys, script: Any, **flags: Any) -> str:
@@ -102,13 +102,13 @@ def scores_of(out) -> str:
     return f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], process: Any = None, seconds: float = 120, pause: float = 0.02) -> None:
     """Waits for a condition; fails at the deadline, or if a process ends before, with its output."""
     ends = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < ends, f"nothing happened in {seconds:g} s"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 class Stopped(BaseException):

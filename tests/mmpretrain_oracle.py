@@ -76,7 +76,7 @@ def imgs():
 
 
 @pytest.mark.parametrize("kind", ["pooled", "token", "probe"])
-def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
+def test_a_classifier_is_read(kind, imgs, tmp_path):
     theirs = randomized(MODELS.build(classifier(kind)))
     meta = {"dataset_meta": {"classes": ["ant", "bee", "cat", "dog", "elk"]}}
     save_checkpoint({"meta": meta, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
@@ -86,14 +86,6 @@ def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
     torch.testing.assert_close(ours(imgs), expected, rtol=1e-5, atol=1e-5)
     assert ours.classes == meta["dataset_meta"]["classes"]
     assert bool(ours.settings.get("probe")) == (kind == "probe")
-
-    export.export(ours, "mmpretrain", tmp_path / "ours.pth")
-    again = MODELS.build(classifier(kind)).eval()
-    loaded = load_checkpoint(again, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
-    assert loaded["meta"]["dataset_meta"]["classes"] == meta["dataset_meta"]["classes"]
-    with torch.no_grad():
-        found = again(imgs, mode="tensor")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 STATISTICS = {"mean": [10, 20, 30], "std": [40, 50, 60]}
@@ -138,7 +130,7 @@ def their_autoencoder(model):
 
 
 @pytest.mark.parametrize("configured", [False, True])
-def test_an_autoencoder_in_both_directions(configured, imgs, tmp_path):
+def test_an_autoencoder_is_read(configured, imgs, tmp_path):
     model, meta = autoencoder(), {}
     if configured:
         for part in ("backbone", "neck"):
@@ -154,11 +146,6 @@ def test_an_autoencoder_in_both_directions(configured, imgs, tmp_path):
     torch.testing.assert_close(loss, expected["mae_loss"], rtol=1e-5, atol=1e-5)
     if configured:
         assert (ours.norm_pix_loss, ours.norm.eps) == (False, 0.1)
-        return
-    export.export(ours, "mmpretrain", tmp_path / "ours.pth")
-    again = MODELS.build(autoencoder())
-    load_checkpoint(again, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
-    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NAMES)

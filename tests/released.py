@@ -61,7 +61,6 @@ def check(name: str, data_path: str | None) -> str:
 
 
 def main() -> None:
-    """Checks the files in turn."""
     released = [name for name, row in model_zoo.TABLE.items() if row.url]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", nargs="+", default=released, choices=released, metavar="NAME")

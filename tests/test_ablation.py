@@ -6,6 +6,7 @@ import runpy
 import numpy as np
 import pytest
 from conftest import ROOT
+from mains import lines, parse
 from PIL import Image
 
 import main_compare
@@ -17,7 +18,6 @@ from benchmarks.small_data import other_images
 from benchmarks.small_data import study as small_data
 from demo import segmentation
 from demo.segmentation import write_pictures
-from util.cli import entry_point
 from util.cli.advice import arguments
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -43,15 +43,14 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data, baselines=["scratch"])
     small.run(list(runs))
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| encoder | images | epochs | cost | loss | k-NN, % |"
-    rows = [line.split(" | ")[:3] for line in lines[2:]]
+    header, _, *rows = (tmp_path / "table.md").read_text().splitlines()
+    assert header == "| encoder | images | epochs | cost | loss | k-NN, % |"
+    rows = [line.split(" | ")[:3] for line in rows]
     assert rows == [["| scratch", "", ""], ["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
     results = small.results.read()
     assert results["scratch"]["accuracies"].keys() == {"k-NN"}
     assert "--mask_ratio 0.5" in results["mask-0.5"]["command"]
-    log = (tmp_path / "runs" / "mask-0.5" / "log.txt").read_text().splitlines()
-    assert results["mask-0.5"]["loss"] == json.loads(log[1])["train_loss"]
+    assert results["mask-0.5"]["loss"] == lines(tmp_path / "runs/mask-0.5")[1]["train_loss"]
 
     monkeypatch.setattr(small, "compare", None)  # is not called again
     small.run(list(runs))
@@ -87,12 +86,9 @@ def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
 
 def test_the_commands_parse_and_differ_in_one_setting():
     study = small_data.STUDY
-
-    def parse(name):
-        return vars(entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(name))))
-
-    for name in study.runs:
-        base, own = parse("1000-images" if name.startswith("1000-images") else "base"), parse(name)
+    settings = {name: vars(parse(main_pretrain, *arguments(study.flags(name)))) for name in study.runs}
+    for name, own in settings.items():
+        base = settings["1000-images" if name.startswith("1000-images") else "base"]
         changed = {flag for flag in own if own[flag] != base[flag]} - {"save_every", "warmup_epochs", "output_dir"}
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
@@ -104,10 +100,10 @@ STUDIES = [small_data.STUDY, mask_blocks.STUDY, *map(other_images.study, other_i
 def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
     monkeypatch.chdir(ROOT)
     for run in study.runs:
-        entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(run)))
-    entry_point.parse(main_compare.get_args_parser(), arguments({**study.evaluation, "encoders": ["base"]}))
+        parse(main_pretrain, *arguments(study.flags(run)))
+    parse(main_compare, *arguments({**study.evaluation, "encoders": ["base"]}))
     if study.segmentation:
-        entry_point.parse(main_segment.get_args_parser(), arguments(study.segmentation))
+        parse(main_segment, *arguments(study.segmentation))
 
 
 def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
@@ -147,9 +143,9 @@ def test_the_pictures_of_mask_blocks_are_written_when_the_study_runs(monkeypatch
 
 def test_the_images_are_the_first_of_each_class(data, tmp_path):
     Ablation(tmp_path, tmp_path, {}, {}, {}, data=data).write_list(100)
-    lines = (tmp_path / "100.txt").read_text().splitlines()
-    assert len(lines) == 100
-    assert (lines[0], lines[9], lines[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
+    listed = (tmp_path / "100.txt").read_text().splitlines()
+    assert len(listed) == 100
+    assert (listed[0], listed[9], listed[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
 
 
 @pytest.mark.parametrize(("dataset", "classes", "size"), [("digits", 10, 8), ("photographs", 16, 96)])
@@ -169,13 +165,13 @@ def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
 
 
 def test_the_document_has_the_losses_of_the_runs():
-    lines = (ROOT / "SMALL_DATA.md").read_text().splitlines()
-    (header,) = (line for line in lines if line.startswith("| images | epoch 0 |"))
+    page = (ROOT / "SMALL_DATA.md").read_text().splitlines()
+    (header,) = (line for line in page if line.startswith("| images | epoch 0 |"))
     epochs = [text.strip().removeprefix("epoch ") for text in header.split("|")[2:-1]]
     names = ("1000-images", "1000-images-epochs-1000", "base", "epochs-80")
     for name in names:
         run = small_data.STUDY.runs[name]
         losses = small_data.STUDY.results.read()[name]["losses"]
-        (row,) = (line for line in lines if line.startswith(f"| {run.images:,}, {run.epochs:,} epochs |"))
+        (row,) = (line for line in page if line.startswith(f"| {run.images:,}, {run.epochs:,} epochs |"))
         values = [f"{losses[epoch]:.3f}" if epoch in losses else "" for epoch in epochs]
         assert [text.strip() for text in row.split("|")[2:-1]] == values

@@ -32,9 +32,3 @@ def test_settings_are_formatted_as_on_the_command_line():
     assert str(Remedy({"unfreeze_blocks": None})) == "omit --unfreeze_blocks"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
     assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]
-
-
-def test_the_nearest_name_is_suggested():
-    assert advice.did_you_mean("cifar10", ["CIFAR10", "MNIST"]) == "; did you mean CIFAR10?"
-    assert advice.did_you_mean("MODEL", ["model"]) == "; did you mean model?"
-    assert advice.did_you_mean("zzz", ["model"]) == ""

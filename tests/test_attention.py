@@ -6,6 +6,7 @@ from test_models_mae import build
 
 import models_build
 import models_vit
+from benchmarks.train_step import saved_bytes
 from models_mae import MaskedAutoencoderViT
 
 
@@ -44,16 +45,3 @@ def test_checkpointed_blocks_give_equal_gradients():
     models_build.set_grad_checkpointing(model)
     assert all(map(torch.equal, loss_and_gradients(model, imgs, noise=noise), before))
     assert saved_bytes(model, imgs) < 0.5 * kept
-
-
-def saved_bytes(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> int:
-    total = 0
-
-    def pack(tensor):
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(imgs)
-    return total

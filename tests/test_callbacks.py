@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from mains import assert_equal, in_processes, lines, stop_and_resume, weights
 from segments import make_scenes
 
 import main_finetune
@@ -69,18 +69,15 @@ def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pr
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
-    assert "callbacks" not in checkpoint.read(pretrain(epochs=1) / "checkpoint-0.pth")
-
-
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
 def test_an_average_of_the_weights_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
     settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
-    uninterrupted = pretrain("a", callbacks=[EMA()], **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, method, calls)
-        pretrain("b", callbacks=[EMA()], **settings)
-    resumed = pretrain("b", callbacks=[EMA()], resume="auto", **settings)
+
+    def averaged(name, **flags):
+        return pretrain(name, callbacks=[EMA()], **flags)
+
+    uninterrupted = averaged("whole", **settings)
+    resumed = stop_and_resume(monkeypatch, averaged, calls, method, **settings)
     (ours,), (theirs,) = (checkpoint.read(out / "checkpoint-2.pth")["callbacks"] for out in (uninterrupted, resumed))
     assert_equal(ours, theirs)
     assert ours["n_averaged"] == 9
@@ -90,7 +87,8 @@ def test_an_average_of_the_weights_is_saved_and_resumed_exactly(pretrain, monkey
 
 @pytest.mark.parametrize(("before", "after", "numbers"), [(0, 1, "0 callbacks.* has 1"), (1, 0, "1 callbacks.* has 0")])
 def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers):
-    pretrain(epochs=1, callbacks=[History()] * before)
+    out = pretrain(epochs=1, callbacks=[History()] * before)
+    assert ("callbacks" in checkpoint.read(out / "checkpoint-0.pth")) == bool(before)
     with pytest.raises(CheckpointError, match=numbers):
         pretrain(epochs=2, resume="auto", callbacks=[History()] * after)
 
@@ -122,7 +120,7 @@ def test_an_entry_that_exists_is_an_error_and_the_epoch_is_saved(pretrain):
 
 
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_segment])
-def test_callbacks_of_every_script(script, labelled, tmp_path):
+def test_callbacks_of_every_script(script, classify, tmp_path):
     """An entry of an epoch comes from the weights after its last update."""
 
     def of_head(state):
@@ -135,12 +133,8 @@ def test_callbacks_of_every_script(script, labelled, tmp_path):
         def after_update(self, model, epoch):
             self.epochs.append(epoch)
 
-    flags = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu",
-             "amp": "off", "output_dir": tmp_path / "run", "epochs": 2, "warmup_epochs": 0}  # fmt: skip
-    flags |= {"data_path": make_scenes(tmp_path / "scenes"), "nb_classes": 3} if script is main_segment else {
-        "data_path": labelled}  # fmt: skip
+    scenes = {"data_path": make_scenes(tmp_path / "scenes"), "nb_classes": 3} if script is main_segment else {}
     history = Last()
-    script.main(parse(script, **flags), callbacks=[history])
-    first, second = lines(tmp_path / "run")
+    first, second = lines(classify(script, of_main={"callbacks": [history]}, **scenes))
     assert (first["number"], second["number"]) == (len(history.epochs) / 2, len(history.epochs))
     assert second["test_weight"] == pytest.approx(of_head(weights(tmp_path / "run"))) != first["test_weight"]

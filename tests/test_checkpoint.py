@@ -1,6 +1,5 @@
 """Checkpoint files: complete or rejected, without executing code; and files of other libraries."""
 
-import argparse
 import copy
 import os
 import pickle
@@ -20,18 +19,10 @@ def example_state():
     }  # fmt: skip
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
-
-
 def test_round_trip_with_plain_torch_load(tmp_path):
     state, path = example_state(), tmp_path / "checkpoint-3.pth"
     checkpoint.write(state, path)
-    assert same(checkpoint.read(path), state)
+    assert checkpoint.compute_digest(checkpoint.read(path)) == checkpoint.compute_digest(state)
     assert torch.load(path, weights_only=True)["digest"].startswith("sha256:")
     assert os.listdir(tmp_path) == ["checkpoint-3.pth"]
 
@@ -82,14 +73,6 @@ def test_a_file_with_code_is_rejected_and_not_executed(tmp_path, plain_pickle):
     assert not proof.exists()
 
 
-def test_published_layouts_are_read(tmp_path):
-    weights = {"cls_token": torch.randn(1, 1, 4)}
-    torch.save({"model": weights}, tmp_path / "bare.pth")
-    torch.save({"model": weights, "args": argparse.Namespace(model="mae")}, tmp_path / "namespace.pth")
-    assert same(checkpoint.read(tmp_path / "bare.pth"), {"model": weights})
-    assert checkpoint.read(tmp_path / "namespace.pth")["args"].model == "mae"
-
-
 def test_other_files_are_not_checkpoints(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pth")
@@ -109,15 +92,10 @@ def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog)
     checkpoint.write(example_state() | {"epoch": 2, "progress": position}, rolling)
     assert run_state.read_newest(tmp_path)["progress"] == position
     whole = rolling.read_bytes()
-    middle = whole.index(example_weights(rolling))
+    middle = whole.index(checkpoint.read(rolling)["model"]["weight"].numpy().tobytes())
     rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # only the digest detects the damage
     assert run_state.read_newest(tmp_path)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-100])
     assert run_state.read_newest(tmp_path)["epoch"] == 1
     assert "skips checkpoint-last.pth" in caplog.text
     assert "skips checkpoint-2.pth" in caplog.text
-
-
-def example_weights(path) -> bytes:
-    """The bytes of a tensor in the file."""
-    return checkpoint.read(path)["model"]["weight"].numpy().tobytes()

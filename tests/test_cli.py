@@ -19,7 +19,6 @@ from inference import features, predict
 from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import AdvisedError, Remedy
-from util.cli.flags import not_in_recipes
 from util.data import resize
 from util.interrupts import Interrupted
 from util.jobs import submit
@@ -194,7 +193,7 @@ def recipe(tmp_path, text):
 
 
 def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
-    text = "epochs: 7\nblr: 1e-4\ninput_size: [16, 32]\nnorm_pix_loss: true\npin_mem: false\nlr: null\n"
+    text = "epochs: 7\nblr: 1e-4\ninput_size: [16, 32]\nnorm_pix_loss: true\npin_mem: false\nencoder: null\nlr: null\n"
     path = recipe(tmp_path, f"{text}output_dir: 2024-01-31\n")
     args = parse("--config", path, "--epochs", "9")
     assert (args.epochs, args.blr, args.input_size) == (9, 1e-4, [16, 32])
@@ -267,13 +266,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     ("dist_url: tcp://10.0.0.1:29500", "must not set dist_url.* --dist_url tcp://10.0.0.1:29500 on the command"),
     ("dist_backend: gloo", "must not set dist_backend.* --dist_backend gloo on the command line"),
     ("download: true", "must not set download.* --download on the command line"),
+    ("encoder: [my.module:Encoder, b]", "must not set encoder.* --encoder my.module:Encoder b on the command line"),
     ('output_dir: "a\\e[2Jb"', r"output_dir contains a control character: a\\x1b\[2Jb"),
     ('comment: "a\\nb"', "no flag 'comment'"),
     (BOMB, r"has an alias \(\*a\)"),
     ("a: " + "[" * 1000, "is nested"),
     ("{" * 5000, "is nested"),
     ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
-], ids=range(32))  # fmt: skip
+], ids=range(33))  # fmt: skip
 def test_invalid_recipes_are_errors(text, message, tmp_path, refused):
     """Recipes execute nothing and can't fill the memory."""
     path = tmp_path / "recipe.yaml"
@@ -343,25 +343,8 @@ def test_an_interrupted_command_names_the_one_that_resumes(flags, remedy, ended)
         assert output.endswith(f"{remedy}{end}\n" if remedy else f"{instead}\n")
 
 
-def test_a_flag_that_names_code_is_declared_once(tmp_path, refused):
-    """The declaration of a flag applies to all scripts and jobs that have it."""
-    parser, shared = entry_point.parser("A script."), entry_point.parser("Another script.")
-    parser.add_argument("--config", metavar="YAML")
-    not_in_recipes(parser.add_argument("--encoder", nargs="+"))
-    not_in_recipes(parser.add_argument("--set"), lambda value: value.startswith("py:"))
-    for flag in parser._actions:
-        shared._add_action(flag)
-    for text, remedy in (("encoder: [my.module:Encoder, b]", "--encoder my.module:Encoder b on the command line"),
-                         ("set: 'py:my.module:Set'", "--set py:my.module:Set on the command line")):  # fmt: skip
-        path = recipe(tmp_path, text)
-        error, _ = refused("--config", path, parser=copy.deepcopy(shared))
-        assert f"--config {path}: " in error and remedy in error
-    args = entry_point.parse(shared, ["--config", recipe(tmp_path, "encoder: null\nset: folder\n")])
-    assert (args.encoder, args.set) == (None, "folder")
-
-
 def test_a_job_refuses_recipes_with_commands_or_with_folders_of_code(tmp_path, refused):
-    for key, value in (("slurm", "setup=reboot"), ("job_dir", "data"), ("shared_dir", "data")):
+    for key, value in (("slurm", "setup=reboot"), ("job_dir", "data"), ("shared_dir", "data"), ("encoder", "a:B")):
         path = recipe(tmp_path, f"{key}: {value}")
         error, _ = refused("--config", path, parser=submit.get_args_parser("main_pretrain")[0])
         assert f"--config {path}: " in error and f"--{key} {value} on the command line" in error

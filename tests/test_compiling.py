@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_close, in_processes, lines, stop_after
+from mains import assert_close, call, in_processes, lines, stop_and_resume
 from torch._dynamo.utils import counters
 
 import main_finetune
@@ -20,7 +20,6 @@ from inference import features
 from models_build import set_grad_checkpointing
 from models_mae import mae_vit_mini_patch4
 from models_vit import SIZES
-from util.cli import entry_point
 from util.training.compiling import compile_model
 
 
@@ -28,17 +27,14 @@ from util.training.compiling import compile_model
 def _compiler():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATEN_CPU_CAPABILITY", "default")  # code without vector instructions is compiled in half the time
-        _require_compiler()
+        try:
+            torch.compile(torch.relu)(torch.ones(2))
+        except Exception:  # which ones is up to the backend
+            headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+            if headers and shutil.which(os.environ.get("CXX", "g++")):
+                raise
+            pytest.skip("there is no compiler")
         yield
-
-
-def _require_compiler():
-    try:
-        torch.compile(torch.relu)(torch.ones(2))
-    except Exception:  # which ones is up to the backend
-        if shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_paths()["include"], "Python.h").exists():
-            raise
-        pytest.skip("there is no compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +84,7 @@ def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures,
     """All runs use the graph of the previous test, which is compiled once."""
     settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
     eager = pretrain("eager", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 2)
-        pretrain("parts", compile=True, **settings)
-    assert_close(pretrain("parts", compile=True, **settings, resume="auto"), eager)
+    assert_close(stop_and_resume(monkeypatch, pretrain, 2, compile=True, **settings), eager)
     (tmp_path / "shallow.py").write_text(SHALLOW)
     flags = ("--batch_size", 4, "--epochs", 2, "--compile", "--grad_checkpointing")
     in_processes(2, pictures, tmp_path / "two", *flags, script=tmp_path / "shallow.py")
@@ -110,8 +103,7 @@ def test_a_classifier_is_compiled_for_training_evaluation_and_features(classify,
     assert scores.acc1 == theirs["test_acc1"]
     rows = []
     for how in ([], ["--compile"]):
-        argv = [labelled, "--model", file, "--out", tmp_path / "rows.npz", "--num_workers", 0, "--device", "cpu", *how]
-        features.main(entry_point.parse(features.get_args_parser(), list(map(str, argv))))
+        call(features, labelled, *how, model=file, out=tmp_path / "rows.npz", num_workers=0, device="cpu")
         rows.append(np.load(tmp_path / "rows.npz")["features"])
     np.testing.assert_allclose(*rows, rtol=1e-3, atol=1e-5)
 

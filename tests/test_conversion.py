@@ -69,9 +69,6 @@ def test_files_without_a_transformer(tmp_path):
     torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=r"conv\.weight"):
         loading.read(tmp_path / "file.pth")
-    (tmp_path / "file.safetensors").write_bytes(b"12345")
-    with pytest.raises(CheckpointError, match="safetensors"):
-        loading.read(tmp_path / "file.safetensors")
 
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain_oracle.py
@@ -92,14 +89,3 @@ def test_mmpretrain_classifier():
     model = VisionTransformer(**SIZES, num_classes=7, global_pool=True).eval()
     loading.load_classifier(model, loading.read_classifier(MMPRETRAIN / "classifier.pth"))
     torch.testing.assert_close(model(answers["imgs"]), answers["logits"], rtol=1e-4, atol=1e-4)
-
-
-def test_files_of_other_libraries_initialize_a_classifier(tmp_path, hf_mae):
-    """Loads files like --finetune, main_linprobe.py and main_knn.py."""
-    hf_mae.save_pretrained(tmp_path)
-    for path in (tmp_path / "model.safetensors", MMPRETRAIN / "mae.pth"):
-        file = loading.read(path)
-        for pooled in (False, True):
-            model = VisionTransformer(**SIZES, num_classes=3, global_pool=pooled)
-            loading.load_encoder(model, file)
-            assert torch.equal(model.blocks[1].attn.qkv.weight, file.tensors["blocks.1.attn.qkv.weight"])

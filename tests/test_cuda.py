@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from test_loop import epoch_options
 
 from engine_pretrain import train_one_epoch
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed
+from util.data.batches import Batch
 from util.data.transforms import Normalize
-from util.interrupts import Interrupts
 from util.training import loop, run_log
 from util.training.precision import Precision
-from util.training.saver import NullSaver
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -31,11 +31,11 @@ class Batches(list):
 def batches(count: int = 12) -> Batches:
     generator = torch.Generator().manual_seed(0)
     return Batches(
-        [
+        Batch(
             torch.randint(256, (8, 1, 32, 32), dtype=torch.uint8, generator=generator).pin_memory(),
             torch.zeros(8, dtype=torch.int64).pin_memory(),
             torch.rand(8, 64, generator=generator).pin_memory(),
-        ]
+        )
         for _ in range(count)
     )
 
@@ -59,11 +59,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
         return 1e-3
 
     train_one_epoch(
-        model, batches(), optimizer,
-        loop.EpochOptions(
-            epoch=0, schedule=schedule, precision=Precision(amp, device), guard=loop.NonFiniteGuard("abort"),
-            log=Log(), saver=NullSaver(Interrupts()),
-        ),
+        model, batches(), optimizer, epoch_options(schedule=schedule, precision=Precision(amp, device), log=Log()),
         mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device),
     )  # fmt: skip
     return losses
@@ -94,7 +90,7 @@ def test_memory_does_not_grow_over_epochs():
 
 def test_batches_are_copied_completely_and_in_order():
     for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
 def test_patches_are_embedded_as_on_a_cpu():

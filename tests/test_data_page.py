@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 from forks import ROOT
-from mains import lines, run_section
-
-from util.cli import entry_point
+from mains import call, lines, run_section
 
 
 def read(heading: str) -> tuple[str, list[str]]:
@@ -29,7 +27,7 @@ def run(command: str) -> Any:
     module = import_module(script.removesuffix(".py").replace("/", "."))
     if script.startswith("examples/data_"):
         return module.generate(Path(argv[0]))
-    return module.main(entry_point.parse(module.get_args_parser(), argv))
+    return call(module, *argv)
 
 
 @pytest.mark.parametrize("heading", ["Sounds", "Bands with clouds", "Signals"])

@@ -7,11 +7,11 @@ import forks
 import numpy as np
 import pytest
 import webdataset
+from mains import call
 from PIL import Image
 from test_decode import saved
 
 from util import datasets, dist, plain_data
-from util.cli import entry_point
 from util.data.decode import BadImage
 from util.data.sources import Files
 from util.datasets import open_source
@@ -26,6 +26,8 @@ def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
     with pytest.raises(ValueError, match=" train/ "):
         open_source("train", str(tmp_path / "only"))
+    with pytest.raises(ValueError, match=r"--val_list .*--dataset"):
+        open_source("val", None, "list.txt", "CIFAR10")
 
 
 def test_splits_are_in_lower_case(pictures, tmp_path):
@@ -67,20 +69,6 @@ def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
     assert len(calls) == len(opened)
 
 
-def test_missing_data_path_and_missing_folder_are_errors(tmp_path):
-    for arguments, message in (
-        (["train"], "--data_path"), (["train", str(tmp_path / "nowhere")], r"--data_path .*nowhere: "),
-        (["val", None, "list.txt", "CIFAR10"], r"--val_list .*--dataset"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            open_source(*arguments)
-
-
-def check(*argv) -> None:
-    """Runs the command in this process."""
-    datasets.main(entry_point.parse(datasets.get_args_parser(), list(map(str, argv))))
-
-
 def test_the_check_reports_good_images(pictures, tmp_path):
     text = forks.run("util/datasets.py", [pictures, "--num_workers", 1], tmp_path / "output")
     output = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
@@ -101,7 +89,7 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
     with pytest.raises(BadImage, match=r"1 of 4 .*--on_bad_image skip"):
-        check(tmp_path, "--in_chans", 1, "--num_workers", 0)
+        call(datasets, tmp_path, "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
     assert "depth       3 images of more than 8 bits" in output
@@ -115,21 +103,12 @@ def test_the_check_takes_the_list_of_its_part(tmp_path, capsys):
     for split, content in lists.items():
         (tmp_path / split).write_text(content)
     for split, content in lists.items():
-        check("--train_list", tmp_path / "train", "--val_list", tmp_path / "val", "--num_workers", 0, "--split", split)
+        call(datasets, train_list=tmp_path / "train", val_list=tmp_path / "val", num_workers=0, split=split)
         assert f"images      {content.count('png')}\n" in capsys.readouterr().out
 
 
-def test_images_of_more_than_8_bits_need_both_statistics(pretrain, tmp_path, capsys):
-    (tmp_path / "deep").mkdir()
-    for number in range(4):
-        Image.fromarray(np.full((16, 16), 10_000 * number, np.uint16)).save(tmp_path / f"deep/{number}.png")
-    for given in ({"mean": 0.5, "std": 0.5}, {"mean": 0.5}, {"std": 0.5}):
-        pretrain("-".join(given), data_path=tmp_path / "deep", in_chans=1, epochs=1, warmup_epochs=0, **given)
-        assert capsys.readouterr().out.count("more than 8 bits") == (len(given) == 1)
-
-
 def test_the_check_limits_the_number_of_images(pictures, capsys):
-    check(pictures, "--limit", 5, "--num_workers", 0)
+    call(datasets, pictures, "--limit", 5, "--num_workers", 0)
     assert "images      24, of which 5 were read" in capsys.readouterr().out
 
 
@@ -138,7 +117,7 @@ def test_the_check_reads_streams(tmp_path, capsys):
         for number in range(4):
             writer.write({"__key__": str(number), "png": saved(Image.new("L", (8, 6)), "PNG") if number else b""})
     with pytest.raises(BadImage, match=r"1 of 4 "):
-        check("--dataset", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
+        call(datasets, "--dataset", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert "sizes       6 x 8 (height x width): 3 images" in output
     assert f"unreadable  1\n            {tmp_path}/a.tar: 0: the file is empty" in output
@@ -157,6 +136,6 @@ def test_the_check_counts_images_with_an_orientation(tmp_path, capsys):
         exif = Image.Exif()
         exif[274] = orientation
         Image.new("RGB", (8, 6)).save(tmp_path / f"{orientation}.jpg", exif=exif)
-    check(tmp_path, "--num_workers", 1)
+    call(datasets, tmp_path, "--num_workers", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
     assert line.split()[1] == "7"

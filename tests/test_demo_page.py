@@ -22,7 +22,6 @@ CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of t
 
 @pytest.fixture
 def mae():
-    torch.manual_seed(0)
     return get_model("mae_vit_mini_patch4")
 
 
@@ -78,7 +77,6 @@ def test_every_ratio_of_the_page_leaves_a_block_visible(block, size, largest, tm
 def test_another_mask_is_never_the_present_one(tmp_path):
     """Two patches have two masks with one masked patch; every second seed repeats one, on average."""
     Image.new("RGB", (16, 8)).save(tmp_path / "small.png")
-    torch.manual_seed(0)
     model = get_model("mae_vit_mini_patch4", input_size=[8, 16], patch_size=8)
     seed, masked = 2**32 - 4, "0"
     for _ in range(6):
@@ -144,7 +142,6 @@ def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_
 
 
 def test_the_page_segments_like_the_model(tmp_path):
-    torch.manual_seed(0)
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 3, "nb_classes": 3,
                 "head": "linear", "short_side": 32, "classes": ["sky", "<b>", "cat"]}  # fmt: skip
     own = models_build.segmenter(*specs(settings))
@@ -170,7 +167,6 @@ def test_the_page_segments_like_the_model(tmp_path):
 
 
 def test_the_page_classifies_like_the_model(tmp_path):
-    torch.manual_seed(0)
     classifier = get_model("vit_mini_patch4", nb_classes=7)
     deep = tmp_path / "deep.npy"
     np.save(deep, np.random.default_rng(0).integers(0, 2**16, (40, 50, 3), dtype=np.uint16))

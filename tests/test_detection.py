@@ -6,83 +6,27 @@ import forks
 import numpy as np
 import pytest
 import torch
+from mains import call
+from transformers import VitDetConfig, VitDetModel
 
-import models_vit
 from demo import detection, segmentation
 from inference import export, get_model
-from models_vit import SIZES
-from util.cli import entry_point
 
 
-def vitdet_shapes(width: int, depth: int, patch: int = 16) -> dict[str, tuple[int, ...]]:
-    """The parameters of ViTDet's backbone that a pre-trained file sets, as detectron2 documents them, and shapes.
+@pytest.mark.parametrize(("source", "size"), [("mae", (56, 56)), ("encoder", (40, 96)), ("classifier", (56, 56))])
+def test_an_exported_encoder_has_the_layout_and_features_of_vitdet(tmp_path, source, size):
+    """The command of SEGMENTATION.md, for a checkpoint of pre-training, an encoder and a classifier.
 
-    Written from its class ViT: a table of 14 x 14 positions and one of the class token, fused queries, keys and values,
-    and an MLP of four times the width.
+    VitDet of transformers is a port of detectron2's backbone, and interpolates positions itself.
     """
-    shapes: dict[str, tuple[int, ...]] = {
-        "pos_embed": (1, 14 * 14 + 1, width), "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-    }  # fmt: skip
-    for number in range(depth):
-        for name, outputs, inputs in (
-            ("attn.qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width), ("norm1", width, 0), ("norm2", width, 0),
-        ):  # fmt: skip
-            shapes[f"blocks.{number}.{name}.weight"] = (outputs, inputs) if inputs else (outputs,)
-            shapes[f"blocks.{number}.{name}.bias"] = (outputs,)
-    return {f"backbone.net.{name}": shape for name, shape in shapes.items()}
-
-
-def suffix_matches(names: set[str], of_file: set[str]) -> dict[str, str]:
-    """Matches names like detectron2's `matching_heuristics`: by the longest name of the file that is a suffix."""
-    found = {}
-    for name in names:
-        ends = [end for end in of_file if name == end or name.endswith(f".{end}")]
-        if ends:
-            found[name] = max(ends, key=len)
-    return found
-
-
-@pytest.mark.parametrize("source", ["mae", "encoder", "classifier"])
-def test_an_exported_encoder_has_the_layout_of_vitdet(tmp_path, source):
-    """The command of SEGMENTATION.md, for a checkpoint of pre-training, an encoder and a classifier."""
-    torch.manual_seed(0)
-    name = {"mae": "mae_vit_tiny_patch16"}.get(source, "vit_tiny_patch16")
     settings = {} if source == "mae" else {"nb_classes": 3 * (source == "classifier"), "global_pool": False}
-    model = get_model(name, **settings)
-    torch.save({"model": model.state_dict(), "args": model.settings, "epoch": 3}, tmp_path / "checkpoint-3.pth")
-    out = tmp_path / "file.pth"
-    argv = ["--model", tmp_path / "checkpoint-3.pth", "--encoder_only", "--to", "reference", "--out", out]
-    export.main(entry_point.parse(export.get_args_parser(), [str(part) for part in argv]))
-    content = torch.load(out, weights_only=True)
-    tensors = content["model"]
-    expected = vitdet_shapes(192, 12)
-    matches = suffix_matches(set(expected), set(tensors))
-    assert {key: tuple(tensors[end].shape) for key, end in matches.items()} == expected
-    assert tensors.keys() - set(matches.values()) == {"cls_token", "norm.weight", "norm.bias"}
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in tensors.items())
-
-
-@pytest.mark.parametrize("size", ["base_patch16", "large_patch16"])
-def test_the_sizes_of_the_published_configurations(size):
-    with torch.device("meta"):
-        state = models_vit.MODELS[f"vit_{size}"](num_classes=0).state_dict()
-    expected = vitdet_shapes(SIZES[size]["embed_dim"], SIZES[size]["depth"])
-    ours = {f"backbone.net.{name}": tuple(value.shape) for name, value in state.items()}
-    assert {name: ours[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("size", [(56, 56), (40, 96)])
-def test_the_backbone_of_transformers_computes_the_same_features(tmp_path, size):
-    """VitDet of transformers is a port of detectron2's backbone, and interpolates positions itself."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = get_model("vit_mini_patch4", input_size=56, nb_classes=0, global_pool=False)
+    model = get_model("mae_vit_mini_patch4" if source == "mae" else "vit_mini_patch4", input_size=56, **settings)
     torch.nn.init.normal_(model.pos_embed)
-    export.export(model, "reference", tmp_path / "file.pth")
+    torch.save({"model": model.state_dict(), "args": model.settings, "epoch": 3}, tmp_path / "checkpoint-3.pth")
+    call(export, model=tmp_path / "checkpoint-3.pth", encoder_only=True, to="reference", out=tmp_path / "file.pth")
     tensors = torch.load(tmp_path / "file.pth", weights_only=True)["model"]
-    theirs = transformers.VitDetModel(transformers.VitDetConfig(
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in tensors.items())
+    theirs = VitDetModel(VitDetConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=56, pretrain_image_size=56,
         patch_size=4, layer_norm_eps=1e-6, window_block_indices=[], use_relative_position_embeddings=False,
     )).eval()  # fmt: skip
@@ -127,7 +71,6 @@ def test_pictures_have_boxes_and_masks_of_their_garments():
 
 @pytest.mark.parametrize(("patch", "stride"), [(4, 4), (7, 8), (14, 16), (16, 16)])
 def test_the_pyramid_has_four_strides(patch, stride):
-    torch.manual_seed(0)
     encoder = get_model("vit_mini_patch4", input_size=8 * patch, patch_size=patch, in_chans=1, global_pool=False)
     pyramid = detection.SimplePyramid(encoder).eval()
     assert pyramid.stride == stride
@@ -152,7 +95,6 @@ def test_the_pyramid_has_four_strides(patch, stride):
 
 def test_the_command_trains_and_detects(tmp_path):
     """As users run it, with the encoder of a small autoencoder like that of ./run demo."""
-    torch.manual_seed(0)
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "checkpoint-0.pth")
     argv = ["--model", tmp_path / "checkpoint-0.pth", "--updates", 6, "--device", "cpu"]

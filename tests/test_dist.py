@@ -20,20 +20,7 @@ def environment(monkeypatch):
     return os.environ.update
 
 
-def test_one_process_needs_no_launcher():
-    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
-    model = torch.nn.Linear(2, 2)
-    assert dist.wrap(model, torch.device("cpu")) is model
-    value = torch.tensor(3.0)
-    assert dist.mean_over_processes(value) is value
-    dist.barrier()
-    with dist.gradient_sync(model, enabled=False):
-        pass
-
-
 def test_devices():
-    assert dist.choose_device("cpu") == torch.device("cpu")
-    assert dist.choose_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("abacus", "meta", "cuda:x"):
         with pytest.raises(ValueError, match="give auto, cpu, cuda, cuda:N or mps"):
             dist.choose_device(name)
@@ -90,15 +77,23 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
     assert dist.choose_device("cuda:0") == torch.device("cuda", 0)  # which the message advises
 
 
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "40017", "SLURM_STEP_ID": "0"}  # fmt: skip
+MISSING = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
+TWO = {"WORLD_SIZE": "2"}
+
+
 @pytest.mark.parametrize(("variables", "message"), [
-    ({}, "RANK is not: start several processes with torchrun"),
-    ({"RANK": "first"}, "RANK=first in the environment is not a number"),
-    ({"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
-    ({"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several processes"),
-    ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not")
+    (TWO, "RANK is not: start several processes with torchrun"),
+    (TWO | {"RANK": "first"}, "RANK=first in the environment is not a number"),
+    (TWO | {"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+    (TWO | {"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several"),
+    (TWO | {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not"),
+    ({name: value for name, value in STEP.items() if name not in MISSING},
+     rf"SLURM_STEP_NUM_TASKS=4 .*, but {MISSING} ")
 ])  # fmt: skip
 def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
-    environment({"WORLD_SIZE": "2"} | variables)
+    environment(variables)
     with pytest.raises(ValueError, match=message):
         dist.init("cpu")
 
@@ -260,71 +255,46 @@ def test_a_run_prints_no_warnings(pictures, tmp_path):
 
 UNUSED = """
 from torch import nn
-import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util.cli import entry_point
 class Unused(MaskedAutoencoderViT):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.projection = nn.Linear(4, 4)
-entry_point.run(lambda args: main_pretrain.main(args, Unused), main_pretrain.get_args_parser())
 """
 
 
-def test_parameters_without_a_gradient_are_named_before_the_first_update(pictures, tmp_path):
+def test_parameters_without_a_gradient_are_named_before_the_first_update(own_module, pictures, tmp_path):
     """PyTorch would update weights with gradients that are not averaged, and fail in the next forward pass, if any."""
-    (tmp_path / "unused.py").write_text(UNUSED)
-    argv = small_run(pictures, tmp_path / "run", "--batch_size", 12, "--epochs", 1, "--warmup_epochs", 0)  # one update
-    processes = forks.Forks(tmp_path / "unused.py", argv, tmp_path / "output", 2)
-    assert 1 in processes.wait(60)
-    errors = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("unused.py: error: ")]
+    own_module("unused", UNUSED)
+    one_update = ("--batch_size", 12, "--epochs", 1, "--warmup_epochs", 0, "--model_class", "unused:Unused")
+    argv = small_run(pictures, tmp_path / "run", *one_update)
+    assert 1 in forks.Forks("main_pretrain.py", argv, tmp_path / "output", 2).wait(60)
+    errors = [line for line in (tmp_path / "output").read_text().splitlines() if "error: " in line]
     assert any("projection.weight, projection.bias" in line for line in errors)
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
-STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "40017", "SLURM_STEP_ID": "0"}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu[03-04]", "gpu03"), ("n1", "n1"), ("a1,b2", "a1"), ("c[7,9-10]", "c7"), ("x-0-1", "x-0-1")],
-)
-def test_srun_environment_is_translated(environment, nodes, first):
-    environment(STEP | {"SLURM_STEP_NODELIST": nodes})
-    dist.translate_srun()
-    assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"
-    }  # fmt: skip
-    assert os.environ["MASTER_ADDR"] == first
-    assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
+# The port is 20000 + 40017 % 12000.
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "24017"}
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
+    *((STEP | {"SLURM_STEP_NODELIST": nodes}, TORCHRUN | {"MASTER_ADDR": first}) for nodes, first in (
+        ("gpu[03-04]", "gpu03"), ("n1", "n1"), ("a1,b2", "a1"), ("c[7,9-10]", "c7"), ("x-0-1", "x-0-1"))),
     ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"WORLD_SIZE": None}),  # the script of sbatch
     (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": None}),  # the shell that salloc opens as a step
     (STEP | {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "0"}),  # torchrun within a step
     (STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"},
      {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999", "RANK": "3"}),
 ])  # fmt: skip
-def test_single_processes_and_explicit_variables_take_precedence(environment, variables, expected):
+def test_the_environment_of_srun_is_translated_for_several_tasks_without_a_launcher(environment, variables, expected):
     environment(variables)
     dist.translate_srun()
     assert {name: os.environ.get(name) for name in expected} == expected
 
 
-def test_missing_variables_of_slurm_are_named(environment):
-    missing = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
-    environment({name: value for name, value in STEP.items() if name not in missing})
-    with pytest.raises(ValueError, match=rf"SLURM_STEP_NUM_TASKS=4 .*, but {missing} "):
-        dist.init("cpu")
-
-
-def test_a_restart_by_a_launcher_is_detected(monkeypatch):
-    assert not dist.restarted()
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        with monkeypatch.context() as again:
-            again.setenv(name, "0")
-            assert not dist.restarted()
-            again.setenv(name, "2")
-            assert dist.restarted()
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_by_a_launcher_is_detected(name, monkeypatch):
+    for count, expected in (("", False), ("0", False), ("2", True)):
+        monkeypatch.setenv(name, count)
+        assert dist.restarted() == expected

@@ -7,14 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from earlier import FOLDER, RUNS, make_data, small_models
-from mains import lines
+from mains import call, lines
 
 import main_finetune
 import main_knn
 import main_linprobe
 import main_segment
 from inference import features
-from util.cli import entry_point
 
 RESULTS = ("train_lr", "train_loss", "test_acc1", "test_loss", "test_miou", "test_pixel_acc", "chosen_blr")
 
@@ -32,10 +31,6 @@ def _small_models():
         yield
 
 
-def run(script, *argv):
-    return script.main(entry_point.parse(script.get_args_parser(), [str(word) for word in argv]))
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumes_in_the_middle_of_an_epoch(name, data, tmp_path):
     """Losses, rates and scores are those of the uninterrupted run of the earlier version."""
@@ -43,7 +38,7 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(name, data, tmp_path):
     script, dataset, _ = RUNS[name]
     # A sharded checkpoint resumes in one process, too; there, the batch size is that of both.
     how = ["--batch_size", 4] if name == "sharded" else []
-    run(importlib.import_module(script), "--resume", "auto", "--output_dir", tmp_path / "run",
+    call(importlib.import_module(script), "--resume", "auto", "--output_dir", tmp_path / "run",
         "--data_path", data / dataset, *how)  # fmt: skip
     expected = [json.loads(line) for line in (FOLDER / name / "expected.txt").read_text().splitlines()]
     resumed = lines(tmp_path / "run")
@@ -59,14 +54,14 @@ def test_checkpoints_are_evaluated_and_start_other_runs(data, tmp_path):
     encoder = FOLDER / "pretrain/checkpoint-last.pth"
     short = ("--finetune", encoder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 4, "--amp", "off")
     for number, script in enumerate((main_finetune, main_linprobe)):
-        run(script, *images, *short, "--output_dir", tmp_path / str(number))
+        call(script, *images, *short, "--output_dir", tmp_path / str(number))
         assert np.isfinite(lines(tmp_path / str(number))[0]["train_loss"])
     for script, name in ((main_finetune, "finetune"), (main_segment, "segment")):
         given = ("--data_path", data / RUNS[name][1], "--num_workers", 0, "--device", "cpu")
-        assert run(script, *given, "--eval", "--resume", FOLDER / name / "checkpoint-last.pth") is not None
-    run(main_knn, *images, "--finetune", FOLDER / "sharded/checkpoint-last", "--k", 3)
+        assert call(script, *given, "--eval", "--resume", FOLDER / name / "checkpoint-last.pth") is not None
+    call(main_knn, *images, "--finetune", FOLDER / "sharded/checkpoint-last", "--k", 3)
     for file in (encoder, FOLDER / "finetune/checkpoint-last.pth", FOLDER / "sharded/checkpoint-last"):
         out = tmp_path / "rows.npz"
-        run(features, data / "images", "--model", file, "--out", out, "--num_workers", 0, "--device", "cpu")
+        call(features, data / "images", "--model", file, "--out", out, "--num_workers", 0, "--device", "cpu")
         assert np.load(out)["features"].shape == (16, 16)
         out.unlink()

@@ -1,84 +1,67 @@
 """Changes of the method take effect: in the file, in a subclass, in a submodule."""
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from mains import lines, small_run
 from test_models_mae import build
 from torch import nn
 from torch.nn import functional as F
 
-import main_pretrain
 import models_build
 import models_vit
 from examples.hog_target import HOGTarget
 from inference import get_model
 from models_mae import MaskedAutoencoderViT
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli import entry_point
 from util.weights import loading
 
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
 
 
-def losses_of(out: Path) -> list[float]:
-    return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+@pytest.fixture
+def train(pretrain):
+    """Trains a class by the script; returns the losses of the epochs."""
+
+    def run(kind: type, name: str = "", **flags) -> list[float]:
+        out = pretrain(name or kind.__name__, of_main={"model_class": kind}, **{"vis_every": 1} | flags)
+        return [line["train_loss"] for line in lines(out)]
+
+    return run
 
 
-def run_edited(folder: Path, file: str, snippet: str, replacement: str, code: str, *argv) -> None:
-    """Runs Python code beside the scripts, with one of their files edited."""
-    folder.mkdir()
-    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "inference"]:
-        (folder / path.name).symlink_to(path)
-    source = (ROOT / file).read_text()
-    assert source.count(snippet) == 1
-    (folder / file).unlink()
-    (folder / file).write_text(source.replace(snippet, replacement))
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{PRETRAIN}{code}"
-    subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=folder, check=True)
-
-
-SMALL = ["--input_size", 16, "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0, "--device",
-         "cpu", "--vis_every", 0]  # fmt: skip
-PRETRAIN = """
-import main_pretrain
+NEW_SIZE = """
+import sys
+import inference, main_finetune, main_pretrain, models_vit
 from util.cli import entry_point
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
+model = inference.get_model("run/checkpoint-1.pth")
+assert model.blocks[0].attn.num_heads == 8
+sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in (model.blocks, model.decoder_blocks)]
+assert 0 < sizes[1] < sizes[0] / 2  # the decoder is that of a small encoder
+assert inference.get_model("vit_heads8_patch4", "run/checkpoint-1.pth", nb_classes=0).blocks[0].attn.num_heads == 8
+assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
+entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
 """
-
-
-def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
-    """Twelve iterations of main_pretrain.py with models_mae.py as it is, and with a constant added to predictions."""
-    published = train(MaskedAutoencoderViT, pictures, tmp_path)
-    flags = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--output_dir", tmp_path / "run"]
-    snippet = "decoder_norm(x)))\n"
-    run_edited(tmp_path / "edited", "models_mae.py", snippet, snippet[:-1] + " + 1.5\n", "", *SMALL, *flags)
-    assert losses_of(tmp_path / "run")[0] > published[0] + 1
 
 
 def test_a_new_size_needs_one_entry(pictures, tmp_path):
     """It trains by its name, and checkpoints restore its number of heads, which no shape records."""
     mini = '    "mini_patch4": {'
     heads = '    "heads8_patch4": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 8},\n'
-    code = """
-import inference, main_finetune, models_vit
-checkpoint = sys.argv[-1] + "/checkpoint-1.pth"
-model = inference.get_model(checkpoint)
-assert model.blocks[0].attn.num_heads == 8
-sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in (model.blocks, model.decoder_blocks)]
-assert 0 < sizes[1] < sizes[0] / 2  # the decoder is that of a small encoder
-assert inference.get_model("vit_heads8_patch4", checkpoint, nb_classes=0).blocks[0].attn.num_heads == 8
-assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
-entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
-"""
-    flags = ["--data_path", pictures, "--model", "mae_vit_heads8_patch4", "--output_dir", tmp_path / "run"]
-    run_edited(tmp_path / "edited", "models_vit.py", mini, heads + mini, code, *SMALL, *flags)
+    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "inference"]:
+        (tmp_path / path.name).symlink_to(path)
+    source = (ROOT / "models_vit.py").read_text()
+    assert source.count(mini) == 1
+    (tmp_path / "models_vit.py").unlink()
+    (tmp_path / "models_vit.py").write_text(source.replace(mini, heads + mini))
+    argv = small_run(pictures, "run", "--model", "mae_vit_heads8_patch4", "--batch_size", 4, "--epochs", 2)
+    subprocess.run([sys.executable, "-c", NEW_SIZE, *argv], cwd=tmp_path, check=True)
 
 
 class FirstPatches(MaskedAutoencoderViT):
@@ -146,37 +129,25 @@ def test_an_override_with_the_published_signature_takes_effect(kind, graph):
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-def train(kind: type, pictures, folder, *flags: str) -> list[float]:
-    out = folder / kind.__name__
-    argv = ["--model", "mae_vit_mini_patch4", *SMALL, "--vis_every", 1, "--data_path", pictures, "--output_dir", out]
-    main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), list(map(str, [*argv, *flags]))), kind)
-    return losses_of(out)
-
-
-def test_subclasses_train_by_the_script(pictures, tmp_path):
-    published = train(MaskedAutoencoderViT, pictures, tmp_path)
+def test_subclasses_train_by_the_script(train):
+    published = train(MaskedAutoencoderViT)
     for kind in SUBCLASSES:
-        own = train(kind, pictures, tmp_path)
+        own = train(kind)
         assert own[1] < own[0], kind
         assert own[0] != pytest.approx(published[0], rel=1e-3), kind
 
 
-def test_the_example_of_a_target_trains(pictures, tmp_path):
-    model = HOGTarget(**SETTINGS)
+def test_the_example_of_a_target_by_hand():
     columns = torch.arange(16.0).expand(1, 3, 16, 16)  # the gradient is horizontal everywhere
-    assert torch.equal(model.target(columns), F.one_hot(torch.zeros(1, 16, dtype=torch.long), 9).float())
-    losses = train(HOGTarget, pictures, tmp_path, "--epochs", "6", "--lr", "0.003")
-    assert losses[-1] < 0.8 * losses[0]
+    found = HOGTarget(**SETTINGS).target(columns)
+    assert torch.equal(found, F.one_hot(torch.zeros(1, 16, dtype=torch.long), 9).float())
 
 
 @pytest.mark.parametrize("dim", [1, 48])
 def test_a_target_of_another_shape_is_an_error_and_not_broadcast(dim):
-    class Wrong(MeanColor):
-        target_dim = dim
-
     shapes = rf"the target is \(2, 16, 3\) and the prediction \(2, 16, {dim}\): .* is {dim}$"
     with pytest.raises(ValueError, match=shapes):
-        Wrong(**SETTINGS)(torch.randn(2, 3, 16, 16))
+        type("Wrong", (MeanColor,), {"target_dim": dim})(**SETTINGS)(torch.randn(2, 3, 16, 16))
 
 
 class Gradients(MaskedAutoencoderViT):
@@ -187,22 +158,14 @@ class Gradients(MaskedAutoencoderViT):
 
 
 @pytest.mark.parametrize("kind", [MeanColor, Gradients])
-def test_a_file_of_another_target_gives_its_encoder(kind, pictures, tmp_path):
+def test_a_file_of_another_target_gives_its_encoder(kind, train, tmp_path):
     """Shapes do not show that the target of the second one is not pixels."""
-    train(kind, pictures, tmp_path, "--epochs", "1", "--warmup_epochs", "0")
+    train(kind, epochs=1)
     file, model, imgs = tmp_path / kind.__name__ / "checkpoint-0.pth", kind(**WIDE).eval(), torch.randn(2, 3, 16, 16)
     encoder = get_model(file)
     assert type(encoder).__name__ == "Classifier"
     model.load_state_dict(torch.load(file)["model"])
     torch.testing.assert_close(encoder.extract_feat(imgs, "tokens"), model.forward_features(imgs))
-
-
-@pytest.mark.parametrize(("kind", "dim"), [(MeanColor, 3), (Gradients, 48)])
-def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
-    model = kind(**SETTINGS)
-    assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)
-    with pytest.raises(ValueError, match=rf"^{kind.__name__} .*pixels"):
-        model.reconstruct(torch.randn(2, 3, 16, 16))
 
 
 class OwnHead(MaskedAutoencoderViT):
@@ -232,11 +195,11 @@ class PublishedForward(MaskedAutoencoderViT):
 
 
 def test_reconstruct_fits_the_edited_model():
-    torch.manual_seed(0)
     imgs, mask = torch.randn(2, 3, 16, 16), torch.arange(16).expand(2, -1) % 4 > 0
     assert torch.equal(LogsParts(**SETTINGS).reconstruct(imgs, mask=mask).mask.bool(), mask)
-    with pytest.raises(ValueError, match=r"OwnHead .*pixels"):
-        OwnHead(**SETTINGS).reconstruct(imgs)
+    for kind in (OwnHead, MeanColor, Gradients):
+        with pytest.raises(ValueError, match=rf"^{kind.__name__} .*pixels"):
+            kind(**SETTINGS).reconstruct(imgs)
     for call in (IgnoredNoise(**SETTINGS), IgnoredNoise(**SETTINGS).reconstruct):
         with pytest.raises(ValueError, match=r"IgnoredNoise.random_masking ignores the mask"):
             call(imgs, mask=mask)
@@ -247,15 +210,15 @@ def test_reconstruct_fits_the_edited_model():
 
 
 @pytest.mark.parametrize("kind", [PublishedMasking, PublishedForward])
-def test_a_run_draws_the_masks_of_an_override_without_noise(kind, pictures, tmp_path, capsys):
-    losses = [train(kind, pictures, tmp_path / name) for name in "ab"]
+def test_a_run_draws_the_masks_of_an_override_without_noise(kind, train, tmp_path, capsys):
+    losses = [train(kind, name) for name in "ab"]
     assert losses[0] == losses[1]
     output = capsys.readouterr().out
     assert f"{kind.__name__}." in output and "the masks depend on the number of processes" in output
-    for flags in (["--masking", "block"], ["--mask_block", "2"]):
-        with pytest.raises(ValueError, match=rf"^{' '.join(flags)}: {kind.__name__}\..* has no argument noise"):
-            train(kind, pictures, tmp_path / "c", *flags)
-        assert not (tmp_path / "c" / kind.__name__ / "log.txt").exists()
+    for flag, value in (("masking", "block"), ("mask_block", 2)):
+        with pytest.raises(ValueError, match=rf"^--{flag} {value}: {kind.__name__}\..* has no argument noise"):
+            train(kind, "c", **{flag: value})
+        assert not (tmp_path / "c/log.txt").exists()
 
 
 class Distills(MaskedAutoencoderViT):
@@ -272,8 +235,8 @@ class Distills(MaskedAutoencoderViT):
 WIDE = {**SETTINGS, "embed_dim": 128, "depth": 4, "decoder_embed_dim": 64}  # mini_patch4
 
 
-def test_weights_of_a_subclass_are_left_out_elsewhere(pictures, tmp_path, capsys):
-    train(Distills, pictures, tmp_path, "--decoder_depth", "1", "--epochs", "1", "--warmup_epochs", "0")
+def test_weights_of_a_subclass_are_left_out_elsewhere(train, tmp_path, capsys):
+    train(Distills, decoder_depth=1, epochs=1)
     file = tmp_path / "Distills" / "checkpoint-0.pth"
     imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     weights = torch.load(file)["model"]
@@ -331,18 +294,11 @@ def test_concurrent_calls_use_their_own_noise():
     assert all(map(torch.equal, masks, expected))
 
 
-class Steps(MaskedAutoencoderViT):
-    """Calls the published steps one after another."""
-
-    def predict(self, imgs, mask_ratio):
-        latent, _, ids_restore = self.forward_encoder(imgs, mask_ratio)
-        return self.forward_decoder(latent, ids_restore, grid_size=self.patch_embed.grid_of(*imgs.shape[-2:]))
-
-
 def test_the_steps_of_a_wide_image_give_the_predictions_of_forward():
     """16 x 64 pixels have as many patches as the 32 x 32 pixels of the model."""
-    model, imgs = Steps(**{**SETTINGS, "img_size": 32}).eval(), torch.randn(2, 3, 16, 64)
-    torch.testing.assert_close(model.predict(imgs, 0.0), model(imgs, 0.0)[1])
+    model, imgs = MaskedAutoencoderViT(**{**SETTINGS, "img_size": 32}).eval(), torch.randn(2, 3, 16, 64)
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.0)
+    torch.testing.assert_close(model.forward_decoder(latent, ids_restore, grid_size=(4, 16)), model(imgs, 0.0)[1])
 
 
 class Patches(models_vit.PatchEmbed):

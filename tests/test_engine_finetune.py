@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_samples
-from mains import lines
+from mains import lines, parse
 from PIL import Image
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
@@ -17,59 +17,34 @@ import main_linprobe
 from engine_finetune import encode, evaluate
 from models_vit import vit_mini_patch4
 from util import dist
-from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.labels import Subset
 from util.data.run_data import RunData
 from util.datasets import open_source
-from util.evaluation.tasks import Evaluation
 from util.settings import DataSpec, ImageSpec
 from util.training import feature_files
 from util.training.precision import Precision
 
 
-@pytest.fixture
-def evaluation_of(pictures):
+def test_evaluation_equals_scikit_learn(pictures):
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
-
-    def run(batch_size, num_classes=7):
-        torch.manual_seed(0)
-        model = vit_mini_patch4(img_size=16, num_classes=num_classes, drop_path_rate=0.9)  # in training alone
-        torch.nn.init.normal_(model.head.weight, std=0.1)
-        batches = loader.eval_loader(make_samples(pictures), batch_size, 0, False)
-        return model, batches, evaluate(model, batches, normalize=normalize,
-                                        precision=Precision("off", torch.device("cpu")))  # fmt: skip
-
-    return run
-
-
-def test_evaluation_equals_scikit_learn(evaluation_of):
-    model, batches, scores = evaluation_of(7)
+    model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9)  # in training alone
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    batches = loader.eval_loader(make_samples(pictures), 7, 0, False)
+    scores = evaluate(model, batches, normalize=normalize, precision=Precision("off", torch.device("cpu")))
     model.eval()
-    normalize = transforms.Normalize(*transforms.channel_statistics(3))
     with torch.no_grad():
         logits = torch.cat([model(normalize(images)) for images, *_ in batches]).double()
     labels = np.concatenate([labels for _, labels, *_ in batches])
     assert scores.loss == pytest.approx(log_loss(labels, logits.softmax(1), labels=range(7)), rel=1e-6)
     assert scores.acc1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=range(7)))
-    assert scores.num_in_top == 24 * top_k_accuracy_score(labels, logits, k=5, labels=range(7))
+    found = scores.stats()["test_acc5"]
+    assert found == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
     assert np.array_equal(scores.labels, labels)
 
 
-def test_top_5_needs_5_classes(evaluation_of):
-    assert evaluation_of(8, num_classes=4)[2].num_in_top is None
-    assert "Acc@5" not in str(evaluation_of(8, num_classes=4)[2])
-    assert set(evaluation_of(8, num_classes=4)[2].stats()) == {"test_acc1", "test_loss"}
-
-
-def test_evaluation_prints_the_published_line():
-    scores = Evaluation(np.array([1, 2, 3]), np.array([1, 2, 0]), 3, 0.7314)
-    assert str(scores) == "* Acc@1 66.667 Acc@5 100.000 loss 0.731"
-    assert scores.stats() == {"test_acc1": pytest.approx(200 / 3), "test_acc5": 100.0, "test_loss": 0.7314}
-
-
 def test_features_are_those_of_evaluation_mode(labelled):
-    args = entry_point.parse(main_knn.get_args_parser(), ["--data_path", str(labelled), "--input_size", "16"])
+    args = parse(main_knn, data_path=labelled, input_size=16)
     device = torch.device("cpu")
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
     precision = Precision("off", device)
@@ -121,25 +96,11 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         assert main is main_linprobe or len(scores.labels) == 12
 
 
-@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
-def test_lists_replace_the_folders_of_both_splits(main, classify, labelled, tmp_path):
-    """The training images are those of val/, and the validation images those of train/."""
-    for split, other in (("train", "val"), ("val", "train")):
-        files = sorted((labelled / other).glob("*/*.png"))
-        (tmp_path / f"{split}.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
-        shutil.copytree(labelled / other, tmp_path / "swapped" / split)
-    flags = {"k": "1 3"} if main is main_knn else {"epochs": 1, "warmup_epochs": 0, "lr": 0.01}
-    lists = {"train_list": tmp_path / "train.txt", "val_list": tmp_path / "val.txt"}
-    found = [classify(main, name, **flags, **data) for name, data in (
-        ("folders", {"data_path": tmp_path / "swapped"}), ("lists", lists))]  # fmt: skip
-    results = found if main is main_knn else [lines(out)[-1]["test_loss"] for out in found]
-    assert results[0] == results[1]
-
-
-def test_statistics_of_deep_images_are_suggested_once(classify, tmp_path, capsys):
+def test_statistics_of_deep_images_are_suggested_once_unless_both_are_given(classify, tmp_path, capsys):
     for number in range(16):
         folder = tmp_path / "deep" / ("train", "val")[number % 2] / f"kind{number // 2 % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((16, 16), 4000 * number, np.uint16)).save(folder / f"{number}.png")
-    classify(main_knn, data_path=tmp_path / "deep", in_chans=1, k=1)
-    assert capsys.readouterr().out.count("more than 8 bits") == 1
+    for given in ({}, {"mean": 0.5}, {"std": 0.5}, {"mean": 0.5, "std": 0.5}):
+        classify(main_knn, data_path=tmp_path / "deep", in_chans=1, k=1, **given)
+        assert capsys.readouterr().out.count("more than 8 bits") == (len(given) < 2)

@@ -3,6 +3,7 @@
 test_own_encoder.py has those that change the encoder only.
 """
 
+import re
 from functools import partial
 
 import pytest
@@ -97,17 +98,15 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
 
 def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     whole = pretrain(model_class="examples.two_crops:TwoCrops", repeated_sampling=2)
-    for line in lines(whole):
+    # The terms of two processes are averaged.
+    own = ("--model_class", "examples.two_crops:TwoCrops", "--repeated_sampling", "2", "--epochs", "1")
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", "4", *own)
+    for line in (*lines(whole), *lines(tmp_path / "two")):
         assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
     model = TwoCrops(**SMALL).train()
     latent = torch.randn(3, 5, 32).repeat_interleave(2, dim=0)
     unrelated = torch.randn(6, 5, 32)
     assert model.contrast(latent) < model.contrast(unrelated)
-    # The terms of two processes are averaged.
-    own = ("--model_class", "examples.two_crops:TwoCrops", "--repeated_sampling", "2", "--epochs", "1")
-    in_processes(2, pictures, tmp_path / "two", "--batch_size", "4", *own)
-    (line,) = lines(tmp_path / "two")
-    assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
 
 
 def test_attention_of_the_decoder_is_local():
@@ -242,24 +241,21 @@ def of_dinov3(state):
     first = torch.cat([state["embeddings.cls_token"], state["embeddings.register_tokens"]], dim=1)
     found = {"cls_token": first, "pos_embed": torch.zeros(1, 5 + 16, 32)}
     names = {"embeddings.patch_embeddings": "patch_embed.proj", "model.layer": "blocks",
-             "attention.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc1_g", "mlp.up_proj": "mlp.fc1_x",
-             "mlp.down_proj": "mlp.fc2", "layer_scale1.lambda1": "scale1.gamma",
+             "attention.q_proj": "attn.qkv", "attention.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc1_g",
+             "mlp.up_proj": "mlp.fc1_x", "mlp.down_proj": "mlp.fc2", "layer_scale1.lambda1": "scale1.gamma",
              "layer_scale2.lambda1": "scale2.gamma"}  # fmt: skip
     for name, value in state.items():
-        if name.startswith(("embeddings.cls", "embeddings.reg", "embeddings.mask")):
+        if re.search(r"embeddings\.(cls|register|mask)|[kv]_proj", name):
             continue
         if "q_proj" in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            found[name.replace("model.layer", "blocks").replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-        elif "k_proj" not in name and "v_proj" not in name:
-            for theirs, ours in names.items():
-                name = name.replace(theirs, ours)
-            found[name] = value
+            value = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
     return found
 
 
 def test_features_of_dinov3_blocks_equal_those_of_transformers():
-    torch.manual_seed(0)
     config = transformers.DINOv3ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=85, image_size=32, patch_size=8,
         num_register_tokens=4, use_gated_mlp=True, hidden_act="silu", key_bias=True, layer_norm_eps=1e-6,
@@ -284,9 +280,6 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
     (tokens,) = mae.get_intermediate_layers(imgs)
     order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
     torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------- schedules
 
 
 def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, monkeypatch):

@@ -3,11 +3,10 @@
 import json
 import os
 
-import forks
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from mains import assert_equal, fails, in_processes, lines, parse, stop_and_resume, weights
 from PIL import Image
 
 import main_finetune
@@ -55,8 +54,7 @@ class Noise:
 DATASET = "py:levels:open_dataset"
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = {"encoder": "levels:Level", "model_class": "levels:LevelTarget"}
-SMALL = {"model": "vit_mini_patch4", "input_size": 16, "device": "cpu", "epochs": 1, "batch_size": 4}
-TRAIN = {"epochs": 12, "warmup_epochs": 1, "batch_size": 8, "blr": 0.1, "num_workers": 1}
+TRAIN = {"dataset": DATASET, "epochs": 12, "batch_size": 8, "blr": 0.1, "num_workers": 1}
 
 
 @pytest.fixture
@@ -64,20 +62,10 @@ def levels(own_module):
     return own_module("levels", CODE)
 
 
-def run_pretraining(out, **flags):
-    settings = {"output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4", "input_size": 16, "device": "cpu",
-                "amp": "off", "vis_every": 0, "dataset": DATASET} | TRAIN | flags  # fmt: skip
-    main_pretrain.main(parse(main_pretrain, **settings))
-    return out
-
-
-def whole_and_resumed(tmp_path, monkeypatch, **flags):
+def whole_and_resumed(pretrain, monkeypatch, **flags):
     """Checks that an interrupted run resumes to the bit; returns the loss of the whole run."""
-    whole = run_pretraining(tmp_path / "whole", **flags, save_minutes=0)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 10)
-        run_pretraining(tmp_path / "parts", **flags, save_minutes=0)
-    parts = run_pretraining(tmp_path / "parts", **flags, save_minutes=0, resume="auto")
+    flags = TRAIN | flags | {"save_minutes": 0}
+    whole, parts = pretrain("whole", **flags), stop_and_resume(monkeypatch, pretrain, 10, **flags)
     assert_equal(weights(whole, "checkpoint-11.pth"), weights(parts, "checkpoint-11.pth"))
     return lines(whole)[-1]["train_loss"]
 
@@ -86,10 +74,10 @@ def opened(items):
     return open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
 
 
-def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels, tmp_path, monkeypatch):
+def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels, pretrain, monkeypatch):
     """The loss of a constant prediction is 1."""
-    assert whole_and_resumed(tmp_path, monkeypatch, **OWN) < 0.05
-    blind = run_pretraining(tmp_path / "blind", model_class=OWN["model_class"])
+    assert whole_and_resumed(pretrain, monkeypatch, **OWN) < 0.05
+    blind = pretrain("blind", **TRAIN, model_class=OWN["model_class"])
     assert lines(blind)[-1]["train_loss"] > 0.8
 
 
@@ -106,16 +94,14 @@ def test_classifiers_and_probes_use_the_extra(levels, tmp_path, classify):
     from levels import Level
 
     model = get_model(tuned / "checkpoint-7.pth", encoder=Level)
-    pixels = BLACK
-    labels = [model.predict(pixels, level=level)["pred_label"] for level in (-1.0, 1.0)]
-    assert labels == [0, 1]
-    assert [one["pred_label"] for one in model.predict([pixels] * 3, level=[1.0, -1.0, 1.0])] == [1, 0, 1]
-    low, high = (model.extract_feat(pixels, level=level) for level in (-1.0, 1.0))
+    assert [model.predict(BLACK, level=level)["pred_label"] for level in (-1.0, 1.0)] == [0, 1]
+    assert [one["pred_label"] for one in model.predict([BLACK] * 3, level=[1.0, -1.0, 1.0])] == [1, 0, 1]
+    low, high = (model.extract_feat(BLACK, level=level) for level in (-1.0, 1.0))
     assert (low - high).abs().max() > 0.1
     with pytest.raises(ValueError, match="needs the extra input level"):
-        model.predict(pixels)
+        model.predict(BLACK)
     with pytest.raises(ValueError, match="give a value for each of the 3 images"):
-        model.predict([pixels] * 3, level=[1.0, -1.0])
+        model.predict([BLACK] * 3, level=[1.0, -1.0])
 
 
 def write_list(folder, level):
@@ -187,12 +173,12 @@ def test_samples_with_other_extras_are_named():
     (["--data_path", "IMAGES", "--encoder", "levels:Level"],
      ("needs the extra input level", "--extras level", "predict(images, level=")),
 ])  # fmt: skip
-def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(flags, message, levels, pictures, tmp_path):
+def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(
+    flags, message, levels, pictures, tmp_path, capsys, monkeypatch
+):
     argv = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--device", "cpu", "--output_dir", tmp_path / "out",
             *(pictures if part == "IMAGES" else part for part in flags)]  # fmt: skip
-    processes = forks.Forks("main_pretrain.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(levels)})
-    assert processes.wait(60) == [1]
-    error = (tmp_path / "output").read_text().splitlines()[-1]
+    error = fails(capsys, monkeypatch, main_pretrain, *argv)
     assert [part for part in message if part not in error] == []
     log = tmp_path / "out/log.txt"
     assert not log.exists() or not json.loads(log.read_text() or "{}")
@@ -249,12 +235,12 @@ def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
     torch.testing.assert_close(tokens[1][0], double, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_learns_from_maps_and_resumes(levels, tmp_path, monkeypatch):
+def test_a_run_learns_from_maps_and_resumes(levels, pretrain, monkeypatch):
     """The pixels are noise, and the target is the mean of a map in the patch."""
     (levels / "levels.py").write_text(CODE + MAPS)
-    flags = {"dataset": "py:levels:open_maps", "model_class": "levels:MapTarget", "num_workers": 2}
-    blind = run_pretraining(tmp_path / "blind", **flags)
-    seeing = whole_and_resumed(tmp_path, monkeypatch, **flags, encoder="levels:MapTokens")
+    flags = TRAIN | {"dataset": "py:levels:open_maps", "model_class": "levels:MapTarget", "num_workers": 2}
+    blind = pretrain("blind", **flags)
+    seeing = whole_and_resumed(pretrain, monkeypatch, **flags, encoder="levels:MapTokens")
     assert seeing < 0.5 * lines(blind)[-1]["train_loss"]
 
 
@@ -286,27 +272,24 @@ def constant(of_train, of_val):
 
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_knn])
 @pytest.mark.parametrize(("of_val", "said"), [(None, "none"), ({"gsd": [1.0]}, r"gsd \(1,\)")])
-def test_a_validation_set_with_other_extras_stops_before_the_first_update(script, of_val, said, tmp_path):
-    out = {} if script is main_knn else {"output_dir": tmp_path / "out", "log_dir": tmp_path / "out"}
-    args = parse(script, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=0, **out)
+def test_a_validation_set_with_other_extras_stops_before_the_first_update(script, of_val, said, classify):
     with pytest.raises(ValueError, match=rf"training images are gsd \(\), and of validation images {said}"):
-        script.main(args, source=constant({"gsd": 1.0}, of_val), encoder=Gsd)
+        classify(script, of_main={"source": constant({"gsd": 1.0}, of_val), "encoder": Gsd})
 
 
-def test_a_missing_extra_with_a_default_warns(capsys, tmp_path):
+def test_a_missing_extra_with_a_default_warns(capsys, classify):
     """In training and in an evaluation, whose images lack what the model was trained with."""
-    flags = {**SMALL, "num_workers": 0, "mixup": 0, "cutmix": 0, "output_dir": tmp_path, "log_dir": tmp_path}
     said = "warning: the images have no extra input gsd"
-    main_finetune.main(parse(main_finetune, **flags), source=constant({"gsd": 1.0}, {"gsd": 1.0}), encoder=OptionalGsd)
+    having, lacking = ({"source": constant(extras, extras), "encoder": OptionalGsd} for extras in ({"gsd": 1.0}, None))
+    out = classify(main_finetune, of_main=having, epochs=1, mixup=0, cutmix=0)
     assert said not in capsys.readouterr().out
-    args = parse(main_finetune, device="cpu", num_workers=0, eval=True, resume=tmp_path / "checkpoint-0.pth")
-    main_finetune.main(args, source=constant(None, None), encoder=OptionalGsd)
+    classify(main_finetune, of_main=lacking, eval=True, resume=out / "checkpoint-0.pth")
     assert said in capsys.readouterr().out
 
 
-def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, tmp_path):
-    args = parse(main_finetune, **SMALL, num_workers=1, cache_images=True, output_dir=tmp_path, log_dir=tmp_path)
-    main_finetune.main(args, source=constant({"gsd": 1.0}, {"gsd": 2}), encoder=Gsd)
+def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, classify):
+    of_main = {"source": constant({"gsd": 1.0}, {"gsd": 2}), "encoder": Gsd}
+    classify(main_finetune, of_main=of_main, epochs=1, num_workers=1, cache_images=True)
     assert "--cache_images has no effect with extra inputs" in capsys.readouterr().out
 
 
@@ -351,16 +334,14 @@ def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
             model.predict(items[0]["image"], level=wrong)
 
 
-def test_segmentation_with_extras(levels, tmp_path):
+def test_segmentation_with_extras(levels, classify):
     """The class of all pixels is determined by the extra input alone."""
     (levels / "levels.py").write_text(CODE + MASKS)
-    flags = {**SMALL, "epochs": 4, "batch_size": 8, "num_workers": 1, "amp": "off", "lr": 0.003, "warmup_epochs": 0}
-    args = parse(main_segment, **flags, dataset="py:levels:open_masks", encoder=OWN["encoder"], nb_classes=2,
-                 patch_size=4, unfreeze_blocks="all", output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
-    main_segment.main(args)
+    out = classify(main_segment, dataset="py:levels:open_masks", encoder=OWN["encoder"], nb_classes=2, epochs=4,
+                   warmup_epochs=0, lr=0.003, unfreeze_blocks="all", num_workers=1)  # fmt: skip
     from levels import Level
 
-    model = get_model(tmp_path / "checkpoint-3.pth", encoder=Level)
+    model = get_model(out / "checkpoint-3.pth", encoder=Level)
     image = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     assert (model.segment(image, level=1.0) == 1).mean() > 0.9
     zeros, ones = model.segment([image, image[:16]], level=[-1.0, 1.0])
@@ -378,7 +359,6 @@ class MaskedNoise(Noise):
 
 
 @pytest.mark.parametrize("label", [[0.0, 1.0], 0.5])
-def test_pretraining_ignores_labels_that_are_no_classes(label, tmp_path):
-    flags = {**SMALL, "model": "mae_vit_mini_patch4", "warmup_epochs": 0, "num_workers": 1, "output_dir": tmp_path}
-    main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: [(BLACK, label)] * 8)
-    assert (tmp_path / "checkpoint-0.pth").exists()
+def test_pretraining_ignores_labels_that_are_no_classes(label, pretrain):
+    out = pretrain(of_main={"source": lambda split, data_path: [(BLACK, label)] * 8}, epochs=1, num_workers=1)
+    assert (out / "checkpoint-0.pth").exists()

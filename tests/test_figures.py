@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_knn import predictions
 
 import models_mae
 import models_vit
-from demo.unpack_data import ARCHIVE, folder_of
+from demo.unpack_data import ARCHIVE
 from util.weights import model_zoo
 
 # ViT-B/16, ViT-L/16, ViT-H/14 and ViT-H/14 at 448 pixels, as published.
@@ -133,16 +134,9 @@ def test_pretraining_is_above_every_baseline_of_the_study():
 def test_the_baseline_of_raw_pixels():
     """20 nearest neighbors of 10,000 labels, as in demo/README.md."""
     archive = np.load(ARCHIVE, allow_pickle=False)
-    sets = {}
-    for split in ("train", "val"):  # in the order in which class folders are read
-        folders = sorted(folder_of(name) for name in archive["classes"])
-        labels = np.array([folders.index(folder_of(archive["classes"][label])) for label in archive[f"{split}_labels"]])
-        order = np.argsort(labels, kind="stable")
-        rows = torch.tensor(archive[f"{split}_images"][order].reshape(len(order), -1) / 255)
-        sets[split] = torch.nn.functional.normalize(rows), torch.tensor(labels[order])
-    (train, labels), (test, test_labels) = sets["train"], sets["val"]
-    similarity, nearest = (test @ train.T).topk(20)
-    votes = torch.zeros(len(test), 10, dtype=torch.float64)
-    votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
-    accuracy = float((votes.argmax(dim=1) == test_labels).double().mean())
+    train, val = (
+        (torch.tensor(archive[f"{split}_images"].reshape(-1, 28 * 28) / 255), archive[f"{split}_labels"])
+        for split in ("train", "val")
+    )
+    accuracy = np.mean(predictions(train, val, 20, 0.07) == val[1])
     assert f"{accuracy:.1%}" == row("demo/README.md", "raw pixels |")[1]

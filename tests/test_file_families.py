@@ -1,18 +1,30 @@
-"""Weights in the wild: files in the layouts of MIGRATING.md's table are read, or refused with the reason."""
+"""Weights in the wild: files in the layouts of MIGRATING.md's table are read with their settings, or refused."""
 
 import argparse
+import json
 
 import pytest
+import safetensors.torch
 import timm
 import torch
+import transformers
+from mains import call
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
 
-from inference import get_model
+import main_finetune
+import main_knn
+from inference import export, get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints.checkpoint import CheckpointError
-from util.weights import loading
+from util.weights import foreign_settings, loading, reading
 
-SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+MINI = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+        "image_size": 16, "patch_size": 4}  # fmt: skip
+DECODER = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+           "decoder_intermediate_size": 256}  # fmt: skip
+NAMES = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
 
 
 @pytest.fixture
@@ -20,46 +32,333 @@ def imgs():
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def autoencoder():
-    return mae_vit_mini_patch4(img_size=16, norm_pix_loss=True).eval()
+def saved(folder, config, **save):
+    torch.manual_seed(1)
+    kind = ViTMAEForPreTraining if isinstance(config, ViTMAEConfig) else ViTForImageClassification
+    model = kind(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" not in name and "pos_embed" not in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder, **save)
+    return model
 
 
-def saved(content, folder):
-    torch.save(content, folder / "file.pth")
-    return folder / "file.pth"
+SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+
+
+def of_timm(name="vit_tiny_patch16_224", **arguments):
+    torch.manual_seed(1)
+    return timm.create_model(name, num_classes=2, **{**SHAPE, **arguments}).eval()
+
+
+def save_processor(folder, **settings):
+    """An image processor that crops the center of images, as our models do, unless the settings differ."""
+    crop = {"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    ViTImageProcessor(**crop | {"resample": 3, **settings}).save_pretrained(folder)
+
+
+def assert_same_pixels(model, folder, image):
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(model.prepare(image), theirs.float(), rtol=1e-5, atol=1e-5)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_ratio_and_loss_of_an_autoencoder(imgs, tmp_path):
+    saved(tmp_path, ViTMAEConfig(**MINI, **DECODER, mask_ratio=0.5, norm_pix_loss=False))
+    ours = get_model(tmp_path)
+    assert (ours.settings["mask_ratio"], ours.norm_pix_loss, ours.norm.eps) == (0.5, False, 1e-12)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (ViTConfig(**{**MINI, "num_attention_heads": 8}), "has num_heads 8, and the model has 4"),
+    (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "has decoder_num_heads 4, .* model has 2"),
+    (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu, and only gelu is supported"),
+])  # fmt: skip
+def test_what_our_models_do_not_compute_is_refused(config, message, tmp_path):
+    saved(tmp_path, config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        get_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_types_of_models_are_refused(tmp_path):
+    """In folders, in a file of a folder, and in a file of timm."""
+    swin = transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
+    transformers.SwinModel(swin).save_pretrained(tmp_path / "swin")
+    msn = transformers.ViTMSNForImageClassification(transformers.ViTMSNConfig(**MINI, **NAMES))
+    msn.save_pretrained(tmp_path / "msn")
+    tiny = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 2}
+    timms = timm.create_model("swin_tiny_patch4_window7_224", **tiny)
+    torch.save(timms.state_dict(), tmp_path / "swin.pth")
+    for name, message in (("swin", r"model_type is swin.* vit_mae .*pixio"), ("swin.pth", r"layers\.0"),
+                          ("msn/model.safetensors", "model_type is vit_msn")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            loading.read(tmp_path / name)
+
+
+def test_a_processor_that_squeezes_is_warned_of(tmp_path, caplog):
+    saved(tmp_path, ViTConfig(**MINI))
+    save_processor(tmp_path, size={"height": 16, "width": 16}, do_center_crop=False, resample=2)
+    ours = get_model(tmp_path)
+    assert ours.settings["crop_pct"] == 1.0
+    (record,) = caplog.records
+    assert "scales images to a square" in record.message and "resample 2" in record.message
+
+
+@pytest.mark.parametrize("sides", [(16, 32), (32, 16)])
+def test_a_processor_with_a_crop_that_is_no_square_is_warned_of(sides, tmp_path, caplog):
+    """Pictures of the aspect ratio of the crop have equal pixels."""
+    saved(tmp_path, ViTConfig(**{**MINI, "image_size": sides}))
+    crop = dict(zip(("height", "width"), sides, strict=True))
+    save_processor(tmp_path, size={"shortest_edge": 20}, crop_size=crop)
+    ours = get_model(tmp_path)
+    assert f"crops {sides[0]} x {sides[1]} pixels of an image whose short side is 20" in caplog.text
+    assert_same_pixels(ours, tmp_path, Image.effect_noise((3 * sides[1], 3 * sides[0]), 80).convert("RGB"))
+
+
+@pytest.mark.parametrize("crop", [16, 32, 96, 224, 384])
+def test_the_crop_share_gives_back_every_edge(crop):
+    for edge in range(crop, 2 * crop):
+        assert int(crop / foreign_settings.crop_share(crop, edge)) == edge
+    assert foreign_settings.crop_share(224, 256) == 0.875
+
+
+def test_a_split_folder_with_a_pooler(imgs, tmp_path):
+    torch.manual_seed(1)
+    theirs = transformers.ViTModel(ViTConfig(**MINI), add_pooling_layer=True).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert_same(get_model(tmp_path).extract_feat(imgs, "tokens"), theirs(imgs).last_hidden_state)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"global_pool": "avgmax"}, "global_pool is 'avgmax', and only token and avg are supported"),
+    ({"global_pool": "max"}, "global_pool is 'max', and only token and avg are supported"),
+    ({"global_pool": "avg", "fc_norm": False}, "fc_norm is False with global_pool avg"),
+    ({"fc_norm": True}, "fc_norm is True with global_pool token"),
+    ({"act_layer": "quick_gelu"}, "act_layer is quick_gelu, and only gelu is supported"),
+    ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix is True"),
+    ({"global_pool": "avg", "fc_norm": True, "act_layer": "gelu"}, None),
+    ({"global_pool": "token"}, None),
+])  # fmt: skip
+def test_arguments_of_timm_that_our_models_do_not_have(arguments, message, imgs, tmp_path):
+    theirs, names = of_timm(**arguments), {"label_names": {"0": "ant", "1": "bee"}}
+    timm.models.save_for_hf(theirs, tmp_path, names, model_args={**SHAPE, **arguments}, safe_serialization=True)
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            get_model(tmp_path)
+        return
+    ours = get_model(tmp_path)
+    assert ours.classes == ["ant", "bee"]
+    assert_same(ours(imgs), theirs(imgs))
+
+
+BGR = "mean=[10, 20, 30], std=[40, 50, 60]"
+RGB = {"mean": [10, 20, 30], "std": [40, 50, 60], "flips": False}
+SWAPPED = {"mean": [30, 20, 10], "std": [60, 50, 40], "flips": True}
+GRAY = {"mean": [5, 5, 5], "std": [1, 1, 1], "flips": False}
+
+
+@pytest.mark.parametrize(("preprocessor", "expected"), [
+    ("data_preprocessor = dict({})", SWAPPED),  # to_rgb is False by default
+    ("data_preprocessor = dict({}, to_rgb=False)", SWAPPED),
+    ("model = dict(data_preprocessor=dict({}, to_rgb=False))", SWAPPED),
+    ("data_preprocessor = dict(to_rgb=True)\nmodel = dict(data_preprocessor=dict({}))", SWAPPED),
+    ("model = dict(type='ImageClassifier')", {"mean": [0] * 3, "std": [1] * 3, "flips": True}),  # not normalized
+    ("model = dict(data_preprocessor=dict({}, to_rgb=True))", RGB),
+    ("data_preprocessor = dict({}, bgr_to_rgb=True)", RGB),  # mmselfsup
+    ("data_preprocessor = dict(\n  {},\n  num_classes=2,\n  to_rgb=True)\nmodel = dict(mean=[1])", RGB),
+    ("data_preprocessor = {{'mean': [5], 'std': [1], 'to_rgb': True}}", GRAY),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["classifier", "autoencoder"])
+def test_a_model_of_mmpretrain_for_rgb_or_bgr_images(kind, preprocessor, expected, imgs, tmp_path):
+    """The same outputs for RGB images here as for RGB or BGR images there."""
+    is_classifier = kind == "classifier"
+    theirs = vit_mini_patch4(img_size=16, num_classes=2) if is_classifier else mae_vit_mini_patch4(img_size=16)
+    meta = {"cfg": preprocessor.format(BGR), **({"dataset_meta": {"classes": ("ant", "bee")}} if is_classifier else {})}
+    torch.save({"meta": meta, "state_dict": theirs.state_dict()}, tmp_path / "m.pth")
+    ours, given = get_model(tmp_path / "m.pth"), imgs.flip(1) if expected["flips"] else imgs
+    for name in ("mean", "std"):
+        assert ours.settings[name] == pytest.approx([value / 255 for value in expected[name]])
+    if is_classifier:
+        assert ours.classes == ["ant", "bee"]
+        assert_same(ours(imgs), theirs.eval()(given))
+        return
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    found, right = (m.unpatchify(m.eval()(x, noise=noise)[1]) for m, x in ((ours, imgs), (theirs, given)))
+    assert_same(found, right.flip(1) if expected["flips"] else right)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ("data_preprocessor = dict(to_rgb=RGB)", "to_rgb of its data_preprocessor"),
+    ("data_preprocessor = dict(mean=numpy.zeros(3), std=[1])", "mean of its data_preprocessor"),
+    ("data_preprocessor = Preprocessor()", "data_preprocessor is not"),
+    ("data_preprocessor = dict(**base)", "data_preprocessor is not"),
+    ("model = {**base}", "model of its configuration is not"),
+    ("data_preprocessor = dict(", "its configuration can't be read"),
+    ("model = " + 100_000 * "-" + "1", "its configuration can't be read"),
+    ("model = dict()" + 1_000_000 * " ", "its configuration has 1000014 characters"),
+    ("model = dict(backbone=dict(arch=dict(num_heads=8)), data_preprocessor=dict(to_rgb=True))", "num_heads 8"),
+    ("model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='QuickGELU'))))", "QuickGELU"),
+    ("model = dict(type='MAE', neck=dict(norm_cfg=dict(type='LN')))", "1e-05 in its neck"),
+], ids=range(11))  # fmt: skip
+def test_a_configuration_of_mmpretrain_that_is_refused(config, message, tmp_path):
+    state = {"meta": {"cfg": config}, "state_dict": vit_mini_patch4(img_size=16, num_classes=2).state_dict()}
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=rf"m\.pth.*{message}") as caught:
+        get_model(tmp_path / "m.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.1])
+@pytest.mark.parametrize("read", ["", "model.safetensors", "model-00001*.safetensors"])
+def test_a_folder_of_transformers_or_a_file_in_it(read, eps, imgs, tmp_path, caplog):
+    """eps of layer norm, mean and std .5, as google's ViT have them, a crop and classes take effect."""
+    size = {"max_shard_size": "200KB"} if "*" in read else {}
+    theirs = saved(tmp_path, ViTConfig(**MINI, **NAMES, layer_norm_eps=eps), **size)
+    save_processor(tmp_path, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    ours = get_model(next(tmp_path.glob(read)) if read else tmp_path)
+    assert (ours.settings["mean"], ours.settings["std"], ours.classes) == ([0.5] * 3, [0.5] * 3, ["ant", "bee"])
+    assert ours.norm.eps == eps
+    assert_same(ours(imgs), theirs(imgs).logits)
+    assert_same_pixels(ours, tmp_path, Image.effect_noise((39, 31), 80).convert("RGB"))
+    assert not caplog.records
+
+
+def test_pytorch_model_bin_in_a_folder_of_transformers(imgs, tmp_path):
+    """The file that the user gives, not the one that the folder stands for."""
+    theirs = saved(tmp_path, ViTConfig(**MINI, **NAMES, layer_norm_eps=0.1))
+    state = {name: 2 * value if name == "classifier.weight" else value for name, value in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    theirs.load_state_dict(state)
+    assert_same(get_model(tmp_path / "pytorch_model.bin")(imgs), theirs(imgs).logits)
+
+
+def test_a_file_with_settings_does_not_need_those_beside_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    ours = get_model("vit_mini_patch4", nb_classes=2, mean=[0.1, 0.2, 0.3])
+    export.export(ours, "safetensors", tmp_path / "ours.safetensors")
+    assert get_model(tmp_path / "ours.safetensors").settings["mean"] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("layout", ["bare.pth", "bare.safetensors", "state_dict.pth", "model.pth", "args.pth"])
+def test_one_notice_of_what_a_file_without_settings_does_not_show(layout, tmp_path, caplog):
+    state, file = of_timm().state_dict(), tmp_path / layout
+    if file.suffix == ".safetensors":
+        safetensors.torch.save_file(state, file)
+    elif layout == "args.pth":
+        torch.save({"state_dict": state, "args": {"mean": [0.5] * 3}}, file)
+    else:
+        torch.save(state if file.stem == "bare" else {file.stem: state}, file)
+    for _ in range(2):
+        loading.read(file)
+    notices = [record.message for record in caplog.records]
+    assert len(notices) == (layout not in ("model.pth", "args.pth"))
+    for assumed in ("heads", "GELU", "fc_norm", "class token", "RGB", "mean"):
+        assert all(assumed in notice for notice in notices)
+
+
+@pytest.mark.parametrize("run", [{"gp": "avgmax"}, {"gp": None, "model_kwargs": {"act_layer": "quick_gelu"}},
+                                 {"model_kwargs": {"num_heads": 8}}])  # fmt: skip
+def test_a_checkpoint_of_timms_training_that_is_refused(run, tmp_path):
+    state = vit_mini_patch4(img_size=16, num_classes=2).state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(model="vit_mini", **run)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"avgmax|quick_gelu|num_heads 8"):
+        get_model(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "bare"])
+def test_models_of_clip_are_named(form, tmp_path):
+    theirs = of_timm("vit_base_patch16_clip_quickgelu_224")
+    timm.models.save_for_hf(theirs, tmp_path, model_args=SHAPE, safe_serialization=True)
+    if form == "bare":
+        (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="CLIP") as caught:
+        get_model(tmp_path if form == "folder" else tmp_path / "model.safetensors")
+    assert "norm_pre" in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"no_embed_class": True}, {"global_pool": "avg", "fc_norm": True}, {}])
+def test_files_of_timm_without_settings(arguments, imgs, tmp_path):
+    """The class token may have no position."""
+    theirs = of_timm(**arguments)
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    assert_same(get_model(tmp_path / "m.pth")(imgs), theirs(imgs))
+
+
+@pytest.mark.parametrize(("config", "mean", "std"), [
+    ({"do_normalize": False}, [0.0] * 3, [1.0] * 3),
+    ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3}, [0.5] * 3, [0.2] * 3),
+    ({"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}, [0.5] * 3, [0.25] * 3),
+])  # fmt: skip
+def test_the_pixels_of_other_processors(config, mean, std, tmp_path):
+    saved(tmp_path, ViTConfig(**MINI, **NAMES))
+    save_processor(tmp_path, size={"shortest_edge": 16}, **config)
+    ours = get_model(tmp_path)
+    assert (ours.settings["mean"], ours.settings["std"]) == (pytest.approx(mean), pytest.approx(std))
+    assert_same_pixels(ours, tmp_path, Image.effect_noise((20, 16), 80).convert("RGB"))
+
+
+def test_a_foreign_eps_reaches_the_scripts(labelled, tmp_path, monkeypatch):
+    names = [f"kind{number}" for number in range(6)]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    saved(tmp_path, ViTConfig(**MINI, **labels, layer_norm_eps=0.1))
+    models, flags = [], {"data_path": labelled, "num_workers": 0, "device": "cpu"}
+    for name in ("load_classifier", "load_encoder"):
+        original = getattr(loading, name)
+        monkeypatch.setattr(loading, name, lambda model, *a, f=original, **k: models.append(model) or f(model, *a, **k))
+    call(main_finetune, **flags, eval=True, resume=tmp_path)
+    call(main_knn, **flags, finetune=tmp_path, k=1)
+    assert [model.blocks[0].norm1.eps for model in models] == [0.1, 0.1]
+
+
+def test_a_timm_model_of_another_interpolation_is_warned_of(tmp_path, caplog):
+    config = {"pretrained_cfg": {"input_size": [3, 16, 16], "interpolation": "bilinear", "crop_mode": "squash"},
+              "model_args": {"num_heads": 4}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = foreign_settings.read_folder(tmp_path)
+    assert (settings["num_heads"], settings["crop"]) == (4, "none")
+    assert "interpolation bilinear" in caplog.text
+
+
+def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):
+    settings = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    file = loading.Weights(vit_mini_patch4(img_size=16).state_dict(), settings, "", "m.pth")
+    assert reading.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
+    assert reading.statistics(file, 1, None, None) == (None, None)
+    assert reading.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
+    assert not caplog.text  # the statistics of a file that records none are not known
 
 
 def test_forks_of_the_papers_code_with_optimizer_and_settings(imgs, tmp_path):
     """RETFound and others: the whole checkpoint, with an argparse.Namespace whose model is a name of their own."""
-    model = autoencoder()
+    model = mae_vit_mini_patch4(img_size=16).eval()
     args = argparse.Namespace(model="RETFound_mae", input_size=16, nb_classes=5, output_dir="out", mask_ratio=0.75)
     content = {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}
-    file = saved(content, tmp_path)
-    torch.testing.assert_close(get_model(file).forward_features(imgs), model.forward_features(imgs))
+    torch.save(content, tmp_path / "m.pth")
+    assert_same(get_model(tmp_path / "m.pth").forward_features(imgs), model.forward_features(imgs))
     classifier = vit_mini_patch4(img_size=16, num_classes=7, global_pool=True)
-    loading.load_encoder(classifier, loading.read(file))
+    loading.load_encoder(classifier, loading.read(tmp_path / "m.pth"))
     assert torch.equal(classifier.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
 def test_the_encoder_alone_with_a_mask_token(tmp_path):
-    state = {name: value for name, value in autoencoder().state_dict().items() if not name.startswith("decoder_")}
-    model = get_model(saved({"model": state}, tmp_path))
-    assert "mask_token" in state
-    assert model.settings["nb_classes"] == 0
-
-
-def test_timms_mae(imgs, tmp_path):
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SHAPE).eval()
-    ours = get_model(saved(theirs.state_dict(), tmp_path))
-    torch.testing.assert_close(ours.extract_feat(imgs, "cls"), theirs(imgs))
+    state = mae_vit_mini_patch4(img_size=16).state_dict()
+    torch.save({name: value for name, value in state.items() if not name.startswith("decoder_")}, tmp_path / "m.pth")
+    assert get_model(tmp_path / "m.pth").settings["nb_classes"] == 0
 
 
 def test_spectrograms_of_audio_mae(tmp_path):
     """One channel, and a grid that is no square, which the file does not record."""
     model = vit_mini_patch4(img_size=(32, 16), in_chans=1, num_classes=0).eval()
-    ours = get_model(saved({"model": model.state_dict()}, tmp_path), input_size=[32, 16])
-    spectrogram = torch.randn(1, 1, 32, 16)
-    torch.testing.assert_close(ours.extract_feat(spectrogram, "cls"), model(spectrogram))
+    torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
+    ours, spectrogram = get_model(tmp_path / "m.pth", input_size=[32, 16]), torch.randn(1, 1, 32, 16)
+    assert_same(ours.extract_feat(spectrogram, "cls"), model(spectrogram))
 
 
 def groups_of_channels(state):
@@ -92,9 +391,11 @@ def layer_scale(state):
     (no_class_token, r"has no cls_token, which the models of this library have"),
     (tubelets, r"its patch_embed\.proj\.weight is torch\.float32 \(128, 3, 2, 4, 4\), which does not fit"),
     (layer_scale, r"2 tensors are unexpected \(blocks\.0\.ls1\.gamma, blocks\.0\.ls2\.gamma\)"),
+    (lambda state: {**state, "reg_token": torch.zeros(1, 1, 128)}, r"has register tokens \(reg_token\)"),
+    (lambda state: {**state, "dist_token": torch.zeros(1, 1, 128)}, "has a distillation token"),
 ])  # fmt: skip
 def test_other_architectures_are_refused_with_the_reason(layout, message, tmp_path):
-    file = saved(layout(dict(vit_mini_patch4(img_size=16).state_dict())), tmp_path)
+    torch.save(layout(dict(vit_mini_patch4(img_size=16).state_dict())), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=message) as caught:
-        get_model(file)
+        get_model(tmp_path / "m.pth")
     assert "\n" not in str(caught.value)

@@ -35,7 +35,5 @@ def test_gradients_are_averaged_in_fp32(process_group, monkeypatch, device, dtyp
     assert [mesh for mesh, _ in policies] == [(device, (1,))] * 5
     *units, root = [policy for _, policy in policies]
     assert root is None
-    for policy in units:
-        assert (policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) == (
-            travels_as, torch.float32, False
-        )  # fmt: skip
+    found = {(policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) for policy in units}
+    assert found == {(travels_as, torch.float32, False)}

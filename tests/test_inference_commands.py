@@ -262,20 +262,17 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
     run(features, *argv, "--out", tmp_path / "whole.npz")
     seen = []
 
-    class Interrupted(Exception):
-        pass
-
     def stops(samples, *given, **named):
         for number, batch in enumerate(loader_of(samples, *given, **named)):
             seen.append(len(batch[0]))
             if number == 3 and len(seen) == 4:
-                raise Interrupted
+                raise KeyboardInterrupt
             yield batch
 
     loader_of = loader.eval_loader
     monkeypatch.setattr(loader, "eval_loader", stops)
     monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run(features, *argv, "--out", tmp_path / "parts.npz")
     capsys.readouterr()
     for _ in range(2):
@@ -384,8 +381,6 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
         (predict, [tmp_path / "none.jpg", "--model", classifier], "No such file or directory"),
         (predict, [PHOTOS[0], "--model", encoder], "has no classification head"),
         (predict, [PHOTOS[0], "--model", mae], "has no classification head"),
-        (predict, [PHOTOS[0], "--model", "vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k"], "never released"),
-        (predict, [PHOTOS[0], "--model", "vit_bse_patch16"], "did you mean vit_base_patch16"),
         (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "mae_visualize_vit_large"),
         (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "mae_visualize_vit_large"),
         (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),
@@ -395,8 +390,7 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
 
 
 def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    """The error comes before the model is read: the model does not exist."""
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png").mkdir()  # and the model does not exist
     for module in (predict, reconstruct):
         command = [PHOTOS[0], "--model", "nothing.pth", "--out"]
         for out, wanted in ((tmp_path / "grid", "grid: its name must end in .png or .jpg or "),

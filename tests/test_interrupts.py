@@ -4,6 +4,7 @@ The tests send signals to all processes of a run, including worker processes, li
 Slurm.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from mains import assert_equal, lines, wait_until, weights
 
 from util.checkpoints import checkpoint
@@ -34,26 +35,15 @@ def _hangups():
     signal.signal(signal.SIGHUP, before)
 
 
-def flags(pictures, out, processes=1):
-    return ["--data_path", pictures, "--output_dir", out, "--batch_size", 4 // processes, *FLAGS]
+def flags(pictures, out, batch_size=4):
+    return ["--data_path", pictures, "--output_dir", out, "--batch_size", batch_size, *FLAGS]
 
 
-def start(pictures, out, processes=1, *more):
-    launcher = [sys.executable] if processes == 1 else torchrun(processes)
-    command = [*launcher, "main_pretrain.py", *flags(pictures, out, processes), *more]
+def start(pictures, out, *more):
+    command = [sys.executable, "main_pretrain.py", *flags(pictures, out), *more]
     return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
                             start_new_session=True)  # fmt: skip
-
-
-def stop_after_an_epoch(process, out, *signals):
-    log = out / "log.txt"
-    before = log.read_text() if log.exists() else ""
-    wait_until(lambda: log.exists() and log.read_text() != before, process)
-    for number in signals:
-        os.killpg(process.pid, number)
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +54,13 @@ def undisturbed(pictures, tmp_path_factory):
 
 
 def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbed):
-    reached = 0
+    reached, log = 0, tmp_path / "log.txt"
     for number in (signal.SIGTERM, signal.SIGHUP):
-        code, output = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
-        assert code == 128 + number, output
+        before, process = log.read_text() if log.exists() else "", start(pictures, tmp_path)
+        wait_until(lambda before=before: log.exists() and log.read_text() != before, process)
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + number, output
         assert f"{number.name}: the run stops after this update and saves its state" in output
         assert f"stopped by {number.name}, the state is saved; the same command resumes the run" in output
         assert "DataLoader" not in output and "Traceback" not in output
@@ -83,19 +76,25 @@ def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbe
 
 def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
     """Only one process receives the signal, and it is not rank 0."""
-    process = start(pictures, tmp_path, processes=2)
-    os.kill(second_process(tmp_path), signal.SIGTERM)
-    output = process.communicate(timeout=90)[0]
+    run = forks.Forks("main_pretrain.py", flags(pictures, tmp_path, batch_size=2), tmp_path / "output", count=2)
+    wait_until((tmp_path / "log.txt").exists)
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    assert run.wait(90) == [128 + signal.SIGTERM] * 2
+    output = (tmp_path / "output").read_text()
     assert "[rank 1] SIGTERM: the run stops after this update" in output
     assert output.count("stopped by SIGTERM, the state is saved") == 2
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 
 def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
-    process = start(pictures, tmp_path, 1, "--epochs", 2000)
+    process, workers = start(pictures, tmp_path, "--epochs", 2000), []
     wait_until((tmp_path / "log.txt").exists, process)
-    (child,) = processes(lambda pid: read_process(pid, "stat").rpartition(")")[2].split()[1:2] == [str(process.pid)])
-    os.kill(child, signal.SIGKILL)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process that has ended
+            if stat.read_text().rpartition(")")[2].split()[1:2] == [str(process.pid)]:
+                workers.append(int(stat.parent.name))
+    (worker,) = workers
+    os.kill(worker, signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
     assert re.search(r"error: DataLoader worker .*(killed|exited).*lower --num_workers", output)
@@ -136,26 +135,6 @@ def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
     assert_equal(weights(parts), weights(whole))
     for key in ("train_loss", "test_acc1", "test_loss"):
         assert [line[key] for line in lines(parts)] == [line[key] for line in lines(whole)]
-
-
-def read_process(pid, name):
-    """A file of a process in /proc; empty if the process has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text()
-    except OSError:
-        return ""
-
-
-def processes(condition):
-    return sorted(int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and condition(pid))
-
-
-def second_process(out):
-    """The process id of rank 1 after the first epoch; its worker processes have higher ids."""
-    wait_until((out / "log.txt").exists)
-    return processes(
-        lambda pid: "RANK=1" in read_process(pid, "environ").split("\0") and str(out) in read_process(pid, "cmdline")
-    )[0]
 
 
 def test_stop_signals_are_recorded_and_handlers_restored():

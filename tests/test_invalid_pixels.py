@@ -6,7 +6,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, argv_of, assert_close, assert_equal, lines, parse, run_section, stop_after, weights
+from mains import argv_of, assert_close, assert_equal, lines, parse, run_section, stop_and_resume, weights
 from PIL import Image
 from test_decode import npy, saved, tiff
 
@@ -266,12 +266,8 @@ def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(clouds):
 
 def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
     settings = {"kind": "nan", "save_minutes": 0, "batch_size": 4, "min_valid": 0.7}
-    whole = clouds("whole", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        clouds("parts", **settings)
-    parts = clouds("parts", **settings, resume="auto", num_workers=1)
-    assert_equal(weights(whole, "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
+    parts = stop_and_resume(monkeypatch, clouds, 3, **settings)
+    assert_equal(weights(clouds("whole", **settings), "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
     with pytest.raises(ValueError, match="--nodata"):
         clouds("parts", **{**settings, "kind": "value"}, resume="auto", epochs=2)
 
@@ -373,7 +369,6 @@ def test_segmentation_sees_the_mean(tmp_path):
 
 @pytest.mark.parametrize(("valid", "message"), [
     (np.zeros((24, 24), bool), r"0 of its 16 patches have valid pixels .*, and 4 are visible"),
-    (np.ones((24, 23), bool), r"24 x 23 pixels \(height x width\), and the image 24 x 24"),
     (np.ones((1, 24, 24)), r"valid is float64 of shape \(1, 24, 24\): give booleans \(H, W\)"),
 ])  # fmt: skip
 def test_wrong_items_are_one_line_errors(valid, message, tmp_path):
@@ -386,14 +381,9 @@ def test_wrong_items_are_one_line_errors(valid, message, tmp_path):
         assert pretrained(tmp_path / "skip", items, on_bad_image="skip")[0]["bad_images"] == 1
 
 
-@pytest.mark.parametrize(("flag", "value", "message"), [
-    ("nodata", "white", "--nodata"),
-    ("value_range", "5 5", "got 5 5"),
-    ("min_valid", 0, "got 0"),
-])  # fmt: skip
-def test_wrong_flags_are_errors(flag, value, message, capsys):
-    with pytest.raises(SystemExit):
-        parse(main_pretrain, **{flag: value})
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) <= 2
-    assert f"--{flag}" in error and message in error
+def test_wrong_flags_are_errors(capsys):
+    for flag, value in (("nodata", "white"), ("value_range", "5 5"), ("min_valid", "0")):
+        with pytest.raises(SystemExit):
+            parse(main_pretrain, **{flag: value})
+        error, _usage = capsys.readouterr().err.splitlines()
+        assert f"--{flag}: " in error and value in error

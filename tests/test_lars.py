@@ -1,7 +1,6 @@
-"""LARS against timm's. test_updates.py has its formula."""
+"""LARS: zero weights and skipped updates. test_updates.py has its formula."""
 
 import torch
-from timm.optim import Lars
 
 from util.lars import LARS
 
@@ -12,26 +11,13 @@ def parameters():
             torch.nn.Parameter(torch.zeros(2, 2))]  # fmt: skip
 
 
-def steps(optimizer, weights, count=5):
+def steps(optimizer, weights, count):
     torch.manual_seed(1)
     for _ in range(count):
         for weight in weights:
             weight.grad = torch.randn_like(weight)
         optimizer.step()
     return [weight.detach().clone() for weight in weights]
-
-
-def test_agrees_with_timm_on_matrices():
-    ours, theirs = parameters()[:1], parameters()[:1]
-    expected = steps(Lars(theirs, lr=0.5, momentum=0.9, weight_decay=0, always_adapt=True), theirs)
-    found = steps(LARS(ours, lr=0.5), ours)
-    torch.testing.assert_close(found, expected)
-
-
-def test_vectors_take_plain_momentum_steps():
-    ours, theirs = parameters()[1:2], parameters()[1:2]
-    expected = steps(torch.optim.SGD(theirs, lr=0.5, momentum=0.9), theirs)
-    torch.testing.assert_close(steps(LARS(ours, lr=0.5, weight_decay=0.3), ours), expected)
 
 
 def test_zero_weights_are_updated():

@@ -253,6 +253,8 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch(shards):
         orders.add(tuple(images_of(batches, epoch)))
         noise |= {row.numpy().tobytes() for _, _, rows, _ in batches for row in rows}
     assert (len(orders), len(noise)) == (4, 40)
+    begun, resumed = (batches_of(shards, updates=2) for _ in range(2))
+    assert [images_of(begun, epoch) for epoch in range(2)][1] == images_of(resumed, 1)
     assert len(open_source("train", dataset=f"wds:{shards}/set-000.tar", num_images=5)) == 5
 
 

@@ -1,4 +1,4 @@
-"""The learning rate, with timm's scheduler as an oracle."""
+"""The learning rate of each epoch, by hand."""
 
 import pytest
 import torch
@@ -7,26 +7,16 @@ from util.lr_sched import adjust_learning_rate, scaled_lr
 from util.settings import RunSpec
 
 
-def optimizer_of(*scales):
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], **({"lr_scale": s} if s else {})} for s in scales]
-    return torch.optim.SGD(groups, lr=1.0)
-
-
-def test_published_formula():
-    args = RunSpec(lr=2.0, min_lr=0.5, warmup_epochs=4, epochs=12)
-    optimizer = optimizer_of(None, 0.25)
-    expected = {0: 0.0, 1: 0.5, 4: 2.0, 8: 1.25, 12: 0.5, 6: 0.5 + 1.5 * (1 + 2**-0.5) / 2}
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"warmup_epochs": 4, "epochs": 12}, {0: 0.0, 1: 0.5, 4: 2.0, 6: 0.5 + 1.5 * (1 + 2**-0.5) / 2, 8: 1.25, 12: 0.5}),
+    ({"warmup_epochs": 2, "epochs": 10, "poly_power": 2}, {1: 1.0, 2: 2.0, 6: 0.5 + 1.5 / 4, 10: 0.5}),
+])  # fmt: skip
+def test_the_published_formula_and_polynomial_decay(settings, expected):
+    groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.25}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     for epoch, lr in expected.items():
-        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
+        assert adjust_learning_rate(optimizer, epoch, RunSpec(lr=2.0, min_lr=0.5, **settings)) == pytest.approx(lr)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 4])
-
-
-def test_polynomial_decay():
-    args = RunSpec(lr=2.0, min_lr=0.5, warmup_epochs=2, epochs=10, poly_power=2)
-    optimizer = optimizer_of(None, 0.25)
-    for epoch, lr in {1: 1.0, 2: 2.0, 6: 0.5 + 1.5 / 4, 10: 0.5}.items():
-        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
-        assert optimizer.param_groups[1]["lr"] == pytest.approx(lr / 4)
 
 
 def test_linear_scaling():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import lines, parse, wait_until
+from mains import call, lines, parse, wait_until
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
@@ -29,7 +29,6 @@ import main_linprobe
 from inference import get_model
 from util import datasets
 from util.checkpoints import checkpoint, run_directory
-from util.cli import entry_point
 from util.data.labels import hold_out, some_of_each_class
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import Result
@@ -98,7 +97,7 @@ def compare(data, out, encoder, *more):
     flags = ["--num_workers", "0", "--device", "cpu", "--data_path", data, "--output_dir", out, "--encoders", "pixels",
              encoder, "--protocols", "knn", "finetune", "--labels", "12", "--draws", "1", "--budget", "2",
              *more]  # fmt: skip
-    return main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
+    return call(main_compare, *flags)
 
 
 RECIPE = ROOT / "recipes/finetune_fashion_mnist.yaml"
@@ -221,7 +220,7 @@ def test_every_result_can_be_repeated(compared):
     out, text = compared
     words = read(out)["mine/knn/30/1"]["command"].split()
     assert words[:2] == ["python", "main_knn.py"]
-    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), words[2:])).values()
+    (accuracy,) = call(main_knn, *words[2:]).values()
     assert accuracy == row_of(out, "k-NN", 1)[0]
     means = {(row["encoder"], row["protocol"]): [] for row in rows(out)}
     for row in rows(out):
@@ -271,29 +270,20 @@ def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
     assert not (tmp_path / "runs/mine/knn/30/0/rest").exists()
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    """Pictures of two classes, three of each in each split."""
+def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
+    """Of two classes. --held_out is a tenth, and at least one image."""
     for split in ("train", "val"):
-        for name, shade in (("dark", 40), ("light", 200)):
-            (tmp_path / "pairs" / split / name).mkdir(parents=True)
-            for number in range(3):
-                file = tmp_path / "pairs" / split / name / f"{number}.png"
-                Image.new("RGB", (16, 16), (shade + number, shade, shade)).save(file)
-    return tmp_path / "pairs"
-
-
-def test_rates_are_selected_with_few_labels(pairs, tmp_path, monkeypatch):
-    """--held_out is a tenth, and at least one image."""
+        pairs = shutil.copytree(pictures / "train", tmp_path / "pairs" / split).parent
     (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
     flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "linear", "--labels", "4", "--blr",
              "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}",
              *(word for name, value in SHAPE.items() for word in (f"--{name}", value)))  # fmt: skip
     compare(pairs, tmp_path / "out", None, *flags)
     (row,) = rows(tmp_path / "out")
-    args = vars(entry_point.parse(main_linprobe.get_args_parser(), row["command"].split()[2:]))
+    args = vars(parse(main_linprobe, *row["command"].split()[2:]))
     assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
     assert row["chosen"] in ("blr 1", "blr 10")
+    assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
@@ -587,11 +577,3 @@ list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / 
     process.wait()
     script = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
     wait_until(lambda: not script.exists(), seconds=20)
-
-
-def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):
-    (tmp_path / "tokens").mkdir()
-    for name in ("log.txt", "checkpoint-1.pth", "checkpoint-best.pth", "probe.pth", "tokens/train.npy"):
-        (tmp_path / name).touch()
-    main_compare.remove_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]

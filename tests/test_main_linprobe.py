@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import forks
 import mains
-import numpy as np
 import pytest
 import torch
 from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_of, stop_and_resume, weights
@@ -86,8 +85,10 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
 @pytest.mark.parametrize(("epochs", "warns"), [(2, True), (15, False)])
 def test_few_updates_warn(epochs, warns, probe, capsys):
     probe(epochs=epochs, cache_features=True)
-    warnings = re.findall(r"^warning.* updates are few.*--batch_size 8.*--epochs.*$", capsys.readouterr().out, re.M)
+    output = capsys.readouterr().out
+    warnings = re.findall(r"^warning.* updates are few.*--batch_size 8.*--epochs.*$", output, re.M)
     assert bool(warnings) == warns
+    assert output.count("warning: no --finetune: the features are from an untrained encoder") == 1
 
 
 def test_the_trunk_is_in_evaluation_mode():
@@ -114,18 +115,9 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, mae, evaluated, cac
     assert head["1.weight" if kind == "linear" else "pool.queries"].shape == (6 if kind == "linear" else 32, 128)
     assert all(torch.equal(all_heads[f"head.{number}.{name}"], value) for name, value in head.items())
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in evaluated(out / "probe.pth")
-    with pytest.raises(CheckpointError, match=r"give probe\.pth"):
-        probe("nothing", eval=True, resume=out / "checkpoint-2.pth")
-
-
-def test_every_reader_of_a_classifier_names_the_file_with_the_best_head(probe, mae, labelled):
-    out = probe(blr="1 30", finetune=mae, epochs=1, warmup_epochs=0)
-    image = min(labelled.glob("val/*/*.png"))
-    with pytest.raises(ValueError) as error:
-        get_model(out / "checkpoint-best.pth")
-    message = re.search(r"(\S+) has several heads; give (\S+) in the same folder", str(error.value))
-    assert message[1] == f"{out}/checkpoint-best.pth"
-    assert len(get_model(out / message[2]).predict(image)["top"]) == 5
+    for read in (lambda file: probe("nothing", eval=True, resume=file), get_model):
+        with pytest.raises(CheckpointError, match=rf"{out}/checkpoint-2.pth has several heads; give probe.pth "):
+            read(out / "checkpoint-2.pth")
 
 
 def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
@@ -194,19 +186,6 @@ def test_the_loss_of_the_selected_rate_counts_the_epoch_before_a_resume(probe, t
         assert_same_run(whole, stop_and_resume(monkeypatch, probe, calls, name=f"parts{calls}", **flags))
 
 
-def test_a_probe_of_an_earlier_version_with_several_rates_resumes(probe, tuned):
-    """Its checkpoints have no sums of the losses."""
-    flags = {"finetune": tuned / "checkpoint-19.pth", "blr": "1 30", "cache_features": True, "epochs": 2}
-    whole = probe("whole", **flags)
-    state = checkpoint.read(whole / "checkpoint-0.pth")
-    del state["callbacks"]
-    (whole.parent / "earlier").mkdir()
-    torch.save(state, whole.parent / "earlier/checkpoint-0.pth")
-    earlier = probe("earlier", **flags, resume="auto")
-    mains.assert_equal(weights(earlier), weights(whole))
-    assert lines(earlier)[-1]["train_loss"] == lines(whole)[-1]["train_loss"]
-
-
 @pytest.mark.parametrize(("best", "warned"), [(0, ["the smallest"]), (1, []), (2, ["the largest"])], ids=str)
 def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
     rates, losses, scores = [0.1, 1.0, 10.0], [3.0, 2.0, 1.0], (best, "Acc@1", [50.0 + (n == best) for n in range(3)])
@@ -240,33 +219,6 @@ def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, label
     torch.testing.assert_close(model.head[2](model.head[1](pooled)), model(model.prepare(images[:2])))
 
 
-@CACHED
-def test_an_attentive_probe_resumes_exactly(probe, mae, cached, capsys):
-    flags = {"finetune": mae, "probe": "attentive", "lr": 3, "epochs": 3, **cached}
-    whole, parts = probe("whole", **flags), probe("parts", **flags)
-    for name in ("checkpoint-2.pth", "checkpoint-best.pth"):
-        (parts / name).unlink()
-    capsys.readouterr()
-    probe("parts", **flags, resume="auto")
-    output = capsys.readouterr().out
-    assert ("after 48 of 48 images" in output) == bool(cached)  # the files of tokens are complete
-    assert_same_run(whole, parts, "checkpoint-2.pth")
-    for changed, right in (({"probe": "linear"}, "--probe attentive"), ({"num_queries": 16}, "--num_queries 32")):
-        (parts / "checkpoint-2.pth").unlink(missing_ok=True)
-        with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
-            probe("parts", **flags | changed, resume="auto")
-
-
-def test_stored_tokens_are_those_of_the_encoder_in_fp16(probe, mae, labelled):
-    out = probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
-    model = get_model(mae, input_size=16)
-    for split, count in (("train", 48), ("val", 23)):
-        (file,) = (out / "tokens" / f"{split}-0-of-1").glob("features.f16")
-        tokens = torch.from_numpy(np.fromfile(file, np.float16)).view(count, 16, 128)
-        expected = model.extract_feat(sorted((labelled / split).glob("*/*.png")), "tokens")[:, 1:]
-        torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("resume", ["auto", ""])
 def test_tokens_are_those_of_the_present_images(probe, mae, labelled, tmp_path, resume):
     """Images that are replaced under their names get new tokens. A run without --resume does not use existing ones."""
@@ -297,7 +249,9 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     train, _ = data.open_pair()
     features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
+    (expected,) = (model.forward_features(data.normalize(images)) for images, *_ in data.eval_batches(train, 48))
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)
+    torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
     assert numbers.tolist() == list(train.labels)
 
     encode, batches = feature_files.encode, []
@@ -409,30 +363,29 @@ def test_evaluation_uses_the_recorded_settings(processes, tuned, evaluated, labe
     assert "--compile has no effect" in warning
 
 
-def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned, capsys):
-    """The checkpoint of a probe contains the encoder, which computes the features, with or without --finetune."""
-    flags = {"lr": 5, "epochs": 4}
-    probe("random", **flags)
-    assert capsys.readouterr().out.count("warning: no --finetune: the features are from an untrained encoder") == 1
-    whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **flags)
-    capsys.readouterr()
-    again = probe("again", resume=whole / "checkpoint-1.pth", **flags)
-    assert "untrained encoder" not in capsys.readouterr().out
-    assert scores_of(again) == scores_of(whole)
-
-
-@pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "other"}])
+@pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "checkpoint-0.pth"},
+                                   {"probe": "attentive"}, {"probe": "attentive", "cache_features": True}])  # fmt: skip
 def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, flags):
     """Also if --finetune is omitted, or names another file."""
-    run = {"lr": 5, "epochs": 4, **{name: value for name, value in flags.items() if name == "cache_features"}}
+    run = {"lr": 5, "epochs": 4} | {name: value for name, value in flags.items() if name != "finetune"}
+    other = {"finetune": tuned / flags["finetune"]} if "finetune" in flags else {}
     whole, parts = (probe(name, finetune=tuned / "checkpoint-19.pth", **run) for name in ("whole", "parts"))
     for name in ("checkpoint-3.pth", "checkpoint-best.pth"):
         (parts / name).unlink()
     (parts / "checkpoint-2.pth").write_bytes(b"damaged")
     capsys.readouterr()
-    probe("parts", **run, resume="auto", **({"finetune": tuned / "checkpoint-0.pth"} if "finetune" in flags else {}))
-    assert "untrained encoder" not in capsys.readouterr().out
+    probe("parts", **run, **other, resume="auto")
+    output = capsys.readouterr().out
+    assert "untrained encoder" not in output
+    assert ("after 48 of 48 images" in output) == (run.keys() >= {"probe", "cache_features"})  # of complete files
     assert_same_run(whole, parts, "checkpoint-3.pth")
+
+
+def test_a_resumed_run_with_another_probe_is_an_error(probe, mae):
+    probe(finetune=mae, probe="attentive", epochs=1, warmup_epochs=0)
+    for changed, right in (({"probe": "linear"}, "--probe attentive"), ({"num_queries": 16}, "--num_queries 32")):
+        with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
+            probe(**{"probe": "attentive", **changed}, resume="auto")
 
 
 def test_the_run_directory_is_locked_while_features_are_stored(probe, mae, monkeypatch):

@@ -1,7 +1,6 @@
 """main_pretrain.py on every kind of dataset, and on damaged datasets."""
 
 import shutil
-import struct
 import subprocess
 
 import datasets as hugging_face
@@ -13,6 +12,7 @@ import webdataset
 from mains import assert_same_run, in_processes, lines, stop_and_resume
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_library_sets import write_idx
 
 from util.data import jpeg
 
@@ -36,11 +36,6 @@ def flat_folder(root, smooth):
     return {"data_path": write_pngs(root / "flat", smooth[..., :3])}
 
 
-def gray_rectangles(root, smooth):
-    folder = write_pngs(root / "gray", smooth[..., 0])
-    return {"data_path": folder, "input_size": "32 48", "in_chans": 1, "patch_size": 8}
-
-
 def tiffs_of_13_channels(root, smooth):
     (root / "tiff").mkdir()
     for number, picture in enumerate(smooth):
@@ -49,25 +44,10 @@ def tiffs_of_13_channels(root, smooth):
     return {"data_path": root / "tiff", "in_chans": 13}
 
 
-def zip_file(root, smooth):
-    write_pngs(root / "set" / "train" / "a", smooth[:200, ..., :3])
-    write_pngs(root / "set" / "train" / "b", smooth[200:, ..., :3])
-    return {"data_path": shutil.make_archive(root / "set", "zip", root / "set")}
-
-
-def list_of_files(root, smooth):
-    folder = write_pngs(root / "flat", smooth[..., :3])
-    (root / "list.csv").write_text("\n".join(f"{path.name},{n % 3}" for n, path in enumerate(sorted(folder.iterdir()))))
-    return {"data_path": folder, "train_list": root / "list.csv"}
-
-
 def torchvisions(root, smooth):
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
     for part in ("train", "t10k"):
-        pixels, labels = smooth[..., 0], np.zeros(400, dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 400, 24, 24) + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 400) + labels.tobytes())
+        for kind, array in (("images-idx3", smooth[..., 0]), ("labels-idx1", np.zeros(400, dtype=np.uint8))):
+            write_idx(root / f"FashionMNIST/raw/{part}-{kind}-ubyte", array)
     return {"data_path": root, "dataset": "FashionMNIST", "in_chans": 1}
 
 
@@ -88,8 +68,7 @@ def webdatasets(root, smooth):
     return {"dataset": f"wds:{root}/{{000..004}}.tar"}
 
 
-KINDS = [flat_folder, gray_rectangles, tiffs_of_13_channels, zip_file, list_of_files, torchvisions, hugging_faces,
-         webdatasets]  # fmt: skip
+KINDS = [flat_folder, tiffs_of_13_channels, torchvisions, hugging_faces, webdatasets]
 
 
 def step_losses(out):
@@ -131,16 +110,6 @@ def test_fast_jpeg_gives_a_bit_equal_run(pretrain, monkeypatch):
     flags = {"repeated_sampling": 2, "save_minutes": 0}
     parts = stop_and_resume(monkeypatch, pretrain, 5, **flags, fast_jpeg=True)
     assert_same_run(parts, pretrain("repeated", **flags))
-
-
-def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys):
-    shutil.copytree(pictures, tmp_path / "some_bad")
-    (tmp_path / "some_bad/train/cat/01.jpg").write_bytes(b"")
-    (tmp_path / "some_bad/train/dog/02.jpg").write_bytes(b"GIF89a")
-    out = pretrain(data_path=tmp_path / "some_bad", on_bad_image="skip")
-    assert [line["bad_images"] for line in lines(out)] == [2, 2]
-    output = capsys.readouterr().out
-    assert output.count("01.jpg: the file is empty") == output.count("02.jpg: the file is not an image") == 1
 
 
 @pytest.mark.parametrize(("num_bad", "fails"), [(4, False), (5, True)])

@@ -184,9 +184,8 @@ def timm_model(tmp_path_factory):
     """
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", pretrained_cfg_overlay={"test_input_size": (3, 192, 192)}).eval()
-    config = resolve_model_data_config(model, use_test_size=True)
     sketches = class_folders(tmp_path_factory.mktemp("colors"), robustness.synsets(), "a.JPEG", lambda label: label)
-    batches = timm_loader(sketches, config)
+    batches = timm_loader(sketches, model)
     with torch.no_grad():
         features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in batches])
         model.get_classifier().weight.copy_(2 * features)
@@ -196,32 +195,23 @@ def timm_model(tmp_path_factory):
     return model, f"timm:local-dir:{folder}"
 
 
-def timm_loader(folder, config):
-    data = create_dataset("", root=str(folder))
+def timm_loader(folder, model):
+    data, config = create_dataset("", root=str(folder)), resolve_model_data_config(model, use_test_size=True)
     return create_loader(data, batch_size=64, is_training=False, use_prefetcher=False, num_workers=0,
                          device=torch.device("cpu"), **config)  # fmt: skip
-
-
-def timms_scores(model, folder, valid=None):
-    """Scores as in timm's validate.py, which is not part of its package, computed with functions of timm."""
-    correct, images = torch.zeros(2), 0
-    for x, target in timm_loader(folder, resolve_model_data_config(model, use_test_size=True)):
-        with torch.no_grad():
-            output = model(x)[:, valid] if valid else model(x)
-        batch = timm.utils.accuracy(output, target, topk=(1, 5))
-        correct += len(x) * torch.stack([torch.as_tensor(share) for share in batch])
-        images += len(x)
-    acc1, acc5 = (pytest.approx(float(number) / images, abs=1e-4) for number in correct)
-    return {"images": images, "acc1": acc1, "acc5": acc5}
 
 
 def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
     model, name = timm_model
     folder = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
     run("imagenet-a", folder, tmp_path, name)
-    theirs = timms_scores(model, folder, robustness.find("imagenet-a", folder).columns)
-    assert scores(tmp_path, "imagenet-a")["imagenet-a"] == theirs
-    assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
+    columns = robustness.find("imagenet-a", folder).columns
+    with torch.no_grad():
+        found = [(model(x)[:, columns], labels) for x, labels in timm_loader(folder, model)]
+    accuracies = timm.utils.accuracy(*map(torch.cat, zip(*found, strict=True)), topk=(1, 5))
+    acc1, acc5 = (pytest.approx(float(accuracy), abs=1e-4) for accuracy in accuracies)
+    assert scores(tmp_path, "imagenet-a")["imagenet-a"] == {"images": 200, "acc1": acc1, "acc5": acc5}
+    assert 10 < accuracies[0] < 90
 
 
 def test_imagenet_c_is_evaluated_without_a_center_crop(timm_model, corrupted, tmp_path):
@@ -242,7 +232,7 @@ def test_imbalanced_classes_have_a_balanced_accuracy(timm_model, tmp_path):
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", wrong_in_ten(5))
     for number in range(1, 12):
         painted.paint(data / robustness.subset("imagenet-r")[-1], f"art_{number}.jpg", number)
-    batches, columns = timm_loader(data, resolve_model_data_config(model)), robustness.find("imagenet-r", data).columns
+    batches, columns = timm_loader(data, model), robustness.find("imagenet-r", data).columns
     with torch.no_grad():
         found = [(labels, model(x)[:, columns].argmax(dim=1)) for x, labels in batches]
     labels, predictions = (torch.cat(column) for column in zip(*found, strict=True))
@@ -265,7 +255,7 @@ def test_real_accuracy_equals_timms(timm_model, tmp_path):
         label = (real.real_labels[file] or [number])[-1]
         painted.paint(tmp_path / "val" / robustness.synsets()[number], file, label + number % 2)
     run("imagenet-real", tmp_path, tmp_path / "out", name)
-    batches = timm_loader(tmp_path / "val", resolve_model_data_config(model, use_test_size=True))
+    batches = timm_loader(tmp_path / "val", model)
     real.filenames = batches.dataset.filenames(basename=True)
     with torch.no_grad():
         for x, _ in batches:

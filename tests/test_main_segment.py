@@ -24,10 +24,7 @@ from inference import segment as inference_segment
 from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
-from util.data.joint_transforms import EvalTransform
-from util.data.run_data import RunData
-from util.settings import DataSpec, ImageSpec, specs
-from util.training import loop
+from util.settings import specs
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +123,11 @@ def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch
         assert_same_run(complete, stop_and_resume(monkeypatch, segment, calls, name=f"parts{calls}", **settings))
 
 
-def test_all_parameters_train_with_layer_wise_decay(segment, encoder, monkeypatch):
-    optimizers = []
-    original = loop.run_epoch
-    monkeypatch.setattr(loop, "run_epoch", lambda *args: (optimizers.append(args[3]), original(*args)))
+def test_all_parameters_train_with_layer_wise_decay(segment, encoder):
     out = segment(finetune=encoder, unfreeze_blocks="all", epochs=1, layer_decay=0.5)
     before, after = checkpoint.read(encoder)["model"], weights(out, "checkpoint-0.pth")
     assert not any(torch.equal(after[name], before[name]) for name in ("cls_token", "blocks.0.mlp.fc1.weight"))
-    groups = optimizers[0].param_groups
+    groups = checkpoint.read(out / "checkpoint-0.pth")["optimizer"]["param_groups"]
     assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {
         (0.5**layer, decay) for layer in range(6) for decay in (0, 0.01)
     }
@@ -184,25 +178,6 @@ def test_datasets_without_the_value_zero(tmp_path, segment, layout):
     assert scores.matrix.sum() == 5 * (24 * 30 - 4)  # four pixels are ignored
 
 
-def test_voc_and_its_classes(tmp_path, segment):
-    scenes = make_scenes(tmp_path / "scenes", "mmseg")
-    root = tmp_path / "VOC/VOCdevkit/VOC2012"
-    for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
-        (root / folder).mkdir(parents=True)
-    for split, count in (("train", 12), ("val", 5)):
-        for number in range(count):
-            image = Image.open(scenes / f"img_dir/{split}/{number:02}.png")
-            image.save(root / f"JPEGImages/{split}{number}.jpg", quality=95)
-            mask = scenes / f"ann_dir/{split}/{number:02}.png"
-            shutil.copy(mask, root / f"SegmentationClass/{split}{number}.png")
-        names = "\n".join(f"{split}{number}" for number in range(count))
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text(names)
-    out = segment(data_path=tmp_path / "VOC", dataset="VOCSegmentation", nb_classes=None, epochs=1)
-    args = checkpoint.read(out / "checkpoint-0.pth")["args"]
-    assert (args["nb_classes"], args["classes"][:2]) == (21, ["background", "aeroplane"])
-    assert lines(out)[-1]["test_pixel_acc"] > 0
-
-
 def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
     root = make_scenes(tmp_path / "scenes", "mmseg")
     colors = np.full((256, 3), 7, dtype=np.uint8)
@@ -215,31 +190,6 @@ def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
     assert (args["classes"], args["colors"]) == (["sky", "sea", "sand"], [1, 2, 3, 4, 5, 6, 7, 8, 9])
     scores = segment("nothing", eval=True, resume=out / "checkpoint-0.pth", data_path=root, nb_classes=None)
     assert scores.miou == lines(out)[-1]["test_miou"]
-    assert scores.matrix.sum() == 5 * (24 * 30 - 4)
-
-
-def test_a_model_of_pixels_has_perfect_scores(tmp_path):
-    """The classes are those of the colors of the images, at the resolution of the masks."""
-    root = make_scenes(tmp_path, "mmseg")
-    for file in root.glob("ann_dir/val/*.png"):
-        mask = np.asarray(Image.open(file))
-        classes = np.where(mask == 255, 0, mask)
-        Image.fromarray((255 * np.eye(3))[classes].astype(np.uint8)).save(root / "img_dir/val" / file.name)
-    args = parse(main_segment, data_path=root, nb_classes=3, input_size=16, short_side=0, num_workers=0)
-    settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
-    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), torch.device("cpu"))
-
-    class Pixels(torch.nn.Module):
-        def forward(self, windows):
-            return 50 * windows
-
-    val = main_segment.open_split(data, "val", settings["classes"])
-    scores = engine_segment.evaluate(
-        Pixels(), data.eval_batches(val, 1, transform=EvalTransform(0)), normalize=lambda images: images.float() / 255,
-        precision=main_segment.trainer.Precision("off", torch.device("cpu")), num_classes=3, window=(16, 16),
-        batch_size=3,
-    )  # fmt: skip
-    assert scores.stats() == {"test_miou": 100.0, "test_pixel_acc": 100.0}
     assert scores.matrix.sum() == 5 * (24 * 30 - 4)
 
 
@@ -280,12 +230,11 @@ def test_recipes_build_their_models(name, monkeypatch):
     args = parse(main_segment, config=f"recipes/segment_{name}.yaml")
     size, classes = args.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
     with torch.device("meta"):
-        model = models_build.segmenter(*specs({**vars(args), **main_segment.pair_settings(args, None, {})}))
+        settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
+        model = models_build.segmenter(*specs(settings))
         assert model(torch.zeros(1, 3, size, size)).shape == (1, classes, size, size)
-    assert args.reduce_zero_label == ("voc" not in name)
-    if "huge" in name:
-        assert (len(model.blocks), model.frozen, size, args.epochs) == (32, True, 252, 60)
-        assert (args.lr, args.weight_decay, args.poly_power, args.scale) == (2e-4, 0.01, 0.9, [0.5, 2])
+    assert (len(model.blocks), model.frozen) == ((32, True) if "huge" in name else (12, False))
+    assert "voc" not in name or settings["classes"][:2] == ["background", "aeroplane"]
 
 
 def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):

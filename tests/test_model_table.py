@@ -1,13 +1,8 @@
 """The table of models in benchmarks/README.md agrees with the published numbers."""
 
-import sys
-
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import model_table
+from benchmarks import model_table
 
 
 @pytest.mark.parametrize(("size", "pixels", "millions", "billions"), [

@@ -1,29 +1,21 @@
-"""The masked autoencoder: published parameter counts, and the formulas. test_inference_export.py has transformers'."""
+"""The masked autoencoder: published sizes, formulas, results by hand. test_inference_export.py has transformers'."""
 
+import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.nn import functional as F
 
 import models_mae
 import models_vit
 from models_mae import MaskedAutoencoderViT
 from util.masking import take
-from util.pos_embed import resize_pos_embed
+from util.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 
 
 def build(**kwargs) -> MaskedAutoencoderViT:
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16,
                 "decoder_depth": 2, "decoder_num_heads": 2}  # fmt: skip
     return MaskedAutoencoderViT(**(settings | kwargs))
-
-
-@pytest.mark.parametrize(("name", "count"), [("base_patch16", 111_907_840), ("large_patch16", 329_541_888),
-                                             ("huge_patch14", 657_074_508),
-                                             ("giant_patch14", 1_037_577_676)])  # fmt: skip
-def test_published_parameter_counts(name, count):
-    with torch.device("meta"):
-        model = getattr(models_mae, f"mae_vit_{name}")()
-    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize(("width", "depth"), [(16, 1), (48, 3), (100, 6), (256, 8), (512, 12), (640, 12)])
@@ -47,21 +39,6 @@ def test_initial_weights():
     assert all((m.bias == 0).all() for m in model.modules() if isinstance(m, torch.nn.Linear))
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
     assert not model.pos_embed.requires_grad and not model.decoder_pos_embed.requires_grad
-
-
-def test_gradients_against_finite_differences():
-    model = MaskedAutoencoderViT(img_size=4, patch_size=2, in_chans=1, embed_dim=8, depth=1, num_heads=2,
-                                 decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=2,
-                                 norm_pix_loss=True).double()  # fmt: skip
-    imgs, noise = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.rand(2, 4)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-
-    def loss(*values):
-        parameters = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(model, parameters, (imgs, 0.5), {"noise": noise})[0]
-
-    values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
-    assert gradcheck(loss, values, eps=1e-6, atol=1e-6, fast_mode=True)
 
 
 def test_a_seed_selects_the_published_patches():
@@ -96,21 +73,6 @@ def test_a_mask_ratio_of_zero_has_zero_loss_and_a_gradient():
     assert not mask.any() and model.decoder_pred.weight.grad is not None
 
 
-def test_loss_is_the_mean_over_masked_patches():
-    model = build(norm_pix_loss=True)
-    imgs = torch.randn(2, 3, 16, 16)
-    pred, mask = torch.randn(2, 16, 48), (torch.rand(2, 16) < 0.5).float()
-    total, count = 0.0, 0
-    for b in range(2):
-        for n in range(16):
-            row, column = divmod(n, 4)
-            patch = imgs[b, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(1, 2, 0).flatten()
-            if mask[b, n]:
-                target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6) ** 0.5
-                total, count = total + ((pred[b, n] - target) ** 2).mean(), count + 1
-    torch.testing.assert_close(model.forward_loss(imgs, pred, mask), total / count)
-
-
 @pytest.mark.parametrize(("height", "width", "p", "q", "chans"),
                          [(16, 16, 4, 4, 3), (8, 24, 4, 8, 1), (6, 10, 2, 5, 13)])  # fmt: skip
 def test_unpatchify_inverts_patchify(height, width, p, q, chans):
@@ -120,25 +82,16 @@ def test_unpatchify_inverts_patchify(height, width, p, q, chans):
     assert patches.shape == (2, (height // p) * (width // q), p * q * chans)
     assert torch.equal(patches[:, 1].reshape(2, p, q, chans).permute(0, 3, 1, 2), imgs[:, :, :p, q : 2 * q])
     assert torch.equal(model.unpatchify(patches), imgs)
+    unfolded, layer = F.unfold(imgs, (p, q), stride=(p, q)).transpose(1, 2), model.patch_embed.proj
+    torch.testing.assert_close(model.patch_embed(imgs), F.linear(unfolded, layer.weight.flatten(1), layer.bias))
 
 
 def test_another_image_size_recomputes_the_tables():
     small, large = build(), build(img_size=(8, 24))
+    np.testing.assert_allclose(large.pos_embed[0], get_2d_sincos_pos_embed(32, (2, 6), cls_token=True), atol=1e-6)
     large.load_state_dict({k: v for k, v in small.state_dict().items() if "pos_embed" not in k}, strict=False)
     imgs, noise = torch.randn(2, 3, 8, 24), torch.rand(2, 12)
     torch.testing.assert_close(small(imgs, noise=noise), large(imgs, noise=noise))
-    with pytest.raises(ValueError, match="input_size"):
-        small(torch.zeros(1, 3, 18, 16))
-
-
-def test_an_explicit_mask_is_used():
-    model, imgs = build(), torch.randn(2, 3, 16, 16)
-    mask = torch.rand(2, 16).argsort(dim=1) < 11
-    for given in (mask, mask.float(), mask.reshape(2, 4, 4)):
-        assert torch.equal(model(imgs, mask=given)[2], mask.float())
-    one_pixel = torch.zeros(2, 16, 16, dtype=torch.bool)
-    one_pixel[:, 5, 9] = True
-    assert model(imgs, mask=one_pixel)[2].nonzero().tolist() == [[0, 6], [1, 6]]
 
 
 def test_noise_and_mask_must_be_given_for_every_image():
@@ -168,30 +121,6 @@ def test_loss_is_fp32_under_autocast():
     assert (loss.dtype, pred.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_a_transposed_image_through_a_transposed_model_gives_the_transposed_result():
-    sizes = {"in_chans": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16,
-             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
-    model = MaskedAutoencoderViT(img_size=(12, 20), patch_size=(4, 2), **sizes)
-    other = MaskedAutoencoderViT(img_size=(20, 12), patch_size=(2, 4), **sizes)
-    weights = model.state_dict()
-    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].transpose(2, 3)
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        weights[name] = weights[name].unflatten(0, (4, 2, 2)).transpose(0, 1).flatten(0, 2)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        patches = weights[name][:, 1:].unflatten(1, (3, 10)).transpose(1, 2).flatten(1, 2)
-        weights[name] = torch.cat([weights[name][:, :1], patches], dim=1)
-        # Half of the channels encode the column, half the row: they are exchanged in the table of the transposed model.
-        torch.testing.assert_close(other.get_parameter(name), weights[name].roll(weights[name].shape[2] // 2, dims=2))
-    other.load_state_dict(weights)
-    imgs, noise = torch.randn(2, 2, 12, 20), torch.rand(2, 30)
-    turned = noise.unflatten(1, (3, 10)).transpose(1, 2).flatten(1)
-    loss, pred, mask = model(imgs, noise=noise)
-    loss_t, pred_t, mask_t = other(imgs.transpose(2, 3), noise=turned)
-    torch.testing.assert_close(loss_t, loss)
-    torch.testing.assert_close(other.unpatchify(pred_t), model.unpatchify(pred).transpose(2, 3))
-    assert torch.equal(mask_t, mask.unflatten(1, (3, 10)).transpose(1, 2).flatten(1))
-
-
 def test_losses_and_masks_without_options_are_those_of_earlier_versions():
     """Recorded before the options --num_cls_tokens, --learned_pos_embed and --drop_path were added."""
     torch.manual_seed(0)
@@ -204,8 +133,9 @@ def test_losses_and_masks_without_options_are_those_of_earlier_versions():
     assert not any(isinstance(module, models_vit.DropPath) for module in model.modules())
 
 
-def test_several_class_tokens_pass_the_encoder_and_the_decoder_by_hand():
-    model = build(num_cls_tokens=3, learned_pos_embed=True)
+@pytest.mark.parametrize("count", [1, 3])
+def test_class_tokens_and_patches_pass_the_encoder_and_the_decoder_by_hand(count):
+    model = build(num_cls_tokens=count, learned_pos_embed=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -213,19 +143,19 @@ def test_several_class_tokens_pass_the_encoder_and_the_decoder_by_hand():
     _, pred, mask = model(imgs, noise=noise)
     visible = noise.argsort(dim=1)[:, :4]
     for number in range(2):
-        patches = model.patch_embed(imgs[number : number + 1])[0] + model.pos_embed[0, 3:]
-        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :3], patches[visible[number]]])[None]
+        patches = model.patch_embed(imgs[number : number + 1])[0] + model.pos_embed[0, count:]
+        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :count], patches[visible[number]]])[None]
         for block in model.blocks:
             x = block(x)
         x = model.decoder_embed(model.norm(x))[0]
-        full = model.mask_token[0].repeat(19, 1)
-        full[:3] = x[:3]
+        full = model.mask_token[0].repeat(count + 16, 1)
+        full[:count] = x[:count]
         for place, patch in enumerate(visible[number].tolist()):
-            full[3 + patch] = x[3 + place]
+            full[count + patch] = x[count + place]
         x = (full + model.decoder_pos_embed[0])[None]
         for block in model.decoder_blocks:
             x = block(x)
-        torch.testing.assert_close(pred[number], model.decoder_pred(model.decoder_norm(x))[0, 3:])
+        torch.testing.assert_close(pred[number], model.decoder_pred(model.decoder_norm(x))[0, count:])
         assert mask[number].nonzero().flatten().tolist() == sorted(set(range(16)) - set(visible[number].tolist()))
 
 
@@ -257,25 +187,21 @@ def test_drop_path_grows_over_the_encoder_and_is_absent_in_the_decoder():
     assert not any(isinstance(module, models_vit.DropPath) for module in model.decoder_blocks.modules())
 
 
-@pytest.mark.parametrize(("size", "width", "depth", "heads"), [
-    ("base_patch16", 768, 12, 12), ("large_patch16", 1024, 24, 16), ("huge_patch16", 1280, 32, 16),
-    ("1b_patch16", 1536, 48, 24)
-])  # fmt: skip
-def test_models_of_pixio(size, width, depth, heads):
-    """Counts by hand: blocks 12 D^2 + 13 D, norms, patches, positions, tokens and the decoder of 32 blocks."""
+@pytest.mark.parametrize("size", ["base_patch16", "large_patch16", "huge_patch16", "1b_patch16"])
+def test_models_of_pixio(size):
+    """The encoder of the size with eight class tokens and learned positions, and 32 blocks of the decoder."""
     with torch.device("meta"):
-        model = getattr(models_mae, f"pixio_vit_{size}")()
-
-    def blocks(number, dim):
-        return number * (12 * dim**2 + 13 * dim)
-
-    encoder = blocks(depth, width) + 2 * width + 769 * width + (256 + 8) * width + 8 * width
-    decoder = blocks(32, 512) + 2 * 512 + (width + 1) * 512 + (256 + 8) * 512 + 512 + 513 * 768
-    assert sum(p.numel() for p in model.parameters()) == encoder + decoder
-    assert model.cls_token.shape == (1, 8, width)
-    assert model.blocks[0].attn.num_heads == heads
-    assert (len(model.decoder_blocks), model.decoder_blocks[0].attn.num_heads) == (32, 16)
+        model, plain = (getattr(models_mae, f"{kind}_vit_{size}")() for kind in ("pixio", "mae"))
+    width = plain.cls_token.shape[2]
+    assert (model.cls_token.shape, model.mask_token.shape) == ((1, 8, width), (1, 1, 512))
+    assert (model.pos_embed.shape, model.decoder_pos_embed.shape) == ((1, 264, width), (1, 264, 512))
     assert model.learned_pos_embed
+    for blocks, count, expected in (
+        (model.blocks, len(plain.blocks), plain.blocks[0]),
+        (model.decoder_blocks, 32, plain.decoder_blocks[0]),
+    ):
+        assert len(blocks) == count and {block.attn.num_heads for block in blocks} == {expected.attn.num_heads}
+        assert {str(block) for block in blocks} == {str(expected)}
 
 
 def test_an_error_in_a_property_names_its_cause(mini_mae):
@@ -283,3 +209,115 @@ def test_an_error_in_a_property_names_its_cause(mini_mae):
     for name, kind in (("predicts_pixels", "ModuleList"), ("grid_size", "ModuleList"), ("no", "MaskedAutoencoderViT")):
         with pytest.raises(AttributeError, match=f"'{kind}' object has no attribute"):
             getattr(mini_mae, name)
+
+
+def single_layers(side, patch_size=1, **kwargs) -> MaskedAutoencoderViT:
+    """A model without blocks, for images of one channel."""
+    return build(img_size=side, patch_size=patch_size, in_chans=1, depth=0, decoder_depth=0, **kwargs)
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+def test_an_explicit_mask_works_for_every_number_of_patches(side):
+    """49, 196 and 256 patches: rounding of the ratio of a mask must not change its number of patches."""
+    model, imgs, num_patches = single_layers(side), torch.randn(1, 1, side, side), side * side
+    for kept in range(1, num_patches + 1):
+        mask = torch.randperm(num_patches)[None] >= kept
+        assert torch.equal(model(imgs, mask=mask)[2], mask.float()), kept
+
+
+def test_reconstruct_restores_mean_and_std_of_each_patch():
+    """Patch (1, 2, 3, 4): mean 2.5, unbiased variance 5/3."""
+    imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
+    for norm_pix_loss, expected in ((True, [3.7909948, 1.2090054, 2.5, 5.0819885]), (False, [1.0, -1.0, 0.0, 2.0])):
+        model = single_layers((2, 4), patch_size=2, norm_pix_loss=norm_pix_loss)
+        model.decoder_pred.weight.data.zero_()
+        model.decoder_pred.bias.data = torch.tensor([1.0, -1.0, 0.0, 2.0])
+        picture = model.reconstruct(imgs, mask=torch.tensor([[True, False]]))
+        assert picture.prediction[0, 0, :, :2].flatten().tolist() == pytest.approx(expected, rel=1e-5)
+        assert torch.equal(picture.pasted[..., :2], picture.prediction[..., :2])
+        assert torch.equal(picture.pasted[..., 2:], imgs[..., 2:]) and torch.equal(picture.original, imgs)
+        assert torch.equal(picture.masked[..., 2:], imgs[..., 2:]) and not picture.masked[..., :2].any()
+
+
+def test_a_normalized_target_by_hand():
+    """With a prediction of zeros, the loss of patch (1, 2, 3, 4) is its mean square, 1.25 / (5/3 + 1e-6)."""
+    model = single_layers((2, 4), patch_size=2, norm_pix_loss=True)
+    imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
+    pred, mask = torch.zeros(1, 2, 4), torch.tensor([[1.0, 0.0]])
+    assert model.forward_loss(imgs, pred, mask).item() == pytest.approx(0.7499995, rel=1e-6)
+    assert model.forward_loss(1e-3 * imgs, pred, mask).item() == pytest.approx(0.46875, rel=1e-5)
+
+
+def test_reconstruct_supports_other_image_sizes():
+    model = single_layers((4, 4), patch_size=2)
+    imgs = torch.arange(32.0).reshape(1, 1, 8, 4)
+    picture = model.reconstruct(imgs, mask=torch.tensor([[True] + 7 * [False]]))
+    assert torch.equal(picture.pasted[0, 0, 2:], imgs[0, 0, 2:])
+    assert torch.equal(picture.masked[0, 0, :2, 2:], imgs[0, 0, :2, 2:])
+
+
+def test_loading_weights_does_not_change_other_models():
+    first = single_layers(4)
+    table = first.pos_embed.clone()
+    with torch.no_grad():
+        first.pos_embed.fill_(7.0)
+        first.decoder_pos_embed.fill_(7.0)
+    assert torch.equal(single_layers(4).pos_embed, table)
+    assert not (single_layers(4).decoder_pos_embed == 7).any()
+
+
+@pytest.mark.parametrize(("name", "encoder", "decoder", "counts"), [
+    ("mini_patch4", (128, 4, 4, 4), (64, 1, 2), None), ("tiny_patch16", (192, 12, 3, 16), (192, 4, 3), None),
+    ("small_patch16", (384, 12, 6, 16), (256, 4, 8), None),
+    ("base_patch16", (768, 12, 12, 16), (512, 8, 16), (111_907_840, 86_567_656)),
+    ("large_patch16", (1024, 24, 16, 16), (512, 8, 16), (329_541_888, 304_326_632)),
+    ("huge_patch14", (1280, 32, 16, 14), (512, 8, 16), (657_074_508, 632_045_800)),
+    ("huge_patch16", (1280, 32, 16, 16), (512, 8, 16), None), ("1b_patch16", (1536, 48, 24, 16), (512, 8, 16), None),
+    ("giant_patch14", (1408, 40, 16, 14), (512, 8, 16), (1_037_577_676, 1_012_611_432)),
+])  # fmt: skip
+def test_published_sizes(name, encoder, decoder, counts):
+    """Width, depth, heads, patch size and number of parameters: the number of heads has no effect on shapes."""
+    with torch.device("meta"):
+        model, classifier = getattr(models_mae, f"mae_vit_{name}")(), getattr(models_vit, f"vit_{name}")()
+    if counts:
+        assert counts == tuple(sum(p.numel() for p in vit.parameters()) for vit in (model, classifier))
+    width, depth, heads, patch = encoder
+    for vit in (model, classifier):
+        assert (vit.cls_token.shape[-1], len(vit.blocks), vit.patch_embed.patch_size) == (width, depth, (patch, patch))
+        mlp = 6144 if name == "giant_patch14" else 4 * width
+        assert {(block.attn.num_heads, block.mlp.fc1.out_features) for block in vit.blocks} == {(heads, mlp)}
+    width, depth, heads = decoder
+    assert (model.mask_token.shape[-1], len(model.decoder_blocks)) == (width, depth)
+    blocks = {(block.attn.num_heads, block.mlp.fc1.out_features) for block in model.decoder_blocks}
+    assert blocks == {(heads, 4 * width)}
+
+
+def test_arguments_of_a_factory_replace_those_of_its_size():
+    model = models_mae.mae_vit_mini_patch4(img_size=(16, 24), patch_size=8, depth=2, decoder_depth=3, in_chans=1)
+    assert (model.grid_size, len(model.blocks), len(model.decoder_blocks)) == ((2, 3), 2, 3)
+    assert model.patch_embed.proj.weight.shape == (128, 1, 8, 8)
+    classifier = models_vit.vit_mini_patch4(img_size=(16, 24), patch_size=8, depth=2, in_chans=1)
+    assert (classifier.patch_embed.grid_size, len(classifier.blocks)) == ((2, 3), 2)
+
+
+def test_both_sides_of_an_image_are_multiples_of_the_patchs():
+    model = build(patch_size=(4, 8), img_size=(16, 24))
+    assert model.patch_embed.grid_of(8, 32) == (2, 4)
+    for height, width in ((16, 20), (18, 24), (0, 24), (16, 0)):
+        with pytest.raises(ValueError, match=rf"{height}x{width} .*4x8.*input_size"):
+            model.patch_embed.grid_of(height, width)
+
+
+def test_loss_is_the_mean_over_masked_patches():
+    model = build(norm_pix_loss=True)
+    imgs = torch.randn(2, 3, 16, 16)
+    pred, mask = torch.randn(2, 16, 48), (torch.rand(2, 16) < 0.5).float()
+    total, count = 0.0, 0
+    for b in range(2):
+        for n in range(16):
+            row, column = divmod(n, 4)
+            patch = imgs[b, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(1, 2, 0).flatten()
+            if mask[b, n]:
+                target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6) ** 0.5
+                total, count = total + ((pred[b, n] - target) ** 2).mean(), count + 1
+    torch.testing.assert_close(model.forward_loss(imgs, pred, mask), total / count)

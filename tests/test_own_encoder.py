@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_equal, fails, lines, parse, run_section, stop_after, weights
+from mains import assert_equal, fails, lines, parse, run_section, stop_and_resume, weights
 from segments import make_scenes
 from timm.models.vision_transformer import Block as TimmBlock
 
@@ -122,10 +122,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, t
     kind, own, weight = EXAMPLES[name]
     flags, name = {"num_workers": 1, "save_minutes": 0, "in_chans": 3}, f"examples.{name}:{kind.__name__}"
     whole = pretrain("whole", **flags, encoder=name, **own)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        pretrain("parts", **flags, encoder=name, **own)
-    assert_equal(weights(whole), weights(pretrain("parts", **flags, encoder=name, resume="auto")))
+    assert_equal(weights(whole), weights(stop_and_resume(monkeypatch, pretrain, 3, **flags, encoder=name, **own)))
     file = whole / "checkpoint-1.pth"
     recorded = checkpoint.read(file)["args"]
     arguments = [own["encoder_args"]] if "encoder_args" in own else None
@@ -213,10 +210,12 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     assert "lead_embed" in weights(both, "checkpoint-0.pth")
     recorded = checkpoint.read(both / "checkpoint-0.pth")["args"]
     assert (recorded["model_class"], recorded["encoder"]) == ("leads:Brighter", "leads:Leads")
-    with pytest.raises(ValueError, match="give --model_class leads:Brighter"):
-        pretrain("own", resume="auto")
-    pretrain("own", resume="auto", model_class="leads:Brighter")
-    assert len(lines(own)) == 2
+    flags = {"model_class": "leads:Brighter", "encoder": "leads:Leads"}  # the checkpoint has the arguments
+    for flag, name in flags.items():
+        with pytest.raises(ValueError, match=f"give --{flag} {name}"):
+            pretrain("both", resume="auto", **{other: flags[other] for other in flags if other != flag})
+    pretrain("both", resume="auto", **flags)
+    assert len(lines(both)) == 2
 
 
 def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, monkeypatch):
@@ -236,14 +235,6 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
     ):  # fmt: skip
         assert fails(capsys, monkeypatch, script, *flags).endswith("give --encoder leads:Leads")
     assert not (tmp_path / "imported").exists()
-
-
-def test_a_resumed_run_needs_the_flag(leads, pretrain):
-    pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4")
-    with pytest.raises(ValueError, match="give --encoder leads:Leads"):
-        pretrain(epochs=2, resume="auto")
-    out = pretrain(epochs=2, resume="auto", encoder="leads:Leads")  # the checkpoint has the arguments
-    assert len(lines(out)) == 2
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -74,17 +74,6 @@ def test_every_layout_of_transformers_is_read(theirs, folder, tmp_path):
         assert_equal(loading.read(tmp_path / f"{name}.safetensors").tensors, expected)
 
 
-def test_round_trip_through_transformers(folder, theirs, tmp_path):
-    model = get_model(folder)
-    export.export(model, "transformers", tmp_path / "back")
-    back = transformers.AutoModel.from_pretrained(tmp_path / "back")
-    assert isinstance(back, transformers.PixioModel)
-    assert back.config.n_cls_tokens == 8
-    assert_equal(back.state_dict(), theirs.state_dict())
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back", backend="pil")
-    assert processor.crop_size["height"] == 256
-
-
 def test_round_trip_through_the_layout_of_the_published_code(tmp_path):
     """The file has neither settings nor a model name; shapes determine the model."""
     model = randomized(models_mae.mae_vit_mini_patch4(num_cls_tokens=8, learned_pos_embed=True, decoder_depth=3), 0.05)
@@ -110,7 +99,8 @@ def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
             export.export(model, to, tmp_path / to)
     export.export(export.encoder_of(model), "transformers", tmp_path / "encoder")
     imgs = torch.randn(2, 3, 16, 16)
-    twin = transformers.PixioModel.from_pretrained(tmp_path / "encoder").eval()
+    twin = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    assert isinstance(twin, transformers.PixioModel) and twin.config.n_cls_tokens == 3
     with torch.no_grad():
         expected = twin(imgs).last_hidden_state
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), expected, rtol=0, atol=1e-5)

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from conftest import ROOT
+from mains import call
 
 import main_linprobe
 import models_build
 from benchmarks.fashion_mnist import probes
-from util.cli import entry_point
 from util.settings import specs
 
 MINI = {"model": "mae_vit_mini_patch4", "input_size": 28, "patch_size": 7, "in_chans": 1, "norm_pix_loss": False}
@@ -20,7 +19,7 @@ def test_the_table_has_the_accuracies_of_all_runs(labelled, tmp_path, monkeypatc
         assert script == "main_linprobe.py"
         arguments = list(map(str, words))
         calls.append(arguments)
-        main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), arguments))
+        call(main_linprobe, *arguments)
 
     monkeypatch.setattr(probes.scripts, "run", run)
     monkeypatch.setattr(probes, "SEEDS", range(2))
@@ -40,4 +39,3 @@ def test_the_table_has_the_accuracies_of_all_runs(labelled, tmp_path, monkeypatc
         np.testing.assert_allclose(found, [mean, deviation], atol=0.11)
     assert (tmp_path / "attentive/0/tokens").exists()
     assert not (tmp_path / "linear-class_token/0/tokens").exists()
-    assert probes.RECIPE == ROOT / "recipes/linprobe_attentive_fashion_mnist.yaml"

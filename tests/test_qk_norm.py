@@ -5,18 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import main_finetune
-import main_pretrain
 from inference import export, get_model
 from models_vit import Attention
-from util.cli import entry_point
 from util.weights import loading
-
-SMALL = ["--input_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "4", "--device", "cpu",
-         "--num_workers", "0"]  # fmt: skip
-
-
-def run(script, *flags):
-    script.main(entry_point.parse(script.get_args_parser(), [*SMALL, *map(str, flags)]))
 
 
 def test_queries_and_keys_of_each_head_are_normalized():
@@ -32,14 +23,10 @@ def test_queries_and_keys_of_each_head_are_normalized():
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_a_file_records_the_norm(norm, pictures, labelled, tmp_path):
-    out = tmp_path / "mae"
-    run(main_pretrain, "--model", "mae_vit_mini_patch4", "--qk_norm", norm, "--data_path", pictures, "--output_dir",
-        out)  # fmt: skip
-    file = out / "checkpoint-0.pth"
+def test_a_file_records_the_norm(norm, pretrain, classify, tmp_path):
+    file = pretrain(qk_norm=norm, epochs=1) / "checkpoint-0.pth"
     assert "decoder_blocks.0.attn.k_norm.weight" in loading.read(file).tensors
-    run(main_finetune, "--finetune", file, "--data_path", labelled, "--output_dir", tmp_path / "tuned")
-    tuned = get_model(tmp_path / "tuned" / "checkpoint-0.pth")
+    tuned = get_model(classify(main_finetune, "tuned", finetune=file, epochs=1) / "checkpoint-0.pth")
     assert tuned.settings["qk_norm"] == norm
     images = torch.randn(2, 3, 16, 16)
     export.export(tuned, "safetensors", tmp_path / "m.safetensors")

@@ -48,8 +48,9 @@ def test_names_are_no_formulas_of_spreadsheets(tmp_path):
     assert [row[0] for row in rows(tmp_path / "results.csv")[1:]] == quoted
 
     cells = {name: {"images": 10, "acc1": 50.0, "acc5": 60.0} for name in names}
-    robustness_report.write(tmp_path / "scores", "imagenet-a", cells, "a")
+    robustness_report.write(tmp_path / "scores", "imagenet-a", cells, r"imagenet-a, $\frac{1$")
     assert {row[0] for row in rows(tmp_path / "scores.csv")[1:]} == set(quoted)
+    assert (tmp_path / "scores.png").exists()
 
 
 def test_names_of_classes_are_no_formulas_and_may_be_many(tmp_path):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import skimage.data
 from conftest import ROOT
-from mains import wait_until
+from mains import call, wait_until
 from PIL import Image
 
-from util.cli import entry_point
 from util.data import resize
 from util.files import locks
 
@@ -32,11 +31,6 @@ def folder(tmp_path):
     np.save(root / "train/dog/deep.npy", np.zeros((13, 400, 300), dtype=np.float32))
     (root / "train/dog/readme.txt").write_text("no image")
     return root
-
-
-def make_copy(*arguments):
-    """Runs the command in this process."""
-    resize.main(entry_point.parse(resize.get_args_parser(), list(map(str, arguments))))
 
 
 def test_resize_scales_large_images_only(folder, tmp_path):
@@ -62,7 +56,7 @@ def test_a_scaled_jpeg_has_the_given_quality_and_sides_of_the_given_size_are_cop
     expected = Image.open(tmp_path / "images/a.jpg").resize((100, 100), Image.Resampling.BICUBIC)
     for quality in (40, 90):
         copy = tmp_path / str(quality)
-        make_copy(tmp_path / "images", copy, "--short_side", 100, "--quality", quality)
+        call(resize, tmp_path / "images", copy, "--short_side", 100, "--quality", quality)
         expected.save(tmp_path / "expected.jpg", quality=quality)
         assert (copy / "a.jpg").read_bytes() == (tmp_path / "expected.jpg").read_bytes()
         assert (copy / "b.jpg").read_bytes() == (tmp_path / "images/b.jpg").read_bytes()
@@ -73,11 +67,11 @@ def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     copy = tmp_path / "copy"
     with locks.locked(copy), pytest.raises(ValueError, match="copy is being written"):
-        make_copy(folder, copy, "--short_side", 100)
-    make_copy(folder, copy, "--short_side", 100)
+        call(resize, folder, copy, "--short_side", 100)
+    call(resize, folder, copy, "--short_side", 100)
     kept = (copy / "train/cat/a.jpg").stat()
     (copy / "train/cat/b.PNG").unlink()
-    make_copy(folder, copy, "--short_side", 100)
+    call(resize, folder, copy, "--short_side", 100)
     assert "5 images: 4 there before, 1 scaled" in caplog.text
     assert "existing files are kept" in caplog.text
     assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
@@ -126,7 +120,7 @@ def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
     (folder / "._hidden.jpg").write_bytes(b"no image")
     (folder / "loop").symlink_to(folder)
     caplog.set_level("INFO")
-    make_copy(folder, tmp_path / "copy", "--short_side", 100)
+    call(resize, folder, tmp_path / "copy", "--short_side", 100)
     assert "7 images: 6 copied as they are, 1 scaled" in caplog.text
     for file in folder.glob("[!p.]*.*"):
         assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
@@ -141,7 +135,7 @@ def test_folders_of_masks_are_refused(tmp_path, name):
     Image.fromarray(np.zeros((300, 300), dtype=np.uint8)).save(file)
     for root in (tmp_path / "set", file.parent if "masks" in name else file.parents[1]):
         with pytest.raises(ValueError, match=r"masks .*a.png .*main_segment.py"):
-            make_copy(root, tmp_path / "copy")
+            call(resize, root, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
@@ -150,7 +144,7 @@ def test_invalid_arguments_are_one_line_errors(folder, tmp_path, caplog):
     whole = (folder / "train/cat/a.jpg").read_bytes()
     (folder / "train/cat/bad.jpg").write_bytes(whole[:3000])
     with pytest.raises(ValueError, match="1 files can't be read; the copy does not contain them"):
-        make_copy(folder, tmp_path / "copy")
+        call(resize, folder, tmp_path / "copy")
     assert "train/cat/bad.jpg: image file is truncated" in caplog.text
     assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
     assert not list((tmp_path / "copy").rglob("*.tmp"))
@@ -164,4 +158,4 @@ def test_invalid_arguments_are_one_line_errors(folder, tmp_path, caplog):
         ((folder, tmp_path / "file"), r"Not a directory|File exists"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            make_copy(*arguments)
+            call(resize, *arguments)

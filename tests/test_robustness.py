@@ -8,7 +8,7 @@ import pytest
 from painted import class_folders, paint
 from timm.data import RealLabelsImagenet
 
-from util.evaluation import robustness, robustness_report
+from util.evaluation import robustness
 from util.evaluation.robustness import SEVERITIES, corruption_errors, find, open_cell
 
 
@@ -51,12 +51,6 @@ def test_the_published_numbers_of_images_and_scores():
     assert {suite: list(published.values()) for suite, published in robustness.PUBLISHED.items()} == scores
     for published in robustness.PUBLISHED.values():
         assert list(published) == ["ViT-B/16", "ViT-L/16", "ViT-H/14", "ViT-H/14, 448"]
-
-
-def test_names_of_models_are_no_formulas(tmp_path):
-    cells = {"imagenet-a": {"images": 7500.0, "acc1": 50.0}}
-    robustness_report.write(tmp_path / "scores", "imagenet-a", cells, r"imagenet-a, $\frac{1$")
-    assert (tmp_path / "scores.png").exists()
 
 
 def test_archives_are_suites_of_one_folder(tmp_path):

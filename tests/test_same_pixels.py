@@ -5,7 +5,7 @@ import multiprocessing
 import numpy as np
 import painted
 import pytest
-from mains import assert_equal, weights
+from mains import assert_equal, call, weights
 from PIL import Image
 from test_jpeg import photographs
 
@@ -16,7 +16,6 @@ import main_robustness
 from inference import features, get_model
 from inference.export import export
 from util.checkpoints import checkpoint
-from util.cli import entry_point
 from util.data import jpeg
 from util.evaluation import robustness
 
@@ -63,12 +62,7 @@ def model_file(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def run(script, *argv):
-    script.main(entry_point.parse(script.get_args_parser(), list(map(str, argv))))
-
-
 def color_files(folder) -> int:
-    """The number of color JPEG files."""
     return sum(Image.open(file).mode == "RGB" for file in folder.rglob("*.jpg"))
 
 
@@ -109,7 +103,7 @@ def test_features(photos, decoded, model_file, tmp_path):
     results = []
     for flags in ([], ["--fast_jpeg"]):
         out = tmp_path / f"{len(flags)}.npz"
-        run(features, photos, "--model", model_file, "--out", out, "--num_workers", 1, *flags)
+        call(features, photos, "--model", model_file, "--out", out, "--num_workers", 1, *flags)
         results.append(np.load(out)["features"])
     assert np.array_equal(*results)
     assert decoded.value == color_files(photos / "train")
@@ -127,9 +121,8 @@ def test_robustness(owner, decoded, tmp_path, monkeypatch, photos, model_file):
                         {"images": 1, "acc1": 0.0, "acc5": 0.0})  # fmt: skip
     model = "timm:reads_colors" if owner == "timm" else model_file
     for number, flags in enumerate([[], ["--fast_jpeg"]]):
-        run(main_robustness, "--suite", "imagenet-a", "--data_path", tmp_path / "data", "--model", model,
-            "--num_workers", 1, "--output_dir", tmp_path / str(number), "--subset", 8, "--device", "cpu",
-            *flags)  # fmt: skip
+        call(main_robustness, *flags, suite="imagenet-a", data_path=tmp_path / "data", model=model, num_workers=1,
+             output_dir=tmp_path / str(number), subset=8, device="cpu")  # fmt: skip
     assert decoded.value == 8
     assert seen[0] == seen[1]
 

@@ -1,14 +1,13 @@
-"""Samples depend only on the seed, the epoch and their index."""
+"""Samples depend only on the seed, the epoch and their index. test_updates.py has their random numbers."""
 
 import random
 
 import numpy as np
-import pytest
 import torch
 from conftest import make_samples
 
 from util.data import transforms
-from util.data.samples import Samples, seed_python
+from util.data.samples import Samples
 
 
 def equal(a, b):
@@ -40,21 +39,6 @@ def test_sampling_does_not_change_global_generators(pictures):
         return torch.rand(1).item(), random.random(), np.random.rand()
 
     assert draws(lambda: samples[0, 1]) == draws(lambda: None)
-
-
-def test_noise_is_uniform_and_independent_between_neighbors():
-    rows = []
-    for index in range(4000):
-        torch.default_generator.manual_seed(seed_python(0, 3, index))
-        rows.append(torch.rand(16))
-    noise = torch.stack(rows).double()
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
-    assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
-    columns = torch.corrcoef(noise.T) - torch.eye(16)
-    neighbors = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
-    assert columns.abs().max() < 0.07  # four standard deviations of 4000 independent pairs
-    assert neighbors.abs().max() < 0.07
-    assert len(np.unique(noise[:, 0])) == 4000
 
 
 def test_an_image_that_is_repeated_is_read_once(pictures, monkeypatch):

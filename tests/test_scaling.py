@@ -13,7 +13,6 @@ GB = 1e9
 
 @pytest.fixture
 def no_latency(monkeypatch):
-    """Sets the latency of messages to zero."""
     monkeypatch.setattr(scaling, "LATENCY", 0.0)
 
 
@@ -42,17 +41,6 @@ def test_messages_by_hand(monkeypatch):
     monkeypatch.setattr(scaling, "NVLINK", math.inf)
     monkeypatch.setattr(scaling, "BUCKET", 100)
     assert scaling.all_reduce(250, 64, math.inf) == pytest.approx(3 * 20 * scaling.LATENCY)
-
-
-@pytest.mark.parametrize("size", scaling.NAMES)
-@pytest.mark.parametrize("gpus", scaling.GPUS)
-def test_more_bandwidth_is_never_slower(size, gpus):
-    gradients = scaling.gradient_bytes(size)
-    shares = [scaling.efficiency(0.02, gradients, gpus, link * GB) for link in (1, 25, 100, 400, math.inf)]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] <= shares[-1] < 1
-    if gpus > scaling.NODE:
-        assert len(set(shares)) == len(shares)
 
 
 def test_gradients_are_those_of_trained_parameters_and_the_page_has_the_printed_tables():

@@ -3,36 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from mains import call
 from PIL import Image
 
 import main_segment
 from demo import segmentation
 from inference import get_model, maps
 from util.checkpoints import checkpoint
-from util.cli import entry_point
 from util.cli.advice import arguments
 from util.data.segmentation_masks import read_palette
 from util.jobs.commands import Commands
-
-
-@pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "vit_tiny_patch16"])
-def test_shapes_of_large_images(name):
-    model, images = get_model(name), torch.zeros(1, 3, 1024, 512)
-    assert maps.dense(model, images).shape == (1, 4 * 192, 64, 32)
-    for layers in (0, 13):
-        with pytest.raises(ValueError, match=rf"layers={layers}: .*12 blocks"):
-            maps.dense(model, images, layers)
-
-
-def test_features_are_in_the_order_of_patches():
-    """A change of one patch changes the features of this patch most."""
-    torch.manual_seed(0)
-    model = get_model("mae_vit_mini_patch4", input_size=[32, 48])
-    images = torch.zeros(1, 3, 32, 48)
-    changed = images.clone()
-    changed[:, :, 4 * 5 : 4 * 6, 4 * 9 : 4 * 10] = 3.0
-    distance = (maps.dense(model, images) - maps.dense(model, changed)).norm(dim=1)[0]
-    assert divmod(int(distance.argmax()), 12) == (5, 9)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((33, 47), (8, 12)), ((5, 70), (1, 18)), ((1, 2), (1, 1))])
@@ -41,11 +21,14 @@ def test_images_that_the_patch_does_not_divide_are_scaled(name, size, grid):
     torch.manual_seed(0)
     model = get_model(name, input_size=[32, 48])
     images = torch.randn(1, 3, *size)
-    features = maps.dense(model, images, layers=2)
-    assert features.shape == (1, 2 * 128, *grid)
+    features = maps.dense(model, images)
+    assert features.shape == (1, 4 * 128, *grid)
     sides = [4 * side for side in grid]
     scaled = torch.nn.functional.interpolate(images, sides, mode="bicubic", antialias=True)
-    torch.testing.assert_close(features, maps.dense(model, scaled, layers=2))
+    torch.testing.assert_close(features, maps.dense(model, scaled))
+    for layers in (0, 5):
+        with pytest.raises(ValueError, match=rf"layers={layers}: .*4 blocks"):
+            maps.dense(model, images, layers)
 
 
 def test_pictures_compose_garments_on_textures():
@@ -77,10 +60,6 @@ def saved(folder, **settings):
     return folder / "model.pth"
 
 
-def compare(*argv):
-    return segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
-
-
 def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypatch):
     calls = {}
 
@@ -88,15 +67,14 @@ def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypa
         """Runs main_segment.py in this process, for one epoch."""
         calls[name] = flags
         argv = [*arguments(flags), "--epochs", "1", "--num_workers", "0"]
-        main_segment.main(entry_point.parse(main_segment.get_args_parser(), argv))
+        call(main_segment, *argv)
         return self.keep(name, str(argv), {}, lambda out: read(self.folder / name, ""))
 
     monkeypatch.setattr(Commands, "run", run)
     monkeypatch.setattr(Commands, "each", lambda self, calls: [call() for call in calls])
     monkeypatch.setattr(segmentation, "VALIDATION", 9)
     encoder = saved(tmp_path, input_size=28, patch_size=7, in_chans=1)
-    scores = compare("--model", encoder, "--pictures", 40, "--seeds", 2, "--jobs", 1, "--out", tmp_path / "out",
-                     "--device", "cpu")  # fmt: skip
+    scores = call(segmentation, model=encoder, pictures=40, seeds=2, jobs=1, out=tmp_path / "out", device="cpu")
     output = capsys.readouterr().out
     assert list(scores) == list(segmentation.RUNS)
     for title, values in scores.items():
@@ -119,4 +97,4 @@ def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypa
 
 def test_the_command_needs_an_encoder_of_garments(tmp_path):
     with pytest.raises(ValueError, match=r"gray, .*28 x 28"):
-        compare("--model", saved(tmp_path, input_size=32), "--out", tmp_path)
+        call(segmentation, model=saved(tmp_path, input_size=32), out=tmp_path)

@@ -125,12 +125,6 @@ def shards(pictures, tmp_path_factory):
     return out
 
 
-def test_ddp_losses_equal_those_of_one_process(single, pictures, tmp_path):
-    in_processes(2, pictures, tmp_path / "run", "--batch_size", 4, "--accum_iter", 3, *STEPS)
-    assert len(losses(tmp_path / "run")) == 30
-    assert relative_error(tmp_path / "run", single) < 1e-5
-
-
 def test_fsdp_losses_equal_those_of_one_process(shards, single):
     assert len(losses(shards)) == 30
     assert relative_error(shards, single) < 1e-5
@@ -188,21 +182,6 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
 
 
-def test_damaged_checkpoints_are_rejected(shards, tmp_path):
-    files = [path.name for path in (shards / "checkpoint-0").iterdir()]
-    assert len(files) == 4  # tensors of two processes, metadata, other state
-    for name in files:
-        file = shutil.copytree(shards / "checkpoint-0", tmp_path / name / "checkpoint-0") / name
-        damaged = bytearray(file.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged"):
-            sharded.gather(file.parent)
-        file.unlink()
-        with pytest.raises(CheckpointError, match=r"damaged|there is no checkpoint"):
-            sharded.gather(file.parent)
-
-
 def rewritten(folder, **entries):
     """Changes entries of the state in a checkpoint."""
     state = {name: value for name, value in checkpoint.read(folder).items() if name != "folder"}
@@ -224,9 +203,14 @@ def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path)
         assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", line), line
 
 
-class Malicious:
+class Call:
+    """Is pickled as a call, like members of an enumeration by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
     def __reduce__(self):
-        return os.mkdir, (os.environ["EVIL"],)
+        return self.call
 
 
 def call_by_name(name: str, module: str = "torch.distributed.checkpoint.filesystem") -> bytes:
@@ -234,14 +218,16 @@ def call_by_name(name: str, module: str = "torch.distributed.checkpoint.filesyst
     code = f"{module}\n{name}\n".encode()
     return pickle.PROTO + b"\x04" + b"".join(
         pickle.BINUNICODE + len(part).to_bytes(4, "little") + part for part in code.splitlines()
-    ) + pickle.STACK_GLOBAL + pickle.dumps((os.environ["EVIL"],), 0)[:-1] + pickle.REDUCE + pickle.STOP  # fmt: skip
+    ) + pickle.STACK_GLOBAL + pickle.dumps(("done",), 0)[:-1] + pickle.REDUCE + pickle.STOP  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [Malicious(), {"x": Malicious()}, print, torch.load, "os.mkdir", "FileSystem.mkdir",
-                                     "Path.mkdir", "Path.__class__", "FileSystemWriter"])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    Call(os.mkdir, "done"), {"x": Call(os.mkdir, "done")}, print, torch.load, "os.mkdir", "FileSystem.mkdir",
+    "Path.mkdir", "Path.__class__", "FileSystemWriter",
+])  # fmt: skip
 def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
     """Even with a correct digest. Strings are names that are reachable from modules of PyTorch."""
-    monkeypatch.setenv("EVIL", str(tmp_path / "done"))
+    monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
     evil = call_by_name(content) if isinstance(content, str) else pickle.dumps(content)
     (folder / ".metadata").write_bytes(evil)
@@ -251,23 +237,13 @@ def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
     assert not (tmp_path / "done").exists()
 
 
-class ByGetattr:
-    """Is pickled as Python 3.11.0 to 3.11.3 pickles members of an enumeration."""
-
-    def __init__(self, kind, name):
-        self.arguments = kind, name
-
-    def __reduce__(self):
-        return getattr, self.arguments
-
-
 def test_metadata_of_older_pythons_are_read():
     encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
-    content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
+    content = pickle.dumps(Call(getattr, encoding, "TORCH_CHANNELS_LAST"))
     assert shard_files.MetadataUnpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
     for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
         with pytest.raises(CheckpointError, match=rf"'{name}'.*could run code"):
-            shard_files.MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
+            shard_files.MetadataUnpickler(io.BytesIO(pickle.dumps(Call(getattr, kind, name)))).load()
 
 
 @pytest.mark.parametrize(
@@ -277,6 +253,9 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
     rewritten(folder, optimizer=optimizer)
     with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: .*state\.pth"):
+        sharded.gather(folder)
+    (folder / "state.pth").unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
         sharded.gather(folder)
 
 
@@ -464,38 +443,30 @@ def test_sharded_initial_weights_equal_those_of_one_process(shards, tmp_path):
 
 
 MEMORY = """
-import resource, sys, torch, torch._dynamo, models_mae  # imported here, before the memory of weights is measured
+import resource, torch, torch._dynamo, models_mae  # imported here, before the memory of weights is measured
 from util import dist; from util.training import fsdp
 device = dist.init("cpu")
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-for how in ("fsdp", "ddp"):
-    before = peak()
-    with torch.device("meta" if how == "fsdp" else "cpu"):
-        model = models_mae.mae_vit_base_patch16(img_size=32)
-    if how == "fsdp":
-        fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, None, "reconstruct")
-    started = peak() - before
-    wrapped = dist.wrap(model, device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    wrapped(torch.rand(1, 3, 32, 32))[0].backward()
-    optimizer.step()
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    held = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *gradients, *moments)]
-    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-    with open(f"{sys.argv[1]}/{how}{dist.rank()}", "w") as file:
-        file.write(f"{sum(pieces.values())} {started} {sum(p.numel() for p in model.parameters())}")
-    optimizer.zero_grad()
-    del wrapped, optimizer, moments, gradients, held
+before = peak()
+with torch.device("meta"):
+    model = models_mae.mae_vit_base_patch16(img_size=32)
+fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, None, "reconstruct")
+started, numel = peak() - before, sum(p.numel() for p in model.parameters())
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+model(torch.rand(1, 3, 32, 32))[0].backward()
+optimizer.step()
+moments = [value for state in optimizer.state.values() for value in state.values()]
+gradients = [p.grad for p in model.parameters() if p.grad is not None]
+held = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *gradients, *moments)]
+pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+parts = sum(pieces.values())
+# One process has 15.9 bytes for each parameter: the parameter, and if it is trained, its gradient and two moments.
+assert numel > 100_000_000 and 7 * numel < parts <= 0.62 * 15.9 * numel, (parts, numel)
+assert started <= 0.75 * 4 * numel, (started, numel)
 """
 
 
 def test_fsdp_halves_the_memory_of_each_process(tmp_path):
     """Parameters, gradients and optimizer states; and the peak memory of the construction."""
-    in_two_processes(MEMORY, tmp_path, tmp_path)
-    ddp, fsdps = ([list(map(int, (tmp_path / f"{how}{rank}").read_text().split())) for rank in (0, 1)]
-                    for how in ("ddp", "fsdp"))  # fmt: skip
-    for (plain, _, numel), (parts, started, _) in zip(ddp, fsdps, strict=True):
-        assert plain > 15.9 * numel > 15.9 * 100_000_000 and parts <= 0.62 * plain
-        assert started <= 0.75 * 4 * numel
+    in_two_processes(MEMORY, tmp_path)

@@ -189,11 +189,11 @@ def test_numeric_labels_are_class_numbers(make_list):
     assert make_list("list.csv", "path,label\na.png,-1\nsub/c.png,\n").classes == []
 
 
-def coco(categories, labels):
-    """Returns annotations in the format of iNaturalist. Ids need not start at 0."""
+def coco(categories, labels, first=0):
+    """Returns annotations in the format of iNaturalist, of the files from `first` on. Ids need not start at 0."""
     return {
         "info": {"year": 2018},
-        "images": [{"id": 40 + n, "file_name": f"train_val2018/Aves/{n}.jpg"} for n in range(len(labels))],
+        "images": [{"id": 40 + n, "file_name": f"train_val2018/Aves/{first + n}.jpg"} for n in range(len(labels))],
         "categories": [{"id": number, "name": name, "supercategory": "Aves"} for number, name in categories],
         "annotations": [{"id": n, "image_id": 40 + n, "category_id": i} for n, i in reversed([*enumerate(labels)])],
     }

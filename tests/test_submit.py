@@ -1,6 +1,5 @@
 """Jobs: submission scripts, and jobs on this machine. tests/slurm/cases.py tests jobs on a real Slurm."""
 
-import importlib
 import inspect
 import os
 import re
@@ -9,18 +8,19 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
 from mains import argv_of, lines, wait_until
 from submitit.core.utils import UncompletedJobError
 from submitit.slurm import slurm
-from test_docs import DOCUMENTS, bash_blocks, commands
+from test_docs import commands
 
 from util.checkpoints import checkpoint
-from util.cli import entry_point
 from util.jobs import code_copy, slurm_settings, submit, waiting
 
 SCRIPTS = sorted(ROOT.glob("submitit_*.py"))
@@ -63,7 +63,6 @@ def start(*flags, **options):
 
 @pytest.fixture
 def handlers():
-    """Restores the handlers of signals."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
     yield
     for signum, handler in before.items():
@@ -109,7 +108,10 @@ def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_each_script_submits_its_own_task(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.name, "--dry_run"])
+    """By the command in its docstring. test_docs.py parses those of the documents."""
+    (command,) = re.findall(rf"python {script.name} (.*--dry_run)", "\n".join(commands(script.read_text())))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script.name, *shlex.split(command)])
     runpy.run_path(str(script), run_name="__main__")
     assert f"--job-name=mae_{script.stem.removeprefix('submitit_')}\n" in capsys.readouterr().out
 
@@ -272,26 +274,18 @@ def test_debug_runs_in_this_process(pictures, tmp_path):
     assert job.returncode == 1
 
 
-def finished(fails):
-    """Returns a job that ended."""
-
-    def results():
-        if fails:
-            raise UncompletedJobError("of submitit")
-
-    return SimpleNamespace(results=results, job_id="42", state="FAILED")
-
-
 def test_a_job_succeeds_or_fails(tmp_path, capsys):
     log = tmp_path / "log"
     log.write_text("the state is saved\nepoch 1\nerror: out of memory\n")
-    waiting.wait(finished(False), "slurm", log, "/out", None)
+    job = partial(SimpleNamespace, job_id="42", state="FAILED")
+    succeeds, fails = job(results=Mock()), job(results=Mock(side_effect=UncompletedJobError("of submitit")))
+    waiting.wait(succeeds, "slurm", log, "/out", None)
     assert capsys.readouterr().out == "job 42 succeeded\n"
     with pytest.raises(ValueError, match=r"job 42 .*FAILED"):
-        waiting.wait(finished(True), "slurm", log, "/out", None)
+        waiting.wait(fails, "slurm", log, "/out", None)
     assert "error: out of memory" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"job 42 .*: job 41 of --after"):  # it never started
-        waiting.wait(finished(True), "slurm", tmp_path / "none", "/out", "41")
+        waiting.wait(fails, "slurm", tmp_path / "none", "/out", "41")
 
 
 @pytest.mark.parametrize(
@@ -322,18 +316,6 @@ def test_code_snapshots_are_named_by_their_content(tmp_path, monkeypatch):
         (tmp_path / "source/main.py").write_text(text)
         copies[text] = code_copy.make(tmp_path / "code", None)[0] / "main.py"
     assert [copies[text].read_text() for text in copies] == list(copies)
-
-
-def test_printed_commands_parse(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    printed = [command for path in DOCUMENTS for command in bash_blocks(path)]
-    printed += [command for path in SCRIPTS for command in commands(path.read_text())]
-    calls = [re.search(r"python submitit_(\w+)\.py (-.*)", command) for command in printed]
-    parsed = [(f"main_{call[1]}", shlex.split(call[2])) for call in calls if call]
-    assert len(parsed) >= 5
-    for main, flags in parsed:
-        importlib.import_module(main)
-        assert entry_point.parse(submit.get_args_parser(main)[0], flags)
 
 
 @pytest.mark.parametrize(("states", "signum", "count"), [

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from functools import partial
+from pathlib import Path
 
 import forks
 import numpy as np
@@ -202,8 +204,6 @@ class Pictures:
     """The pictures of the fixture as a dataset, with vectors as labels."""
 
     def __init__(self, split, data_path, names, lists_labels):
-        from pathlib import Path
-
         self.files, self.classes = files_of(Path(data_path), split), list(names)
         self.vectors = column_of(Path(data_path), split, *names)
         if lists_labels:
@@ -216,16 +216,9 @@ class Pictures:
         return self.files[index], torch.from_numpy(self.vectors[index])
 
 
-def numbers(split, data_path):
-    return Pictures(split, data_path, NUMBERS, True)
-
-
-def unlisted_numbers(split, data_path):
-    return Pictures(split, data_path, NUMBERS, False)
-
-
-def tags(split, data_path):
-    return Pictures(split, data_path, TAGS, True)
+numbers = partial(Pictures, names=NUMBERS, lists_labels=True)
+unlisted_numbers = partial(Pictures, names=NUMBERS, lists_labels=False)
+tags = partial(Pictures, names=TAGS, lists_labels=True)
 
 
 def test_lists_columns_and_datasets_are_the_same(tune, folder, tmp_path):
@@ -278,42 +271,27 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
         export.export(get_model(out), "onnx", tmp_path / "model.onnx")
 
 
-def changed(folder, out, change, split="train"):
-    """Lists of which one is changed."""
-    for one in ("train", "val"):
-        with (folder / f"{one}.csv").open() as file:
-            rows = list(csv.reader(file))
-        rows[1:] = [[str(folder / row[0]), *row[1:]] for row in rows[1:]]
-        write(out / f"{one}.csv", change(rows) if one == split else rows)
-    return lists(out)
-
-
-def with_cell(text, column=1):
-    def change(rows):
-        rows[5][column] = text
-        return rows
-
-    return change
-
-
-@pytest.mark.parametrize(("change", "flags", "message"), [
-    (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
-    (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
-    (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
-    (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
-    (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
-    (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
-    (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
-    (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
-    (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
-     r"--task regression: weight is the same for all training images"),
-    (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
-    (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
-    (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
-    (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
+@pytest.mark.parametrize(("weights", "flags", "message"), [
+    ({5: "nan"}, {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
+    ({5: ""}, {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
+    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
+    ({5: "inf"}, {}, r"is inf; --task regression needs a finite number"),
+    ({}, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
+    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
+    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
+    ({}, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
+    (dict.fromkeys(range(1, 51), "5"), {}, r"--task regression: weight is the same for all training images"),
+    ({}, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
+    ({}, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
+    ({}, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
+    ({}, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
 ], ids=range(13))  # fmt: skip
-def test_wrong_labels_are_one_line(change, flags, message, tune, folder, tmp_path):
-    flags = {"task": "regression", "label_columns": "weight age", **changed(folder, tmp_path, change)} | flags
+def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
+    rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))
+    for number, text in weights.items():
+        rows[number][1] = text
+    write(tmp_path / "train.csv", rows)
+    flags = {"task": "regression", "label_columns": "weight age", "train_list": tmp_path / "train.csv"} | flags
     with pytest.raises(ValueError, match=message) as raised:
         tune(**flags)
     assert "\n" not in str(raised.value)
@@ -385,18 +363,14 @@ class Wrong(Pictures):
         return self.files[index], self.vectors[min(index, 1)]
 
 
+text = partial(Wrong, vectors=["heavy", "heavy"])
+ragged = partial(Wrong, vectors=[[1.0], [1.0, 2.0]])
+
+
 def not_a_number(split, data_path):
     data = numbers(split, data_path)
     data.labels = np.where(np.arange(len(data.labels))[:, None] == 3, np.nan, data.labels)
     return data
-
-
-def text(split, data_path):
-    return Wrong(split, data_path, ["heavy", "heavy"])
-
-
-def ragged(split, data_path):
-    return Wrong(split, data_path, [[1.0], [1.0, 2.0]])
 
 
 def test_a_resumed_run_is_the_whole_run(tune, monkeypatch):

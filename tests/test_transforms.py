@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from mains import call
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms as tv
@@ -16,7 +17,6 @@ from torchvision import transforms as tv
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util.cli import entry_point
 from util.data import crops, transforms
 from util.data.transforms import IMAGENET_MEAN
 
@@ -60,13 +60,6 @@ def test_a_strip_is_cropped_before_it_is_scaled():
     out = transforms.eval_transform(224)(strip)  # 15 gigabytes if the strip were scaled before the crop
     middle = strip.crop((29_990, 0, 30_010, 2)).resize((2560, 256), Image.BICUBIC)
     assert torch.equal(out, tv.functional.pil_to_tensor(tv.functional.center_crop(middle, 224)))
-
-
-def test_pretraining_crops_equal_torchvisions(photo):
-    crop = tv.RandomResizedCrop(24, (0.2, 1.0), interpolation=BICUBIC)
-    oracle = tv.Compose([crop, tv.RandomHorizontalFlip(0.5), tv.PILToTensor()])
-    for seed in range(10):
-        assert torch.equal(*seeded((transforms.pretrain_transform(24), oracle), photo, seed))
 
 
 def test_flip_and_crop_can_be_turned_off(photo):
@@ -154,7 +147,7 @@ def inputs_of(script, data, size, output_dir, *flags):
     argv = [*SCRIPTS[script], "--data_path", data, "--output_dir", output_dir, "--input_size", *size, "--patch_size",
             *patch, "--batch_size", 4, "--num_workers", 0, "--device", "cpu", "--warmup_epochs", 0, *flags]  # fmt: skip
     hook = torch.nn.modules.module.register_module_forward_hook(record)
-    script.main(entry_point.parse(script.get_args_parser(), list(map(str, argv))))
+    call(script, *argv)
     hook.remove()
     return images
 
@@ -266,22 +259,6 @@ def test_finetune_transform_without_policy_takes_any_image():
         transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
     with pytest.raises(ValueError, match="--aa abc"):
         transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
-
-
-def test_probe_crop_uses_its_first_random_numbers(photo):
-    """Area and ratio are the published ones, rounded and clipped to the picture. The first sample is used."""
-    crop = crops.CropOnce(16, scale=(0.08, 1.0))
-    for seed in range(2000):
-        random.seed(seed)
-        top, left, height, width = crop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
-        assert 0 <= top <= 50 - height
-        assert 0 <= left <= 70 - width
-        random.seed(seed)
-        area = 3500 * random.uniform(0.08, 1)
-        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        assert height == min(round((area / ratio) ** 0.5), 50)
-        assert width == min(round((area * ratio) ** 0.5), 70)
-    assert transforms.probe_transform((16, 24))(photo).shape == (3, 16, 24)
 
 
 @pytest.mark.parametrize("transform", [

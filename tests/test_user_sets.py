@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import re
 import subprocess
 import sys
 from functools import partial
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import ROOT
-from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from mains import assert_equal, call, in_processes, lines, parse, run_section, stop_and_resume, weights
 from PIL import Image
 from segments import make_scenes
 from test_decode import saved
@@ -29,7 +27,6 @@ import main_pretrain
 import main_segment
 from util import datasets
 from util.checkpoints import checkpoint
-from util.cli import entry_point
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage, decode, to_tensor
 
@@ -46,15 +43,6 @@ def samples(labelled):
         files = [source[index] for index in range(len(source))]
         found[split] = [(np.array(Image.open(io.BytesIO(data))), label) for data, label in files]
     return found
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """A folder on Python's path. Modules that a test imports are forgotten."""
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    for file in tmp_path.glob("*.py"):
-        sys.modules.pop(file.stem, None)
 
 
 def write_hdf5(folder, samples):
@@ -99,10 +87,7 @@ def test_the_examples_train_as_a_folder_and_resume_exactly(kind, pretrain, sampl
         assert lines(whole)[0]["train_loss"] == pytest.approx(lines(folder)[0]["train_loss"], rel=0.02)
     else:
         assert_equal(weights(whole, "checkpoint-0.pth"), weights(folder, "checkpoint-0.pth"))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        pretrain("parts", **own)
-    parts = pretrain("parts", **own, resume="auto")
+    parts = stop_and_resume(monkeypatch, pretrain, 3, **own)
     assert_equal(weights(whole, "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
     assert checkpoint.read(parts / "checkpoint-0.pth")["args"]["dataset"] == example(kind)
 
@@ -128,8 +113,7 @@ def test_neighbors_and_the_report_are_those_of_the_folder(classify, samples, lab
     reports = []
     for flags in ([tmp_path, "--dataset", own["dataset"]], [labelled]):
         capsys.readouterr()
-        argv = [*map(str, flags), "--num_workers", "1"]
-        datasets.main(entry_point.parse(datasets.get_args_parser(), argv))
+        call(datasets, *flags, num_workers=1)
         report = capsys.readouterr().out
         reports.append(report[report.index("images      48") : report.index("speed")])
     assert reports[0] == reports[1]
@@ -177,12 +161,7 @@ def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
 
 
 def test_the_page_runs_in_a_working_directory(tmp_path, classify, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "DATASETS.md").read_text(), re.DOTALL)[1]
-    (tmp_path / code.split()[1]).write_text(code)
-    command = [sys.executable, "-m", "util.datasets", "--dataset", "py:blobs:open_dataset", "--num_workers", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "images      300\nclasses     3" in done.stdout, done.stderr
+    assert "images      300\nclasses     3" in run_section("DATASETS.md", "## Your own dataset", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     out = classify(main_finetune, dataset="py:blobs:open_dataset", input_size=32, batch_size=20, epochs=3, lr=2e-3,
                    hflip=0, aa="none", crop_scale="0.9 1", reprob=0, layer_decay=1, num_workers=1)  # fmt: skip
@@ -206,23 +185,23 @@ def test_a_function_in_place_of_its_name(tmp_path, samples):
         main_pretrain.main(parse(main_pretrain, **resumed, dataset="CIFAR10"), source=source)
 
 
-def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, modules, capsys):
-    (modules / "mine.py").write_text(OWN + "return [(BLACK, 0)] * 8\n")
+def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_module, tmp_path, capsys):
+    own_module("mine", OWN + "return [(BLACK, 0)] * 8\n")
     out = pretrain(dataset="py:mine:open_dataset", epochs=1)
     del sys.modules["mine"]
-    (modules / "mine.py").write_text("raise SystemExit('imported')\n")
+    own_module("mine", "raise SystemExit('imported')\n")
     file = out / "checkpoint-0.pth"
     for resume in ("auto", file):
         with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
             main_pretrain.main(parse(main_pretrain, resume=resume, output_dir=out))
     for script in (main_finetune, main_linprobe, main_knn):
-        flags = {"finetune": file, "device": "cpu", **({} if script is main_knn else {"output_dir": modules / "b"})}
+        flags = {"finetune": file, "device": "cpu", **({} if script is main_knn else {"output_dir": tmp_path / "b"})}
         with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
             script.main(parse(script, **flags))
-    (modules / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
+    (tmp_path / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
     for script in (main_pretrain, main_segment):
         with pytest.raises(SystemExit):
-            parse(script, config=modules / "recipe.yaml")
+            parse(script, config=tmp_path / "recipe.yaml")
         assert "--dataset py:mine:open_dataset" in capsys.readouterr().err
 
 
@@ -230,9 +209,9 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, modu
     ("nowhere:open_dataset", "nowhere"), ("present:open_datase", "did you mean open_dataset"),
     ("present", "package.module:name"), ("needs:open_dataset", "absent_package"),
 ])  # fmt: skip
-def test_names_that_can_not_be_imported(modules, name, message):
-    (modules / "present.py").write_text(OWN + "return []\n")
-    (modules / "needs.py").write_text("import absent_package\n")
+def test_names_that_can_not_be_imported(own_module, name, message):
+    own_module("present", OWN + "return []\n")
+    own_module("needs", "import absent_package\n")
     with pytest.raises(ValueError, match=f"--dataset py:{name}.*{message}"):
         open_source("train", dataset=f"py:{name}")
 
@@ -327,9 +306,9 @@ LOSSY = (
 
 
 @pytest.mark.parametrize("code", ["raise OSError('lost')", "raise BadImage('lost')", "return '/nowhere/lost', 0"])
-def test_unreadable_items_are_replaced(pretrain, modules, code, capsys):
+def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     """Their labels are unknown, unless the dataset lists or returns them."""
-    (modules / "lossy.py").write_text(LOSSY.format(bad=3, code=code))
+    own_module("lossy", LOSSY.format(bad=3, code=code))
     flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1, "epochs": 1, "warmup_epochs": 0}
     for name, own in (("skip", {}), ("cached", {"cache_images": True})):
         assert lines(pretrain(name, **flags, **own, on_bad_image="skip"))[0]["bad_images"] == 1
@@ -342,12 +321,12 @@ def test_unreadable_items_are_replaced(pretrain, modules, code, capsys):
 
 
 @pytest.mark.parametrize("code", ["int('x')", "1 / 0", "next(iter([]))", "raise RuntimeError('mine')", "{}['key']"])
-def test_mistakes_of_the_code_keep_their_traceback(modules, code, tmp_path):
+def test_mistakes_of_the_code_keep_their_traceback(own_module, code, tmp_path):
     """In a worker process and in the training process, of a script that would replace unreadable images."""
-    (modules / "wrong.py").write_text(LOSSY.format(bad=3, code=code))
+    modules = own_module("wrong", LOSSY.format(bad=3, code=code))
     flags = ["--dataset", "py:wrong:open_dataset", "--epochs", 1, "--on_bad_image", "skip", "--num_workers", 1]
     with pytest.raises(subprocess.CalledProcessError) as raised:
-        in_processes(1, tmp_path, tmp_path / "o", *flags, "--batch_size", 4, environment={"PYTHONPATH": str(tmp_path)})
+        in_processes(1, tmp_path, tmp_path / "o", *flags, "--batch_size", 4, environment={"PYTHONPATH": str(modules)})
     assert f'{modules}/wrong.py", line 6' in raised.value.output
     assert "--num_workers" not in raised.value.output.splitlines()[-1]
     source = open_source("train", dataset="py:wrong:open_dataset")
@@ -355,19 +334,20 @@ def test_mistakes_of_the_code_keep_their_traceback(modules, code, tmp_path):
         source[3]
 
 
-def test_random_numbers_of_items_do_not_depend_on_workers_or_interruptions(pretrain, modules, monkeypatch):
-    (modules / "noisy.py").write_text(
+def test_random_numbers_of_items_do_not_depend_on_workers_or_interruptions(pretrain, own_module, monkeypatch):
+    own_module(
+        "noisy",
         "import random\nimport numpy as np\nimport torch\nclass Noisy(list):\n    def __getitem__(self, index):\n"
         "        number = random.randrange(9) + np.random.randint(9)\n"
         "        return 25 * number + torch.rand(3, 16, 16), 0\n"
-        "def open_dataset(split, data_path):\n    return Noisy(range(16))\n"
+        "def open_dataset(split, data_path):\n    return Noisy(range(16))\n",
     )
     settings = {"dataset": "py:noisy:open_dataset", "save_minutes": 0}
-    whole = pretrain("whole", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        pretrain("parts", **settings)
-    assert_equal(weights(whole), weights(pretrain("parts", **settings, num_workers=2, resume="auto")))
+
+    def run(name, **flags):
+        return pretrain(name, **settings, **flags, num_workers=2 if "resume" in flags else 0)
+
+    assert_equal(weights(run("whole")), weights(stop_and_resume(monkeypatch, run, 3)))
     cached = (pretrain(f"c{count}", **settings, cache_images=True, num_workers=count) for count in (0, 2))
     assert_equal(*map(weights, cached))
 
@@ -386,9 +366,9 @@ def test_a_dataset_is_opened_again_in_other_processes(tmp_path, samples):
         shrinking[0]
 
 
-def test_stored_features_notice_changed_samples(modules, caplog):
+def test_stored_features_notice_changed_samples(own_module, caplog):
     """By the code and the files of data_path; without data_path, features of an earlier start are not reused."""
-    (modules / "constant.py").write_text(OWN + "return [(BLACK, 0)] * 4\n")
+    modules = own_module("constant", OWN + "return [(BLACK, 0)] * 4\n")
     (modules / "data").mkdir()
 
     def version(data_path=str(modules / "data"), **options):

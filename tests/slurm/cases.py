@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from conftest import ROOT, torchrun  # noqa: E402
-from mains import lines  # noqa: E402
+from mains import lines, wait_until  # noqa: E402
 
 from util.checkpoints import checkpoint  # noqa: E402
 
@@ -116,16 +116,8 @@ class Cluster:
             states.append(self.field(job, "JobState"))
             return states[-1] in ENDED and len(set(states[-3:])) == 1
 
-        wait_until(ended, f"job {job}")
+        wait_until(ended, seconds=SECONDS, pause=0.5)
         return states[-1]
-
-
-def wait_until(holds: Callable[[], object], what: str) -> None:
-    """Waits until a condition holds; fails after SECONDS."""
-    ends = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < ends, f"{what} hangs"
-        time.sleep(0.5)
 
 
 class Job:
@@ -154,7 +146,7 @@ class Job:
     def train(self, epochs: int = 2) -> "Job":
         """Waits until the job has trained `epochs` epochs."""
         log = self.out / "log.txt"
-        wait_until(lambda: log.exists() and len(lines(self.out)) >= epochs, f"epoch {epochs - 1} of {self.out}")
+        wait_until(lambda: log.exists() and len(lines(self.out)) >= epochs, seconds=SECONDS, pause=0.5)
         return self
 
     def finish(self) -> str:
@@ -162,7 +154,6 @@ class Job:
         return self.cluster.end_of(self.number)
 
     def process(self, rank: int) -> int:
-        """The process id of a rank."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 ours = f"submitit.core._submit\0{self.shared}" in (folder / "cmdline").read_text()
@@ -191,17 +182,14 @@ class Cases:
                 shutil.copy(image, folder)
         self.flags = [*FLAGS, "--data_path", self.data]
         self.single, self.pair = work / "single", work / "pair"
-        launchers = (([sys.executable], self.single, BATCH), (torchrun(2), self.pair, BATCH // 2))
-        self.undisturbed = [self._start(*arguments) for arguments in launchers]
-
-    def _start(self, launcher: list[str], out: Path, batch_size: int) -> subprocess.Popen[bytes]:
-        """Starts a run without Slurm."""
-        command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch_size, "--output_dir", out,
-                   "--device", "cpu"]  # fmt: skip
-        return subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        self.undisturbed = []  # without Slurm
+        for launcher, out, batch in (([sys.executable], self.single, BATCH), (torchrun(2), self.pair, BATCH // 2)):
+            command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch, "--output_dir", out,
+                       "--device", "cpu"]  # fmt: skip
+            run = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+            self.undisturbed.append(run)
 
     def wait_for_undisturbed(self) -> None:
-        """Waits for the undisturbed runs."""
         assert [run.wait(SECONDS) for run in self.undisturbed] == [0, 0]
 
     def pretrain(self, name: str, *flags: object, nodes: str = "n[3-4]", tasks: int = 1) -> Job:
@@ -316,7 +304,7 @@ class Cases:
         for process in (step, task):
             os.kill(process, signal.SIGKILL)
         self.signals.call("scontrol", "update", "nodename=n6", "state=down", "reason=died")
-        wait_until(lambda: self.signals.field(job.number, "JobState") == "PENDING", f"the requeue of job {job.number}")
+        wait_until(lambda: self.signals.field(job.number, "JobState") == "PENDING", seconds=SECONDS, pause=0.5)
         # This fails if the daemon has reported already.
         self.signals.run("scontrol", "update", "nodename=n6", "state=resume")
         return [self.row("node failure", job, stopped=True)]
@@ -352,7 +340,6 @@ class Cases:
         return [pretrained, Row("fine-tuning with --after", state, passed)]
 
     def tasks(self) -> list[Row]:
-        """Several processes per node."""
         return [self.row("2 nodes, 2 processes per node", self.pretrain("tasks", tasks=2), stopped=False)]
 
     def crash(self) -> list[Row]:
