@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import tomllib
 from argparse import Namespace
 from pathlib import Path
@@ -23,12 +24,11 @@ from util.cli import entry_point
 from util.evaluation import robustness
 from util.weights import model_zoo
 
-RESULTS = {"table.md"}  # written by the studies
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "demo/**/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.name not in RESULTS and "output" not in path.parts
+    if path.name != "table.md" and "output" not in path.parts  # tables are written by the studies
 )
 RUN = (ROOT / "run").read_text()
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, Docker, Slurm and tests/golden_settings.py
@@ -46,11 +46,6 @@ def bash_blocks(path: Path) -> list[str]:
     return [c for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.DOTALL) for c in commands(block)]
 
 
-def indented(path: Path) -> list[str]:
-    """The command lines of indented blocks."""
-    return commands("\n".join(re.findall(r"^    (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)))
-
-
 def test_the_extras_of_the_readme_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     table = (ROOT / "README.md").read_text().partition("| extra | adds |")[2].partition("\n\n")[0]
@@ -58,7 +53,6 @@ def test_the_extras_of_the_readme_are_those_of_the_project():
 
 
 def parse(script: str, flags: list[str]) -> Namespace:
-    """Parses a command with the parser of its script."""
     parser = parser_of(script.removesuffix(".py").replace("/", "."))
     if isinstance(parser, type(entry_point.parser(""))):
         return entry_point.parse(parser, flags)
@@ -67,11 +61,13 @@ def parse(script: str, flags: list[str]) -> Namespace:
 
 def script_commands() -> list[tuple[str, list[str]]]:
     """Every command of a script in documents, docstrings, recipe headers and `run`: (script, flags)."""
-    lines = [command for path in DOCUMENTS for command in bash_blocks(path) + indented(path)]
+    lines = []
     for path in (*ROOT.glob("main_*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
     for path in DOCUMENTS:
-        inline = re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        lines += bash_blocks(path) + commands("\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE)))
+        inline = re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", text)
         lines += [" ".join(command.split()) for command in inline]  # in the text, where they may wrap
     for path in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -93,7 +89,6 @@ def test_every_command_parses(script, flags, monkeypatch):
 
 @pytest.fixture(scope="module")
 def known_flags():
-    """The flags of all scripts."""
     parsers = [*map(parser_of, SCRIPTS)]
     for file in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
         module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
@@ -180,11 +175,10 @@ def test_the_model_zoo_names_every_model():
 
 
 def test_the_requirements_of_a_space_are_those_of_the_code():
-    """gradio comes with a Space."""
-    text = (ROOT / "demo" / "SPACE.md").read_text(encoding="utf-8")
-    requirements = text.partition("`requirements.txt`:\n\n```\n")[2].partition("```")[0].split()
-    names = {"PIL": "pillow", "yaml": "pyyaml"}
-    assert sorted(requirements) == sorted(names.get(name, name) for name in hubconf.dependencies)
+    command = re.search(r"^(python -c .*) > requirements.txt$", (ROOT / "demo/SPACE.md").read_text(), re.MULTILINE)[1]
+    written = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    requirements, names = re.findall(r"^[\w-]+", written, re.MULTILINE), {"PIL": "pillow", "yaml": "pyyaml"}
+    assert {names.get(name, name) for name in hubconf.dependencies} <= set(requirements)
 
 
 def test_citation_is_valid_yaml():
