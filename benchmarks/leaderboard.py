@@ -57,6 +57,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }
+MEANS = {
+    "500 labels": ".2f", "k-NN": ".2f", "minutes": ".2f", "epochs": ".0f", "updates": ",.0f", "TMACs": ".1f",
+    "images/s": ",.0f",
+}  # fmt: skip
 FINETUNE = {
     "model": "vit_mini_patch4", "input_size": 28, "in_chans": 1, "mean": [0.286], "std": [0.353], "aa": "none",
     "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random", "crop_scale": [0.7, 1.0], "crop_pct": 1.0,
@@ -116,13 +120,13 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         scores = accuracies(file, flags | held_out, args.seed, Path(folder))
     seconds = sum(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
-    samples = sum(1 for _ in (scripts.ROOT / args.data_path / "train").glob("*/*")) * flags.get("repeated_sampling", 1)
+    images = sum(1 for _ in (scripts.ROOT / args.data_path / "train").glob("*/*"))
     batch = PROCESSES * flags["batch_size"]
-    updates = epochs * (samples // batch)
+    updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
     settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
     return {
-        "entry": name, "minutes": round(seconds / 60, 2), "seed": args.seed,
-        "images": "test" if args.test else "held-out",
+        "entry": name, "budget": args.minutes, "images": images, "evaluated on": "test" if args.test else "held-out",
+        "seed": args.seed, "minutes": round(seconds / 60, 2),
         **{key: round(value, 2) for key, value in scores.items()},
         "score": round(statistics.fmean(scores.values()), 2), "epochs": epochs, "updates": updates,
         "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1), "images/s": round(rate),
@@ -132,13 +136,29 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table() -> str:
-    """Returns the rows, the best first, without their commands."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    if not rows:
-        return ""
-    titles = [title for title in rows[0] if title != "command"]
-    ranked = sorted(rows, key=lambda row: (row["images"], -row["score"]))
-    return markdown(titles, [[str(row[title]) for title in titles] for row in ranked])
+    """Returns a table for each budget, with a row for each entry: the means over its seeds, the best first."""
+    tables: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    for row in map(json.loads, ROWS.read_text().splitlines()):
+        title = (
+            f"{row['budget']:g} minutes, {row['images']:,} training images, evaluated on {row['evaluated on']} images:"
+        )
+        tables.setdefault(title, {}).setdefault((row["machine"], row["entry"]), []).append(row)
+    titles = ["entry", "seeds", "score", *MEANS, "machine", "commit", "date"]
+    parts = []
+    for title, entries in tables.items():
+        ranked = sorted(entries, key=lambda key: (key[0], -statistics.fmean(row["score"] for row in entries[key])))
+        parts += [title, markdown(titles, [summary(entries[key]) for key in ranked])]
+    return "\n\n".join(parts)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the cells of an entry, with the standard deviation of its scores."""
+    scores = [row["score"] for row in rows]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    means = [f"{statistics.fmean(row[name] for row in rows):{form}}" for name, form in MEANS.items()]
+    seeds = " ".join(str(row["seed"]) for row in rows)
+    last = [rows[-1][name] for name in ("machine", "commit", "date")]
+    return [rows[0]["entry"], seeds, f"{statistics.fmean(scores):.2f}{spread}", *means, *last]
 
 
 def main(args: argparse.Namespace) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from mains import parse
+from PIL import Image
+from test_library_sets import write_idx
 from torchvision.datasets import FashionMNIST
 
 import main_compare
 import main_pretrain
 from benchmarks.fashion_mnist import study
 from inference import export
-from util.cli import entry_point
 
 
 @pytest.mark.parametrize("name", ["PRETRAIN", "EXPORT", "COMPARE"])
@@ -21,8 +23,7 @@ def test_its_commands_parse(name, monkeypatch):
     scripts = {"main_pretrain.py": main_pretrain, "inference.export": export, "main_compare.py": main_compare}
     words = list(map(str, getattr(study, name)))
     script = next(word for word in words if word in scripts)
-    arguments = words[words.index(script) + 1 :]
-    args = entry_point.parse(scripts[script].get_args_parser(), arguments)
+    args = parse(scripts[script], *words[words.index(script) + 1 :])
     if name == "COMPARE":
         assert len(args.labels) == len(args.draws) == len(args.budget) == 5
     if name == "PRETRAIN":
@@ -37,13 +38,18 @@ def test_the_data_are_unpacked_for_torchvision(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
     for part in ("train", "t10k"):
         for kind, array in (("images-idx3", pixels), ("labels-idx1", np.array([4, 0, 9], dtype=np.uint8))):
-            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
-            with gzip.open(study.DEBIAN / f"{part}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
-    study.prepare(tmp_path / "data")
-    train = FashionMNIST(str(tmp_path / "data"), train=True)
+            write_idx(tmp_path / "idx", array)
+            (study.DEBIAN / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress((tmp_path / "idx").read_bytes()))
+    monkeypatch.setattr(study.scripts, "ROOT", tmp_path)
+    study.prepare(tmp_path / study.WORK / "data")
+    train = FashionMNIST(str(tmp_path / study.WORK / "data"), train=True)
     assert np.array_equal(train.data.numpy(), pixels)
     assert train.targets.tolist() == [4, 0, 9]
+    study.images()
+    for split in ("train", "val"):
+        for number, name in enumerate(("coat", "t-shirt_top", "ankle_boot")):
+            file = tmp_path / study.WORK / "images" / split / name / f"{number:05}.png"
+            assert np.array_equal(np.asarray(Image.open(file)), pixels[number])
 
 
 def test_results_are_reused_and_come_back_after_an_interruption(tmp_path, monkeypatch):

@@ -3,10 +3,11 @@
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion_mnist/study.py pretrain   # 75 minutes; writes encoder.safetensors
     python benchmarks/fashion_mnist/study.py compare    # 1 h 45 min, with the encoder of this folder
+    python benchmarks/fashion_mnist/study.py images     # image files, for benchmarks/leaderboard.py
 
-Both parts are commands of this library, which are printed. The same command resumes an interrupted part. `compare`
-writes results.json, results.csv, table.md and plot.png of main_compare.py next to this file, and begins with the
-results that are there.
+The first two parts are commands of this library, which are printed. The same command resumes an interrupted part.
+`compare` writes results.json, results.csv, table.md and plot.png of main_compare.py next to this file, and begins with
+the results that are there.
 """
 
 import argparse
@@ -17,7 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from torchvision.datasets import FashionMNIST
+
 from benchmarks import scripts
+from demo.unpack_data import folder_of
+from util.files import atomic
 
 HERE = Path(__file__).parent
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
@@ -59,6 +64,18 @@ def prepare(data: Path) -> None:
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
 
 
+def images() -> None:
+    """Writes the images to runs/study/images/{train,val}/CLASS/NNNNN.png."""
+    with atomic.replacing(scripts.ROOT / WORK / "images") as written:
+        for split in ("train", "val"):
+            dataset = FashionMNIST(scripts.ROOT / WORK / "data", train=split == "train")
+            folders = [written / split / folder_of(name) for name in dataset.classes]
+            for folder in folders:
+                folder.mkdir(parents=True)
+            for number, (image, label) in enumerate(dataset):
+                image.save(folders[label] / f"{number:05}.png")
+
+
 def pretrain() -> None:
     """Pre-trains the encoder; writes its weights and its log next to this file."""
     scripts.run(*PRETRAIN, threads=1)
@@ -80,7 +97,7 @@ def compare() -> None:
                 shutil.copy(out / name, HERE)
 
 
-PARTS = {part.__name__: part for part in (pretrain, compare)}
+PARTS = {part.__name__: part for part in (pretrain, compare, images)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
