@@ -50,12 +50,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "train_per_class": flag(DATA, type=positive_int, metavar="N",
         help="train on N images of each class, chosen by --seed (default: all images)"),
     "val_fraction": flag(DATA, type=ratio, metavar="R",
-        help="to choose hyperparameters: hold out this fraction of the training images and evaluate on it (default: "
-        "evaluate on the validation set)"),
+        help="to choose hyperparameters: hold out this fraction of the training images, also of those that "
+        "--train_per_class chooses, and evaluate on it (default: evaluate on the validation set)"),
     "input_size": flag(DATA, default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W")),
     "in_chans": flag(DATA, default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray"),
     "mean": flag(DATA, type=float, nargs="+", metavar="M",
-        help="mean of each channel, for pixel values in [0, 1] (default: ImageNet's, or that of the loaded weights)"),
+        help="mean of each channel, for pixel values in [0, 1] (default: ImageNet's, or as in the loaded weights)"),
     "std": flag(DATA, type=positive, nargs="+", metavar="S",
         help="standard deviation of each channel (default: as for --mean)"),
     "exif": flag(DATA, action="store_true", default=None),
@@ -137,12 +137,12 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="normalize queries and keys of each head, as ViT-22B does, against diverging attention: layer: LayerNorm; "
         "rms: RMSNorm (default: the choice of the loaded weights, else no norm)"),
     "num_cls_tokens": flag(MODEL, type=positive_int, metavar="T",
-        help="number of class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)"),
+        help="number of class tokens; heads and k-NN use their mean (default: as in the loaded weights, else 1)"),
     "encoder": flag(MODEL, metavar="MODULE:CLASS",
         help="your own encoder: a class derived from models_vit.Encoder, from a module on Python's path or in the "
         "working directory. Files record its name, and do not import it"),
     "encoder_args": flag(MODEL, nargs="+", metavar="NAME=VALUE",
-        help="arguments of the class of --encoder, such as groups=3 (default: those of the loaded weights)"),
+        help="arguments of the class of --encoder, such as groups=3 (default: as in the loaded weights)"),
     "model_class": flag(MODEL, metavar="MODULE:CLASS",
         help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
         "name, and do not import it"),
@@ -166,8 +166,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base "
         "(default: random weights)"),
     "adapt_input": flag(MODEL, default="error", choices=choices.ADAPT_CHOICES,
-        help="if the weights of --finetune have another number of input channels: error: abort; mean: each channel "
-        "starts from the mean of their channels; repeat: from their channels in turn; skip: the patch projection is "
+        help="if the weights of --finetune have a different number of input channels: error: abort; mean: each channel "
+        "starts from the mean of their channels; repeat: from their channels, repeated; skip: the patch projection is "
         "initialized at random"),
     "head": flag(MODEL, default=choices.HEAD_CHOICES[0], choices=choices.HEAD_CHOICES,
         help="linear: batch norm and a 1 x 1 convolution on the tokens of the last block; dpt: a dense prediction "

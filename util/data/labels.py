@@ -20,7 +20,7 @@ class Subset:
 
     Args:
         indices: (n,), indices of the samples in the source.
-        classes: the new classes. Default: those of the source.
+        classes: the new classes (default: the classes of the source).
         numbers: (number of the source's classes,), the new label of each label of the source. Default: unchanged.
     """
 
@@ -176,7 +176,7 @@ def counted_as(source: Source, classes: Sequence[str]) -> Source:
 
 
 def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
-    """Chooses `count` samples of every class at random by `seed`. A larger `count` adds samples to those of a smaller.
+    """Chooses `count` samples of every class at random by `seed`. A larger `count` adds samples to a smaller one.
 
     Raises:
         ValueError: a class has fewer samples.
@@ -192,7 +192,7 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
 
 
 def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset, Subset]:
-    """Splits a source at random by `seed` into a training part and a held-out part.
+    """Splits a source at random by `seed` into a training part and a held-out part. Logs the size of the latter.
 
     Args:
         share: the fraction of the samples that is held out, rounded so that both parts have at least one.
@@ -208,5 +208,6 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     if total < 2:
         raise ValueError(f"{flag} {share:g} needs at least 2 images, and there is {total}")
     count = min(max(round(share * total), 1), total - 1)
+    logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
