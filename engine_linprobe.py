@@ -38,7 +38,7 @@ def report_best_rate(
 ) -> dict[str, float]:  # fmt: skip
     """Logs the rate with the best held-out score, and in the last epoch a warning if it is the largest or smallest.
 
-    A warning names the rates whose loss was not finite in all batches; `shares` are those of the finite batches.
+    A warning names the rates whose loss was not finite in all batches; `shares` are the shares of the finite batches.
 
     Args:
         best: index of the rate.
@@ -65,9 +65,9 @@ def report_best_rate(
 class HeadLosses:
     """The criterion: the loss of outputs (B, C), or of several heads (heads, B, C).
 
-    The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
-    is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses of each
-    head over the updates of an epoch; checkpoints contain the sums.
+    The gradient of several heads is the gradient of the sum of their losses, so each head trains independently. The
+    value is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses
+    of each head over the updates of an epoch; checkpoints contain the sums.
     """
 
     is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them

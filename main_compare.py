@@ -218,7 +218,7 @@ def _each(flag: str, values: list[Any], count: int) -> list[Any]:
 
 
 def seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
-    """Returns the computing time of the open tasks; `seconds` has that of the complete ones, by name."""
+    """Returns the computing time of the open tasks; `seconds` has the time of the complete ones, by name."""
 
     def mean(similar: Callable[[Task], bool]) -> float | None:
         values = [seconds[task.name] for task in tasks if task.name in seconds and similar(task)]
@@ -435,7 +435,7 @@ class Runs:
         return entry_point.parse(PROTOCOLS[task.protocol][0].get_args_parser(), arguments(flags))
 
     def _smaller_batch(self, task: Task, flags: Flags) -> Flags:
-        """Returns a smaller batch size if that of the flags has fewer than LEAST_UPDATES updates per epoch."""
+        """Returns a smaller batch size if the flags give fewer than LEAST_UPDATES updates per epoch."""
         batch_size = self._settings(task, flags).batch_size
         largest = 2 ** max(1, (task.labels // LEAST_UPDATES).bit_length() - 1)
         if task.protocol == KNN or batch_size <= largest:

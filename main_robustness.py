@@ -98,7 +98,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     if args.compile:
         compile_model(model, device, freeze_weights=True)
     out = Path(args.output_dir) / args.suite
-    settings = json.loads(json.dumps({  # equal to those of a file
+    settings = json.loads(json.dumps({  # equal to settings that a file records
         "model": args.model, "weights": checkpoint.compute_digest(model.state_dict()),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
         **({"exif": True} if exif else {}),

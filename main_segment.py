@@ -162,7 +162,7 @@ def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mappi
         recorded: its settings. Its classes are used.
 
     Raises:
-        ValueError: the number of classes is unknown, or `--nb_classes` differs from that of the palette or of the file.
+        ValueError: the number of classes is unknown, or `--nb_classes` differs from the palette or the file.
     """
     classes, colors = recorded.get("classes") or [], recorded.get("colors")
     if args.palette:

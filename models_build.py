@@ -205,7 +205,7 @@ def size_of(model: str) -> str:
 
 
 def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
-    """Returns the arguments of `MaskedAutoencoderViT`, with those of a mix-in.
+    """Returns the arguments of `MaskedAutoencoderViT` and of a mix-in.
 
     Raises:
         ValueError: the model of the run is not a masked autoencoder; or as in `encoder_arguments`.
@@ -225,7 +225,7 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encod
 
 
 def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
-    """Returns the arguments of `VisionTransformer`, with those of a mix-in.
+    """Returns the arguments of `VisionTransformer` and of a mix-in.
 
     Raises:
         ValueError: the model of the run is not a classifier; or as in `encoder_arguments`.
@@ -241,7 +241,7 @@ def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encode
 
 
 def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
-    """Returns the arguments of `Segmenter`, with those of a mix-in."""
+    """Returns the arguments of `Segmenter` and of a mix-in."""
     arguments = classifier_arguments(spec, image, encoder)
     return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
 

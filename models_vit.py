@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return attention_weights(q, k)
 
     def split(self, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D). `inputs`: those of the block."""
+        """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D). `inputs`: of the block."""
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast normalizes in fp32
 
@@ -258,7 +258,7 @@ class Encoder(Steps, nn.Module):
         self, block: Callable[..., nn.Module] | None, dim: int, num_heads: int, mlp_ratio: float,
         norm_layer: NormLayer, rates: Sequence[float], qkv_bias: bool = True,
     ) -> nn.ModuleList:  # fmt: skip
-        """Returns a block for each drop path rate. `block`: their class. Default: that of the model."""
+        """Returns a block for each drop path rate. `block`: their class (default: the class of the model's blocks)."""
         make = partial(
             block or type(self).block, dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer
         )

@@ -153,7 +153,7 @@ class Ablation:
         """Returns the table of the results so far in Markdown.
 
         An accuracy is the mean ± the standard deviation over the draws, or over the seeds if a row has several. The
-        cost of a pre-training is relative to that of the first encoder.
+        cost of a pre-training is relative to the cost of the first encoder.
         """
         results = self.results.read()
         rows: dict[str, list[str]] = {name: [name] for name in self.baselines if name in results}

@@ -235,7 +235,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
     """A segmentation model with its preprocessing.
 
     Attributes:
-        colors: colors of the classes in pictures, uint8 (classes, 3): those of the palette of the run, or of VOC.
+        colors: colors of the classes in pictures, uint8 (classes, 3): the palette of the run, or VOC's.
     """
 
     colors: np.ndarray

@@ -73,7 +73,7 @@ def write_onnx(model: Model, out: Path) -> None:
     """Writes the graph, and checks it with onnxruntime and another batch size. Its metadata has the settings as JSON.
 
     Raises:
-        ValueError: the outputs differ from those of the model by more than CLOSE.
+        ValueError: the outputs differ from the outputs of the model by more than CLOSE.
     """
     onnx, runtime = library("onnx"), library("onnxruntime", "onnx")
     library("onnxscript", "onnx")

@@ -46,7 +46,7 @@ def load(name: str, crop_pct: float | None, device: torch.device, **settings: An
 
     Args:
         name: as in `get_model`, or timm:NAME for a model of timm, with the validation transform of timm.
-        crop_pct: side of the center crop, as a fraction of the scaled image; None: that of the model.
+        crop_pct: side of the center crop, as a fraction of the scaled image; None: the model's.
         device: device of the model.
         settings: further arguments of `get_model`.
 

@@ -184,7 +184,7 @@ def _published_for(name: str) -> str:
 def _load(
     file: loading.Weights, architecture: str | None, settings: dict[str, Any], encoder: type[models_vit.Encoder] | None
 ) -> Model:
-    """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
+    """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
     recorded = models_build.file_settings(file, architecture)
     recorded |= {name: value for name, value in row_settings(file.source).items() if name not in file.settings}
     architecture = recorded["model"]

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
             f"mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
-        logger.info("the model predicts normalized patches: their mean and contrast are those of the original")
+        logger.info("the model predicts normalized patches: their mean and contrast are taken from the original")
     reconstructions = []
     for path in args.images:
         try:

@@ -101,8 +101,8 @@ def write_mask(classes: np.ndarray, model: Segmenter, path: Path) -> None:
 def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:
     """Blends the colors of the classes (H, W) over the gray levels of an image (H, W, 3), uint8.
 
-    The colors of the image would change those of the classes. Black, the color of the first class without a palette, is
-    transparent, because it would hide the image.
+    The colors of the image would change the colors of the classes. Black, the color of the first class without a
+    palette, is transparent, because it would hide the image.
 
     Args:
         colors: (number of classes, 3), uint8.

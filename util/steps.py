@@ -13,7 +13,7 @@ class Steps:
     Attributes:
         arguments: arguments that the steps of the published code do not have, and the methods that pass them on.
         own_parameters: the steps that extra inputs reach, and their first parameters, which may have other names.
-        used_steps: those of them that the model calls.
+        used_steps: the steps that the model calls.
         lacking: those of `arguments` that a subclass does not pass on, with its first method without the argument.
         extras: for each of `own_parameters`, the extra inputs that overrides take by name, and whether they need them.
     """

@@ -48,7 +48,7 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
     """Adds rows of the table of flags to a group, or to a parser without groups.
 
     Args:
-        changes: arguments of `add_argument` that replace those of the rows.
+        changes: arguments of `add_argument` that replace the arguments of the rows.
     """
     for name in names:
         row = {key: value for key, value in (FLAGS[name] | changes).items() if key != "group"}
@@ -215,7 +215,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
         group.add_argument(
             flag, nargs=2, metavar=("IMAGES", "MASKS"),
-            help=f"the folder of the {what} images and that of their masks. File names are equal except for suffixes",
+            help=f"the folders of the {what} images and of their masks. File names are equal except for suffixes",
         )  # fmt: skip
     for name, what in (("train_list", "training"), ("val_list", "validation")):
         add_to(group, name, help=f"CSV file with a row `image,mask` for each {what} image")

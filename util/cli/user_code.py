@@ -42,7 +42,7 @@ def import_object(flag: str, text: str) -> Any:
 
 
 def name_of(kind: Any) -> str:
-    """Returns the name of a class or function, or of that of a `partial`, as `import_object` takes it."""
+    """Returns the name of a class or function, or of the function of a `partial`, as `import_object` takes it."""
     kind = getattr(kind, "func", kind)
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -50,8 +50,8 @@ class Place(NamedTuple):
 class Archive:
     """The images of one tar or zip file. The list of members is read once.
 
-    The layout is that of an unpacked dataset: enclosing folders are skipped, and the folders below `split` are the
-    classes. An archive without splits contributes all of its images.
+    The layout equals the layout of an unpacked dataset: enclosing folders are skipped, and the folders below `split`
+    are the classes. An archive without splits contributes all of its images.
 
     Args:
         path: the archive.

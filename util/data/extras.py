@@ -30,7 +30,7 @@ def split(image: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def can_name(name: Any) -> bool:
-    """Whether an extra input can have this name, that of a parameter of a model."""
+    """Whether an extra input can have this name, which is the name of a parameter of a model."""
     return str(name).isidentifier() and not keyword.iskeyword(str(name)) and name not in RESERVED
 
 

@@ -72,7 +72,7 @@ class TrainTransform:
 
     Args:
         size: (H, W) of the crop.
-        short_side: shorter side of the image in pixels for a scale of 1; 0: that of the file.
+        short_side: shorter side of the image in pixels for a scale of 1; 0: as in the file.
         scale: minimum and maximum of the random scale.
         hflip: probability of a horizontal flip.
         mean: mean of each channel, for pixel values from 0 to 1.

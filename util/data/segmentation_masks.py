@@ -92,7 +92,7 @@ def default_colors(count: int) -> list[Color]:
 class MaskFormat:
     """Decodes masks: indexed and gray images of 8 bits, and color images with the colors of a palette.
 
-    With a palette, an indexed image whose colors are those of the palette in another order is a color image.
+    With a palette, an indexed image that has the colors of the palette in a different order is a color image.
 
     Args:
         num_classes: number of classes.

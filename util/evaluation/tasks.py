@@ -251,8 +251,8 @@ def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:
 def balanced_weights(train: Source) -> Tensor:
     """Returns the weights of classes (C,), as of scikit-learn: images / (classes · images of the class).
 
-    For labels (n, C), they are those of the values 0 and 1 of each class (2, C). The weight of a class without images
-    is 0.
+    For labels (n, C), they are the weights of the values 0 and 1 of each class (2, C). The weight of a class without
+    images is 0.
     """
     labels = np.asarray(train.labels)
     if labels.ndim == 2:

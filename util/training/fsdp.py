@@ -28,7 +28,7 @@ def shard(
 
     Args:
         model: a model that was built under `torch.device("meta")`: `initialize_weights` runs after the
-            `reset_parameters` of its modules, and with the same seed, the weights equal those of a model without
+            `reset_parameters` of its modules, and with the same seed, the weights equal the weights of a model without
             sharding. Or a model with weights, which are the same in all processes.
         units: the blocks.
         device: device of the weights.

@@ -36,7 +36,7 @@ def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tup
         trains_encoder: the script trains more than a head on frozen features.
 
     Returns:
-        The settings of the run, which may be those of the checkpoint from which it resumes; the device of this process
+        The settings of the run, which may come from the checkpoint from which it resumes; the device of this process
         and its precision.
     """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)

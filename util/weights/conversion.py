@@ -1,7 +1,7 @@
 """Converts the names of weights in mmpretrain (mmselfsup) and transformers. timm has the names of this library.
 
-In mmpretrain, the prefix of the encoder is `backbone.`, that of the decoder `neck.`. transformers has three layouts:
-its files (`vit.encoder.layer.0.attention.attention.query`), the decoder in files of 5.x (`decoder.decoder_encoder`),
+In mmpretrain, the prefix of the encoder is `backbone.`, and of the decoder `neck.`. transformers has three layouts: its
+files (`vit.encoder.layer.0.attention.attention.query`), the decoder in files of 5.x (`decoder.decoder_encoder`),
 and models of 5.x in memory (`vit.layers.0.attention.q_proj`). Query, key and value are separate there, and one matrix
 `qkv` here.
 

@@ -48,7 +48,7 @@ def init_mae(model: Any, file: Weights) -> None:
             interpolate_pos_embed(model, weights, _grid_of(file, model), name)
     elif file.learned_pos_embed:
         raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
-    else:  # the model computes its tables, so that those of a file may have another size
+    else:  # the model computes its tables, so tables of a file may have a different size
         may_lack |= TABLES
         other = _reshaped(weights, ours) if _grid_of(file, model) in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
@@ -74,10 +74,10 @@ def load_encoder(
 
     Args:
         model: a `models_vit.VisionTransformer`.
-        adapt_input: treatment of the patch projection if the file has another number of channels: "error"; "mean": each
-            channel gets the mean of the channels of the file; "repeat": the channels of the file in turn; "skip": the
-            projection keeps its random weights. "mean" and "repeat" are scaled so that the sum over channels is
-            unchanged.
+        adapt_input: treatment of the patch projection if the file has a different number of channels: "error"; "mean":
+            each channel gets the mean of the channels of the file; "repeat": the channels of the file, repeated;
+            "skip": the projection keeps its random weights. "mean" and "repeat" are scaled so that the sum over
+            channels is unchanged.
         classes: the classes of the model. A head of other classes is not loaded.
         task: the task of the model (--task). A head of a different task is not loaded.
 

@@ -256,7 +256,7 @@ def some(names: Iterable[str], count: int = 3) -> str:
 def statistics(
     file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Returns `mean` and `std`. Where one is None, it is that of the run of a file with the same number of channels.
+    """Returns `mean` and `std`. If one is None, it is taken from the run of a file with the same number of channels.
 
     A warning names each value that differs from the value of that run.
     """

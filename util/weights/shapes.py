@@ -51,7 +51,7 @@ def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def in_chans(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> int | None:
-    """Returns the number of channels of the images: that of the patch projection, else the recorded one."""
+    """Returns the number of channels of the images: of the patch projection, else the recorded one."""
     return tensors[PATCHES].shape[1] if PATCHES in tensors else settings.get("in_chans")
 
 
