@@ -2,7 +2,8 @@
 
     python demo/unpack_data.py
     python benchmarks/leaderboard.py baseline muon                # five minutes of pre-training each, held-out images
-    python benchmarks/leaderboard.py muon --seed 1 --test         # another seed, test images
+    python benchmarks/leaderboard.py muon --seed 1 --test         # a different seed, test images
+    python benchmarks/leaderboard.py muon --photographs --test    # squares of photographs, 96 x 96 pixels
 
 An entry is pre-trained for the number of epochs that fit into the minutes, at the speed of the fastest of three epochs.
 The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
@@ -25,9 +26,11 @@ import main_pretrain
 from benchmarks import machine, scripts
 from benchmarks.ablation import DATA, PRETRAIN
 from benchmarks.model_table import pretraining_macs
+from benchmarks.small_data import other_images
 from util.cli import entry_point
 from util.cli.advice import arguments
 from util.cli.flags import positive
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.training import run_log
@@ -62,11 +65,12 @@ MEANS = {
     "images/s": ",.0f",
 }  # fmt: skip
 FINETUNE = {
-    "model": "vit_mini_patch4", "input_size": 28, "in_chans": 1, "mean": [0.286], "std": [0.353], "aa": "none",
-    "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random", "crop_scale": [0.7, 1.0], "crop_pct": 1.0,
-    "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000, "lr": 1e-3,
-    "train_per_class": 50,
+    "model": "vit_mini_patch4", "aa": "none", "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random",
+    "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30,
+    "save_every": 1000, "lr": 1e-3,
 }  # fmt: skip
+LABELS = 500
+PHOTOGRAPHS = {"input_size": 96, "patch_size": 12, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, Any]]:
@@ -94,44 +98,49 @@ def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
 
 
 def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
-    """Returns the accuracies of an encoder in percent: fine-tuned with 500 labels, and of 20 nearest neighbors."""
+    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, and of 20 nearest neighbors."""
     shared = ("data_path", "train_list", "val_list", "encoder")
-    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags}
+    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
+    classes = sum(1 for _ in (scripts.ROOT / flags["data_path"] / "train").iterdir())
     tuned = []
     for draw in range(3):
-        own |= {"finetune": file, "seed": 10 * seed + draw}
-        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, "output_dir": out / f"draw{draw}"}), threads=2)
-        tuned.append(run_log.read(out / f"draw{draw}")[-1]["test_acc1"])
-    own |= {"model": "vit_mini_patch4", "input_size": 28, "k": [20], "num_workers": 0}
+        drawn = {"train_per_class": LABELS // classes, "seed": 10 * seed + draw, "output_dir": out / f"draw{draw}"}
+        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **drawn}), threads=2)
+        tuned.append(run_log.read(drawn["output_dir"])[-1]["test_acc1"])
+    own |= {"model": "vit_mini_patch4", "k": [20], "num_workers": 0}
     (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
     return {"500 labels": statistics.fmean(tuned), "k-NN": neighbors}
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Pre-trains and evaluates an entry; returns its row."""
-    flags = {**BASE, **ENTRIES[name], "data_path": args.data_path, "seed": args.seed}
+    method = {**BASE, **ENTRIES[name], **(PHOTOGRAPHS if args.photographs else {})}
+    data = args.data_path or (other_images.written("photographs") if args.photographs else DATA)
+    scripts.require_images(data)
+    flags = {**method, "data_path": data, "seed": args.seed}
     with tempfile.TemporaryDirectory() as folder:
         # The fastest epoch is the least disturbed one. The first one warms up.
         fastest = min(line["seconds"] for line in pretrain(flags, Path(folder) / "speed", 4)[1:])
         epochs = max(2, round(60 * args.minutes / fastest))
         lines = pretrain(flags, Path(folder) / "run", epochs)
-        held_out = {} if args.test else hold_out(args.data_path, Path(folder))
+        held_out = {} if args.test else hold_out(data, Path(folder))
         file = Path(folder) / "run" / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
         scores = accuracies(file, flags | held_out, args.seed, Path(folder))
     seconds = sum(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
-    images = sum(1 for _ in (scripts.ROOT / args.data_path / "train").glob("*/*"))
+    images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     batch = PROCESSES * flags["batch_size"]
     updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
     settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
     return {
-        "entry": name, "budget": args.minutes, "images": images, "evaluated on": "test" if args.test else "held-out",
-        "seed": args.seed, "minutes": round(seconds / 60, 2),
+        "entry": name, "budget": args.minutes, "images": images,
+        "kind": "photographs" if args.photographs else "garments",
+        "evaluated on": "test" if args.test else "held-out", "seed": args.seed, "minutes": round(seconds / 60, 2),
         **{key: round(value, 2) for key, value in scores.items()},
         "score": round(statistics.fmean(scores.values()), 2), "epochs": epochs, "updates": updates,
         "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1), "images/s": round(rate),
         "machine": machine.processor(), "commit": commit(), "date": date.today().isoformat(),
-        "command": " ".join(command({**BASE, **ENTRIES[name]})),
+        "command": " ".join(command(method)),
     }  # fmt: skip
 
 
@@ -140,7 +149,7 @@ def table() -> str:
     tables: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in map(json.loads, ROWS.read_text().splitlines()):
         title = (
-            f"{row['budget']:g} minutes, {row['images']:,} training images, evaluated on {row['evaluated on']} images:"
+            f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}, evaluated on {row['evaluated on']} images:"
         )
         tables.setdefault(title, {}).setdefault((row["machine"], row["entry"]), []).append(row)
     titles = ["entry", "seeds", "score", *MEANS, "machine", "commit", "date"]
@@ -163,7 +172,6 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Runs entries, and appends their rows."""
-    scripts.require_images(args.data_path)
     for name in args.entries:
         row = run(name, args)
         with ROWS.open("a") as file:
@@ -181,7 +189,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
     parser.add_argument("--seed", default=0, type=int, metavar="S", help="seed of pre-training and draws")
     parser.add_argument("--test", action="store_true", help="evaluate on the test images, once per entry")
-    parser.add_argument("--data_path", default=DATA, type=Path, metavar="DIR", help="of demo/unpack_data.py")
+    parser.add_argument("--photographs", action="store_true", help="squares of photographs, 96 x 96 pixels")
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help="images (default: of demo/unpack_data.py)")
     return parser
 
 

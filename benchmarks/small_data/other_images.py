@@ -31,6 +31,7 @@ from benchmarks.input_pipeline import find
 from util.files import atomic
 
 HERE = Path(__file__).parent
+WORK = Path("runs/small_data")
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png",
     "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg", "china.jpg",
@@ -104,9 +105,19 @@ def write_photographs(folder: Path) -> None:
 WRITERS = {"digits": write_digits, "photographs": write_photographs}
 
 
+def written(name: str) -> Path:
+    """Returns the folder of the images of a dataset, which are written if they are absent."""
+    folder = WORK / name / "images"
+    if not (ROOT / folder).exists():
+        (ROOT / folder).parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(ROOT / folder) as temporary:
+            WRITERS[name](temporary)
+    return folder
+
+
 def study(name: str) -> Ablation:
     """Returns the study of a dataset."""
-    dataset, work = DATASETS[name], Path("runs/small_data") / name
+    dataset, work = DATASETS[name], WORK / name
     runs = {encoder: Run(encoder, dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
     data, recipe = work / "images", f"finetune={(HERE / f'finetune_{name}.yaml').relative_to(ROOT)}"
     evaluation = {**dataset.evaluation, "data_path": data, "recipes": [recipe]}
@@ -124,11 +135,8 @@ def main() -> None:
     """Writes the images, pre-trains the encoders and compares them."""
     name = get_args_parser().parse_args().dataset
     os.chdir(ROOT)
+    written(name)
     ablation = study(name)
-    if not ablation.data.exists():
-        ablation.data.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(ablation.data) as written:
-            WRITERS[name](written)
     ablation.pretrain(ablation.commands(), list(ablation.runs))
     out = ablation.compare(list(ablation.runs), ablation.baselines)
     for file in ("table.md", "results.csv"):
