@@ -109,11 +109,11 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
         tuned.append(run_log.read(drawn["output_dir"])[-1]["test_acc1"])
     own |= {"model": "vit_mini_patch4", "k": [20], "num_workers": 0}
     (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
-    return {"500 labels": statistics.fmean(tuned), "k-NN": neighbors}
+    return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2)}
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Pre-trains and evaluates an entry; returns its row."""
+def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
+    """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
     method = {**BASE, **ENTRIES[name], **(PHOTOGRAPHS if args.photographs else {})}
     data = args.data_path or (other_images.written("photographs") if args.photographs else DATA)
     scripts.require_images(data)
@@ -123,25 +123,30 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         fastest = min(line["seconds"] for line in pretrain(flags, Path(folder) / "speed", 4)[1:])
         epochs = max(2, round(60 * args.minutes / fastest))
         lines = pretrain(flags, Path(folder) / "run", epochs)
-        held_out = {} if args.test else hold_out(data, Path(folder))
         file = Path(folder) / "run" / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
-        scores = accuracies(file, flags | held_out, args.seed, Path(folder))
+        sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
+        scores = {
+            evaluated: accuracies(file, {**flags, **lists}, args.seed, Path(folder) / evaluated)
+            for evaluated, lists in sets.items()
+        }
     seconds = sum(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     batch = PROCESSES * flags["batch_size"]
     updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
     settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
-    return {
-        "entry": name, "budget": args.minutes, "images": images,
-        "kind": "photographs" if args.photographs else "garments",
-        "evaluated on": "test" if args.test else "held-out", "seed": args.seed, "minutes": round(seconds / 60, 2),
-        **{key: round(value, 2) for key, value in scores.items()},
-        "score": round(statistics.fmean(scores.values()), 2), "epochs": epochs, "updates": updates,
+    shared = {
+        "minutes": round(seconds / 60, 2), "epochs": epochs, "updates": updates,
         "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1), "images/s": round(rate),
-        "machine": machine.processor(), "commit": commit(), "date": date.today().isoformat(),
+        "machine": machine.processor(), "commit": version, "date": date.today().isoformat(),
         "command": " ".join(command(method)),
     }  # fmt: skip
+    kind = "photographs" if args.photographs else "garments"
+    entry = {"entry": name, "seed": args.seed, "budget": args.minutes, "images": images, "kind": kind}
+    return [
+        {**entry, "evaluated on": evaluated, **found, "score": round(statistics.fmean(found.values()), 2), **shared}
+        for evaluated, found in scores.items()
+    ]
 
 
 def table() -> str:
@@ -172,14 +177,15 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Runs entries, and appends their rows."""
+    version = commit()  # before the first row changes a file
     for name in args.entries:
-        row = run(name, args)
+        rows = run(name, args, version)
         with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         text = PAGE.read_text()
         before, after = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
         atomic.write_text(PAGE, text[:before] + table() + "\n" + text[after:])
-        print(json.dumps(row), flush=True)
+        print(*map(json.dumps, rows), sep="\n", flush=True)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -188,7 +194,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=", ".join(ENTRIES))
     parser.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
     parser.add_argument("--seed", default=0, type=int, metavar="S", help="seed of pre-training and draws")
-    parser.add_argument("--test", action="store_true", help="evaluate on the test images, once per entry")
+    parser.add_argument("--test", action="store_true", help="evaluate on the test images too, once per entry")
     parser.add_argument("--photographs", action="store_true", help="squares of photographs, 96 x 96 pixels")
     parser.add_argument("--data_path", type=Path, metavar="DIR", help="images (default: of demo/unpack_data.py)")
     return parser
