@@ -40,10 +40,12 @@ ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "
 MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"
 PROCESSES = 2  # of one thread each
 BASE = {**PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
+DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
-    "demo": {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"},
-    "demo with patches of 4": {"batch_size": 64, "lr": 2e-3, "crop": "none"},
+    "demo": DEMO,
+    "demo with patches of 4": {**DEMO, "patch_size": 4},
+    "demo with muon": {**DEMO, "optimizer": "examples.muon:muon_and_adamw"},
     "128 images per update": {"batch_size": 64, "lr": 2e-3},
     "decoder of 2 blocks": {"decoder_depth": 2},
     "decoder of 128 channels": {"model_class": "examples.wide_decoder:WideDecoder", "model_args": ["width=128"]},
