@@ -18,7 +18,6 @@ from golden_settings import SCRIPTS, parser_of
 
 import hubconf
 import models_mae
-from benchmarks import machine, targets
 from inference import get_model
 from util.cli import entry_point
 from util.evaluation import robustness
@@ -191,20 +190,6 @@ def test_tables_are_those_of_their_sources():
     assert len(pages) == 3
     for path, text in pages.items():
         assert tables.rewritten(text) == text, path
-
-
-def test_the_tables_of_speed_have_the_measured_values():
-    table = targets.table(machine.folders())
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    measured = {title: first.split(" (")[0] for title, _, first, *_ in rows}  # the first machine, without tunables
-    speed = (ROOT / "RUNS.md").read_text(encoding="utf-8").partition("## Speed")[2]
-    for start, title in {
-        "throughput, compiled": "bf16 compiled, relative to transformers eager",
-        "reduction in activation": "activation memory with the fused attention kernel, saving relative to transformers",
-        "throughput of data": "JPEG files to batches, one process, --fast_jpeg, relative to Pillow and torchvision",
-    }.items():
-        (line,) = [line for line in speed.splitlines() if line.startswith(f"| {start}")]
-        assert line.endswith(f" | {measured[title]} |")
 
 
 def test_results_md_has_the_published_robustness():
