@@ -5,6 +5,7 @@ python demo/unpack_data.py --out demo/data/fashion_mnist
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
@@ -26,14 +27,19 @@ def unpack(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out, sync=False) as written:
         for split in ("train", "val"):
-            folders = [written / split / folder_of(name) for name in archive["classes"]]
-            for folder in folders:
-                folder.mkdir(parents=True)
-            labeled = zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
-            for number, (image, label) in enumerate(labeled):
-                Image.fromarray(image).save(folders[label] / f"{number:05}.png")
-                if (number + 1) % 2000 == 0:
-                    print(f"{number + 1:,} images of {split}/", flush=True)
+            images = map(Image.fromarray, archive[f"{split}_images"])
+            write_split(written / split, archive["classes"], zip(images, archive[f"{split}_labels"], strict=True))
+
+
+def write_split(out: Path, classes: Iterable[str], labeled: Iterable[tuple[Image.Image, int]]) -> None:
+    """Writes out/CLASS/NNNNN.png for images with the numbers of their classes."""
+    folders = [out / folder_of(name) for name in classes]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number, (image, label) in enumerate(labeled):
+        image.save(folders[label] / f"{number:05}.png")
+        if (number + 1) % 2000 == 0:
+            print(f"{number + 1:,} images of {out.name}/", flush=True)
 
 
 def folder_of(class_name: str) -> str:

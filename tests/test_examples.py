@@ -25,6 +25,7 @@ from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import muon_and_adamw
 from examples.two_crops import TwoCrops
+from examples.wide_decoder import WideDecoder
 from inference import get_model
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
@@ -164,6 +165,12 @@ def test_masks_of_red_noise_are_clustered_and_of_blue_noise_spread():
     assert blue < 0.05 < 0.25**2 < 0.07 < green < red
     with pytest.raises(ValueError, match="color=pink: give red, green, blue"):
         ColoredMasks(**SMALL, color="pink")
+
+
+@pytest.mark.parametrize("width", [16, 40])
+def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
+    with pytest.raises(ValueError, match=f"--model_args width={width}: give a multiple of 32"):
+        WideDecoder(**SMALL, width=width)
 
 
 def test_muon_trains_resumes_and_fine_tunes(pretrain, classify, monkeypatch):

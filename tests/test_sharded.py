@@ -383,6 +383,21 @@ def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
                         settings, run_state.Progress(24, 24, num_images=24))  # fmt: skip
 
 
+def test_damaged_checkpoints_are_rejected(shards, tmp_path):
+    files = [path.name for path in (shards / "checkpoint-0").iterdir()]
+    assert len(files) == 4  # tensors of two processes, metadata, other state
+    for name in files:
+        file = shutil.copytree(shards / "checkpoint-0", tmp_path / name / "checkpoint-0") / name
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            sharded.gather(file.parent)
+        file.unlink()
+        with pytest.raises(CheckpointError, match=r"damaged|there is no checkpoint"):
+            sharded.gather(file.parent)
+
+
 INITIALIZE = """
 import copy, pytest, sys, torch, models_mae
 from torch import nn

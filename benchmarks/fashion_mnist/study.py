@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from torchvision.datasets import FashionMNIST
 
 from benchmarks import scripts
-from demo.unpack_data import folder_of
+from demo.unpack_data import write_split
 from util.files import atomic
 
 HERE = Path(__file__).parent
@@ -69,11 +69,7 @@ def images() -> None:
     with atomic.replacing(scripts.ROOT / WORK / "images") as written:
         for split in ("train", "val"):
             dataset = FashionMNIST(scripts.ROOT / WORK / "data", train=split == "train")
-            folders = [written / split / folder_of(name) for name in dataset.classes]
-            for folder in folders:
-                folder.mkdir(parents=True)
-            for number, (image, label) in enumerate(dataset):
-                image.save(folders[label] / f"{number:05}.png")
+            write_split(written / split, dataset.classes, dataset)
 
 
 def pretrain() -> None:
