@@ -201,3 +201,14 @@ def test_other_runs_take_the_class_tokens_of_the_file(run_dir, classify, caplog)
     with caplog.at_level(logging.WARNING):
         assert classify(main_knn, finetune=file, k=3)
     assert "num_cls_tokens" not in caplog.text
+
+
+def test_round_trip_through_transformers(folder, theirs, tmp_path):
+    model = get_model(folder)
+    export.export(model, "transformers", tmp_path / "back")
+    back = transformers.AutoModel.from_pretrained(tmp_path / "back")
+    assert isinstance(back, transformers.PixioModel)
+    assert back.config.n_cls_tokens == 8
+    assert_equal(back.state_dict(), theirs.state_dict())
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back", backend="pil")
+    assert processor.crop_size["height"] == 256

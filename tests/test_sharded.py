@@ -383,6 +383,12 @@ def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
                         settings, run_state.Progress(24, 24, num_images=24))  # fmt: skip
 
 
+def test_ddp_losses_equal_those_of_one_process(single, pictures, tmp_path):
+    in_processes(2, pictures, tmp_path / "run", "--batch_size", 4, "--accum_iter", 3, *STEPS)
+    assert len(losses(tmp_path / "run")) == 30
+    assert relative_error(tmp_path / "run", single) < 1e-5
+
+
 def test_damaged_checkpoints_are_rejected(shards, tmp_path):
     files = [path.name for path in (shards / "checkpoint-0").iterdir()]
     assert len(files) == 4  # tensors of two processes, metadata, other state
