@@ -25,8 +25,8 @@ import main_knn
 import main_pretrain
 from benchmarks import machine, scripts
 from benchmarks.ablation import DATA, PRETRAIN
+from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
-from benchmarks.small_data import other_images
 from util.cli import entry_point
 from util.cli.advice import arguments
 from util.cli.flags import positive
@@ -72,7 +72,13 @@ FINETUNE = {
     "save_every": 1000, "lr": 1e-3,
 }  # fmt: skip
 LABELS = 500
-PHOTOGRAPHS = {"input_size": 96, "patch_size": 12, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+PHOTOGRAPHS = {
+    "input_size": SIDE,
+    "patch_size": 12,
+    "in_chans": 3,
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+}
 
 
 def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, Any]]:
@@ -118,7 +124,7 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
 def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
     method = {**BASE, **ENTRIES[name], **(PHOTOGRAPHS if args.photographs else {})}
-    data = args.data_path or (other_images.written("photographs") if args.photographs else DATA)
+    data = args.data_path or (images_of("photographs") if args.photographs else DATA)
     scripts.require_images(data)
     flags = {**method, "data_path": data, "seed": args.seed}
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ from PIL import Image
 import main_compare
 import main_pretrain
 import main_segment
+from benchmarks import image_sets
 from benchmarks.ablation import Ablation, Run
 from benchmarks.mask_blocks import study as mask_blocks
 from benchmarks.small_data import other_images
@@ -152,7 +153,7 @@ def test_the_images_are_the_first_of_each_class(data, tmp_path):
 def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
     written = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        other_images.WRITERS[dataset](folder)
+        image_sets.WRITERS[dataset](folder)
         written.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")})
     files, again = written
     assert files == again
