@@ -137,7 +137,7 @@ def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[s
             evaluated: accuracies(file, {**flags, **lists}, args.seed, Path(folder) / evaluated)
             for evaluated, lists in sets.items()
         }
-    seconds = sum(line["seconds"] for line in lines)
+    seconds = epochs * statistics.median(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     batch = PROCESSES * flags["batch_size"]
