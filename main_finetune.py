@@ -37,7 +37,6 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
 from util.cli.choices import CLASSIFICATION
-from util.cli.own_classes import with_own
 from util.data import extras, transforms
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -91,8 +90,8 @@ def main(
     """
     from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
-    args, encoder = with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = with_own(args, "optimizer", optimizer)
+    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
     args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))

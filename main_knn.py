@@ -23,7 +23,6 @@ import models_build
 import models_vit
 from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
 from util.cli import entry_point, options
-from util.cli.own_classes import with_own
 from util.data import extras
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -60,7 +59,7 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, encoder = with_own(with_source(args, source), "encoder", encoder)
+    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None

@@ -48,7 +48,6 @@ from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
-from util.cli.own_classes import with_own
 from util.data import extras, labels, loader, transforms
 from util.data.batches import Batch
 from util.data.run_data import RunData
@@ -95,7 +94,7 @@ def main(
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, encoder = with_own(with_source(args, source), "encoder", encoder)
+    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
     args, precision = trainer.start(args, "main_linprobe", trains_encoder=False)
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device

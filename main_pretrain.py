@@ -28,7 +28,6 @@ from models_vit import Encoder
 from util import dist, masking
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.cli.own_classes import with_own
 from util.cli.user_code import import_object
 from util.data import extras, loader, transforms
 from util.data.run_data import RunData
@@ -89,9 +88,9 @@ def main(
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
             --lr_schedule MODULE:FUNCTION.
     """
-    args, encoder = with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = with_own(args, "optimizer", optimizer)
-    args, lr_schedule = with_own(args, "lr_schedule", lr_schedule)
+    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
+    args, lr_schedule = entry_point.with_own(args, "lr_schedule", lr_schedule)
     model_class = chosen_class(args, model_class)
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)

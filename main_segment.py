@@ -29,7 +29,6 @@ from engine_segment import evaluate, pixel_loss, report_scores
 from models_segment import Segmenter
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.cli.own_classes import with_own
 from util.data import extras
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
@@ -79,8 +78,8 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    args, encoder = with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = with_own(args, "optimizer", optimizer)
+    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
     args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))

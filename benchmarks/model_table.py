@@ -24,7 +24,7 @@ import main_pretrain
 import models_build
 import models_mae
 import models_vit
-from util.cli.own_classes import with_own
+from util.cli import entry_point
 from util.evaluation.tables import markdown
 from util.settings import specs
 
@@ -66,7 +66,7 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
 
 def pretraining_macs(args: argparse.Namespace) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
-    args, encoder = with_own(args, "encoder", None)
+    args, encoder = entry_point.with_own(args, "encoder", None)
     model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
     model = models_build.autoencoder(*specs(vars(args)), model_class, encoder)
     images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)

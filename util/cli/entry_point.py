@@ -18,6 +18,7 @@ import yaml
 from util import dist
 from util.cli.advice import AdvisedError, did_you_mean
 from util.cli.flags import is_refused_in_recipes
+from util.cli.user_code import import_object, name_of
 from util.files.untrusted import printable, recipe_problem
 from util.interrupts import Interrupted
 
@@ -117,6 +118,22 @@ def changed(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.N
     if isinstance(args, _Args):
         args.explicit = before | settings.keys()
     return args
+
+
+def with_own(args: argparse.Namespace, flag: str, given: Any) -> tuple[argparse.Namespace, Any]:
+    """Imports the class or function of the user's code that a flag names, or records the name of `given`.
+
+    Args:
+        args: the settings of the command, before a file adds its own: what a file names is not imported.
+        flag: its name, such as encoder.
+
+    Raises:
+        ValueError: it can't be imported.
+    """
+    if given is not None:
+        return changed(args, {flag: name_of(given)}), given
+    name = getattr(args, flag)
+    return args, import_object(f"--{flag} ", name) if name else None
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
