@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from util import dist
-from util.cli.advice import AdvisedError, did_you_mean
+from util.cli.advice import AdvisedError, arguments, did_you_mean
 from util.cli.flags import is_refused_in_recipes
 from util.cli.user_code import import_object, name_of
 from util.files.untrusted import printable, recipe_problem
@@ -67,8 +67,9 @@ class _Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         unknown = [flag for flag in _flags_in(args) if flag not in self._option_string_actions]
         if unknown:
-            near = did_you_mean(unknown[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], self._option_string_actions)}"
+            )
         return super().parse_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -164,26 +165,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
-    if getattr(args, "crop", None) == "none":
-        unused = sorted(args.explicit & {"crop_scale", "crop_ratio", "crop_pct"})
-        if unused:
-            flags = " and ".join(f"--{name}" for name in unused)
-            logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
+    unused = sorted(args.explicit & {"crop_scale", "crop_ratio", "crop_pct"})
+    if unused and getattr(args, "crop", None) == "none":
+        flags = " and ".join(f"--{name}" for name in unused)
+        logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
     return args
 
 
 def _flags_in(argv: Sequence[str]) -> list[str]:
     """Returns the flags of a command line, without their values."""
     return [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
-
-
-def _without_defaults(parser: _Parser) -> _Parser:
-    """Returns a copy of the parser without defaults and without required arguments."""
-    bare = copy.deepcopy(parser)
-    bare._defaults.clear()
-    for action in bare._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return bare
 
 
 def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -214,8 +205,11 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
     by_flag = parser._option_string_actions
     known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
     settings = argparse.Namespace()
-    parser = _without_defaults(parser)
+    parser = copy.deepcopy(parser)
     parser.recipe = f"--config {path}: "
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
     for key, value in recipe.items():
         if key not in known or key == "config":
             parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")
@@ -228,8 +222,7 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
 def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
     """Returns an entry of a recipe as flags; None means the default."""
     if is_refused_in_recipes(parser._option_string_actions[f"--{key}"], value):
-        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-        text = shlex.join([f"--{key}", *map(str, values)])
+        text = shlex.join(arguments({key: value}))
         parser.error(f"a recipe must not set {key}, because recipes may be untrusted: give {text} on the command line")
     if isinstance(value, bool):
         switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
@@ -275,8 +268,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        reason = f"{error}, the state is saved; {same} resumes the run"
-        _fail(parser, args, error, reason, 128 + error.signum)
+        _fail(parser, args, error, f"{error}, the state is saved; {same} resumes the run", 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)
 
