@@ -22,7 +22,9 @@ from util.masking import MASKING_CHOICES
 
 
 def flag(group: str, **arguments: Any) -> dict[str, Any]:
-    """Returns a row: a group of --help and arguments of `add_argument`, or `switch`, the default of --NAME."""
+    """Returns a row: a group of --help and arguments of `add_argument`. With `switch`, the default, it adds two flags:
+    --NAME, and --no_NAME or the flag of `advice.OFF`, whose help is `off`.
+    """
     return {"group": group, **arguments}
 
 
@@ -58,8 +60,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="mean of each channel, for pixel values in [0, 1] (default: ImageNet's, or as in the loaded weights)"),
     "std": flag(DATA, type=positive, nargs="+", metavar="S",
         help="standard deviation of each channel (default: as for --mean)"),
-    "exif": flag(DATA, action="store_true", default=None),
-    "no_exif": flag(DATA, action="store_false", dest="exif", default=None, help="disable --exif"),
+    "exif": flag(DATA, switch=None),
     "nodata": flag(DATA, type=nodata, metavar="nan|VALUE",
         help="pixels with this value in any channel of the input are invalid: they enter the model as the mean, "
         "and pre-training never scores them (default: the choice of the model's run, else all pixels are valid)"),
@@ -165,6 +166,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "finetune": flag(MODEL, default="", metavar="FILE|NAME",
         help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base "
         "(default: random weights)"),
+    "global_pool": flag(MODEL, switch=False, help="classify the mean of the patch tokens",
+        off="classify the class token"),
     "adapt_input": flag(MODEL, default="error", choices=choices.ADAPT_CHOICES,
         help="if the weights of --finetune have a different number of input channels: error: abort; mean: each channel "
         "starts from the mean of their channels; repeat: from their channels, repeated; skip: the patch projection is "

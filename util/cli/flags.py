@@ -107,10 +107,3 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
 def runs_code(dataset: str) -> bool:
     """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
     return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))
-
-
-def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:
-    """Adds --NAME and --no_NAME, so that the command line can override a recipe in both directions."""
-    on, off = (" (default)", "") if default else ("", " (default)")
-    group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
-    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"disable --{name}{off}")

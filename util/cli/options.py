@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
+from util.cli.advice import OFF
 from util.cli.choices import METRIC_CHOICES
 from util.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
-from util.cli.flags import add_switch, count_or_all, not_in_recipes, positive, runs_code
+from util.cli.flags import not_in_recipes, positive, runs_code
 from util.cli.user_code import import_object
 
 GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
@@ -52,12 +53,17 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
     """
     for name in names:
         row = {key: value for key, value in (FLAGS[name] | changes).items() if key != "group"}
-        if "switch" in row:
-            add_switch(group, name, row["switch"], row["help"])
-            continue
-        flag = group.add_argument(f"--{name}", **row)
-        if name in REFUSED:
-            not_in_recipes(flag, REFUSED[name])
+        if "switch" in row:  # two flags, so that the command line can override a recipe in both directions
+            on, off = (" (default)" * (row["switch"] is value) for value in (True, False))
+            group.add_argument(f"--{name}", action="store_true", default=row["switch"], help=row["help"] + on)
+            group.add_argument(
+                OFF.get(name, f"--no_{name}"), action="store_false", dest=name, default=row["switch"],
+                help=row.get("off", f"disable --{name}") + off,
+            )  # fmt: skip
+        else:
+            flag = group.add_argument(f"--{name}", **row)
+            if name in REFUSED:
+                not_in_recipes(flag, REFUSED[name])
 
 
 def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rereads: bool = False) -> None:
@@ -67,22 +73,20 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
         labels: the images need labels, whose meaning is a flag.
         rereads: the script reads each image several times.
     """
-    group = group_of(parser, DATA)
-    layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
-    if labels:
-        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
-    add_to(group, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
-    add_source_options(group, labels)
-    add_input_options(group, "image size")
-    add_to(group, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
+    without = "folder of images, flat or nested; if it contains train/, only train/ is read"
+    layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE" if labels else without
+    add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
+    add_source_options(group_of(parser, DATA), labels)
+    add_input_options(parser, "image size")
+    add(parser, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
 
 
-def add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
+def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds the flags of the input of the model; `what` is the meaning of its size."""
-    add_to(group, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
-    add_to(group, "mean", "std")
-    add_exif(group, "not applied")
-    add_to(group, "nodata", "value_range", "pin_mem")
+    add(parser, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
+    add(parser, "mean", "std")
+    add_exif(group_of(parser, DATA), "not applied")
+    add(parser, "nodata", "value_range", "pin_mem")
 
 
 def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
@@ -117,29 +121,20 @@ def add_exif(group: argparse._ActionsContainer, default: str) -> None:
         help="apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
         f"(default: the choice of the model's run, else {default})",
     )  # fmt: skip
-    add_to(group, "no_exif")
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
     """Adds the flags of the architecture."""
-    group = group_of(parser, MODEL)
-    group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
-    add_to(group, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
+    group_of(parser, MODEL).add_argument(
+        "--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}"
+    )
+    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
     """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
-    add(parser, "val_list", "crop_pct", "val_fraction", "nb_classes", "train_per_class")
-    group = group_of(parser, MODEL)
-    add_to(group, "finetune", "adapt_input")
-    on, off = (" (default)", "") if global_pool else ("", " (default)")
-    group.add_argument(
-        "--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens" + on
-    )
-    group.add_argument(
-        "--cls_token", action="store_false", dest="global_pool", default=global_pool,
-        help="classify the class token" + off,
-    )  # fmt: skip
+    add(parser, "val_list", "crop_pct", "val_fraction", "nb_classes", "train_per_class", "finetune", "adapt_input")
+    add(parser, "global_pool", switch=global_pool)
 
 
 def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False, lr: float | None = None) -> None:
@@ -150,20 +145,19 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         lr: default of --lr for a script without --blr, whose learning rate does not depend on the batch size and has a
             polynomial decay.
     """
-    group = group_of(parser, OPTIMIZATION)
-    add_to(group, "batch_size", "accum_iter", "epochs", "warmup_epochs")
+    add(parser, "batch_size", "accum_iter", "epochs", "warmup_epochs")
     decay = ", then a cosine (default: computed from --blr)" * (lr is None)
-    add_to(group, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
+    add(parser, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
     if lr is not None:
-        add_to(group, "poly_power")
+        add(parser, "poly_power")
     elif several_blr:
         text = f"{FLAGS['blr']['help']}. Several values train one head each"
-        add_to(group, "blr", default=[0.1], type=positive, nargs="+", help=text)
+        add(parser, "blr", default=[0.1], type=positive, nargs="+", help=text)
     else:
-        add_to(group, "blr")
+        add(parser, "blr")
     if not several_blr:
-        add_to(group, "optimizer")
-    add_to(group, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
+        add(parser, "optimizer")
+    add(parser, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
     text = "if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch"
     add(parser, "on_bad_image", help=text)
 
@@ -185,62 +179,50 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
 
 def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:
     """Adds the flags of main_compare.py."""
-    group = group_of(parser, EVALUATION)
-    add_to(group, "encoders")
-    add_to(group, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
-    add_to(group, "labels", "draws", "budget")
+    add(parser, "encoders")
+    add(parser, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
+    add(parser, "labels", "draws", "budget")
     add_to(
-        group, "blr", nargs="+", type=positive, default=None,
+        group_of(parser, EVALUATION), "blr", nargs="+", type=positive, default=None,
         help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
         "is used (default: the rate of the recipe)",
     )  # fmt: skip
-    add_to(group, "recipes")
-    group = group_of(parser, RUN)
-    add_to(
-        group, "output_dir", default="runs/compare",
+    add(parser, "recipes")
+    add(
+        parser, "output_dir", default="runs/compare",
         help="folder of table, plot and runs. Results in it are reused if the command and the files that it names are "
         "the same",
     )  # fmt: skip
-    add_to(group, "jobs", "keep_checkpoints", "device", "debug", "amp")
+    add(parser, "jobs", "keep_checkpoints", "device", "debug", "amp")
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of images with segmentation masks, of the crop and of channels."""
-    group = group_of(parser, DATA)
-    add_to(
-        group, "data_path",
+    add(
+        parser, "data_path",
         help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
         "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
     )  # fmt: skip
     for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
-        group.add_argument(
+        group_of(parser, DATA).add_argument(
             flag, nargs=2, metavar=("IMAGES", "MASKS"),
             help=f"the folders of the {what} images and of their masks. File names are equal except for suffixes",
         )  # fmt: skip
     for name, what in (("train_list", "training"), ("val_list", "validation")):
-        add_to(group, name, help=f"CSV file with a row `image,mask` for each {what} image")
-    add_to(
-        group, "dataset",
+        add(parser, name, help=f"CSV file with a row `image,mask` for each {what} image")
+    add(
+        parser, "dataset",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
         "function(split, data_path) that returns a dataset of images and masks (DATASETS.md)",
     )  # fmt: skip
-    add_to(group, "download", help="download --dataset to --data_path")
-    add_to(
-        group, "nb_classes",
+    add(parser, "download", help="download --dataset to --data_path")
+    add(
+        parser, "nb_classes",
         help="number of classes. The values in masks are 0 to N - 1; 255 is ignored (default: number in --palette)",
     )  # fmt: skip
-    add_to(group, "reduce_zero_label", "palette")
-    add_input_options(group, "crop and window size")
-    add_to(group, "short_side", "in_chans", "num_workers")
-
-
-def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the head, the encoder and the augmentation of segmentation."""
-    add(parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
-    add(
-        parser, "unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
-        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
-    )  # fmt: skip
+    add(parser, "reduce_zero_label", "palette")
+    add_input_options(parser, "crop and window size")
+    add(parser, "short_side", "in_chans", "num_workers")
 
 
 def add_inference_options(
@@ -286,10 +268,9 @@ def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, A
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
-    group = group_of(parser, DISTRIBUTED)
-    add_to(group, "dist_backend", "dist_timeout", "dist_url", "world_size")
-    group.add_argument(
+    add(parser, "dist_backend", "dist_timeout", "dist_url", "world_size")
+    group_of(parser, DISTRIBUTED).add_argument(
         "--local_rank", "--local-rank", default=-1, type=int, metavar="N",
         help="accepted but ignored: the launcher sets it",
     )  # fmt: skip
-    add_to(group, "dist_on_itp")
+    add(parser, "dist_on_itp")
