@@ -289,7 +289,8 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
     longest = max(map(int, lengths))
     padded = [data.new_empty(longest) for _ in lengths]
     td.all_gather(padded, nn.functional.pad(data, (0, longest - len(data))), group)
-    return [plain_data.loads(_to_bytes(part[: int(length)])) for part, length in zip(padded, lengths, strict=True)]
+    parts = zip(padded, lengths, strict=True)
+    return [plain_data.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in parts]
 
 
 def interleave(parts: list[np.ndarray]) -> np.ndarray:
@@ -307,10 +308,6 @@ def _to_tensor(data: bytes, group: td.ProcessGroup | None = None) -> Tensor:
     """Bytes -> uint8 tensor on the device of the backend."""
     on_gpu = td.get_backend(group) == "nccl"
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cuda" if on_gpu else "cpu")
-
-
-def _to_bytes(data: Tensor) -> bytes:
-    return data.cpu().numpy().tobytes()
 
 
 def from_rank_0(compute: Callable[[], T], *types: type) -> T:
@@ -337,7 +334,7 @@ def from_rank_0(compute: Callable[[], T], *types: type) -> T:
     td.broadcast(length, 0)
     data = data if is_main() else data.new_empty(int(length))
     td.broadcast(data, 0)
-    result = result if is_main() else plain_data.loads(_to_bytes(data), types)
+    result = result if is_main() else plain_data.loads(data.cpu().numpy().tobytes(), types)
     if isinstance(result, BaseException):
         raise result
     return cast(T, result)

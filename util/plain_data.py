@@ -5,7 +5,7 @@ the types of values. The reader creates no types other than those of this module
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ ERRORS: dict[str, type[Exception]] = {
     "value": ValueError, "arithmetic": ArithmeticError, "memory": MemoryError, "runtime": RuntimeError,
     "other": Exception,
 }  # fmt: skip
+# Types that are created from one described value.
+SIMPLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "dict": dict, "path": Path}
 
 
 def dumps(value: Any, types: Sequence[type] = ()) -> bytes:
@@ -73,10 +75,9 @@ def _describe(value: Any, types: Sequence[type], parts: list[bytes]) -> Any:
 
 def _store(array: np.ndarray, parts: list[bytes]) -> list[int]:
     """Appends the content of an array, and returns its position among the parts and its size."""
-    content = array.tobytes()
     start = sum(map(len, parts))
-    parts.append(content)
-    return [start, len(content)]
+    parts.append(array.tobytes())
+    return [start, array.nbytes]
 
 
 def loads(data: bytes, types: Sequence[type] = ()) -> Any:
@@ -98,12 +99,8 @@ def _create(described: Any, types: Sequence[type], content: memoryview) -> Any:
     if not isinstance(described, dict):
         return described
     ((kind, value),) = described.items()
-    if kind == "tuple":
-        return tuple(_create(value, types, content))
-    if kind == "dict":
-        return dict(_create(value, types, content))
-    if kind == "path":
-        return Path(value)
+    if kind in SIMPLE:
+        return SIMPLE[kind](_create(value, types, content))
     if kind in ("array", "tensor"):
         dtype, shape, (start, size) = value
         raw = np.frombuffer(content[start : start + size], np.uint8).copy()
