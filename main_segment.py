@@ -28,7 +28,7 @@ from engine_finetune import load_frozen, open_weights, train_one_epoch, with_rec
 from engine_segment import evaluate, pixel_loss, report_scores
 from models_segment import Segmenter
 from util.checkpoints import run_directory
-from util.cli import entry_point, flags, options
+from util.cli import entry_point, options
 from util.data import extras
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
@@ -54,13 +54,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_pair_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_optimizer_options(parser, lr=2e-4)
-    options.add(
-        parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip",
-    )  # fmt: skip
-    options.add(
-        parser, "unfreeze_blocks", default=0, type=flags.count_or_all, metavar="K|all",
-        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
-    )  # fmt: skip
+    options.add_segmentation_options(parser)
     options.add(parser, *options.EVALUATION_FLAGS, *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=16, epochs=60, warmup_epochs=0, weight_decay=0.01, save_every=1)

@@ -1,7 +1,5 @@
 """Groups of flags, and choices and defaults that other packages also use."""
 
-from itertools import chain
-
 from util.pos_embed import Size, to_pair
 
 # The groups of --help.
@@ -20,7 +18,7 @@ METRICS = {  # of --metric, by task
     REGRESSION: ("r2", "mae", "spearman"),
 }
 DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
-METRIC_CHOICES = tuple(dict.fromkeys(chain.from_iterable(METRICS.values())))
+METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
 NO_CROP = "none"  # the value of --crop for whole images

@@ -10,7 +10,7 @@ from typing import Any
 from util.cli.advice import OFF
 from util.cli.choices import METRIC_CHOICES
 from util.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
-from util.cli.flags import not_in_recipes, positive, runs_code
+from util.cli.flags import count_or_all, not_in_recipes, positive, runs_code
 from util.cli.user_code import import_object
 
 GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
@@ -223,6 +223,15 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "reduce_zero_label", "palette")
     add_input_options(parser, "crop and window size")
     add(parser, "short_side", "in_chans", "num_workers")
+
+
+def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the head, the encoder and the augmentation of segmentation."""
+    add(parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
+    add(
+        parser, "unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
+        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
+    )  # fmt: skip
 
 
 def add_inference_options(

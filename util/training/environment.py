@@ -39,7 +39,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        # None: Pillow may be installed under the name of a fork.
+        **{name: next((one.version for one in metadata.distributions(name=name)), None) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "processes": dist.world_size(),
         "threads": torch.get_num_threads(),
@@ -51,10 +52,3 @@ def record(output_dir: Path, device: torch.device) -> None:
     """Appends a line about this start to environment.jsonl in a run directory."""
     with (output_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(describe(device)) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # Pillow may be installed under the name of a fork
-        return None

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def extract(
     encode_rest: Callable[[Source], Iterable[Batch]],
     source: Source,
     folder: Path | None = None,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Computes the features (n, ...) of the images of this process, and returns them with their labels (n, ...).
@@ -118,7 +117,7 @@ def extract(
     stored, done = torch.empty(0, dtype=dtype).numpy(), 0
     if folder:
         with locks.locked(folder):
-            stored = _write(folder, dict(settings), len(labels), compute_from, stored.dtype)
+            stored = _write(folder, dict(settings or {}), len(labels), compute_from, stored.dtype)
     else:
         for features in compute_from(0):
             stored = stored if done else np.empty((len(labels), *features.shape[1:]), stored.dtype)

@@ -1,7 +1,6 @@
 """Sharding of a model over the processes (`--fsdp`, FSDP2)."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -75,9 +74,11 @@ def initialize(model: Any, device: torch.device) -> None:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         model.initialize_weights()
-    unset = dist.gather([name for name, parameter in model.named_parameters() if parameter.to_local().isnan().any()])
-    for name in chain(*unset):
-        raise ValueError(f"--fsdp: {name} is not initialized: give its module a method reset_parameters that sets it")
+    unset = [name for name, parameter in model.named_parameters() if parameter.to_local().isnan().any()]
+    if names := [name for part in dist.gather(unset) for name in part]:
+        raise ValueError(
+            f"--fsdp: {names[0]} is not initialized: give its module a method reset_parameters that sets it"
+        )
 
 
 class _FullTensorSampling(TorchDispatchMode):
