@@ -196,12 +196,10 @@ def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
         scale = f"scaled to a shorter side of {images.short_side} pixels" if images.short_side else "at their own size"
         logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
     colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
-    file_list, folders = (
-        (data.train_list, data.train_folders) if split == "train" else (data.val_list, data.val_folders)
-    )
     pairs = open_pairs(
         split, classes, MaskFormat(len(classes), images.reduce_zero_label, colors), data_path=data.data_path,
-        file_list=file_list, folders=folders, dataset=data.dataset, download=data.download, function=run_data.source,
+        file_list=getattr(data, f"{split}_list"), folders=getattr(data, f"{split}_folders"), dataset=data.dataset,
+        download=data.download, function=run_data.source,
     )  # fmt: skip
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs

@@ -16,7 +16,7 @@ import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights
+from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
 from util.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
@@ -292,10 +292,8 @@ class ParallelHeads(nn.ModuleList):
 
 def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
     """Returns the head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
-    linear = nn.Linear(embed_dim, num_classes)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
+    norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
+    return nn.Sequential(norm, init_classifier(nn.Linear(embed_dim, num_classes)))
 
 
 def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Sequential:

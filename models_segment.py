@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, init_classifier
 
 DPT_CHANNELS = (256, 512, 1024, 1024)  # of the four maps, from fine to coarse (Ranftl et al. 2021, ViT-L)
 DPT_FEATURES = 256
@@ -43,7 +43,7 @@ class LinearHead(nn.Module):
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(2 * dim)
-        self.classifier = _classifier(2 * dim, num_classes)
+        self.classifier = init_classifier(nn.Conv2d(2 * dim, num_classes, 1))
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Tokens of the last block (B, T + h * w, D), class tokens first -> logits (B, K, h, w)."""
@@ -113,7 +113,7 @@ class DPTHead(nn.Module):
         self.output = nn.Sequential(
             nn.Conv2d(DPT_FEATURES, DPT_FEATURES, 3, padding=1, bias=False), nn.BatchNorm2d(DPT_FEATURES), nn.ReLU()
         )
-        self.classifier = _classifier(DPT_FEATURES, num_classes)
+        self.classifier = init_classifier(nn.Conv2d(DPT_FEATURES, num_classes, 1))
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Tokens of four blocks (B, T + h * w, D), class tokens first -> logits (B, K, 8 h, 8 w)."""
@@ -163,10 +163,3 @@ class Segmenter(VisionTransformer):
 def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, h * w, D) -> (B, D, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv

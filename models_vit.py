@@ -135,6 +135,13 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
+def init_classifier(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """Initializes the last layer of a head on a frozen encoder (weights: std .01, biases: 0), and returns it."""
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU (erf) between them, applied to each token."""
 

@@ -114,8 +114,7 @@ def explicit(args: argparse.Namespace) -> frozenset[str]:
 def changed(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.Namespace:
     """Returns a copy of the settings with other values, which count as explicit."""
     before, args = explicit(args), copy.copy(args)
-    for name, value in settings.items():
-        setattr(args, name, value)
+    vars(args).update(settings)
     if isinstance(args, _Args):
         args.explicit = before | settings.keys()
     return args

@@ -201,11 +201,12 @@ class Saver(NullSaver):
         return paths[0]
 
     def _remove_old(self) -> None:
-        for path in checkpoint.milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
+        keep = self.keep_last if dist.is_main() else None  # all processes of a sharded run write, and one deletes
+        for path in checkpoint.milestones(self.output_dir)[:-keep] if keep else []:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
-                logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
+                logger.warning(f"--keep_last {keep}: {path} can't be removed ({error.strerror})")
 
     def _finish(self, otherwise: str) -> None:
         """Waits for the current write. If it fails, a warning ends with `otherwise`."""
@@ -267,10 +268,6 @@ class ShardedSaver(Saver):
         folders = [path.with_suffix("") for path in paths]
         sharded.write(state, *folders, group=self.group)
         return folders[0]
-
-    def _remove_old(self) -> None:
-        if dist.is_main():
-            super()._remove_old()
 
     def _settle(self) -> Path | None:
         if self.writing is None:
