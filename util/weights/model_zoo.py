@@ -106,11 +106,15 @@ TABLE = {
 }  # fmt: skip
 
 
-def find(name: str) -> Published:
-    """Returns the row of a name.
+def fetch(name: str) -> Path:
+    """Downloads published weights to the folder of torch.hub, unless they are there, and verifies them.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ValueError: the name is unknown, or its file was never released.
+        ValueError: the name is unknown, its file was never released or can't be downloaded, or the file differs from
+            the published file.
     """
     if name not in TABLE:
         raise ValueError(f"there is no file and no published weights named {name}{did_you_mean(name, TABLE, SIMILAR)}")
@@ -120,20 +124,6 @@ def find(name: str) -> Published:
             other for other, its in TABLE.items() if its.url and its.kind == row.kind and its.license == row.license
         ]
         raise ValueError(f"{name} was announced and never released; released are {', '.join(released)}")
-    return row
-
-
-def fetch(name: str) -> Path:
-    """Downloads published weights to the folder of torch.hub, unless they are there, and verifies them.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        ValueError: the name is unknown, the file can't be downloaded, or it differs from the published file.
-    """
-    row = find(name)
-    assert row.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(row.url).name
     if not path.exists():
         logger.info(f"downloading {row.url} ({row.license}) to {path}")
