@@ -8,7 +8,6 @@ The tensors are written and read by torch.distributed.checkpoint, by any number 
 
 import argparse
 import contextlib
-import hashlib
 import math
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import STATE, CheckpointError
 from util.cli import entry_point, flags
-from util.files.untrusted import open_file
+from util.files.untrusted import file_digest
 
 T = TypeVar("T")
 
@@ -116,11 +115,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def digests_of(files: list[Path]) -> dict[str, str]:
-    digests = {}
-    for file in files:
-        with open_file(file) as stream:
-            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+    return {file.name: file_digest(file) for file in files}
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -162,8 +157,8 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
         raise CheckpointError(f"{folder} is damaged: its {STATE} names files outside of the folder")
     for name in sorted(files)[part::parts]:
         try:
-            is_intact = digests_of([folder / name])[name] == files[name]
-        except (OSError, KeyError) as error:
+            is_intact = file_digest(folder / name) == files[name]
+        except OSError as error:
             raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
         if not is_intact:
             raise CheckpointError(f"{folder} is damaged: {name} does not match its digest")

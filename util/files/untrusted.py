@@ -4,6 +4,7 @@ They reject file names with escape sequences, files that never end, and recipes 
 """
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -78,6 +79,16 @@ def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
         if size > limit:
             raise OSError(errno.EFBIG, f"{size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
+
+
+def file_digest(path: str | Path, kind: str = "sha256") -> str:
+    """Returns the digest of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    with open_file(path) as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def recipe_problem(text: str) -> str | None:

@@ -4,7 +4,6 @@ The files of the paper are pickled {model: ...} under CC-BY-NC 4.0. The files of
 are under Apache-2.0. Some names of mmpretrain were announced, but their files were never released.
 """
 
-import hashlib
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from util.cli.advice import did_you_mean
 from util.files import atomic
+from util.files.untrusted import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _check(path: Path, digest: str | None) -> None:
     """Compares a file with its published digest, or with the SHA-256 that was recorded at its first use."""
     if digest:
         kind, _, prefix = digest.partition(":")
-        digest = _hash(path, kind)
+        digest = file_digest(path, kind)
         if not digest.startswith(prefix):
             raise ValueError(
                 f"{path} is not the published file: its {kind} starts with {digest[: len(prefix)]} instead of {prefix} "
@@ -151,15 +151,10 @@ def _check(path: Path, digest: str | None) -> None:
             )
         return
     remembered = path.with_name(f"{path.name}.sha256")
-    sha256 = _hash(path, "sha256")
+    sha256 = file_digest(path)
     if not remembered.exists():
         logger.warning(f"no digest was published for {path.name}; recording its SHA-256 {sha256}")
         with suppress(OSError):  # the folder is read-only, or another process records it
             atomic.write_text(remembered, sha256 + "\n")
     elif remembered.read_text().strip() != sha256:
         raise ValueError(f"{path} has changed since its first use; delete it and {remembered} to download it again")
-
-
-def _hash(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
