@@ -79,7 +79,7 @@ class Weights(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 without a head."""
-        return shapes.num_classes(self.tensors)
+        return shapes.determined(self.tensors)["nb_classes"]
 
 
 def read(name: Path | str) -> Weights:
@@ -166,8 +166,9 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     for name, kind in KINDS.items():
         value = settings.get(name)
         sides = value if isinstance(value, list | tuple) else [value]
-        is_size = name not in SIZES or len(sides) in (1, 2)
-        if value is not None and not (fits(value, kind) and is_size and (name not in SIZES or min(sides) > 0)):
+        if value is not None and not (
+            fits(value, kind) and (name not in SIZES or (len(sides) in (1, 2) and min(sides) > 0))
+        ):
             raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
 
 

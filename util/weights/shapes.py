@@ -34,7 +34,7 @@ def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "probe": LINEAR,  # unless the file records another probe with the same tensors
         **certain(tensors),
         "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": num_classes(tensors),
+        "nb_classes": next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0),
         "decoder_depth": _depth(tensors, "decoder_blocks") or None,
     }
     if PATCHES not in tensors or "pos_embed" not in tensors:  # of an encoder of the user's code
@@ -58,11 +58,6 @@ def in_chans(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> int 
 def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Returns the channels of a token of the encoder, and the number of its blocks."""
     return tensors["cls_token"].shape[2], _depth(tensors, "blocks")
-
-
-def num_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the number of classes of the head; 0 without a head."""
-    return next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0)
 
 
 def _depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
