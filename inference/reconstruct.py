@@ -26,7 +26,6 @@ from util.training.run_log import start_logging
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
-HEADER = 18  # pixels above the pictures
 LABEL_GAP = 6  # pixels between a label and its row
 MIN_SIDE = 160  # minimum short side of a picture, in pixels; smaller pictures are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
@@ -86,10 +85,9 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         reconstructions.append(result)
-        rows, columns = model.patch_embed.grid_of(*reconstructions[-1].original.shape[2:])
-        num_masked = int(reconstructions[-1].mask.sum())
-        quality = f"PSNR {psnr(model, reconstructions[-1]):.2f} dB"
-        print(f"{path}: {num_masked} of {rows} x {columns} patches masked, {quality}", flush=True)
+        rows, columns = model.patch_embed.grid_of(*result.original.shape[2:])
+        masked = f"{int(result.mask.sum())} of {rows} x {columns} patches masked"
+        print(f"{path}: {masked}, PSNR {psnr(model, result):.2f} dB", flush=True)
     with atomic.replacing(args.out) as written:
         grid(model, reconstructions).save(written)
     print(f"picture: {args.out}")
@@ -143,16 +141,12 @@ def uncropped_input(model: Model, picture: Picture, short_side: int | None = Non
     Args:
         short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
-    small = fit(picture, scaled_size(model, size_of(picture), short_side), model.patch_embed.patch_size)
-    return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
-
-
-def fit(picture: Picture, scaled: Sequence[int], patch: tuple[int, int]) -> Picture:
-    """Scales a picture to [height, width], and crops the margins that do not fill a patch."""
     from torchvision.transforms import functional as TF  # takes more than a second
 
-    covered = [side - side % p for side, p in zip(scaled, patch, strict=True)]
-    return TF.center_crop(TF.resize(picture, list(scaled), interpolation=TF.InterpolationMode.BICUBIC), covered)
+    scaled = scaled_size(model, size_of(picture), short_side)
+    covered = [side - side % p for side, p in zip(scaled, model.patch_embed.patch_size, strict=True)]
+    small = TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
+    return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
 
 
 def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = None) -> list[int]:
@@ -177,7 +171,7 @@ def boxes_to_mask(
         boxes: rectangles in pixels of the image.
         size: (height, width) of the image.
         scaled: (height, width) of the scaled image.
-        covered: (H, W) of its center, without the margins that `fit` crops.
+        covered: (H, W) of its center, without the margins that `uncropped_input` crops.
 
     Raises:
         ValueError: a rectangle is empty, or outside of the part of the image that the patches cover.
@@ -231,7 +225,7 @@ def grid(
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     titles = pictures.TITLES[: len(rows[0])]
     has_prediction = len(titles) == len(pictures.TITLES)
-    height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows) + HEADER * has_prediction
+    height = pictures.HEADER * (1 + has_prediction) + sum(len(row[0]) + pictures.GAP for row in rows)
     font = ImageFont.load_default()
     step = max(*(row[0].shape[1] for row in rows), *(ceil(font.getlength(title)) for title in titles)) + pictures.GAP
     widths = [ceil(font.getlength(line)) + 2 * LABEL_GAP for text in labels for line in text.split("\n")]
@@ -240,7 +234,7 @@ def grid(
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((margin + (column + 0.5) * step, 3), title, fill="black", anchor="ma")
-    top = HEADER
+    top = pictures.HEADER
     for number, row in enumerate(rows):
         for column, picture in enumerate(row):
             # Centered in its column, because images may have different widths.
