@@ -27,7 +27,7 @@ def chosen(output_dir: Path, resume: str) -> str:
     """
     if not _continues(output_dir, resume):
         return resume
-    return "auto" if checkpoint.checkpoints(output_dir) else _source(output_dir) or "auto"
+    return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
 def _continues(output_dir: Path, resume: str) -> bool:
@@ -37,14 +37,15 @@ def _continues(output_dir: Path, resume: str) -> bool:
     """
     if resume in ("", "auto"):
         return resume == "auto" or dist.restarted()
-    is_source = _source(output_dir) == str(Path(resume).resolve())
+    is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
     return is_source and (dist.restarted() or not _is_inside(output_dir, resume))
 
 
-def _source(output_dir: Path) -> str:
-    """Returns the path of the checkpoint from which the run in a directory has resumed, or ""."""
-    path = output_dir / RESUMED
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def _content(path: Path) -> str:
+    """Returns the content of a file in the run directory, or "" if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return path.read_text(encoding="utf-8")
+    return ""
 
 
 def _is_inside(output_dir: Path, resume: str) -> bool:
@@ -126,9 +127,9 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
 
 def _require_shared(output_dir: Path) -> None:
     """Raises ValueError if a process does not find the lock file of rank 0: it would resume without its checkpoints."""
-    expected = dist.gather(_holder(output_dir) if dist.is_main() else "")[0]
+    expected = dist.gather(_content(output_dir / LOCK) if dist.is_main() else "")[0]
     ends = time.monotonic() + SHARED_SECONDS
-    while not (found := _holder(output_dir) == expected) and time.monotonic() < ends:
+    while not (found := _content(output_dir / LOCK) == expected) and time.monotonic() < ends:
         time.sleep(0.2)
     hosts = dist.gather("" if found else socket.gethostname())
     if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
@@ -136,12 +137,6 @@ def _require_shared(output_dir: Path) -> None:
             f"--output_dir {output_dir} of {others[0]} is another directory than that of process 0: give a directory "
             f"that all machines share"
         )
-
-
-def _holder(output_dir: Path) -> str:
-    with contextlib.suppress(FileNotFoundError):
-        return (output_dir / LOCK).read_text(encoding="utf-8")
-    return ""
 
 
 def _take(file: IO[str], output_dir: Path) -> None:
