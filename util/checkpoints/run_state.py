@@ -245,7 +245,6 @@ def resume(
         _require_same_meaning(_args_of(state), settings)
         _require_same_parameters(optimizer, state, settings, which)
         require_same_optimizer(optimizer, state)
-        _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
         _require_same_processes(state, settings)
         restore_optimizer(optimizer, state["optimizer"])
@@ -254,8 +253,7 @@ def resume(
         _restore_callbacks(callbacks, state.get("callbacks", []))
         _restore_rng(state.get("rng", {}))
         _warn_of_changes(_args_of(state), settings)
-    position = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
-    if not torch.equal(dist.mean_over_processes(position.float()), position.float()):
+    if len(set(dist.gather((progress.epoch, progress.first_iteration)))) > 1:
         raise CheckpointError(
             f"--resume {which}: the processes found different checkpoints; give all of them the same file"
         )
@@ -344,6 +342,13 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             Remedy(different),
         )
     _require_same_classes(saved, settings)
+    before = saved.get("updates_per_epoch")
+    if before != settings.get("updates_per_epoch"):
+        length = f"{before} updates" if before else "one pass over the images"
+        raise CheckpointError(
+            f"an epoch of the resumed run is {length}, and its position counts such epochs",
+            Remedy(_differing({"updates_per_epoch": before}, settings)),
+        )
 
 
 def _require_same_classes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -398,16 +403,6 @@ def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, An
                 f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set",
                 ANOTHER_FOLDER,
             )
-
-
-def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    before = saved.get("updates_per_epoch")
-    if before != settings.get("updates_per_epoch"):
-        length = f"{before} updates" if before else "one pass over the images"
-        raise CheckpointError(
-            f"an epoch of the resumed run is {length}, and its position counts such epochs",
-            Remedy(_differing({"updates_per_epoch": before}, settings)),
-        )
 
 
 def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
