@@ -43,11 +43,11 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             temporary.mkdir()
             yield written
             mode = temporary.stat().st_mode & 0o666  # follows the umask; files of safetensors are readable by the owner
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)
-            if sync:
-                _sync(temporary)
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                file.chmod(mode)
+                if sync:
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
             for beside in set(temporary.iterdir()) - {written}:
                 _move(beside, target.with_name(beside.name))
             _move(written, target)
@@ -89,13 +89,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def _move(written: Path, path: Path) -> None:
