@@ -89,8 +89,7 @@ def imagenet_classes() -> list[str]:
     """Returns the names of the classes of ImageNet-1K, by label."""
     from timm.data import ImageNetInfo  # takes more than a second
 
-    info = ImageNetInfo()
-    return [info.index_to_description(label) for label in range(1000)]
+    return list(ImageNetInfo("imagenet-1k").label_descriptions())
 
 
 def subset(name: str) -> list[str]:
@@ -220,22 +219,15 @@ class CorruptionErrors(NamedTuple):
 
     mean: dict[str, float]  # mean error of each corruption over the severities
     normalized: dict[str, float]  # CE: the mean divided by the mean of AlexNet
-
-    @property
-    def unnormalized(self) -> float:
-        """The mean error of all corruptions."""
-        return float(np.mean(list(self.mean.values())))
-
-    @property
-    def mce(self) -> float:
-        """mCE: the mean of the normalized errors."""
-        return float(np.mean(list(self.normalized.values())))
+    unnormalized: float  # mean of `mean`
+    mce: float  # mCE: mean of `normalized`
 
 
 def corruption_errors(errors: dict[str, float]) -> CorruptionErrors:
     """Summarizes the errors of the cells, CORRUPTION/SEVERITY -> percent, by corruption."""
     of = {name: np.array([errors[f"{name}/{severity}"] for severity in SEVERITIES]) for name in CORRUPTIONS}
-    return CorruptionErrors(
-        {name: float(five.mean()) for name, five in of.items()},
-        {name: 100 * float(five.sum()) / (len(SEVERITIES) * 100 * CORRUPTIONS[name]) for name, five in of.items()},
-    )
+    mean = {name: float(five.mean()) for name, five in of.items()}
+    normalized = {
+        name: 100 * float(five.sum()) / (len(SEVERITIES) * 100 * CORRUPTIONS[name]) for name, five in of.items()
+    }
+    return CorruptionErrors(mean, normalized, float(np.mean([*mean.values()])), float(np.mean([*normalized.values()])))
