@@ -6,7 +6,7 @@ some and rejects those that have a flag; the error message names it. sbatch reje
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be repeated
@@ -62,7 +62,7 @@ def setting(text: str) -> tuple[str, Any]:
     return {"name": "job_name"}.get(key, key), read
 
 
-def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def merge(flags: Mapping[str, Any], settings: Sequence[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Merges all settings of a job by name; LISTS become lists. `false` removes an option, except `requeue`.
 
     Args:
@@ -73,7 +73,6 @@ def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], default
     Raises:
         ValueError: a flag and --slurm set the same option.
     """
-    settings = list(settings)
     about_gpus = any(k.startswith("gpus") or (k in ("gres", "tres_per_task") and "gpu" in str(v)) for k, v in settings)
     merged = {key: value for key, value in defaults.items() if key != "gpus_per_node" or not about_gpus}
     merged |= {**flags, **{key: [] for key in LISTS}}
