@@ -69,11 +69,7 @@ class Ablation:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
         self.evaluation, self.segmentation, self.data = evaluation, segmentation, data
         self.baselines, self.results = baselines, Results(here / "results.json")
-
-    def commands(self) -> Commands:
-        """Returns the commands of the study, whose results are next to the run directories."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        return Commands(self.work, self.work / "results.json", JOBS)
+        self.commands = Commands(work, work / "results.json", JOBS)  # its results are next to the runs
 
     def flags(self, name: str) -> dict[str, Any]:
         """Returns the flags of main_pretrain.py for an encoder."""
@@ -96,8 +92,9 @@ class Ablation:
         files = [file for path in classes for file in sorted(path.iterdir())[: images // len(classes)]]
         atomic.write_text(self.work / f"{images}.txt", "".join(f"{file.relative_to(folder)}\n" for file in files))
 
-    def pretrain(self, commands: Commands, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def pretrain(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Pre-trains encoders; returns the loss of the last epoch and the minutes of training, by name."""
+        self.work.mkdir(parents=True, exist_ok=True)
         for images in {self.runs[name].images for name in names}:
             self.write_list(images)
 
@@ -110,20 +107,20 @@ class Ablation:
             }  # fmt: skip
 
         def run(name: str) -> tuple[str, dict[str, Any]]:
-            return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
+            return name, self.commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
 
         trained: dict[str, dict[str, Any]] = {}
-        for name, scores in commands.each([partial(run, name) for name in names]):
+        for name, scores in self.commands.each([partial(run, name) for name in names]):
             trained[name] = scores
             progress = f"[{len(trained)}/{len(names)}] {name}"
             print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
         return trained
 
-    def segment(self, commands: Commands, name: str) -> tuple[str, float]:
+    def segment(self, name: str) -> tuple[str, float]:
         """Trains a segmentation head; returns the name of the encoder with the mean IoU in percent."""
         run = f"{name}-segmented"
         flags = {"finetune": self.checkpoint(name), "output_dir": self.work / run, "resume": "auto"}
-        scores = commands.run(
+        scores = self.commands.run(
             run, ROOT / "main_segment.py", {**(self.segmentation or {}), **flags}, lambda out, _: run_log.read(out)[-1]
         )
         return name, scores["test_miou"]
@@ -178,19 +175,19 @@ class Ablation:
 
     def run(self, names: Sequence[str]) -> None:
         """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
-        commands, results = self.commands(), self.results.read()
+        results = self.results.read()
         names = [
             name
             for name in names
             if results.get(name, {}).get("command")
             != shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
         ]
-        trained = self.pretrain(commands, names)
+        trained = self.pretrain(names)
         baselines = [name for name in self.baselines if name not in results]
         accuracies = self.accuracies(names, baselines)
         results |= {name: {"accuracies": accuracies[name]} for name in baselines}
         if self.segmentation:
-            for name, mean_iou in commands.each([partial(self.segment, commands, name) for name in names]):
+            for name, mean_iou in self.commands.each([partial(self.segment, name) for name in names]):
                 accuracies[name]["segmentation, mean IoU"] = [mean_iou]
         for name in names:
             own = {key: trained[name][key] for key in ("loss", "losses", "command")}

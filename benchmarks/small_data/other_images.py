@@ -81,7 +81,7 @@ def main() -> None:
     os.chdir(ROOT)
     images_of(name)
     ablation = study(name)
-    ablation.pretrain(ablation.commands(), list(ablation.runs))
+    ablation.pretrain(list(ablation.runs))
     out = ablation.compare(list(ablation.runs), ablation.baselines)
     for file in ("table.md", "results.csv"):
         shutil.copyfile(out / file, HERE / f"{name}{Path(file).suffix}")
