@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 
 from inference.model import Autoencoder, get_model
 from util import datasets
@@ -63,16 +64,12 @@ def encode(model: Autoencoder, images: torch.Tensor) -> np.ndarray:
 
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
     """Test accuracy of logistic regression, with the same number of iterations for every row."""
-
-    def fit(strength: float, features: np.ndarray, targets: np.ndarray) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=ITERATIONS).fit(features, targets)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after ITERATIONS
         order = np.random.default_rng(0).permutation(len(labels))
         held_out, rest = np.split(order, [int(HELD_OUT * len(order))])
-        best = max(STRENGTHS, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held_out], labels[held_out]))
-        return fit(best, train, labels).score(test, test_labels)
+        search = GridSearchCV(LogisticRegression(max_iter=ITERATIONS), {"C": STRENGTHS}, cv=[(rest, held_out)])
+        return search.fit(train, labels).score(test, test_labels)
 
 
 def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -> None:
