@@ -32,7 +32,8 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import AverageMeter, accuracy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -123,32 +124,25 @@ def our_features(
         return clocks[0].rate()
 
 
-class ProcessedImages(Dataset):
-    """Images as transformers' processor prepares them."""
-
-    def __init__(self, folder: Path, side: int) -> None:
-        self.files = sorted((folder / "train" / "photograph").iterdir())
-        self.processor = ViTImageProcessor(
-            size={"height": side, "width": side}, image_mean=list(transforms.IMAGENET_MEAN),
-            image_std=list(transforms.IMAGENET_STD), resample=Image.Resampling.BICUBIC,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.processor(Image.open(self.files[index]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+def prepare(processor: Any, image: Image.Image) -> torch.Tensor:
+    """An image as transformers' processor prepares it."""
+    return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def transformers_features(
     model: torch.nn.Module, folder: Path, args: argparse.Namespace, precision: Precision
 ) -> float:
-    """Images/s of transformers' ViTModel: the class tokens, in memory."""
-    dataset = ProcessedImages(folder, peers.image_side(args.size))
+    """Images/s of transformers' image processor and ViTModel: the class tokens, in memory."""
+    side = peers.image_side(args.size)
+    processor = ViTImageProcessor(
+        size={"height": side, "width": side}, image_mean=list(transforms.IMAGENET_MEAN),
+        image_std=list(transforms.IMAGENET_STD), resample=Image.Resampling.BICUBIC,
+    )  # fmt: skip
+    dataset = ImageFolder(str(folder / "train"), partial(prepare, processor))
     clock = Clock(DataLoader(dataset, args.batch_size, num_workers=args.num_workers), len(dataset), args.batch_size)
     rows = []
     with torch.inference_mode():
-        for images in clock:
+        for images, _ in clock:
             with precision.autocast():
                 rows.append(model(images.to(precision.device)).last_hidden_state[:, 0].float().cpu())
     torch.cat(rows)
