@@ -185,23 +185,24 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
             "--timeout", default=4320, type=positive_int, metavar="MIN",
             help="time limit in minutes; the job is then requeued and resumes",
         ),
-        group.add_argument(
+        # Recipes set neither commands nor folders of code that the job runs.
+        not_in_recipes(group.add_argument(
             "--job_dir", default="", metavar="DIR",
             help="folder of the job's logs, and default of --output_dir; %%j is the job id (default: SHARED_DIR/%%j)",
-        ),
-        group.add_argument(
+        )),
+        not_in_recipes(group.add_argument(
             "--shared_dir", default="", metavar="DIR",
             help="folder on a file system of all nodes, for code snapshots and job folders (default: the parent of "
             "--job_dir, else runs/jobs)",
-        ),
+        )),
         group.add_argument("--partition", metavar="NAME", help="Slurm partition (default: the cluster's)"),
         group.add_argument("--use_volta32", action="store_true", help="request 32 GB V100 GPUs (constraint volta32gb)"),
         group.add_argument("--comment", default="", metavar="TEXT", help="comment of the Slurm job"),
-        group.add_argument(
+        not_in_recipes(group.add_argument(
             "--slurm", default=[], type=slurm_settings.setting, action="append", metavar="KEY=VALUE",
             help="any other option of sbatch or setting of submitit, such as account=lab; may be repeated; KEY=false "
             "removes an option",
-        ),
+        )),
         group.add_argument("--after", type=job_id, metavar="JOB", help="start after this job has succeeded"),
         group.add_argument(
             "--cluster", default="slurm", choices=("slurm", "local", "debug"),
@@ -210,9 +211,6 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
         group.add_argument("--dry_run", action="store_true", help="print the sbatch script without submitting it"),
         group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it failed"),
     ]  # fmt: skip
-    for flag in flags:  # commands, and folders of code that the job runs
-        if flag.dest in ("slurm", "job_dir", "shared_dir"):
-            not_in_recipes(flag)
     return parser, [flag.dest for flag in flags]
 
 
@@ -275,12 +273,16 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
             timeout_min=args.timeout, tasks_per_node=args.ngpus, gpus_per_node=gpus, stderr_to_stdout=True
         )
         return local
-    flags = {"partition": args.partition, "comment": args.comment}
-    flags |= {"constraint": "volta32gb"} if args.use_volta32 else {}
-    # If the previous job fails, Slurm removes this job; by default it would stay in the queue for ever.
-    flags |= {"dependency": f"afterok:{args.after}", "kill_on_invalid_dep": "yes"} if args.after else {}
-    defaults = {"job_name": main.replace("main", "mae"), "requeue": True, "max_num_timeout": REQUEUES}
-    defaults |= {"gpus_per_node": gpus} if gpus else {}
+    flags = {
+        "partition": args.partition, "comment": args.comment, "constraint": args.use_volta32 and "volta32gb",
+        "dependency": args.after and f"afterok:{args.after}",
+        # If the previous job fails, Slurm removes this job; by default it would stay in the queue for ever.
+        "kill_on_invalid_dep": args.after and "yes",
+    }  # fmt: skip
+    defaults = {
+        "job_name": main.replace("main", "mae"), "requeue": True, "max_num_timeout": REQUEUES,
+        "gpus_per_node": gpus or False,
+    }  # fmt: skip
     extra = slurm_settings.merge({key: value for key, value in flags.items() if value}, args.slurm, defaults)
     # The signal is ignored until submitit installs its handler; otherwise it would end Python, and the job.
     python = extra.pop("python", shlex.quote(sys.executable))
