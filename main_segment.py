@@ -30,7 +30,7 @@ from models_segment import Segmenter
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data import extras
-from util.data.joint_transforms import EvalTransform, TrainTransform
+from util.data.joint_transforms import scale_image, train_transform
 from util.data.run_data import RunData
 from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, open_pairs, read_palette
 from util.data.sources import Source
@@ -104,7 +104,7 @@ def main(
         load_frozen(model, file, args.adapt_input, classes)
     extras.require_fitting(model, train, val)
     model.to(device)
-    augment = TrainTransform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
+    augment = train_transform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     built = optimizers.build(args.optimizer, optimizer, model, groups)
@@ -142,7 +142,7 @@ def evaluate_file(
 def eval_batches(data: RunData, val: Source) -> torch.utils.data.DataLoader:
     """Returns single images and masks of the validation set. The masks have their own size."""
     assert data.images.short_side is not None, "`pair_settings` sets it"
-    return data.eval_batches(val, 1, transform=EvalTransform(data.images.short_side))
+    return data.eval_batches(val, 1, transform=partial(scale_image, short_side=data.images.short_side))
 
 
 def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:

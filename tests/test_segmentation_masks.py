@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def png(array, mode=None, palette=None):
 
 
 def samples_of(pairs, **options):
-    return Samples(pairs, joint_transforms.EvalTransform(0), in_chans=3, seed=0, **options)
+    return Samples(pairs, partial(joint_transforms.scale_image, short_side=0), in_chans=3, seed=0, **options)
 
 
 def test_indexed_gray_and_color_masks_have_the_same_values():
@@ -284,7 +285,7 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
     """The image has the values of its mask, so that both remain equal up to the interpolation at edges."""
     values = np.kron(np.arange(12).reshape(3, 4), np.ones((16, 16))).astype(np.uint8)
     picture, mask = Image.fromarray(20 * values), torch.from_numpy(values)
-    transform = joint_transforms.TrainTransform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
+    transform = joint_transforms.train_transform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
     padded = flipped = 0
     for seed in range(40):
         torch.manual_seed(seed)
@@ -307,20 +308,20 @@ def test_scales_are_relative_to_the_short_side():
     picture, mask = Image.new("L", (60, 30)), torch.zeros(30, 60, dtype=torch.uint8)
     sizes = []
     for short_side, scale in ((45, 1), (0, 2), (20, 0.5)):
-        transform = joint_transforms.TrainTransform((200, 200), short_side, (scale, scale), 0, [0.5])
+        transform = joint_transforms.train_transform((200, 200), short_side, (scale, scale), 0, [0.5])
         _, classes = transform(picture, mask)
         valid = classes != IGNORED
         sizes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
-        evaluated, same = joint_transforms.EvalTransform(short_side)(picture, mask)
+        evaluated, same = joint_transforms.scale_image(picture, mask, short_side)
         assert evaluated.shape[1:] == ((short_side, 2 * short_side) if short_side else (30, 60))
         assert same is mask
     assert sizes == [(45, 90), (60, 120), (10, 20)]
     mask = torch.randint(0, 3, (30, 60), dtype=torch.uint8)
-    _, classes = joint_transforms.TrainTransform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
+    _, classes = joint_transforms.train_transform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
     with pytest.raises(ValueError, match="--scale 2 1"):
-        joint_transforms.TrainTransform(8, 0, (2, 1), 0, [0.5])
+        joint_transforms.train_transform(8, 0, (2, 1), 0, [0.5])
 
 
 def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
@@ -335,8 +336,8 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
     save("wide", (1000, 100))
     pairs = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     for transform, scaled in (
-        (joint_transforms.EvalTransform(224), "134400 x 224"),
-        (joint_transforms.TrainTransform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
+        (partial(joint_transforms.scale_image, short_side=224), "134400 x 224"),
+        (joint_transforms.train_transform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
     ):
         samples = Samples(pairs, transform, in_chans=3, seed=0)
         with pytest.raises(BadImage, match=rf"train/images/strip.png: its 6000 x 10 pixels .* {scaled}, .* 13,377"):
@@ -348,7 +349,7 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
 
 def test_images_of_any_channels_are_augmented():
     picture, mask = torch.rand(5, 20, 30), torch.zeros(20, 30, dtype=torch.uint8)
-    image, classes = joint_transforms.TrainTransform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)
+    image, classes = joint_transforms.train_transform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert classes[-1, -1] == IGNORED

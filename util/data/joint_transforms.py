@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from util.data.decode import MAX_PIXELS, BadImage, Picture, size_of
 from util.data.segmentation_masks import IGNORED
-from util.data.transforms import to_tensor
+from util.data.transforms import Transform, to_tensor
 from util.pos_embed import Size, to_pair
 
 
@@ -53,19 +54,16 @@ def fitted(picture: Picture, short_side: int) -> Picture:
     return scaled(picture, *sides_for(size_of(picture), short_side)) if short_side else picture
 
 
-class EvalTransform:
+def scale_image(picture: Picture, mask: Tensor, short_side: int) -> tuple[Tensor, Tensor]:
     """Scales the image so that its shorter side has `short_side` pixels; 0: unchanged. The mask keeps its size."""
-
-    def __init__(self, short_side: int) -> None:
-        self.short_side = short_side
-
-    def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
-        check_size(picture, mask)
-        return to_tensor(fitted(picture, self.short_side)), mask
+    check_size(picture, mask)
+    return to_tensor(fitted(picture, short_side)), mask
 
 
-class TrainTransform:
-    """Random scale, random crop and horizontal flip of an image and its mask.
+def train_transform(
+    size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
+) -> Transform:
+    """Returns the random scale, random crop and horizontal flip of an image and its mask.
 
     A scaled image that is smaller than the crop is padded at the bottom and at the right: the image with the mean, the
     mask with IGNORED.
@@ -80,36 +78,35 @@ class TrainTransform:
     Raises:
         ValueError: `scale` is no range above 0.
     """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"--scale {scale[0]} {scale[1]}: give the minimum and the maximum, above 0")
+    return partial(
+        _augmented, size=to_pair(size), short_side=short_side, scale=scale, hflip=hflip,
+        mean=torch.tensor(mean)[:, None, None],
+    )  # fmt: skip
 
-    def __init__(
-        self, size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
-    ) -> None:
-        if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"--scale {scale[0]} {scale[1]}: give the minimum and the maximum, above 0")
-        self.size = to_pair(size)
-        self.short_side = short_side
-        self.scale = scale
-        self.hflip = hflip
-        self.mean = torch.tensor(mean)[:, None, None]
 
-    def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""
-        check_size(picture, mask)
-        own = size_of(picture)
-        short_side = self.short_side or min(own)
-        sides_for(own, short_side * self.scale[1])  # raises an error for the maximum, also if the scale is smaller
-        height, width = sides_for(own, short_side * random.uniform(*self.scale))
-        image = to_tensor(scaled(picture, height, width))
-        mask = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
-        rows, columns = self.size
-        top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
-        area = (..., slice(top, top + rows), slice(left, left + columns))
-        image, mask = image[area], mask[area]
-        height, width = mask.shape
-        if (height, width) != self.size:
-            color = (255 * self.mean).round() if image.dtype == torch.uint8 else self.mean
-            canvas = color.to(image.dtype).expand(-1, *self.size).clone()
-            canvas[:, :height, :width] = image
-            image = canvas
-            mask = F.pad(mask, (0, self.size[1] - width, 0, self.size[0] - height), value=IGNORED)
-        return (image.flip(-1), mask.flip(-1)) if random.random() < self.hflip else (image, mask)
+def _augmented(
+    picture: Picture, mask: Tensor, size: tuple[int, int], short_side: int, scale: Sequence[float], hflip: float,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""
+    check_size(picture, mask)
+    own = size_of(picture)
+    short_side = short_side or min(own)
+    sides_for(own, short_side * scale[1])  # raises an error for the maximum, also if the scale is smaller
+    height, width = sides_for(own, short_side * random.uniform(*scale))
+    image = to_tensor(scaled(picture, height, width))
+    mask = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
+    rows, columns = size
+    top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
+    area = (..., slice(top, top + rows), slice(left, left + columns))
+    image, mask = image[area], mask[area]
+    height, width = mask.shape
+    if (height, width) != size:
+        color = (255 * mean).round() if image.dtype == torch.uint8 else mean
+        canvas = color.to(image.dtype).expand(-1, *size).clone()
+        canvas[:, :height, :width] = image
+        image = canvas
+        mask = F.pad(mask, (0, size[1] - width, 0, size[0] - height), value=IGNORED)
+    return (image.flip(-1), mask.flip(-1)) if random.random() < hflip else (image, mask)
