@@ -203,8 +203,12 @@ def open_samples(
     patch_size, num_visible = model.patch_embed.patch_size, masking.num_visible(model.num_patches, mask_ratio)
     whole = transforms.eval_transform(args.input_size, crop=args.crop)
     augment, whole = (
-        transforms.ValidPatches(transform, patch_size, args.min_valid, num_visible) for transform in (augment, whole)
-    )
+        partial(
+            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=args.min_valid,
+            num_visible=num_visible,
+        )
+        for transform in (augment, whole)
+    )  # fmt: skip
     augmented = data.samples(source, transforms.keeps_label(augment), args.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)

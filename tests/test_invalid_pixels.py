@@ -20,7 +20,7 @@ from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage, Masked, PixelValues, decode
-from util.data.transforms import ValidPatches, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from util.evaluation import pixel_baselines
 from util.settings import ImageSpec
 
@@ -149,9 +149,9 @@ def test_patches_with_few_valid_pixels_are_invalid():
     expected = picture.isnan()[0]
     expected[4:8, :4] = True
     transform = eval_transform(16, crop="none")
-    assert torch.equal(ValidPatches(transform, (4, 4), 0.5, 4)(picture).isnan()[0], expected)
+    assert torch.equal(with_valid_patches(picture, transform, (4, 4), 0.5, 4).isnan()[0], expected)
     with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
-        ValidPatches(transform, (4, 4), 1.0, 15)(picture)
+        with_valid_patches(picture, transform, (4, 4), 1.0, 15)
 
 
 def test_crops_are_drawn_until_enough_patches_are_valid():
@@ -160,7 +160,7 @@ def test_crops_are_drawn_until_enough_patches_are_valid():
     augment = pretrain_transform(16, (0.05, 0.3))
     plain, checked = (
         min(int((~transform(picture).isnan()[0]).sum()) for _ in range(40))
-        for transform in (augment, ValidPatches(augment, (4, 4), 0.5, 4))
+        for transform in (augment, lambda picture: with_valid_patches(picture, augment, (4, 4), 0.5, 4))
     )
     assert plain < 64
     assert checked >= 4 * 8

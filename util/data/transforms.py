@@ -97,8 +97,10 @@ class Normalize(nn.Module):
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
-class ValidPatches:
-    """A transform in which enough patches are valid for pre-training.
+def with_valid_patches(
+    picture: Picture, transform: ImageTransform, patch_size: tuple[int, int], min_valid: float, num_visible: int
+) -> Tensor:
+    """Applies a transform such that enough patches are valid for pre-training.
 
     All pixels of a patch with few valid pixels become invalid (NaN). If an image has too few valid patches left, the
     transform is applied again, up to MAX_CROPS times, because another crop may have more.
@@ -108,37 +110,25 @@ class ValidPatches:
         patch_size: (rows, columns) of pixels in a patch.
         min_valid: minimum share of valid pixels of a patch.
         num_visible: minimum number of valid patches of an image.
+
+    Raises:
+        BadImage: no result of the transform has enough valid patches.
     """
-
-    def __init__(
-        self, transform: ImageTransform, patch_size: tuple[int, int], min_valid: float, num_visible: int
-    ) -> None:
-        self.transform = transform
-        self.patch_size = patch_size
-        self.min_valid = min_valid
-        self.num_visible = num_visible
-
-    def __call__(self, picture: Picture) -> Tensor:
-        """Returns the image of a picture.
-
-        Raises:
-            BadImage: no result of the transform has enough valid patches.
-        """
-        for _ in range(MAX_CROPS):
-            image = self.transform(picture)
-            if not (image.is_floating_point() and (invalid := image[0].isnan()).any()):  # NaN in all channels
-                return image
-            shares = nn.functional.avg_pool2d((~invalid)[None].double(), self.patch_size)
-            patches = shares >= self.min_valid
-            count = int(patches.sum())
-            if count >= self.num_visible:
-                rows, columns = self.patch_size
-                invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
-                return image.masked_fill(invalid, torch.nan)
-        raise BadImage(
-            f"{count} of its {patches.numel()} patches have valid pixels (at least {self.min_valid:.0%}), and "
-            f"{self.num_visible} are visible to the encoder"
-        )
+    for _ in range(MAX_CROPS):
+        image = transform(picture)
+        if not (image.is_floating_point() and (invalid := image[0].isnan()).any()):  # NaN in all channels
+            return image
+        shares = nn.functional.avg_pool2d((~invalid)[None].double(), patch_size)
+        patches = shares >= min_valid
+        count = int(patches.sum())
+        if count >= num_visible:
+            rows, columns = patch_size
+            invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+            return image.masked_fill(invalid, torch.nan)
+    raise BadImage(
+        f"{count} of its {patches.numel()} patches have valid pixels (at least {min_valid:.0%}), and "
+        f"{num_visible} are visible to the encoder"
+    )
 
 
 def pretrain_transform(
