@@ -198,9 +198,8 @@ def with_invalid(picture: Picture, values: PixelValues, valid: np.ndarray | None
     """
     if valid is None and values == AS_STORED:
         return picture
-    if valid is not None and valid.shape != size_of(picture):
-        raise BadImage("its mask of valid pixels has {} x {} pixels (height x width), and the image {} x {}".format(
-            *valid.shape, *size_of(picture)))  # fmt: skip
+    if valid is not None:
+        require_size(picture, valid.shape, "mask of valid pixels")
     pixels = to_tensor(picture)
     is_float = pixels.is_floating_point()
     pixels = pixels if is_float else torch.from_numpy(values.to_float(pixels.numpy(), 255))
@@ -262,6 +261,13 @@ def fit_channels(picture: Picture, in_chans: int) -> Picture:
 def size_of(picture: Picture) -> tuple[int, int]:
     """Returns (height, width)."""
     return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+
+
+def require_size(picture: Picture, shape: Sequence[int], what: str) -> None:
+    """Raises BadImage if the shape of a mask or map of a picture is not its (height, width)."""
+    if tuple(shape) != size_of(picture):
+        raise BadImage("its {} has {} x {} pixels (height x width), and the image {} x {}".format(
+            what, *shape, *size_of(picture)))  # fmt: skip
 
 
 def has_bytes(data: Any) -> TypeGuard[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from util.data.decode import MAX_PIXELS, BadImage, Picture, size_of
+from util.data.decode import MAX_PIXELS, BadImage, Picture, require_size, size_of
 from util.data.segmentation_masks import IGNORED
 from util.data.transforms import Transform, to_tensor
 from util.pos_embed import Size, to_pair
@@ -40,15 +40,6 @@ def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
     return height, width
 
 
-def check_size(picture: Picture, mask: Tensor) -> None:
-    """Raises BadImage if a picture and its mask (H, W) differ in size."""
-    (height, width), (own_height, own_width) = mask.shape, size_of(picture)
-    if (height, width) != (own_height, own_width):
-        raise BadImage(
-            f"its mask has {height} x {width} pixels (height x width), and the image {own_height} x {own_width}"
-        )
-
-
 def fitted(picture: Picture, short_side: int) -> Picture:
     """Scales a picture so that its shorter side has `short_side` pixels; 0: unchanged."""
     return scaled(picture, *sides_for(size_of(picture), short_side)) if short_side else picture
@@ -56,7 +47,7 @@ def fitted(picture: Picture, short_side: int) -> Picture:
 
 def scale_image(picture: Picture, mask: Tensor, short_side: int) -> tuple[Tensor, Tensor]:
     """Scales the image so that its shorter side has `short_side` pixels; 0: unchanged. The mask keeps its size."""
-    check_size(picture, mask)
+    require_size(picture, mask.shape, "mask")
     return to_tensor(fitted(picture, short_side)), mask
 
 
@@ -91,7 +82,7 @@ def _augmented(
     mean: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""
-    check_size(picture, mask)
+    require_size(picture, mask.shape, "mask")
     own = size_of(picture)
     short_side = short_side or min(own)
     sides_for(own, short_side * scale[1])  # raises an error for the maximum, also if the scale is smaller

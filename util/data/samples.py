@@ -21,7 +21,16 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from util import dist
 from util.data import extras as extra_inputs
 from util.data import jpeg
-from util.data.decode import AS_STORED, MAX_BAD_IN_A_ROW, BadImage, Picture, PixelValues, decode, size_of, to_tensor
+from util.data.decode import (
+    AS_STORED,
+    MAX_BAD_IN_A_ROW,
+    BadImage,
+    Picture,
+    PixelValues,
+    decode,
+    require_size,
+    to_tensor,
+)
 from util.data.sources import Source
 from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
@@ -139,9 +148,7 @@ class Samples(Dataset):
             return *self.transform(picture, label), extras
         channels = [to_unit_range(to_tensor(picture))]
         for name in self.maps:
-            if tuple(extras[name].shape) != size_of(picture):
-                sizes = "{} x {} pixels (height x width), and the image {} x {}"
-                raise BadImage(f"its map {name} has {sizes.format(*extras[name].shape, *size_of(picture))}")
+            require_size(picture, extras[name].shape, f"map {name}")
             channels.append(extras[name][None])
         image, label = self.transform(torch.cat(channels), label)
         parts = image.split([len(image) - len(self.maps), *[1] * len(self.maps)])
