@@ -134,7 +134,27 @@ class UserSet(LibrarySet):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        return self._convert(index, self._item(index))
+        item = self._item(index)
+        image = item.image
+        if isinstance(image, str | Path):
+            image = read_named(image)
+        elif isinstance(image, bytearray | memoryview):
+            image = bytes(image)
+        elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
+            raise ValueError(
+                f"{self._place(index)}: its image is {_kind(image)}: return a path, bytes, a Pillow image, an array or "
+                f"a tensor"
+            )
+        if item.valid is not None:
+            valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
+            if valid.ndim != 2 or valid.dtype.kind not in "biu":
+                raise ValueError(
+                    f"{self._place(index)}: valid is {valid.dtype} of shape {valid.shape}: give booleans (H, W), True "
+                    f"for valid pixels"
+                )
+            image = Masked(image, valid != 0)
+        extras = self._extras(index, item.extras)
+        return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
 
     def _place(self, index: int) -> str:
         return f"{self.flag}: {self.split}[{index}]"
@@ -154,25 +174,6 @@ class UserSet(LibrarySet):
         if not isinstance(extras, Mapping):
             raise ValueError(f"{self._place(index)}: its extras are {_kind(extras)}: give a dict of numbers and arrays")
         return Item(item[0], item[1], extras)
-
-    def _convert(self, index: int, item: Item) -> tuple[StoredImage, Any]:
-        """Returns the image and the label of an item, as the other sources return them."""
-        image = item.image
-        if isinstance(image, str | Path):
-            image = read_named(image)
-        elif isinstance(image, bytearray | memoryview):
-            image = bytes(image)
-        elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
-            kinds = "return a path, bytes, a Pillow image, an array or a tensor"
-            raise ValueError(f"{self._place(index)}: its image is {_kind(image)}: {kinds}")
-        if item.valid is not None:
-            valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
-            if valid.ndim != 2 or valid.dtype.kind not in "biu":
-                kind = f"{valid.dtype} of shape {valid.shape}"
-                raise ValueError(f"{self._place(index)}: valid is {kind}: give booleans (H, W), True for valid pixels")
-            image = Masked(image, valid != 0)
-        extras = self._extras(index, item.extras)
-        return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
 
     def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the extra inputs of an item.
@@ -213,13 +214,12 @@ class UserSet(LibrarySet):
             ValueError: the label differs from the attribute `labels`.
         """
         value = np.asarray(-1 if label is None else label)
-        if value.ndim or value.dtype.kind not in "iub":
+        if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
             return -1
-        if self._listed is not None and not self._are_classes(self._listed):
-            return -1
-        listed = value if self._listed is None else self._listed[index]
-        if value != listed:
-            raise ValueError(f"{self._place(index)}: its label is {value}, and labels[{index}] is {listed}")
+        if self._listed is not None and value != self._listed[index]:
+            raise ValueError(
+                f"{self._place(index)}: its label is {value}, and labels[{index}] is {self._listed[index]}"
+            )
         return int(value)
 
     @cached_property
@@ -239,16 +239,16 @@ class UserSet(LibrarySet):
         """The labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
         if self._listed is not None:
             if not self._are_classes(self._listed):
-                kind = f"{self._listed.dtype} of shape {self._listed.shape}"
-                raise ValueError(f"{self.flag}: its labels are {kind}: give {self.count} class numbers")
+                raise ValueError(
+                    f"{self.flag}: its labels are {self._listed.dtype} of shape {self._listed.shape}: give "
+                    f"{self.count} class numbers"
+                )
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
         labels, unreadable = np.full(len(self), -1), list[str]()
         for index in range(len(self)):
             try:
-                label = self._item(index).label
-                self._require_class(index, label)
-                labels[index] = self.label_of(index, label)
+                labels[index] = self._class_of(index, self._item(index).label)
             except (BadImage, OSError) as error:
                 unreadable.append(f"{self.name(index)} ({error})")
         if unreadable:
@@ -258,8 +258,8 @@ class UserSet(LibrarySet):
             )
         return labels
 
-    def _require_class(self, index: int, label: Any) -> None:
-        """Raises ValueError if a label is no number of a class."""
+    def _class_of(self, index: int, label: Any) -> int:
+        """Returns the class of a label, -1 for None. Raises ValueError if the label is no number of a class."""
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub":
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
@@ -267,6 +267,7 @@ class UserSet(LibrarySet):
                 f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
                 f"and numbers are for main_finetune.py --task)"
             )
+        return int(value)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -332,5 +333,4 @@ def _close_all() -> None:
         one.opened = None
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_close_all)
+os.register_at_fork(before=_close_all)
