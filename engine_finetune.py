@@ -13,7 +13,7 @@ from util import dist, settings
 from util.cli import advice, entry_point
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
-from util.data import extras, labels, targets, transforms
+from util.data import extras, labels, transforms
 from util.data.batches import Batch, to_device
 from util.data.run_data import RunData
 from util.data.sources import Source
@@ -205,8 +205,8 @@ def open_labelled(
     train, val = data.open_pair(nb_classes, reads_in_order)
     if data.images.task == CLASSIFICATION:
         return train, val, {}
-    mean, std = targets.statistics(train, data.images.task)
-    train, val = (targets.standardized(source, mean, std) for source in (train, val))
+    mean, std = labels.statistics(train, data.images.task)
+    train, val = (labels.standardized(source, mean, std) for source in (train, val))
     return train, val, {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
 
 
@@ -231,9 +231,9 @@ def load_for_evaluation(
     if flags["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
     if task != CLASSIFICATION:
-        val = targets.counted_as(val, classes or (), task)
+        val = labels.counted_as(val, classes or (), task)
         if task == REGRESSION:
-            val = targets.standardized(val, file.settings["target_mean"], file.settings["target_std"])
+            val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
     elif classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:

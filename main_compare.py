@@ -43,9 +43,8 @@ from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.cli.choices import CLASSIFICATION, DEFAULT_METRICS
 from util.cli.user_code import DATASET
-from util.data import targets
 from util.data.dataset_kinds import open_source
-from util.data.labels import some_of_each_class
+from util.data.labels import open_pair, some_of_each_class
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
@@ -144,7 +143,7 @@ def _compare(args: Namespace, out: Path) -> str:
             label_columns=args.label_columns, extras=args.extras,
         )  # fmt: skip
 
-    train, val = targets.open_pair(open_split, args.task)
+    train, val = open_pair(open_split, args.task)
     _require_comparable(args, encoders)
     sizes = [_size(text, train) for text in args.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):

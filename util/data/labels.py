@@ -1,4 +1,4 @@
-"""Classes of training and validation sets, and subsets of a source."""
+"""Classes and targets of training and validation sets, and subsets of a source."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from util import dist
+from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 from util.data.sources import Source, StoredImage, first_few
 from util.data.webdataset_shards import Shards
 
@@ -53,18 +54,52 @@ class Subset:
         return self.source.version(int(self.indices[index]))
 
 
+class Targets(Subset):
+    """A source with other labels: vectors (n, C) in fp32."""
+
+    def __init__(self, source: Source, classes: Sequence[str], labels: np.ndarray) -> None:
+        super().__init__(source, np.arange(len(source)), list(classes))
+        self.labels = labels.astype(np.float32)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.source[index][0], self.labels[index]
+
+
 def _is_decimal(name: str) -> bool:
     return name.count(".") == 1 and name.lstrip("-").replace(".", "").isdecimal()
 
 
-def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
-    """Returns the classes of a training and a validation set, which must be equal.
+def open_pair(
+    open_split: Callable[[str], Source | Shards],
+    task: str = CLASSIFICATION,
+    *,
+    nb_classes: int | None = None,
+    train_per_class: int | None = None,
+    seed: int = 0,
+    validation: bool = True,
+) -> tuple[Source, Source]:
+    """Opens the training set and the validation set. The labels of both have the same classes or targets.
+
+    Args:
+        open_split: returns the set "train" or "val".
+        task: what the labels mean, one of `choices.TASK_CHOICES`.
+        nb_classes: the expected number of classes or targets; None: any number.
+        train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
+        validation: open the validation set. Else, the training set takes its place.
 
     Raises:
-        ValueError: the classes differ, or their number is not `nb_classes`.
+        ValueError: a set has no labels of the task, their classes or targets differ, or a class has too few images.
     """
+    is_classification = task == CLASSIFICATION
+    if train_per_class and not is_classification:
+        raise ValueError(
+            f"--train_per_class {train_per_class}: an image has no single class with --task {task}; omit "
+            f"--train_per_class"
+        )
+    train = require(open_split("train"), "train", task)
+    val = require(open_split("val"), "val", task) if validation else train
     only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
-    if only_train or only_val:
+    if is_classification and (only_train or only_val):
         raise ValueError(
             "training and validation set have different classes: "
             + "; ".join(
@@ -73,39 +108,17 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
             + "; --task multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
             + "; --task regression takes numbers" * all(map(_is_decimal, only_train + only_val))
         )
-    if nb_classes not in (None, len(train.classes)):
-        raise ValueError(
-            f"the data has {len(train.classes)} classes, and --nb_classes is {nb_classes}; omit --nb_classes"
-        )
-    return train.classes
-
-
-def open_pair(
-    open_split: Callable[[str], Source | Shards],
-    *,
-    nb_classes: int | None = None,
-    train_per_class: int | None = None,
-    seed: int = 0,
-    validation: bool = True,
-) -> tuple[Source, Source]:
-    """Opens the training set and the validation set. The labels of both are indices into the same classes.
-
-    Args:
-        open_split: returns the set "train" or "val".
-        nb_classes: the expected number of classes; None: any number.
-        train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
-        validation: open the validation set. Else, the training set takes its place.
-
-    Raises:
-        ValueError: a set has no labels, the classes differ, or a class has too few images.
-    """
-    train = require(open_split("train"), "train")
-    val = require(open_split("val"), "val") if validation else train
-    classes = check_classes(train, val, nb_classes)
-    if dist.is_main():
-        _warn_of_imbalance(train, classes)
+    count = len(train.classes)
+    if nb_classes not in (None, count):
+        differs = f"the data has {count} classes, and --nb_classes is {nb_classes}"
+        numbers = f"--nb_classes {nb_classes}: the labels have {count} numbers"
+        raise ValueError(f"{differs if is_classification else numbers}; omit --nb_classes")
+    if not count:
+        raise ValueError(f"--task {task}: no training image has a label: give labels")
+    if is_classification and dist.is_main():
+        _warn_of_imbalance(train, train.classes)
     chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
-    return chosen, counted_as(val, classes)
+    return chosen, counted_as(val, train.classes, task)
 
 
 def _warn_of_imbalance(train: Source, classes: Sequence[str]) -> None:
@@ -137,33 +150,50 @@ def balanced_accuracy(right: np.ndarray, counts: np.ndarray) -> float | None:
     return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
 
 
-def require(source: Source | Shards, split: str) -> Source:
-    """Returns the source if all its images have labels.
+def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> Source:
+    """Returns the source if all its images have labels of the task.
 
     Raises:
-        ValueError: an image has no label, or the source is a stream, which has no random access.
+        ValueError: an image has no label or a label of another task, or the source is a stream, which has no random
+            access.
     """
     if isinstance(source, Shards):
         raise ValueError(
             f"{source.title}: streamed shards are for pre-training only; unpack them, or pack the images as a zip file"
         )
-    if not source.classes or (np.asarray(source.labels) < 0).any():
+    if task == CLASSIFICATION and (not source.classes or (np.asarray(source.labels) < 0).any()):
         raise ValueError(
             f"the {split} images have no classes, and supervised training and evaluation need them: give class "
             f"folders ({split}/CLASS/IMAGE), a --{split}_list with labels, or a --dataset with labels"
         )
+    if task != CLASSIFICATION and np.asarray(source.labels).ndim < 2:
+        raise ValueError(
+            f"--task {task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
+            f"--train_list and --val_list with labels, or vectors of a --dataset py:MODULE:FUNCTION"
+        )
     return source
 
 
-def counted_as(source: Source, classes: Sequence[str]) -> Source:
-    """Returns the source with labels that are indices into a model's classes. The source may lack some of them.
+def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATION) -> Source:
+    """Returns the source with labels that count the classes or targets of a model.
+
+    The source may lack some classes.
 
     Raises:
-        ValueError: the source has a class that the model does not have.
+        ValueError: the source has a class that the model does not have, or other targets.
     """
     if source.classes == list(classes):
         return source
     unknown = sorted(set(source.classes) - set(classes))
+    if task != CLASSIFICATION:
+        if unknown or (task == REGRESSION and len(source.classes) < len(classes)):
+            raise ValueError(
+                f"--task {task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
+                f"training images or of the model are {first_few(classes)}: give the same"
+            )
+        vectors = np.zeros((len(source), len(classes)))
+        vectors[:, [list(classes).index(name) for name in source.classes]] = source.labels
+        return Targets(source, classes, vectors)
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
@@ -211,3 +241,23 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+
+
+def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of each target, by which `standardized` labels are made.
+
+    Raises:
+        ValueError: a target is the same for all images.
+    """
+    if task == MULTILABEL:
+        return [0.0] * len(source.classes), [1.0] * len(source.classes)
+    mean, std = source.labels.mean(axis=0), source.labels.std(axis=0)
+    if not (std > 0).all():
+        name = source.classes[int(np.argmin(std))]
+        raise ValueError(f"--task regression: {name} is the same for all training images: omit this label")
+    return mean.tolist(), std.tolist()
+
+
+def standardized(source: Source, mean: Sequence[float], std: Sequence[float]) -> Source:
+    """Returns a source whose labels have the mean 0 and the standard deviation 1 if `mean` and `std` are theirs."""
+    return Targets(source, source.classes, (np.asarray(source.labels, dtype=np.float64) - mean) / std)

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from util.cli.choices import CLASSIFICATION
-from util.data import extras, image_cache, image_facts, labels, loader, targets, transforms
+from util.data import extras, image_cache, image_facts, labels, loader, transforms
 from util.data.dataset_kinds import open_source
 from util.data.decode import PixelValues
 from util.data.samples import Samples
@@ -78,9 +77,10 @@ class RunData:
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
-        train, val = targets.open_pair(
-            self.open_split, self.images.task, nb_classes, data.train_per_class, data.seed, validation=not holds_out
-        )
+        train, val = labels.open_pair(
+            self.open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
+            seed=data.seed, validation=not holds_out,
+        )  # fmt: skip
         self.suggest_statistics(train)
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
             train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
@@ -92,8 +92,7 @@ class RunData:
         """Opens the validation set; with `val_fraction`, the held-out training images."""
         if self.data.val_fraction:
             return self.open_pair()[1]
-        task, val = self.images.task, self.open_split("val")
-        val = labels.require(val, "val") if task == CLASSIFICATION else targets.require(val, "val", task)
+        val = labels.require(self.open_split("val"), "val", self.images.task)
         self.suggest_statistics(val)
         return val
 

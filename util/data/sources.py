@@ -119,7 +119,7 @@ class Files:
 
     Args:
         root: the folder that the names are relative to.
-        labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of `targets`.
+        labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of targets.
         extras: extra inputs (n,) by name.
     """
 
