@@ -104,9 +104,8 @@ def all_facts(
     if isinstance(source, Shards):
         unreadable: list[ImageFacts] = []
 
-        def report(name: str, error: Exception) -> bool:
+        def report(name: str, error: Exception) -> None:
             unreadable.append(_unreadable(name, error))
-            return True
 
         for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
             try:

@@ -222,9 +222,8 @@ class StreamedSamples(IterableDataset):
     def _stream(self, start: int, worker: int, workers: int) -> Iterator[Sample]:
         bad: list[Bad] = []
 
-        def report(name: str, error: Exception) -> bool:
+        def report(name: str, error: Exception) -> None:
             self.samples.refuse(name, error, bad)
-            return True
 
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
         for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):

@@ -74,7 +74,7 @@ class Shards:
         seed: int,
         part: int,
         parts: int,
-        report: Callable[[str, Exception], bool],
+        report: Callable[[str, Exception], None],
         start: int = 0,
         laps: int = sys.maxsize,
     ) -> Iterator[tuple[int, str, bytes, int]]:
@@ -84,7 +84,7 @@ class Shards:
             seed: seed of the order of shards, the same in all processes.
             part: index of this reader. It reads every `parts`-th shard, counted over all passes.
             parts: number of readers.
-            report: called with name and error if a shard can't be read to its end; True: continue with the next shard.
+            report: called with name and error if a shard can't be read to its end; then the next shard is read.
             start: number of samples that all readers together have read before, since the first pass.
             laps: number of passes over the shards.
 
@@ -95,7 +95,8 @@ class Shards:
 
         def handle(error: Exception) -> bool:
             where = next((part for part in error.args[::-1] if part in self.urls), self.title)
-            return report(where, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
+            report(where, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
+            return True  # webdataset continues with the next shard
 
         num_shards = len(self.urls)
         # Each reader has completed this number of shards of the mean length, and has read `skip` samples of the next.
@@ -125,12 +126,12 @@ def _is_scheme(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], Any]) -> Iterator[dict[str, Any]]:
     """Yields the images and labels of open shards, in the format of webdataset's own reader, but of limited size.
 
     Args:
         opened: a dictionary of "url" and "stream" for each shard.
-        handle: called with each error; True: continue with the next shard.
+        handle: called with each error; then the next shard is read.
     """
     for shard in opened:
         try:
@@ -145,8 +146,7 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
             yield {}  # ends the last sample, so that no sample spans two shards
         except Exception as error:
             error.args = (*error.args, shard["url"])
-            if not handle(error):
-                return
+            handle(error)
 
 
 def _count_samples(file: Path) -> int:
