@@ -78,15 +78,3 @@ class TargetSet(UserSet):
                 f"{len(labels[0])}: give equally many"
             )
         return np.stack(labels)
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """The names of the classes or targets; default: their numbers."""
-        count, own = self.labels.shape[1], getattr(self.images, "classes", None)
-        names = list(map(str, range(count) if own is None else own))
-        if len(names) != count or len(set(names)) < count:
-            raise ValueError(
-                f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its labels "
-                f"have {count} numbers: give one name for each number"
-            )
-        return names

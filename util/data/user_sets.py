@@ -271,15 +271,17 @@ class UserSet(LibrarySet):
 
     @cached_property
     def classes(self) -> list[str]:
-        """The names of the classes; default: their numbers. Empty if no sample has a label."""
-        count, own = int(self.labels.max()) + 1, getattr(self.images, "classes", None)
+        """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
+        are_vectors, own = self.labels.ndim > 1, getattr(self.images, "classes", None)
+        count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
             raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
         names = list(map(str, range(count) if own is None else own))
-        if count > len(names) or len(set(names)) < len(names):
+        if count > len(names) or (are_vectors and count < len(names)) or len(set(names)) < len(names):
+            labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
             raise ValueError(
                 f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
-                f"highest label is {count - 1}: give one name for each class"
+                f"{labels}: give one name for each"
             )
         return names
 
