@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,13 @@ def read_list(
     try:
         if "\0" in text:
             raise ValueError("it contains a zero byte")
+        document: Any = json.loads(text) if suffix == ".json" else text
         if task == CLASSIFICATION and not columns:
-            names, classes, numbers = _read_rows(suffix, text)
+            names, classes, numbers = _read_rows(suffix, document)
         else:
-            names, titles, cells = _read_cells(suffix, text, columns)
+            names, titles, cells = _read_cells(suffix, document, columns)
             classes, numbers = _targets(names, titles, cells, task)
-        inputs = _extras(suffix, text, extras) if extras else {}
+        inputs = _extras(suffix, document, extras) if extras else {}
     except LabelError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
@@ -113,12 +114,11 @@ def _read_text(path: Path, flag: str) -> str:
 Row = tuple[str, str | None]
 
 
-def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray]:
+def _read_rows(suffix: str, document: Any) -> tuple[list[str], list[str], np.ndarray]:
     """Parses a list: paths, classes, and labels, which are indices into the classes."""
-    parsed = json.loads(text) if suffix == ".json" else None
-    if isinstance(parsed, dict) and "images" in parsed:
-        return _read_annotations(parsed)
-    rows = _json_rows(parsed) if suffix == ".json" else _csv_rows(text) if suffix == ".csv" else _text_rows(text)
+    if isinstance(document, dict) and "images" in document:
+        return _read_annotations(document)
+    rows = PARSERS.get(suffix, _text_rows)(document)
     labels = [label for _, label in rows if label not in (None, "", "-1")]
     if 0 < len(labels) < len(rows):
         raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label")
@@ -160,11 +160,11 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
     return paths, [], np.full(len(paths), -1)
 
 
-def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def _extras(suffix: str, document: Any, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
     if refused := [name for name in columns if not extra_inputs.can_name(name)]:
         raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
-    names, _, cells = _read_cells(suffix, text, columns, "--extras")
+    names, _, cells = _read_cells(suffix, document, columns, "--extras")
     values = np.array([[_value_of(cell, REGRESSION, False) for cell in row] for row in cells])
     with np.errstate(invalid="ignore", over="ignore"):
         wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
@@ -178,22 +178,21 @@ def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndar
 
 
 def _read_cells(
-    suffix: str, text: str, columns: Sequence[str] | None, flag: str = "--label_columns"
+    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "--label_columns"
 ) -> tuple[list[str], list[str], list[list[str]]]:
     """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
-    parsed = json.loads(text) if suffix == ".json" else None
     if not columns:
-        rows = _json_rows(parsed) if suffix == ".json" else _csv_rows(text) if suffix == ".csv" else _text_rows(text)
+        rows = PARSERS.get(suffix, _text_rows)(document)
         if any(label is None for _, label in rows):
             raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give --label_columns NAME ...")
         return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
     if suffix == ".csv":
-        lines = [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
+        lines = [row for row in csv.reader(line for line in document.splitlines() if line.strip()) if row]
         if twice := {title for title in lines[0] if lines[0].count(title) > 1} & {*columns}:
             raise LabelError(f"two columns have the name {printable(min(twice))}; rename one")
         entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=False)) for row in lines[1:]]
-    elif isinstance(parsed, list) and all(isinstance(entry, dict) for entry in parsed):
-        entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in parsed]
+    elif isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
+        entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in document]
     else:
         raise LabelError(f"{flag} names columns of CSV with a header, or keys of JSON; give such a list")
     titles = list(entries[0]) if entries else []
@@ -292,6 +291,9 @@ def _json_rows(entries: Any) -> list[Row]:
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
     return [row(entry) for entry in entries]
+
+
+PARSERS: dict[str, Callable[[Any], list[Row]]] = {".json": _json_rows, ".csv": _csv_rows}  # by suffix; else text
 
 
 def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
