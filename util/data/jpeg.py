@@ -53,26 +53,13 @@ def decoder() -> Any:
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:
     """Decodes a color JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
 
+    The EXIF data becomes a comment, so that the decoder ignores the orientation.
+
     Args:
         max_pixels: larger images are not decoded.
 
     Returns:
         None for all other files, which Pillow must decode.
-    """
-    plain = _without_orientation(data, max_pixels)
-    if plain is None:
-        return None
-    try:
-        return decoder()(torch.frombuffer(plain, dtype=torch.uint8))
-    except RuntimeError:  # Pillow reads the file or reports the error
-        return None
-
-
-def _without_orientation(data: bytes, max_pixels: int) -> bytearray | None:
-    """Turns the EXIF data into a comment, so that the decoder ignores the orientation.
-
-    Returns:
-        None if the file is not a color JPEG file with 8 bits and at most `max_pixels` pixels.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
@@ -80,7 +67,12 @@ def _without_orientation(data: bytes, max_pixels: int) -> bytearray | None:
     while at + 4 <= len(plain) and plain[at] == 0xFF:
         marker, length = plain[at + 1], struct.unpack_from(">H", plain, at + 2)[0]
         if marker == SCAN:
-            return plain if is_plain and not has_many_scans(data) else None
+            if not is_plain or has_many_scans(data):
+                return None
+            try:
+                return decoder()(torch.frombuffer(plain, dtype=torch.uint8))
+            except RuntimeError:  # Pillow reads the file or reports the error
+                return None
         if marker == EXIF:
             plain[at + 1] = 0xFE
         elif 0xC0 <= marker <= 0xCF and marker not in NO_FRAME and at + 10 <= len(plain):
