@@ -135,9 +135,7 @@ class MaskFormat:
         if self.reduce_zero_label:
             values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
         if self.colors and not isinstance(picture, Tensor) and picture.mode == "P":
-            by_color = self._of_palette(picture, np.asarray(picture), values)
-            if by_color is not None:
-                return torch.from_numpy(by_color)
+            values = self._of_palette(picture, np.asarray(picture), values)
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
@@ -169,8 +167,8 @@ class MaskFormat:
             raise BadImage(f"none of its colors, such as {color}, is in the palette: correct --palette")
         return torch.from_numpy(classes)
 
-    def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-        """Returns the classes of an indexed image by color, or None if its indices are the classes.
+    def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Returns the classes of an indexed image by color, or `values` if its indices are the classes.
 
         Programs that optimize color images number their colors in any order.
         """
@@ -181,7 +179,7 @@ class MaskFormat:
         used = values != IGNORED
         known = classes[used] != IGNORED
         if not known.any() or (classes[used] == values[used]).all():
-            return None
+            return values
         if known.all():
             return classes
         index = indices[used][~known][0]
