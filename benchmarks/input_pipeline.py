@@ -26,7 +26,7 @@ import skimage.data
 import sklearn.datasets
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
@@ -106,9 +106,14 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-def allocate(number: int) -> torch.Tensor:
-    """Returns a batch (BATCH, 3, 224, 224) of bytes. A worker process that calls this sends it, without other work."""
-    return torch.full((BATCH, 3, 224, 224), number, dtype=torch.uint8)
+class Sent(Dataset):
+    """A dataset whose worker processes allocate and send batches (BATCH, 3, 224, 224) of bytes, without other work."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((BATCH, 3, 224, 224), number, dtype=torch.uint8)
 
 
 def profile(folder: Path, rounds: int) -> dict[str, float]:
@@ -133,8 +138,7 @@ def profile(folder: Path, rounds: int) -> dict[str, float]:
         times["random numbers and other"] -= sum(times.values()) - times["random numbers and other"]
         timed("collate", loader._collate, augmented)
         runs.append(times)
-    numbers: Any = range(40)
-    sent = iter(DataLoader(numbers, batch_size=None, num_workers=1, collate_fn=allocate))
+    sent = iter(DataLoader(Sent(), batch_size=None, num_workers=1))
     next(sent)
     started = time.perf_counter()
     count = sum(1 for _ in sent)
