@@ -269,11 +269,9 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
         CheckpointError: there are checkpoints, and none of them can be read.
         OSError: the system can't read a checkpoint.
     """
-    found = dist.is_main() and (
-        checkpoint.newest_first(output_dir),
-        [p.name for p in checkpoint.checkpoints(output_dir)],
+    paths, names = dist.from_rank_0(  # an error of rank 0 reaches all processes
+        lambda: (checkpoint.newest_first(output_dir), [path.name for path in checkpoint.checkpoints(output_dir)])
     )
-    paths, names = dist.gather(found)[0]
     for path in paths:
         try:
             state = sharded.read(path)
@@ -342,12 +340,12 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             Remedy(different),
         )
     _require_same_classes(saved, settings)
-    before = saved.get("updates_per_epoch")
-    if before != settings.get("updates_per_epoch"):
-        length = f"{before} updates" if before else "one pass over the images"
+    updates = saved.get("updates_per_epoch")
+    if updates != settings.get("updates_per_epoch"):
+        length = f"{updates} updates" if updates else "one pass over the images"
         raise CheckpointError(
             f"an epoch of the resumed run is {length}, and its position counts such epochs",
-            Remedy(_differing({"updates_per_epoch": before}, settings)),
+            Remedy(_differing({"updates_per_epoch": updates}, settings)),
         )
 
 
