@@ -232,10 +232,10 @@ class TrainLoader:
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return Batches(
-        samples, up_to_cores(num_workers), batch_sampler=batches, collate_fn=_collate_good, pin_memory=pin_memory
-    )
+        samples, up_to_cores(num_workers), batch_size=batch_size, sampler=mine, collate_fn=_collate_good,
+        pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 def examples(samples: Samples, count: int) -> Batch:
