@@ -11,35 +11,27 @@ import numpy as np
 import torch
 from scipy.io import wavfile
 from torch import Tensor
+from torchvision.datasets import DatasetFolder
 
 RATE = 8000  # samples per second; the sounds take a second
 BINS, FRAMES = 32, 64
 
 
-class Spectrograms:
-    """The sounds below a folder: log10 of the power, (1, BINS, FRAMES), low frequencies last."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(folder.glob("*/*.wav"))
-        self.classes = sorted({file.parent.name for file in self.files})
-        self.labels = [self.classes.index(file.parent.name) for file in self.files]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        rate, samples = wavfile.read(self.files[index])
-        if (rate, samples.shape, samples.dtype) != (RATE, (RATE,), np.int16):
-            raise ValueError(f"{self.files[index]}: give a second of one channel with 16 bits and {RATE} samples")
-        window, hop = torch.hann_window(2 * BINS), RATE // FRAMES
-        waves = torch.stft(torch.from_numpy(samples / 2**15).float(), 2 * BINS, hop, window=window, return_complex=True)
-        power = waves[:BINS, :FRAMES].abs().square()
-        return (power + 1e-4).log10().flip(0)[None], self.labels[index]
+def spectrogram(file: str) -> Tensor:
+    """Returns log10 of the power of a sound, (1, BINS, FRAMES), low frequencies last."""
+    rate, samples = wavfile.read(file)
+    if (rate, samples.shape, samples.dtype) != (RATE, (RATE,), np.int16):
+        raise ValueError(f"{file}: give a second of one channel with 16 bits and {RATE} samples")
+    window, hop = torch.hann_window(2 * BINS), RATE // FRAMES
+    waves = torch.stft(torch.from_numpy(samples / 2**15).float(), 2 * BINS, hop, window=window, return_complex=True)
+    return (waves[:BINS, :FRAMES].abs().square() + 1e-4).log10().flip(0)[None]
 
 
-def open_dataset(split: str, data_path: str | None) -> Spectrograms:
+def open_dataset(split: str, data_path: str | None) -> DatasetFolder:
     """Returns the sounds of `split`."""
-    return Spectrograms(Path(data_path or ".") / split)
+    sounds: Any = DatasetFolder(str(Path(data_path or ".") / split), spectrogram, (".wav",))
+    sounds.labels = sounds.targets
+    return sounds
 
 
 def generate(folder: Path) -> None:
