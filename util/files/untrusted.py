@@ -36,14 +36,9 @@ def printable(text: str) -> str:
 def csv_row(values: Iterable[Any]) -> list[Any]:
     """Prepares a row of a CSV file for spreadsheets, which would compute a text such as `=HYPERLINK(...)`.
 
-    An apostrophe before a text marks it as a text. `csv_text` removes it. Numbers are unchanged.
+    An apostrophe before a text marks it as a text. Numbers are unchanged.
     """
     return [f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values]
-
-
-def csv_text(cell: str) -> str:
-    """Returns the text of a cell that `csv_row` prepared."""
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
 
 
 def escape_dollars(text: str) -> str:
