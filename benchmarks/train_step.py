@@ -65,15 +65,10 @@ def training_step(
     return step
 
 
-def inference(model: nn.Module, images: Tensor, precision: Precision) -> Step:
+def inference(model: nn.Module, images: Tensor, precision: Precision) -> None:
     """A forward pass without gradients."""
-    model.eval()
-
-    def step() -> None:
-        with torch.no_grad(), precision.autocast():
-            model(images)
-
-    return step
+    with torch.no_grad(), precision.autocast():
+        model(images)
 
 
 def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
@@ -111,7 +106,7 @@ def implementations(args: argparse.Namespace, precision: Precision) -> dict[str,
         if how == "compiled":
             model.compile(fullgraph=True, dynamic=False)
         steps[f"{name} {how}"] = (
-            inference(model, images, precision)
+            partial(inference, model.eval(), images, precision)
             if args.task == "features"
             else training_step(model, loss_of, precision, is_ours, fused=is_ours or how == "compiled")
         )
