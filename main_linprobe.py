@@ -155,7 +155,7 @@ def train_probe(
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
     sets = {"val": val}
     if several:
-        train, held_out = labels.hold_out(train, args.held_out, args.seed, "--held_out")
+        train, held_out = labels.hold_out(train, args.held_out, args.seed, f"--held_out {args.held_out:g}")
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
     labelled = tasks.task_of(settings, val, train)

@@ -73,7 +73,7 @@ def test_both_parts_have_images(tmp_path, count, share, expected):
     rest, held_out = labels.hold_out(folders(tmp_path, cat=count), share, seed=0, flag="--val_fraction")
     assert (len(rest), len(held_out)) == (count - expected, expected)
     with pytest.raises(ValueError, match=r"--val_fraction 0.5 .*2 .*1"):
-        labels.hold_out(folders(tmp_path / "one", cat=1), 0.5, seed=0, flag="--val_fraction")
+        labels.hold_out(folders(tmp_path / "one", cat=1), 0.5, seed=0, flag="--val_fraction 0.5")
 
 
 def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):

@@ -226,7 +226,7 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
 
     Args:
         share: the fraction of the samples that is held out, rounded so that both parts have at least one.
-        flag: the flag of the fraction, for the error.
+        flag: the flag that holds out images, with its value, for log and error.
 
     Returns:
         The training part and the held-out part.
@@ -236,7 +236,7 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     """
     total = len(source)
     if total < 2:
-        raise ValueError(f"{flag} {share:g} needs at least 2 images, and there is {total}")
+        raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
     count = min(max(round(share * total), 1), total - 1)
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)

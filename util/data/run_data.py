@@ -85,7 +85,7 @@ class RunData:
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
             train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
         if data.val_fraction:
-            train, val = labels.hold_out(train, data.val_fraction, data.seed, "--val_fraction")
+            train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
         return train, val
 
     def open_val(self) -> Source:
