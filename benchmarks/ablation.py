@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ CURVE = (0, 1, 4, 9, 19, 79, 199, 999)  # epochs whose losses are kept
 class Run(NamedTuple):
     """A pre-training on the first images of each class."""
 
-    row: str  # title of its row in the table; runs with other seeds share it
     images: int
     epochs: int
     others: dict[str, Any]  # flags of main_pretrain.py
@@ -49,7 +47,6 @@ class Ablation:
         runs: the encoders by name.
         shared: flags of main_pretrain.py that all runs share.
         evaluation: flags of main_compare.py.
-        segmentation: flags of main_segment.py, if the encoders are evaluated with it, too.
         data: folder with train/ and val/, each with a folder for each class.
         baselines: encoders without pre-training, as main_compare.py names them. `scratch` has the architecture of the
             first encoder.
@@ -62,18 +59,17 @@ class Ablation:
         runs: Mapping[str, Run],
         shared: dict[str, Any],
         evaluation: dict[str, Any],
-        segmentation: dict[str, Any] | None = None,
         data: Path = DATA,
         baselines: Sequence[str] = (),
     ) -> None:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
-        self.evaluation, self.segmentation, self.data = evaluation, segmentation, data
+        self.evaluation, self.data = evaluation, data
         self.baselines, self.results = baselines, Results(here / "results.json")
         self.commands = Commands(work, work / "results.json", JOBS)  # its results are next to the runs
 
     def flags(self, name: str) -> dict[str, Any]:
         """Returns the flags of main_pretrain.py for an encoder."""
-        _, images, epochs, others = self.runs[name]
+        images, epochs, others = self.runs[name]
         return {
             **self.shared, "data_path": self.data / "train", "train_list": self.work / f"{images}.txt",
             "epochs": epochs, "warmup_epochs": max(1, epochs // 20), "save_every": epochs, "vis_every": 0,
@@ -116,15 +112,6 @@ class Ablation:
             print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
         return trained
 
-    def segment(self, name: str) -> tuple[str, float]:
-        """Trains a segmentation head; returns the name of the encoder with the mean IoU in percent."""
-        run = f"{name}-segmented"
-        flags = {"finetune": self.checkpoint(name), "output_dir": self.work / run, "resume": "auto"}
-        scores = self.commands.run(
-            run, ROOT / "main_segment.py", {**(self.segmentation or {}), **flags}, lambda out, _: run_log.read(out)[-1]
-        )
-        return name, scores["test_miou"]
-
     def checkpoint(self, name: str) -> Path:
         """Returns the last checkpoint of an encoder."""
         return self.work / name / f"checkpoint-{self.runs[name].epochs - 1}.pth"
@@ -149,28 +136,20 @@ class Ablation:
     def table(self) -> str:
         """Returns the table of the results so far in Markdown.
 
-        An accuracy is the mean ± the standard deviation over the draws, or over the seeds if a row has several. The
-        cost of a pre-training is relative to the cost of the first encoder.
+        An accuracy is the mean ± the standard deviation over the draws. The cost of a pre-training is relative to the
+        cost of the first encoder.
         """
         results = self.results.read()
-        rows: dict[str, list[str]] = {name: [name] for name in self.baselines if name in results}
-        for name, run in self.runs.items():
-            if name in results:
-                rows.setdefault(run.row, []).append(name)
         protocols = list(dict.fromkeys(protocol for result in results.values() for protocol in result["accuracies"]))
         lines = []
-        for row, names in rows.items():
+        for name in (name for name in (*self.baselines, *self.runs) if name in results):
             pretraining = [""] * 4
-            if names[0] in self.runs:
-                run, cost = self.runs[names[0]], self.macs(names[0]) / self.macs(next(iter(self.runs)))
-                loss = statistics.fmean(results[name]["loss"] for name in names)
-                pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{cost:.2f}", f"{loss:.4f}"]
-            cells = []
-            for protocol in protocols:
-                draws = [results[name]["accuracies"][protocol] for name in names]
-                values = draws[0] if len(draws) == 1 else [statistics.fmean(values) for values in draws]
-                cells.append(str(comparison.Cell(row, protocol, dict(enumerate(values)))))
-            lines.append([row, *pretraining, *cells])
+            if name in self.runs:
+                run, cost = self.runs[name], self.macs(name) / self.macs(next(iter(self.runs)))
+                pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{cost:.2f}", f"{results[name]['loss']:.4f}"]
+            accuracies = results[name]["accuracies"]
+            cells = [comparison.Cell(name, title, dict(enumerate(accuracies[title]))) for title in protocols]
+            lines.append([name, *pretraining, *map(str, cells)])
         return markdown(["encoder", "images", "epochs", "cost", "loss", *(f"{name}, %" for name in protocols)], lines)
 
     def run(self, names: Sequence[str]) -> None:
@@ -186,9 +165,6 @@ class Ablation:
         baselines = [name for name in self.baselines if name not in results]
         accuracies = self.accuracies(names, baselines)
         results |= {name: {"accuracies": accuracies[name]} for name in baselines}
-        if self.segmentation:
-            for name, mean_iou in self.commands.each([partial(self.segment, name) for name in names]):
-                accuracies[name]["segmentation, mean IoU"] = [mean_iou]
         for name in names:
             own = {key: trained[name][key] for key in ("loss", "losses", "command")}
             results[name] = {**own, "accuracies": accuracies[name]}

@@ -46,6 +46,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "demo": DEMO,
     "demo with patches of 4": {**DEMO, "patch_size": 4},
     "demo with muon": {**DEMO, "optimizer": "examples.muon:muon_and_adamw"},
+    "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},
     "128 images per update": {"batch_size": 64, "lr": 2e-3},
     "decoder of 2 blocks": {"decoder_depth": 2},
     "decoder of 128 channels": {"model_class": "examples.wide_decoder:WideDecoder", "model_args": ["width=128"]},

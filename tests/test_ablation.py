@@ -1,7 +1,6 @@
 """Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
 
 import json
-import runpy
 
 import numpy as np
 import pytest
@@ -11,14 +10,10 @@ from PIL import Image
 
 import main_compare
 import main_pretrain
-import main_segment
 from benchmarks import image_sets
 from benchmarks.ablation import Ablation, Run
-from benchmarks.mask_blocks import study as mask_blocks
 from benchmarks.small_data import other_images
 from benchmarks.small_data import study as small_data
-from demo import segmentation
-from demo.segmentation import write_pictures
 from util.cli.advice import arguments
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -39,7 +34,7 @@ def data(tmp_path, monkeypatch):
 
 def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
     study = small_data.STUDY
-    runs = {"base": Run("base", 100, 1, {}), "mask-0.5": Run("mask-0.5", 100, 2, {"mask_ratio": 0.5})}
+    runs = {"base": Run(100, 1, {}), "mask-0.5": Run(100, 2, {"mask_ratio": 0.5})}
     evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data, baselines=["scratch"])
@@ -58,23 +53,22 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     assert small.results.read() == results
 
 
-def test_rows_with_several_seeds(tmp_path, monkeypatch):
+def test_the_rows_have_means_and_costs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs = {f"a-{seed}": Run("a", 100, 2, {"seed": seed}) for seed in range(2)} | {"b": Run("b", 1_000, 3, {})}
-    accuracies = {"a-0": [70, 72], "a-1": [73, 75], "b": [80, 84]}
+    runs, accuracies = {"a": Run(100, 2, {}), "b": Run(1_000, 3, {})}, {"a": [70, 72], "b": [80, 84]}
     results = {name: {"loss": 0.5, "accuracies": {"linear probe": values}} for name, values in accuracies.items()}
     (tmp_path / "results.json").write_text(json.dumps(results))
     study = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {})
     assert study.table().splitlines()[2:] == [
-        "| a | 100 | 2 | 1.00 | 0.5000 | 72.5 ± 2.1 |",  # over the means of the seeds, 71 and 74
-        "| b | 1,000 | 3 | 15.00 | 0.5000 | 82.0 ± 2.8 |",  # over the draws
+        "| a | 100 | 2 | 1.00 | 0.5000 | 71.0 ± 1.4 |",
+        "| b | 1,000 | 3 | 15.00 | 0.5000 | 82.0 ± 2.8 |",
     ]
 
 
 def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
     """Multiply-adds by hand, of linear layers and attention: they are more than 99 % of all."""
     monkeypatch.chdir(ROOT)
-    runs = {"a": Run("a", 10, 2, {"patch_size": 4, "mask_ratio": 0.75})}
+    runs = {"a": Run(10, 2, {"patch_size": 4, "mask_ratio": 0.75})}
     counted = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {}).macs("a")
 
     def blocks(depth, tokens, width):
@@ -94,52 +88,21 @@ def test_the_commands_parse_and_differ_in_one_setting():
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
 
-STUDIES = [small_data.STUDY, mask_blocks.STUDY, *map(other_images.study, other_images.DATASETS)]
+STUDIES = [small_data.STUDY, *map(other_images.study, other_images.DATASETS)]
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=["small_data", "mask_blocks", *other_images.DATASETS])
+@pytest.mark.parametrize("study", STUDIES, ids=["small_data", *other_images.DATASETS])
 def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
     monkeypatch.chdir(ROOT)
     for run in study.runs:
         parse(main_pretrain, *arguments(study.flags(run)))
     parse(main_compare, *arguments({**study.evaluation, "encoders": ["base"]}))
-    if study.segmentation:
-        parse(main_segment, *arguments(study.segmentation))
 
 
-def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
-    study, pictures = mask_blocks.STUDY, tmp_path / "runs" / "pictures"
-    write_pictures(pictures, 32)
-    flags = {**study.segmentation, "data_path": pictures, "palette": pictures / "palette.txt", "epochs": 1}
-    runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, flags, data)
-    small.accuracies = lambda names, baselines: {name: {} for name in names}
-    small.run(["a"])
-    (score,) = small.results.read()["a"]["accuracies"]["segmentation, mean IoU"]
-    assert 0 < score < 100
-
-
-def test_the_pictures_of_mask_blocks_are_written_when_the_study_runs(monkeypatch, capsys):
-    """Not by --help or a wrong name, which argparse refuses."""
-    calls, script, name = [], str(ROOT / "benchmarks/mask_blocks/study.py"), "block-1-tokens-1-depth-1-seed-0"
-    monkeypatch.setattr(segmentation, "write_pictures", lambda folder, count: calls.append("pictures"))
-    monkeypatch.setattr(Ablation, "run", lambda study, names: calls.append(names))
-    monkeypatch.chdir(ROOT)
-
-    def run(*argv):
-        monkeypatch.setattr("sys.argv", [script, *argv])
-        runpy.run_path(script, run_name="__main__")
-
-    for argument, expected in (("--help", name), ("x", "there is no encoder x; the names")):
-        with pytest.raises(SystemExit):
-            run(argument)
-        printed = capsys.readouterr()
-        assert expected in printed.out + printed.err
-    assert calls == []
-    run(name)
-    assert calls == ["pictures", [name]]
-    run()
-    assert calls[-1] == list(mask_blocks.STUDY.runs)
+def test_an_unknown_encoder_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        small_data.get_args_parser().parse_args(["x"])
+    assert "there is no encoder x; the names are base, " in capsys.readouterr().err
 
 
 def test_the_images_are_the_first_of_each_class(data, tmp_path):

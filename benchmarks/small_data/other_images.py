@@ -62,7 +62,7 @@ EPOCHS = 200
 def study(name: str) -> Ablation:
     """Returns the study of a dataset."""
     dataset, work = DATASETS[name], WORK / name
-    runs = {encoder: Run(encoder, dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
+    runs = {encoder: Run(dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
     data, recipe = work / "images", f"finetune={(HERE / f'finetune_{name}.yaml').relative_to(ROOT)}"
     evaluation = {**dataset.evaluation, "data_path": data, "recipes": [recipe]}
     return Ablation(HERE, work, runs, dataset.shared, evaluation, data=data, baselines=["scratch", "pixels"])

@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
 STUDY = Ablation(
     Path(__file__).parent,
     Path("runs/small_data"),
-    {name: Run(name, *settings) for name, settings in SETTINGS.items()},
+    {name: Run(*settings) for name, settings in SETTINGS.items()},
     BASE,
     EVALUATION,
     baselines=["scratch"],
