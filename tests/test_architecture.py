@@ -33,7 +33,7 @@ ARROWS = {
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{rf"util\.{name}\.\w+": rf"util\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"util\.datasets": r"util\.(data|cli|files)\.\w+|util\.dist",
-    r"util\.resize": r"util\.(data|cli|files)\.\w+|util\.interrupts",
+    r"util\.resize": r"util\.cli\.entry_point|util\.data\.resize",
     r"util\.sharded": r"util\.cli\.entry_point|util\.checkpoints\.sharded",
     r"util\.dist": r"util\.plain_data",
     r"util\.plain_data": r"util\.cli\.advice",

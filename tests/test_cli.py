@@ -16,9 +16,10 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from inference import features, predict
-from util import datasets, resize
+from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import AdvisedError, Remedy
+from util.data import resize
 from util.interrupts import Interrupted
 from util.jobs import submit
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from mains import call, wait_until
 from PIL import Image
 
-from util import resize
+from util.data import resize
 from util.files import locks
 
 
@@ -86,7 +86,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from util.cli import entry_point
-from util import resize
+from util.data import resize
 
 def sleep(*_, **__):
     Path({str(pid)!r}).write_text(str(os.getpid()))
