@@ -11,7 +11,7 @@ tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the na
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from util.pos_embed import Size, resize_pos_embed, to_pair
 from util.steps import Steps
 
 NormLayer = Callable[[int], nn.Module]
+LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
 
 # eps of the published models. The default of PyTorch is 1e-5, and the ViT of transformers has 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -135,8 +136,8 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
-def init_classifier(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """Initializes the last layer of a head on a frozen encoder (weights: std .01, biases: 0), and returns it."""
+def init_classifier(layer: LastLayer) -> LastLayer:
+    """Initializes the last layer of a probe or of segmentation (weights: std .01, biases: 0), and returns it."""
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer

@@ -65,7 +65,6 @@ class Ablation:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
         self.evaluation, self.data = evaluation, data
         self.baselines, self.results = baselines, Results(here / "results.json")
-        self.commands = Commands(work, work / "results.json", JOBS)  # its results are next to the runs
 
     def flags(self, name: str) -> dict[str, Any]:
         """Returns the flags of main_pretrain.py for an encoder."""
@@ -91,6 +90,7 @@ class Ablation:
     def pretrain(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Pre-trains encoders; returns the loss of the last epoch and the minutes of training, by name."""
         self.work.mkdir(parents=True, exist_ok=True)
+        commands = Commands(self.work, self.work / "results.json", JOBS)
         for images in {self.runs[name].images for name in names}:
             self.write_list(images)
 
@@ -103,10 +103,10 @@ class Ablation:
             }  # fmt: skip
 
         def run(name: str) -> tuple[str, dict[str, Any]]:
-            return name, self.commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
+            return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
 
         trained: dict[str, dict[str, Any]] = {}
-        for name, scores in self.commands.each([partial(run, name) for name in names]):
+        for name, scores in commands.each([partial(run, name) for name in names]):
             trained[name] = scores
             progress = f"[{len(trained)}/{len(names)}] {name}"
             print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)

@@ -88,7 +88,7 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         return out if main is main_knn else lines(out)[-1]["test_loss"]
 
     assert result("with") == result("without", **data)
-    assert capsys.readouterr().out.count(": 12 of 48 training images are held out") == 2
+    assert capsys.readouterr().out.count("--val_fraction 0.25: 12 of 48 training images are held out") == 2
     if main is not main_knn:
         scores = classify(main, "eval", **flags, **data, eval=True, resume=tmp_path / "without/checkpoint-0.pth")
         loss = float(capsys.readouterr().out.split()[-1])
