@@ -5,7 +5,8 @@
     python benchmarks/leaderboard.py muon --seed 1 --test         # a different seed, test images
     python benchmarks/leaderboard.py muon --photographs --test    # squares of photographs, 96 x 96 pixels
 
-An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs.
+An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs. If the
+speed of the run differs by more than a tenth, it is repeated, once, with the number of epochs that fit at this speed.
 The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
 Each entry appends a row to leaderboard.jsonl, and writes the table.
 """
@@ -75,6 +76,7 @@ FINETUNE = {
     "save_every": 1000, "lr": 1e-3,
 }  # fmt: skip
 LABELS = 500
+TOLERANCE = 0.1  # of the minutes; a run that exceeds it is repeated once
 PHOTOGRAPHS = {
     "input_size": SIDE,
     "patch_size": 12,
@@ -131,16 +133,19 @@ def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[s
     scripts.require_images(data)
     flags = {**method, "data_path": data, "seed": args.seed}
     with tempfile.TemporaryDirectory() as folder:
-        _, *measured = pretrain(flags, Path(folder) / "speed", 6)  # the first epoch is slower
-        epochs = max(2, round(60 * args.minutes / statistics.median(line["seconds"] for line in measured)))
-        lines = pretrain(flags, Path(folder) / "run", epochs)
-        file = Path(folder) / "run" / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
+        _, *lines = pretrain(flags, Path(folder) / "speed", 6)  # the first epoch is slower
+        for out in (Path(folder) / "run", Path(folder) / "run_again"):
+            epochs = max(2, round(60 * args.minutes / statistics.median(line["seconds"] for line in lines)))
+            lines = pretrain(flags, out, epochs)
+            seconds = epochs * statistics.median(line["seconds"] for line in lines)
+            if abs(seconds / 60 / args.minutes - 1) < TOLERANCE:
+                break
+        file = out / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
         sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
         scores = {
             evaluated: accuracies(file, {**flags, **lists}, args.seed, Path(folder) / evaluated)
             for evaluated, lists in sets.items()
         }
-    seconds = epochs * statistics.median(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     batch = PROCESSES * flags["batch_size"]
