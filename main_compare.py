@@ -24,6 +24,7 @@ import shutil
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -287,8 +288,8 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         architecture = architecture or {key: value for key, value in known.items() if key not in also or value != 1}
-    names = [_directory(encoder.name) for encoder in encoders]
-    if repeated := [name for name in names if names.count(name) > 1]:
+    names = Counter(_directory(encoder.name) for encoder in encoders)
+    if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
             f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )

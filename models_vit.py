@@ -339,12 +339,13 @@ class Encoder(Steps, nn.Module):
         layers, maps = [], []
         block: Any
         for number, block in enumerate(self.blocks):
-            if number in chosen and return_attention:
+            is_returned = number in chosen
+            if is_returned and return_attention:
                 if not isinstance(block, Block):
                     raise ValueError(f"blocks of class {type(block).__name__} return no attention weights")
                 maps.append(block.attn.maps(block.norm1(x), *inputs))
             x = block(x, *inputs)
-            if number in chosen:
+            if is_returned:
                 layers.append(normalize(x))
         return (layers, maps) if return_attention else layers
 

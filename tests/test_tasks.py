@@ -284,7 +284,7 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
     ({}, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
     ({}, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
     ({}, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
-    ({}, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
+    ({}, {"nb_classes": 3}, r"2 numbers .*--nb_classes is 3; omit --nb_classes"),
 ], ids=range(13))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
     rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))

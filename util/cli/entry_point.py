@@ -67,9 +67,8 @@ class _Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         unknown = [flag for flag in _flags_in(args) if flag not in self._option_string_actions]
         if unknown:
-            self.error(
-                f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], self._option_string_actions)}"
-            )
+            near = did_you_mean(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return super().parse_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -267,7 +266,8 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        _fail(parser, args, error, f"{error}, the state is saved; {same} resumes the run", 128 + error.signum)
+        reason = f"{error}, the state is saved; {same} resumes the run"
+        _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)
 

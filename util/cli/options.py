@@ -73,8 +73,9 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
         labels: the images need labels, whose meaning is a flag.
         rereads: the script reads each image several times.
     """
-    without = "folder of images, flat or nested; if it contains train/, only train/ is read"
-    layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE" if labels else without
+    layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
+    if labels:
+        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
     add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
     add_source_options(group_of(parser, DATA), labels)
     add_input_options(parser, "image size")

@@ -31,11 +31,8 @@ def import_object(flag: str, text: str) -> Any:
         found: Any = call(f"{flag}{text}", importlib.import_module, module)
     except ModuleNotFoundError as error:
         is_it = module == error.name or module.startswith(f"{error.name}.")
-        reason = (
-            f"there is no module {error.name} on Python's path or in {os.getcwd()}"
-            if is_it
-            else f"{module} needs the module {error.name}, which is not installed"
-        )
+        where = f"there is no module {error.name} on Python's path or in {os.getcwd()}"
+        reason = where if is_it else f"{module} needs the module {error.name}, which is not installed"
         raise ValueError(f"{flag}{text}: {reason}") from error
     for part in name.split("."):
         if not hasattr(found, part):

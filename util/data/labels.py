@@ -110,9 +110,8 @@ def open_pair(
         )
     count = len(train.classes)
     if nb_classes not in (None, count):
-        differs = f"the data has {count} classes, and --nb_classes is {nb_classes}"
-        numbers = f"--nb_classes {nb_classes}: the labels have {count} numbers"
-        raise ValueError(f"{differs if is_classification else numbers}; omit --nb_classes")
+        what = "classes" if is_classification else "numbers in each label"
+        raise ValueError(f"the data has {count} {what}, and --nb_classes is {nb_classes}; omit --nb_classes")
     if not count:
         raise ValueError(f"--task {task}: no training image has a label: give labels")
     if is_classification and dist.is_main():
