@@ -48,6 +48,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "demo with patches of 4": {**DEMO, "patch_size": 4},
     "demo with muon": {**DEMO, "optimizer": "examples.muon:muon_and_adamw"},
     "demo with normalized pixels": {**DEMO, "norm_pix_loss": True},
+    "demo with normalized pixels, muon": {**DEMO, "norm_pix_loss": True, "optimizer": "examples.muon:muon_and_adamw"},
     "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},
     "128 images per update": {"batch_size": 64, "lr": 2e-3},
     "decoder of 2 blocks": {"decoder_depth": 2},
