@@ -150,6 +150,9 @@ def test_patches_with_few_valid_pixels_are_invalid():
     expected[4:8, :4] = True
     transform = eval_transform(16, crop="none")
     assert torch.equal(with_valid_patches(picture, transform, (4, 4), 0.5, 4).isnan()[0], expected)
+    coordinates = torch.arange(256.0).view(1, 16, 16)  # a map is a further channel, and is complete
+    found = with_valid_patches(torch.cat([picture, coordinates]), transform, (4, 4), 0.5, 4)
+    assert torch.equal(found[0].isnan(), expected) and torch.equal(found[3:], coordinates)
     with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
         with_valid_patches(picture, transform, (4, 4), 1.0, 15)
 

@@ -14,7 +14,7 @@ from test_decode import saved
 from util.data import bicubic, jpeg, transforms
 from util.data.crops import scale
 from util.data.decode import BadImage, decode
-from util.data.samples import seed_python
+from util.data.generators import seed_python
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
 
 

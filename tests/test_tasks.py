@@ -237,6 +237,7 @@ def test_lists_columns_and_datasets_are_the_same(tune, folder, tmp_path):
 
     first = losses("list", "multilabel", label_columns="tags")
     for name, own in (("columns", {"label_columns": "green red"}), ("json", json_lists),
+                      ("key", json_lists | {"label_columns": "label"}),
                       ("memory", {"label_columns": "tags", "cache_images": True}),
                       ("dataset", {"dataset": "py:test_tasks:tags", **no_lists})):  # fmt: skip
         assert losses(name, "multilabel", **own) == first, name

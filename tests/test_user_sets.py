@@ -29,6 +29,8 @@ from util import datasets
 from util.checkpoints import checkpoint
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage, decode, to_tensor
+from util.data.samples import Samples
+from util.data.transforms import keeps_label
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "
@@ -350,6 +352,51 @@ def test_random_numbers_of_items_do_not_depend_on_workers_or_interruptions(pretr
     assert_equal(weights(run("whole")), weights(stop_and_resume(monkeypatch, run, 3)))
     cached = (pretrain(f"c{count}", **settings, cache_images=True, num_workers=count) for count in (0, 2))
     assert_equal(*map(weights, cached))
+
+
+def test_a_random_split_is_the_same_in_each_process(classify, own_module, capsys):
+    """The usual idiom: disjoint parts, whose labels are those of the images. Without a seed, it is an error."""
+    own_module(
+        "parts",
+        "import random\nimport numpy as np\nimport torch\n"
+        "ITEMS = [(np.full((16, 16, 3), 2 * n, np.uint8), n % 2) for n in range(96)]\n"
+        "def open_dataset(split, data_path):\n"
+        "    return torch.utils.data.random_split(ITEMS, [64, 32])[split == 'val']\n"
+        "def unseeded(split, data_path):\n    return random.SystemRandom().sample(ITEMS, 64)\n",
+    )
+    train, val = (open_source(split, dataset="py:parts:open_dataset") for split in ("train", "val"))
+    values = [{int(source[index][0][0, 0, 0]) for index in range(len(source))} for source in (train, val)]
+    assert (len(values[0]), len(values[1]), values[0] & values[1]) == (64, 32, set())
+    state = torch.get_rng_state()
+    open_source("train", dataset="py:parts:open_dataset")
+    assert torch.equal(state, torch.get_rng_state())
+    classify(main_knn, dataset="py:parts:open_dataset", num_workers=2, k=1)  # labels are compared in the workers
+    with pytest.raises(ValueError, match="return the same dataset in each process"):
+        classify(main_knn, dataset="py:parts:unseeded", num_workers=2, k=1)
+
+
+def test_random_numbers_of_items_are_not_those_of_the_mask(own_module):
+    own_module(
+        "coins", "import numpy as np\nimport torch\nclass Coins(list):\n    def __getitem__(self, index):\n"
+        "        return np.zeros((4, 4, 3), np.uint8), 0, {'coin': torch.rand(()).item()}\n"
+        "def open_dataset(split, data_path):\n    return Coins(range(64))\n",
+    )  # fmt: skip
+    source, noise = open_source("train", dataset="py:coins:open_dataset"), partial(torch.rand, 1)
+    samples = Samples(source, keeps_label(to_tensor), in_chans=3, seed=0, draw_noise=noise)
+    pairs = torch.tensor(
+        [(sample.extras["coin"], sample.noise.item()) for sample in (samples[0, n] for n in range(64))]
+    )
+    assert torch.corrcoef(pairs.T)[0, 1].abs() < 0.5
+
+
+def test_images_in_memory_are_not_those_of_a_dataset_that_augments(pretrain, own_module):
+    own_module(
+        "changing", "import numpy as np\nclass Changing(list):\n    def __getitem__(self, index):\n"
+        "        return np.random.randint(0, 256, (16, 16, 3)).astype('u1'), 0\n"
+        "def open_dataset(split, data_path):\n    return Changing(range(16))\n",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"--dataset py:changing:open_dataset .* omit --cache_images"):
+        pretrain(dataset="py:changing:open_dataset", cache_images=True)
 
 
 def test_a_dataset_is_opened_again_in_other_processes(tmp_path, samples):

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from util import dist
 from util.data.batches import Batches, up_to_cores
 from util.data.decode import AS_STORED, BadImage, PixelValues
-from util.data.samples import Samples, preserve_generators
+from util.data.generators import preserve_generators
+from util.data.samples import Samples
 from util.data.sources import Source, label_at
 from util.data.transforms import keeps_label, to_tensor
 from util.data.webdataset_shards import Shards

@@ -25,9 +25,9 @@ from util.data.decode import (
     size_of,
     with_invalid,
 )
+from util.data.generators import preserve_generators
 from util.data.labels import Subset
 from util.data.loader import MAX_BAD_SHARE
-from util.data.samples import preserve_generators
 from util.data.sources import Source
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards

@@ -192,7 +192,7 @@ def _read_cells(
             raise LabelError(f"two columns have the name {printable(min(twice))}; rename one")
         entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=False)) for row in lines[1:]]
     elif isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
-        entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in document]
+        entries = [{key: _text_of(value) for key, value in entry.items()} for entry in document]
     else:
         raise LabelError(f"{flag} names columns of CSV with a header, or keys of JSON; give such a list")
     titles = list(entries[0]) if entries else []
@@ -280,13 +280,17 @@ def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[R
     return [(row[path].strip(), row[label].strip() if len(row) > label else None) for row in lines]
 
 
+def _text_of(value: Any) -> str:
+    """Returns a value of JSON as the cell of a list. Several labels are separated by semicolons."""
+    return "" if value is None else ";".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _json_rows(entries: Any) -> list[Row]:
     def row(entry: Any) -> Row:
         if isinstance(entry, str):
             return entry, None
         path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
-        several = isinstance(label, list)
-        return str(path), None if label is None else ";".join(map(str, label)) if several else str(label)
+        return str(path), None if label is None else _text_of(label)
 
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")

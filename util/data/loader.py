@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from util import dist
 from util.data.batches import Batch, Batches, require_space, up_to_cores
 from util.data.decode import BadImage
-from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
+from util.data.generators import seed_python
+from util.data.samples import Bad, Sample, Samples, StreamedSamples
 from util.data.transforms import of_one_range
 from util.data.webdataset_shards import Shards
 

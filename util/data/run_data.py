@@ -101,7 +101,7 @@ class RunData:
 
         Raises:
             BadImage: an image can't be read, and is not skipped.
-            ValueError: the images take too much memory.
+            ValueError: the images take too much memory, or a dataset of the user's code augments them.
         """
         data = self.data
         if not data.cache_images:
@@ -109,6 +109,11 @@ class RunData:
         if any(map(extras.shapes_of, sources)):
             logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
             return sources
+        if any(self.samples(source, transforms.keeps_label(transforms.to_tensor)).augments() for source in sources):
+            raise ValueError(
+                f"--cache_images: --dataset {data.dataset} returns another image in each epoch, and all epochs would "
+                f"have the first; omit --cache_images"
+            )
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
             num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,

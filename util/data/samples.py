@@ -6,8 +6,6 @@ on the number of the repetition. They do not depend on the number of workers or 
 
 import contextlib
 import itertools
-import random
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,11 +29,13 @@ from util.data.decode import (
     require_size,
     to_tensor,
 )
+from util.data.generators import preserve_generators, seed_python
 from util.data.sources import Source
 from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 
+OF_DATASET = -1  # repetition: the random numbers of the dataset itself
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
@@ -106,17 +106,27 @@ class Samples(Dataset):
     def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any, dict[str, Tensor]]:
         """Returns the decoded picture of a sample, its label, and its extra inputs.
 
-        A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only.
+        A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only,
+        and differ from those of the mask and the transform.
 
         Raises:
             OSError, BadImage: the sample can't be read.
         """
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
         if self.runs_code:
-            torch.default_generator.manual_seed(seed_python(self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed_python(self.seed, epoch, index, OF_DATASET))
         data, label = self.source[index]
         data, extras = extra_inputs.split(data)
         return self.decode(data), label, extras
+
+    def augments(self) -> bool:
+        """Whether a dataset of the user's code returns other bytes in another epoch. The first image decides."""
+        if not self.runs_code:
+            return False
+        with preserve_generators(), contextlib.suppress(OSError, BadImage):
+            first, second = (to_tensor(self.read(0, epoch)[0]) for epoch in (0, 1))
+            return first.dtype == torch.uint8 and not torch.equal(first, second)
+        return False
 
     def finish(
         self, picture: Picture, label: Any, extras: dict[str, Tensor], bad: list[Bad], epoch: int, number: int,
@@ -236,32 +246,3 @@ class StreamedSamples(IterableDataset):
                 continue
             yield from finished
             bad = []
-
-
-@contextlib.contextmanager
-def preserve_generators() -> Iterator[None]:
-    """Restores the random number generators of PyTorch, Python and NumPy in the training process (no workers).
-
-    Every sample seeds these generators, and training must not be affected.
-    """
-    if get_worker_info():
-        yield
-        return
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
-
-
-def seed_python(*of: int) -> int:
-    """Seeds the generators of Python and NumPy, and returns a seed for the generator of PyTorch.
-
-    The seed is the CRC-32 checksum of the arguments. Within an epoch, no two images have the same seed.
-    """
-    key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
-    random.seed(key)
-    np.random.seed(key)
-    return key

@@ -36,10 +36,7 @@ class TargetSet(UserSet):
             ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
         """
         vector = self._vectors(label, self._place(index), "its label is").reshape(-1)
-        if self._listed is not None and not np.array_equal(vector.astype("f"), self._listed[index].astype("f")):
-            raise ValueError(
-                f"{self._place(index)}: its label is {vector}, and labels[{index}] is {self._listed[index]}"
-            )
+        self._require_known(index, vector)
         return vector
 
     def _vectors(self, value: Any, place: str, what: str) -> np.ndarray:

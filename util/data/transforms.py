@@ -102,8 +102,9 @@ def with_valid_patches(
 ) -> Tensor:
     """Applies a transform such that enough patches are valid for pre-training.
 
-    All pixels of a patch with few valid pixels become invalid (NaN). If an image has too few valid patches left, the
-    transform is applied again, up to MAX_CROPS times, because another crop may have more.
+    All pixels of a patch with few valid pixels become invalid (NaN), except those of maps, which are finite. If an
+    image has too few valid patches left, the transform is applied again, up to MAX_CROPS times, because another crop
+    may have more.
 
     Args:
         transform: a picture -> image (c, H, W).
@@ -124,7 +125,7 @@ def with_valid_patches(
         if count >= num_visible:
             rows, columns = patch_size
             invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
-            return image.masked_fill(invalid, torch.nan)
+            return image.masked_fill(invalid & image.isnan().flatten(1).any(1)[:, None, None], torch.nan)
     raise BadImage(
         f"{count} of its {patches.numel()} patches have valid pixels (at least {min_valid:.0%}), and "
         f"{num_visible} are visible to the encoder"
@@ -237,7 +238,7 @@ def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
 
 
-def probe_transform(input_size: Size, crop: str = "random") -> ImageTransform:
+def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) -> ImageTransform:
     """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip.
 
     A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
@@ -248,7 +249,7 @@ def probe_transform(input_size: Size, crop: str = "random") -> ImageTransform:
     height, width = to_pair(input_size)
     kind = crops.CropOnce if height == width else crops.T.RandomResizedCrop
     first = crops.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, kind)
-    return crops.T.Compose([first, crops.T.RandomHorizontalFlip(), to_tensor])
+    return crops.T.Compose([first, crops.T.RandomHorizontalFlip(hflip), to_tensor])
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:

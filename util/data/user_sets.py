@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
 from util.data import extras as extra_inputs
 from util.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
+from util.data.generators import preserve_generators, seed_python
 from util.data.library_sets import LibrarySet
 from util.data.sources import StoredImage, first_few, version_of
 from util.files.untrusted import printable, read_file
@@ -58,11 +60,13 @@ class Item(NamedTuple):
 class UserSet(LibrarySet):
     """A map-style dataset of the user's code.
 
-    Every process that reads samples calls the function. Before a fork, the dataset is deleted: its open files do not
-    have to survive the fork. Items are (image, label), (image, label, extras), or a dict with the keys image, label and
-    valid (booleans (H, W), True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal
-    in names and shapes for all items: inputs of the model besides the image. In a dict, they are the other keys. Extras
-    that the attribute `maps` of the dataset names are maps of the image (H, W), which follow its crops and flips.
+    Every process that reads samples calls the function, with the same random numbers for each call and each split.
+    Before a fork, the dataset is deleted: its open files do not have to survive the fork.
+
+    Items are (image, label), (image, label, extras), or a dict with the keys image, label and valid (booleans (H, W),
+    True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal in names and shapes for
+    all items: inputs of the model besides the image. In a dict, they are the other keys. Extras that the attribute
+    `maps` of the dataset names are maps of the image (H, W), which follow its crops and flips.
     An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
     (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
     `maps`, `name(index)`, `version(index)`.
@@ -120,7 +124,9 @@ class UserSet(LibrarySet):
         except TypeError as error:
             raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
         try:
-            opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+            with preserve_generators():
+                torch.default_generator.manual_seed(seed_python(0))
+                opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
         except (OSError, RuntimeError) as error:
             if self.data_path is not None or "None" not in str(error):
                 raise
@@ -211,16 +217,23 @@ class UserSet(LibrarySet):
         It is also -1 for vectors and floats. Pre-training does not use them, and `labels` refuses them.
 
         Raises:
-            ValueError: the label differs from the attribute `labels`.
+            ValueError: the label differs from the attribute `labels`, or from the label that `labels` has read.
         """
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
             return -1
-        if self._listed is not None and value != self._listed[index]:
-            raise ValueError(
-                f"{self._place(index)}: its label is {value}, and labels[{index}] is {self._listed[index]}"
-            )
+        self._require_known(index, value)
         return int(value)
+
+    def _require_known(self, index: int, label: np.ndarray) -> None:
+        """Raises ValueError if a label differs from the attribute `labels`, or from the label that was read before."""
+        known, remedy = self._listed, ""
+        if known is None and "labels" in vars(self) and (self.labels[index] != -1).any():
+            known, remedy = self.labels, ": return the same dataset in each process"
+        if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
+            raise ValueError(
+                f"{self._place(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
+            )
 
     @cached_property
     def _listed(self) -> np.ndarray | None:
