@@ -73,7 +73,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
-    options.add(parser, *options.EVALUATION_FLAGS, "probe", "num_queries", "cache_features", "held_out")
+    options.add(parser, *options.EVALUATION_FLAGS, "probe", "num_queries", "cache_features", "held_out", "hflip")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
     options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
@@ -219,7 +219,7 @@ def open_batches(args: Namespace, data: RunData, train: Any, features: "Features
         )
     if args.cache_features:
         return feature_files.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
-    augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
+    augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop, args.hflip))
     return data.train_batches(train, augment, args.batch_size, args.accum_iter)
 
 

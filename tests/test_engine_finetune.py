@@ -72,7 +72,7 @@ def test_a_process_without_images_has_features_of_the_same_width(labelled, monke
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 @pytest.mark.parametrize("layout", ["train", "flat", "list"])
 def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, tmp_path, capsys):
-    """The result is that of a dataset which has one. --eval evaluates on the same held-out images."""
+    """The result is that of a dataset which has one. --eval holds out the images that the training has held out."""
     if layout == "train":
         data = {"data_path": shutil.copytree(labelled / "train", tmp_path / "images/train").parent}
     elif layout == "flat":
@@ -90,7 +90,8 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
     assert result("with") == result("without", **data)
     assert capsys.readouterr().out.count("--val_fraction 0.25: 12 of 48 training images are held out") == 2
     if main is not main_knn:
-        scores = classify(main, "eval", **flags, **data, eval=True, resume=tmp_path / "without/checkpoint-0.pth")
+        file = tmp_path / "without/checkpoint-0.pth"
+        scores = classify(main, "eval", val_fraction=0.25, **data, eval=True, resume=file)
         loss = float(capsys.readouterr().out.split()[-1])
         assert loss == pytest.approx(lines(tmp_path / "without")[-1]["test_loss"], abs=1e-3)
         assert main is main_linprobe or len(scores.labels) == 12

@@ -109,6 +109,18 @@ def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
     assert weights(tmp_path / "b")["head.weight"].shape[0] == 6
 
 
+def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp_path):
+    """A flip changes the class of signals and letters. With one image and no crop, the loss shows a flip."""
+    losses = {}
+    for script, own in ((main_finetune, ["--aa", "none", "--reprob", "0", "--drop_path", "0"]), (main_linprobe, [])):
+        for name, flags in (("recorded", []), ("none", ["--hflip", "0"]), ("flips", ["--hflip", "1"])):
+            argv = [*SMALL, *own, *flags, "--finetune", mae / "checkpoint-1.pth", "--crop", "none", "--blr", "1"]
+            out = tmp_path / f"{script.__name__}-{name}"
+            call(script, *argv, "--data_path", data[script], "--output_dir", out)
+            losses[name] = lines(out)[-1]["train_loss"]
+        assert losses["recorded"] == losses["none"] != losses["flips"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--cache_images"], ["--fast_jpeg"]])
 def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
     """Training on turned files with --exif equals training on upright files."""

@@ -31,6 +31,7 @@ def setting(
     of_block: bool = False,
     of_start: bool = False,
     optimizes: bool = False,
+    splits: bool = False,
 ) -> Any:
     """Returns a field of a settings class. The flag has its name.
 
@@ -46,11 +47,12 @@ def setting(
         of_start: the setting belongs to a machine or to a start of the program, and is never taken from a file.
         optimizes: the setting is about optimization. Of files of the published code, a resumed run takes these and
             the settings of the model.
+        splits: it determines which training images `val_fraction` holds out.
     """
     metadata = {"kind": kind, "resumed": FREE if of_start else resumed, "rebuilds": rebuilds, "of_task": of_task,
                 "of_labels": of_labels,
                 "in_result": in_result, "only_ours": only_ours, "of_block": of_block, "of_start": of_start,
-                "optimizes": optimizes}  # fmt: skip
+                "optimizes": optimizes, "splits": splits}  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -79,6 +81,7 @@ class ImageSpec(Values):
     crop: str = setting("random", str, resumed=FIXED)
     crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
     exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
+    hflip: float | None = setting(None)  # None: 0.5
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself
@@ -139,15 +142,15 @@ class DataSpec(Values):
     val_folders: list[str] | None = setting(None, resumed=FREE)
     extras: list[str] | None = setting(None, resumed=FIXED)
     download: bool = setting(False, of_start=True, in_result=False)
-    train_per_class: int | None = setting(None)
-    val_fraction: float | None = setting(None, resumed=FIXED)
+    train_per_class: int | None = setting(None, splits=True)
+    val_fraction: float | None = setting(None, resumed=FIXED, splits=True)
     held_out: float | None = setting(None, resumed=FIXED)
     on_bad_image: str | None = setting(None, resumed=FREE)
     fast_jpeg: bool = setting(False, resumed=FREE)
     cache_images: bool = setting(False, resumed=FREE)
     num_workers: int = setting(0, of_start=True, in_result=False)
     pin_mem: bool = setting(True, resumed=FREE)
-    seed: int = setting(0)
+    seed: int = setting(0, splits=True)
 
 
 @dataclass(frozen=True)
