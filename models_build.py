@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from util.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
 from util.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from util.weights import shapes
 from util.weights.loading import Weights
-from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
+from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,16 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
 
 
-def own_arguments(kind: type, texts: Sequence[str] | None, origin: str, flag: str) -> dict[str, Any]:
+def own_arguments(
+    kind: type, texts: Sequence[str] | None, origin: str, flag: str, given: Collection[str] = ()
+) -> dict[str, Any]:
     """Returns the arguments of the constructor of a class of the user's code: `name=value`, with a value of YAML.
 
     Args:
         kind: the class. Its own parameters are keyword-only.
         texts: the values of `flag`.
         origin: the flag that names the class, for the error.
+        given: the arguments that have a value already.
 
     Raises:
         ValueError: it has no such argument, or needs another one.
@@ -88,7 +91,7 @@ def own_arguments(kind: type, texts: Sequence[str] | None, origin: str, flag: st
             takes = " ".join(f"{one.name}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
     arguments = {name: yaml.safe_load(value) for name, value in pairs}
-    if missing := [one.name for one in own if one.default is one.empty and one.name not in arguments]:
+    if missing := [one.name for one in own if one.default is one.empty and one.name not in {*given, *arguments}]:
         raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
     return arguments
 
@@ -114,11 +117,23 @@ def autoencoder(
         ValueError: as in `autoencoder_arguments` and `own_arguments`.
     """
     arguments = autoencoder_arguments(spec, image, encoder)
-    if spec.model_args and model_class is MaskedAutoencoderViT:
+    if model_class is not MaskedAutoencoderViT:
+        arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys())
+    elif spec.model_args:
         raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
-    if isinstance(model_class, type) and spec.model_class:
-        arguments |= own_arguments(model_class, spec.model_args, f"--model_class {spec.model_class}", "--model_args")
     return _set_options(build(model_class, encoder, arguments), spec)
+
+
+def _arguments_of_class(
+    model_class: Callable[..., Model], texts: Sequence[str] | None, of_run: Collection[str]
+) -> dict[str, Any]:
+    """Returns the own arguments of a class or of a `partial` of it. `of_run`: the arguments that the run determines."""
+    kind: Any = getattr(model_class, "func", model_class)
+    keywords = getattr(model_class, "keywords", {})
+    origin = f"--model_class {user_code.name_of(kind)}"
+    if fixed := sorted(keywords.keys() & of_run):
+        raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
+    return keywords | own_arguments(kind, texts, origin, "--model_args", keywords)
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
@@ -175,7 +190,9 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     if size not in SIZES:
         size = _size_with_shapes(file)
     # Most published models that do not record it were trained with norm_pix_loss.
-    determined = {"norm_pix_loss": True, "learned_pos_embed": file.learned_pos_embed} | shapes.determined(file.tensors)
+    norm_pix_loss = not (row := row_of(file.source)) or row.norm_pix_loss
+    determined = {"norm_pix_loss": norm_pix_loss, "learned_pos_embed": file.learned_pos_embed}
+    determined |= shapes.determined(file.tensors)
     recorded = {**file.settings, **shapes.certain(file.tensors)}  # earlier versions recorded other values
     settings = chosen({}, recorded, determined, {})
     if settings.get("patch_size") == SIZES[size]["patch_size"]:

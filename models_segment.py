@@ -31,8 +31,6 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 class LinearHead(nn.Module):
     """Batch norm and a 1 x 1 convolution on patch tokens that are concatenated with the class token.
 
-    Several class tokens are averaged.
-
     Args:
         dim: D.
         num_classes: K.
@@ -45,13 +43,12 @@ class LinearHead(nn.Module):
         self.norm = nn.BatchNorm2d(2 * dim)
         self.classifier = init_classifier(nn.Conv2d(2 * dim, num_classes, 1))
 
-    def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Tokens of the last block (B, T + h * w, D), class tokens first -> logits (B, K, h, w)."""
-        (tokens,) = layers
-        num_patches = grid[0] * grid[1]
-        classes = tokens[:, :-num_patches].mean(dim=1, keepdim=True).expand(-1, num_patches, -1)
-        features = torch.cat([tokens[:, -num_patches:], classes], dim=2)
-        return self.classifier(self.norm(_to_map(features, grid)))
+    def forward(self, maps: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """Patch tokens of the last block (B, D, h, w), and its class token (B, D) -> logits (B, K, h, w)."""
+        (last,) = maps
+        patches = last.flatten(2).transpose(1, 2)
+        features = torch.cat([patches, classes[:, None].expand_as(patches)], dim=2)
+        return self.classifier(self.norm(features.transpose(1, 2).unflatten(2, last.shape[2:])))
 
 
 class ResidualUnit(nn.Module):
@@ -115,15 +112,14 @@ class DPTHead(nn.Module):
         )
         self.classifier = init_classifier(nn.Conv2d(DPT_FEATURES, num_classes, 1))
 
-    def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Tokens of four blocks (B, T + h * w, D), class tokens first -> logits (B, K, 8 h, 8 w)."""
-        maps, num_patches = [], grid[0] * grid[1]
-        for tokens, project, resize, conv in zip(layers, self.projects, self.resizes, self.convs, strict=True):
-            maps.append(conv(resize(project(_to_map(tokens[:, -num_patches:], grid)))))
-        x = maps[-1]
-        sizes = [tuple(finer.shape[2:]) for finer in maps[-2::-1]]
+    def forward(self, maps: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """Patch tokens of four blocks (B, D, h, w); `classes` is not used -> logits (B, K, 8 h, 8 w)."""
+        layers = zip(maps, self.projects, self.resizes, self.convs, strict=True)
+        scaled = [conv(resize(project(tokens))) for tokens, project, resize, conv in layers]
+        x = scaled[-1]
+        sizes = [tuple(finer.shape[2:]) for finer in scaled[-2::-1]]
         sizes.append((2 * sizes[-1][0], 2 * sizes[-1][1]))
-        for fusion, finer, size in zip(self.fusions, [None, *maps[-2::-1]], sizes, strict=True):
+        for fusion, finer, size in zip(self.fusions, [None, *scaled[-2::-1]], sizes, strict=True):
             x = fusion(x, finer, size)
         return self.classifier(self.output(x))
 
@@ -157,9 +153,5 @@ class Segmenter(VisionTransformer):
         """Images (B, c, H, W) -> logits (B, K, H, W)."""
         layers = self.get_intermediate_layers(imgs, self.layers, **extras)
         size = (imgs.shape[2], imgs.shape[3])
-        return resized(self.head(layers, self.patch_embed.grid_of(*size)), size)
-
-
-def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, h * w, D) -> (B, D, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+        maps = [self.patch_maps(self.patch_tokens(tokens), *size) for tokens in layers]
+        return resized(self.head(maps, self.class_features(layers[-1])), size)

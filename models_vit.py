@@ -258,6 +258,21 @@ class Encoder(Steps, nn.Module):
         """Tokens (B, T + N, D) -> patch tokens (B, N, D)."""
         return tokens[:, self.num_prefix_tokens :]
 
+    def patch_maps(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """Patch tokens (B, N, D) of images (B, c, H, W) -> maps of the image (B, D, h, w).
+
+        An encoder with several tokens per patch overrides it, and returns their mean.
+
+        Raises:
+            ValueError: there is not one token per patch.
+        """
+        rows, columns = (side // p for side, p in zip((height, width), self.patch_embed.patch_size, strict=True))
+        if patches.shape[1] != rows * columns:
+            raise ValueError(
+                f"{patches.shape[1]} tokens of {rows} x {columns} patches: the encoder needs a method patch_maps"
+            )
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+
     def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
         """Returns the module that splits images into patches: it has the attributes and `grid_of` of `PatchEmbed`."""
         return PatchEmbed(img_size, patch_size, in_chans, embed_dim)

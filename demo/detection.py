@@ -67,7 +67,7 @@ class SimplePyramid(nn.Module):
         sides = [side // self.stride * self.patch_size for side in pictures.shape[2:]]
         imgs = F.interpolate(pictures, sides, mode="bilinear", antialias=True)
         tokens = self.encoder.patch_tokens(self.encoder.get_intermediate_layers(imgs, norm=False)[0])
-        features = tokens.transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_of(*sides))
+        features = self.encoder.patch_maps(tokens, *sides)
         return {str(number): level(features) for number, level in enumerate(self.levels)}
 
 

@@ -58,6 +58,9 @@ class ChannelGroups(Encoder):
         classes, patches = table[:, : self.num_prefix_tokens], self.patch_tokens(table)[:, :count]
         return torch.cat([classes, (patches + self.group_embed).flatten(0, 1).unsqueeze(0)], dim=1)
 
+    def patch_maps(self, patches: Tensor, height: int, width: int) -> Tensor:
+        return super().patch_maps(patches.unflatten(1, (self.groups, -1)).mean(dim=1), height, width)
+
     # The decoder predicts the channels of the group of a token.
 
     def patchify(self, imgs: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.autoencoder_arguments(*specs(settings), self.encoder))
-        self._set_up({**settings, "nb_classes": 0})
+        self._set_up({**settings, "nb_classes": 0, "global_pool": False})
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):

@@ -26,7 +26,7 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     """
     x, T = model.prepare(images), model.num_prefix_tokens
     _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
-    return maps[:, :, :T, T:].mean(dim=2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+    return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
 
 
 @torch.inference_mode()
@@ -46,7 +46,13 @@ def query_attention(model: Model, images: Images) -> Tensor:
         raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
     x = model.prepare(images)
     head: Any = model.head
-    return head.pool.maps(model.forward_features(x)).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+    return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
+
+
+def _weights_of_patches(model: Model, weights: Tensor, x: Tensor) -> Tensor:
+    """Weights of the tokens (B, heads, N) -> weights of the patches (B, heads, rows, columns), with the same sum."""
+    maps = model.patch_maps(weights.transpose(1, 2), *x.shape[2:])
+    return (maps * (weights.shape[2] / maps[0, 0].numel())).cpu()
 
 
 @torch.no_grad()  # not inference mode: heads are trained on the features
@@ -74,7 +80,7 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     if sides != list(x.shape[2:]):
         x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
     tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
-    return tokens.float().transpose(1, 2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+    return model.patch_maps(tokens.float(), *x.shape[2:]).cpu()
 
 
 @torch.inference_mode()
@@ -97,7 +103,8 @@ def components(model: Model, images: Images, remove_position_mean: bool = False)
     x = model.prepare(images)
     if remove_position_mean and len(x) == 1:
         raise ValueError("remove_position_mean=True: the mean of a single image is the image; give several images")
-    tokens = model.patch_tokens(model.extract_feat(x, "tokens")).float().cpu()
+    maps = model.patch_maps(model.patch_tokens(model.extract_feat(x, "tokens")).float(), *x.shape[2:]).cpu()
+    tokens = maps.flatten(2).transpose(1, 2)
     centered = (tokens - tokens.mean(dim=0 if remove_position_mean else (0, 1))).flatten(0, 1)
     _, _, directions = torch.linalg.svd(centered, full_matrices=False)
     # Signs are arbitrary. Each direction is flipped so that its entry with the largest magnitude is positive.
@@ -105,8 +112,7 @@ def components(model: Model, images: Images, remove_position_mean: bool = False)
     components = centered @ (directions * signs)[:3].T
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    rows, columns = model.patch_embed.grid_of(*x.shape[2:])
-    return colors.view(len(x), rows, columns, 3)
+    return colors.view(len(x), *maps.shape[2:], 3)
 
 
 def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image.Image:

@@ -162,8 +162,8 @@ def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[
 
 
 def row_settings(name: str) -> dict[str, Any]:
-    """Returns the settings of a model in the table of published weights; {} for other names."""
-    row = model_zoo.TABLE.get(name)
+    """Returns the settings of a name or file in the table of published weights; {} for others."""
+    row = model_zoo.row_of(name)
     if not row:
         return {}
     head = {"probe": LINEAR, "global_pool": False} if "-linear-" in name else {}
@@ -176,7 +176,7 @@ def _published_for(name: str) -> str:
         return name
     size = models_build.size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
-    if best not in model_zoo.TABLE:
+    if best not in model_zoo.TABLE or models_build.size_of(model_zoo.TABLE[best].model) != models_build.size_of(name):
         raise ValueError(f"no weights were published for {name}: give the path of a file")
     return best
 

@@ -128,6 +128,18 @@ def test_published_weights_have_the_settings_of_their_row(monkeypatch):
     monkeypatch.setattr(loading, "read", lambda source: loading.Weights(state, {}, model_zoo.FULL, source))
     assert not get_model("mae_vit_mini_patch4", pretrained="mini").norm_pix_loss
     assert get_model("mae_vit_mini_patch4", pretrained="file.pth").norm_pix_loss
+    assert not get_model(
+        "mae_vit_mini_patch4", pretrained="folder/mae_visualize_vit_large.pth", input_size=16
+    ).norm_pix_loss
+
+
+def test_published_weights_are_those_of_the_architecture(monkeypatch):
+    """The published ViT-H has patches of 14 pixels. A model of pre-training has pooled features with any settings."""
+    for name in ("vit_huge_patch16", "mae_vit_huge_patch16"):
+        with pytest.raises(ValueError, match=f"no weights were published for {name}"):
+            get_model(name, pretrained=True)
+    model = get_model("mae_vit_mini_patch4", input_size=16, global_pool=True)
+    assert model.extract_feat(torch.rand(2, 3, 16, 16)).shape == (2, 128)
 
 
 def test_kinds_of_images(tmp_path, classifier):

@@ -17,6 +17,7 @@ import main_linprobe
 from inference import get_model
 from util.checkpoints import checkpoint
 from util.cli.choices import CLASSIFICATION, METRICS
+from util.evaluation.metrics import compute
 
 NAMES = METRICS[CLASSIFICATION]
 
@@ -41,6 +42,14 @@ def expected(truth, scores):
         "auroc": sk.roc_auc_score(truth, scores, multi_class="ovr"),
         "average_precision": sk.average_precision_score(one_hot, scores, average="macro"),
     }
+
+
+def test_macro_f1_of_a_single_class_is_its_f1():
+    """So the row of a class in the report of a multilabel task is that of the class."""
+    truth, predictions = (np.random.default_rng(seed).integers(0, 2, (50, 3)) for seed in (0, 1))
+    each = [compute("macro_f1", truth[:, [c]], predictions[:, [c]].astype(float), None, 1) for c in range(3)]
+    assert each == [sk.f1_score(truth[:, c], predictions[:, c]) for c in range(3)]
+    assert np.mean(each) == pytest.approx(compute("macro_f1", truth, predictions.astype(float), None, 3))
 
 
 @pytest.mark.parametrize("processes", [1, 3])

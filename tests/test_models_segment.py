@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import models_build
 import models_segment
-from models_segment import DPTHead, LinearHead, Segmenter
-from models_vit import VisionTransformer
+from models_segment import DPTHead, Segmenter
+from models_vit import Encoder, VisionTransformer
 from util.settings import specs
 
 MINI = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
@@ -27,16 +27,29 @@ def test_the_output_has_the_size_of_the_image(head):
     assert own == {name: value.shape for name, value in encoder.items()}
 
 
-def test_heads_with_several_class_tokens_by_hand():
-    """The linear head takes the mean of the class tokens; the DPT head takes patch tokens only."""
-    tokens = torch.randn(2, 3 + 12, 32)
-    mean = torch.cat([tokens[:, :3].mean(dim=1, keepdim=True), tokens[:, 3:]], dim=1)
-    linear = LinearHead(32, 5).eval()
-    torch.testing.assert_close(linear([tokens], (3, 4)), linear([mean], (3, 4)))
-    assert not torch.allclose(linear([tokens], (3, 4)), linear([tokens[:, 2:]], (3, 4)))
-    dpt = DPTHead(32, 5).eval()
-    assert torch.equal(dpt([tokens] * 4, (3, 4)), dpt([tokens[:, 2:]] * 4, (3, 4)))
-    assert Segmenter(5, num_cls_tokens=3, **MINI)(torch.rand(2, 1, 16, 24)).shape == (2, 5, 16, 24)
+@pytest.mark.parametrize(("head", "takes_classes"), [("linear", True), ("dpt", False)])
+def test_heads_take_the_class_token_of_the_encoder_and_patch_tokens(head, takes_classes):
+    """Of several class tokens, those that `class_features` takes. Tokens do not attend to each other here."""
+    kind = models_build.combined(FirstClassToken, Segmenter)
+    images = torch.rand(2, 1, 16, 24)
+
+    def output(shifted):
+        torch.manual_seed(0)
+        model = kind(5, head, num_cls_tokens=3, **MINI).eval()
+        for block in model.blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+        with torch.no_grad():
+            model.cls_token[:, shifted] += torch.randn(32)
+            return model(images)
+
+    assert torch.equal(output([]), output([1, 2]))
+    assert torch.equal(output([]), output([0])) != takes_classes
+    assert output([]).shape == (2, 5, 16, 24)
+
+
+class FirstClassToken(Encoder):
+    def class_features(self, tokens):
+        return tokens[:, 0]
 
 
 def test_the_linear_head_by_hand():
@@ -115,7 +128,8 @@ def test_the_neck_of_dpt_is_that_of_transformers():
     ours.output.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
     layers = [torch.randn(2, 1 + 3 * 5, 32) for _ in range(4)]
     with torch.no_grad():
-        logits = ours(layers, (3, 5))
+        maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, (3, 5)) for tokens in layers]
+        logits = ours(maps, layers[-1][:, 0])
         expected = theirs(layers, 3, 5)[-1]
     assert features[0].shape == (2, 256, 24, 40)
     torch.testing.assert_close(features[0], expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Encoders of the user's code: --encoder module:Class, get_model(encoder=Class), --model_class."""
 
 import sys
+from functools import partial
 
 import onnxruntime
 import pytest
@@ -20,9 +21,10 @@ import models_build
 from examples.channel_groups import ChannelGroups
 from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
-from inference import export, features, get_model, predict, reconstruct
-from inference.classes import Segmenter
-from inference.model import with_encoder
+from examples.wide_decoder import WideDecoder
+from inference import export, features, get_model, maps, predict, reconstruct
+from inference.classes import Classifier, Segmenter
+from inference.model import merged_settings, with_encoder
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
 from models_vit import Encoder, VisionTransformer
@@ -201,6 +203,35 @@ def test_plain_weights_start_a_model_with_a_mix_in(leads, pretrain, classify, ca
     assert classify(main_knn, **own, encoder_args="rows=6", input_size=24, k=3)
 
 
+def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
+    """Without attention, a patch depends on its own pixels only, in all groups of channels."""
+    images = torch.rand(1, 3, 24, 16)
+    changed = images.clone()
+    changed[:, :, 8:12, 4:8] += 1  # patch (2, 1)
+    kind = with_encoder(Classifier, ChannelGroups)
+    model = kind(
+        merged_settings(
+            "vit_mini_patch4",
+            {
+                "input_size": [24, 16],
+                "nb_classes": 0,
+                "encoder_args": ["groups=3"],
+                "encoder": "examples.channel_groups:ChannelGroups",
+            },
+            {},
+        )
+    ).eval()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    difference = (maps.dense(model, images) - maps.dense(model, changed)).abs().sum(dim=1)[0]
+    assert difference.nonzero().tolist() == [[2, 1]]
+    weights_of_head = maps.attention(model, images)
+    assert weights_of_head.shape[2:] == (6, 4)
+    monkeypatch.delattr(ChannelGroups, "patch_maps")
+    with pytest.raises(ValueError, match=r"72 tokens of 6 x 4 patches: .*patch_maps"):
+        maps.dense(model, images)
+
+
 def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     plain = pretrain("plain", epochs=1)
     own = pretrain("own", epochs=1, model_class="leads:Brighter")
@@ -216,6 +247,16 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
             pretrain("both", resume="auto", **{other: flags[other] for other in flags if other != flag})
     pretrain("both", resume="auto", **flags)
     assert len(lines(both)) == 2
+
+
+def test_arguments_of_a_class_in_python(pretrain):
+    """By --model_args or by a partial. A partial can't have arguments that the run determines."""
+    for number, own in enumerate(({"model_args": "width=96"}, {})):
+        kind = WideDecoder if own else partial(WideDecoder, width=96)
+        out = pretrain(f"wide{number}", epochs=1, of_main={"model_class": kind}, **own)
+        assert weights(out, "checkpoint-0.pth")["mask_token"].shape[-1] == 96
+    with pytest.raises(ValueError, match="determine norm_pix_loss"):
+        pretrain("fixed", of_main={"model_class": partial(WideDecoder, norm_pix_loss=True)})
 
 
 def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, monkeypatch):

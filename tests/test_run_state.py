@@ -124,6 +124,19 @@ def test_optimizer_states_of_older_versions_are_loaded(mini_mae):
     assert optimizer.state[weight]["step"] == 12
 
 
+def test_what_an_optimizer_keeps_in_its_groups_is_restored():
+    """Prodigy, D-Adaptation and schedule-free optimizers keep their estimates there."""
+
+    def optimizer(estimate):
+        group = {"params": [torch.nn.Parameter(torch.ones(3))], "lr": estimate, "estimate": estimate}
+        return torch.optim.SGD([group], momentum=0.9, weight_decay=estimate)
+
+    found = optimizer(1.0)
+    run_state.restore_optimizer(found, optimizer(7.0).state_dict())
+    group = found.param_groups[0]
+    assert (group["estimate"], group["lr"], group["weight_decay"]) == (7.0, 1.0, 1.0)
+
+
 def test_resuming_within_an_epoch_requires_the_same_images(caplog):
     position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
     progress = run_state.Progress(8, 8, num_images=161)

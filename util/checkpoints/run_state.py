@@ -33,6 +33,9 @@ FREE = {
     "rank",
 }  # published
 
+# Of a group of an optimizer: the schedule, the settings and the machine of this start determine these.
+OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
+
 ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
 
 ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
@@ -431,9 +434,9 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the moments of an optimizer, but not its settings, so that it remains a fused optimizer."""
+    """Loads the moments of an optimizer, and what it keeps in its groups, but not OF_THIS_START."""
     groups = [
-        {**ours, "params": group["params"]}
+        {**ours, **{name: value for name, value in group.items() if name not in OF_THIS_START}}
         for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

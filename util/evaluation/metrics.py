@@ -15,7 +15,8 @@ def compute(name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.nd
     """Returns a metric.
 
     Classes without an image do not enter `balanced_accuracy`, `auroc` and `average_precision`, which are means over the
-    classes. With several targets, a metric is the mean over the targets. A metric that is undefined is NaN.
+    classes. In `macro_f1`, they have an F1 of 0; a class (n,) that is not predicted either does not enter. With several
+    targets, a metric is the mean over the targets. A metric that is undefined is NaN.
 
     Args:
         truth: the classes (n,), 0 or 1 for each class (n, classes), or the targets (n, targets).
@@ -30,7 +31,7 @@ def compute(name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.nd
         return float("nan")
     one_hot = truth if truth.ndim == 2 else np.eye(classes, dtype=np.int64)[truth]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about classes without images; `missing_classes` names them
+        warnings.simplefilter("ignore")  # about classes without images; `tasks.task_of` names them
         if name in NEED_SCORES:
             assert scores is not None
             score = metrics.roc_auc_score if name == "auroc" else metrics.average_precision_score
@@ -43,8 +44,10 @@ def compute(name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.nd
         if name == "kappa":  # the weights count the classes between two classes, also those without images
             return float(metrics.cohen_kappa_score(truth, predictions, labels=np.arange(classes), weights="quadratic"))
         if name == "macro_f1":
-            own = predictions >= 0.5 if truth.ndim == 2 else predictions
-            return float(metrics.f1_score(truth, own, average="macro", zero_division=0))
+            if truth.ndim == 2:  # scikit-learn's "macro" of a single class includes the F1 of its absence
+                pairs = zip(truth.T, predictions.T >= 0.5, strict=True)
+                return float(np.mean([metrics.f1_score(ours, theirs, zero_division=0) for ours, theirs in pairs]))
+            return float(metrics.f1_score(truth, predictions, average="macro", zero_division=0))
         functions = {
             "accuracy": metrics.accuracy_score, "balanced_accuracy": metrics.balanced_accuracy_score,
             "r2": metrics.r2_score, "mae": metrics.mean_absolute_error,

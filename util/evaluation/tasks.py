@@ -233,14 +233,17 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
 
 
 def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
-    for name in filter(metrics.NEED_SCORES.__contains__, names):
+    for name in filter((*metrics.NEED_SCORES, "balanced_accuracy", "macro_f1").__contains__, names):
         missing = np.flatnonzero(~metrics.is_defined(name, one_hot))
         if len(missing) == len(classes):
             raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
         if len(missing) and dist.is_main():
             which = first_few([classes[number] for number in missing.tolist()])
-            kind = "no validation image" if name == "average_precision" else "none or all of the validation images"
-            logger.warning(f"--metric {name} is the mean over the other classes: {kind} is of {which}")
+            kind = "none or all of the validation images" if name == "auroc" else "no validation image"
+            mean = "is the mean over the other classes"
+            if name == "macro_f1":
+                mean = "is a mean in which these classes, if predicted, count as 0"
+            logger.warning(f"--metric {name} {mean}: {kind} is of {which}")
 
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:

@@ -37,6 +37,12 @@ class Published(NamedTuple):
     license: str = "CC-BY-NC 4.0"
 
 
+def row_of(source: str) -> Published | None:
+    """Returns the row of a name, or of a file with the name of a published file."""
+    files = (row for row in TABLE.values() if row.url and Path(row.url).name == Path(source).name)
+    return TABLE.get(source) or next(files, None)
+
+
 def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None, input_size: int = 224) -> Published:
     """Returns a row of mmpretrain. Its file, if any, is in the folder of its pre-training."""
     size = model.split("_")[-2]
