@@ -74,8 +74,8 @@ def script_commands() -> list[tuple[str, list[str]]]:
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
     scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"inference\.\w+|util\.(?:datasets|resize|sharded)"
-    calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules}) ([\w-].*)", line) for line in lines]
-    found = [(call[1], shlex.split(call[2], comments=True)) for call in calls if call]
+    calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
+    found = [(call[1], shlex.split(call[2] or "", comments=True)) for call in calls if call]
     assert len(found) >= 150
     return found
 
@@ -83,7 +83,9 @@ def script_commands() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("script", "flags"), script_commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_every_command_parses(script, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert parse(script, flags)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if flags or hasattr(module, "get_args_parser"):  # some scripts take no arguments
+        assert parse(script, flags)
 
 
 @pytest.fixture(scope="module")
