@@ -1,6 +1,7 @@
 """The comparison of encoders: its cells are runs of the scripts, and an interruption loses none of them."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -363,6 +364,17 @@ def test_a_result_belongs_to_the_contents_of_its_files(tmp_path, flag, of_file, 
             commands, own = Commands(tmp_path / "runs", tmp_path / "results.json", 1), runs[path.name]
             commands.keep(path.name, "command", {flag: path}, lambda out, own=own: own.append(out) or {})
     assert (len(runs["a"]), len(runs["encoder"])) == (of_file, of_folder)
+
+
+def test_a_result_belongs_to_the_code_of_a_dataset(tmp_path, own_module):
+    count = []
+    for code, name in (("a = b = 1", "a"), ("a = b = 1", "a"), ("a = b = 1", "b"), ("a = b = 2", "b")):
+        own_module("kept", code)
+        importlib.import_module("kept")
+        flags = {"dataset": f"py:kept:{name}"}
+        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+        commands.keep("name", f"run.py --dataset py:kept:{name}", flags, lambda out: count.append(out) or {})
+    assert len(count) == 3
 
 
 @pytest.mark.parametrize(("recipe", "command", "resumes"), [

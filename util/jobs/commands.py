@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from util.cli.advice import arguments
+from util.cli.user_code import DATASET
 from util.files import atomic
 from util.files.results import Results
 from util.interrupts import end_with_parent
@@ -34,7 +35,7 @@ NOT_COMPARED = WITHOUT_EFFECT | {"data_path"}
 class Commands:
     """Runs commands and keeps their scores in a file.
 
-    A result is computed again if a flag has changed, or the contents of a file or folder that a flag names.
+    A result is computed again if a flag has changed, or the contents of a file, folder or module that a flag names.
 
     Args:
         folder: the run directories.
@@ -144,9 +145,16 @@ def _compared_words(command: str, files: Collection[str]) -> list[str]:
 
 
 def _digest_of(value: Any) -> str | None:
-    """Returns a digest of a file, or of the names, sizes and times of the files in a folder; None for other values."""
-    if not isinstance(value, str | Path) or not os.path.exists(value):
+    """Returns a digest of a file, or of the names, sizes and times of the files in a folder; None for other values.
+
+    The digest of MODULE:NAME, which names the user's code, is that of the file of an imported module.
+    """
+    if not isinstance(value, str | Path):
         return None
+    if not os.path.exists(value):
+        module, separator, name = str(value).removeprefix(DATASET).rpartition(":")
+        file = getattr(sys.modules.get(module), "__file__", None)
+        return f"{name} {_digest_of(file)}" if separator and file else None
     if os.path.isdir(value):  # sharded checkpoints of many gigabytes
         files = sorted(path for path in Path(value).rglob("*") if path.is_file())
         stats = [(str(path.relative_to(value)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
