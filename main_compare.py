@@ -265,7 +265,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
     own_model = {name: getattr(args, name) for name in OF_ENCODER if getattr(args, name) is not None}
-    encoders, architecture = [], own_model if "model" in entry_point.explicit(args) else {}
+    encoders, of_first = [], dict[str, Any]()
     for text in args.encoders:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
@@ -287,13 +287,16 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
                  if key in args and recorded.get(key) is not None}  # fmt: skip
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        architecture = architecture or {key: value for key, value in known.items() if key not in also or value != 1}
+        of_first = of_first or {key: value for key, value in known.items() if key not in also or value != 1}
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
             f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )
-    architecture = architecture or own_model
+    architecture = of_first or own_model
+    if "model" in entry_point.explicit(args):  # the images are those of the first file
+        of_images = names_where(lambda one: True, ImageSpec)
+        architecture = own_model | {key: value for key, value in of_first.items() if key in of_images}
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
 
 

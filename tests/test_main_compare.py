@@ -232,10 +232,12 @@ def test_every_result_can_be_repeated(compared):
     assert (out / "table.md").read_text() == text
 
 
-def test_architecture_and_data_of_the_runs(encoder, tmp_path):
+@pytest.mark.parametrize("model", [[], ["--model", "vit_mini_patch4"]])
+def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
     """Random weights have the settings of the first file, and pixels its size. A dataset of torchvision is shared.
 
-    A recipe determines how its images are cropped, and the file the architecture.
+    A recipe determines how its images are cropped, and the file the architecture. With --model, random weights have the
+    images of the file only.
     """
     for split, count in (("train", 30), ("t10k", 20)):
         for kind, array in zip(("images-idx3", "labels-idx1"), noisy(count, 10), strict=True):
@@ -244,12 +246,13 @@ def test_architecture_and_data_of_the_runs(encoder, tmp_path):
              "finetune", "finetune", "--budget", 1, "--keep_checkpoints",
              "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")  # fmt: skip
     (tmp_path / "recipe.yaml").write_text("crop: none\nbatch_size: 16\npatch_size: 4\n")
-    compare(tmp_path, tmp_path / "out", encoder, *flags)
+    compare(tmp_path, tmp_path / "out", encoder, *flags, *model)
     assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels", "pixels", "scratch", "mine"]
     assert "--input_size 16" in rows(tmp_path / "out")[0]["command"]
     same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10,
             "crop": "none"}  # fmt: skip
     scratch = {"finetune": "", "layer_decay": 1, "mean": [0.1], "std": [0.4]}
+    scratch |= {"patch_size": 4, "num_cls_tokens": 1} if model else {}
     for name, own in (("scratch", scratch), ("mine", {"finetune": str(encoder)})):
         args = recorded(tmp_path / f"out/runs/{name}/finetune/10/0/checkpoint-0.pth")
         assert {key: args[key] for key in same | own} == same | own
