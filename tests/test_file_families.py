@@ -345,6 +345,9 @@ def test_forks_of_the_papers_code_with_optimizer_and_settings(imgs, tmp_path):
     classifier = vit_mini_patch4(img_size=16, num_classes=7, global_pool=True)
     loading.load_encoder(classifier, loading.read(tmp_path / "m.pth"))
     assert torch.equal(classifier.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    args.task, args.nb_classes = "finetune_IDRiD", 7  # RETFound's name of a run
+    torch.save({**content, "model": classifier.state_dict(), "args": args}, tmp_path / "m.pth")
+    assert get_model(tmp_path / "m.pth").predict(imgs[0])["pred_label"] in range(7)
 
 
 def test_the_encoder_alone_with_a_mask_token(tmp_path):

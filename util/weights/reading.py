@@ -20,7 +20,7 @@ from torch import Tensor
 from util import dist
 from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.choices import default_crop_pct, published_crop_pct
+from util.cli.choices import TASK_CHOICES, default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
 from util.pos_embed import Size, to_pair
@@ -194,6 +194,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     settings = settings if isinstance(settings, dict) else {}
+    if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
+        settings = {name: value for name, value in settings.items() if name != "task"}
     try:
         settings = {**settings, **foreign_settings.of_timm_run(settings)}
         if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
