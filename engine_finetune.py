@@ -161,7 +161,9 @@ def with_recorded_settings(
 
 
 def _with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
-    if not trains and getattr(args, "val_fraction", None) and "val_fraction" in file.settings:
+    if trains and type(file.settings.get("hflip")) in settings.NUMBER:
+        recorded = {**recorded, "hflip": file.settings["hflip"]}  # a flip may change the label
+    if getattr(args, "eval", False) and getattr(args, "val_fraction", None) and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
         holds_out = file.settings["val_fraction"]
         split = settings.names_where(lambda one: one["splits"]) if holds_out else ["val_fraction"]

@@ -125,7 +125,7 @@ def main(args: Namespace, source: OpenDataset | None = None) -> str:
         ValueError: the function has no name by which the scripts can import it.
     """
     run_log.start_logging()
-    args = with_source(args, source)
+    args, _ = entry_point.with_own(with_source(args, source), "encoder", None)
     if source and ("<" in args.dataset or args.dataset.startswith(f"{DATASET}__main__:")):
         raise ValueError(f"source= ({args.dataset}): the scripts of a comparison import it: define it in a module")
     out = Path(args.output_dir)
@@ -287,7 +287,8 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
                  if key in args and recorded.get(key) is not None}  # fmt: skip
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        of_first = of_first or {key: value for key, value in known.items() if key not in also or value != 1}
+        flips = {"hflip": weights.settings.get("hflip")}  # the scripts read it from the file
+        of_first = of_first or {key: value for key, value in (known | flips).items() if key not in also or value != 1}
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
@@ -379,6 +380,8 @@ class Runs:
         of_recipe = entry_point.explicit(self._settings(task, own)) & {*names_where(lambda one: True, ImageSpec)}
         encoder = {name: value for name, value in task.encoder.flags.items() if name not in of_recipe}
         flags = {**own, **encoder, **self.shared, "seed": task.draw}
+        if task.protocol == KNN:
+            flags.pop("hflip", None)
         if task.per_class:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:

@@ -133,7 +133,7 @@ def _arguments_of_class(
     origin = f"--model_class {user_code.name_of(kind)}"
     if fixed := sorted(keywords.keys() & of_run):
         raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
-    return keywords | own_arguments(kind, texts, origin, "--model_args", keywords)
+    return keywords | own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:

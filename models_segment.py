@@ -6,8 +6,7 @@
     >>> model(torch.rand(2, 3, 64, 64)).shape
     torch.Size([2, 21, 64, 64])
 
-Letters in shapes: B images, H x W pixels, D channels of a token, K classes, T class tokens, h x w
-patches.
+Letters in shapes: B images, H x W pixels, D channels of a token, K classes, h x w patches.
 """
 
 from collections.abc import Sequence
@@ -46,9 +45,7 @@ class LinearHead(nn.Module):
     def forward(self, maps: Sequence[Tensor], classes: Tensor) -> Tensor:
         """Patch tokens of the last block (B, D, h, w), and its class token (B, D) -> logits (B, K, h, w)."""
         (last,) = maps
-        patches = last.flatten(2).transpose(1, 2)
-        features = torch.cat([patches, classes[:, None].expand_as(patches)], dim=2)
-        return self.classifier(self.norm(features.transpose(1, 2).unflatten(2, last.shape[2:])))
+        return self.classifier(self.norm(torch.cat([last, classes[:, :, None, None].expand_as(last)], dim=1)))
 
 
 class ResidualUnit(nn.Module):

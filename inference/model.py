@@ -162,8 +162,8 @@ def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[
 
 
 def row_settings(name: str) -> dict[str, Any]:
-    """Returns the settings of a name or file in the table of published weights; {} for others."""
-    row = model_zoo.row_of(name)
+    """Returns the settings of a model in the table of published weights; {} for other names."""
+    row = model_zoo.TABLE.get(name)
     if not row:
         return {}
     head = {"probe": LINEAR, "global_pool": False} if "-linear-" in name else {}

@@ -46,7 +46,7 @@ GIVEN = {**SHAPE, "mean": [0.45], "std": [0.3], "crop": "none", "crop_pct": 0.9,
 def encoder(tmp_path_factory):
     torch.manual_seed(0)
     model, path = get_model("vit_mini_patch4", **SHAPE, nb_classes=0), tmp_path_factory.mktemp("encoder") / "mine.pth"
-    args = model.settings | {"mean": [0.1], "std": [0.4], "crop": "random"}
+    args = model.settings | {"mean": [0.1], "std": [0.4], "crop": "random", "hflip": 0.2}
     torch.save({"model": model.state_dict(), "args": args}, path)
     return path
 
@@ -250,7 +250,7 @@ def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
     assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels", "pixels", "scratch", "mine"]
     assert "--input_size 16" in rows(tmp_path / "out")[0]["command"]
     same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10,
-            "crop": "none"}  # fmt: skip
+            "crop": "none", "hflip": 0.2}  # fmt: skip
     scratch = {"finetune": "", "layer_decay": 1, "mean": [0.1], "std": [0.4]}
     scratch |= {"patch_size": 4, "num_cls_tokens": 1} if model else {}
     for name, own in (("scratch", scratch), ("mine", {"finetune": str(encoder)})):

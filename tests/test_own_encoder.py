@@ -1,5 +1,6 @@
 """Encoders of the user's code: --encoder module:Class, get_model(encoder=Class), --model_class."""
 
+import json
 import sys
 from functools import partial
 
@@ -192,6 +193,11 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pret
         main_compare.main(parse(main_compare, **flags))
     table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
     assert "plain" in table and "own" in table
+    before, file = json.loads((tmp_path / "compared/results.json").read_text()), leads / "leads.py"
+    file.write_text(file.read_text() + "# changed\n")
+    main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
+    after = json.loads((tmp_path / "compared/results.json").read_text())
+    assert {name for name in after if after[name] != before[name]} == {name for name in after if "own/" in name}
 
 
 def test_plain_weights_start_a_model_with_a_mix_in(leads, pretrain, classify, capsys):
@@ -255,8 +261,14 @@ def test_arguments_of_a_class_in_python(pretrain):
         kind = WideDecoder if own else partial(WideDecoder, width=96)
         out = pretrain(f"wide{number}", epochs=1, of_main={"model_class": kind}, **own)
         assert weights(out, "checkpoint-0.pth")["mask_token"].shape[-1] == 96
+    pretrain("explicit", epochs=1, of_main={"model_class": Explicit})
     with pytest.raises(ValueError, match="determine norm_pix_loss"):
         pretrain("fixed", of_main={"model_class": partial(WideDecoder, norm_pix_loss=True)})
+
+
+class Explicit(MaskedAutoencoderViT):
+    def __init__(self, *, embed_dim, **arguments):
+        super().__init__(embed_dim=embed_dim, **arguments)
 
 
 def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, monkeypatch):

@@ -70,7 +70,9 @@ def test_optimizer_states_are_written_and_read_by_name(one_process, tmp_path):
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert saved_names == {f"optimizer.{name}" for name in names}
     other, other_optimizer = sharded_model(seed=1, reverse=True)
+    contents["optimizer"]["param_groups"][0]["estimate"] = 7.0  # of an optimizer such as Prodigy
     filled = sharded.fill(contents, other, other_optimizer)
+    assert filled["optimizer"]["param_groups"][0].pop("estimate") == 7.0
     assert filled.keys() == state.keys()
     run_state.restore_model(other, filled, {})
     run_state.restore_optimizer(other_optimizer, filled["optimizer"])

@@ -81,7 +81,7 @@ class ImageSpec(Values):
     crop: str = setting("random", str, resumed=FIXED)
     crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
     exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
-    hflip: float | None = setting(None)  # None: 0.5
+    hflip: float | None = setting(None, rebuilds=False)  # None: 0.5
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself

@@ -33,7 +33,7 @@ FREE = {
     "rank",
 }  # published
 
-# Of a group of an optimizer: the schedule, the settings and the machine of this start determine these.
+# Entries of a parameter group that depend on the schedule, the flags and the machine of this start
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
 
 ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
@@ -434,7 +434,7 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the moments of an optimizer, and what it keeps in its groups, but not OF_THIS_START."""
+    """Loads the state of an optimizer and the entries of its groups. OF_THIS_START keep the values of this start."""
     groups = [
         {**ours, **{name: value for name, value in group.items() if name not in OF_THIS_START}}
         for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)

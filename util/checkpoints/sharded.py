@@ -206,7 +206,10 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
     Raises:
         CheckpointError: the tensors can't be read.
     """
-    state = {**state, "optimizer": {"param_groups": optimizer_state(model, optimizer)["param_groups"]}}
+    groups = optimizer_state(model, optimizer)["param_groups"]
+    for own, saved in zip(groups, state["optimizer"]["param_groups"], strict=False):
+        own.update({name: value for name, value in saved.items() if name != "params"})
+    state = {**state, "optimizer": {"param_groups": groups}}
     ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}
 

@@ -12,7 +12,7 @@ import torch
 
 @contextlib.contextmanager
 def preserve_generators() -> Iterator[None]:
-    """Restores the random number generators of PyTorch, Python and NumPy in the training process (no workers).
+    """Restores the random number generators of PyTorch, Python and NumPy of this process.
 
     Every sample and every dataset of the user's code seeds them, and training must not be affected.
     """

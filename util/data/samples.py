@@ -35,7 +35,7 @@ from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 
-OF_DATASET = -1  # repetition: the random numbers of the dataset itself
+OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
@@ -124,8 +124,8 @@ class Samples(Dataset):
         if not self.runs_code:
             return False
         with preserve_generators(), contextlib.suppress(OSError, BadImage):
-            first, second = (to_tensor(self.read(0, epoch)[0]) for epoch in (0, 1))
-            return first.dtype == torch.uint8 and not torch.equal(first, second)
+            first, *others = (to_tensor(self.read(0, epoch)[0]) for epoch in range(9))  # a flip has two results
+            return first.dtype == torch.uint8 and not all(torch.equal(first, other) for other in others)
         return False
 
     def finish(
@@ -238,7 +238,7 @@ class StreamedSamples(IterableDataset):
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
         for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
-                with preserve_generators():
+                with contextlib.nullcontext() if get_worker_info() else preserve_generators():
                     picture = self.samples.decode(data)
                     finished = self.samples.finish(picture, label, {}, bad, lap, zlib.crc32(data), self.repeats)
             except BadImage as error:

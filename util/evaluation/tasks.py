@@ -235,14 +235,14 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
 def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
     for name in filter((*metrics.NEED_SCORES, "balanced_accuracy", "macro_f1").__contains__, names):
         missing = np.flatnonzero(~metrics.is_defined(name, one_hot))
-        if len(missing) == len(classes):
+        if len(missing) == len(classes) and name in metrics.NEED_SCORES:
             raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
         if len(missing) and dist.is_main():
             which = first_few([classes[number] for number in missing.tolist()])
             kind = "none or all of the validation images" if name == "auroc" else "no validation image"
             mean = "is the mean over the other classes"
             if name == "macro_f1":
-                mean = "is a mean in which these classes, if predicted, count as 0"
+                mean = "counts these classes as 0 if they are predicted, and with --task multilabel always"
             logger.warning(f"--metric {name} {mean}: {kind} is of {which}")
 
 
