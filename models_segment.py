@@ -45,7 +45,9 @@ class LinearHead(nn.Module):
     def forward(self, maps: Sequence[Tensor], classes: Tensor) -> Tensor:
         """Patch tokens of the last block (B, D, h, w), and its class token (B, D) -> logits (B, K, h, w)."""
         (last,) = maps
-        return self.classifier(self.norm(torch.cat([last, classes[:, :, None, None].expand_as(last)], dim=1)))
+        patches = last.flatten(2).transpose(1, 2)
+        features = torch.cat([patches, classes[:, None].expand_as(patches)], dim=2)  # channels last, which is faster
+        return self.classifier(self.norm(features.transpose(1, 2).unflatten(2, last.shape[2:])))
 
 
 class ResidualUnit(nn.Module):
