@@ -161,13 +161,11 @@ def with_recorded_settings(
 
 
 def _with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
-    if trains and type(file.settings.get("hflip")) in settings.NUMBER:
-        recorded = {**recorded, "hflip": file.settings["hflip"]}  # a flip may change the label
+    also = settings.names_where(lambda one: one["of_training"]) if trains else []
     if getattr(args, "eval", False) and getattr(args, "val_fraction", None) and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
-        holds_out = file.settings["val_fraction"]
-        split = settings.names_where(lambda one: one["splits"]) if holds_out else ["val_fraction"]
-        recorded = {**recorded, **{name: file.settings[name] for name in split if name in file.settings}}
+        also = settings.names_where(lambda one: one["splits"]) if file.settings["val_fraction"] else ["val_fraction"]
+    recorded = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     if trains:
         names -= {*settings.names_where(lambda one: one["of_task"])}

@@ -125,7 +125,7 @@ def main(args: Namespace, source: OpenDataset | None = None) -> str:
         ValueError: the function has no name by which the scripts can import it.
     """
     run_log.start_logging()
-    args, _ = entry_point.with_own(with_source(args, source), "encoder", None)
+    args, _ = entry_point.with_own(with_source(args, source), "encoder", None)  # results depend on its module
     if source and ("<" in args.dataset or args.dataset.startswith(f"{DATASET}__main__:")):
         raise ValueError(f"source= ({args.dataset}): the scripts of a comparison import it: define it in a module")
     out = Path(args.output_dir)
@@ -287,8 +287,9 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
                  if key in args and recorded.get(key) is not None}  # fmt: skip
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        flips = {"hflip": weights.settings.get("hflip")}  # the scripts read it from the file
-        of_first = of_first or {key: value for key, value in (known | flips).items() if key not in also or value != 1}
+        # The scripts read these from the file of an encoder.
+        unnamed = {key: weights.settings.get(key) for key in names_where(lambda one: one["of_training"])}
+        of_first = of_first or {key: value for key, value in (known | unnamed).items() if key not in also or value != 1}
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
@@ -377,11 +378,12 @@ class Runs:
         """
         own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
-        of_recipe = entry_point.explicit(self._settings(task, own)) & {*names_where(lambda one: True, ImageSpec)}
-        encoder = {name: value for name, value in task.encoder.flags.items() if name not in of_recipe}
+        settings = self._settings(task, own)
+        of_recipe = entry_point.explicit(settings) & {*names_where(lambda one: True, ImageSpec)}
+        encoder = {
+            name: value for name, value in task.encoder.flags.items() if name in settings and name not in of_recipe
+        }
         flags = {**own, **encoder, **self.shared, "seed": task.draw}
-        if task.protocol == KNN:
-            flags.pop("hflip", None)
         if task.per_class:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:

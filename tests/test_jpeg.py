@@ -14,7 +14,7 @@ from test_decode import saved
 from util.data import bicubic, jpeg, transforms
 from util.data.crops import scale
 from util.data.decode import BadImage, decode
-from util.data.generators import seed_python
+from util.data.generators import seed_generators
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
 
 
@@ -119,8 +119,7 @@ def test_transforms_give_pillows_pixels_bit_for_bit(transform, count):
     for number in range(count):
         made = []
         for fast in (True, False):
-            seed_python(number)
-            torch.manual_seed(number)
+            seed_generators(number)
             made.append(transform(decode(files[number % len(files)], 3, fast_jpeg=fast)))
         assert torch.equal(*made)
 

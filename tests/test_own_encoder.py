@@ -24,8 +24,8 @@ from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
 from examples.wide_decoder import WideDecoder
 from inference import export, features, get_model, maps, predict, reconstruct
-from inference.classes import Classifier, Segmenter
-from inference.model import merged_settings, with_encoder
+from inference.classes import Segmenter
+from inference.model import with_encoder
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
 from models_vit import Encoder, VisionTransformer
@@ -214,19 +214,8 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
     images = torch.rand(1, 3, 24, 16)
     changed = images.clone()
     changed[:, :, 8:12, 4:8] += 1  # patch (2, 1)
-    kind = with_encoder(Classifier, ChannelGroups)
-    model = kind(
-        merged_settings(
-            "vit_mini_patch4",
-            {
-                "input_size": [24, 16],
-                "nb_classes": 0,
-                "encoder_args": ["groups=3"],
-                "encoder": "examples.channel_groups:ChannelGroups",
-            },
-            {},
-        )
-    ).eval()
+    own = {"encoder": ChannelGroups, "encoder_args": ["groups=3"]}
+    model = get_model("vit_mini_patch4", input_size=[24, 16], nb_classes=0, **own).eval()
     for block in model.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
     difference = (maps.dense(model, images) - maps.dense(model, changed)).abs().sum(dim=1)[0]

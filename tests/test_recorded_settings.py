@@ -110,7 +110,7 @@ def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
 
 
 def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp_path):
-    """A flip changes the class of signals and letters. With one image and no crop, the loss shows a flip."""
+    """A flip changes the class of signals and letters. Without crops, the loss shows a flip."""
     losses = {}
     for script, own in ((main_finetune, ["--aa", "none", "--reprob", "0", "--drop_path", "0"]), (main_linprobe, [])):
         for name, flags in (("recorded", []), ("none", ["--hflip", "0"]), ("flips", ["--hflip", "1"])):

@@ -32,6 +32,7 @@ def setting(
     of_start: bool = False,
     optimizes: bool = False,
     splits: bool = False,
+    of_training: bool = False,
 ) -> Any:
     """Returns a field of a settings class. The flag has its name.
 
@@ -48,11 +49,12 @@ def setting(
         optimizes: the setting is about optimization. Of files of the published code, a resumed run takes these and
             the settings of the model.
         splits: it determines which training images `val_fraction` holds out.
+        of_training: a training that starts from the file takes it, and an evaluation does not.
     """
     metadata = {"kind": kind, "resumed": FREE if of_start else resumed, "rebuilds": rebuilds, "of_task": of_task,
                 "of_labels": of_labels,
                 "in_result": in_result, "only_ours": only_ours, "of_block": of_block, "of_start": of_start,
-                "optimizes": optimizes, "splits": splits}  # fmt: skip
+                "optimizes": optimizes, "splits": splits, "of_training": of_training}  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -81,7 +83,7 @@ class ImageSpec(Values):
     crop: str = setting("random", str, resumed=FIXED)
     crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
     exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
-    hflip: float | None = setting(None, rebuilds=False)  # None: 0.5
+    hflip: float | None = setting(None, NUMBER, rebuilds=False, of_training=True)  # a flip may change the label
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself

@@ -206,9 +206,9 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
     Raises:
         CheckpointError: the tensors can't be read.
     """
-    groups = optimizer_state(model, optimizer)["param_groups"]
-    for own, saved in zip(groups, state["optimizer"]["param_groups"], strict=False):
-        own.update({name: value for name, value in saved.items() if name != "params"})
+    saved, groups = state["optimizer"]["param_groups"], optimizer_state(model, optimizer)["param_groups"]
+    if len(saved) == len(groups):  # else of another architecture: `run_state.restore_model` raises an error
+        groups = [{**theirs, "params": own["params"]} for theirs, own in zip(saved, groups, strict=True)]
     state = {**state, "optimizer": {"param_groups": groups}}
     ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from util import dist
 from util.data.batches import Batch, Batches, require_space, up_to_cores
 from util.data.decode import BadImage
-from util.data.generators import seed_python
+from util.data.generators import seed_generators
 from util.data.samples import Bad, Sample, Samples, StreamedSamples
 from util.data.transforms import of_one_range
 from util.data.webdataset_shards import Shards
@@ -190,7 +190,7 @@ class TrainLoader:
 
         A run that resumes within an epoch uses the same numbers as a run without interruption.
         """
-        torch.manual_seed(seed_python(self.order.seed, self.order.epoch, iteration, dist.rank()))
+        torch.manual_seed(seed_generators(self.order.seed, self.order.epoch, iteration, dist.rank()))
 
     def __len__(self) -> int:
         return len(self.order)

@@ -29,7 +29,7 @@ from util.data.decode import (
     require_size,
     to_tensor,
 )
-from util.data.generators import preserve_generators, seed_python
+from util.data.generators import preserve_generators, seed_generators
 from util.data.sources import Source
 from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
@@ -114,7 +114,7 @@ class Samples(Dataset):
         """
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
         if self.runs_code:
-            torch.default_generator.manual_seed(seed_python(self.seed, epoch, index, OF_DATASET))
+            seed_generators(self.seed, epoch, index, OF_DATASET)
         data, label = self.source[index]
         data, extras = extra_inputs.split(data)
         return self.decode(data), label, extras
@@ -139,8 +139,7 @@ class Samples(Dataset):
         """
         samples = []
         for repeat in range(repeats):
-            # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
-            torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
+            seed_generators(self.seed, epoch, number, *[repeat] * (repeat > 0))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
             image, target, inputs = self._transformed(picture, label, extras)
             samples.append(Sample(image, target, noise, inputs, [] if repeat else bad))

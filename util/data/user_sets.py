@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
 from util.data import extras as extra_inputs
 from util.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
-from util.data.generators import preserve_generators, seed_python
+from util.data.generators import preserve_generators, seed_generators
 from util.data.library_sets import LibrarySet
 from util.data.sources import StoredImage, first_few, version_of
 from util.files.untrusted import printable, read_file
@@ -125,7 +124,7 @@ class UserSet(LibrarySet):
             raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
         try:
             with preserve_generators():
-                torch.default_generator.manual_seed(seed_python(0))
+                seed_generators(0)
                 opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
         except (OSError, RuntimeError) as error:
             if self.data_path is not None or "None" not in str(error):
@@ -228,7 +227,7 @@ class UserSet(LibrarySet):
     def _require_known(self, index: int, label: np.ndarray) -> None:
         """Raises ValueError if a label differs from the attribute `labels`, or from the label that was read before."""
         known, remedy = self._listed, ""
-        if known is None and "labels" in vars(self) and (self.labels[index] != -1).any():
+        if known is None and "labels" in vars(self) and (self.labels.ndim > 1 or self.labels[index] != -1):
             known, remedy = self.labels, ": return the same dataset in each process"
         if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
             raise ValueError(

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 
 NEED_SCORES = ("auroc", "average_precision")  # they need the score of every class
+OF_CLASSES = (*NEED_SCORES, "balanced_accuracy", "macro_f1")  # means over the classes
 LOWER_IS_BETTER = ("mae",)
 
 

@@ -233,7 +233,7 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
 
 
 def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
-    for name in filter((*metrics.NEED_SCORES, "balanced_accuracy", "macro_f1").__contains__, names):
+    for name in filter(metrics.OF_CLASSES.__contains__, names):
         missing = np.flatnonzero(~metrics.is_defined(name, one_hot))
         if len(missing) == len(classes) and name in metrics.NEED_SCORES:
             raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
