@@ -61,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="output file: .npz or .safetensors",
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of a dataset with train/ and val/")
+    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
     parser.add_argument(
         "--pool", choices=("cls", "avg", "tokens"),
         help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",

@@ -97,6 +97,17 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         assert main is main_linprobe or len(scores.labels) == 12
 
 
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe])
+def test_images_that_cannot_be_read_do_not_change_the_held_out_images(main, classify, labelled, tmp_path, capsys):
+    shutil.copytree(labelled / "train", tmp_path / "images")
+    (tmp_path / "images/kind1/01.png").write_bytes(b"")  # seed 3 does not hold it out
+    flags = {"val_fraction": 0.25, "data_path": tmp_path / "images"}
+    out = classify(main, "run", **flags, seed=3, epochs=1, warmup_epochs=0, on_bad_image="skip")
+    capsys.readouterr()
+    classify(main, "eval", **flags, eval=True, resume=out / "checkpoint-0.pth")
+    assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(lines(out)[-1]["test_loss"], abs=1e-3)
+
+
 def test_statistics_of_deep_images_are_suggested_once_unless_both_are_given(classify, tmp_path, capsys):
     for number in range(16):
         folder = tmp_path / "deep" / ("train", "val")[number % 2] / f"kind{number // 2 % 2}"

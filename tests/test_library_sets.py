@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import struct
@@ -23,6 +24,7 @@ import webdataset
 from PIL import Image
 from test_decode import saved
 
+from util import dist
 from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
 from util.data.samples import Samples
@@ -61,7 +63,9 @@ def test_datasets_with_and_without_a_train_argument(fashion):
     image, label = source[13]
     assert label == 3
     assert np.array_equal(decode(image, 1), PIXELS[13])
-    assert len(open_source("val", str(fashion), dataset="FashionMNIST")) == 10
+    assert [len(open_source(name, str(fashion), dataset="FashionMNIST")) for name in ("val", "test")] == [10, 10]
+    with pytest.raises(ValueError, match="no tset split"):
+        open_source("tset", str(fashion), dataset="FashionMNIST")
     assert len(open_source("train", dataset="FakeData")) == 1000
 
 
@@ -98,10 +102,14 @@ def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
     (data / "variants.txt").write_text("707\n747\n")
     for part, names in (("train", "ab"), ("val", "c"), ("trainval", "abc"), ("test", "d")):  # val precedes test
         (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names))
-    train, validation, both = (open_source(split, str(tmp_path), dataset=f"FGVCAircraft{own}")
-                               for split, own in (("train", ""), ("val", ""), ("train", ":trainval")))  # fmt: skip
+    choices = ("train", ""), ("val", ""), ("train", ":trainval"), ("test", "")
+    train, validation, both, test = (
+        open_source(split, str(tmp_path), dataset=f"FGVCAircraft{own}") for split, own in choices
+    )
     assert (len(train), len(validation), len(both)) == (2, 1, 3)
-    assert validation[0][0] == (data / "images/c.jpg").read_bytes()
+    assert [part[0][0] for part in (validation, test)] == [(data / f"images/{n}.jpg").read_bytes() for n in "cd"]
+    with pytest.raises(ValueError, match="FGVCAircraft: torchvision reports: .*tset"):
+        open_source("tset", str(tmp_path), dataset="FGVCAircraft")
 
 
 def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypatch):
@@ -150,10 +158,13 @@ def test_parquet_in_a_folder(table, tmp_path):
 
 def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
     table.save_to_disk(tmp_path / "saved")
-    hugging_face.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "parts")
+    parts = {"train": table, "valid": table.select(range(20)), "test": table.select(range(10))}
+    hugging_face.DatasetDict(parts).save_to_disk(tmp_path / "parts")
     for folder in ("saved", "parts"):
         assert open_source("train", dataset=f"hf:{tmp_path / folder}")[5] == (png(PIXELS[5]), 1)
-    assert len(open_source("val", dataset=f"hf:{tmp_path / 'parts'}")) == 30
+    assert [len(open_source(split, dataset=f"hf:{tmp_path / 'parts'}")) for split in ("val", "test")] == [20, 10]
+    with pytest.raises(ValueError, match="no validation split, only train, valid, test"):
+        open_source("validation", dataset=f"hf:{tmp_path / 'parts'}")
     files = [tmp_path / "images/train" / name for name in ("a/1.png", "b/2.png")]
     for number, file in enumerate(files):
         save(file, (number, 0, 0))
@@ -281,6 +292,24 @@ def test_worker_processes_share_the_stream(shards, workers, monkeypatch):
         assert len(images_of(batches, epoch)) == 40
         assert len(set(images_of(batches, epoch))) > 20
     assert len(images_of(batches, 2, first_iteration=5)) == 15
+
+
+@pytest.fixture
+def spawned():
+    """Worker processes are not forked, as in Python 3.14, and do not inherit the process group."""
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(method, force=True)
+
+
+def test_processes_share_the_stream_if_their_worker_processes_are_not_forked(shards, monkeypatch, spawned):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        parts.append(images_of(batches_of(shards, num_workers=1), 0))
+    assert parts[0] and parts[1] and not {*parts[0]} & {*parts[1]}
 
 
 def test_labels_and_noise_belong_to_the_image(shards):

@@ -328,7 +328,7 @@ def damaged(labelled, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"cache_features": True}, {"cache_features": True, "probe": "attentive"},
-                                   {"blr": "1 10", "held_out": 0.5}, {"val_fraction": 0.5}])  # fmt: skip
+                                   {"blr": "1 10", "held_out": 0.5}])  # fmt: skip
 def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags):
     """A bad validation image is an error."""
     cached, held_out = "cache_features" in flags, 24  # of 47

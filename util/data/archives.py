@@ -254,11 +254,11 @@ def _below(members: Iterable[str], split: str | None, path: Path, enclosing: boo
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         check_split_names(tops, split, path)
-        if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other split
+        if split and ((split != "train" and "train" in tops) or "val" in tops):  # never the images of the other split
             raise no_split(path, split)
         if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
-    if names and split == "val":
+    if names and split not in (None, "train"):
         raise no_split(path, split)
     return names

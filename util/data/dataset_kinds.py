@@ -30,7 +30,7 @@ def open_source(
     All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val", or the name of another split.
         data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
             `file_list`, the folder of its relative paths. With a dataset of torchvision, the folder with its files.
         file_list: a list of image files.
@@ -103,6 +103,6 @@ def _files_of_split(root: Path, split: str) -> Files:
     if (root / split).is_dir():
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)
-    if split == "val" or (root / "val").is_dir():  # never the images of the other split
+    if split != "train" or (root / "val").is_dir():  # never the images of the other split
         raise no_split(root, split)
     return find_files(root)

@@ -11,7 +11,7 @@ import numpy as np
 from util import dist
 from util.cli.advice import AdvisedError, Remedy, did_you_mean
 from util.data.decode import BadImage, Picture
-from util.data.sources import VALIDATION, version_of
+from util.data.sources import VALIDATION, names_of, version_of
 from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
@@ -108,15 +108,15 @@ class TorchvisionSet(LibrarySet):
         if part and not chooser:
             raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
         own = {chooser: part} if chooser and part else {}
-        if "train" in takes:
+        if "train" in takes and split in ("train", *VALIDATION):
             return [own | {"train": split == "train"}]
         if split == "train":  # "train" first, because the default split may include the images of "val"
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
             raise AdvisedError(
-                "torchvision has no validation split of it", Remedy({"val_list": "FILE"}), about={"dataset": self.title}
+                f"torchvision has no {split} split of it", Remedy({"val_list": "FILE"}), about={"dataset": self.title}
             )
-        return [{chooser: name} for name in VALIDATION]
+        return [{chooser: name} for name in names_of(split)]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
         for part in parts:
@@ -199,7 +199,7 @@ class HuggingFaceSet(LibrarySet):
             self._load(datasets, name)  # the other processes use the prepared files
         dist.barrier()
         parts = self._load(datasets, name)
-        available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
+        available = [part for part in names_of(split) if part in parts]
         if not available:
             raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]

@@ -64,7 +64,8 @@ class RunData:
     def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
 
-        With `on_bad_image` "skip", training images that can't be read are excluded if no other image may replace them.
+        With `on_bad_image` "skip", images that can't be read are excluded where no other image may replace them. The
+        split does not depend on them.
 
         Args:
             nb_classes: the expected number of classes; None: any number.
@@ -82,11 +83,18 @@ class RunData:
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
         self.suggest_statistics(train)
-        if data.on_bad_image == "skip" and (holds_out or reads_in_order):
-            train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
-        if data.val_fraction:
+        if holds_out:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
+            val = self.readable(val)
+        if reads_in_order:
+            train = self.readable(train)
         return train, val
+
+    def readable(self, source: Source) -> Source:
+        """Returns a dataset; with `on_bad_image` "skip", without the images that can't be read."""
+        if self.data.on_bad_image != "skip":
+            return source
+        return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values)
 
     def open_val(self) -> Source:
         """Opens the validation set; with `val_fraction`, the held-out training images."""

@@ -210,7 +210,7 @@ class StreamedSamples(IterableDataset):
         self.samples = samples
         self.shards = shards
         self.repeats = repeats
-        self.place = torch.zeros(3, dtype=torch.int64)  # start, number of batches, batch size
+        self.place = torch.zeros(5, dtype=torch.int64)  # the arguments of `seek`, rank and number of processes
 
     def seek(self, start: int, num_batches: int, batch_size: int) -> None:
         """Sets the next pass over this object.
@@ -219,22 +219,23 @@ class StreamedSamples(IterableDataset):
             start: number of images that all processes together have read before.
             num_batches: number of batches of this process.
         """
-        self.place.copy_(torch.tensor([start, num_batches, batch_size]))
+        # Rank and world size are set here because worker processes of a fork server do not know them.
+        self.place.copy_(torch.tensor([start, num_batches, batch_size, dist.rank(), dist.world_size()]))
 
     def __iter__(self) -> Iterator[Sample]:
-        start, num_batches, batch_size = self.place.tolist()
+        start, num_batches, batch_size, rank, world_size = self.place.tolist()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         batches = len(range(worker, num_batches, workers))  # workers take turns
-        yield from itertools.islice(self._stream(start, worker, workers), batches * batch_size)
+        stream = self._stream(start, rank * workers + worker, world_size * workers)
+        yield from itertools.islice(stream, batches * batch_size)
 
-    def _stream(self, start: int, worker: int, workers: int) -> Iterator[Sample]:
+    def _stream(self, start: int, part: int, parts: int) -> Iterator[Sample]:
         bad: list[Bad] = []
 
         def report(name: str, error: Exception) -> None:
             self.samples.refuse(name, error, bad)
 
-        part, parts = dist.rank() * workers + worker, dist.world_size() * workers
         for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
                 with contextlib.nullcontext() if get_worker_info() else preserve_generators():

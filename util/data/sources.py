@@ -156,6 +156,11 @@ class Files:
         return os.path.join(self.root, self.names[index])
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """Returns the names of a split in the libraries of datasets, the preferred one first."""
+    return VALIDATION if split == "val" else (split,)
+
+
 def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> None:
     """Raises ValueError if folders are splits of a dataset, and the one of `split` is not in lower case."""
     names = {folder.lower(): folder for folder in folders}

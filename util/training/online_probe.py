@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from util import dist
-from util.data import image_facts, labels
+from util.data import labels
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
@@ -68,10 +68,7 @@ class OnlineProbe:
 
     def _some(self, source: Source, data: RunData) -> Source:
         order = np.random.default_rng(data.data.seed).permutation(len(source))[:MAX_IMAGES]
-        some = labels.Subset(source, np.sort(order))
-        if data.data.on_bad_image != "skip":
-            return some
-        return image_facts.readable(some, data.images.in_chans, data.data.num_workers, data.values)
+        return data.readable(labels.Subset(source, np.sort(order)))
 
     def scores(self, model: Any) -> dict[str, float]:
         """Returns the entries of log.txt: test_knn_acc1 in percent if there are labels, and test_effective_rank.
