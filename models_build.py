@@ -133,7 +133,10 @@ def _arguments_of_class(
     origin = f"--model_class {user_code.name_of(kind)}"
     if fixed := sorted(keywords.keys() & of_run):
         raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
-    return keywords | own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
+    own = own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
+    if both := sorted(own.keys() & of_run):
+        raise ValueError(f"--model_args {both[0]}: --encoder has an argument of this name, too; rename one of them")
+    return keywords | own
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:

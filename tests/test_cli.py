@@ -273,7 +273,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     ("a: " + "[" * 1000, "is nested"),
     ("{" * 5000, "is nested"),
     ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
-], ids=range(33))  # fmt: skip
+    ("amp: off", "amp takes a value, not False; .* in quotes"),
+    ("epochs: 3\nlr: 1\nepochs: 4", "has epochs twice"),
+], ids=range(35))  # fmt: skip
 def test_invalid_recipes_are_errors(text, message, tmp_path, refused):
     """Recipes execute nothing and can't fill the memory."""
     path = tmp_path / "recipe.yaml"

@@ -108,7 +108,7 @@ def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
     )
     assert (len(train), len(validation), len(both)) == (2, 1, 3)
     assert [part[0][0] for part in (validation, test)] == [(data / f"images/{n}.jpg").read_bytes() for n in "cd"]
-    with pytest.raises(ValueError, match="FGVCAircraft: torchvision reports: .*tset"):
+    with pytest.raises(ValueError, match=r"FGVCAircraft: torchvision reports: .*tset"):
         open_source("tset", str(tmp_path), dataset="FGVCAircraft")
 
 

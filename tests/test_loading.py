@@ -92,6 +92,11 @@ def test_a_position_table_of_a_file_is_loaded_if_it_fits(tmp_path, mini_mae):
     fresh = mae_vit_mini_patch4(img_size=16, in_chans=1)
     loading.init_mae(fresh, loading.read(tmp_path / "flat.pth"))
     assert not torch.equal(fresh.pos_embed, other.pos_embed)
+    torch.save({"model": other.state_dict()}, tmp_path / "square.pth")  # without settings, as published files
+    flat = mae_vit_mini_patch4(img_size=(8, 32), in_chans=1)
+    before = flat.pos_embed.clone()
+    loading.init_mae(flat, loading.read(tmp_path / "square.pth"))
+    assert torch.equal(flat.pos_embed, before)
 
 
 def vit(**options):
@@ -128,7 +133,8 @@ def test_other_channels_require_adapt_input(tmp_path):
     assert torch.equal(skip.patch_embed.proj.weight, untrained)
     torch.testing.assert_close(gray.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
     picture = torch.rand(1, 1, 16, 16)
-    torch.testing.assert_close(gray(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    expected = rgb.forward_features(picture.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(gray.forward_features(picture), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("load", "build", "setting", "heads"), [

@@ -99,6 +99,13 @@ def test_the_trunk_is_in_evaluation_mode():
     assert not model.forward_features(torch.rand(2, 3, 16, 16)).requires_grad
 
 
+def test_a_probe_does_not_start_from_the_head_of_another(probe, mae):
+    trained = probe("trained", finetune=mae, epochs=1, blr=9, warmup_epochs=0) / "checkpoint-0.pth"
+    fresh, again = (weights(probe(file.parent.name + "2", finetune=file, epochs=1, lr=0), "checkpoint-0.pth")
+                    for file in (mae, trained))  # fmt: skip
+    assert torch.equal(fresh["head.1.weight"], again["head.1.weight"])
+
+
 @CACHED
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
 def test_the_best_of_several_rates_is_selected(probe, tuned, mae, evaluated, cached, kind, capsys):

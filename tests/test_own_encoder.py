@@ -51,6 +51,9 @@ class Leads(Encoder):
 class Brighter(MaskedAutoencoderViT):
     def target(self, imgs, valid=None):
         return super().target(imgs) + 10
+class Scaled(MaskedAutoencoderViT):
+    def __init__(self, *, scale=1, **arguments):
+        super().__init__(**arguments)
 """
 
 
@@ -225,6 +228,12 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
     monkeypatch.delattr(ChannelGroups, "patch_maps")
     with pytest.raises(ValueError, match=r"72 tokens of 6 x 4 patches: .*patch_maps"):
         maps.dense(model, images)
+
+
+def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
+    flags = {"encoder": "leads:Leads", "encoder_args": "rows=4 scale=.5", "model_class": "leads:Scaled"}
+    with pytest.raises(ValueError, match=r"--model_args scale: --encoder has an argument of this name"):
+        pretrain(**flags, model_args="scale=2")
 
 
 def test_a_model_class_is_trained_by_its_flag(leads, pretrain):

@@ -95,6 +95,11 @@ def test_published_checkpoints_give_model_and_optimization_only(mae, data, tmp_p
          data_path=data[main_pretrain])  # fmt: skip
     found = torch.load(tmp_path / "b" / "checkpoint-1.pth")["args"]
     assert (found["mask_ratio"], found["weight_decay"], found["pin_mem"]) == (0.6, 0.05, True)
+    args.world_size, args.lr = 8, 2.4e-3  # the published code records the learning rate of its effective batch size
+    torch.save(published, tmp_path / "published.pth")
+    with pytest.raises(CheckpointError, match=r"batch size of 32 .* give --batch_size 4 --accum_iter 8"):
+        call(main_pretrain, resume=tmp_path / "published.pth", output_dir=tmp_path / "c", device="cpu",
+             data_path=data[main_pretrain])  # fmt: skip
 
 
 def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):

@@ -36,6 +36,9 @@ FREE = {
 # Entries of a parameter group that depend on the schedule, the flags and the machine of this start
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
 
+BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
+LARS_NAMES = {"mu": "momentum"}  # of the state of the published LARS
+
 ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
 
 ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
@@ -87,16 +90,17 @@ class Progress:
         Raises:
             CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
         """
-        saved = state.get("progress")
+        saved, factors = state.get("progress"), [_args_of(state).get(name) for name in BATCH_FACTORS]
+        published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+        batch = saved["effective_batch_size"] if saved else published
+        if batch not in (None, self.effective_batch_size):
+            raise CheckpointError(
+                f"the checkpoint was trained with an effective batch size of {batch} (--batch_size x --accum_iter x "
+                f"processes), and this run has {self.effective_batch_size}: give {self._split_of(batch)}"
+            )
         if saved is None:
             self.epoch = state["epoch"] + 1
             return
-        if saved["effective_batch_size"] != self.effective_batch_size:
-            raise CheckpointError(
-                f"the checkpoint was trained with an effective batch size of {saved['effective_batch_size']} "
-                f"(--batch_size x --accum_iter x processes), and this run has {self.effective_batch_size}: give "
-                f"{self._split_of(saved['effective_batch_size'])}"
-            )
         num_images, images_done = saved.get("num_images"), saved["images_done"]
         if images_done % self.effective_batch_size:
             raise CheckpointError(
@@ -446,7 +450,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         return dist.placed_as(value, parameter) if is_moment else value
 
     state = {
-        number: {name: place(value, parameters[number]) for name, value in moments.items()}
+        number: {LARS_NAMES.get(name, name): place(value, parameters[number]) for name, value in moments.items()}
         for number, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -110,7 +110,9 @@ class Classification:
             return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
         outputs = _full(outputs)
         weight = self.class_weight.to(outputs)
-        return F.cross_entropy(outputs, targets, weight, reduction="none", label_smoothing=smoothing).mean()
+        # The weight of cross_entropy would weight the smoothed part by all classes, which favors the rare ones.
+        losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+        return (losses * weight[targets]).mean()
 
     def outputs_of(self, means: Tensor) -> Tensor:
         """Returns the outputs of a model that predicts shares of classes, or means of labels (B, C)."""

@@ -97,10 +97,15 @@ def recipe_problem(text: str) -> str | None:
     """
     if len(text) > MAX_RECIPE_BYTES:
         return f"has {len(text):,} characters, and a recipe has at most {MAX_RECIPE_BYTES:,}"
-    depth = 0
+    depth, keys, is_key = 0, set(), False
     for token in yaml.scan(text):
         if isinstance(token, yaml.AliasToken):
             return f"has an alias (*{printable(token.value)}): write the value where it belongs"
+        if is_key and isinstance(token, yaml.ScalarToken):
+            if token.value in keys:
+                return f"has {printable(token.value)} twice: delete one of them"
+            keys.add(token.value)
+        is_key = isinstance(token, yaml.KeyToken)
         kind = type(token).__name__
         depth += kind.endswith("StartToken") and kind.startswith(("Block", "Flow"))
         depth -= kind.endswith("EndToken") and kind.startswith(("Block", "Flow"))

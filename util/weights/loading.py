@@ -50,7 +50,10 @@ def init_mae(model: Any, file: Weights) -> None:
         raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
     else:  # the model computes its tables, so tables of a file may have a different size
         may_lack |= TABLES
-        other = _reshaped(weights, ours) if _grid_of(file, model) in (None, model.grid_size) else TABLES
+        side, grid = math.isqrt(model.num_patches), _grid_of(file, model)
+        if grid is None and _is_square(model.num_patches):  # as in published files
+            grid = side, side
+        other = _reshaped(weights, ours) if grid in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
     decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
     if ours.keys() - weights.keys() - may_lack == decoder:
@@ -78,7 +81,8 @@ def load_encoder(
             each channel gets the mean of the channels of the file; "repeat": the channels of the file, repeated;
             "skip": the projection keeps its random weights. "mean" and "repeat" are scaled so that the sum over
             channels is unchanged.
-        classes: the classes of the model. A head of other classes is not loaded.
+        classes: the classes of the model. A head of other classes, or of other features, is not loaded. None: no head
+            is loaded.
         task: the task of the model (--task). A head of a different task is not loaded.
 
     Returns:
@@ -95,8 +99,9 @@ def load_encoder(
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
-    same = classes is None or file.settings.get("classes") in (None, list(classes))
+    same = classes is not None and file.settings.get("classes") in (None, list(classes))
     same = same and file.settings.get("task", CLASSIFICATION) == task
+    same = same and pooled == ("fc_norm.weight" in file.tensors)
     fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
