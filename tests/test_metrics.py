@@ -137,7 +137,8 @@ def test_balanced_classes_have_equal_weights(classify, labelled, imbalanced):
 def test_balanced_weights_are_those_of_scikit_learn(imbalanced, classify, smoothing):
     """With a learning rate of 0: the mean of weight and loss over the training images."""
     flags = {"data_path": imbalanced, "aa": "none", "lr": 0, "min_lr": 0, "epochs": 1, "warmup_epochs": 0,
-             "smoothing": smoothing, "reprob": 0, "drop_path": 0, "crop": "none", "hflip": 0, "batch_size": 41}  # fmt: skip
+             "smoothing": smoothing, "reprob": 0, "drop_path": 0, "crop": "none", "hflip": 0,
+             "batch_size": 41}  # fmt: skip
     out = classify(main_finetune, **flags, class_weight="balanced")
     truth, scores = probabilities(out / "checkpoint-0.pth", imbalanced, "train")
     loss = -(1 - smoothing) * np.log(scores[range(41), truth]) - smoothing * np.log(scores).mean(axis=1)

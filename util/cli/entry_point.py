@@ -225,7 +225,7 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
     if isinstance(value, bool):
         switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
         if not switches:
-            parser.error(f'{key} takes a value, not {value}; YAML reads on, off, yes and no so: write them in quotes')
+            parser.error(f"{key} takes a value, not {value}; YAML reads on, off, yes and no so: write them in quotes")
         return [switches[value]] if value in switches else []
     values = value if isinstance(value, list) else [value]
     for one in values:
