@@ -31,7 +31,6 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
-    with_recorded_settings,
 )
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
@@ -48,6 +47,7 @@ from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
+from util.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import models_build
 import models_vit
-from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
+from engine_finetune import encode, load_frozen, open_labelled
 from util.cli import entry_point, options
 from util.data import extras
 from util.data.run_data import RunData
@@ -32,6 +32,7 @@ from util.evaluation.tables import markdown
 from util.settings import DataSpec, ImageSpec, names_where, specs
 from util.training import feature_files, trainer
 from util.weights import loading
+from util.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,6 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
-    with_recorded_settings,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from util import dist
@@ -59,6 +58,7 @@ from util.training import feature_files, run_log, trainer
 from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
+from util.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 

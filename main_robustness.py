@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine_finetune import evaluate, warn_of_changes
+from engine_finetune import evaluate
 from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
@@ -33,6 +33,7 @@ from util.files.results import Results
 from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.precision import Precision
+from util.weights.recorded_settings import warn_of_changes
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import torch
 
 import models_build
 import models_vit
-from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
+from engine_finetune import load_frozen, open_weights, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores
 from models_segment import Segmenter
 from util.checkpoints import run_directory
@@ -44,6 +44,7 @@ from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.weights import loading
 from util.weights.model_zoo import SEGMENTER
+from util.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
