@@ -44,6 +44,7 @@ from util.training.loop import Callback
 from util.training.online_probe import OnlineProbe
 from util.training.precision import Precision
 from util.weights import loading
+from util.weights.recorded_settings import with_settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +96,10 @@ def main(
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    model, settings = build_model(args, model_class, encoder, precision)
+    args, model, settings = build_model(args, model_class, encoder, precision)
     draw_noise, mask_ratio = masking.sampler(
         args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
     )
-    if args.init_from:
-        loading.init_mae(model, loading.read(args.init_from))
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(precision.device)
 
@@ -144,16 +143,23 @@ def build_model(
     model_class: Callable[..., models_mae.MaskedAutoencoderViT],
     encoder: type[Encoder] | None,
     precision: Precision,
-) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
-    """Returns the model of a run, sharded with --fsdp, and the settings that checkpoints record.
+) -> tuple[Namespace, models_mae.MaskedAutoencoderViT, dict[str, Any]]:
+    """Builds the model of a run, sharded with --fsdp, with the weights and the settings of --init_from.
+
+    Returns:
+        The settings of the run, the model, and the settings that checkpoints record.
 
     Raises:
         ValueError: the run that is resumed has another class.
     """
-    settings, is_base = vars(args), model_class is models_mae.MaskedAutoencoderViT
+    is_base = model_class is models_mae.MaskedAutoencoderViT
     if args.model_class and is_base:  # recorded by the run that is resumed
         remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
         raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
+    file = loading.read(args.init_from) if args.init_from else None
+    if file:
+        args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
+    settings = vars(args)
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
         model = models_build.autoencoder(*specs(settings), model_class, encoder)
@@ -167,7 +173,9 @@ def build_model(
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
     if not is_base and not args.model_class:
         settings = {**settings, "model_class": getattr(model_class, "func", model_class).__qualname__}
-    return model, settings
+    if file:
+        loading.init_mae(model, file)
+    return args, model, settings
 
 
 def chosen_class(

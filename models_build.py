@@ -180,6 +180,14 @@ def classifier_settings(file: Weights | None) -> dict[str, Any]:
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
 
 
+def autoencoder_settings(file: Weights) -> dict[str, Any]:
+    """Returns what a file records of its model and images, for a pre-training that starts from its weights."""
+    settings = {name: file.settings[name] for name in REBUILDS if file.settings.get(name) is not None}
+    model = settings.pop("model", "")
+    name = model if model.startswith("mae_") else f"mae_{model}"
+    return settings | ({"model": name} if size_of(name) in SIZES else {})
+
+
 def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     """Returns the settings of the model of a file: the recorded ones, else those that shapes of tensors determine.
 

@@ -358,6 +358,9 @@ class MaskedAutoencoderViT(Encoder):
             raise ValueError(
                 f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
             )
+        if valid is not None and noise is not None:
+            kept = ((patch_mask > 0) | noise.isfinite()).all()
+            torch._assert_async(kept, "random_masking leaves patches without valid pixels visible: keep infinite noise")
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
         scored = self.extras_of("forward_loss", extras) | self.extras_of("target", extras)
         return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid), **scored), pred, patch_mask

@@ -30,7 +30,7 @@ def blurred(noise: Tensor, sigma: float) -> Tensor:
 
 
 class ColoredMasks(MaskedAutoencoderViT):
-    """A masked autoencoder with such masks. Images have the size `img_size`.
+    """A masked autoencoder with such masks, in place of --masking and --mask_block. Images have the size `img_size`.
 
     Args:
         color: red (low frequencies), green (a band of frequencies) or blue (high frequencies).
@@ -46,7 +46,10 @@ class ColoredMasks(MaskedAutoencoderViT):
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
+        excluded = noise.isinf()  # patches without valid pixels
+        is_uniform = noise.masked_fill(excluded, 0).frac().any()
+        torch._assert_async(is_uniform, "ColoredMasks draws its own masks: omit --masking and --mask_block")
         sigma, subtracted = SIGMAS[self.color]
         image = torch.erfinv((2 * noise - 1).clamp(-0.999, 0.999)).unflatten(1, self.grid_size).unsqueeze(1)  # Gaussian
         filtered = blurred(image, sigma) - (blurred(image, subtracted) if subtracted else 0)
-        return super().random_masking(x, mask_ratio, filtered.flatten(1))
+        return super().random_masking(x, mask_ratio, filtered.flatten(1).masked_fill(excluded, math.inf))

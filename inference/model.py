@@ -206,8 +206,6 @@ def _load(
                 f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
-        if name := file.settings.get("model_class"):
-            logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
         loading.init_mae(model, file)
     elif (segments or file.kind == model_zoo.CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
         if file.kind == model_zoo.CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:

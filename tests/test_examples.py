@@ -167,6 +167,16 @@ def test_masks_of_red_noise_are_clustered_and_of_blue_noise_spread():
         ColoredMasks(**SMALL, color="pink")
 
 
+def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape():
+    model, imgs = ColoredMasks(**{**SMALL, "img_size": 16}), torch.rand(8, 3, 16, 16)
+    valid = torch.ones(8, 16, 16, dtype=torch.bool)
+    valid[:, :8] = False
+    mask = model(imgs, valid=valid)[2].view(8, 2, 8)
+    assert mask[:, 0].all() and len(mask[:, 1].unique(dim=0)) > 1
+    with pytest.raises(RuntimeError, match="omit --masking and --mask_block"):
+        model(imgs, noise=torch.arange(16.0).expand(8, 16))
+
+
 @pytest.mark.parametrize("width", [16, 40])
 def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
     with pytest.raises(ValueError, match=f"--model_args width={width}: give a multiple of 32"):

@@ -241,6 +241,19 @@ def test_given_masks(cloudy):
         model(inputs, mask=mask, valid=valid)
 
 
+class Reversed(MaskedAutoencoderViT):
+    def random_masking(self, x, mask_ratio, noise=None):
+        return super().random_masking(x, mask_ratio, -noise)
+
+
+def test_masks_that_ignore_invalid_patches_are_an_error(cloudy):
+    images, valid = cloudy
+    model = Reversed(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32,
+                     decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+    with pytest.raises(RuntimeError, match="random_masking leaves patches without valid pixels visible"):
+        model(images, valid=valid)
+
+
 class Published(MaskedAutoencoderViT):
     """An override with the published signature."""
 

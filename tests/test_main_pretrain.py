@@ -243,6 +243,20 @@ def test_init_from_loads_only_the_weights(pretrain):
     assert_equal(weights(out), weights(pretrain("next", init_from=out / "checkpoint-1.pth", lr=0.0)))
 
 
+def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
+    own = {"norm_pix_loss": True, "in_chans": 1, "mean": [0.3], "std": [0.2], "hflip": 0, "mask_ratio": 0.5,
+           "value_range": [0, 255], "crop": "none"}  # fmt: skip
+    flags = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in own.items()}
+    file = pretrain("first", epochs=1, **flags) / "checkpoint-0.pth"
+    capsys.readouterr()
+    found = checkpoint.read(pretrain("next", epochs=1, init_from=file, lr=0.0) / "checkpoint-0.pth")["args"]
+    assert {name: found[name] for name in own} == own
+    assert " is used, and " not in capsys.readouterr().out
+    pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
+    warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(warned) == ["--mask_ratio 0.75", "--mean 0.4"]
+
+
 def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
     forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
 

@@ -34,14 +34,14 @@ def with_recorded_settings(
             raise ValueError(
                 f"{file.source} records a --dataset that runs code: give --dataset '{dataset}', or other data"
             )
-        args = _with_settings_of(file, args, recorded, trains)
-    mean, std = reading.statistics(file, args.in_chans, args.mean, args.std)
+        args = with_settings_of(file, args, recorded, trains)
     crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
     num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
-    return entry_point.changed(args, {"mean": mean, "std": std, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
+    return entry_point.changed(args, {"crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
 
 
-def _with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
+def with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
+    """Returns settings as `with_recorded_settings`, without those that the model of a classifier determines."""
     also = settings.names_where(lambda one: one["of_training"]) if trains else []
     if getattr(args, "eval", False) and getattr(args, "val_fraction", None) and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
@@ -66,7 +66,8 @@ def _with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[
         args.crop_pct = reading.crop_pct_of_earlier_version(file, args.input_size)
     if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
         args.layer_norm_eps = recorded["layer_norm_eps"]
-    return args
+    mean, std = reading.statistics(file, args.in_chans, args.mean, args.std)
+    return entry_point.changed(args, {"mean": mean, "std": std})
 
 
 def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
