@@ -102,7 +102,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     settings = json.loads(json.dumps({  # equal to settings that a file records
         "model": args.model, "weights": checkpoint.compute_digest(model.state_dict()),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
-        **({"exif": True} if exif else {}),
+        "exif": bool(exif),
     }))  # fmt: skip
     results = Results(out.with_suffix(".json"))
     scores_of = robustness_report.cells_of(results, settings)

@@ -24,7 +24,7 @@ from util.cli import user_code
 from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
-from util.settings import REBUILDS, chosen
+from util.settings import EXPORTED, REBUILDS, chosen
 from util.weights import loading, model_zoo, reading
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ def to_bytes(colors: torch.Tensor) -> np.ndarray:
 
 
 def settings_of(model: Model) -> dict[str, Any]:
-    """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
+    """Returns the settings that rebuild a model and its preprocessing, or that a training takes from its file."""
     mean, std = transforms.channel_statistics(model.in_chans, model.settings.get("mean"), model.settings.get("std"))
     default = model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
-    names = [name for name in REBUILDS if model.settings.get(name) is not None]
+    names = [name for name in EXPORTED if model.settings.get(name) is not None]
     used = {"mean": mean, "std": std, "crop_pct": 1.0 if is_uncropped(model) else default}
     return {**{name: model.settings[name] for name in names}, **used}
 
@@ -158,7 +158,7 @@ def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
     settings = chosen(explicit, recorded, {}, usual)
-    return {**{key: value for key, value in settings.items() if key in REBUILDS}, "model": architecture}
+    return {**{key: value for key, value in settings.items() if key in EXPORTED}, "model": architecture}
 
 
 def row_settings(name: str) -> dict[str, Any]:

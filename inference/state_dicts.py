@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 import models_build
 from inference.graphs import library
 from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
+from util.cli.advice import arguments
 from util.data import transforms
-from util.settings import ModelSpec, names_where
+from util.settings import ImageSpec, ModelSpec, names_where
 from util.weights import conversion, foreign_settings
 from util.weights.reading import SETTINGS
 
@@ -57,9 +58,16 @@ def write_safetensors(model: Model, out: Path) -> None:
     save_file(_contiguous(model.state_dict()), out, {"format": "pt", SETTINGS: json.dumps(settings_of(model))})
 
 
+def _log_of_pixels(model: Model, reader: str) -> None:
+    changed = {name: model.settings.get(name) for name in ("value_range", "nodata")}
+    if given := " ".join(arguments(changed)):
+        logger.info(f"{reader} does not apply {given}: prepare the pixels in this way, before its normalization")
+
+
 def write_timm(model: Model, out: Path) -> None:
     """Writes a folder from which timm rebuilds the model, or with a suffix a file of the weights only."""
     classifier = model if isinstance(model, Classifier) else encoder_of(model)
+    _log_of_pixels(model, "timm")
     settings = settings_of(classifier) | {"probe": False}
     state = _contiguous(plain_head(classifier))
     if classifier.num_prefix_tokens > 1:  # without pooling of tokens, class tokens and register tokens are the same
@@ -114,6 +122,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 def write_mmpretrain(model: Model, out: Path) -> None:
     """Writes the weights under the names of mmpretrain. Its `get_model` and `init_model` read the class names."""
     assert not isinstance(model, Segmenter)
+    _log_of_pixels(model, "mmpretrain")
     config = f"model = {mmpretrain_config(model)}"
     meta: dict[str, Any] = {"cfg": config}
     if isinstance(model, Classifier) and model.classes:
@@ -206,9 +215,10 @@ def write_transformers(model: Model, out: Path) -> None:
         if model.in_chans == 1:
             logger.info(GRAY.format(folder=out.name))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
-    only_ours = names_where(lambda one: one["only_ours"], ModelSpec)
+    only_ours = names_where(lambda one: one["only_ours"], ModelSpec, ImageSpec)
     theirs.config.settings = {name: settings[name] for name in only_ours if settings.get(name) is not None}
     theirs.save_pretrained(out)
+    _log_of_pixels(model, "transformers")
     if model.in_chans not in (1, 3):
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
                     f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip

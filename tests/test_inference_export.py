@@ -152,13 +152,15 @@ def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_pat
 def test_settings_that_transformers_does_not_have_survive_the_round_trip(tmp_path, caplog):
     """Images of another size interpolate learned positions; fixed positions are computed anew."""
     caplog.set_level("INFO")
-    mae = get_model("mae_vit_mini_patch4", learned_pos_embed=True, mask_block=2)
+    own = {"mask_block": 2, "value_range": [0, 4095], "nodata": 7, "exif": True}
+    mae = get_model("mae_vit_mini_patch4", learned_pos_embed=True, **own)
     torch.nn.init.normal_(mae.pos_embed)
     torch.nn.init.normal_(mae.decoder_pos_embed)
     folder = exported(mae, "transformers", tmp_path)
     assert "transformers masks single patches, and this model has mask_block 2" in caplog.text
+    assert "transformers does not apply --value_range 0 4095 --nodata 7" in caplog.text
     again = get_model(folder)
-    assert again.settings["mask_block"] == 2
+    assert {name: again.settings[name] for name in own} == own
     imgs, noise = torch.randn(2, 3, 40, 40), torch.rand(2, 100)
     with torch.no_grad():
         for ours, theirs in zip(mae(imgs, noise=noise), again(imgs, noise=noise), strict=True):

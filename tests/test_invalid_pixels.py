@@ -8,7 +8,7 @@ import pytest
 import torch
 from mains import argv_of, assert_close, assert_equal, lines, parse, run_section, stop_and_resume, weights
 from PIL import Image
-from test_decode import npy, saved, tiff
+from test_decode import npy, png, saved, tiff
 
 import main_finetune
 import main_knn
@@ -87,6 +87,18 @@ def test_a_range_maps_values_of_any_type(dtype):
     expected[:, 2, 3] = np.nan  # in all channels
     for data in (npy(pixels), pixels, tiff(pixels, planarconfig="contig")):
         np.testing.assert_allclose(decode(data, 4, values=PixelValues(120, (20, 70))), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("data", [
+    png(np.full((4, 4, 3), 4095), 16, 2), png(np.full((4, 2, 1), 0x35), 4, 0, size=(4, 4)), b"P5 2 1 15\n\x03\x0f",
+    b"P2\n2 1\n4095\n3 4095\n", saved(Image.new("1", (4, 4)), "TIFF"),
+], ids=["PNG 16", "PNG 4", "PGM 15", "PGM 4095", "TIFF 1"])  # fmt: skip
+def test_a_range_is_about_the_values_in_the_file(data):
+    """Pillow scales them to 8 or 16 bits."""
+    decode(data, 3)
+    for values in (PixelValues(15), PixelValues(None, (0, 4095))):
+        with pytest.raises(BadImage, match="values in the file"):
+            decode(data, 3, values=values)
 
 
 def test_bytes_with_invalid_pixels_become_floats():

@@ -174,6 +174,9 @@ def test_a_folder_with_more_images_is_evaluated_again(tmp_path, capsys):
         run("imagenet-a", data, tmp_path / "out")
         assert expected in capsys.readouterr().out
     assert scores(tmp_path / "out", "imagenet-a")["imagenet-a"]["images"] == 400
+    run("imagenet-a", data, tmp_path / "turned", exif=True)
+    with pytest.raises(ValueError, match=r"\(exif was True and is False\)"):
+        run("imagenet-a", data, tmp_path / "turned")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+from inference import export, get_model
 from util.checkpoints.checkpoint import CheckpointError
 
 SMALL = ["--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--save_every", "1", "--device", "cpu",
@@ -116,14 +117,17 @@ def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
 
 def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp_path):
     """A flip changes the class of signals and letters. Without crops, the loss shows a flip."""
-    losses = {}
+    losses, file = {}, mae / "checkpoint-1.pth"
+    export.export(get_model(file), "safetensors", tmp_path / "exported.safetensors")
     for script, own in ((main_finetune, ["--aa", "none", "--reprob", "0", "--drop_path", "0"]), (main_linprobe, [])):
-        for name, flags in (("recorded", []), ("none", ["--hflip", "0"]), ("flips", ["--hflip", "1"])):
-            argv = [*SMALL, *own, *flags, "--finetune", mae / "checkpoint-1.pth", "--crop", "none", "--blr", "1"]
+        choices = {"recorded": [], "none": ["--hflip", "0"], "flips": ["--hflip", "1"], "exported": []}
+        for name, flags in choices.items():
+            source = tmp_path / "exported.safetensors" if name == "exported" else file
+            argv = [*SMALL, *own, *flags, "--finetune", source, "--crop", "none", "--blr", "1"]
             out = tmp_path / f"{script.__name__}-{name}"
             call(script, *argv, "--data_path", data[script], "--output_dir", out)
             losses[name] = lines(out)[-1]["train_loss"]
-        assert losses["recorded"] == losses["none"] != losses["flips"]
+        assert losses["recorded"] == losses["exported"] == losses["none"] != losses["flips"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--cache_images"], ["--fast_jpeg"]])

@@ -11,6 +11,7 @@ import skimage.data
 from conftest import ROOT
 from mains import call, wait_until
 from PIL import Image
+from test_decode import png
 
 from util.data import resize
 from util.files import locks
@@ -117,11 +118,12 @@ def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
     picture.save(folder / "some.tif")
     picture.save(folder / "frames.gif", save_all=True, append_images=[picture])
     Image.fromarray(np.zeros((300, 300), dtype=np.uint16)).save(folder / "deep.png")
+    (folder / "deep_color.png").write_bytes(png(np.zeros((300, 300, 3)), 16, 2))
     (folder / "._hidden.jpg").write_bytes(b"no image")
     (folder / "loop").symlink_to(folder)
     caplog.set_level("INFO")
     call(resize, folder, tmp_path / "copy", "--short_side", 100)
-    assert "7 images: 6 copied as they are, 1 scaled" in caplog.text
+    assert "8 images: 7 copied as they are, 1 scaled" in caplog.text
     for file in folder.glob("[!p.]*.*"):
         assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
     assert Image.open(tmp_path / "copy/plain.png").getexif()[0x0112] == 6

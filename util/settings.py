@@ -82,12 +82,12 @@ class ImageSpec(Values):
     std: list[float] | None = setting(None, NUMBER, resumed=FIXED)
     crop: str = setting("random", str, resumed=FIXED)
     crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
-    exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
-    hflip: float | None = setting(None, NUMBER, rebuilds=False, of_training=True)  # a flip may change the label
+    exif: bool | None = setting(None, bool, resumed=FIXED, only_ours=True)  # orientation; None: of photographs
+    hflip: float | None = setting(None, NUMBER, rebuilds=False, of_training=True, only_ours=True)  # may change labels
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
-    nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself
-    value_range: list[float] | None = setting(None, NUMBER, resumed=FIXED)
+    nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED, only_ours=True)  # NaN is text
+    value_range: list[float] | None = setting(None, NUMBER, resumed=FIXED, only_ours=True)
     min_valid: float = setting(0.5, resumed=FIXED, rebuilds=False)
     task: str = setting("classification", resumed=FIXED, of_task=True, of_labels=True)
     label_columns: list[str] | None = setting(None, of_task=True, of_labels=True)
@@ -245,5 +245,6 @@ def differs(name: str, first: Any, second: Any) -> bool:
 
 CLASSES: tuple[type[Values], ...] = (ModelSpec, ImageSpec, DataSpec, RunSpec)
 REBUILDS = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)  # what rebuilds a model and its transform
+EXPORTED = [*REBUILDS, *names_where(lambda one: one["of_training"], ModelSpec, ImageSpec)]
 KINDS = {one.name: one.metadata["kind"] for kind in (ModelSpec, ImageSpec) for one in fields(kind)
          if one.metadata["kind"]}  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
@@ -328,7 +328,22 @@ def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Pict
     _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
         raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
+    if values != AS_STORED and _is_rescaled(picture, data):
+        raise BadImage("its values are scaled to 8 or 16 bits, and --value_range and --nodata are about the values in "
+                       "the file; save it as .npy")  # fmt: skip
     return _with_all_bits(picture, values)
+
+
+def _is_rescaled(picture: Image.Image, data: bytes) -> bool:
+    """Whether Pillow reads other values than a file has: reduced to 8 bits, or scaled to 8 or 16 bits."""
+    if picture.format == "PPM":
+        codec, *_, arguments = picture.tile[0]
+        return codec != "raw" and arguments[1] not in (255, 65535)
+    if picture.mode in ("P", "PA", "I", "F") or picture.mode.startswith("I;16"):
+        return False
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0] != 8
+    return picture.format == "PNG" and data[24] != 8  # the byte with the bits per channel
 
 
 def _with_all_bits(picture: Image.Image, values: PixelValues) -> Picture:

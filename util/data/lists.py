@@ -309,6 +309,9 @@ def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
         are_numbers = bool((numbers == numbers.round()).all())
     except ValueError:
         are_numbers = False
+    else:
+        if np.isnan(numbers).any():
+            raise ValueError("a label is nan, and the others are numbers: every file needs a label")
     if are_numbers:
         if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
             raise ValueError(

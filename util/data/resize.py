@@ -70,6 +70,8 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
     picture = read(data, 3)
     if not isinstance(picture, Image.Image) or picture.mode not in SCALED or "transparency" in picture.info:
         return None
+    if data.startswith(PNG) and data[24] != 8:  # bits per channel
+        return None
     if min(picture.size) <= short_side or getattr(picture, "n_frames", 1) > 1:
         picture.load()  # raises if the file can't be read
         return None

@@ -28,7 +28,8 @@ def cells_of(results: Results, settings: Mapping[str, Any]) -> dict[str, Scores]
         ValueError: the file contains scores with other settings, or is damaged.
     """
     state = results.read()
-    if state and (difference := changes(state.get("settings", {}), settings)):
+    before = {"exif": False, **state.get("settings", {})}  # earlier versions recorded it if it was set
+    if state and (difference := changes(before, settings)):
         raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another --output_dir")
     return state.get("cells", {})
 
