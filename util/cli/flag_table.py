@@ -95,8 +95,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         "machine, which its processes share. An image takes height x width x channels bytes. The batches are the same"),
     "cache_features": flag(DATA, action="store_true",
         help="compute the features of all images once, without augmentation, and train on them. --probe attentive "
-        "stores patch tokens in fp16 in the folder tokens of --output_dir, and a resumed run reuses those of unchanged "
-        "images"),
+        "stores patch tokens in fp16 in the folder tokens of --output_dir, and a resumed run reuses them if no image "
+        "has changed"),
     "on_bad_image": flag(DATA, default="error", choices=("error", "skip")),
     "repeated_sampling": flag(DATA, default=1, type=positive_int, metavar="R",
         help="crops per decoded image, all in one batch. An epoch has R times as many samples: divide --epochs and "
