@@ -156,7 +156,8 @@ def build_model(
     if args.model_class and is_base:  # recorded by the run that is resumed
         remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
         raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
-    file = loading.read(args.init_from) if args.init_from else None
+    starts = args.init_from and not run_directory.resumes(Path(args.output_dir), args.resume)
+    file = loading.read(args.init_from) if starts else None
     if file:
         args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
     settings = vars(args)

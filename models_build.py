@@ -69,6 +69,11 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
 
 
+def _own_parameters(kind: type) -> list[inspect.Parameter]:
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+
+
 def own_arguments(
     kind: type, texts: Sequence[str] | None, origin: str, flag: str, given: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -83,8 +88,7 @@ def own_arguments(
     Raises:
         ValueError: it has no such argument, or needs another one.
     """
-    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
-    own = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    own = _own_parameters(kind)
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
         if name not in {one.name for one in own} or not value:
@@ -118,7 +122,8 @@ def autoencoder(
     """
     arguments = autoencoder_arguments(spec, image, encoder)
     if model_class is not MaskedAutoencoderViT:
-        arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys())
+        of_encoder = {one.name for one in _own_parameters(encoder)} if encoder else set[str]()
+        arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
     return _set_options(build(model_class, encoder, arguments), spec)
@@ -127,7 +132,7 @@ def autoencoder(
 def _arguments_of_class(
     model_class: Callable[..., Model], texts: Sequence[str] | None, of_run: Collection[str]
 ) -> dict[str, Any]:
-    """Returns the own arguments of a class or of a `partial` of it. `of_run`: the arguments that the run determines."""
+    """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
     kind: Any = getattr(model_class, "func", model_class)
     keywords = getattr(model_class, "keywords", {})
     origin = f"--model_class {user_code.name_of(kind)}"
@@ -135,7 +140,7 @@ def _arguments_of_class(
         raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
     own = own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
     if both := sorted(own.keys() & of_run):
-        raise ValueError(f"--model_args {both[0]}: --encoder has an argument of this name, too; rename one of them")
+        raise ValueError(f"--model_args {both[0]}: the run or --encoder has an argument of this name, too; rename it")
     return keywords | own
 
 

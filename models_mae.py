@@ -198,7 +198,7 @@ class MaskedAutoencoderViT(Encoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Selects the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
 
-        An override passes `noise` on, or its own.
+        An override passes `noise` on, or its own, which is infinite where `noise` is: for patches without valid pixels.
 
         Args:
             x: tokens (B, N, D).
@@ -359,8 +359,9 @@ class MaskedAutoencoderViT(Encoder):
                 f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
             )
         if valid is not None and noise is not None:
-            kept = ((patch_mask > 0) | noise.isfinite()).all()
-            torch._assert_async(kept, "random_masking leaves patches without valid pixels visible: keep infinite noise")
+            is_masked = ids_restore >= num_visible(ids_restore.shape[1], mask_ratio)
+            message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
+            torch._assert_async((is_masked | noise.isfinite()).all(), message)
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
         scored = self.extras_of("forward_loss", extras) | self.extras_of("target", extras)
         return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid), **scored), pred, patch_mask

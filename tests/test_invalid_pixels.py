@@ -1,5 +1,6 @@
 """Invalid pixels: --nodata, masks of a dataset object, --min_valid and --value_range, from files to losses."""
 
+import io
 import sys
 
 import forks
@@ -15,6 +16,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
+from examples.cross_decoder import CrossDecoder
 from inference.model import get_model
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from util.checkpoints import checkpoint
@@ -91,14 +93,15 @@ def test_a_range_maps_values_of_any_type(dtype):
 
 @pytest.mark.parametrize("data", [
     png(np.full((4, 4, 3), 4095), 16, 2), png(np.full((4, 2, 1), 0x35), 4, 0, size=(4, 4)), b"P5 2 1 15\n\x03\x0f",
-    b"P2\n2 1\n4095\n3 4095\n", saved(Image.new("1", (4, 4)), "TIFF"),
-], ids=["PNG 16", "PNG 4", "PGM 15", "PGM 4095", "TIFF 1"])  # fmt: skip
+    b"P2\n2 1\n4095\n3 4095\n", b"P6 1 1 65535\n" + bytes(6), b"P4 8 1\n\x0f", saved(Image.new("1", (4, 4)), "TIFF"),
+], ids=["PNG 16", "PNG 4", "PGM 15", "PGM 4095", "PPM 65535", "PBM", "TIFF 1"])  # fmt: skip
 def test_a_range_is_about_the_values_in_the_file(data):
     """Pillow scales them to 8 or 16 bits."""
-    decode(data, 3)
+    decode(data, 3, values=PixelValues("nan"))
     for values in (PixelValues(15), PixelValues(None, (0, 4095))):
-        with pytest.raises(BadImage, match="values in the file"):
-            decode(data, 3, values=values)
+        for given in (data, Image.open(io.BytesIO(data))):
+            with pytest.raises(BadImage, match="values in the file"):
+                decode(given, 3, values=values)
 
 
 def test_bytes_with_invalid_pixels_become_floats():
@@ -264,6 +267,9 @@ def test_masks_that_ignore_invalid_patches_are_an_error(cloudy):
                      decoder_depth=1, decoder_num_heads=2)  # fmt: skip
     with pytest.raises(RuntimeError, match="random_masking leaves patches without valid pixels visible"):
         model(images, valid=valid)
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 32, "decoder_num_heads": 2}
+    cross = CrossDecoder(img_size=16, patch_size=4, **shape, decoder_depth=1).train()
+    assert cross(images, valid=valid)[0].isfinite()  # its mask has the predicted patches only
 
 
 class Published(MaskedAutoencoderViT):

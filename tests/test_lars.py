@@ -38,3 +38,16 @@ def test_found_inf_skips_the_update():
     assert all(torch.equal(m, optimizer.state[w]["momentum"]) for m, w in zip(momenta, weights, strict=True))
     optimizer.found_inf = torch.tensor(0.0)
     assert not torch.equal(steps(optimizer, weights, 1)[0], before[0])
+
+
+def test_a_state_of_the_published_code_has_another_name():
+    before, after = parameters(), parameters()
+    optimizer, other = LARS(before, lr=0.1), LARS(after, lr=0.1)
+    steps(optimizer, before, 2)
+    state = optimizer.state_dict()
+    state["state"] = {number: {"mu": moments["momentum"].clone()} for number, moments in state["state"].items()}
+    other.load_state_dict(state)
+    for old, new in zip(before, after, strict=True):
+        new.data.copy_(old)
+    ours, theirs = (steps(one, weights, 1) for one, weights in ((optimizer, before), (other, after)))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -257,6 +257,17 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert sorted(warned) == ["--mask_ratio 0.75", "--mean 0.4"]
 
 
+def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
+    file = pretrain("first", epochs=1) / "checkpoint-0.pth"
+    state = checkpoint.read(file)
+    state["args"]["layer_norm_eps"] = 0.1  # of a foreign model; there is no flag
+    checkpoint.write(state, file)
+    out = pretrain("next", epochs=1, init_from=file)
+    file.unlink()
+    pretrain("next", epochs=2, init_from=file, resume="auto")
+    assert [checkpoint.read(out / f"checkpoint-{n}.pth")["args"]["layer_norm_eps"] for n in range(2)] == [0.1, 0.1]
+
+
 def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
     forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
 

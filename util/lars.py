@@ -37,6 +37,14 @@ class LARS(torch.optim.Optimizer):
             {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Loads a state. The published code names the momentum `mu`."""
+        state = {
+            number: {"momentum" if name == "mu" else name: value for name, value in moments.items()}
+            for number, moments in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state})
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""

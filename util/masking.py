@@ -206,7 +206,7 @@ def sampler(
         raise ValueError(f"--masking {masking}: give one of {', '.join(MASKING_CHOICES)}")
     if mask_ratio != GRID_RATIO:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; omit --mask_ratio"
+            f"--mask_ratio {mask_ratio:g}: --masking grid masks 3 of every 2x2 patches; give --mask_ratio {GRID_RATIO}"
         )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
@@ -218,7 +218,7 @@ def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Te
 
 def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_size: tuple[int, int]) -> None:
     if masking != "random":
-        raise ValueError(f"--mask_block {side} is for --masking random: omit --mask_block or --masking {masking}")
+        raise ValueError(f"--mask_block {side} is for --masking random: give --mask_block 1, or --masking random")
     if not any(length % side for length in grid_size):
         return
     sizes = [[round_to(length / side) * side * p for length, p in zip(grid_size, patch_size, strict=True)]

@@ -30,6 +30,16 @@ def chosen(output_dir: Path, resume: str) -> str:
     return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
+def resumes(output_dir: Path, resume: str) -> bool:
+    """Whether a run starts from a checkpoint. All processes call it."""
+
+    def on_rank_0() -> bool:
+        which = chosen(output_dir, resume)
+        return bool(checkpoint.newest_first(output_dir)) if which == "auto" else bool(which)
+
+    return dist.from_rank_0(on_rank_0)
+
+
 def _continues(output_dir: Path, resume: str) -> bool:
     """Whether a run continues the run in its directory: --resume auto, or the command that started it is repeated.
 

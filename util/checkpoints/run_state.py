@@ -37,7 +37,6 @@ FREE = {
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
 
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
-LARS_NAMES = {"mu": "momentum"}  # of the state of the published LARS
 
 ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
 
@@ -181,7 +180,11 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
     if changed:
         logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
     args = entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
-    args.precision = str(saved.get("precision", ""))  # it is no flag: with --amp auto, `trainer.start` uses it
+    # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
+    args.precision = str(saved.get("precision", ""))
+    if saved.get("layer_norm_eps"):
+        _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"], None)
+        args.layer_norm_eps = saved["layer_norm_eps"]
     return args
 
 
@@ -450,7 +453,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         return dist.placed_as(value, parameter) if is_moment else value
 
     state = {
-        number: {LARS_NAMES.get(name, name): place(value, parameters[number]) for name, value in moments.items()}
+        number: {name: place(value, parameters[number]) for name, value in moments.items()}
         for number, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})

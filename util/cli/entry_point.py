@@ -17,7 +17,7 @@ import yaml
 
 from util import dist
 from util.cli.advice import AdvisedError, arguments, did_you_mean
-from util.cli.flags import is_refused_in_recipes
+from util.cli.flags import is_refused_in_recipes, warn_without_crops
 from util.cli.user_code import import_object, name_of
 from util.files.untrusted import printable, recipe_problem
 from util.interrupts import Interrupted
@@ -163,10 +163,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
-    unused = sorted(args.explicit & {"crop_scale", "crop_ratio", "crop_pct"})
-    if unused and getattr(args, "crop", None) == "none":
-        flags = " and ".join(f"--{name}" for name in unused)
-        logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
+    warn_without_crops(args, args.explicit)
     return args
 
 

@@ -162,7 +162,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="number of decoder blocks (default: the model's)"),
     "norm_pix_loss": flag(MODEL, switch=False, help="normalize each target patch by its own mean and variance"),
     "init_from": flag(MODEL, default="", metavar="FILE",
-        help="start from the weights and the settings of images in this file, at epoch 0 (default: random weights)"),
+        help="start at epoch 0 from the weights and settings in this file (default: random weights)"),
     "finetune": flag(MODEL, default="", metavar="FILE|NAME",
         help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base "
         "(default: random weights)"),

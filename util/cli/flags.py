@@ -1,12 +1,15 @@
 """Types of flag values, with error messages for argparse."""
 
 import argparse
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 from util.cli.user_code import DATASET
+
+logger = logging.getLogger(__name__)
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
@@ -102,6 +105,14 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     refused = getattr(flag, "refused_in_recipes", None)
     return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
+
+
+def warn_without_crops(args: argparse.Namespace, explicit: Set[str]) -> None:
+    """Logs a warning for explicit flags about crops if there are no crops."""
+    unused = sorted(explicit & {"crop_scale", "crop_ratio", "crop_pct"})
+    if unused and getattr(args, "crop", None) == "none":
+        flags = " and ".join(f"--{name}" for name in unused)
+        logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
 
 
 def runs_code(dataset: str) -> bool:

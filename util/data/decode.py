@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
@@ -328,26 +328,28 @@ def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Pict
     _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
         raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
-    if values != AS_STORED and _is_rescaled(picture, data):
+    return _with_all_bits(picture, values, data)
+
+
+def is_rescaled(picture: Image.Image, data: bytes = b"") -> bool:
+    """Whether Pillow scales the values of a file to 8 or 16 bits. The picture is not decoded yet."""
+    if picture.mode in ("P", "PA", "F") or not picture.tile:
+        return False
+    codec, *_, arguments = picture.tile[0]
+    if codec in ("ppm", "ppm_plain"):
+        return arguments[1] != (65535 if picture.mode == "I" else 255)
+    if codec == "jpeg2k":
+        start = data.find(b"\xff\x4f\xff\x51")  # the codestream; 42 bytes later are the bits of the first channel
+        return start >= 0 and (data[start + 42] & 127) + 1 != (16 if picture.mode.startswith("I") else 8)
+    stored = str(arguments[0] if isinstance(arguments, tuple) else arguments)  # such as RGB;16B
+    return picture.mode == "1" or (not stored.startswith("I") and stored.partition(";")[2][:1].isdigit())
+
+
+def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"") -> Picture:
+    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits."""
+    if (values.value_range or values.nodata not in (None, "nan")) and is_rescaled(picture, data):
         raise BadImage("its values are scaled to 8 or 16 bits, and --value_range and --nodata are about the values in "
                        "the file; save it as .npy")  # fmt: skip
-    return _with_all_bits(picture, values)
-
-
-def _is_rescaled(picture: Image.Image, data: bytes) -> bool:
-    """Whether Pillow reads other values than a file has: reduced to 8 bits, or scaled to 8 or 16 bits."""
-    if picture.format == "PPM":
-        codec, *_, arguments = picture.tile[0]
-        return codec != "raw" and arguments[1] not in (255, 65535)
-    if picture.mode in ("P", "PA", "I", "F") or picture.mode.startswith("I;16"):
-        return False
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        return picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0] != 8
-    return picture.format == "PNG" and data[24] != 8  # the byte with the bits per channel
-
-
-def _with_all_bits(picture: Image.Image, values: PixelValues) -> Picture:
-    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
         if "transparency" in picture.info:  # one gray value

@@ -119,11 +119,16 @@ def all_facts(
             yield from batch
 
 
-def readable(source: Source, in_chans: int, num_workers: int, values: PixelValues = AS_STORED) -> Source:
+def readable(
+    source: Source, in_chans: int, num_workers: int, values: PixelValues = AS_STORED, total: int | None = None
+) -> Source:
     """Returns a dataset without the images that can't be read, and logs them. All processes call it.
 
+    Args:
+        total: number of images of which the source is a part. Default: those of the source.
+
     Raises:
-        BadImage: more than `loader.MAX_BAD_SHARE` of the images can't be read.
+        BadImage: more than `loader.MAX_BAD_SHARE` of `total` can't be read, or all images of the source.
     """
     own = list(range(dist.rank(), len(source), dist.world_size()))
     with preserve_generators():
@@ -133,7 +138,7 @@ def readable(source: Source, in_chans: int, num_workers: int, values: PixelValue
     bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
     for name, reason in bad.values():
         logger.warning(f"{name}: {reason}; it is excluded")
-    if len(bad) > MAX_BAD_SHARE * len(source):
+    if len(bad) > MAX_BAD_SHARE * (total or len(source)) or len(bad) == len(source):
         raise BadImage(
             f"{len(bad):,} of {len(source):,} images can't be read, more than {MAX_BAD_SHARE:.0%}; one of them: "
             f"{': '.join(bad[min(bad)])}"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from util.cli import entry_point, flags
 from util.cli.choices import DEFAULT_WORKERS
 from util.data.batches import up_to_cores
-from util.data.decode import BadImage, read
+from util.data.decode import BadImage, is_rescaled, read
 from util.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
 from util.data.sources import image_files
 from util.files import atomic, locks
@@ -70,7 +70,7 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
     picture = read(data, 3)
     if not isinstance(picture, Image.Image) or picture.mode not in SCALED or "transparency" in picture.info:
         return None
-    if data.startswith(PNG) and data[24] != 8:  # bits per channel
+    if is_rescaled(picture):
         return None
     if min(picture.size) <= short_side or getattr(picture, "n_frames", 1) > 1:
         picture.load()  # raises if the file can't be read

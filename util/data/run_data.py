@@ -85,16 +85,20 @@ class RunData:
         self.suggest_statistics(train)
         if holds_out:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
-            val = self.readable(val)
+            val = self.readable(val, len(train) + len(val))
         if reads_in_order:
             train = self.readable(train)
         return train, val
 
-    def readable(self, source: Source) -> Source:
-        """Returns a dataset; with `on_bad_image` "skip", without the images that can't be read."""
+    def readable(self, source: Source, total: int | None = None) -> Source:
+        """Returns a dataset; with `on_bad_image` "skip", without the images that can't be read.
+
+        Args:
+            total: as in `image_facts.readable`.
+        """
         if self.data.on_bad_image != "skip":
             return source
-        return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values)
+        return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values, total)
 
     def open_val(self) -> Source:
         """Opens the validation set; with `val_fraction`, the held-out training images."""

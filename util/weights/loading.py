@@ -39,7 +39,8 @@ def init_mae(model: Any, file: Weights) -> None:
             f"{file.source} is a {file.kind}: give the weights of an autoencoder or of an encoder, such as those from "
             f"which it was trained"
         )
-    if (name := file.settings.get("model_class")) and re.split("[.:]", name)[-1] != type(model).__name__:
+    name, own = file.settings.get("model_class"), {kind.__name__ for kind in type(model).__mro__}
+    if name and re.split("[.:]", name)[-1] not in own:
         logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
     ours, weights = model.state_dict(), _known(file, model)
     may_lack = _added(ours.keys() - weights.keys())

@@ -7,7 +7,7 @@ from typing import Any
 
 from util import settings
 from util.cli import advice, entry_point
-from util.cli.flags import runs_code
+from util.cli.flags import runs_code, warn_without_crops
 from util.data import transforms
 from util.weights import reading
 
@@ -61,6 +61,8 @@ def with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[s
     }
     if changed:
         logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
+    if "crop" in changed:
+        warn_without_crops(Namespace(**taken), entry_point.explicit(args))
     args = entry_point.changed(args, taken)
     if not trains and "crop_pct" in args and args.crop_pct is None:
         args.crop_pct = reading.crop_pct_of_earlier_version(file, args.input_size)
