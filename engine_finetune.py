@@ -15,6 +15,7 @@ from util.data.batches import Batch, to_device
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
+from util.evaluation.robustness import synsets
 from util.evaluation.tasks import Classification, TargetEvaluation
 from util.training import feature_files, loop
 from util.training.precision import Precision
@@ -175,6 +176,12 @@ def load_for_evaluation(
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
+    elif names and val.classes != synsets():
+        ours, theirs = next(pair for pair in zip(val.classes, names, strict=True) if pair[0] != pair[1])
+        logger.warning(
+            f"{file.source} has other names of classes: its labels are taken in the order of the validation set, such "
+            f"as {theirs!r} for {ours!r}"
+        )
     model = build(*settings.specs({**flags, "nb_classes": num_classes}))
     loading.load_classifier(model, file)
     extras.require_fitting(model, val)

@@ -167,6 +167,11 @@ def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mappi
     classes, colors = recorded.get("classes") or [], recorded.get("colors")
     if args.palette:
         palette = read_palette(Path(args.palette))
+        if classes not in ([], palette.names) and classes != [str(number) for number in range(len(classes))]:
+            raise ValueError(
+                f"--palette {args.palette} has the classes {', '.join(palette.names)}: give them the names and the "
+                f"order of the model: {', '.join(classes)}"
+            )
         classes, colors = palette.names, [value for color in palette.colors for value in color]
     elif not classes and (args.dataset or "").startswith("VOCSegmentation"):
         classes = list(VOC)

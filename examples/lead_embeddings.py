@@ -23,5 +23,8 @@ class LeadEmbeddings(Encoder):
         self.lead_embed = nn.Parameter(torch.empty(leads, 1, width).normal_(std=0.02))
 
     def tokenize(self, imgs: Tensor) -> Tensor:  # type: ignore[override]
-        leads = super().tokenize(imgs).unflatten(1, (len(self.lead_embed), -1))  # (B, leads, columns, D)
+        rows = self.patch_embed.grid_of(*imgs.shape[-2:])[0]
+        if rows != len(self.lead_embed):
+            raise ValueError(f"the images have {rows} leads, and the model {len(self.lead_embed)}")
+        leads = super().tokenize(imgs).unflatten(1, (rows, -1))  # (B, leads, columns, D)
         return (leads + self.lead_embed).flatten(1, 2)

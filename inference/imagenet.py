@@ -65,7 +65,7 @@ def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetCl
     model = get_model(name, pretrained=True, **settings)
     if model.in_chans != 3:
         raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the images of the suites have 3 channels")
-    classes = model.settings.get("classes")
+    classes = model.settings.get("classes") or model.settings.get("label_names")
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
     recorded: dict[str, Any] = {

@@ -19,6 +19,7 @@ from util.weights.reading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
+TIMM_EPS = 1e-6
 FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
 GRAY = (  # classifiers of gray images; pipeline("image-classification") raises an error
     "the pipelines of transformers convert images to RGB, and this model has one channel; use processor and model: "
@@ -68,6 +69,9 @@ def write_timm(model: Model, out: Path) -> None:
     """Writes a folder from which timm rebuilds the model, or with a suffix a file of the weights only."""
     classifier = model if isinstance(model, Classifier) else encoder_of(model)
     _log_of_pixels(model, "timm")
+    eps: Any = classifier.blocks[0].norm1.eps
+    if eps != TIMM_EPS:
+        logger.warning(f"timm's LayerNorm has eps {TIMM_EPS:g}, and that of this model {eps:g}")
     settings = settings_of(classifier) | {"probe": False}
     state = _contiguous(plain_head(classifier))
     if classifier.num_prefix_tokens > 1:  # without pooling of tokens, class tokens and register tokens are the same

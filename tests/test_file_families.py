@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -153,6 +154,9 @@ def test_arguments_of_timm_that_our_models_do_not_have(arguments, message, imgs,
         with pytest.raises(CheckpointError, match=message):
             get_model(tmp_path)
         return
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 8, 8]  # as in folders of earlier versions, which changed img_size only
+    (tmp_path / "config.json").write_text(json.dumps(config))
     ours = get_model(tmp_path)
     assert ours.classes == ["ant", "bee"]
     assert_same(ours(imgs), theirs(imgs))
@@ -261,6 +265,35 @@ def test_one_notice_of_what_a_file_without_settings_does_not_show(layout, tmp_pa
     assert len(notices) == (layout not in ("model.pth", "args.pth"))
     for assumed in ("heads", "GELU", "fc_norm", "class token", "RGB", "mean"):
         assert all(assumed in notice for notice in notices)
+
+
+def test_a_file_with_settings_but_without_mean_and_std_is_named(tmp_path, caplog):
+    """Models of timm and transformers have others than ImageNet's by default."""
+    args = argparse.Namespace(model="vit_mini", mean=None, std=None, crop_pct=None)
+    torch.save({"state_dict": of_timm().state_dict(), "args": args}, tmp_path / "run.pth")
+    saved(tmp_path / "folder", ViTConfig(**MINI, **NAMES))  # without an image processor
+    for name in ("run.pth", "folder"):
+        caplog.clear()
+        loading.read(tmp_path / name)
+        (notice,) = [record.message for record in caplog.records]
+        assert f"{name} records no mean and std" in notice
+
+
+def test_heads_of_other_tasks(imgs, tmp_path):
+    theirs = saved(tmp_path / "tags", ViTConfig(**MINI, **NAMES, problem_type="multi_label_classification"))
+    ours = get_model(tmp_path / "tags")
+    found = [one["pred_scores"] for one in ours.predict(list(imgs))]
+    assert_same(torch.tensor(np.array(found)), theirs(imgs).logits.sigmoid())
+    saved(tmp_path / "number", ViTConfig(**MINI, num_labels=1, problem_type="regression"))
+    with pytest.raises(CheckpointError, match="problem_type is regression"):
+        get_model(tmp_path / "number")
+
+
+def test_labels_in_the_order_of_the_folders_are_named(labelled, tmp_path, capsys):
+    labels = {"id2label": {n: f"name{n}" for n in range(6)}, "label2id": {f"name{n}": n for n in range(6)}}
+    saved(tmp_path, ViTConfig(**MINI, **labels))
+    call(main_finetune, data_path=labelled, num_workers=0, device="cpu", eval=True, resume=tmp_path)
+    assert "order of the validation set, such as 'name0' for 'kind0'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run", [{"gp": "avgmax"}, {"gp": None, "model_kwargs": {"act_layer": "quick_gelu"}},

@@ -455,6 +455,7 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
          r"5 labels, b \(k-NN\) .* 72.0 %, 2.0 points \(one draw.*\) above a \(k-NN\).* 9 labels, a .* 1.0 %"),
         ([*results("a", [72.0]), Result("a", "linear probe", 100, 0, 71.0, "", 1.0, ""), *results("b", [69.0])],
          r"a \(k-NN\) .* 72.0 %, 3.0 points .* above b \(k-NN\)"),
+        ([*results("a", [float("nan")]), *results("b", [69.0])], r"100 labels, b \(k-NN\) .* 69.0 %"),
     ):  # fmt: skip
         assert re.search(said, comparison.conclusion(comparison.cells_of(found)))
 

@@ -302,6 +302,7 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     for number, (settings, message) in enumerate((
         ({"nb_classes": 2, "classes": other}, "has 2 classes; .* the 1000 classes of ImageNet-1K"),
         ({"nb_classes": 1000, "classes": renamed}, "not trained on .* ImageNet-1K.* kind0, and not n01440764"),
+        ({"nb_classes": 1000, "label_names": order}, "another order of them"),
         ({"nb_classes": 1000, "classes": order}, "another order of them: its first class is Afghan hound.*or tench"),
         ({"nb_classes": 0}, "is not a classifier"), ({"in_chans": 1}, "in_chans 1, .*3 channels"),
     )):  # fmt: skip

@@ -191,6 +191,10 @@ def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
     scores = segment("nothing", eval=True, resume=out / "checkpoint-0.pth", data_path=root, nb_classes=None)
     assert scores.miou == lines(out)[-1]["test_miou"]
     assert scores.matrix.sum() == 5 * (24 * 30 - 4)
+    (tmp_path / "other.txt").write_text("4 5 6 sea\n1 2 3 sky\n7 8 9 sand\n")
+    with pytest.raises(ValueError, match="order of the model: sky, sea, sand"):
+        segment("nothing", eval=True, resume=out / "checkpoint-0.pth", data_path=root, nb_classes=None,
+                palette=tmp_path / "other.txt")  # fmt: skip
 
 
 def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):

@@ -230,6 +230,13 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
         maps.dense(model, images)
 
 
+def test_leads_of_other_images_are_an_error():
+    model = get_model("vit_mini_patch4", input_size=[16, 24], nb_classes=0, encoder=LeadEmbeddings)
+    assert model.extract_feat(torch.rand(1, 3, 16, 32)).shape == (1, 128)
+    with pytest.raises(ValueError, match="the images have 2 leads, and the model 4"):
+        model.extract_feat(torch.rand(1, 3, 8, 24))
+
+
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
     with pytest.raises(ValueError, match=r"--model_args scale: .*--encoder has an argument of this name"):

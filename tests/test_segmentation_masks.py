@@ -10,8 +10,8 @@ import torch
 import torchvision
 from PIL import Image
 from segments import LAYOUTS, make_scenes
+from test_decode import npy, saved
 from test_decode import png as raw_png
-from test_decode import saved
 
 from util.data import joint_transforms
 from util.data.decode import BadImage
@@ -95,6 +95,7 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
     (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
     (b"no image", "not an image of a known format"),
+    (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "it has 3 channels: give masks of one channel"),
     (saved(np.array([[1, 2]], dtype=np.uint16), "PNG"), "neither an indexed nor a gray"),
     # The largest value of 2 bits is 3 for some programs, and 255 for others.
     (saved(np.array([[True, False]]), "PPM"), "8 bits"),

@@ -122,6 +122,8 @@ class MaskFormat:
             raise BadImage(printable(" ".join(str(error).split()))) from error
         if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
             return self._of_colors(np.asarray(picture.convert("RGB")))
+        if isinstance(picture, Tensor) and len(picture) > 1:
+            raise BadImage(f"it has {len(picture)} channels: give masks of one channel, with the indices of classes")
         values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
         if values.dtype == bool and self.num_classes == 2 and not self.reduce_zero_label:
             values = values.astype(np.uint8)  # the usual format of two classes

@@ -64,8 +64,9 @@ class Cell(NamedTuple):
 
     @property
     def rank(self) -> float:
-        """Higher values are better."""
-        return -self.mean if self.metric in LOWER_IS_BETTER else self.mean
+        """Higher values are better, and NaN is the worst."""
+        rank = -self.mean if self.metric in LOWER_IS_BETTER else self.mean
+        return -math.inf if math.isnan(rank) else rank
 
     def format(self, value: float) -> str:
         """Formats a value of the metric."""

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from util.cli.choices import MULTILABEL
 from util.files.untrusted import read_file
+from util.pos_embed import to_pair
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
              "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
              "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip
     settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    if config.get("problem_type") == "regression":
+        raise ValueError("problem_type is regression, and only classification is supported")
+    if config.get("problem_type") == "multi_label_classification":
+        settings["task"] = MULTILABEL
     labels = config.get("id2label") or {}
     if labels and labels.get("0") != "LABEL_0":  # transformers writes LABEL_0 for classes without names
         settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
@@ -121,7 +127,8 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_timm_arguments(config.get("model_args", {}))
     pretrained = config["pretrained_cfg"]
     channels, *size = pretrained["input_size"]
-    settings = {"in_chans": channels, "input_size": side_or_sides(size)}
+    size = config.get("model_args", {}).get("img_size") or size  # earlier versions of timm did not change input_size
+    settings = {"in_chans": channels, "input_size": side_or_sides(to_pair(size))}
     settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
     settings |= {name: value for name, value in config.get("model_args", {}).items() if name == "num_heads"}
     if pretrained.get("crop_mode") == "squash":
@@ -213,6 +220,8 @@ def _of_mmpretrain_model(model: Mapping[str, Any]) -> dict[str, Any]:
         settings["num_heads"] = arch["num_heads"]
     if eps is not None:
         settings["layer_norm_eps"] = eps
+    if "MultiLabel" in str(head.get("type")):
+        settings["task"] = MULTILABEL
     if model.get("type") == "MAE":
         settings["norm_pix_loss"] = bool(head.get("norm_pix", False))
         if eps != neck_eps:

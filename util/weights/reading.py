@@ -34,7 +34,14 @@ logger = logging.getLogger(__name__)
 MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 CONFIG = "config.json"  # of a folder of transformers or timm
-BARE = "bare"  # entry in the settings of a file that records none
+BARE = "bare"  # entry in the settings of a file of another library: what it does not record, a key of ASSUMED
+PIXELS = "mean and std"
+ASSUMED = {
+    "settings": "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean "
+    "of the patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A "
+    f"folder with {CONFIG} records them",
+    PIXELS: "ImageNet's. --mean, --std and --crop_pct replace the assumed preprocessing",
+}
 # Tensors of models that this library does not have, as patterns of their names.
 UNSUPPORTED = {
     r"patch_embed\.0\.proj\.weight": "a patch projection for each group of channels",
@@ -102,7 +109,7 @@ def read(name: Path | str) -> Weights:
     content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     if settings.get(BARE) and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
         content, settings = _read_folder(path.parent, path)
-    records_nothing = settings.pop(BARE, False)
+    missing = settings.pop(BARE, None)
     try:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
@@ -128,12 +135,8 @@ def read(name: Path | str) -> Weights:
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    if records_nothing and path == Path(name):  # the settings of published files are known
-        warn_once(
-            f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
-            f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
-            f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
-        )
+    if missing and path == Path(name):  # the settings of published files are known
+        warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
 
 
@@ -185,7 +188,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 if not isinstance(settings, dict):
                     raise ValueError(f"its settings are {settings!r}")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, settings or {BARE: True}
+                return tensors, settings or {BARE: "settings"}
         except Exception as error:
             raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     state = checkpoint.read(path)
@@ -203,8 +206,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     # Files with "model" have the layout of the published code, whose models this library has.
-    is_bare = not settings.keys() - {"label_names"} and not isinstance(state.get("model"), dict)
-    return tensors, {**settings, **({BARE: True} if is_bare else {})}
+    is_foreign, is_bare = not isinstance(state.get("model"), dict), not settings.keys() - {"label_names"}
+    missing = "settings" if is_bare else PIXELS if settings.get("mean") is None else None
+    return tensors, {**settings, **({BARE: missing} if is_foreign and missing else {})}
 
 
 def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -236,7 +240,7 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
     for file in files:
         tensors, own = _read_file(file)
         content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
-    return content, recorded
+    return content, {**recorded, **({} if recorded.get("mean") else {BARE: PIXELS})}
 
 
 def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
