@@ -171,7 +171,8 @@ def load_for_evaluation(
     if task != CLASSIFICATION:
         val = labels.counted_as(val, classes or (), task)
         if task == REGRESSION:
-            val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
+            mean, std = (file.settings.get(name, 0.0) for name in ("target_mean", "target_std"))
+            val = labels.standardized(val, mean, std)
     elif classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:

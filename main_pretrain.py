@@ -144,7 +144,7 @@ def build_model(
     encoder: type[Encoder] | None,
     precision: Precision,
 ) -> tuple[Namespace, models_mae.MaskedAutoencoderViT, dict[str, Any]]:
-    """Builds the model of a run, sharded with --fsdp, with the weights and the settings of --init_from.
+    """Builds the model of a run, sharded with --fsdp, with the weights and settings of --init_from unless it resumes.
 
     Returns:
         The settings of the run, the model, and the settings that checkpoints record.
@@ -156,8 +156,8 @@ def build_model(
     if args.model_class and is_base:  # recorded by the run that is resumed
         remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
         raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
-    starts = args.init_from and not run_directory.resumes(Path(args.output_dir), args.resume)
-    file = loading.read(args.init_from) if starts else None
+    resumes = dist.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
+    file = loading.read(args.init_from) if args.init_from and not resumes else None
     if file:
         args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
     settings = vars(args)

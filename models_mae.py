@@ -359,7 +359,7 @@ class MaskedAutoencoderViT(Encoder):
                 f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
             )
         if valid is not None and noise is not None:
-            is_masked = ids_restore >= num_visible(ids_restore.shape[1], mask_ratio)
+            is_masked = ids_restore >= self.patch_tokens(latent).shape[1]
             message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
             torch._assert_async((is_masked | noise.isfinite()).all(), message)
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))

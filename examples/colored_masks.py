@@ -47,8 +47,9 @@ class ColoredMasks(MaskedAutoencoderViT):
     ) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
         excluded = noise.isinf()  # patches without valid pixels
-        if not noise.masked_fill(excluded, 0).frac().any():
-            raise ValueError("ColoredMasks draws its own masks: give --masking random, --mask_block 1, and no mask")
+        is_uniform = noise.masked_fill(excluded, 0).frac().any()
+        message = "ColoredMasks draws its own masks: give --masking random, --mask_block 1, and no mask"
+        torch._assert_async(is_uniform, message)  # which can be compiled
         sigma, subtracted = SIGMAS[self.color]
         image = torch.erfinv((2 * noise - 1).clamp(-0.999, 0.999)).unflatten(1, self.grid_size).unsqueeze(1)  # Gaussian
         filtered = blurred(image, sigma) - (blurred(image, subtracted) if subtracted else 0)

@@ -69,9 +69,9 @@ def write_timm(model: Model, out: Path) -> None:
     """Writes a folder from which timm rebuilds the model, or with a suffix a file of the weights only."""
     classifier = model if isinstance(model, Classifier) else encoder_of(model)
     _log_of_pixels(model, "timm")
-    eps: Any = classifier.blocks[0].norm1.eps
-    if eps != TIMM_EPS:
-        logger.warning(f"timm's LayerNorm has eps {TIMM_EPS:g}, and that of this model {eps:g}")
+    block: Any = classifier.blocks[0]
+    if (eps := block.norm1.eps) != TIMM_EPS:
+        logger.warning(f"timm's LayerNorm has eps {TIMM_EPS:g}, and the model has {eps:g}")
     settings = settings_of(classifier) | {"probe": False}
     state = _contiguous(plain_head(classifier))
     if classifier.num_prefix_tokens > 1:  # without pooling of tokens, class tokens and register tokens are the same

@@ -173,7 +173,7 @@ def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape(
     valid[:, :8] = False
     mask = model(imgs, valid=valid)[2].view(8, 2, 8)
     assert mask[:, 0].all() and len(mask[:, 1].unique(dim=0)) > 1
-    with pytest.raises(ValueError, match="give --masking random, --mask_block 1"):
+    with pytest.raises(RuntimeError, match="give --masking random, --mask_block 1"):
         model(imgs, noise=torch.arange(16.0).expand(8, 16))
 
 

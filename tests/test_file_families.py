@@ -285,8 +285,9 @@ def test_heads_of_other_tasks(imgs, tmp_path):
     found = [one["pred_scores"] for one in ours.predict(list(imgs))]
     assert_same(torch.tensor(np.array(found)), theirs(imgs).logits.sigmoid())
     saved(tmp_path / "number", ViTConfig(**MINI, num_labels=1, problem_type="regression"))
-    with pytest.raises(CheckpointError, match="problem_type is regression"):
+    with pytest.raises(CheckpointError, match="predicts numbers, and does not record their mean and std"):
         get_model(tmp_path / "number")
+    assert get_model(tmp_path / "number", nb_classes=0)(imgs).shape == (len(imgs), 128)
 
 
 def test_labels_in_the_order_of_the_folders_are_named(labelled, tmp_path, capsys):

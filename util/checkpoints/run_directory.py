@@ -30,14 +30,12 @@ def chosen(output_dir: Path, resume: str) -> str:
     return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
-def resumes(output_dir: Path, resume: str) -> bool:
-    """Whether a run starts from a checkpoint. All processes call it."""
-
-    def on_rank_0() -> bool:
-        which = chosen(output_dir, resume)
-        return bool(checkpoint.newest_first(output_dir)) if which == "auto" else bool(which)
-
-    return dist.from_rank_0(on_rank_0)
+def source(output_dir: Path, resume: str) -> Path | None:
+    """Returns the checkpoint from which a run starts; None: it starts anew."""
+    which = chosen(output_dir, resume)
+    if which == "auto":
+        return next(iter(checkpoint.newest_first(output_dir)), None)
+    return Path(which) if which else None
 
 
 def _continues(output_dir: Path, resume: str) -> bool:

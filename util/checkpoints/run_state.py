@@ -190,8 +190,7 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
     """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
-    which = run_directory.chosen(output_dir, resume)
-    file = next(iter(checkpoint.newest_first(output_dir)), None) if which == "auto" else which and Path(which)
+    which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
     if not file:
         return None
     checkpoint.refuse_run_directory(file)

@@ -332,21 +332,30 @@ def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Pict
 
 
 def is_rescaled(picture: Image.Image, data: bytes = b"") -> bool:
-    """Whether Pillow scales the values of a file to 8 or 16 bits. The picture is not decoded yet."""
-    if picture.mode in ("P", "PA", "F") or not picture.tile:
+    """Whether Pillow scales the values of a file to 8 or 16 bits. False if the picture has been decoded before."""
+    tiles = getattr(picture, "tile", None)  # of a file that is not decoded yet
+    if picture.mode in ("P", "PA", "F") or not tiles:
         return False
-    codec, *_, arguments = picture.tile[0]
+    codec, *_, arguments = tiles[0]
     if codec in ("ppm", "ppm_plain"):
         return arguments[1] != (65535 if picture.mode == "I" else 255)
     if codec == "jpeg2k":
         start = data.find(b"\xff\x4f\xff\x51")  # the codestream; 42 bytes later are the bits of the first channel
         return start >= 0 and (data[start + 42] & 127) + 1 != (16 if picture.mode.startswith("I") else 8)
     stored = str(arguments[0] if isinstance(arguments, tuple) else arguments)  # such as RGB;16B
-    return picture.mode == "1" or (not stored.startswith("I") and stored.partition(";")[2][:1].isdigit())
+    has_bits = not stored.startswith("I") and stored.partition(";")[2][:1].isdigit()
+    return has_bits or picture.mode == "1" or picture.format == "AVIF"  # AVIF may have 10 or 12 bits
 
 
 def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"") -> Picture:
-    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits."""
+    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits.
+
+    Args:
+        data: the bytes of its file, if they are known.
+
+    Raises:
+        BadImage: Pillow scales the values that `values` is about, or their range is unknown.
+    """
     if (values.value_range or values.nodata not in (None, "nan")) and is_rescaled(picture, data):
         raise BadImage("its values are scaled to 8 or 16 bits, and --value_range and --nodata are about the values in "
                        "the file; save it as .npy")  # fmt: skip

@@ -73,7 +73,7 @@ class RunData:
 
         Raises:
             ValueError: a set can't be opened or has no labels, or their classes differ.
-            BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
+            BadImage: more than `loader.MAX_BAD_SHARE` of the training images, or all held-out images, can't be read.
         """
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
@@ -83,7 +83,7 @@ class RunData:
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
         self.suggest_statistics(train)
-        if holds_out:
+        if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
             val = self.readable(val, len(train) + len(val))
         if reads_in_order:

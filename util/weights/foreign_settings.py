@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.cli.choices import MULTILABEL
+from util.cli.choices import MULTILABEL, REGRESSION
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
 
@@ -59,10 +59,9 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
              "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
              "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip
     settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    if config.get("problem_type") == "regression":
-        raise ValueError("problem_type is regression, and only classification is supported")
-    if config.get("problem_type") == "multi_label_classification":
-        settings["task"] = MULTILABEL
+    tasks = {"regression": REGRESSION, "multi_label_classification": MULTILABEL}
+    if config.get("problem_type") in tasks:
+        settings["task"] = tasks[config["problem_type"]]
     labels = config.get("id2label") or {}
     if labels and labels.get("0") != "LABEL_0":  # transformers writes LABEL_0 for classes without names
         settings["label_names"] = [labels[str(number)] for number in range(len(labels))]

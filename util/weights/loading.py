@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
-from util.cli.choices import CLASSIFICATION
+from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
 from util.weights.reading import Weights, read, some
@@ -150,9 +150,11 @@ def load_classifier(model: Any, file: Weights) -> None:
     """Loads all weights of a classifier. The position table is interpolated to the patch grid of the model.
 
     Raises:
-        CheckpointError: the file has another architecture or several heads.
+        CheckpointError: the file has another architecture or several heads, or the scale of its outputs is unknown.
     """
     _require_one_head(file)
+    if file.settings.get("task") == REGRESSION and "target_mean" not in file.settings:
+        raise CheckpointError(f"{file.source} predicts numbers, and does not record their mean and std: train a head")
     weights = dict(file.tensors)
     patches = _fit_positions(file, weights, model)
     _require(file, model, weights)

@@ -40,7 +40,7 @@ ASSUMED = {
     "settings": "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean "
     "of the patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A "
     f"folder with {CONFIG} records them",
-    PIXELS: "ImageNet's. --mean, --std and --crop_pct replace the assumed preprocessing",
+    PIXELS: "ImageNet's. A folder with preprocessor_config.json records them, or give mean and std",
 }
 # Tensors of models that this library does not have, as patterns of their names.
 UNSUPPORTED = {
@@ -240,7 +240,7 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
     for file in files:
         tensors, own = _read_file(file)
         content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
-    return content, {**recorded, **({} if recorded.get("mean") else {BARE: PIXELS})}
+    return content, {**recorded, **({} if recorded.get("mean") or "model" in recorded else {BARE: PIXELS})}
 
 
 def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
