@@ -89,7 +89,8 @@ class Progress:
         Raises:
             CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
         """
-        saved, factors = state.get("progress"), [_args_of(state).get(name) for name in BATCH_FACTORS]
+        saved = state.get("progress")
+        factors: list[Any] = [_args_of(state).get(name) for name in BATCH_FACTORS]
         published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
         batch = saved["effective_batch_size"] if saved else published
         if batch not in (None, self.effective_batch_size):
