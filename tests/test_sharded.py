@@ -174,7 +174,10 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
         run = forks.Forks("main_pretrain.py", command, tmp_path / f"{signum}.output", 2)
         wait_until(lambda epochs=epochs: (out / "log.txt").exists() and len(lines(out)) >= epochs)
         run.signal(signum)
-        assert run.wait(60) == [code, code]
+        # A process may see that the other one was killed, before the signal reaches it.
+        allowed = {code, 1} if signum == signal.SIGKILL else {code}
+        codes = run.wait(60)
+        assert code in codes and {*codes} <= allowed
     newest = checkpoint.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
