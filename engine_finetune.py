@@ -170,9 +170,8 @@ def load_for_evaluation(
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
     if task != CLASSIFICATION:
         val = labels.counted_as(val, classes or (), task)
-        if task == REGRESSION:
-            mean, std = (file.settings.get(name, 0.0) for name in ("target_mean", "target_std"))
-            val = labels.standardized(val, mean, std)
+        if task == REGRESSION and "target_mean" in file.settings:  # else `load_classifier` raises the error
+            val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
     elif classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
