@@ -409,9 +409,9 @@ def test_the_page_fits_and_is_accessible(visit, axe, clothes_address, scheme, wi
             page.get_by_role("button", name="chelsea").click()
             settled(page, "72 of 96 patches are masked")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        page.wait_for_function("document.querySelector('canvas')?.clientWidth > 150")  # it is laid out after the text
-        boxes = [page.locator("canvas").bounding_box(), image(page, PANELS[-1]).bounding_box()]
-        assert min(box["width"] for box in boxes) > 150
+        shown = [page.locator("canvas"), image(page, PANELS[-1])]  # laid out after the text
+        wait_until(lambda: all((one.bounding_box() or {"width": 0})["width"] > 150 for one in shown), seconds=20)
+        boxes = [one.bounding_box() for one in shown]
         top, bottom = min(box["y"] for box in boxes), max(box["y"] + box["height"] for box in boxes)
         assert bottom - top < page.viewport_size["height"]  # the mask and the result are on one screen
         for tab in ("Reconstruct", "Attention and features"):
