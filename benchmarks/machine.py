@@ -57,11 +57,17 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Returns the name of the processor, such as "AMD EPYC", or "Intel Xeon, AMX" with the matrix unit of Intel."""
+    """Returns the name of the processor and its generation, such as "AMD EPYC, Zen 4" or "Intel Xeon, AMX".
+
+    Generations differ in speed, and a virtual machine hides the model.
+    """
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
+    facts = dict(re.findall(r"^(model name|cpu family|flags)\s*: (.*)$", text, re.MULTILINE))
     name = facts.get("model name", platform.machine()).replace("(R)", "").removesuffix(" Processor")
-    return name + ", AMX" * ("amx_bf16" in facts.get("flags", ""))
+    units = facts.get("flags", "").split()
+    if name.startswith("AMD") and "avx512_bf16" in units:
+        return name + (", Zen 5" if facts["cpu family"] == "26" else ", Zen 4")
+    return name + ", AMX" * ("amx_bf16" in units)
 
 
 def write(
