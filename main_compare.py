@@ -26,7 +26,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -175,7 +174,7 @@ def _compare(args: Namespace, out: Path) -> str:
     begin, results = time.perf_counter(), list[tuple[int, Result]]()
     chosen = [partial(runs.choose, task) for task in trained if not task.draw]
     for number, _ in enumerate(runs.commands.each(chosen), start=1):
-        left = _duration((time.perf_counter() - begin) / number * (len(chosen) - number))
+        left = run_log.duration((time.perf_counter() - begin) / number * (len(chosen) - number))
         logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen (about {left} left for these)")
     seconds: dict[str, float] = {}
     try:
@@ -185,7 +184,7 @@ def _compare(args: Namespace, out: Path) -> str:
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.text} ({result.seconds:.0f} s; about "
-                f"{_duration(seconds_left(tasks, seconds) / args.jobs)} left)"
+                f"{run_log.duration(seconds_left(tasks, seconds) / args.jobs)} left)"
             )
     finally:
         if results:
@@ -228,10 +227,6 @@ def seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
         return same or mean(lambda other: other.protocol == task.protocol) or mean(lambda other: True) or 0.0
 
     return sum(expected(task) for task in tasks if task.name not in seconds)
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def _directory(name: str) -> str:

@@ -105,11 +105,6 @@ def table() -> str:
     return markdown(titles, rows)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 if __name__ == "__main__":
-    get_args_parser().parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(table())

@@ -161,7 +161,7 @@ class RunLog(NullLog):
             self.flush()
         if not self.bar.disable:
             self.bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {_duration(left)}",
+                f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {duration(left)}",
                 False,
             )
             self.bar.update(iterations * self.images_per_iteration - self.bar.n)
@@ -170,7 +170,7 @@ class RunLog(NullLog):
             logger.info(
                 f"epoch {self.epoch} [{iterations:>{len(str(total))}}/{total}]  loss {loss:.4f}  lr {lr:.2e}  "
                 f"grad {grad_norm:.3g}  {rate:,.0f} images/s  "
-                f"data loading {watch.loading_share:.0%}  left {_duration(left)}"
+                f"data loading {watch.loading_share:.0%}  left {duration(left)}"
             )
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ class RunLog(NullLog):
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
-            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {loss:.4f}, "
+            f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, "
             f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}"
         )
 
@@ -256,7 +256,8 @@ def _drop_lines_from(path: Path, first_epoch: int) -> None:
     atomic.write_text(path, "".join(lines))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
