@@ -410,7 +410,9 @@ def test_the_page_fits_and_is_accessible(visit, axe, clothes_address, scheme, wi
             settled(page, "72 of 96 patches are masked")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         shown = [page.locator("canvas"), image(page, PANELS[-1])]  # laid out after the text
-        wait_until(lambda: all((one.bounding_box() or {"width": 0})["width"] > 150 for one in shown), seconds=20)
+        wait_until(
+            lambda shown=shown: all((one.bounding_box() or {"width": 0})["width"] > 150 for one in shown), seconds=20
+        )
         boxes = [one.bounding_box() for one in shown]
         top, bottom = min(box["y"] for box in boxes), max(box["y"] + box["height"] for box in boxes)
         assert bottom - top < page.viewport_size["height"]  # the mask and the result are on one screen
