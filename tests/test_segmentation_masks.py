@@ -74,10 +74,12 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
 
 
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
-    """A mask of one such color has ignored pixels only."""
+    """Pixels of a single such color are ignored."""
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
     with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
         of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
+    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
+        of_colors.decode(png([[[200, 0, 0], [1, 2, 3], [4, 5, 6]]]))
     assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
     assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
 

@@ -163,10 +163,10 @@ class MaskFormat:
             raise BadImage("it is a color image: give --palette with the colors of the classes")
         values = pixels @ RGB_WEIGHTS
         classes = self._class_of_color[values]
-        # A single color may mark ignored pixels. Several colors belong to a different palette.
-        if (classes == IGNORED).all() and (values != values.flat[0]).any():
-            color = " ".join(map(str, pixels[0, 0]))
-            raise BadImage(f"none of its colors, such as {color}, is in the palette: correct --palette")
+        unknown = classes == IGNORED  # a single color may mark ignored pixels
+        if np.unique(values[unknown]).size > 1:
+            color = " ".join(map(str, pixels[unknown][0]))
+            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct --palette")
         return torch.from_numpy(classes)
 
     def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -371,13 +371,10 @@ def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Fi
             raise ValueError(f"--{split}_folders: there are no images in {folder}")
     images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
     of_images, of_masks = (
-        _by_key(((_stem(name), index) for index, name in enumerate(one.names)), one, split) for one in (images, masks)
+        _by_key(((name.rpartition(".")[0], index) for index, name in enumerate(one.names)), one, split)
+        for one in (images, masks)
     )
     return images, masks, _matched(of_images, of_masks, images, f"in {masks_folder}", split)
-
-
-def _stem(name: str) -> str:
-    return name[: name.rindex(".")]
 
 
 def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -392,7 +389,9 @@ def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict
         kinds = [place for place, folder in enumerate(lower) if folder in IMAGE_FOLDERS + MASK_FOLDERS]
         if splits and kinds and lower[splits[0]] in SPLITS[split]:  # the first one: a subfolder may have any name
             named = splits[0], kinds[0]
-            key = "/".join([*(folder for place, folder in enumerate(folders) if place not in named), _stem(file)])
+            key = "/".join(
+                [*(folder for place, folder in enumerate(folders) if place not in named), file.rpartition(".")[0]]
+            )
             (images if lower[kinds[0]] in IMAGE_FOLDERS else masks).append((key, index))
     return _by_key(images, files, split), _by_key(masks, files, split)
 
