@@ -164,6 +164,8 @@ def train_probe(
     passes = {name: features.open(name) for name in sets}
 
     batches = open_batches(args, data, train, features)
+    if several and precision.overflow_is_normal:  # the hooks of `make_heads` hide overflows from the loss scaler
+        precision = Precision("off", device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
@@ -198,11 +200,15 @@ def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, A
     """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
 
     Raises:
-        ValueError: there are several rates, and --lr.
+        ValueError: there are several rates, and a flag that is not about a single head.
     """
     several = len(args.blr) > 1
-    if several and args.lr is not None:
-        raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
+    for flag in ("lr", "clip_grad", "min_lr"):  # --clip_grad: the norm of all heads; --min_lr: of the largest rate
+        if several and getattr(args, flag):
+            raise ValueError(
+                f"--{flag} {getattr(args, flag):g} is for a single rate, and --blr has {len(args.blr)} values; omit "
+                f"--{flag}"
+            )
     settings = {**vars(args), "blr": args.blr if several else args.blr[0]}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first

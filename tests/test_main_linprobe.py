@@ -152,8 +152,9 @@ def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
 
 
 def test_a_single_rate_and_several_exclude_each_other(probe):
-    with pytest.raises(ValueError, match=r"--lr 1 .*--blr"):
-        probe(blr="0.2 0.1", lr=1)
+    for flag in ("lr", "clip_grad", "min_lr"):
+        with pytest.raises(ValueError, match=rf"--{flag} 1 .*--blr .* omit --{flag}"):
+            probe(blr="0.2 0.1", **{flag: 1})
 
 
 def test_the_loss_is_the_mean_and_each_head_records_its_own():
