@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist, settings
+from util.checkpoints import run_directory
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.data import extras, labels
 from util.data.batches import Batch, to_device
@@ -125,7 +126,10 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.We
     """
     if not flags["eval"]:
         return loading.read(flags["finetune"]) if flags["finetune"] else None
-    name = flags["resume"] if flags["resume"] not in ("", "auto") else flags["finetune"]
+    name = flags["resume"] or flags["finetune"]
+    if name == "auto":  # the newest checkpoint in --output_dir, if any
+        name = run_directory.source(Path(flags["output_dir"]), name) or flags["finetune"]
+        logger.info(f"--resume auto: {name}")
     if not name:
         raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
     return loading.read_classifier(name, kind)
@@ -168,20 +172,19 @@ def load_for_evaluation(
         classes = names
     if flags["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
-    if task != CLASSIFICATION:
-        val = labels.counted_as(val, classes or (), task)
-        if task == REGRESSION and "target_mean" in file.settings:  # else `load_classifier` raises the error
-            val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
-    elif classes:
-        val = labels.counted_as(val, classes)
-    elif len(val.classes) != num_classes:
+    if task == REGRESSION and "target_mean" not in file.settings:
+        raise ValueError(f"{file.source} predicts numbers, and does not record their mean and std: train a head")
+    if not classes and len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
-    elif names and val.classes != synsets():
+    if not classes and names and val.classes != synsets():
         ours, theirs = next(pair for pair in zip(val.classes, names, strict=True) if pair[0] != pair[1])
         logger.warning(
             f"{file.source} has other names of classes: its labels are taken in the order of the validation set, such "
             f"as {theirs!r} for {ours!r}"
         )
+    val = labels.counted_as(val, classes or val.classes, task)
+    if task == REGRESSION:
+        val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
     model = build(*settings.specs({**flags, "nb_classes": num_classes}))
     loading.load_classifier(model, file)
     extras.require_fitting(model, val)

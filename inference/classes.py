@@ -147,6 +147,8 @@ class ModelMixin(PyTorchModelHubMixin):
                 one |= {"pred_classes": [self._class_name(label) for label in one["pred_labels"]]}
                 del one["pred_label"], one["pred_class"], one["pred_score"]
         else:
+            if not self.settings.get("target_std"):
+                raise ValueError("the file of the model does not record the mean and std of its numbers: train a head")
             values = outputs.double().numpy() * self.settings["target_std"] + self.settings["target_mean"]
             names = [self._class_name(number) for number in range(values.shape[1])]
             predictions = [

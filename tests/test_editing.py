@@ -250,6 +250,11 @@ def test_weights_of_a_subclass_are_left_out_elsewhere(train, tmp_path, capsys):
     torch.testing.assert_close(encoder.state_dict(), {name: weights[name] for name in encoder.state_dict()})
     assert "the class Distills: kernel, projection.bias, projection.weight" in capsys.readouterr().out
 
+    same_name = type("MaskedAutoencoderViT", (MaskedAutoencoderViT,), {"__module__": "mine"})
+    for kind, is_other in ((MaskedAutoencoderViT, True), (same_name, False)):
+        torch.save({"model": weights, "args": {"model_class": "mine:MaskedAutoencoderViT"}}, tmp_path / "same.pth")
+        loading.init_mae(kind(**WIDE), loading.read(tmp_path / "same.pth"))
+        assert ("this model lacks" in capsys.readouterr().out) == is_other
     del weights["blocks.3.attn.qkv.weight"]
     torch.save({"model": weights, "args": {"model_class": "Distills"}}, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match=r"missing \(blocks.3.attn.qkv.weight\)"):

@@ -284,10 +284,29 @@ def test_heads_of_other_tasks(imgs, tmp_path):
     ours = get_model(tmp_path / "tags")
     found = [one["pred_scores"] for one in ours.predict(list(imgs))]
     assert_same(torch.tensor(np.array(found)), theirs(imgs).logits.sigmoid())
-    saved(tmp_path / "number", ViTConfig(**MINI, num_labels=1, problem_type="regression"))
-    with pytest.raises(CheckpointError, match="predicts numbers, and does not record their mean and std"):
-        get_model(tmp_path / "number")
-    assert get_model(tmp_path / "number", nb_classes=0)(imgs).shape == (len(imgs), 128)
+    theirs = saved(tmp_path / "number", ViTConfig(**MINI, num_labels=1, problem_type="regression"))
+    number = get_model(tmp_path / "number")
+    assert_same(number(imgs), theirs(imgs).logits)
+    assert number.extract_feat(imgs, "cls").shape == (len(imgs), 128)
+    with pytest.raises(ValueError, match="does not record the mean and std"):
+        number.predict(list(imgs))
+
+
+@pytest.mark.parametrize(("task", "count"), [("regression", 1), ("multi_label_classification", 2)])
+def test_heads_of_other_tasks_are_evaluated_if_their_outputs_are_known(task, count, labelled, tmp_path, capsys):
+    saved(tmp_path / "folder", ViTConfig(**MINI, num_labels=count, problem_type=task))
+    images = sorted(labelled.glob("val/*/*"))[:4]
+    rows = "".join(f"{image},{number % 2},{number // 2}\n" for number, image in enumerate(images))
+    (tmp_path / "val.csv").write_text("path,one,two\n" + rows)
+    columns = "one two" if count == 2 else "one"
+    flags = {"val_list": tmp_path / "val.csv", "label_columns": columns, "num_workers": 0, "device": "cpu"}
+    flags |= {"eval": True, "resume": tmp_path / "folder"}
+    if task == "regression":
+        with pytest.raises(ValueError, match="predicts numbers, and does not record their mean and std"):
+            call(main_finetune, **flags)
+        return
+    call(main_finetune, **flags)
+    assert "average_precision" in capsys.readouterr().out
 
 
 def test_labels_in_the_order_of_the_folders_are_named(labelled, tmp_path, capsys):

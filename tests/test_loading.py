@@ -118,6 +118,15 @@ def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
         loading.init_mae(mini_mae, loading.read(tmp_path / "cls.pth"))
 
 
+@pytest.mark.parametrize("key", ["classes", "label_names"])
+def test_the_head_of_classes_in_another_order_is_not_loaded(key, tmp_path):
+    ours = ["ant", "bee", "cat", "dog", "elk"]
+    for names, is_loaded in ((ours, True), (ours[::-1], False)):
+        state = {"model": vit().state_dict(), "args": {key: names, "model": "vit_mini_patch4"}}
+        torch.save(state, tmp_path / "file.pth")
+        assert loading.load_encoder(vit(), loading.read(tmp_path / "file.pth"), classes=ours) == is_loaded
+
+
 def test_other_channels_require_adapt_input(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)

@@ -109,6 +109,9 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
         assert evaluated(capsys, finetune, resume=tmp_path / name, data_path=tmp_path / "only", crop_pct=1) == expected
     assert evaluated(capsys, finetune, finetune=tuned) == expected
     assert evaluated(capsys, finetune, resume="auto", finetune=tuned) == expected
+    other = finetune("other", **{**PLAIN, "lr": 0.0}, epochs=1) / "checkpoint-0.pth"
+    assert evaluated(capsys, finetune, resume=other) != expected
+    assert evaluated(capsys, finetune, resume="auto", output_dir=tuned.parent, finetune=other) == expected
     assert not (tmp_path / "nothing").exists()
     finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
     assert re.search(r"bare.pth is for images of 16 patches, .* 64: .* interpolated", capsys.readouterr().out)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
-from util.cli.choices import CLASSIFICATION, REGRESSION
+from util.cli.choices import CLASSIFICATION
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
 from util.weights.reading import Weights, read, some
@@ -25,6 +25,9 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
+
+
+OWN_MODULES = ("models_mae", "models_vit", "inference.classes")  # a user's class may have the name of one of theirs
 
 
 def init_mae(model: Any, file: Weights) -> None:
@@ -39,7 +42,8 @@ def init_mae(model: Any, file: Weights) -> None:
             f"{file.source} is a {file.kind}: give the weights of an autoencoder or of an encoder, such as those from "
             f"which it was trained"
         )
-    name, own = file.settings.get("model_class"), {kind.__name__ for kind in type(model).__mro__}
+    own = {kind.__name__ for kind in type(model).__mro__ if kind.__module__ not in OWN_MODULES}
+    name = file.settings.get("model_class")
     if name and re.split("[.:]", name)[-1] not in own:
         logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
     ours, weights = model.state_dict(), _known(file, model)
@@ -103,7 +107,9 @@ def load_encoder(
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
-    same = classes is not None and file.settings.get("classes") in (None, list(classes))
+    names = file.settings.get("label_names") or ()  # of another library, perhaps in another language
+    of_head = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
+    same = classes is not None and of_head in (None, list(classes))
     same = same and file.settings.get("task", CLASSIFICATION) == task
     same = same and pooled == ("fc_norm.weight" in file.tensors)
     fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
@@ -150,11 +156,9 @@ def load_classifier(model: Any, file: Weights) -> None:
     """Loads all weights of a classifier. The position table is interpolated to the patch grid of the model.
 
     Raises:
-        CheckpointError: the file has another architecture or several heads, or the scale of its outputs is unknown.
+        CheckpointError: the file has another architecture or several heads.
     """
     _require_one_head(file)
-    if file.settings.get("task") == REGRESSION and "target_mean" not in file.settings:
-        raise CheckpointError(f"{file.source} predicts numbers, and does not record their mean and std: train a head")
     weights = dict(file.tensors)
     patches = _fit_positions(file, weights, model)
     _require(file, model, weights)
