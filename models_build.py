@@ -187,7 +187,8 @@ def classifier_settings(file: Weights | None) -> dict[str, Any]:
 
 def autoencoder_settings(file: Weights) -> dict[str, Any]:
     """Returns what a file records of its model and images, for a pre-training that starts from its weights."""
-    settings = {name: file.settings[name] for name in REBUILDS if file.settings.get(name) is not None}
+    names = [*REBUILDS, "min_valid"]  # the latter gives nodata its meaning
+    settings = {name: file.settings[name] for name in names if file.settings.get(name) is not None}
     model = settings.pop("model", "")
     name = model if model.startswith("mae_") else f"mae_{model}"
     return settings | ({"model": name} if size_of(name) in SIZES else {})

@@ -206,6 +206,9 @@ def _load(
                 f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
+        if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.source)}:
+            reading.warn_once(f"{file.source} does not record norm_pix_loss, and it is assumed. If its reconstructions "
+                              f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip
         loading.init_mae(model, file)
     elif (segments or file.kind == model_zoo.CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
         if file.kind == model_zoo.CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:

@@ -48,6 +48,7 @@ def encoder_of(model: Model) -> Classifier:
 def write_reference(model: Model, out: Path) -> None:
     settings = settings_of(model)
     _save({"model": model.state_dict(), "args": settings}, out)
+    _log_of_pixels(model, "the published code")
     if model.head_pools:
         logger.info("the published code has no attentive probe; this library reads the file")
     if (settings["mean"], settings["std"]) != transforms.channel_statistics(3):

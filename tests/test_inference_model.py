@@ -45,15 +45,17 @@ def saved(model, path, /, **settings):
     return path
 
 
-def test_recorded_settings_take_precedence_over_inferred_ones(tmp_path):
+def test_recorded_settings_take_precedence_over_inferred_ones(tmp_path, capsys):
     """Images with 16 patches may have 8 x 32 pixels. Without recorded settings, images are assumed to be square."""
     mae = get_model("mae_vit_mini_patch4", input_size=16)
     wide = get_model("mae_vit_mini_patch4", input_size=[8, 32])
     bare = get_model(saved(mae, tmp_path / "bare.pth"))
     assert (bare.settings["input_size"], bare.norm_pix_loss) == (16, True)
+    assert "bare.pth does not record norm_pix_loss" in capsys.readouterr().out
     file = saved(wide, tmp_path / "wide.pth", input_size=[8, 32], norm_pix_loss=False, mean=[0.1, 0.2, 0.3])
     recorded = get_model(file)
     assert (recorded.grid_size, recorded.norm_pix_loss) == ((2, 8), False)
+    assert "norm_pix_loss" not in capsys.readouterr().out
     assert get_model(file, mean=[0.5, 0.5, 0.5]).normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
 
 

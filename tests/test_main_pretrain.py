@@ -245,7 +245,7 @@ def test_init_from_loads_only_the_weights(pretrain):
 
 def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     own = {"norm_pix_loss": True, "in_chans": 1, "mean": [0.3], "std": [0.2], "hflip": 0, "mask_ratio": 0.5,
-           "value_range": [0, 255], "crop": "none"}  # fmt: skip
+           "value_range": [0, 255], "crop": "none", "nodata": -1, "min_valid": 0.9}  # fmt: skip
     flags = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in own.items()}
     file = pretrain("first", epochs=1, **flags) / "checkpoint-0.pth"
     capsys.readouterr()

@@ -40,7 +40,7 @@ ASSUMED = {
     "settings": "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean "
     "of the patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A "
     f"folder with {CONFIG} records them",
-    PIXELS: "ImageNet's. A folder with preprocessor_config.json records them, or give mean and std",
+    PIXELS: "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them",
 }
 # Tensors of models that this library does not have, as patterns of their names.
 UNSUPPORTED = {
