@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def encode(
 
 
 def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.Weights | None:
-    """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.
+    """Reads the weights of `--finetune`, unless the run resumes; with `--eval`, the classifier of `--resume` or
+    `--finetune`.
 
     Args:
         kind: the kind of a file to evaluate.
@@ -124,12 +126,13 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.We
     Raises:
         ValueError: with `--eval`, neither names a file, or the file is of another kind.
     """
+    source = partial(run_directory.source, Path(flags["output_dir"]), flags["resume"])
     if not flags["eval"]:
-        return loading.read(flags["finetune"]) if flags["finetune"] else None
+        resumes = dist.from_rank_0(lambda: source() is not None)
+        return loading.read(flags["finetune"]) if flags["finetune"] and not resumes else None
     name = flags["resume"] or flags["finetune"]
-    if name == "auto":  # the newest checkpoint in --output_dir, if any
-        name = run_directory.source(Path(flags["output_dir"]), name) or flags["finetune"]
-        logger.info(f"--resume auto: {name}")
+    if name == "auto" and (name := source() or flags["finetune"]):
+        logger.info(f"--resume auto: evaluates {name}")
     if not name:
         raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
     return loading.read_classifier(name, kind)

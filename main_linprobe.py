@@ -128,7 +128,8 @@ def open_encoder(args: Namespace) -> loading.Weights | None:
     for path in checkpoint.newest_first(Path(args.output_dir)) if which == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             return loading.read(path)
-    return open_weights({**vars(args), "finetune": args.finetune if which == "auto" else which or args.finetune})
+    name = args.finetune if which == "auto" else which or args.finetune
+    return loading.read(name) if name else None
 
 
 def train_probe(

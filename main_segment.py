@@ -101,7 +101,7 @@ def main(
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.suggest_statistics(train)
     model = models_build.segmenter(*specs(settings), encoder)
-    if file or args.unfreeze_blocks != "all":
+    if file or not (args.finetune or args.unfreeze_blocks == "all"):
         load_frozen(model, file, args.adapt_input, classes)
     extras.require_fitting(model, train, val)
     model.to(device)

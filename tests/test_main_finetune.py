@@ -74,6 +74,18 @@ def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labell
     assert same == {name for name in before.keys() & after.keys() if not name.startswith("norm.")} - block
 
 
+def test_a_resumed_run_does_not_need_its_initial_weights(finetune, pretrain, labelled, monkeypatch):
+    encoder = pretrain("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
+    flags = {"finetune": encoder, "save_minutes": 0, "epochs": 2}
+    whole = finetune("whole", **flags)
+
+    def run(name, **flags):
+        encoder.unlink() if "resume" in flags else None
+        return finetune(name, **flags)
+
+    assert_same_run(whole, stop_and_resume(monkeypatch, run, 3, **flags))
+
+
 @pytest.mark.parametrize(("eval_every", "evaluated"), [(2, [1, 3, 4]), (9, [4])])
 def test_eval_every_skips_evaluations(finetune, eval_every, evaluated):
     out = finetune(epochs=5, eval_every=eval_every)

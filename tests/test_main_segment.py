@@ -119,8 +119,15 @@ def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch
         "save_minutes": 0, "accum_iter": 2,
     }  # fmt: skip
     complete = segment("complete", **settings)
+
+    def without_initial_weights(name, **flags):
+        flags["finetune"].unlink() if "resume" in flags else None
+        return segment(name, **flags)
+
     for calls in (2, 5):
-        assert_same_run(complete, stop_and_resume(monkeypatch, segment, calls, name=f"parts{calls}", **settings))
+        settings["finetune"] = shutil.copy(encoder, encoder.with_name("copy.pth"))
+        run = stop_and_resume(monkeypatch, without_initial_weights, calls, name=f"parts{calls}", **settings)
+        assert_same_run(complete, run)
 
 
 def test_all_parameters_train_with_layer_wise_decay(segment, encoder):
