@@ -25,8 +25,6 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
-
-
 OWN_MODULES = ("models_mae", "models_vit", "inference.classes")  # a user's class may have the name of one of theirs
 
 
