@@ -80,7 +80,8 @@ def test_a_resumed_run_does_not_need_its_initial_weights(finetune, pretrain, lab
     whole = finetune("whole", **flags)
 
     def run(name, **flags):
-        encoder.unlink() if "resume" in flags else None
+        if "resume" in flags:
+            encoder.unlink()
         return finetune(name, **flags)
 
     assert_same_run(whole, stop_and_resume(monkeypatch, run, 3, **flags))

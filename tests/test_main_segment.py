@@ -121,7 +121,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch
     complete = segment("complete", **settings)
 
     def without_initial_weights(name, **flags):
-        flags["finetune"].unlink() if "resume" in flags else None
+        if "resume" in flags:
+            flags["finetune"].unlink()
         return segment(name, **flags)
 
     for calls in (2, 5):
