@@ -156,7 +156,7 @@ class Job:
     def process(self, rank: int) -> int:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                ours = f"submitit.core._submit\0{self.shared}" in (folder / "cmdline").read_text()
+                ours = f"submitit.core._submit\0{self.shared}/" in (folder / "cmdline").read_text()
                 if ours and f"\0SLURM_PROCID={rank}\0" in (folder / "environ").read_text():
                     return int(folder.name)
         raise AssertionError(f"there is no process of rank {rank}")
@@ -389,7 +389,7 @@ def run_all(names: Sequence[str], work: Path) -> int:
                     rows = case.result()
                 except Exception as error:
                     logs = [f"{log}:\n{log.read_text()[-2000:]}" for log in sorted(work.glob("*/*/*_0_log.out"))]
-                    print(f"{name}: {type(error).__name__}: {error}", *logs, sep="\n", file=sys.stderr)
+                    print(*logs, f"{name}: {type(error).__name__}: {error}", sep="\n", file=sys.stderr)
                     rows = [Row(name, "", False)]
                 print(*rows, sep="\n", flush=True)
                 failed += sum(not row.passed for row in rows)
