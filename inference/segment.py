@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     """Prints the share of each class, writes pictures, and returns the classes (H, W) of each image.
 
     Raises:
-        ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
+        ValueError: the model has no segmentation head. With `--masks`: two images have the same name, or a mask would
+            replace an image.
     """
     model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
@@ -57,13 +58,18 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"
         )
     if args.masks:
-        name, count = Counter(f"{Path(path).stem}.png" for path in args.images).most_common(1)[0]
+        masks = [args.masks / f"{Path(path).stem}.png" for path in args.images]
+        mask, count = Counter(masks).most_common(1)[0]
         if count > 1:
             raise ValueError(
-                f"--masks {args.masks}: {count} images have the mask {name}; give a folder for each of them"
+                f"--masks {args.masks}: {count} images have the mask {mask.name}; give a folder for each of them"
             )
         if args.masks.is_file():
             raise ValueError(f"--masks {args.masks} is a file: give a folder")
+        if replaced := {mask.resolve() for mask in masks} & {Path(path).resolve() for path in args.images}:
+            raise ValueError(
+                f"--masks {args.masks}: a mask would replace the image {min(replaced)}; give another folder"
+            )
         args.masks.mkdir(parents=True, exist_ok=True)
     results = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command

@@ -129,6 +129,7 @@ def test_errors_name_the_flag(trained, tmp_path):
     for argv, problem in (
         ([*images, "--model", trained.file, "--masks", tmp_path / "m"], "--masks .*: 2 images have the mask same.png"),
         ([images[0], "--model", trained.file, "--masks", images[0]], "--masks .*same.png is a file: give a folder"),
+        ([images[0], "--model", trained.file, "--masks", images[0].parent], "a mask would replace .*same.png"),
         ([images[0], "--model", tmp_path / "classifier.pth"], "--model .*classifier.pth has no segmentation head"),
     ):
         with pytest.raises(ValueError, match=problem):
