@@ -277,6 +277,7 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
     ({5: ""}, {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
     ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
     ({5: "inf"}, {}, r"is inf; --task regression needs a finite number"),
+    ({5: ["71", "5"]}, {}, r"the row of .*train04\.png has \d cells, and the header has \d; correct the row"),
     ({}, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
     ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
     ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
@@ -286,11 +287,11 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
     ({}, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
     ({}, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
     ({}, {"nb_classes": 3}, r"2 numbers .*--nb_classes is 3; omit --nb_classes"),
-], ids=range(13))  # fmt: skip
+], ids=range(14))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
     rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))
     for number, text in weights.items():
-        rows[number][1] = text
+        rows[number][1:2] = text if isinstance(text, list) else [text]
     write(tmp_path / "train.csv", rows)
     flags = {"task": "regression", "label_columns": "weight age", "train_list": tmp_path / "train.csv"} | flags
     with pytest.raises(ValueError, match=message) as raised:

@@ -187,10 +187,11 @@ def _read_cells(
             raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give --label_columns NAME ...")
         return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
     if suffix == ".csv":
-        lines = [row for row in csv.reader(line for line in document.splitlines() if line.strip()) if row]
+        lines = _csv_lines(document)
         if twice := {title for title in lines[0] if lines[0].count(title) > 1} & {*columns}:
             raise LabelError(f"two columns have the name {printable(min(twice))}; rename one")
-        entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=False)) for row in lines[1:]]
+        _require_cells(lines)
+        entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=True)) for row in lines[1:]]
     elif isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
         entries = [{key: _text_of(value) for key, value in entry.items()} for entry in document]
     else:
@@ -261,8 +262,22 @@ def _text_rows(text: str) -> list[Row]:
     return rows
 
 
+def _csv_lines(text: str) -> list[list[str]]:
+    return [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
+
+
+def _require_cells(lines: list[list[str]]) -> None:
+    """Raises LabelError if a row has more or fewer cells than the header: its cells would be of other columns."""
+    for row in lines:
+        if len(row) != len(lines[0]):
+            raise LabelError(
+                f"the row of {printable(row[0])} has {len(row)} cells, and the header has {len(lines[0])}; correct the "
+                f"row, and write a text with a comma in quotes"
+            )
+
+
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
-    lines = [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
+    lines = _csv_lines(text)
     header = [_plain(cell) for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
@@ -274,6 +289,7 @@ def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[R
                 f"the CSV file has no labels: none of its columns {printable(others)} is named "
                 f"{' or '.join(label_columns)}"
             )
+        _require_cells(lines)
         lines = lines[1:]
     elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
         return _text_rows("\n".join(row[0] for row in lines))
