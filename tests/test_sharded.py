@@ -80,6 +80,22 @@ def test_optimizer_states_are_written_and_read_by_name(one_process, tmp_path):
     assert_equal(*({k: v.full_tensor() for k, v in kind.state_dict().items()} for kind in (other, model)))
 
 
+def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
+    """As those of many optimizers in timm."""
+    model, optimizer = sharded_model(seed=0)
+    for number, state in enumerate(optimizer.state.values()):
+        state["count"] = number
+    expected = moments_by_name(model, optimizer)
+    state = run_state.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
+    sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
+    gathered = sharded.gather(tmp_path / "checkpoint-0")["optimizer"]["state"]
+    assert sorted(moments["count"] for moments in gathered.values()) == list(range(len(optimizer.state)))
+    other, other_optimizer = sharded_model(seed=1, reverse=True)
+    filled = sharded.fill(sharded.read(tmp_path / "checkpoint-0"), other, other_optimizer)
+    run_state.restore_optimizer(other_optimizer, filled["optimizer"])
+    assert_equal(moments_by_name(other, other_optimizer), expected)
+
+
 def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
     model, _ = sharded_model(seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -91,7 +107,8 @@ def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
 
 def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
     """PyTorch's metadata name its private classes, all of which `DESCRIBED_BY` must list."""
-    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+             torch.int8, torch.uint8, torch.bool)  # fmt: skip
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in types}
     state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
     sharded.write(state, tmp_path / "checkpoint-0", group=None)

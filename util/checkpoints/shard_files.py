@@ -28,7 +28,9 @@ DESCRIBED_BY = {
         "MetadataIndex", "StorageMeta",
     )),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("Size", "float32", "float64", "float16", "bfloat16", "int64", "uint8")),
+    *(("torch", name) for name in (
+        "Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+    )),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
 }  # fmt: skip
 

@@ -43,8 +43,13 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
 
     temporary = _temporary(folder)
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    plain: dict[Any, dict[str, Any]] = {}  # other values of an optimizer of the user's code, such as the step
     for number, moments in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            else:
+                plain.setdefault(number, {})[name] = value
 
     def remove_temporary() -> None:
         if dist.is_main():
@@ -58,7 +63,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
     def complete(files: dict[str, str]) -> None:
         if not dist.is_main():
             return
-        optimizer = {"param_groups": state["optimizer"]["param_groups"]}
+        optimizer = {"state": plain, "param_groups": state["optimizer"]["param_groups"]}
         files |= digests_of([temporary / ".metadata"])
         rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
         checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
@@ -209,7 +214,7 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
     saved, groups = state["optimizer"]["param_groups"], optimizer_state(model, optimizer)["param_groups"]
     if len(saved) == len(groups):  # else of another architecture: `run_state.restore_model` raises an error
         groups = [{**theirs, "params": own["params"]} for theirs, own in zip(saved, groups, strict=True)]
-    state = {**state, "optimizer": {"param_groups": groups}}
+    state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
     ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}
 
@@ -227,7 +232,8 @@ def _load(state: dict[str, Any], tensors: dict[str, torch.Tensor], together: boo
     groups = state["optimizer"]["param_groups"]
     names = [str(name) for group in groups for name in group["params"]]
     number = {name: number for number, name in enumerate(names)}  # a plain checkpoint numbers the parameters
-    model, moments = {}, dict[int, dict[str, torch.Tensor]]()
+    plain = state["optimizer"].get("state", {})  # checkpoints of earlier versions have tensors only
+    model, moments = {}, {number[name]: dict(values) for name, values in plain.items() if name in number}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         key, _, moment = rest.rpartition(".")
