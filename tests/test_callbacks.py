@@ -50,6 +50,7 @@ def test_a_callback_runs_after_every_update(pretrain):
     (np.float64(3), "the state of History.epochs is a float64, and checkpoints contain .* plain values only"),
     ([Path("a")], "the state of History.epochs.0 is a PosixPath"),
     (deque([1]), "the state of History.epochs is a deque"),
+    ({"a", "b"}, "the state of History.epochs is a set"),
     ({(1, 2): np.int64(3)}, r"the state of History.epochs.\(1, 2\) is a int64")
 ])  # fmt: skip
 def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, state, message):
@@ -110,12 +111,13 @@ def test_the_script_of_an_average_writes_its_weights(pictures, tmp_path):
     assert not torch.equal(average["cls_token"], last["cls_token"])
 
 
-def test_an_entry_that_exists_is_an_error_and_the_epoch_is_saved(pretrain):
+@pytest.mark.parametrize("name", ["train_loss", "seconds"])
+def test_an_entry_that_exists_is_an_error_and_the_epoch_is_saved(pretrain, name):
     class Twice(History):
         def after_epoch(self, model, epoch, log):
-            return {"train_loss": 0.0}
+            return {name: 0.0}
 
-    with pytest.raises(ValueError, match=r"Twice.*train_loss"):
+    with pytest.raises(ValueError, match=f"Twice.*{name}"):
         pretrain("run", callbacks=[Twice()], epochs=1, save_minutes=0)
 
 

@@ -34,7 +34,7 @@ LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emer
 STATE = "state.pth"  # in the folder of a sharded checkpoint
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
 # torch.load accepts instances of these types, but not of all their subclasses (weights_only).
-PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, torch.Size, torch.dtype}
+PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
 
 
 class CheckpointError(AdvisedError):

@@ -20,6 +20,7 @@ from util.training.meters import Stopwatch
 
 logger = logging.getLogger(__name__)
 
+OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait")  # entries of log.txt that the log itself adds
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
@@ -180,12 +181,8 @@ class RunLog(NullLog):
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
         speed = {"perf/images_per_s": rate, "perf/data_wait": watch.loading_share}
         self.events.scalars(scores | speed, x_of_epoch(self.epoch))
-        line = stats | {
-            "epoch": self.epoch,
-            "seconds": round(watch.seconds, 3),
-            "images_per_s": round(rate, 1),
-            "data_wait": round(watch.loading_share, 4),
-        }
+        values = (self.epoch, round(watch.seconds, 3), round(rate, 1), round(watch.loading_share, 4))
+        line = stats | dict(zip(OF_EPOCH, values, strict=True))
         self.lines.pending += (json.dumps(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
