@@ -31,9 +31,9 @@ def test_report_writes_tables_and_a_picture(tmp_path):
 
 def test_names_are_no_formulas_of_spreadsheets(tmp_path):
     """An apostrophe precedes names that a spreadsheet would compute, in every CSV file; numbers stay numbers."""
-    names = ['=HYPERLINK("http://a.org")', "@a", "+b", "-c", "-1.5", "=", "plain", "it's"]
+    names = ['=HYPERLINK("http://a.org")', "@a", "+b", "-c", "-1.5", "-3e-05", "=", "plain", "it's"]
     labels = np.arange(len(names))
-    quoted = ['\'=HYPERLINK("http://a.org")', "'@a", "'+b", "'-c", "-1.5", "'=", "plain", "it's"]
+    quoted = ['\'=HYPERLINK("http://a.org")', "'@a", "'+b", "'-c", "-1.5", "-3e-05", "'=", "plain", "it's"]
     report.write(tmp_path, names, labels, np.roll(labels, 1))
     table = rows(tmp_path / "classes.csv")[1:]
     assert [row[0] for row in table] == quoted

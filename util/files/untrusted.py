@@ -17,7 +17,7 @@ import yaml
 
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
 # Texts that a spreadsheet computes, by their first character, also of full width; numbers are no formulas.
-FORMULA = re.compile(r"(?![+-]?[\d.]+%?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?%?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
 
