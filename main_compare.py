@@ -390,6 +390,9 @@ class Runs:
                 f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
                 f"learning rate on another; give --labels {least} or more"
             )
+        if task.protocol == KNN and len(temperatures := self._settings(task, flags).temperature) > 1:
+            values = " ".join(map(str, temperatures))
+            raise ValueError(f"--recipes {KNN}={self.recipes[KNN]}: it has the temperatures {values}; give one")
         return {**flags, **self._smaller_batch(task, flags)}
 
     def choose(self, task: Task) -> None:

@@ -320,6 +320,13 @@ def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
         compare(labelled, tmp_path / "out", encoder, *flags.split())
 
 
+def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
+    """The table has one score per cell."""
+    (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
+    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
+        compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
+
+
 @pytest.mark.parametrize("budget", ["0", "5m", "1.5"])
 def test_the_budget_is_a_number_of_epochs(budget, capsys):
     with pytest.raises(SystemExit):
