@@ -117,7 +117,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(
             cell.source, transforms.keeps_label(classifier.transform), in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
-            exif=bool(exif),
+            exif=bool(exif), values=classifier.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)

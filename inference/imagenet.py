@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from inference.model import get_model
-from util.data.decode import to_pillow
+from util.data.decode import AS_STORED, PixelValues, to_pillow
 from util.data.transforms import ImageTransform, Normalize, eval_transform
 from util.evaluation.robustness import NUM_CLASSES, imagenet_classes, synsets
 
@@ -24,6 +24,7 @@ class ImageNetClassifier(NamedTuple):
     normalize: torch.nn.Module
     data_config: dict[str, Any]  # settings of transform and normalization, as plain values
     recorded: dict[str, Any]  # those settings that the file records; {} for models of timm
+    values: PixelValues = AS_STORED
 
 
 class RestrictedClassifier(torch.nn.Module):
@@ -73,6 +74,7 @@ def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetCl
         for key in ("input_size", "crop", "crop_pct", "mean", "std", "exif")
         if key in model.settings
     }
+    recorded |= {key: model.settings[key] for key in ("nodata", "value_range") if model.settings.get(key) is not None}
     data_config: dict[str, Any] = {
         "crop": None,
         "crop_pct": None,
@@ -82,7 +84,7 @@ def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetCl
         **({"crop_pct": crop_pct} if crop_pct else {}),
     }
     transform = eval_transform(data_config["input_size"], data_config["crop_pct"], data_config["crop"])
-    return ImageNetClassifier(model, transform, model.normalize, data_config, recorded)
+    return ImageNetClassifier(model, transform, model.normalize, data_config, recorded, model.values)
 
 
 def _check_order(name: str, classes: list[str]) -> None:

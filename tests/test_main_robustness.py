@@ -289,6 +289,26 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
     assert scores(tmp_path / "whole", "imagenet-r", "settings")["crop_pct"] == 1.0
 
 
+def test_the_recorded_range_of_values_is_applied(tmp_path):
+    """The model finds the last class by its brightness, which is above the mean with the recorded range only."""
+    folders = robustness.subset("imagenet-r")
+    for folder in folders:
+        (tmp_path / "r" / folder).mkdir(parents=True)
+        gray = Image.new("RGB", (20, 20), (100 if folder == folders[-1] else 10,) * 3)
+        gray.save(tmp_path / "r" / folder / "art_0.jpg")
+    for name, value_range, accuracy in (("bytes", None, 0.5), ("range", [0, 128], 1.0)):
+        model = get_model("vit_mini_patch4", input_size=16, nb_classes=1000, value_range=value_range)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            model.patch_embed.proj.weight[0] = 1 / 48
+            model.fc_norm.weight.fill_(1)
+            model.head.weight[robustness.synsets().index(folders[-1]), 0] = 1
+        torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / f"{name}.pth")
+        run("imagenet-r", tmp_path / "r", tmp_path / name, tmp_path / f"{name}.pth")
+        assert scores(tmp_path / name, "imagenet-r")["imagenet-r"]["acc1"] == accuracy
+
+
 def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for name, classes in (
