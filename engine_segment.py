@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,5 +72,11 @@ def evaluate(
 def report_scores(scores: Scores, classes: list[str], folder: str | None) -> None:
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
+    labelled = np.flatnonzero(scores.matrix.sum(axis=1))
+    if len(labelled) == 1 and len(classes) > 1:
+        logger.warning(
+            f"all pixels of the masks are {class_title(classes[labelled[0]])}, or {IGNORED}, which is ignored; in "
+            f"masks of two classes with the values 0 and {IGNORED}, write 1 in place of {IGNORED}"
+        )
     if folder and dist.is_main():
         report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})

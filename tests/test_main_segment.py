@@ -111,6 +111,17 @@ def test_a_resumed_run_with_other_masks_or_sizes_is_an_error(segment, changed, r
     assert len(lines(segment(short_side=16, resume="auto"))) == 2
 
 
+def test_masks_of_one_class_are_noticed(segment, tmp_path, capsys):
+    """The usual values of two classes are 0 and 255, and 255 is ignored: the score would be 100 %."""
+    scenes = make_scenes(tmp_path / "binary")
+    for path in scenes.rglob("*.png"):
+        mask = np.asarray(Image.open(path))
+        if mask.ndim == 2:
+            Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(path)
+    segment(data_path=scenes, nb_classes=2, epochs=1)
+    assert "warning: all pixels of the masks are class 0, or 255" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("unfreeze", ["0", "2", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch, unfreeze):
     """With worker processes, drop path and batch norm; the second run is killed within an epoch."""
