@@ -203,7 +203,7 @@ def open_samples(
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Opens the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     source = data.open_split("train", args.num_images)
-    data.suggest_statistics(source)
+    data.check_statistics(source)
     (source,) = data.cached(source)
     augment: transforms.ImageTransform = transforms.pretrain_transform(
         args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,

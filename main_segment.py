@@ -99,7 +99,7 @@ def main(
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
-    data.suggest_statistics(train)
+    data.check_statistics(train)
     model = models_build.segmenter(*specs(settings), encoder)
     if file or not (args.finetune or args.unfreeze_blocks == "all"):
         load_frozen(model, file, args.adapt_input, classes)

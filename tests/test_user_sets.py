@@ -390,13 +390,13 @@ def test_random_numbers_of_items_are_not_those_of_the_mask(own_module):
 
 
 def test_images_in_memory_are_not_those_of_a_dataset_that_augments(pretrain, own_module):
+    """One image shows it, and not the first."""
     own_module(
         "changing", "import numpy as np\nclass Changing(list):\n    def __getitem__(self, index):\n"
-        "        image = np.tile(np.arange(16, dtype=np.uint8)[None, :, None], (16, 1, 3))\n"
-        "        return (image[:, ::-1] if np.random.rand() < .5 else image), 0\n"
+        "        return np.full((16, 16, 3), np.random.randint(256) * (index == 9), np.uint8), 0\n"
         "def open_dataset(split, data_path):\n    return Changing(range(16))\n",
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"--dataset py:changing:open_dataset .* omit --cache_images"):
+    with pytest.raises(ValueError, match=r"--cache_images: the dataset returns another image .* omit --cache_images"):
         pretrain(dataset="py:changing:open_dataset", cache_images=True)
 
 

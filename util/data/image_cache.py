@@ -242,11 +242,19 @@ class _Decoded(Dataset):
         try:
             with preserve_generators():
                 picture, label, extras = self.samples.read(index)
-            pixels = to_tensor(picture)
+                pixels = to_tensor(picture)
+                if pixels.dtype != torch.uint8 or extras:
+                    return nothing, label
+                again = to_tensor(self.samples.read(index, epoch=1)[0]) if self.samples.runs_code else pixels
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return nothing, label_at(self.source.labels, index)
-        return (pixels if pixels.dtype == torch.uint8 and not extras else nothing), label
+        if not torch.equal(pixels, again):
+            raise ValueError(
+                f"--cache_images: the dataset returns another image {self.source.name(index)} in each epoch, and all "
+                f"epochs would have the first; omit --cache_images"
+            )
+        return pixels, label
 
 
 def _flatten(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:

@@ -29,13 +29,13 @@ from util.data.generators import preserve_generators
 from util.data.labels import Subset
 from util.data.loader import MAX_BAD_SHARE
 from util.data.sources import Source
-from util.data.transforms import to_tensor, to_unit_range
+from util.data.transforms import Normalize, to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
 from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = 8  # images that `suggest_statistics` reads
+EXAMPLES = 8  # images that `check_statistics` reads
 
 
 class ImageFacts(NamedTuple):
@@ -160,21 +160,27 @@ def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def suggest_statistics(
+def check_statistics(
     source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None,
-    values: PixelValues = AS_STORED,
+    normalize: Normalize, values: PixelValues = AS_STORED,
 ) -> None:  # fmt: skip
     """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
 
     Float images are not scaled, and the statistics of ImageNet may not fit their range. The suggested values are the
     statistics of EXAMPLES images.
+
+    Raises:
+        ValueError: EXAMPLES images have 8 bits, and the mean is not one of 8 bits. Not all images of 8 bits are bytes
+            when they are normalized: they are floats beside maps, and with invalid pixels.
     """
-    if (mean and std) or isinstance(source, Shards) or not dist.is_main():
+    if isinstance(source, Shards) or (normalize.fits_bytes and ((mean and std) or not dist.is_main())):
         return
     facts = FactsDataset(source, in_chans, values)
     few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
     good = [fact for fact in few if fact.sums is not None]
-    if any(fact.deep for fact in good):
+    if good and not values.value_range and not any(fact.deep for fact in good):
+        normalize.require_fit_to_bytes()
+    if any(fact.deep for fact in good) and not (mean and std) and dist.is_main():
         suggestion = "--mean {} --std {}".format(*statistics_of(good))
         logger.warning(
             f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "

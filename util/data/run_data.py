@@ -56,10 +56,10 @@ class RunData:
             extras=data.extras,
         )  # fmt: skip
 
-    def suggest_statistics(self, source: Source | Shards) -> None:
-        """Logs a warning with values for --mean and --std if they are missing and the images have more than 8 bits."""
+    def check_statistics(self, source: Source | Shards) -> None:
+        """Checks --mean and --std against some images, as `image_facts.check_statistics`."""
         images = self.images
-        image_facts.suggest_statistics(source, images.in_chans, images.mean, images.std, self.values)
+        image_facts.check_statistics(source, images.in_chans, images.mean, images.std, self.normalize, self.values)
 
     def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
@@ -82,7 +82,7 @@ class RunData:
             self.open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
-        self.suggest_statistics(train)
+        self.check_statistics(train)
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
             val = self.readable(val, len(train) + len(val))
@@ -105,7 +105,7 @@ class RunData:
         if self.data.val_fraction:
             return self.open_pair()[1]
         val = labels.require(self.open_split("val"), "val", self.images.task)
-        self.suggest_statistics(val)
+        self.check_statistics(val)
         return val
 
     def cached(self, *sources: Any) -> Sequence[Any]:
@@ -121,11 +121,6 @@ class RunData:
         if any(map(extras.shapes_of, sources)):
             logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
             return sources
-        if any(self.samples(source, transforms.keeps_label(transforms.to_tensor)).augments() for source in sources):
-            raise ValueError(
-                f"--cache_images: --dataset {data.dataset} returns another image in each epoch, and all epochs would "
-                f"have the first; omit --cache_images"
-            )
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
             num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,

@@ -119,15 +119,6 @@ class Samples(Dataset):
         data, extras = extra_inputs.split(data)
         return self.decode(data), label, extras
 
-    def augments(self) -> bool:
-        """Whether a dataset of the user's code returns other bytes in another epoch. The first image decides."""
-        if not self.runs_code:
-            return False
-        with preserve_generators(), contextlib.suppress(OSError, BadImage):
-            first, *others = (to_tensor(self.read(0, epoch)[0]) for epoch in range(9))  # a flip has two results
-            return first.dtype == torch.uint8 and not all(torch.equal(first, other) for other in others)
-        return False
-
     def finish(
         self, picture: Picture, label: Any, extras: dict[str, Tensor], bad: list[Bad], epoch: int, number: int,
         repeats: int,

@@ -84,11 +84,16 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        if imgs.dtype == torch.uint8 and not self.fits_bytes:
-            mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
+        if imgs.dtype == torch.uint8:
+            self.require_fit_to_bytes()
         normalized = (to_unit_range(imgs) - self.mean) / self.std
         return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
+
+    def require_fit_to_bytes(self) -> None:
+        """Raises ValueError if the mean is not one of 8-bit pixels."""
+        if not self.fits_bytes:
+            mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
 
     def inverse(self, imgs: Tensor) -> Tensor:
         """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
