@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
         raise ValueError(
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"
         )
-    if args.masks:
-        masks = [args.masks / f"{Path(path).stem}.png" for path in args.images]
+    masks = [args.masks / f"{Path(path).stem}.png" for path in args.images] if args.masks else []
+    if masks:
         mask, count = Counter(masks).most_common(1)[0]
         if count > 1:
             raise ValueError(
@@ -72,13 +72,14 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
             )
         args.masks.mkdir(parents=True, exist_ok=True)
     results = []
-    for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
+    # One at a time, so that results are printed before an unreadable image ends the command.
+    for number, path in enumerate(args.images):
         results.append(model.segment(path))
         print(printable(str(path)))
         for label, share in class_shares(results[-1]):
             print(f"  {share:7.2%}  {class_name(model, label)}", flush=True)
-        if args.masks:
-            write_mask(results[-1], model, args.masks / f"{Path(path).stem}.png")
+        if masks:
+            write_mask(results[-1], model, masks[number])
     if args.out:
         draw([picture_of(model, path) for path in args.images], results, model, args.opacity, args.out)
     return results

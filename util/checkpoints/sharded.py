@@ -36,6 +36,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         group: a group of all processes, without other communication during the call.
 
     Raises:
+        ValueError: the state of the optimizer has a list or dict.
         OSError: the disk is full, or the folder can't be written to. If one process fails, all processes raise the same
             error. The previous checkpoint is unchanged, and the incomplete files are removed.
     """
@@ -48,6 +49,11 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         for name, value in moments.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{number}.{name}"] = value
+            elif isinstance(value, list | tuple | dict):  # it may contain shards, of which this process has one
+                raise ValueError(
+                    f"--fsdp can't save {name} in the state of the optimizer, a {type(value).__name__}: omit --fsdp, "
+                    f"or give an optimizer whose state has tensors and numbers only"
+                )
             else:
                 plain.setdefault(number, {})[name] = value
 

@@ -100,6 +100,8 @@ def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
         pairs = [(image, mask) for image, mask in rows if mask]
         if not rows or len(pairs) < len(rows) or "\0" in text:
             raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask")
+    except LabelError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, IndexError, csv.Error) as error:
         raise ValueError(f"{flag} {path}: {error}; give CSV with commas and the columns image and mask") from error
     return [image for image, _ in pairs], [mask for _, mask in pairs]
@@ -271,8 +273,8 @@ def _require_cells(lines: list[list[str]]) -> None:
     for row in lines:
         if len(row) != len(lines[0]):
             raise LabelError(
-                f"the row of {printable(row[0])} has {len(row)} cells, and the header has {len(lines[0])}; correct the "
-                f"row, and write a text with a comma in quotes"
+                f"the row of {printable(row[0])} and the header have {len(row)} and {len(lines[0])} cells; correct the "
+                f"row, with quotes around a text that contains a comma"
             )
 
 
