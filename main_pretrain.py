@@ -92,7 +92,7 @@ def main(
     args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
     args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
     args, lr_schedule = entry_point.with_own(args, "lr_schedule", lr_schedule)
-    model_class = chosen_class(args, model_class)
+    args, model_class = chosen_class(args, model_class)
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)
 
@@ -172,8 +172,6 @@ def build_model(
         fsdp.shard(model, units, precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
-    if not is_base and not args.model_class:
-        settings = {**settings, "model_class": getattr(model_class, "func", model_class).__qualname__}
     if file:
         loading.init_mae(model, file)
     return args, model, settings
@@ -181,20 +179,23 @@ def build_model(
 
 def chosen_class(
     args: Namespace, model_class: Callable[..., models_mae.MaskedAutoencoderViT]
-) -> Callable[..., models_mae.MaskedAutoencoderViT]:
-    """Returns the class of --model_class, or else `model_class`.
+) -> tuple[Namespace, Callable[..., models_mae.MaskedAutoencoderViT]]:
+    """Returns the settings with the name of the class, and the class: of --model_class, or else `model_class`.
 
     Raises:
         ValueError: both are given, or the class can't be imported or is no masked autoencoder.
     """
-    if not args.model_class:
-        return model_class
     if model_class is not models_mae.MaskedAutoencoderViT:
-        raise ValueError(f"--model_class {args.model_class} and model_class= exclude each other; give one of them")
+        if args.model_class:
+            raise ValueError(f"--model_class {args.model_class} and model_class= exclude each other; give one of them")
+        name = getattr(model_class, "func", model_class).__qualname__
+        return entry_point.changed(args, {"model_class": name}), model_class
+    if not args.model_class:
+        return args, model_class
     found: Any = import_object("--model_class ", args.model_class)
     if not (isinstance(found, type) and issubclass(found, models_mae.MaskedAutoencoderViT)):
         raise ValueError(f"--model_class {args.model_class}: derive it from models_mae.MaskedAutoencoderViT")
-    return found
+    return args, found
 
 
 def open_samples(

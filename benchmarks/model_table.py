@@ -67,7 +67,7 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
 def pretraining_macs(args: argparse.Namespace) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
     args, encoder = entry_point.with_own(args, "encoder", None)
-    model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
+    args, model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
     model = models_build.autoencoder(*specs(vars(args)), model_class, encoder)
     images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs

@@ -271,6 +271,12 @@ def test_arguments_of_a_class_in_python(pretrain):
         pretrain("fixed", of_main={"model_class": partial(WideDecoder, norm_pix_loss=True)})
 
 
+def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
+    for kind in (Explicit, type("Other", (Explicit,), {})):
+        pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
+    assert "--model_class was Explicit in the resumed run, and is Other from now on" in capsys.readouterr().out
+
+
 class Explicit(MaskedAutoencoderViT):
     def __init__(self, *, embed_dim, **arguments):
         super().__init__(embed_dim=embed_dim, **arguments)

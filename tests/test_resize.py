@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 
 def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
-    """Palettes, color keys, 16 bits, frames, lossless WebP, TIFF; circular links are followed once."""
+    """Palettes, color keys, 16 bits, frames, masks, lossless WebP, TIFF; circular links are followed once."""
     folder = tmp_path / "images"
     folder.mkdir()
     picture = Image.fromarray(skimage.data.chelsea())
@@ -118,12 +118,15 @@ def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
     picture.save(folder / "some.tif")
     picture.save(folder / "frames.gif", save_all=True, append_images=[picture])
     Image.fromarray(np.zeros((300, 300), dtype=np.uint16)).save(folder / "deep.png")
+    classes = np.repeat(np.arange(60, dtype=np.uint8), 300 * 5).reshape(300, 300)
+    Image.fromarray(classes).save(folder / "mask.png")
+    Image.fromarray(np.stack([classes, classes, classes % 7], axis=-1)).save(folder / "color_mask.png")
     (folder / "deep_color.png").write_bytes(png(np.zeros((300, 300, 3)), 16, 2))
     (folder / "._hidden.jpg").write_bytes(b"no image")
     (folder / "loop").symlink_to(folder)
     caplog.set_level("INFO")
     call(resize, folder, tmp_path / "copy", "--short_side", 100)
-    assert "8 images: 7 copied as they are, 1 scaled" in caplog.text
+    assert "10 images: 9 copied as they are, 1 scaled" in caplog.text
     for file in folder.glob("[!p.]*.*"):
         assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
     assert Image.open(tmp_path / "copy/plain.png").getexif()[0x0112] == 6

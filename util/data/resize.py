@@ -30,14 +30,15 @@ from util.interrupts import end_with_parent
 logger = logging.getLogger(__name__)
 
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
+FEW_COLORS = 64  # pictures with at most so many may be masks, whose values are classes
 MAX_LISTED = 5  # unreadable files that are listed
 
 
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
     """Writes the copy of one image. An existing copy is kept.
 
-    Format, colors and EXIF data are preserved. Small pictures are copied unchanged. So are all files except JPEG and
-    plain PNG files with 8 bits, because scaling would lose information.
+    Format, colors and EXIF data are preserved. Small pictures are copied unchanged. So are pictures with few colors and
+    all files except JPEG and plain PNG files with 8 bits, because scaling would lose information.
 
     Args:
         name: path of the image, relative to `folder`.
@@ -74,6 +75,8 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
         return None
     if min(picture.size) <= short_side or getattr(picture, "n_frames", 1) > 1:
         picture.load()  # raises if the file can't be read
+        return None
+    if picture.getcolors(FEW_COLORS):
         return None
     factor, stream = short_side / min(picture.size), io.BytesIO()
     size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
