@@ -355,8 +355,9 @@ place, size = Path(sys.argv[1]), {}
 def collect():
     model = {"rank%d" % dist.rank(): torch.zeros(size["mine"] // 4)}
     return {"model": model, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "args": {}, "rng": {}}
-saver = ShardedSaver(Interrupts(), place, collect, Progress(2, 2), epochs=50, save_every=1, save_minutes=0)
+progress = Progress(2, 2)
 def save(epoch, *sizes):
+    saver = ShardedSaver(Interrupts(), place, collect, progress, epochs=50, save_every=1, save_minutes=0)
     size["mine"] = sizes[dist.rank()]
     saver.save_epoch(epoch, accuracy=epoch)
     failed = saver.writing.exception()

@@ -43,6 +43,7 @@ class NullSaver:
 
     def __init__(self, interrupts: Interrupts) -> None:
         self.interrupts = interrupts
+        self.is_ending = False  # a state could not be written, and the run ends with this error
 
     def request(self) -> Request:
         """Returns the request of this process after an update."""
@@ -66,9 +67,10 @@ class NullSaver:
     def raise_if_stopping(self, error: Exception) -> None:
         """Raises `Interrupted` instead of an error that follows a signal.
 
-        After a signal to all processes, some of them end earlier, which causes errors in the others.
+        After a signal to all processes, some of them end earlier, which causes errors in the others. An error that a
+        state can't be written remains: it names the folder of the state.
         """
-        if self.interrupts.pending:
+        if self.interrupts.pending and not self.is_ending:
             raise Interrupted(self.interrupts.pending) from error
 
     def close(self) -> None:
@@ -121,7 +123,6 @@ class Saver(NullSaver):
             progress.best_accuracy = (
                 -math.inf
             )  # a later epoch may have overwritten the best state before the resumed one
-        self.is_ending = False  # the states were written to the temporary folder, and the run ends with that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
 
     def request(self) -> Request:
@@ -275,7 +276,7 @@ class ShardedSaver(Saver):
         return super()._settle()
 
     def _rescue(self) -> str:
-        self.unwritten = []
+        self.unwritten, self.is_ending = [], True
         return "The earlier checkpoints are complete"  # the shards of this state are in the memory of several machines
 
 
