@@ -124,7 +124,7 @@ def open_encoder(args: Namespace) -> loading.Weights | None:
     """
     if args.eval:
         return open_weights(vars(args))
-    which = run_directory.chosen(Path(args.output_dir), args.resume)
+    which = dist.from_rank_0(lambda: run_directory.chosen(Path(args.output_dir), args.resume))
     for path in checkpoint.newest_first(Path(args.output_dir)) if which == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             return loading.read(path)

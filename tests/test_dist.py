@@ -274,6 +274,34 @@ def test_parameters_without_a_gradient_are_named_before_the_first_update(own_mod
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+ONE_DIFFERS = """
+import os, sys
+import main_pretrain
+from functools import partial
+from PIL import Image
+from util.cli import entry_point
+different, *sys.argv[1:] = sys.argv[1:]
+is_other = os.environ["RANK"] == "1"
+sys.argv += different.split() if is_other and different.startswith("--") else []
+def images(split, data_path):
+    return [(Image.new("RGB", (20, 20)), 0)] * (8 if is_other and different == "8 images" else 4)
+entry_point.run(partial(main_pretrain.main, source=images), main_pretrain.get_args_parser())
+"""
+
+
+@pytest.mark.parametrize(("different", "message"), [
+    ("--weight_decay 0.2", "weight_decay 0.2 instead of 0.05"), ("8 images", "images of an epoch 8 instead of 4"),
+])  # fmt: skip
+def test_processes_with_different_settings_are_an_error(different, message, tmp_path):
+    """Each machine of a run has its own command and its own copy of the images."""
+    (tmp_path / "own.py").write_text(ONE_DIFFERS)
+    argv = [different, *small_run(tmp_path, tmp_path / "run", "--batch_size", 1, "--epochs", 1, "--warmup_epochs", 0)]
+    assert forks.Forks(tmp_path / "own.py", argv, tmp_path / "output", 2).wait(60) == [1, 1]
+    errors = [line for line in (tmp_path / "output").read_text().splitlines() if "error: process 1 has " in line]
+    assert errors and all(message in line for line in errors)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
 # The port is 20000 + 40017 % 12000.
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "24017"}
 
@@ -295,6 +323,8 @@ def test_the_environment_of_srun_is_translated_for_several_tasks_without_a_launc
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_by_a_launcher_is_detected(name, monkeypatch):
+    started_by = dist.launches()
     for count, expected in (("", False), ("0", False), ("2", True)):
         monkeypatch.setenv(name, count)
-        assert dist.restarted() == expected
+        assert dist.restarted(started_by) == expected
+        assert not dist.restarted([])

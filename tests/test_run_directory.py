@@ -88,6 +88,23 @@ def test_a_restarted_run_resumes_from_its_newest_checkpoint(tmp_path, start):
     assert start(tmp_path, "", restarts=1) == "auto"  # its own directory, though there is no checkpoint yet
 
 
+@pytest.mark.parametrize("variables", [{}, {"SLURM_RESTART_COUNT": "1"}])
+def test_the_restart_of_a_refused_command_does_not_resume_the_run(tmp_path, start, monkeypatch, variables):
+    """A launcher restarts it like a command that was accepted."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    start(tmp_path, "")
+    for name, value in {"TORCHELASTIC_RUN_ID": "b", "SLURM_JOB_ID": "8", **variables}.items():
+        monkeypatch.setenv(name, value)
+    for restarts in (0, 1):
+        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with --resume auto"):
+            start(tmp_path, "", restarts)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # Slurm restarts torchrun, which has a new name
+    assert start(tmp_path, "") == "auto"
+
+
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start, restarts):
     """From the file until there is a checkpoint, then from the newest one."""

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
+LAUNCHED = ".launched"  # contains the launchers of the last process that was accepted, whose restarts resume the run
 
 
 def chosen(output_dir: Path, resume: str) -> str:
@@ -43,10 +44,11 @@ def _continues(output_dir: Path, resume: str) -> bool:
 
     A person who names a file of the directory wants this file, and a launcher repeats what was accepted before.
     """
+    is_restart = dist.restarted(_content(output_dir / LAUNCHED).splitlines())
     if resume in ("", "auto"):
-        return resume == "auto" or dist.restarted()
+        return resume == "auto" or is_restart
     is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
-    return is_source and (dist.restarted() or not _is_inside(output_dir, resume))
+    return is_source and (is_restart or not _is_inside(output_dir, resume))
 
 
 def _content(path: Path) -> str:
@@ -124,6 +126,7 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                 _require_unused(output_dir, resume)
                 if not (_continues(output_dir, resume) or _is_inside(output_dir, resume)):
                     (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
+                atomic.write_text(output_dir / LAUNCHED, "\n".join(dist.launches()))
             except OSError as error:
                 raise OSError(
                     f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "

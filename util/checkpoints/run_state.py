@@ -217,6 +217,28 @@ def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
         raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'{in_python}")
 
 
+def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
+    """Compares the settings of the processes. Each applies its own learning rate, and draws its own order of images.
+
+    Args:
+        num_images: images of an epoch.
+
+    Raises:
+        ValueError: a process has other settings or another number of images than process 0.
+    """
+    own = {name: settings[name] for name in settings.keys() - FREE} | {"images of an epoch": num_images}
+    own |= {name: settings[name] for name in ("batch_size", "accum_iter")}
+    first = dist.from_rank_0(lambda: own)
+    names = sorted(first.keys() | own.keys())
+    different = [name for name in names if settings_of.differs(name, first.get(name), own.get(name))]
+    texts = dist.gather(", ".join(f"{name} {own.get(name)} instead of {first.get(name)}" for name in different))
+    for rank, text in enumerate(texts):
+        if text:
+            raise ValueError(
+                f"process {rank} has {text[:200]}: start all processes with the same command, code and images"
+            )
+
+
 def resume(
     which: str,
     output_dir: Path,
@@ -237,7 +259,7 @@ def resume(
         CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
             size, or meaning of the data or the task.
     """
-    which = run_directory.chosen(output_dir, which)
+    which = dist.from_rank_0(lambda: run_directory.chosen(output_dir, which))
     state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()

@@ -69,7 +69,7 @@ class Job:
             environment.master_addr = "127.0.0.1"  # the host name may not be resolvable
             environment.export(set_cuda_visible_devices=False, overwrite=True)
         if restarted:
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun sets it, so that the run resumes
+            os.environ["SLURM_RESTART_COUNT"] = "1"  # so that the run resumes
 
         from util import dist
         from util.cli import entry_point

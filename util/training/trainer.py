@@ -101,10 +101,11 @@ def run(
 
     Raises:
         ValueError: the model is sharded and there are callbacks, whose states would not be saved; a setting or the
-            state of a callback is not a plain value; or the resumed run has a schedule that is not given, or that
-            returns no number.
+            state of a callback is not a plain value; the settings of the processes differ; or the resumed run has a
+            schedule that is not given, or that returns no number.
     """
     _require_usable(model, record, task)
+    run_state.require_same_settings(dict(record), batches.num_images)
     output_dir = Path(spec.output_dir)
     logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
     global_batch_size = spec.batch_size * dist.world_size()
