@@ -202,6 +202,13 @@ def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
 
 
+def test_repeated_lists_of_names_are_one_list_and_replace_the_list_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("extras: [month]\ninput_size: [32, 48]\n")
+    flags = ("--model_args", "a=1", "--model_args", "b=2", "c=3", "--extras", "lat", "--extras", "lon")
+    args = parse("--config", tmp_path / "recipe.yaml", *flags, "--input_size", 64, "--input_size", 96)
+    assert (args.model_args, args.extras, args.input_size) == (["a=1", "b=2", "c=3"], ["lat", "lon"], 96)
+
+
 def test_explicit_settings_are_recorded(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
     args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")

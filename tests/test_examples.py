@@ -150,6 +150,8 @@ def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():
     torch.testing.assert_close(all_of_them[mask.bool()], pred[mask.bool()])  # each is predicted alone
     errors = (pred - model.target(imgs)).square().mean(dim=2)
     torch.testing.assert_close(loss, errors[mask.bool()].mean())
+    with pytest.raises(RuntimeError, match="give --masking random"):
+        model.train()(imgs, noise=noise.round())
 
 
 def test_masks_of_red_noise_are_clustered_and_of_blue_noise_spread():

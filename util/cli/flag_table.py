@@ -35,7 +35,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "val_list": flag(DATA, metavar="FILE", help="as --train_list, for the validation set"),
     "dataset": flag(DATA, metavar="NAME"),
     "download": flag(DATA, action="store_true"),
-    "extras": flag(DATA, nargs="+", metavar="NAME",
+    "extras": flag(DATA, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
         "besides the image, by name (DATASETS.md)"),
     "num_images": flag(DATA, type=positive_int, metavar="N",
@@ -44,7 +44,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="classification: one class for each image; multilabel: any number of classes, in a list as a;b or in one "
         "column of 0 and 1 for each class; regression: one or more numbers, which are standardized on the training "
         "set. The labels are those of --train_list, or vectors of a --dataset py:MODULE:FUNCTION"),
-    "label_columns": flag(DATA, nargs="+", metavar="NAME",
+    "label_columns": flag(DATA, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list and --val_list (CSV with a header, or keys of JSON) with the labels (default: "
         "label, class or groundtruth)"),
     "nb_classes": flag(DATA, type=positive_int, metavar="N",
@@ -142,12 +142,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "encoder": flag(MODEL, metavar="MODULE:CLASS",
         help="your own encoder: a class derived from models_vit.Encoder, from a module on Python's path or in the "
         "working directory. Files record its name, and do not import it"),
-    "encoder_args": flag(MODEL, nargs="+", metavar="NAME=VALUE",
+    "encoder_args": flag(MODEL, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --encoder, such as groups=3 (default: as in the loaded weights)"),
     "model_class": flag(MODEL, metavar="MODULE:CLASS",
         help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
         "name, and do not import it"),
-    "model_args": flag(MODEL, nargs="+", metavar="NAME=VALUE",
+    "model_args": flag(MODEL, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --model_class, such as bins=9"),
     "mask_ratio": flag(MODEL, default=0.75, type=ratio, metavar="R", help="fraction of masked patches"),
     "masking": flag(MODEL, default="random", choices=MASKING_CHOICES,
@@ -231,7 +231,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="accepted but ignored: the evaluation is always distributed, and exact"),
     "held_out": flag(EVALUATION, default=0.1, type=ratio, metavar="R",
         help="fraction of the training set that is held out to choose among several --blr"),
-    "metric": flag(EVALUATION, nargs="+", choices=choices.METRIC_CHOICES, metavar="NAME"),
+    "metric": flag(EVALUATION, action="extend", nargs="+", choices=choices.METRIC_CHOICES, metavar="NAME"),
     "vis_every": flag(EVALUATION, default=20, type=count, metavar="N",
         help="log reconstructions to TensorBoard every N epochs; 0: never"),
     "probe_every": flag(EVALUATION, default=0, type=count, metavar="N",
@@ -245,7 +245,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "temperature": flag(EVALUATION, default=[0.07], type=positive, nargs="+", metavar="T",
         help="temperature T of the weight of a neighbor, exp(cosine similarity / T). Several values print a table of "
         "all combinations with --k; the best of them is optimistic, because the validation set selects it"),
-    "encoders": flag(EVALUATION, required=True, nargs="+", metavar="[NAME=]ENCODER",
+    "encoders": flag(EVALUATION, required=True, action="extend", nargs="+", metavar="[NAME=]ENCODER",
         help="checkpoint files, published names, timm:MODEL (a Vision Transformer of timm with its weights), scratch "
         "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and an "
         "RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)"),
@@ -258,7 +258,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "budget": flag(EVALUATION, nargs="+", type=positive_int, default=[50], metavar="N",
         help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes"),
-    "recipes": flag(EVALUATION, nargs="+", default=[], metavar="P=YAML",
+    "recipes": flag(EVALUATION, action="extend", nargs="+", default=[], metavar="P=YAML",
         help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead of "
         "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record"),
     "config": flag(RUN, metavar="YAML", help="recipe: a file of `flag: value` lines; flags override it"),
