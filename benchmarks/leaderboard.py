@@ -14,6 +14,7 @@ Each entry appends a row to leaderboard.jsonl, and writes the table.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -181,6 +182,10 @@ def table() -> str:
     for title, entries in tables.items():
         ranked = sorted(entries, key=lambda key: (key[0], -statistics.fmean(row["score"] for row in entries[key])))
         parts += [title, markdown(titles, [summary(entries[key]) for key in ranked])]
+        scores = [[row["score"] for row in rows] for rows in entries.values() if len(rows) > 1]
+        if scores:
+            spread = math.sqrt(statistics.fmean(map(statistics.variance, scores)))
+            parts.append(f"The pooled standard deviation over seeds of {len(scores)} entries is {spread:.2f}.")
     return "\n\n".join(parts)
 
 
