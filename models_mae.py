@@ -63,7 +63,7 @@ class MaskedAutoencoderViT(Encoder):
     """Asymmetric encoder-decoder (He et al. 2021, section 3).
 
     A ViT encodes the visible patches. A smaller transformer reconstructs the masked patches. The input may have another
-    size than `img_size`: the fixed position tables are then computed for its patch grid, and learned ones interpolated.
+    size than `img_size`: the fixed position tables are then computed for its patch grid, and others interpolated.
 
     Args:
         norm_pix_loss: normalize each target patch by its mean and variance (section 3, "Reconstruction target").
@@ -420,17 +420,23 @@ class MaskedAutoencoderViT(Encoder):
         )
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        return self._resized(self.pos_embed, grid)
+        return self.resized(self.pos_embed, grid, self.grid_size)
 
     def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
         """Returns the positions of the decoder (1, T + N, E) for a grid of (rows, columns) patches."""
-        return self._resized(self.decoder_pos_embed, grid)
+        return self.resized(self.decoder_pos_embed, grid, self.grid_size)
 
-    def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Returns the position table for `grid`: learned tables are interpolated, fixed tables are computed."""
-        if self.learned_pos_embed or grid == self.grid_size:
-            return resize_pos_embed(table, self.grid_size, grid)
-        return sincos_table(table.shape[-1], grid, self.num_prefix_tokens).to(table)
+    def resized(self, table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+        """Returns the position table for `grid`: sine-cosine tables are computed, other tables are interpolated.
+
+        The tables of mmpretrain are those of the paper with swapped halves: the row first.
+        """
+        dim, is_fixed = table.shape[-1], not self.learned_pos_embed and grid != old_grid
+        for shift in (0, dim // 2) if is_fixed else ():
+            old, new = (sincos_table(dim, size, self.num_prefix_tokens).to(table) for size in (old_grid, grid))
+            if torch.allclose(table, old.roll(shift, -1), atol=1e-2):  # files of half precision, too
+                return new.roll(shift, -1)
+        return resize_pos_embed(table, old_grid, grid)
 
     def _position_table(self, dim: int) -> nn.Parameter:
         """Returns the positions (1, T + N, dim) for images of `img_size`."""

@@ -96,7 +96,7 @@ class ModelMixin(PyTorchModelHubMixin):
         The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
 
         Args:
-            image: an image as in `prepare`.
+            image: an image as in `prepare`. Float tensors are pictures of this method: from 0 to 1, NaN is invalid.
             max_pixels: limit of the pixels of a file, which is checked before they are decoded.
 
         Raises:
@@ -108,7 +108,10 @@ class ModelMixin(PyTorchModelHubMixin):
                 return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels, values=self.values)
             except BadImage as error:
                 raise BadImage(f"{image}: {error}") from error
-        return decode(image, self.in_chans, upright, values=self.values)  # type: ignore[arg-type]
+        values = self.values
+        if isinstance(image, Tensor) and image.is_floating_point():
+            values = PixelValues(None if values.nodata is None else "nan")
+        return decode(image, self.in_chans, upright, values=values)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def predict(self, images: Images, topk: int = 5, **extras: Any) -> Any:

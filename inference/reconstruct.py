@@ -105,7 +105,8 @@ def reconstruct(
     """Masks patches of an image and reconstructs them.
 
     Args:
-        image: an image of any shape. It is scaled; only margins that do not fill a patch are cropped.
+        image: an image of any shape. It is scaled; only margins that do not fill a patch are cropped. A float tensor
+            is a picture with values from 0 to 1, as `model.open` returns it, not the output of `model.prepare`.
         mask_ratio: fraction of masked patches; of a model that was pre-trained with `--mask_block`, of masked blocks.
         seed: random seed of the mask.
         mask_boxes: rectangles in pixels of the image. The patches that they touch are masked instead of random patches.

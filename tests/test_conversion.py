@@ -84,6 +84,16 @@ def test_mmpretrain_mae():
     torch.testing.assert_close(loss, answers["mae_loss"], rtol=1e-4, atol=1e-5)
 
 
+def test_mmpretrain_mae_at_another_image_size():
+    """The first half of the channels of its table encodes the row."""
+    file = loading.read(MMPRETRAIN / "mae.pth")
+    for size in (16, (16, 24)):
+        model = MaskedAutoencoderViT(**{**SIZES, "img_size": size}, **DECODER, norm_pix_loss=True)
+        loading.init_mae(model, file)
+        for table, width in ((model.positions((4, 6)), 32), (model.decoder_positions((4, 6)), 16)):
+            torch.testing.assert_close(table, sincos_table(width, (4, 6)).roll(width // 2, -1))
+
+
 def test_mmpretrain_classifier():
     answers = torch.load(MMPRETRAIN / "answers.pth")
     model = VisionTransformer(**SIZES, num_classes=7, global_pool=True).eval()

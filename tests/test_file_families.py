@@ -50,7 +50,7 @@ SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_hea
 
 def of_timm(name="vit_tiny_patch16_224", **arguments):
     torch.manual_seed(1)
-    return timm.create_model(name, num_classes=2, **{**SHAPE, **arguments}).eval()
+    return timm.create_model(name, **{"num_classes": 2, **SHAPE, **arguments}).eval()
 
 
 def save_processor(folder, **settings):
@@ -210,13 +210,27 @@ def test_a_model_of_mmpretrain_for_rgb_or_bgr_images(kind, preprocessor, expecte
     ("model = dict(backbone=dict(arch=dict(num_heads=8)), data_preprocessor=dict(to_rgb=True))", "num_heads 8"),
     ("model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='QuickGELU'))))", "QuickGELU"),
     ("model = dict(type='MAE', neck=dict(norm_cfg=dict(type='LN')))", "1e-05 in its neck"),
-], ids=range(11))  # fmt: skip
+    ("model = dict(backbone=dict(out_type='featmap'), head=dict(type='LinearClsHead'))", "out_type is 'featmap'"),
+], ids=range(12))  # fmt: skip
 def test_a_configuration_of_mmpretrain_that_is_refused(config, message, tmp_path):
     state = {"meta": {"cfg": config}, "state_dict": vit_mini_patch4(img_size=16, num_classes=2).state_dict()}
     torch.save(state, tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=rf"m\.pth.*{message}") as caught:
         get_model(tmp_path / "m.pth")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("neck", "heads"), [("decoder_num_heads=2", 2), ("decoder_num_heads=8", 8), ("", 16)])
+def test_the_heads_of_a_decoder_of_mmpretrain(neck, heads, tmp_path):
+    """Shapes do not show them. The default of mmpretrain is 16."""
+    config = f"model = dict(type='MAE', backbone=dict(out_type='raw'), neck=dict({neck}), head=dict(norm_pix=True))"
+    state = {"meta": {"cfg": config}, "state_dict": mae_vit_mini_patch4(img_size=16).state_dict()}
+    torch.save(state, tmp_path / "m.pth")
+    if heads == 2:
+        assert get_model(tmp_path / "m.pth").decoder_blocks[0].attn.num_heads == 2
+        return
+    with pytest.raises(CheckpointError, match=f"has decoder_num_heads {heads}, and the model has 2"):
+        get_model(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
@@ -377,6 +391,26 @@ def test_a_timm_model_of_another_interpolation_is_warned_of(tmp_path, caplog):
     settings = foreign_settings.read_folder(tmp_path)
     assert (settings["num_heads"], settings["crop"]) == (4, "none")
     assert "interpolation bilinear" in caplog.text
+
+
+@pytest.mark.parametrize(("crop_pct", "warns"), [(0.9, True), (1, False)])
+def test_timm_squeezes_whole_images_or_is_warned_of(crop_pct, warns, tmp_path, caplog):
+    """With a crop_pct below 1, timm crops the squeezed image."""
+    pretrained = {"input_size": [3, 16, 16], "crop_mode": "squash", "crop_pct": crop_pct}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": pretrained}))
+    assert foreign_settings.read_folder(tmp_path).get("crop") == (None if warns else "none")
+    assert ("evaluated with crop_mode squash" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("third", ["1", "3"])
+def test_label_names_of_timm_are_those_of_their_numbers(third, tmp_path):
+    names = {"label_names": {"2": "ant", "0": "bee", third: "cat"}}
+    timm.models.save_for_hf(of_timm(num_classes=3), tmp_path, names, model_args=SHAPE, safe_serialization=True)
+    if third == "1":
+        assert get_model(tmp_path).classes == ["bee", "cat", "ant"]
+        return
+    with pytest.raises(CheckpointError, match="its configuration is not that of transformers or timm: '1'"):
+        get_model(tmp_path)
 
 
 def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):

@@ -143,6 +143,19 @@ def test_psnr_is_of_the_masked_pixels(files):
     assert reconstruct.psnr(mae, reconstruction) == pytest.approx(20.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("nodata", [None, 0])
+def test_an_opened_picture_is_reconstructed_like_its_file(nodata, tmp_path):
+    """The values of the opened picture are from 0 to 1: their range and invalid value are not applied again."""
+    pixels = np.random.default_rng(0).integers(1000, 5000, (32, 32)).astype(np.uint16)
+    pixels[:4, :4] = 0
+    np.save(tmp_path / "p.npy", pixels)
+    model = get_model("mae_vit_mini_patch4", in_chans=1, value_range=[1000, 5000], nodata=nodata, mean=[0.5], std=[0.2])
+    picture = model.open(tmp_path / "p.npy")
+    assert torch.equal(model.open(picture).nan_to_num(-1), picture.nan_to_num(-1))
+    found, expected = (reconstruct.reconstruct(model, image).original for image in (picture, tmp_path / "p.npy"))
+    assert torch.equal(found, expected)
+
+
 def test_uncropped_images_are_scaled_to_the_short_side_of_the_model():
     for patch, width in ((1, 51), (4, 48)):  # 50.67 is rounded
         square = get_model("mae_vit_mini_patch4", input_size=32, patch_size=patch)

@@ -95,8 +95,48 @@ def test_a_position_table_of_a_file_is_loaded_if_it_fits(tmp_path, mini_mae):
     torch.save({"model": other.state_dict()}, tmp_path / "square.pth")  # without settings, as published files
     flat = mae_vit_mini_patch4(img_size=(8, 32), in_chans=1)
     before = flat.pos_embed.clone()
+    torch.save({"model": flat.state_dict()}, tmp_path / "own.pth")
     loading.init_mae(flat, loading.read(tmp_path / "square.pth"))
+    assert torch.equal(flat.pos_embed, resize_pos_embed(other.pos_embed, (4, 4), (2, 8)))
+    loading.init_mae(flat, loading.read(tmp_path / "own.pth"))
     assert torch.equal(flat.pos_embed, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["paper", "mmpretrain", "learned"])
+def test_positions_of_a_file_at_another_image_size(kind, dtype, tmp_path):
+    """mmpretrain encodes the row first. Models of timm learned theirs."""
+    small, large = (mae_vit_mini_patch4(img_size=size, in_chans=1).eval() for size in (16, (16, 24)))
+    expected = {name: getattr(large, name).clone() for name in loading.TABLES}
+    for name in loading.TABLES:
+        table = getattr(small, name).data
+        if kind == "mmpretrain":
+            table, expected[name] = (one.roll(one.shape[2] // 2, -1) for one in (table, expected[name]))
+        elif kind == "learned":
+            table = torch.randn_like(table).to(dtype).float()
+            expected[name] = resize_pos_embed(table, (4, 4), (4, 6))
+        getattr(small, name).data = table
+    file = loading.read(saved(tmp_path / "m.pth", small.to(dtype)))
+    models = mae_vit_mini_patch4(img_size=16, in_chans=1).eval(), large
+    imgs, noise = torch.randn(1, 1, 16, 24), torch.rand(1, 24)
+    for model in models:
+        loading.init_mae(model, file)
+    for name, value in expected.items():
+        assert torch.equal(getattr(large, name), value)
+    assert torch.equal(*(model(imgs, noise=noise)[1] for model in models))
+
+
+@pytest.mark.parametrize("load", [loading.load_encoder, loading.load_classifier])
+def test_a_table_that_fits_two_grids_needs_the_recorded_size(load, tmp_path):
+    """A grid of 2 x 2 and its class token have as many positions as a grid of 1 x 5 without it."""
+    square, wide = vit_mini_patch4(img_size=8, num_classes=0), vit_mini_patch4(img_size=(4, 20), num_classes=0)
+    torch.nn.init.normal_(square.pos_embed)
+    message = r"m\.pth records no input_size: .* 5 .*2 x 2 .*1 x 5 .*'args': {'input_size': \[HEIGHT, WIDTH\]}"
+    with pytest.raises(CheckpointError, match=message):
+        load(wide, loading.read(saved(tmp_path / "m.pth", square)))
+    torch.save({"model": square.state_dict(), "args": {"input_size": [8, 8]}}, tmp_path / "m.pth")
+    load(wide, loading.read(tmp_path / "m.pth"))
+    torch.testing.assert_close(wide.pos_embed, resize_pos_embed(square.pos_embed, (2, 2), (1, 5)))
 
 
 def vit(**options):

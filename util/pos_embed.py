@@ -34,8 +34,8 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = False) -> np.ndarray:
     """Returns the fixed table of He et al. 2021, appendix A.1 ("we use the sine-cosine version").
 
-    The first half of the channels encodes the column (x), the second half the row (y). All published weights were
-    trained with this order.
+    The first half of the channels encodes the column (x), the second half the row (y). The published weights were
+    trained with this order, those of mmpretrain with the opposite order.
 
     Args:
         embed_dim: number of channels, a multiple of 4.

@@ -130,15 +130,15 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"in_chans": channels, "input_size": side_or_sides(to_pair(size))}
     settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
     settings |= {name: value for name, value in config.get("model_args", {}).items() if name == "num_heads"}
-    if pretrained.get("crop_mode") == "squash":
+    is_whole = pretrained.get("crop_mode") == "squash" and pretrained.get("crop_pct", 1) == 1
+    if is_whole:
         settings["crop"] = "none"
-    differences = [f"{name} {pretrained[name]}" for name, own in (("interpolation", ("bicubic",)),
-                                                                  ("crop_mode", ("center", "squash")))
-                   if pretrained.get(name, own[0]) not in own]  # fmt: skip
+    known = {"interpolation": "bicubic", "crop_mode": "squash" if is_whole else "center"}
+    differences = [f"{name} {pretrained[name]}" for name in known if pretrained.get(name, known[name]) != known[name]]
     if differences:
         logger.warning(f"the timm model was evaluated with {' and '.join(differences)} (this library: bicubic, center)")
     labels = config.get("label_names") or pretrained.get("label_names")
-    labels = labels.values() if isinstance(labels, dict) else labels
+    labels = [labels[str(number)] for number in range(len(labels))] if isinstance(labels, dict) else labels
     return settings | ({"label_names": list(labels)} if labels else {})
 
 
@@ -215,13 +215,17 @@ def _of_mmpretrain_model(model: Mapping[str, Any]) -> dict[str, Any]:
     activation = layers.get("act_cfg") if isinstance(layers, dict) else None
     if isinstance(activation, dict) and activation.get("type") != "GELU":
         raise ValueError(f"act_cfg is {activation}, and only GELU is supported")
+    out_type, is_mae = backbone.get("out_type"), model.get("type") == "MAE"
+    if head and not is_mae and out_type not in (None, "cls_token", "avg_featmap"):
+        raise ValueError(f"out_type is {out_type!r}, and only cls_token and avg_featmap are supported with a head")
     if isinstance(arch, dict) and "num_heads" in arch:
         settings["num_heads"] = arch["num_heads"]
     if eps is not None:
         settings["layer_norm_eps"] = eps
     if "MultiLabel" in str(head.get("type")):
         settings["task"] = MULTILABEL
-    if model.get("type") == "MAE":
+    if is_mae:
+        settings["decoder_num_heads"] = neck.get("decoder_num_heads", 16)  # the default of mmpretrain
         settings["norm_pix_loss"] = bool(head.get("norm_pix", False))
         if eps != neck_eps:
             raise ValueError(f"eps of norm_cfg is {eps or 1e-6} in its backbone, and {neck_eps or 1e-6} in its neck")

@@ -14,7 +14,7 @@ from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
 from util.cli.choices import CLASSIFICATION
-from util.pos_embed import interpolate_pos_embed, to_pair
+from util.pos_embed import interpolate_pos_embed, sincos_table, to_pair
 from util.weights import model_zoo, shapes
 from util.weights.reading import Weights, read, some
 
@@ -54,13 +54,14 @@ def init_mae(model: Any, file: Weights) -> None:
             interpolate_pos_embed(model, weights, _grid_of(file, model), name)
     elif file.learned_pos_embed:
         raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
-    else:  # the model computes its tables, so tables of a file may have a different size
+    else:  # the model computes its tables, so a file may lack them, or have them in a different size
         may_lack |= TABLES
-        side, grid = math.isqrt(model.num_patches), _grid_of(file, model)
-        if grid is None and _is_square(model.num_patches):  # as in published files
-            grid = side, side
-        other = _reshaped(weights, ours) if grid in (None, model.grid_size) else TABLES
-        weights = {k: v for k, v in weights.items() if k not in TABLES & other}
+        for name in TABLES & weights.keys() & ours.keys():
+            table, shape, own = weights.pop(name), ours[name].shape, model.grid_size
+            grid = _grid_of(file, model) or _assumed_grid(table, shape, model)
+            expected = shape if grid == own else (1, file.num_cls_tokens + math.prod(grid), shape[2])
+            if table.shape == expected and min(grid) > 0:
+                weights[name] = model.resized(table.to(ours[name].dtype), own, grid)
     decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
     if ours.keys() - weights.keys() - may_lack == decoder:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
@@ -176,6 +177,9 @@ def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int
 
     Returns:
         The number of patches in the table of the file.
+
+    Raises:
+        CheckpointError: the table fits two grids, and the file does not record its own.
     """
     _require_cls_tokens(file, model)
     if "pos_embed" not in weights:  # of an encoder of the user's code
@@ -185,6 +189,13 @@ def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int
     is_short = length == own - count or (length != own and _is_square(length) and not _is_square(length - count))
     if file.grid_size is not None:
         is_short = math.prod(file.grid_size) == length
+    elif length == own - count and length > count and _is_square(length - count):
+        side, (rows, columns) = math.isqrt(length - count), model.patch_embed.grid_size
+        raise CheckpointError(
+            f"{file.source} records no input_size: its {length} positions are of {side} x {side} patches and class "
+            f"tokens, or of {rows} x {columns} patches alone; save it with its size: "
+            "torch.save({'model': weights, 'args': {'input_size': [HEIGHT, WIDTH]}}, FILE)"
+        )
     if is_short:
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
     patches = weights["pos_embed"].shape[1] - count
@@ -197,6 +208,19 @@ def _grid_of(file: Weights, model: Any) -> tuple[int, int] | None:
     if model.encoder_name and file.settings.get("encoder") and file.settings.get("input_size"):
         return model.patch_embed.grid_of(*to_pair(file.settings["input_size"]))
     return file.grid_size
+
+
+def _assumed_grid(table: Tensor, shape: torch.Size, model: Any) -> tuple[int, int]:
+    """Returns the patch grid of a position table whose file records none: a square, as in published files.
+
+    It is that of the model if there is no square, or if the table is the sine-cosine table of the model, of `shape`.
+    """
+    own, count = model.grid_size, model.num_prefix_tokens
+    side = math.isqrt(max(table.shape[1] - count, 0))
+    if side**2 != table.shape[1] - count or not side:
+        return own
+    is_own = table.shape == shape and torch.allclose(table.float(), sincos_table(shape[2], own, count), atol=1e-2)
+    return own if is_own else (side, side)
 
 
 def _is_square(number: int) -> bool:
