@@ -127,6 +127,11 @@ def launches() -> list[str]:
     return [f"torchrun {agent}", f"Slurm job {os.environ.get('SLURM_JOB_ID')}"]
 
 
+def record_restart() -> None:
+    """Records that this process is a restart of its job, as Slurm does after a requeue."""
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
 def restarted(started_by: Collection[str]) -> bool:
     """Whether a launcher restarted a run: torchrun after a failure (--max-restarts), or Slurm after a requeue.
 

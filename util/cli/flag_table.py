@@ -245,7 +245,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "temperature": flag(EVALUATION, default=[0.07], type=positive, nargs="+", metavar="T",
         help="temperature T of the weight of a neighbor, exp(cosine similarity / T). Several values print a table of "
         "all combinations with --k; the best of them is optimistic, because the validation set selects it"),
-    "encoders": flag(EVALUATION, required=True, action="extend", nargs="+", metavar="[NAME=]ENCODER",
+    "encoders": flag(EVALUATION, required=True, nargs="+", metavar="[NAME=]ENCODER",
         help="checkpoint files, published names, timm:MODEL (a Vision Transformer of timm with its weights), scratch "
         "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and an "
         "RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)"),
@@ -258,7 +258,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "budget": flag(EVALUATION, nargs="+", type=positive_int, default=[50], metavar="N",
         help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes"),
-    "recipes": flag(EVALUATION, action="extend", nargs="+", default=[], metavar="P=YAML",
+    "recipes": flag(EVALUATION, nargs="+", default=[], metavar="P=YAML",
         help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead of "
         "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record"),
     "config": flag(RUN, metavar="YAML", help="recipe: a file of `flag: value` lines; flags override it"),

@@ -68,12 +68,11 @@ class Job:
             environment = TorchDistributedEnvironment()
             environment.master_addr = "127.0.0.1"  # the host name may not be resolvable
             environment.export(set_cuda_visible_devices=False, overwrite=True)
-        if restarted:
-            os.environ["SLURM_RESTART_COUNT"] = "1"  # so that the run resumes
-
         from util import dist
         from util.cli import entry_point
 
+        if restarted:
+            dist.record_restart()
         sys.argv = [f"{self.main}.py", *(part.replace("%j", job.job_id) for part in self.argv)]
         parser, ours = get_args_parser(self.main)
         stopped_by: list[int] = []
