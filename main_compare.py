@@ -140,7 +140,7 @@ def _compare(args: Namespace, out: Path) -> str:
     def open_split(split: str) -> Any:
         return open_source(
             split, args.data_path, lists[split], args.dataset, download=args.download, task=args.task,
-            label_columns=args.label_columns, extras=args.extras,
+            label_columns=args.label_columns, extras=args.extras, whole=not args.val_list,
         )  # fmt: skip
 
     train, val = open_pair(open_split, args.task)

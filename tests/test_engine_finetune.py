@@ -1,5 +1,6 @@
 """Evaluation: every sample counts once, and the loss is a mean over samples for all batch sizes."""
 
+import re
 import shutil
 from functools import partial
 
@@ -111,6 +112,33 @@ def test_images_that_cannot_be_read_do_not_change_the_held_out_images(
     classify(main, "eval", **flags, **skip, eval=True, resume=out / "checkpoint-0.pth")
     loss = float(capsys.readouterr().out.split()[-1])
     assert loss == pytest.approx(lines(out)[-1]["test_loss"], abs=1e-3)
+
+
+def deep_images(root, pixels_of):
+    """Writes eight arrays for training and eight for validation, of two classes."""
+    for number in range(16):
+        folder = root / ("train", "val")[number % 2] / f"kind{number // 2 % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{number}.npy", pixels_of(np.random.default_rng(number)))
+    return {"data_path": root, "in_chans": 1, "k": 1}
+
+
+@pytest.mark.parametrize(("highest", "flags"), [(65535, {}), (4000, {"value_range": "0 4000"})])
+def test_statistics_in_the_units_of_the_files_are_refused(highest, flags, classify, tmp_path):
+    """The suggested values are those of the scaled pixels."""
+    settings = flags | deep_images(tmp_path / "deep", lambda draw: draw.normal(1500, 200, (16, 16)).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"^--mean 1500: .* from 0 to 1 .*; 8 images suggest --mean ") as raised:
+        classify(main_knn, **settings, mean=1500, std=200)
+    mean, std = re.findall(r"--mean (\S+) --std (\S+)$", str(raised.value))[0]
+    assert [float(mean) * highest, float(std) * highest] == [pytest.approx(1500, rel=0.05), pytest.approx(200, rel=0.1)]
+    assert classify(main_knn, **settings, mean=mean, std=std)
+
+
+@pytest.mark.parametrize(("low", "high", "mean"), [(-4, 1, -1.5), (0, 3, 1.5), (0, 0, 3)])
+def test_floats_have_their_own_units(low, high, mean, classify, tmp_path):
+    """The last images are empty, as some maps of rain are."""
+    settings = deep_images(tmp_path / "own", lambda draw: draw.uniform(low, high, (16, 16)).astype(np.float32))
+    assert classify(main_knn, **settings, mean=mean, std=1)
 
 
 def test_statistics_of_deep_images_are_suggested_once_unless_both_are_given(classify, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import forks
 import numpy as np
@@ -50,6 +51,24 @@ def test_macro_f1_of_a_single_class_is_its_f1():
     each = [compute("macro_f1", truth[:, [c]], predictions[:, [c]].astype(float), None, 1) for c in range(3)]
     assert each == [sk.f1_score(truth[:, c], predictions[:, c]) for c in range(3)]
     assert np.mean(each) == pytest.approx(compute("macro_f1", truth, predictions.astype(float), None, 3))
+
+
+def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify, tmp_path, capsys):
+    """Folders are sorted as text. The labels of a list are numbers."""
+    flags = {"k": 5, "metric": "kappa"}
+    for split in ("train", "val"):
+        for kind, name in enumerate((10, 9, 8, 2, 1, 0)):
+            shutil.copytree(labelled / split / f"kind{kind}", tmp_path / "grades" / split / str(name))
+        names = [path.relative_to(tmp_path) for path in sorted(tmp_path.glob(f"grades/{split}/*/*"))]
+        (tmp_path / f"{split}.csv").write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+    classify(main_knn, data_path=tmp_path / "grades", **flags)
+    warning = "--metric kappa weights errors by the order of the classes, 0, 1, 10, 2, 8 and 1 more; for another order"
+    assert capsys.readouterr().out.count(warning) == 1
+    classify(main_knn, data_path=tmp_path / "grades", k=5, metric="accuracy")
+    classify(
+        main_knn, data_path=tmp_path, **flags, **{f"{one}_list": tmp_path / f"{one}.csv" for one in ("train", "val")}
+    )
+    assert "--metric kappa" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("processes", [1, 3])

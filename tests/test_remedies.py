@@ -12,6 +12,7 @@ import pytest
 from mains import argv_of
 from PIL import Image
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -148,6 +149,30 @@ def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     assert call(main_finetune, {**settings, "val_list": tmp_path / "val.txt"}) == ""
     command = {"model": runs / "mae/checkpoint-0.pth", "out": tmp_path / "f.npz", "split": "val"}
     assert call(features, command, pictures).endswith("no folder val/ in it")  # which has no lists
+
+
+def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call):
+    """With a list of validation images only, these images would be training images, too."""
+    lists = {split: tmp_path / f"{split}.csv" for split in ("train", "val")}
+    for split, file in lists.items():
+        names = sorted(labelled.glob(f"{split}/*/*"))
+        file.write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+    shutil.copytree(labelled / "train", tmp_path / "flat")
+    packed = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "flat")
+    knn = {**SMALL, "model": "vit_mini_patch4", "k": 1}
+    compare = {"input_size": 16, "encoders": "scratch", "num_workers": 0, "output_dir": tmp_path / "compare"}
+    both, one = ("add train/ and val/, or give --train_list FILE --val_list FILE",
+                 "no folder train/ in it, and its images may be those of the validation set: add this folder, or give "
+                 "--train_list FILE")  # fmt: skip
+    for path in (tmp_path / "flat", packed):
+        for script, settings in ((main_knn, knn), (main_compare, compare)):
+            assert call(script, {**settings, "data_path": path}).endswith(both)
+            assert call(script, {**settings, "data_path": path, "val_list": lists["val"]}).endswith(one)
+    given = {"data_path": tmp_path / "flat", "val_list": lists["val"]}
+    assert call(main_knn, {**knn, **given, "train_list": lists["train"]}) == ""
+    assert call(main_knn, {**knn, **given, "val_fraction": 0.2}) == ""  # the list is not used
+    evaluation = {**VIT, "eval": True, "resume": runs / "tuned/checkpoint-0.pth"}
+    assert call(main_finetune, {**evaluation, **given}) == ""  # the folder is not used
 
 
 def test_images_of_five_channels_need_in_chans_and_not_skip(tmp_path, call, capsys):

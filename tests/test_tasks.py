@@ -246,6 +246,41 @@ def test_lists_columns_and_datasets_are_the_same(tune, folder, tmp_path):
         assert losses(f"py-{name}", "regression", dataset=f"py:test_tasks:{name}", **no_lists) == first
 
 
+def test_a_single_column_of_0_and_1_is_one_class(tune, folder):
+    out = tune(task="multilabel", label_columns="red", **MILD)
+    model = get_model(out / "checkpoint-1.pth")
+    scores = np.stack([one["pred_scores"] for one in model.predict(files_of(folder, "val"))])
+    expected = scores_of_tags(column_of(folder, "val", "red"), scores)["average_precision"]
+    assert (model.classes, lines(out)[-1]["test_average_precision"]) == (["red"], pytest.approx(expected))
+
+
+def test_a_file_has_one_label(tune, folder, tmp_path):
+    """Except for regression, whose images may be measured several times."""
+    with (folder / "train.csv").open() as file:
+        rows = list(csv.reader(file))
+    again = [rows[1][0], "5", "6", "blue", *(1 - int(cell) for cell in rows[1][4:])]
+    write(tmp_path / "train.csv", [*rows, again])
+    message = r"--train_list .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
+    for task, columns in (("multilabel", "tags"), ("multilabel", "green red"), ("classification", "red")):
+        with pytest.raises(ValueError, match=message):
+            tune(task=task, label_columns=columns, train_list=tmp_path / "train.csv")
+    tune(task="regression", label_columns="weight", train_list=tmp_path / "train.csv", **MILD)
+
+
+def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
+    """They repeat images for training; the held-out images would be among them."""
+    names = [f"{path.relative_to(labelled)},{path.parent.name}\n" for path in sorted(labelled.glob("train/*/*"))]
+    for name, rows in (("twice", names + names[:1]), ("once", names)):
+        (tmp_path / f"{name}.csv").write_text("".join(rows))
+    twice, once = ({"train_list": tmp_path / f"{name}.csv"} for name in ("twice", "once"))
+    for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction 0.2"),
+                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "held_out 0.3")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"--{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
+            classify(main, "twice", **flags, **twice)
+        classify(main, main.__name__, **flags, **once)
+    classify(main_finetune, "repeated", **MILD, **twice)
+
+
 def test_predictions_are_printed(tune, folder, tmp_path):
     out = tune(task="regression", label_columns="weight", **MILD)
     image = folder / "val00.png"

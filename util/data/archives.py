@@ -58,15 +58,18 @@ class Archive:
         split: "train" or "val"; None: all images.
         enclosing: keep enclosing folders in the names, if `split` is None.
         kind: what the files are, for the log.
+        whole: as in `dataset_kinds.open_source`.
 
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
 
-    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images") -> None:
+    def __init__(
+        self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
+    ) -> None:
         started = time.perf_counter()
         self.is_zip, members = find_members(path)
-        names = sorted(_below(members, split, path, enclosing).items())
+        names = sorted(_below(members, split, path, enclosing, whole).items())
         if not names:
             raise AdvisedError(f"there are no images in it (looked for {KINDS})", about={"data_path": path})
         self.path = str(path)
@@ -246,8 +249,8 @@ def is_ignored(name: str) -> bool:
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
 
 
-def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool) -> dict[str, str]:
-    """Maps names relative to the folder of a split to members. An archive without splits contributes all members."""
+def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool, whole: bool) -> dict[str, str]:
+    """Maps names relative to the folder of a split to members. A `whole` archive without splits contributes all."""
     names = {posixpath.normpath(member).lstrip("/"): member for member in members}  # tar -P stores absolute names
     while names and not enclosing:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
@@ -255,10 +258,10 @@ def _below(members: Iterable[str], split: str | None, path: Path, enclosing: boo
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         check_split_names(tops, split, path)
         if split and ((split != "train" and "train" in tops) or "val" in tops):  # never the images of the other split
-            raise no_split(path, split)
+            raise no_split(path, split, "train" in tops)
         if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
-    if names and split not in (None, "train"):
-        raise no_split(path, split)
+    if names and split and (split != "train" or not whole):
+        raise no_split(path, split, False)
     return names

@@ -24,6 +24,7 @@ def open_source(
     split: str, data_path: str | None = None, file_list: str | None = None, dataset: str | None = None, *,
     download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
     task: str = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
+    whole: bool = True,
 ) -> Source | Shards:  # fmt: skip
     """Opens a dataset of any kind.
 
@@ -40,6 +41,8 @@ def open_source(
         function: the function of py:, instead of importing it.
         task: what the labels mean. Lists and py: have other labels than classes.
         label_columns, extras: the columns of `file_list` with the labels, and with extra inputs.
+        whole: take all images of a folder or archive without splits for training. False: they are an error, because a
+            list of validation images may name some of them.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
@@ -79,16 +82,16 @@ def open_source(
             "(or give --train_list or --dataset)"
         )
     if root.is_file():
-        return dist.from_rank_0(lambda: Archive(root, split), Archive, Strings)
+        return dist.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)
     if not root.is_dir():
         raise AdvisedError("there is no such folder or archive", about={"data_path": root})
-    return dist.from_rank_0(lambda: _open_folder(root, split), Files, Strings)
+    return dist.from_rank_0(lambda: _open_folder(root, split, whole), Files, Strings)
 
 
-def _open_folder(root: Path, split: str) -> Files:
+def _open_folder(root: Path, split: str, whole: bool) -> Files:
     name, folder = dataset_in(root) or ("", root)
     try:
-        files = _files_of_split(root, split)
+        files = _files_of_split(root, split, whole)
     except AdvisedError as error:
         stored = Remedy({"dataset": name}, "give {}" + f" and its folder {folder}" * (folder != root))
         raise AdvisedError(error.message, *error.remedies, *[stored] * bool(name), about=error.about) from None
@@ -99,10 +102,10 @@ def _open_folder(root: Path, split: str) -> Files:
     return files
 
 
-def _files_of_split(root: Path, split: str) -> Files:
+def _files_of_split(root: Path, split: str, whole: bool) -> Files:
     if (root / split).is_dir():
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)
-    if split != "train" or (root / "val").is_dir():  # never the images of the other split
-        raise no_split(root, split)
+    if split != "train" or (root / "val").is_dir() or not whole:  # never the images of the other split
+        raise no_split(root, split, (root / "train").is_dir())
     return find_files(root)

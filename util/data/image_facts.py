@@ -170,19 +170,25 @@ def check_statistics(
     statistics of EXAMPLES images.
 
     Raises:
-        ValueError: EXAMPLES images have 8 bits, and the mean is not one of 8 bits. Not all images of 8 bits are bytes
-            when they are normalized: they are floats beside maps, and with invalid pixels.
+        ValueError: EXAMPLES images have 8 bits or values from 0 to 1, and the mean is not between 0 and 1. Not all
+            images of 8 bits are bytes when they are normalized: they are floats beside maps, and with invalid pixels.
     """
     if isinstance(source, Shards) or (normalize.fits_bytes and ((mean and std) or not dist.is_main())):
         return
     facts = FactsDataset(source, in_chans, values)
     few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
     good = [fact for fact in few if fact.sums is not None]
-    if good and not values.value_range and not any(fact.deep for fact in good):
+    if not good:
+        return
+    if not values.value_range and not any(fact.deep for fact in good):
         normalize.require_fit_to_bytes()
+    suggestion = f"{len(good)} images suggest " + "--mean {} --std {}".format(*statistics_of(good))
+    sums, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0)
+    if not normalize.fits_bytes and sums.any() and (squares <= sums).all():  # as of values from 0 to 1
+        text = " ".join(f"{value:g}" for value in mean or ())
+        raise ValueError(f"--mean {text}: pixels are from 0 to 1 when they are normalized; {suggestion}")
     if any(fact.deep for fact in good) and not (mean and std) and dist.is_main():
-        suggestion = "--mean {} --std {}".format(*statistics_of(good))
         logger.warning(
             f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
-            f"them; {len(good)} images suggest {suggestion} (python -m util.datasets reads all images)"
+            f"them; {suggestion} (python -m util.datasets reads all images)"
         )

@@ -1,6 +1,7 @@
 """Classes and targets of training and validation sets, and subsets of a source."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from util import dist
 from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
-from util.data.sources import Source, StoredImage, first_few
+from util.data.sources import Files, Source, StoredImage, first_few
 from util.data.webdataset_shards import Shards
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -231,11 +232,20 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
         The training part and the held-out part.
 
     Raises:
-        ValueError: there are fewer than two samples.
+        ValueError: there are fewer than two samples, or a list has a file in several rows, which both parts would have.
     """
     total = len(source)
     if total < 2:
         raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
+    files: Any = source
+    while hasattr(files, "source"):
+        files = files.source
+    if isinstance(files, Files):  # the names of other samples need not differ
+        name, count = Counter(map(source.name, range(total))).most_common(1)[0]
+        if count > 1:
+            raise ValueError(
+                f"{flag}: {name} is in {count} rows of the list, and both parts may have it; give each image one row"
+            )
     count = min(max(round(share * total), 1), total - 1)
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def read_list(
         extras: the columns or keys of extra inputs, numbers.
 
     Raises:
-        ValueError: the list does not exist, has another format, or has labels for some of its files only.
+        ValueError: the list does not exist, has another format, has labels for some of its files only, or different
+            labels for a file.
     """
     text, suffix = _read_text(path, flag), path.suffix.lower()
     try:
@@ -63,6 +64,8 @@ def read_list(
             names, titles, cells = _read_cells(suffix, document, columns)
             classes, numbers = _targets(names, titles, cells, task)
         inputs = _extras(suffix, document, extras) if extras else {}
+        if task != REGRESSION and len({*names}) < len(names):  # an image may be measured several times
+            _require_one_label(names, numbers, inputs)
     except LabelError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
@@ -179,6 +182,17 @@ def _extras(suffix: str, document: Any, columns: Sequence[str]) -> dict[str, np.
     return dict(zip(columns, values.T.astype("f4"), strict=True))
 
 
+def _require_one_label(names: Sequence[str], labels: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raises LabelError if a file has several labels with the same extra inputs."""
+    label_of: dict[tuple, Any] = {}
+    for sample, label in zip(zip(names, *inputs.values(), strict=True), labels.tolist(), strict=True):
+        if label_of.setdefault(sample, label) != label:
+            raise LabelError(
+                f"{printable(sample[0])} is in several rows with different labels; give it one row (--task multilabel "
+                f"takes a;b as two classes)"
+            )
+
+
 def _read_cells(
     suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "--label_columns"
 ) -> tuple[list[str], list[str], list[list[str]]]:
@@ -216,7 +230,9 @@ def _targets(
     """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
     if task == CLASSIFICATION and len(titles) > 1:
         raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
-    has_names = task == CLASSIFICATION or (task == MULTILABEL and len(titles) == 1)
+    has_names = task == CLASSIFICATION or (
+        task == MULTILABEL and len(titles) == 1 and any(np.isnan(_value_of(row[0], task, False)) for row in cells)
+    )
     values = [[_value_of(cell, task, has_names) for cell in row] for row in cells]
     for row, column in np.argwhere(np.isnan(values)):
         kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"

@@ -53,7 +53,7 @@ class RunData:
         return open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
             function=self.source, task=self.images.task, label_columns=self.images.label_columns,
-            extras=data.extras,
+            extras=data.extras, whole=not data.val_list or bool(data.val_fraction),
         )  # fmt: skip
 
     def check_statistics(self, source: Source | Shards) -> None:

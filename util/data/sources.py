@@ -169,10 +169,13 @@ def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> 
         raise AdvisedError(f"there is no folder {split}/ in it; rename {other}/ to {split}/", about={"data_path": path})
 
 
-def no_split(path: Path, split: str) -> AdvisedError:
+def no_split(path: Path, split: str, has_train: bool) -> AdvisedError:
     """Returns the error about a folder or archive without a split."""
-    listed = Remedy({f"{split}_list": "FILE"}, "add this folder, or give {}")
-    return AdvisedError(f"there is no folder {split}/ in it", listed, about={"data_path": path})
+    missing = dict.fromkeys([*["train"] * (not has_train), split])
+    folders = "this folder" if len(missing) == 1 else f"train/ and {split}/"
+    listed = Remedy({f"{name}_list": "FILE" for name in missing}, f"add {folders}, or give {{}}")
+    reason = ", and its images may be those of the validation set" * (split == "train")
+    return AdvisedError(f"there is no folder {split}/ in it{reason}", listed, about={"data_path": path})
 
 
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:

@@ -230,8 +230,18 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
         return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
     one_hot = val.labels if task == MULTILABEL else np.eye(len(val.classes), dtype=bool)[val.labels]
     _require_defined(names, one_hot, val.classes)
+    if "kappa" in names and not _are_in_order(val.classes) and dist.is_main():
+        logger.warning(
+            f"--metric kappa weights errors by the order of the classes, {first_few(val.classes)}; for another order, "
+            f"give --train_list and --val_list with the labels 0, 1, 2"
+        )
     kind = Multilabel if task == MULTILABEL else Classification
     return kind(names, balanced_weights(train) if weight and train is not None else None)
+
+
+def _are_in_order(classes: Sequence[str]) -> bool:
+    """Whether the order of classes does not matter, or they are increasing numbers."""
+    return len(classes) < 3 or (all(map(str.isdecimal, classes)) and sorted(classes, key=int) == list(classes))
 
 
 def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
