@@ -431,9 +431,11 @@ class MaskedAutoencoderViT(Encoder):
 
         The tables of mmpretrain are those of the paper with swapped halves: the row first.
         """
-        dim, is_fixed = table.shape[-1], not self.learned_pos_embed and grid != old_grid
-        for shift in (0, dim // 2) if is_fixed else ():
-            old, new = (sincos_table(dim, size, self.num_prefix_tokens).to(table) for size in (old_grid, grid))
+        if self.learned_pos_embed or grid == old_grid:
+            return resize_pos_embed(table, old_grid, grid)
+        dim = table.shape[-1]
+        old, new = (sincos_table(dim, size, self.num_prefix_tokens).to(table) for size in (old_grid, grid))
+        for shift in (0, dim // 2):
             if torch.allclose(table, old.roll(shift, -1), atol=1e-2):  # files of half precision, too
                 return new.roll(shift, -1)
         return resize_pos_embed(table, old_grid, grid)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models_mae import MaskedAutoencoderViT
+from util.masking import require_random
 
 SIGMAS = {"red": (1.0, None), "green": (0.5, 1.5), "blue": (0.0, 1.0)}  # blurs, in patches; the second is subtracted
 
@@ -47,9 +48,7 @@ class ColoredMasks(MaskedAutoencoderViT):
     ) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
         excluded = noise.isinf()  # patches without valid pixels
-        is_uniform = noise.masked_fill(excluded, 0).frac().any()
-        message = "ColoredMasks draws its own masks: give --masking random, --mask_block 1, and no mask"
-        torch._assert_async(is_uniform, message)  # which can be compiled
+        require_random(noise, "ColoredMasks")
         sigma, subtracted = SIGMAS[self.color]
         image = torch.erfinv((2 * noise - 1).clamp(-0.999, 0.999)).unflatten(1, self.grid_size).unsqueeze(1)  # Gaussian
         filtered = blurred(image, sigma) - (blurred(image, subtracted) if subtracted else 0)

@@ -8,12 +8,11 @@ them only. CrossMAE also mixes the outputs of the encoder blocks for each decode
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import LAYER_NORM, Mlp, attend
-from util.masking import take
+from util.masking import require_random, take
 
 
 class CrossBlock(nn.Module):
@@ -53,8 +52,7 @@ class CrossDecoder(MaskedAutoencoderViT):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In training, the mask (B, N) has 1 for the patches that are predicted only."""
         if self.training and noise is not None:  # else the first masked patches are those of the upper rows
-            is_uniform = noise.masked_fill(noise.isinf(), 0).frac().any()
-            torch._assert_async(is_uniform, "CrossDecoder predicts random patches: give --masking random, and no mask")
+            require_random(noise, "CrossDecoder")
         visible, mask, ids_restore = super().random_masking(x, mask_ratio, noise)
         return visible, mask * (ids_restore < self.last(visible.shape[1], x.shape[1])), ids_restore
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import forks
@@ -62,8 +63,7 @@ def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify
         names = [path.relative_to(tmp_path) for path in sorted(tmp_path.glob(f"grades/{split}/*/*"))]
         (tmp_path / f"{split}.csv").write_text("".join(f"{name},{name.parent.name}\n" for name in names))
     classify(main_knn, data_path=tmp_path / "grades", **flags)
-    warning = "--metric kappa weights errors by the order of the classes, 0, 1, 10, 2, 8 and 1 more; for another order"
-    assert capsys.readouterr().out.count(warning) == 1
+    assert len(re.findall(r"--metric kappa .* 0, 1, 10, 2, 8 .*--train_list", capsys.readouterr().out)) == 1
     classify(main_knn, data_path=tmp_path / "grades", k=5, metric="accuracy")
     classify(
         main_knn, data_path=tmp_path, **flags, **{f"{one}_list": tmp_path / f"{one}.csv" for one in ("train", "val")}

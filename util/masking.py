@@ -256,3 +256,16 @@ def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> N
             f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} {what} visible: give --mask_ratio {most:g} "
             f"or less"
         )
+
+
+def require_random(noise: Tensor, method: str) -> None:
+    """Checks that noise (B, N) orders the patches at random. The zeros and ones of a given mask do not.
+
+    Args:
+        method: the class that needs it, for the error.
+
+    Raises:
+        RuntimeError: it does not. On a GPU, a later operation raises the error, so that models can be compiled.
+    """
+    is_random = noise.masked_fill(noise.isinf(), 0).frac().any()  # infinite for patches without valid pixels
+    torch._assert_async(is_random, f"{method}: give --masking random, --mask_block 1, and no mask")
