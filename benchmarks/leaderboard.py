@@ -9,7 +9,8 @@ An entry is pre-trained for the number of epochs that fit into the minutes, at t
 speed of the run differs by more than a tenth, it is repeated, once, with the number of epochs that fit at this speed. A
 run of more than half an hour is not repeated: its row has the minutes.
 The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
-Each entry appends a row to leaderboard.jsonl, and writes the table.
+Each entry appends a row to leaderboard.jsonl, and writes the table. The command says whether the score agrees with the
+earlier rows of the same entry and machine: whether it is in the 95 % prediction interval of their scores.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scipy import stats
 
 import main_knn
 import main_pretrain
@@ -41,6 +44,7 @@ from util.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
 MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"
+SAME = ("entry", "budget", "images", "kind", "evaluated on", "machine")  # of rows that are repetitions
 PROCESSES = 2  # of one thread each
 BASE = {**PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
@@ -182,10 +186,6 @@ def table() -> str:
     for title, entries in tables.items():
         ranked = sorted(entries, key=lambda key: (key[0], -statistics.fmean(row["score"] for row in entries[key])))
         parts += [title, markdown(titles, [summary(entries[key]) for key in ranked])]
-        scores = [[row["score"] for row in rows] for rows in entries.values() if len(rows) > 1]
-        if scores:
-            spread = math.sqrt(statistics.fmean(map(statistics.variance, scores)))
-            parts.append(f"The pooled standard deviation over seeds of {len(scores)} entries is {spread:.2f}.")
     return "\n\n".join(parts)
 
 
@@ -199,17 +199,36 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return [rows[0]["entry"], seeds, f"{statistics.fmean(scores):.2f}{spread}", *means, *last]
 
 
+def prediction_interval(scores: list[float]) -> tuple[float, float]:
+    """Returns the bounds that the score of one more run has with a probability of 95 % (Student's t)."""
+    mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
+    low, high = stats.t.interval(0.95, len(scores) - 1, mean, deviation * math.sqrt(1 + 1 / len(scores)))
+    return float(low), float(high)
+
+
+def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
+    """Compares the score of a row with the earlier rows of the same entry, budget and machine."""
+    scores = [other["score"] for other in earlier if all(other[name] == row[name] for name in SAME)]
+    found = f"{row['entry']}, {row['evaluated on']} images, {row['machine']}: {row['score']:.2f}, "
+    if len(scores) < 2:
+        return f"{found}{len(scores)} earlier rows to compare with"
+    low, high = prediction_interval(scores)
+    place = "within" if low <= row["score"] <= high else "OUTSIDE"
+    return f"{found}{place} the 95 % prediction interval of {len(scores)} earlier rows, {low:.2f} to {high:.2f}"
+
+
 def main(args: argparse.Namespace) -> None:
-    """Runs entries, and appends their rows."""
+    """Runs entries, appends their rows, and compares them with earlier rows."""
     version = commit()  # before the first row changes a file
     for name in args.entries:
+        earlier = [json.loads(line) for line in ROWS.read_text().splitlines()]
         rows = run(name, args, version)
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         text = PAGE.read_text()
         before, after = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
         atomic.write_text(PAGE, text[:before] + table() + "\n" + text[after:])
-        print(*map(json.dumps, rows), sep="\n", flush=True)
+        print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,3 +145,15 @@ def test_entries_are_evaluated_on_a_fifth_of_each_class(tmp_path):
     assert sorted(train + held_out) == sorted(map(str, tmp_path.glob("train/*/*")))
     assert Counter(of_held_out) == {"a": 2, "b": 2}
     assert Counter(of_train) == {"a": 8, "b": 8}
+
+
+def test_a_repeated_run_is_compared_with_the_earlier_rows_of_its_entry_and_machine():
+    scores = np.random.default_rng(0).normal(80, 0.5, (1000, 5))
+    bounds = np.array([leaderboard.prediction_interval(list(earlier)) for *earlier, _ in scores])
+    within = (bounds[:, 0] <= scores[:, -1]) & (scores[:, -1] <= bounds[:, 1])
+    assert within.mean() == pytest.approx(0.95, abs=0.02)
+    row = {"entry": "muon", "budget": 5.0, "images": 9, "kind": "images", "evaluated on": "test", "machine": "A"}
+    rows = [{**row, "score": score} for score in (79.9, 80.0, 80.1)] + [{**row, "machine": "B", "score": 60.0}]
+    assert "within" in leaderboard.agreement({**row, "score": 80.2}, rows)
+    assert "OUTSIDE" in leaderboard.agreement({**row, "score": 81.0}, rows)
+    assert "within" not in leaderboard.agreement({**row, "machine": "B", "score": 60.0}, rows)
