@@ -14,6 +14,7 @@ import models_build
 import models_mae
 import models_segment
 import models_vit
+from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import CLASSIFICATION, MULTILABEL
 from util.data import extras as extra_inputs
 from util.data import transforms
@@ -60,6 +61,17 @@ class ModelMixin(PyTorchModelHubMixin):
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")
         self.eval()  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_pretrained(cls, **arguments: Any) -> Any:
+        """Loads all weights. By default, huggingface_hub ignores missing and unexpected ones."""
+        try:
+            return super()._from_pretrained(**{"strict": True, **arguments})
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{arguments['model_id']} does not contain the weights of a {cls.__name__}: use inference.get_model, "
+                f"which loads any model of this library ({' '.join(str(error).split())})"
+            ) from error
 
     def prepare(self, images: Images) -> Tensor:
         """Images of any kind -> the input of the model (B, c, H, W), on its device.

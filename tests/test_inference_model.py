@@ -220,6 +220,14 @@ def test_save_pretrained_and_from_pretrained_round_trip(tmp_path, classifier):
         assert_equal(again.state_dict(), classifier.state_dict())
 
 
+def test_from_pretrained_requires_the_weights_of_its_class(tmp_path, classifier):
+    """A head with random weights predicts classes, too."""
+    classifier.head = torch.nn.Identity()
+    classifier.save_pretrained(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="get_model"):
+        Classifier.from_pretrained(tmp_path / "folder")
+
+
 def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
     file = pretrain() / "checkpoint-1.pth"
     model = get_model("vit_mini_patch4", file, nb_classes=7)
