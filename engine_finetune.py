@@ -140,33 +140,42 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.We
 
 def open_labelled(
     data: RunData, nb_classes: int | None, reads_in_order: bool = False
-) -> tuple[Source, Source, dict[str, list[float]]]:
+) -> tuple[Source, Source, dict[str, Any]]:
     """Opens the training and the validation set, as `RunData.open_pair` does.
 
     Returns:
-        The sets, in which numbers are standardized on the training set; and mean and standard deviation of the numbers,
-        as settings.
+        The sets, in which numbers are standardized on the training set; and, as settings, what identifies the held-out
+        images, and mean and standard deviation of the numbers.
     """
     train, val = data.open_pair(nb_classes, reads_in_order)
+    record = {"held_out_images": data.held_out_images} if data.held_out_images else {}
     if data.images.task == CLASSIFICATION:
-        return train, val, {}
+        return train, val, record
     mean, std = labels.statistics(train, data.images.task)
     train, val = (labels.standardized(source, mean, std) for source in (train, val))
-    return train, val, {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
+    return train, val, record | ({"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {})
 
 
 def load_for_evaluation(
     build: Callable[[settings.ModelSpec, settings.ImageSpec], nn.Module],
     flags: Mapping[str, Any],
     file: reading.Weights,
-    val: Source,
+    data: RunData,
 ) -> tuple[nn.Module, Source]:
-    """Loads the classifier of a file, and converts the labels of a dataset to indices into its classes.
+    """Loads the classifier of a file, and converts the labels of the validation set to indices into its classes.
+
+    A warning says whether --val_fraction holds out other images than in the training of the file.
 
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
-    num_classes, task = file.num_classes, flags.get("task", CLASSIFICATION)
+    val, num_classes, task = data.open_val(), file.num_classes, flags.get("task", CLASSIFICATION)
+    recorded = file.settings.get("held_out_images")
+    if data.held_out_images and recorded not in (None, data.held_out_images):
+        logger.warning(
+            f"the training of {file.source} held out {recorded}, and now these are {data.held_out_images}: images that "
+            f"it was trained on may be among them"
+        )
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)
         raise ValueError(f"--task {task}: {file.source} was trained with --task {recorded}; omit --task")

@@ -159,7 +159,7 @@ def evaluate_file(
     args: Namespace, data: RunData, file: loading.Weights, precision: Precision, build: Callable[..., nn.Module]
 ) -> tasks.Evaluation:
     """Evaluates the classifier of a file on the validation set."""
-    model, val = load_for_evaluation(build, vars(args), file, data.open_val())
+    model, val = load_for_evaluation(build, vars(args), file, data)
     model.to(precision.device)
     if args.compile:
         compile_model(model, precision.device, freeze_weights=True)

@@ -105,7 +105,7 @@ def main(
     if args.eval and file:
         if args.compile:
             logger.warning("--compile has no effect with --eval")
-        probe, val = load_for_evaluation(build, vars(args), file, data.open_val())
+        probe, val = load_for_evaluation(build, vars(args), file, data)
         encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | vars(args), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)

@@ -18,6 +18,7 @@ import main_linprobe
 from engine_finetune import encode, evaluate
 from models_vit import vit_mini_patch4
 from util import dist
+from util.checkpoints.checkpoint import CheckpointError
 from util.data import loader, transforms
 from util.data.labels import Subset
 from util.data.run_data import RunData
@@ -96,6 +97,23 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         loss = float(capsys.readouterr().out.split()[-1])
         assert loss == pytest.approx(lines(tmp_path / "without")[-1]["test_loss"], abs=1e-3)
         assert main is main_linprobe or len(scores.labels) == 12
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe])
+def test_changed_images_do_not_move_between_the_parts_unnoticed(main, classify, labelled, tmp_path, capsys):
+    """A file more changes the split, and images that were trained on are held out."""
+    shutil.copytree(labelled / "train", tmp_path / "images")
+    flags = {"val_fraction": 0.25, "data_path": tmp_path / "images"}
+    file = classify(main, "run", **flags, epochs=1, warmup_epochs=0) / "checkpoint-0.pth"
+    classify(main, "eval", **flags, eval=True, resume=file)
+    shutil.copytree(tmp_path / "images", tmp_path / "elsewhere")  # the same images
+    classify(main, "eval", **flags | {"data_path": tmp_path / "elsewhere"}, eval=True, resume=file)
+    assert "may be among them" not in capsys.readouterr().out
+    shutil.copy(tmp_path / "images/kind1/01.png", tmp_path / "images/kind1/00.png")
+    classify(main, "eval", **flags, eval=True, resume=file)
+    assert "may be among them" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"other held out images: give the data of that run"):
+        classify(main, "run", **flags, resume="auto")
 
 
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe])

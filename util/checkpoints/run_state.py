@@ -347,7 +347,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
     differing += [n for n in weights if n not in ours]
     if differing:
         saved = _args_of(state)
-        _require_same_classes(saved, settings)
+        _require_same_data(saved, settings)
         of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
@@ -371,7 +371,7 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task",
             Remedy(different),
         )
-    _require_same_classes(saved, settings)
+    _require_same_data(saved, settings)
     updates = saved.get("updates_per_epoch")
     if updates != settings.get("updates_per_epoch"):
         length = f"{updates} updates" if updates else "one pass over the images"
@@ -381,15 +381,15 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
         )
 
 
-def _require_same_classes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in ("classes", "colors"):
+def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in ("classes", "colors", "held_out_images"):
         if _differs(name, saved, settings):
             chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
             remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
             if not any(remedies[0].settings):
                 started = Remedy({"finetune": "FILE"}, "{} starts from its weights")
                 remedies = [Remedy({}, "give the data of that run"), started]
-            raise CheckpointError(f"the resumed run had other {name}", *remedies)
+            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}", *remedies)
 
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Classes and targets of training and validation sets, and subsets of a source."""
 
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -250,6 +251,12 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+
+
+def identity(held_out: Source, total: int) -> str:
+    """Describes held-out images of `total` images: their number, and a checksum of the names of their files."""
+    names = "\n".join(held_out.name(index).rpartition("/")[2] for index in range(len(held_out)))
+    return f"{len(held_out):,} of {total:,} images, with the checksum {zlib.crc32(names.encode()):08x}"
 
 
 def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:

@@ -26,7 +26,12 @@ class RunData:
         data: the datasets, and how they are read.
         device: the device of the model.
         source: the function of the dataset, if the caller gives one instead of its name.
+
+    Attributes:
+        held_out_images: `labels.identity` of the images of `val_fraction`, after a set was opened.
     """
+
+    held_out_images: str | None = None
 
     def __init__(
         self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None
@@ -85,6 +90,7 @@ class RunData:
         self.check_statistics(train)
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
+            self.held_out_images = labels.identity(val, len(train) + len(val))
             val = self.readable(val, len(train) + len(val))
         if reads_in_order:
             train = self.readable(train)
