@@ -50,7 +50,7 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
 
 
 SLOW = ("test_sharded", "test_compiling", "test_main_compare", "test_interrupts", "test_main_robustness", "test_faults",
-        "test_dist", "test_data_page", "test_main_finetune", "test_submit", "test_export_accuracy",
+        "test_dist", "test_main_finetune", "test_submit", "test_export_accuracy",
         "test_main_linprobe")  # fmt: skip
 
 

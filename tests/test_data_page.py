@@ -1,4 +1,4 @@
-"""The commands of DATA.md for kinds of data: pre-training is better than random weights by the margin of the page."""
+"""The short commands of DATA.md and DATASETS.md. tests/demo_data_page.py runs the long ones."""
 
 import re
 import shlex
@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
 from forks import ROOT
 from mains import call, lines, run_section
 
@@ -28,17 +27,6 @@ def run(command: str) -> Any:
     if script.startswith("examples/data_"):
         return module.generate(Path(argv[0]))
     return call(module, *argv)
-
-
-@pytest.mark.parametrize("heading", ["Sounds", "Bands with clouds", "Signals"])
-def test_pretraining_helps(heading, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    section, commands = read(heading)
-    margin = int(re.search(r"at least (\d+) points above", section)[1])
-    _, _, trained, random, _ = [run(command) for command in commands]
-    assert trained[10, 0.07] > random[10, 0.07] + margin
-    (picture,) = tmp_path.glob("*.png")
-    assert picture.stat().st_size < 100_000
 
 
 def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
