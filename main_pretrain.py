@@ -12,6 +12,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 """
 
 import logging
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -210,7 +211,9 @@ def open_samples(
         args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
         rotate90=args.rotate90,
     )  # fmt: skip
-    patch_size, num_visible = model.patch_embed.patch_size, masking.num_visible(model.num_patches, mask_ratio)
+    patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
+    patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
+    num_visible = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
     whole = transforms.eval_transform(args.input_size, crop=args.crop)
     augment, whole = (
         partial(

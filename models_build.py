@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -69,9 +70,25 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
 
 
-def _own_parameters(kind: type) -> list[inspect.Parameter]:
-    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
-    return [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+class _Values(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as for the other flags. YAML 1.1 requires a point in it."""
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Returns the keyword-only parameters of the constructors of a class, as far as each passes others on."""
+    own: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            own = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY} | own
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break
+    return own
 
 
 def own_arguments(
@@ -88,14 +105,15 @@ def own_arguments(
     Raises:
         ValueError: it has no such argument, or needs another one.
     """
-    own = _own_parameters(kind)
+    own, last = _own_parameters(kind), inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
-        if name not in {one.name for one in own} or not value:
-            takes = " ".join(f"{one.name}=VALUE" for one in own) or "no arguments"
+        if name not in own or not value:
+            takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
-    arguments = {name: yaml.safe_load(value) for name, value in pairs}
-    if missing := [one.name for one in own if one.default is one.empty and one.name not in {*given, *arguments}]:
+    arguments = {name: yaml.load(value, _Values) for name, value in pairs}
+    needed = [name for name, one in own.items() if one.default is one.empty and name in last]  # a class may set others
+    if missing := [name for name in needed if name not in {*given, *arguments}]:
         raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
     return arguments
 
@@ -122,7 +140,7 @@ def autoencoder(
     """
     arguments = autoencoder_arguments(spec, image, encoder)
     if model_class is not MaskedAutoencoderViT:
-        of_encoder = {one.name for one in _own_parameters(encoder)} if encoder else set[str]()
+        of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates
+from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, init_linear
 from util.masking import noise_from_mask, num_visible, shuffle, take
 from util.pos_embed import Size, resize_pos_embed, sincos_table
 
@@ -154,13 +154,9 @@ class MaskedAutoencoderViT(Encoder):
 
     def initialize_weights(self) -> None:
         """Initializes linear layers and the patch projection (Xavier uniform), biases (0), tokens and learned positions
-        (std .02).
+        (std .02). Linear layers of zeros, such as those of adapters, keep them.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self, nn.init.xavier_uniform_)
         for module in self.patch_embed.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -229,7 +225,7 @@ class MaskedAutoencoderViT(Encoder):
         masking = _given(noise=noise) | self.extras_of("random_masking", extras)
         x, mask, ids_restore = self.random_masking(x, mask_ratio, **masking)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        x, inputs = self.with_class_tokens(x, grid), self.block_inputs(grid, ids_restore, x.shape[1])
+        x, inputs = self.all_tokens(x, grid), self.block_inputs(grid, ids_restore, x.shape[1])
         for block in self.blocks:
             x = block(x, *inputs)
         return self.norm(x), mask, ids_restore
@@ -309,7 +305,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if valid is None:
             return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
-        counted = self._valid_values(valid, patches.shape[-1] // math.prod(self.patch_embed.patch_size))
+        counted = self._valid_values(valid, self.in_chans)
         count = counted.sum(dim=-1, keepdim=True)
         mean = patches.where(counted, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
         squares = (patches - mean).where(counted, 0).square().sum(dim=-1, keepdim=True)
@@ -374,7 +370,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if valid.shape != (imgs.shape[0], *imgs.shape[2:]):
             raise ValueError(f"valid is {tuple(valid.shape)}, and the images {tuple(imgs.shape)}: give (B, H, W)")
-        patches = self._valid_values(valid, 1).any(dim=-1)
+        patches = self._valid_values(valid, self.in_chans).any(dim=-1)
         noise = torch.rand(patches.shape, device=imgs.device) if noise is None else noise
         visible = num_visible(patches.shape[1], mask_ratio)
         enough = (patches.sum(dim=1) >= visible).all()

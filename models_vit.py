@@ -143,6 +143,21 @@ def init_classifier(layer: LastLayer) -> LastLayer:
     return layer
 
 
+def init_linear(model: nn.Module, init: Callable[[Tensor], Any]) -> None:
+    """Initializes the weights of the linear layers of a model by `init`, and their biases with 0.
+
+    A layer of zeros keeps them: the start of an adapter, which its constructor has set.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        is_plain = module.weight.is_meta or hasattr(module.weight, "to_local")  # a plain model, sharded by --fsdp
+        if is_plain or module.weight.any():
+            init(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU (erf) between them, applied to each token."""
 
@@ -316,11 +331,26 @@ class Encoder(Steps, nn.Module):
         tokens = self.cls_token + self.positions(grid)[:, : self.num_prefix_tokens]
         return torch.cat([tokens.expand(patches.shape[0], -1, -1), patches], dim=1)
 
+    def all_tokens(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The result of `with_class_tokens`.
+
+        Raises:
+            ValueError: an override adds or removes tokens. Other methods would take some of them for patches.
+        """
+        tokens, expected = self.with_class_tokens(patches, grid), self.num_prefix_tokens + patches.shape[1]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"{type(self).__name__}.with_class_tokens returns {tokens.shape[1]} tokens, and {expected} are "
+                f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too, or give "
+                f"--num_cls_tokens, which adds learned tokens"
+            )
+        return tokens
+
     def embed(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first."""
         self.check_extras(extras, ("tokenize",))
         patches = self.tokenize(imgs, **self.extras_of("tokenize", extras))
-        return self.with_class_tokens(patches, self.patch_embed.grid_of(*imgs.shape[-2:]))
+        return self.all_tokens(patches, self.patch_embed.grid_of(*imgs.shape[-2:]))
 
     def layer_id(self, name: str) -> int:
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
@@ -419,18 +449,15 @@ class VisionTransformer(Encoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initializes linear weights, class token and positions (normal, std .02); biases are zero.
+        """Initializes linear weights, class token and positions (normal, std .02); biases are zero. Linear layers of
+        zeros, such as those of adapters, keep them.
 
         The published truncation at ±2 is 100 standard deviations away, so this is the same distribution. timm's
         `trunc_normal_` sets about one weight in 2^24 to -2.
         """
         nn.init.normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self, partial(nn.init.normal_, std=0.02))
 
     def freeze(self) -> None:
         """Freezes everything except the head: no gradients, and always in evaluation mode."""

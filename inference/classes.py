@@ -21,6 +21,7 @@ from util.data import transforms
 from util.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from util.data.joint_transforms import fitted
 from util.data.segmentation_masks import default_colors
+from util.data.transforms import split_maps, with_maps
 from util.evaluation.robustness import imagenet_classes
 from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
@@ -87,6 +88,16 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage: an image can't be decoded, or has another number of channels than the model.
             OSError: a file can't be read.
         """
+        return self.inputs(images, {})[0]
+
+    def inputs(self, images: Images, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images and their extra inputs -> the input of the model (B, c, H, W) and tensors by name, on its device.
+
+        An extra input of the size of its picture (H, W) is a map, to which the transform of the picture is applied.
+
+        Raises:
+            ValueError, BadImage, OSError: as in `prepare`, or an extra input does not have a value for each image.
+        """
         device = next(self.parameters()).device  # type: ignore[attr-defined]
         several: Any = images if _are_several(images) else [images]
         if not len(several):
@@ -97,10 +108,22 @@ class ModelMixin(PyTorchModelHubMixin):
                 "the list mixes float tensors, which are the input of the model, with other images, which are "
                 "normalized; give float tensors only, or none"
             )
+        values = extra_inputs.by_name(extras, len(several), _are_several(images))
         if are_inputs == {True}:
-            return torch.stack(list(several)).to(device)
-        pixels = [self.transform(self.open(image)) for image in several]
-        return self.normalize(torch.stack(transforms.of_one_range(pixels)).to(device))
+            x = torch.stack(list(several)).to(device)
+        else:
+            pixels, maps = [], []
+            for number, image in enumerate(several):
+                picture = self.open(image)
+                if not number:
+                    names = [name for name, value in values.items() if value.shape[1:] == size_of(picture)]
+                own = {name: values[name][number] for name in names}
+                image, own = split_maps(self.transform(with_maps(picture, own) if own else picture), names)
+                pixels.append(image)
+                maps.append(own)
+            values |= {name: torch.stack([own[name] for own in maps]) for name in names}
+            x = self.normalize(torch.stack(transforms.of_one_range(pixels)).to(device))
+        return x, {name: value.to(device) for name, value in values.items()}
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
         """Decodes an image to a picture with the channels of the model.
@@ -132,7 +155,8 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
-            extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...).
+            extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...). Maps of a
+                picture have its size (H, W), and follow its scaling and crop.
 
         Returns:
             For an image, a dict. Of a classifier: pred_label (the most likely label), pred_class (its name), pred_score
@@ -150,8 +174,8 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
-        x = self.prepare(images)
-        outputs = self(x, **self._by_name(extras, images)).float().cpu()  # type: ignore[operator]
+        x, inputs = self.inputs(images, extras)
+        outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
             predictions = self._likely_classes(outputs.softmax(dim=1), topk)
@@ -185,10 +209,6 @@ class ModelMixin(PyTorchModelHubMixin):
             })  # fmt: skip
         return predictions
 
-    def _by_name(self, extras: dict[str, Any], images: Images) -> dict[str, Tensor]:
-        several, device = _are_several(images), next(self.parameters()).device  # type: ignore[attr-defined]
-        return extra_inputs.by_name(extras, len(images) if several else 1, several, device)  # type: ignore[arg-type]
-
     def extract_feat(self, images: Images, pool: str | None = None, **extras: Any) -> Tensor:
         """Computes features of images. No patch is masked.
 
@@ -206,7 +226,8 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        return self.compute_features(self.prepare(images), pool, **self._by_name(extras, images))
+        x, inputs = self.inputs(images, extras)
+        return self.compute_features(x, pool, **inputs)
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
@@ -284,7 +305,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             BadImage, OSError: as in `prepare`.
         """
         several: Any = images if _are_several(images) else [images]
-        inputs = self._by_name(extras, images)
+        inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
         results = [
             self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
             for index, image in enumerate(several)
@@ -304,7 +325,8 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
-        return predict_classes(self, pixels, size, self.window, batch_size, extras).to(torch.uint8).cpu().numpy()
+        inputs = {name: value.to(device) for name, value in extras.items()}
+        return predict_classes(self, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter

@@ -121,6 +121,15 @@ def test_an_entry_that_exists_is_an_error_and_the_epoch_is_saved(pretrain, name)
         pretrain("run", callbacks=[Twice()], epochs=1, save_minutes=0)
 
 
+def test_entries_may_be_numbers_of_pytorch_and_numpy(pretrain):
+    class Entries(History):
+        def after_epoch(self, model, epoch, log):
+            return {"norm": torch.tensor(1.5), "count": np.int64(2)}
+
+    (line,) = lines(pretrain("run", callbacks=[Entries()], epochs=1))
+    assert (line["norm"], line["count"]) == (1.5, 2)
+
+
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_segment])
 def test_callbacks_of_every_script(script, classify, tmp_path):
     """An entry of an epoch comes from the weights after its last update."""

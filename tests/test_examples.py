@@ -312,6 +312,13 @@ def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, monkeypatch):
     assert_equal(weights(whole), weights(own))
 
 
+def test_a_schedule_of_numpy_is_saved(own_module, pretrain):
+    own_module("own_schedule", "import numpy\ndef half(progress):\n    return numpy.float64(0.5)\n")
+    assert lines(pretrain(lr_schedule="own_schedule:half", warmup_epochs=0, lr=0.1))[1]["train_lr"] == pytest.approx(
+        0.05
+    )
+
+
 def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):
     own_module("own_schedule", "def nothing(progress):\n    pass\n")
     with pytest.raises(ValueError, match="--lr_schedule own_schedule:nothing returns NoneType"):

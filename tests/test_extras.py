@@ -214,6 +214,25 @@ def test_maps_follow_the_crops_and_flips_of_the_image(transform):
         assert torch.equal(batch.images, torch.stack([batch.extras["red"], batch.extras["green"]], dim=1))
 
 
+def test_maps_in_python_follow_the_transform_of_the_picture():
+    """The features are those of a dataset with these maps."""
+
+    class Sum(Encoder):
+        def tokenize(self, imgs, *, red):
+            return super().tokenize(imgs + red[:, None])
+
+    model = get_model("vit_mini_patch4", input_size=16, in_chans=2, nb_classes=0, encoder=Sum)
+    items, samples = Mapped(range(3)), mapped_samples(transforms.eval_transform(16))
+    for number in range(3):
+        image, red = items[number]["image"].transpose(2, 0, 1), items[number]["red"]
+        sample = samples[0, number]
+        expected = model.compute_features(model.normalize(sample.image[None]), red=sample.extras["red"][None])
+        torch.testing.assert_close(model.extract_feat([image], red=[red]), expected)
+        torch.testing.assert_close(model.extract_feat(image, red=red), expected)
+        inputs = model.normalize(sample.image[None])  # of the size of the model, as their maps
+        torch.testing.assert_close(model.extract_feat(inputs, red=sample.extras["red"][None]), expected)
+
+
 def test_maps_of_other_shapes_are_named():
     samples = mapped_samples(transforms.eval_transform(16), wrong=3)
     with pytest.raises(BadImage, match=r"train\[3\]: its map red has 22 x 30 pixels .* and the image 23 x 30"):

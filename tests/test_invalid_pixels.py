@@ -288,14 +288,18 @@ def test_published_overrides_work_where_nothing_is_invalid(tmp_path):
         pretrained(tmp_path / "invalid", items, Published, **flags)
 
 
-def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(clouds):
+GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
+
+
+@pytest.mark.parametrize("own", [{}, GROUPS], ids=["plain", "groups"])
+def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, clouds):
     """With masks, NaN and a value; also in a worker process, and with images in memory."""
-    first = weights(clouds("first"), "checkpoint-0.pth")
+    first = weights(clouds("first", **own), "checkpoint-0.pth")
     for name, flags in {
         "hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
         "cached": {"cache_images": True},
     }.items():  # fmt: skip
-        assert_equal(first, weights(clouds(name, **flags), "checkpoint-0.pth"))
+        assert_equal(first, weights(clouds(name, **flags, **own), "checkpoint-0.pth"))
 
 
 def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):

@@ -29,9 +29,10 @@ from inference.classes import Segmenter
 from inference.model import with_encoder
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
-from models_vit import Encoder, VisionTransformer
+from models_vit import Block, Encoder, VisionTransformer
 from util.checkpoints import checkpoint
 from util.lr_decay import param_groups_lrd
+from util.weights import loading, model_zoo, reading
 
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 4, "num_heads": 2}
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
@@ -107,6 +108,47 @@ def test_blocks_of_timm_are_those_of_all_models(name):
         assert type(timm.decoder_blocks[0]) is TimmBlock
     with pytest.raises(ValueError, match="no attention weights"):
         timm.get_intermediate_layers(imgs, return_attention=True)
+
+
+class AdaptedBlock(Block):
+    def __init__(self, dim, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.down, self.up = torch.nn.Linear(dim, 4), torch.nn.Linear(4, dim)
+        torch.nn.init.zeros_(self.up.weight)
+        torch.nn.init.ones_(self.up.bias)
+
+    def compute(self, x, *inputs):
+        return super().compute(x, *inputs) + self.up(self.down(x)) - 1
+
+
+class Adapters(Encoder):
+    block = AdaptedBlock
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_start_as_their_blocks_set_them(name, caplog):
+    """An adapter of zeros changes nothing, also with weights of a file that has no adapters."""
+    kind, own = MODELS[name]
+    plain, adapted = kind(**SMALL, **own).eval(), models_build.combined(Adapters, kind)(**SMALL, **own).eval()
+    tensors = {name: value for name, value in plain.state_dict().items() if "head" not in name}
+    file = reading.Weights(tensors, {"input_size": 16}, model_zoo.FULL, "file")
+    (loading.init_mae if name == "autoencoder" else loading.load_encoder)(adapted, file)
+    assert "has no blocks.0.down.bias" in caplog.text
+    imgs = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(adapted.get_intermediate_layers(imgs)[0], plain.get_intermediate_layers(imgs)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_override_that_adds_tokens_is_an_error(name):
+    """The decoder, and the mean of the patches, would take them for patches."""
+
+    class Registers(Encoder):
+        def with_class_tokens(self, patches, grid):
+            return torch.cat([super().with_class_tokens(patches, grid), patches[:, :2]], dim=1)
+
+    kind, own = MODELS[name]
+    with pytest.raises(ValueError, match=r"with_class_tokens returns .* --num_cls_tokens"):
+        models_build.combined(Registers, kind)(**SMALL, **own)(torch.rand(1, 3, 16, 16))
 
 
 def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
@@ -242,6 +284,26 @@ def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
     with pytest.raises(ValueError, match=r"--model_args scale: .*--encoder has an argument of this name"):
         pretrain(**flags, model_args="scale=2")
+
+
+def test_arguments_of_a_base_class_and_numbers_as_in_other_flags(leads, pretrain):
+    (leads / "leads.py").write_text(
+        LEADS
+        + """
+class Shifted(Leads):
+    def __init__(self, *, shift: float, **arguments):
+        super().__init__(rows=4, **arguments)
+        torch.nn.init.constant_(self.cls_token, shift)
+"""
+    )
+    own = {"encoder": "leads:Shifted", "encoder_args": "shift=1e-3 scale=2.5e+1"}
+    found = weights(pretrain("run", epochs=1, lr=0, **own), "checkpoint-0.pth")
+    assert (found["lead_embed"] == 25).all()
+    assert found["cls_token"].float().mean().item() == pytest.approx(1e-3, rel=0.1)
+    with pytest.raises(ValueError, match=r"wrong=1: Shifted takes rows=VALUE scale=VALUE shift=VALUE"):
+        pretrain("wrong", **own | {"encoder_args": "wrong=1"})
+    with pytest.raises(ValueError, match="needs --encoder_args shift=VALUE"):
+        pretrain("missing", encoder="leads:Shifted")
 
 
 def test_a_model_class_is_trained_by_its_flag(leads, pretrain):

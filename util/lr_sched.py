@@ -60,7 +60,7 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec, sche
     else:
         progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
         if schedule:
-            factor = schedule(progress)
+            factor = float(schedule(progress))  # a checkpoint has no numbers of NumPy
         elif args.poly_power is None:
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         else:

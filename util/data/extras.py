@@ -91,8 +91,8 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, .
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 
 
-def by_name(extras: Mapping[str, Any], count: int, several: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns the extra inputs of `count` images as tensors (B, ...) on a device.
+def by_name(extras: Mapping[str, Any], count: int, several: bool) -> dict[str, torch.Tensor]:
+    """Returns the extra inputs of `count` images as tensors (B, ...).
 
     Args:
         extras: with `several`, a value for each image; else the value of the only image.
@@ -106,7 +106,7 @@ def by_name(extras: Mapping[str, Any], count: int, several: bool, device: torch.
             tensor = to_tensor(value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} {error}") from error
-        tensors[name] = (tensor if several else tensor[None]).to(device)
+        tensors[name] = tensor if several else tensor[None]
         if not tensors[name].ndim or len(tensors[name]) != count:
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}: give a value for each of the {count} images")
     return tensors

@@ -26,12 +26,10 @@ from util.data.decode import (
     Picture,
     PixelValues,
     decode,
-    require_size,
-    to_tensor,
 )
 from util.data.generators import preserve_generators, seed_generators
 from util.data.sources import Source
-from util.data.transforms import Transform, to_unit_range
+from util.data.transforms import Transform, split_maps, with_maps
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 
@@ -146,14 +144,9 @@ class Samples(Dataset):
         """
         if not self.maps:
             return *self.transform(picture, label), extras
-        channels = [to_unit_range(to_tensor(picture))]
-        for name in self.maps:
-            require_size(picture, extras[name].shape, f"map {name}")
-            channels.append(extras[name][None])
-        image, label = self.transform(torch.cat(channels), label)
-        parts = image.split([len(image) - len(self.maps), *[1] * len(self.maps)])
-        maps = {name: part[0].nan_to_num(0) for name, part in zip(self.maps, parts[1:], strict=True)}
-        return parts[0], label, extras | maps
+        image, label = self.transform(with_maps(picture, {name: extras[name] for name in self.maps}), label)
+        image, maps = split_maps(image, self.maps)
+        return image, label, extras | maps
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.

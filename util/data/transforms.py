@@ -3,7 +3,7 @@
 torchvision and timm are imported inside functions, because importing them takes as long as importing PyTorch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from util.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
-from util.data.decode import BadImage, Picture, to_pillow, to_tensor
+from util.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,6 +66,23 @@ def to_unit_range(imgs: Tensor) -> Tensor:
 def of_one_range(images: list[Tensor]) -> list[Tensor]:
     """Scales images to the range 0 to 1 if some are bytes and some are not."""
     return [to_unit_range(image) for image in images] if len({image.dtype for image in images}) > 1 else images
+
+
+def with_maps(picture: Picture, maps: Mapping[str, Tensor]) -> Tensor:
+    """Returns a picture with its maps (H, W) as further channels, to which a transform is applied.
+
+    Raises:
+        BadImage: a map has another size than the picture.
+    """
+    for name, values in maps.items():
+        require_size(picture, values.shape, f"map {name}")
+    return torch.cat([to_unit_range(to_tensor(picture)), *(values[None] for values in maps.values())])
+
+
+def split_maps(image: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the channels of the picture, and its maps, which are 0 where the transform has no pixels."""
+    channels, *parts = image.split([len(image) - len(names), *[1] * len(names)])
+    return channels, {name: part[0].nan_to_num(0) for name, part in zip(names, parts, strict=True)}
 
 
 class Normalize(nn.Module):
