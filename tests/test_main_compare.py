@@ -427,6 +427,23 @@ def test_a_moved_comparison_is_complete(tmp_path):
     assert run(tmp_path / "two", data_path="others") == 2
 
 
+def test_equal_lists_in_another_folder_are_other_images(tmp_path):
+    """The paths in a list are relative to its folder, unless --data_path is given."""
+    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text("0.png,cat\n")
+
+    def run(folder, **flags):
+        settings = {"train_list": tmp_path / folder / "train.csv", "data_path": None, **flags}
+        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+        commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
+        return (tmp_path / "counts.py.txt").read_text().count("run")
+
+    assert [run("a"), run("a"), run("b"), run("b")] == [1, 1, 2, 2]
+    assert [run("a", data_path="images"), run("b", data_path="images")] == [3, 3]
+
+
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
     computed = []
     monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))

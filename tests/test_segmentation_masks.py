@@ -88,6 +88,13 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
     assert decoded.dtype == torch.uint8
+    colors = [(0, 255, 0), (255, 0, 0), (0, 0, 255)]  # a program numbered red, green and blue in its own order
+    of_colors, optimized = MaskFormat(3, True, colors), [255, 0, 0, 0, 255, 0, 0, 0, 255]
+    for indices in ([[0, 1, 2]], [[0, 1]], [[0, 0]]):
+        expected = [[[1, 0, 2][index] for index in row] for row in indices]
+        assert of_colors.decode(png(indices, "P", optimized)).tolist() == expected
+    of_indices = [9, 9, 9, *np.ravel(colors).tolist()]  # 0 is no class
+    assert of_colors.decode(png([[0, 1, 3]], "P", of_indices)).tolist() == [[255, 0, 2]]
     with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: give --nb_classes 4$"):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 

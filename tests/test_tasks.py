@@ -23,6 +23,7 @@ import main_linprobe
 from inference import export, get_model
 from util.checkpoints import checkpoint
 from util.cli.advice import AdvisedError
+from util.datasets import open_source
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
 SMALL = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu", "amp": "off"}
@@ -332,6 +333,28 @@ def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_pa
     with pytest.raises(ValueError, match=message) as raised:
         tune(**flags)
     assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_a_column_of_0_and_1_is_no_class(tmp_path):
+    def classes(*cells):
+        rows = "".join(f"{number}.png,{cell}\n" for number, cell in enumerate(cells))
+        (tmp_path / "0.png").touch()
+        (tmp_path / "list.csv").write_text("path,tumor\n" + rows)
+        flags = {"file_list": str(tmp_path / "list.csv"), "task": "multilabel", "label_columns": ["tumor"]}
+        return open_source("train", **flags).classes
+
+    for mistake, said in (("", "empty"), ("?", r"\?"), ("2", "2")):
+        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; --task multilabel needs 0 or 1"):
+            classes("1", mistake, "0")
+    assert classes("1", "0", "1") == ["tumor"]
+    assert classes("cat", "", "cat;dog") == ["cat", "dog"]
+    assert classes("1", "", "1;2") == ["1", "2"]
+
+
+def test_scores_that_are_undefined_choose_nothing(tune):
+    """A single held-out image has no r2."""
+    with pytest.raises(ValueError, match=r"undefined .* each of the 2 values"):
+        tune(main_linprobe, task="regression", label_columns="weight", metric="r2", blr="0.01 0.1", held_out=0.01)
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])

@@ -57,7 +57,8 @@ def _describe(value: Any, types: Sequence[type], parts: list[bytes]) -> Any:
         return {"path": str(value)}
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        values = value.detach().cpu().contiguous().flatten()
+        raw = (values if values.numel() else values.new_empty(0)).view(torch.uint8).numpy()  # a view needs strides
         return {"tensor": [dtype, list(value.shape), _store(raw, parts)]}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
         return {"array": [value.dtype.str, list(value.shape), _store(value, parts)]}

@@ -231,7 +231,7 @@ def _targets(
     if task == CLASSIFICATION and len(titles) > 1:
         raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
     has_names = task == CLASSIFICATION or (
-        task == MULTILABEL and len(titles) == 1 and any(np.isnan(_value_of(row[0], task, False)) for row in cells)
+        task == MULTILABEL and len(titles) == 1 and _are_names([row[0] for row in cells])
     )
     values = [[_value_of(cell, task, has_names) for cell in row] for row in cells]
     for row, column in np.argwhere(np.isnan(values)):
@@ -248,6 +248,12 @@ def _targets(
     several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
     classes = sorted(set().union(*several))
     return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
+
+
+def _are_names(cells: Sequence[str]) -> bool:
+    """Whether the cells of a column are names of classes, such as a;b. Beside 0 and 1, other cells are mistakes."""
+    are_numbers = [not np.isnan(_value_of(cell, MULTILABEL, False)) for cell in cells]
+    return not all(are_numbers) and (not any(are_numbers) or any(";" in cell for cell in cells))
 
 
 def _value_of(cell: str, task: str, is_name: bool) -> float:

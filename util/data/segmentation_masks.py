@@ -178,7 +178,9 @@ class MaskFormat:
         of_index = np.full(256, IGNORED, dtype=np.uint8)
         of_index[: len(own)] = self._class_of_color[own @ RGB_WEIGHTS]
         classes = of_index[indices]
-        used = values != IGNORED
+        used = indices != IGNORED
+        if self.reduce_zero_label:
+            used &= (indices != 0) | (classes != IGNORED)  # an index 0 with the color of a class is this class
         known = classes[used] != IGNORED
         if not known.any() or (classes[used] == values[used]).all():
             return values

@@ -259,7 +259,16 @@ def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequenc
 
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:
-    """Returns the index of the best score. NaN is the worst score."""
+    """Returns the index of the best score. NaN is the worst score.
+
+    Raises:
+        ValueError: there are several scores, and all are NaN.
+    """
+    if len(scores) > 1 and np.isnan(scores).all():
+        raise ValueError(
+            f"the score is undefined (nan) for each of the {len(scores)} values to choose from: the images that decide "
+            f"are too few or of one class; give one value, or more images"
+        )
     return int(np.argmax(np.nan_to_num(-np.array(scores) if lower_is_better else np.array(scores), nan=-np.inf)))
 
 

@@ -61,6 +61,9 @@ class Commands:
         out = self.folder / name
         compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         files = {key: digest for key, value in compared.items() if (digest := _digest_of(value))}
+        if flags.get("data_path") is None:  # the paths in a list are relative to its folder
+            lists = files.keys() & {"train_list", "val_list"}
+            files |= {key: f"{files[key]} in {Path(flags[key]).resolve().parent}" for key in lists}
         words = _compared_words(command, files)
         scores = self.results.read().get(name, {})
         if scores.get("files") == files and _compared_words(scores["command"], files) == words:
