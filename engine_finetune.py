@@ -144,16 +144,16 @@ def open_labelled(
     """Opens the training and the validation set, as `RunData.open_pair` does.
 
     Returns:
-        The sets, in which numbers are standardized on the training set; and, as settings, what identifies the held-out
+        The sets, in which numbers are standardized on the training set; and, as settings, what identifies the chosen
         images, and mean and standard deviation of the numbers.
     """
     train, val = data.open_pair(nb_classes, reads_in_order)
-    record = {"held_out_images": data.held_out_images} if data.held_out_images else {}
     if data.images.task == CLASSIFICATION:
-        return train, val, record
+        return train, val, {**data.identities}
     mean, std = labels.statistics(train, data.images.task)
     train, val = (labels.standardized(source, mean, std) for source in (train, val))
-    return train, val, record | ({"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {})
+    units = {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
+    return train, val, {**data.identities, **units}
 
 
 def load_for_evaluation(
@@ -170,11 +170,11 @@ def load_for_evaluation(
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
     val, num_classes, task = data.open_val(), file.num_classes, flags.get("task", CLASSIFICATION)
-    recorded = file.settings.get("held_out_images")
-    if data.held_out_images and recorded not in (None, data.held_out_images):
+    recorded, current = (found.get("held_out_images") for found in (file.settings, data.identities))
+    if current and recorded not in (None, current):
         logger.warning(
-            f"the training of {file.source} held out {recorded}, and now these are {data.held_out_images}: images that "
-            f"it was trained on may be among them"
+            f"the training of {file.source} held out {recorded}, and now these are {current}: images that it was "
+            f"trained on may be among them"
         )
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)

@@ -90,11 +90,12 @@ class HeadLosses:
         return total - total.detach() + total.detach() / finite.sum()
 
     def after_update(self, model: nn.Module, epoch: float) -> None:
-        """Adds the batches of an update."""
+        """Adds the mean over the batches of an update, so that the sums do not depend on the split of its images."""
         if self.epoch != math.ceil(epoch):
             self.epoch, self.batches, self.sums = math.ceil(epoch), 0, None
-        for batch in self.of_update:
-            self.sums = batch if self.sums is None else self.sums.to(batch) + batch
+        if self.of_update:
+            mean = torch.stack(self.of_update).mean(dim=0)
+            self.sums = mean if self.sums is None else self.sums.to(mean) + mean
             self.batches += 1
         self.of_update.clear()
 

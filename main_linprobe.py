@@ -157,6 +157,7 @@ def train_probe(
     sets = {"val": val}
     if several:
         train, held_out = labels.hold_out(train, args.held_out, args.seed, f"--held_out {args.held_out:g}")
+        settings["train_images"] = labels.identity(train, len(train) + len(held_out))
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
     labelled = tasks.task_of(settings, val, train)

@@ -14,6 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
+from util.cli.choices import NO_CROP
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
@@ -93,6 +95,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device, **options.chosen_settings(args, reads=False))
+    if args.crop_pct and classifier.data_config.get("crop") == NO_CROP:
+        raise ValueError(f"--crop_pct {args.crop_pct:g}: the model has --crop none, and sees whole images; omit it")
     warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
     exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)
@@ -102,14 +106,17 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     settings = json.loads(json.dumps({  # equal to settings that a file records
         "model": args.model, "weights": checkpoint.compute_digest(model.state_dict()),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
-        "exif": bool(exif),
+        "exif": bool(exif), "encoder": args.encoder, "encoder_args": args.encoder_args,
     }))  # fmt: skip
     results = Results(out.with_suffix(".json"))
     scores_of = robustness_report.cells_of(results, settings)
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
-        is_complete = name in scores_of and scores_of[name]["images"] == len(cell.source)
+        same: dict[str, Any] = {"images": len(cell.source)}
+        if args.suite == "imagenet-v2":  # which of several folders of a variant
+            same["folder"] = suite.cells[name].name
+        is_complete = name in scores_of and {**same, **scores_of[name]}.items() >= same.items()
         if dist.gather(is_complete)[0]:  # rank 0 decides for all processes
             logger.info(f"{name}: scores reused from {results.path}{place}")
             continue
@@ -122,7 +129,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)
-        scores_of[name] = scores = score(evaluation, cell)
+        scores_of[name] = scores = {**same, **score(evaluation, cell)}
         if dist.is_main():
             results.add({"settings": settings, "cells": scores_of})
         seconds = time.perf_counter() - started

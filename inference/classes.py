@@ -115,6 +115,8 @@ class ModelMixin(PyTorchModelHubMixin):
             pixels, maps = [], []
             for number, image in enumerate(several):
                 picture = self.open(image)
+                if not (isinstance(picture, Tensor) and picture.is_floating_point()):
+                    self.normalize.require_fit_to_bytes()  # a map or another picture may turn the bytes into floats
                 if not number:
                     names = [name for name, value in values.items() if value.shape[1:] == size_of(picture)]
                 own = {name: values[name][number] for name in names}

@@ -228,9 +228,10 @@ def write_transformers(model: Model, out: Path) -> None:
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
                     f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip
     edge = int(side / used["crop_pct"])
-    if (edge - side) % 4 == 3:  # transformers rounds half of the difference down, torchvision to an even number
+    if not is_uncropped(model):  # transformers rounds half of the difference down, torchvision to an even number
+        of_long_side = "" if (edge - side) % 4 == 3 else " where 3, 7, 11, ... pixels of the longer side remain"
         logger.info(f"transformers scales images to {edge} pixels, and its center crop of {side} pixels begins one "
-                    f"pixel before that of this library, which matters for small images")  # fmt: skip
+                    f"pixel before that of this library{of_long_side}, which matters for small images")  # fmt: skip
     square = {"height": side, "width": side}
     transformers.ViTImageProcessor(
         size=square if is_uncropped(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,

@@ -116,6 +116,19 @@ def test_changed_images_do_not_move_between_the_parts_unnoticed(main, classify, 
         classify(main, "run", **flags, resume="auto")
 
 
+@pytest.mark.parametrize(("main", "own"), [(main_finetune, {"train_per_class": 3}),
+                                           (main_linprobe, {"blr": "0.1 1", "held_out": 0.25})])  # fmt: skip
+def test_a_resumed_run_trains_on_the_same_images(main, own, classify, labelled, tmp_path):
+    """A changed folder changes which of its images are chosen."""
+    flags = {"data_path": shutil.copytree(labelled, tmp_path / "images"), **own}
+    classify(main, "run", **flags, epochs=1, warmup_epochs=0)
+    for kind in (tmp_path / "images/train").iterdir():
+        first, *_ = sorted(kind.iterdir())
+        first.rename(first.with_name("zz.png"))
+    with pytest.raises(CheckpointError, match=r"other train images: give the data of that run"):
+        classify(main, "run", **flags, resume="auto")
+
+
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe])
 @pytest.mark.parametrize("seed", [3, 16])  # 16 holds out the damaged image, one of 5
 def test_images_that_cannot_be_read_do_not_change_the_held_out_images(

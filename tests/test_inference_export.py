@@ -130,12 +130,16 @@ def test_the_export_to_transformers_names_a_shifted_crop(input_size, edge, tmp_p
     caplog.set_level("INFO")
     model = get_model("vit_mini_patch4", nb_classes=3, global_pool=False, input_size=input_size, crop_pct=0.875)
     folder = exported(model, "transformers", tmp_path)
-    image = Image.effect_noise((80, 80), 80).convert("RGB")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pixels = processor(image, return_tensors="pt")["pixel_values"]
-    shifted = not torch.allclose(pixels, model.prepare(image), atol=1e-6)
-    line = f"transformers scales images to {edge} pixels, and its center crop of {input_size} pixels begins one pixel"
-    assert (line in caplog.text) == shifted == (input_size == 24)
+
+    def is_shifted(*size):
+        image = Image.effect_noise(size, 80).convert("RGB")
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        return not torch.allclose(pixels, model.prepare(image), atol=1e-6)
+
+    assert f"transformers scales images to {edge} pixels, and its center crop of {input_size}" in caplog.text
+    assert is_shifted(80, 80) == (input_size == 24) == ("3, 7, 11" not in caplog.text)
+    assert is_shifted(edge, input_size + 19)
 
 
 def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):

@@ -220,6 +220,16 @@ def test_save_pretrained_and_from_pretrained_round_trip(tmp_path, classifier):
         assert_equal(again.state_dict(), classifier.state_dict())
 
 
+def test_bytes_are_refused_where_the_mean_is_of_other_values():
+    """Also beside float images, with which they would be floats."""
+    model = get_model("vit_mini_patch4", input_size=16, in_chans=1, nb_classes=2, mean=[1200], std=[300])
+    deep, image = np.full((16, 16), 1300, np.float32), np.full((16, 16), 99, np.uint8)
+    assert model.prepare([deep, deep]).mean() > 0.3
+    for images in (image, [deep, image]):
+        with pytest.raises(ValueError, match="8-bit pixels are scaled to 0 to 1"):
+            model.prepare(images)
+
+
 def test_from_pretrained_requires_the_weights_of_its_class(tmp_path, classifier):
     """A head with random weights predicts classes, too."""
     classifier.head = torch.nn.Identity()

@@ -104,6 +104,14 @@ def test_a_range_is_about_the_values_in_the_file(data):
                 decode(given, 3, values=values)
 
 
+def test_a_transparent_value_of_16_bits_may_be_invalid():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 500]], np.uint16)).save(file, "PNG", transparency=0)
+    decoded = decode(file.getvalue(), 1, values=PixelValues(0))
+    assert decoded.isnan().tolist() == [[[True, False]]]
+    assert decode(file.getvalue(), 1).tolist() == [[[1.0, pytest.approx(500 / 65535)]]]
+
+
 def test_bytes_with_invalid_pixels_become_floats():
     pixels = np.full((4, 5, 3), 51, np.uint8)
     assert isinstance(decode(saved(pixels, "PNG"), 3, values=PixelValues(0)), Image.Image)
@@ -124,6 +132,10 @@ def test_bytes_with_invalid_pixels_become_floats():
         (Masked(np.zeros((4, 4)), np.ones((4, 5), bool)), PixelValues(), r"4 x 5 pixels .* the image 4 x 4"),
         # 0 is white in this file, and black in the picture.
         (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "--nodata"),
+        # Transparent pixels become white, and colors gray.
+        (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "--nodata .* without an alpha channel"),
+        (Image.new("LA", (4, 4)), PixelValues(nodata=0), "--nodata .* without an alpha channel"),
+        (Image.new("P", (4, 4)), PixelValues(nodata=0), "--nodata .* without a palette"),
     ],
 )
 def test_other_values_are_one_line_errors(pixels, values, message):

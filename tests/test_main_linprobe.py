@@ -168,6 +168,11 @@ def test_the_loss_is_the_mean_and_each_head_records_its_own():
     means, shares = criterion.means()
     assert means == pytest.approx([(own[1][0] + own[2][0]) / 2, own[1][1]])
     assert shares == [1, 0.5]
+    for batch, parts in ((logits[0], 1), (logits[1], 5)):  # an update in five batches counts as much as one in a batch
+        for part in range(parts):
+            criterion(batch[:, part::parts], targets[part::parts])
+        criterion.after_update(None, 3)
+    assert criterion.means()[0] == pytest.approx([(own[0][head] + own[1][head]) / 2 for head in (0, 1)])
     assert math.isnan(float(criterion(logits[2, 1:].repeat(2, 1, 1), targets)))
     assert main_linprobe.HeadLosses().means() == ([], [])
 

@@ -100,6 +100,12 @@ def test_imagenet_v2_has_three_variants(tmp_path, monkeypatch):
     run("imagenet-v2", tmp_path, tmp_path / "out")
     found = {name: cell["acc1"] for name, cell in scores(tmp_path / "out", "imagenet-v2").items()}
     assert found == pytest.approx({"matched-frequency": 90.0, "threshold": 80.0, "top": 70.0})
+    other = tmp_path / "imagenetv2-top-images-format-val-224"
+    class_folders(other, [str(n) for n in range(1000)], file, wrong_in_ten(9))
+    run("imagenet-v2", other, tmp_path / "out")
+    assert scores(tmp_path / "out", "imagenet-v2")["top"]["acc1"] == pytest.approx(10)
+    with pytest.raises(ValueError, match=r"top-images-format-val and .*-224 are of the same variant"):
+        run("imagenet-v2", tmp_path, tmp_path / "out")
     monkeypatch.chdir(tmp_path / "imagenetv2-top-images-format-val")
     assert list(robustness.find("imagenet-v2", Path(".")).cells) == ["top"]
 
@@ -287,6 +293,29 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
     warning = f"warning: --crop_pct 1.0 is used, and {own} was made with --crop_pct 0.9"
     assert capsys.readouterr().out.count(warning) == 1
     assert scores(tmp_path / "whole", "imagenet-r", "settings")["crop_pct"] == 1.0
+
+
+def test_what_the_scores_depend_on_is_compared(tmp_path, own_module):
+    """Weights do not show the arguments of an encoder. A model for whole images has no crop."""
+    own_module(
+        "gains",
+        """
+from models_vit import Encoder
+class Gain(Encoder):
+    def __init__(self, *, gain=1, **arguments):
+        super().__init__(**arguments)
+        self.gain = gain
+    def tokenize(self, imgs):
+        return self.gain * super().tokenize(imgs)
+""",
+    )
+    data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    file = save_ours(tmp_path / "own.pth", crop="none")
+    run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=1")
+    with pytest.raises(ValueError, match=r"another run \(encoder_args was \['gain=1'\] and is \['gain=2'\]\)"):
+        run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=2")
+    with pytest.raises(ValueError, match=r"--crop_pct 0.5: .* --crop none"):
+        run("imagenet-r", data, tmp_path / "crop", file, crop_pct=0.5)
 
 
 def test_the_recorded_range_of_values_is_applied(tmp_path):

@@ -89,6 +89,26 @@ def test_blocks_of_a_wide_grid_lie_in_it():
 
 
 @pytest.mark.parametrize("masking", ["block", "grid"])
+def test_random_patches_replace_visible_ones_without_valid_pixels(masking):
+    """The first masked patches would be visible in nearly every image."""
+    draw_noise, mask_ratio = sampler(masking, (8, 8), 0.75)
+    valid = torch.ones(200, 32, 32, dtype=torch.bool)
+    valid[:, 16:] = False
+    noise = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        noise.append(draw_noise())
+    model = mae_vit_mini_patch4(img_size=32)
+    masks = model(torch.rand(200, 3, 32, 32), mask_ratio, noise=torch.stack(noise), valid=valid)[2]
+    visible = 1 - masks.unflatten(1, (8, 8)).mean(dim=0)
+    assert (visible[4:] == 0).all()
+    rates = visible[:4].mean(dim=1)
+    assert rates.sum() == pytest.approx(2, abs=0.01)  # half of the valid patches are visible
+    assert (rates > 0.3).all()
+    assert (rates < 0.8).all()
+
+
+@pytest.mark.parametrize("masking", ["block", "grid"])
 @pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (8, 4)])
 def test_training_uses_the_masks_of_the_sampler(masking, grid_size):
     """test_updates.py has random masks."""
@@ -164,6 +184,7 @@ def test_random_blocks_are_uniform():
         (("random", (4, 4), 0.75, 4), "the images have a single block of patches: give a smaller --mask_block"),
         (("random", (4, 8), 0.75, 4), "leaves none of the 2 blocks visible: give --mask_ratio 0.5 or less"),
         (("grid", (14, 14), 0.5), r"--mask_ratio 0\.5: --masking grid"),
+        (("grid", (1, 16), 0.75), r"an image has 1 x 16: give --masking random"),
         (("nonsense", (4, 4), 0.75), r"--masking nonsense: .*random, block, grid"),
     ],
 )  # fmt: skip

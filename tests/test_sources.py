@@ -15,6 +15,7 @@ from util.data import labels
 from util.data.archives import Archive
 from util.data.lists import read_list
 from util.data.sources import find_files, versions
+from util.datasets import open_source
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]
 
@@ -73,6 +74,18 @@ def test_flat_and_nested_folders_have_no_classes(tmp_path):
     save(*(tmp_path / name for name in files))
     source = find_files(tmp_path)
     assert (names(source), source.classes, set(source.labels)) == (files, [], {-1})
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_splits_within_a_whole_folder_are_named(kind, tmp_path, caplog):
+    """The images of both train. Classes may have the names of splits."""
+    for name in ("d/train/a/1.png", "d/val/a/2.png", "e/train/3.png", "cover.png"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "root" / name)
+    root = tmp_path / "root" if kind == "folder" else shutil.make_archive(tmp_path / "root", "zip", tmp_path / "root")
+    assert len(open_source("train", str(root))) == 4
+    assert "its folder d has train/ and val/" in caplog.text
+    assert "folder e" not in caplog.text
 
 
 def test_hidden_files_pipes_and_other_files_are_ignored(tmp_path):

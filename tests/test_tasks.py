@@ -351,6 +351,15 @@ def test_a_mistake_in_a_column_of_0_and_1_is_no_class(tmp_path):
     assert classes("1", "", "1;2") == ["1", "2"]
 
 
+def test_label_columns_do_not_change_the_images_of_a_list(tmp_path):
+    for name in ("thumbnail.png", "picture.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text("image,path,label\nthumbnail.png,picture.png,1\n")
+    for own in ({}, {"label_columns": ["label"]}, {"label_columns": ["label"], "task": "regression"}):
+        source = open_source("train", file_list=str(tmp_path / "list.csv"), **own)
+        assert source.name(0) == str(tmp_path / "picture.png")
+
+
 def test_scores_that_are_undefined_choose_nothing(tune):
     """A single held-out image has no r2."""
     with pytest.raises(ValueError, match=r"undefined .* each of the 2 values"):

@@ -208,12 +208,24 @@ def sampler(
         raise ValueError(
             f"--mask_ratio {mask_ratio:g}: --masking grid masks 3 of every 2x2 patches; give --mask_ratio {GRID_RATIO}"
         )
+    if min(grid_size) < 2:
+        rows, columns = grid_size
+        raise ValueError(
+            f"--masking grid masks 3 of every 2x2 patches, and an image has {rows} x {columns}: give --masking random"
+        )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
 
 
 def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Tensor:
-    return noise_from_mask(draw_mask(), grid_size, (1, 1))[0][0]
+    """Returns the noise (N,) of a mask: 0 at visible patches, and random ranks from 1 at masked ones.
+
+    Random masked patches therefore replace visible ones without valid pixels. The ranks have a generator of their own,
+    and leave the random numbers of the sample as they are.
+    """
+    noise = noise_from_mask(draw_mask(), grid_size, (1, 1))[0][0]
+    ranks = torch.randperm(len(noise), generator=torch.Generator().manual_seed(torch.initial_seed() + 1))
+    return noise * (1 + ranks)
 
 
 def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_size: tuple[int, int]) -> None:

@@ -382,7 +382,7 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
 
 
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in ("classes", "colors", "held_out_images"):
+    for name in ("classes", "colors", "train_images", "held_out_images"):
         if _differs(name, saved, settings):
             chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
             remedies = [Remedy(_differing(chosen, settings))]  # of segmentation

@@ -17,7 +17,7 @@ import numpy as np
 
 from util.cli.advice import AdvisedError
 from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, check_split_names, classes_of, no_split, version_of
+from util.data.sources import KINDS, Strings, check_split_names, classes_of, no_split, version_of, warn_of_inner_splits
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -264,4 +264,5 @@ def _below(members: Iterable[str], split: str | None, path: Path, enclosing: boo
         names = {name.partition("/")[2]: member for name, member in names.items()}
     if names and split and (split != "train" or not whole):
         raise no_split(path, split, False)
+    warn_of_inner_splits(names if split else (), path)
     return names

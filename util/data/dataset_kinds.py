@@ -12,7 +12,7 @@ from util.cli.choices import CLASSIFICATION
 from util.data.archives import Archive
 from util.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from util.data.lists import read_list
-from util.data.sources import Files, Source, Strings, check_split_names, find_files, no_split
+from util.data.sources import Files, Source, Strings, check_split_names, find_files, no_split, warn_of_inner_splits
 from util.data.target_sets import TargetSet
 from util.data.user_sets import OpenDataset, UserSet
 from util.data.webdataset_shards import Shards
@@ -108,4 +108,6 @@ def _files_of_split(root: Path, split: str, whole: bool) -> Files:
     check_split_names(os.listdir(root), split, root)
     if split != "train" or (root / "val").is_dir() or not whole:  # never the images of the other split
         raise no_split(root, split, (root / "train").is_dir())
-    return find_files(root)
+    files = find_files(root)
+    warn_of_inner_splits(files.names, root)
+    return files

@@ -167,7 +167,7 @@ def _decode(
         if upright and is_file and isinstance(picture, Image.Image):
             picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
             picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
-        return fit_channels(picture, in_chans)
+        return fit_channels(picture, in_chans, values)
     except BadImage:
         raise
     except Exception as error:  # decoders raise any exception on damaged bytes
@@ -238,14 +238,20 @@ def read(
     return _read_with_pillow(data, max_pixels, values)
 
 
-def fit_channels(picture: Picture, in_chans: int) -> Picture:
+def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORED) -> Picture:
     """Converts a picture to the given number of channels, as in `decode`.
 
     Raises:
-        BadImage: the conversion is not supported.
+        BadImage: the conversion is not supported, or changes the values that `values` is about.
     """
     if isinstance(picture, Tensor):
         return _fit_tensor(picture, in_chans)
+    is_changed = picture.has_transparency_data or picture.mode not in ("L", MODES.get(in_chans, picture.mode))
+    if is_changed and values.nodata not in (None, "nan"):
+        raise BadImage(
+            f"its {picture.mode} pixels are converted, and --nodata is about the values in the file; save it with "
+            f"{in_chans} channels, without a palette and without an alpha channel"
+        )
     if in_chans in MODES:
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -361,7 +367,7 @@ def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"")
                        "the file; save it as .npy")  # fmt: skip
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
-        if "transparency" in picture.info:  # one gray value
+        if picture.info.get("transparency", values.nodata) != values.nodata:  # one gray value
             pixels[pixels == picture.info["transparency"]] = 65535
         return _tensor(_values(pixels[:, :, None], values))
     if picture.mode == "I" and values.value_range:

@@ -87,7 +87,7 @@ def image_facts(
     """
     image, mask = data if isinstance(data, Masked) else (data, None)
     own = read(image, in_chans, values=values)
-    picture = with_invalid(fit_channels(own, in_chans), values, mask)
+    picture = with_invalid(fit_channels(own, in_chans, values), values, mask)
     pixels = to_unit_range(to_tensor(picture)).double().flatten(1)
     valid = pixels.shape[1] - int(pixels[0].isnan().sum())
     pixels = pixels.nan_to_num(0)

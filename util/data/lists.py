@@ -218,7 +218,7 @@ def _read_cells(
         raise LabelError(
             f"it has no column {printable(missing[0])}; give {flag} of {printable(', '.join(titles))}{near}"
         )
-    path = next((title for title in titles if _plain(title) in PATH_COLUMNS), "")
+    path = next((title for name in PATH_COLUMNS for title in titles if _plain(title) == name), "")
     if not path:
         raise LabelError(f"it has no column of paths; give it the name {' or '.join(PATH_COLUMNS)}")
     return [entry[path] for entry in entries], [*columns], [[entry.get(c, "") for c in columns] for entry in entries]

@@ -28,10 +28,8 @@ class RunData:
         source: the function of the dataset, if the caller gives one instead of its name.
 
     Attributes:
-        held_out_images: `labels.identity` of the images of `val_fraction`, after a set was opened.
+        identities: `labels.identity` of the chosen images, by the names of settings, after the sets were opened.
     """
-
-    held_out_images: str | None = None
 
     def __init__(
         self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None
@@ -42,6 +40,7 @@ class RunData:
         self.values = PixelValues(images.nodata, images.value_range)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
+        self.identities: dict[str, str] = {}
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
     def open_split(self, split: str, num_images: int | None = None) -> Source | Shards:
@@ -88,9 +87,11 @@ class RunData:
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
         self.check_statistics(train)
+        if data.train_per_class:
+            self.identities["train_images"] = labels.identity(train, len(train))
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
-            self.held_out_images = labels.identity(val, len(train) + len(val))
+            self.identities["held_out_images"] = labels.identity(val, len(train) + len(val))
             val = self.readable(val, len(train) + len(val))
         if reads_in_order:
             train = self.readable(train)

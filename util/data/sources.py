@@ -178,6 +178,13 @@ def no_split(path: Path, split: str, has_train: bool) -> AdvisedError:
     return AdvisedError(f"there is no folder {split}/ in it{reason}", listed, about={"data_path": path})
 
 
+def warn_of_inner_splits(names: Iterable[str], path: Path) -> None:
+    """Logs a warning if a folder within a whole dataset has train/ and val/, whose images all train."""
+    inner = {tuple(name.split("/")[:2]) for name in names}
+    if split := sorted(top for top, *below in inner if below == ["train"] and (top, "val") in inner):
+        logger.warning(f"{path}: its folder {printable(split[0])} has train/ and val/, and the images of both train")
+
+
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
     """Returns classes and labels by the first folder of each name; no classes if a name has no folder.
 

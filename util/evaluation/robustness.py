@@ -131,6 +131,10 @@ def _variants(root: Path) -> dict[str, Path]:
     """Returns the folders of the variants of ImageNetV2 that exist; `root` may be one of them."""
     folders = [path for path in [root, *sorted(root.glob("*"))] if path.is_dir()]
     folders_of = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
+    if twice := [paths for paths in folders_of.values() if len(paths) > 1]:
+        raise ValueError(
+            f"--data_path {root}: {twice[0][0].name} and {twice[0][1].name} are of the same variant; give one of them"
+        )
     cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
     if not cells:
         raise ValueError(
