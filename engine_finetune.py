@@ -152,8 +152,11 @@ def open_labelled(
         return train, val, {**data.identities}
     mean, std = labels.statistics(train, data.images.task)
     train, val = (labels.standardized(source, mean, std) for source in (train, val))
-    units = {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
-    return train, val, {**data.identities, **units}
+    return (
+        train,
+        val,
+        data.identities | ({"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}),
+    )
 
 
 def load_for_evaluation(

@@ -14,7 +14,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -113,9 +112,9 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
-        same: dict[str, Any] = {"images": len(cell.source)}
-        if args.suite == "imagenet-v2":  # which of several folders of a variant
-            same["folder"] = suite.cells[name].name
+        same: dict[str, object] = {"images": len(cell.source)} | (
+            {"folder": suite.cells[name].name} if args.suite == "imagenet-v2" else {}  # one of several of a variant
+        )
         is_complete = name in scores_of and {**same, **scores_of[name]}.items() >= same.items()
         if dist.gather(is_complete)[0]:  # rank 0 decides for all processes
             logger.info(f"{name}: scores reused from {results.path}{place}")

@@ -112,8 +112,8 @@ def own_arguments(
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
     arguments = {name: yaml.load(value, _Values) for name, value in pairs}
-    needed = [name for name, one in own.items() if one.default is one.empty and name in last]  # a class may set others
-    if missing := [name for name in needed if name not in {*given, *arguments}]:
+    needed = {name for name, one in last.items() if name in own and one.default is one.empty}  # it may set others
+    if missing := sorted(needed - {*given, *arguments}):
         raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
     return arguments
 

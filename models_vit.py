@@ -146,13 +146,13 @@ def init_classifier(layer: LastLayer) -> LastLayer:
 def init_linear(model: nn.Module, init: Callable[[Tensor], Any]) -> None:
     """Initializes the weights of the linear layers of a model by `init`, and their biases with 0.
 
-    A layer of zeros keeps them: the start of an adapter, which its constructor has set.
+    A layer of zeros keeps them: the start of an adapter, which its constructor has set. Models on the meta device, and
+    those that --fsdp has sharded, have no such layers.
     """
     for module in model.modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        is_plain = module.weight.is_meta or hasattr(module.weight, "to_local")  # a plain model, sharded by --fsdp
-        if is_plain or module.weight.any():
+        if isinstance(module, nn.Linear) and (
+            module.weight.is_meta or hasattr(module.weight, "to_local") or module.weight.any()
+        ):
             init(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

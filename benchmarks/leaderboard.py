@@ -201,20 +201,19 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def prediction_interval(scores: list[float]) -> tuple[float, float]:
     """Returns the bounds that the score of one more run has with a probability of 95 % (Student's t)."""
-    mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
-    low, high = stats.t.interval(0.95, len(scores) - 1, mean, deviation * math.sqrt(1 + 1 / len(scores)))
-    return float(low), float(high)
+    scale = statistics.stdev(scores) * math.sqrt(1 + 1 / len(scores))
+    return stats.t.interval(0.95, len(scores) - 1, statistics.fmean(scores), scale)
 
 
 def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     """Compares the score of a row with the earlier rows of the same entry, budget and machine."""
     scores = [other["score"] for other in earlier if all(other[name] == row[name] for name in SAME)]
-    found = f"{row['entry']}, {row['evaluated on']} images, {row['machine']}: {row['score']:.2f}, "
+    found = f"{row['entry']}, {row['evaluated on']} images, {row['machine']}: {row['score']:.2f}"
     if len(scores) < 2:
-        return f"{found}{len(scores)} earlier rows to compare with"
+        return f"{found}, {len(scores)} earlier rows"
     low, high = prediction_interval(scores)
-    place = "within" if low <= row["score"] <= high else "OUTSIDE"
-    return f"{found}{place} the 95 % prediction interval of {len(scores)} earlier rows, {low:.2f} to {high:.2f}"
+    place = f"the 95 % prediction interval of {len(scores)} earlier rows, {low:.2f} to {high:.2f}"
+    return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {place}"
 
 
 def main(args: argparse.Namespace) -> None:

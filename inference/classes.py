@@ -112,7 +112,7 @@ class ModelMixin(PyTorchModelHubMixin):
         if are_inputs == {True}:
             x = torch.stack(list(several)).to(device)
         else:
-            pixels, maps = [], []
+            parts = []
             for number, image in enumerate(several):
                 picture = self.open(image)
                 if not (isinstance(picture, Tensor) and picture.is_floating_point()):
@@ -120,11 +120,9 @@ class ModelMixin(PyTorchModelHubMixin):
                 if not number:
                     names = [name for name, value in values.items() if value.shape[1:] == size_of(picture)]
                 own = {name: values[name][number] for name in names}
-                image, own = split_maps(self.transform(with_maps(picture, own) if own else picture), names)
-                pixels.append(image)
-                maps.append(own)
-            values |= {name: torch.stack([own[name] for own in maps]) for name in names}
-            x = self.normalize(torch.stack(transforms.of_one_range(pixels)).to(device))
+                parts.append(split_maps(self.transform(with_maps(picture, own) if own else picture), names))
+            values |= {name: torch.stack([maps[name] for _, maps in parts]) for name in names}
+            x = self.normalize(torch.stack(transforms.of_one_range([pixels for pixels, _ in parts])).to(device))
         return x, {name: value.to(device) for name, value in values.items()}
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:

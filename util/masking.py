@@ -209,9 +209,9 @@ def sampler(
             f"--mask_ratio {mask_ratio:g}: --masking grid masks 3 of every 2x2 patches; give --mask_ratio {GRID_RATIO}"
         )
     if min(grid_size) < 2:
-        rows, columns = grid_size
         raise ValueError(
-            f"--masking grid masks 3 of every 2x2 patches, and an image has {rows} x {columns}: give --masking random"
+            f"--masking grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}: give "
+            f"--masking random"
         )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]

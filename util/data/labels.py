@@ -10,6 +10,7 @@ import numpy as np
 
 from util import dist
 from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+from util.data import extras
 from util.data.sources import Files, Source, StoredImage, first_few
 from util.data.webdataset_shards import Shards
 
@@ -238,10 +239,7 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     total = len(source)
     if total < 2:
         raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
-    files: Any = source
-    while hasattr(files, "source"):
-        files = files.source
-    if isinstance(files, Files):  # the names of other samples need not differ
+    if isinstance(extras.original(source), Files):  # the names of other samples need not differ
         name, count = Counter(map(source.name, range(total))).most_common(1)[0]
         if count > 1:
             raise ValueError(

@@ -193,8 +193,8 @@ def _entries_of(
     """
     entries: dict[str, Any] = {}
     for callback in callbacks:
-        own = callback.after_epoch(model, epoch, log) if hasattr(callback, "after_epoch") else {}
-        own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
+        found = callback.after_epoch(model, epoch, log) if hasattr(callback, "after_epoch") else {}
+        own = {name: value.item() if hasattr(value, "item") else value for name, value in found.items()}
         if twice := own.keys() & {*others, *entries, *run_log.OF_EPOCH}:
             raise ValueError(
                 f"{type(callback).__name__}.after_epoch returns {min(twice)}, which log.txt has: rename it"
