@@ -111,7 +111,7 @@ def own_arguments(
         if name not in own or not value:
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
-    arguments = {name: yaml.load(value, _Values) for name, value in pairs}
+    arguments = {name: _Values(value).get_single_data() for name, value in pairs}
     needed = {name for name, one in last.items() if name in own and one.default is one.empty}  # it may set others
     if missing := sorted(needed - {*given, *arguments}):
         raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")

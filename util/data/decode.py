@@ -246,12 +246,10 @@ def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORE
     """
     if isinstance(picture, Tensor):
         return _fit_tensor(picture, in_chans)
-    if values.nodata not in (None, "nan") and (
-        picture.has_transparency_data or picture.mode not in ("L", MODES.get(in_chans, picture.mode))
-    ):
+    if values.nodata not in (None, "nan") and (picture.has_transparency_data or picture.mode in ("P", "PA")):
         raise BadImage(
-            f"its {picture.mode} pixels are converted, and --nodata is about the values in the file; save it with "
-            f"{in_chans} channels, without a palette and without an alpha channel"
+            f"its {picture.mode} pixels are converted, and --nodata is about the values in the file; save it without a "
+            f"palette and without an alpha channel"
         )
     if in_chans in MODES:
         if picture.has_transparency_data:
