@@ -147,16 +147,13 @@ def open_labelled(
         The sets, in which numbers are standardized on the training set; and, as settings, what identifies the chosen
         images, and mean and standard deviation of the numbers.
     """
-    train, val = data.open_pair(nb_classes, reads_in_order)
+    train, val, record = data.open_pair(nb_classes, reads_in_order)
     if data.images.task == CLASSIFICATION:
-        return train, val, {**data.identities}
+        return train, val, record
     mean, std = labels.statistics(train, data.images.task)
     train, val = (labels.standardized(source, mean, std) for source in (train, val))
-    return (
-        train,
-        val,
-        data.identities | ({"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}),
-    )
+    units = {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
+    return train, val, record | units
 
 
 def load_for_evaluation(
@@ -172,8 +169,8 @@ def load_for_evaluation(
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
-    val, num_classes, task = data.open_val(), file.num_classes, flags.get("task", CLASSIFICATION)
-    recorded, current = (found.get("held_out_images") for found in (file.settings, data.identities))
+    (val, chosen), num_classes, task = data.open_val(), file.num_classes, flags.get("task", CLASSIFICATION)
+    recorded, current = (found.get("held_out_images") for found in (file.settings, chosen))
     if current and recorded not in (None, current):
         logger.warning(
             f"the training of {file.source} held out {recorded}, and now these are {current}: images that it was "

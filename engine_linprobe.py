@@ -90,7 +90,7 @@ class HeadLosses:
         return total - total.detach() + total.detach() / finite.sum()
 
     def after_update(self, model: nn.Module, epoch: float) -> None:
-        """Adds the mean over the batches of an update, so that the sums do not depend on the split of its images."""
+        """Adds the mean over the batches of an update: the sums do not depend on the number of batches."""
         if self.epoch != math.ceil(epoch):
             self.epoch, self.batches, self.sums = math.ceil(epoch), 0, None
         if self.of_update:

@@ -112,9 +112,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
-        same: dict[str, object] = {"images": len(cell.source)} | (
-            {"folder": suite.cells[name].name} if args.suite == "imagenet-v2" else {}  # one of several of a variant
-        )
+        same = {"images": len(cell.source), "folder": suite.cells[name].name}  # ImageNetV2 has several of a variant
         is_complete = name in scores_of and {**same, **scores_of[name]}.items() >= same.items()
         if dist.gather(is_complete)[0]:  # rank 0 decides for all processes
             logger.info(f"{name}: scores reused from {results.path}{place}")

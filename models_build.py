@@ -105,6 +105,7 @@ def own_arguments(
     Raises:
         ValueError: it has no such argument, or needs another one.
     """
+    # The class itself may set the parameters of its base classes.
     own, last = _own_parameters(kind), inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
@@ -112,7 +113,7 @@ def own_arguments(
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
     arguments = {name: _Values(value).get_single_data() for name, value in pairs}
-    needed = {name for name, one in last.items() if name in own and one.default is one.empty}  # it may set others
+    needed = {name for name, one in last.items() if name in own and one.default is one.empty}
     if missing := sorted(needed - {*given, *arguments}):
         raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
     return arguments

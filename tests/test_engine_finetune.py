@@ -51,7 +51,7 @@ def test_features_are_those_of_evaluation_mode(labelled):
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
     precision = Precision("off", device)
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
-    source = data.open_val()
+    source, _ = data.open_val()
     encode_set = partial(encode, data, model=model, batch_size=7, precision=precision)
     features, labels = feature_files.extract(encode_set, source)
     with torch.no_grad():

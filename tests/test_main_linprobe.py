@@ -259,7 +259,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), torch.device("cpu"))
     model = models_build.probe(*specs({**vars(args), "nb_classes": 6}))
-    train, _ = data.open_pair()
+    train, *_ = data.open_pair()
     features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
     (expected,) = (model.forward_features(data.normalize(images)) for images, *_ in data.eval_batches(train, 48))

@@ -69,7 +69,12 @@ def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, tmp_path)
     assert 0 < followed < 200
     run(suite, tmp_path / "data", tmp_path)
     found = scores(tmp_path, suite)[suite]
-    assert found == {"images": 400, "acc1": pytest.approx(100 * (400 - followed) / 400), "acc5": 100.0}
+    assert found == {
+        "images": 400,
+        "folder": "data",
+        "acc1": pytest.approx(100 * (400 - followed) / 400),
+        "acc5": 100.0,
+    }
 
 
 def test_two_models_at_once_do_not_write_one_file(tmp_path):
@@ -219,7 +224,7 @@ def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
         found = [(model(x)[:, columns], labels) for x, labels in timm_loader(folder, model)]
     accuracies = timm.utils.accuracy(*map(torch.cat, zip(*found, strict=True)), topk=(1, 5))
     acc1, acc5 = (pytest.approx(float(accuracy), abs=1e-4) for accuracy in accuracies)
-    assert scores(tmp_path, "imagenet-a")["imagenet-a"] == {"images": 200, "acc1": acc1, "acc5": acc5}
+    assert scores(tmp_path, "imagenet-a")["imagenet-a"] == {"images": 200, "folder": "a", "acc1": acc1, "acc5": acc5}
     assert 10 < accuracies[0] < 90
 
 

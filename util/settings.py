@@ -146,10 +146,8 @@ class DataSpec(Values):
     download: bool = setting(False, of_start=True, in_result=False)
     train_per_class: int | None = setting(None, splits=True)
     val_fraction: float | None = setting(None, resumed=FIXED, splits=True)
-    train_images: str | None = setting(
-        None, resumed=FREE
-    )  # of train_per_class or held_out; compared as classes are; no flag
-    held_out_images: str | None = setting(None, resumed=FREE)  # of val_fraction; the same
+    train_images: str | None = setting(None, resumed=FREE)  # no flag; FREE: they are compared as classes are
+    held_out_images: str | None = setting(None, resumed=FREE)  # the same
     held_out: float | None = setting(None, resumed=FIXED)
     on_bad_image: str | None = setting(None, resumed=FREE)
     fast_jpeg: bool = setting(False, resumed=FREE)

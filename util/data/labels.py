@@ -251,10 +251,13 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def identity(held_out: Source, total: int) -> str:
-    """Describes held-out images of `total` images: their number, and a checksum of the names of their files."""
-    names = "\n".join(held_out.name(index).rpartition("/")[2] for index in range(len(held_out)))
-    return f"{len(held_out):,} of {total:,} images, with the checksum {zlib.crc32(names.encode()):08x}"
+def identity(chosen: Source, total: int) -> str:
+    """Describes a part of `total` images for comparisons: its size, and a checksum of the names of its files.
+
+    The names have no folders: the images of a moved dataset are the same.
+    """
+    names = "\n".join(chosen.name(index).rpartition("/")[2] for index in range(len(chosen)))
+    return f"{len(chosen):,} of {total:,} images, with the checksum {zlib.crc32(names.encode()):08x}"
 
 
 def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:

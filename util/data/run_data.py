@@ -26,9 +26,6 @@ class RunData:
         data: the datasets, and how they are read.
         device: the device of the model.
         source: the function of the dataset, if the caller gives one instead of its name.
-
-    Attributes:
-        identities: `labels.identity` of the chosen images, by the names of settings, after the sets were opened.
     """
 
     def __init__(
@@ -40,7 +37,6 @@ class RunData:
         self.values = PixelValues(images.nodata, images.value_range)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
-        self.identities: dict[str, str] = {}
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
     def open_split(self, split: str, num_images: int | None = None) -> Source | Shards:
@@ -65,7 +61,9 @@ class RunData:
         images = self.images
         image_facts.check_statistics(source, images.in_chans, images.mean, images.std, self.normalize, self.values)
 
-    def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
+    def open_pair(
+        self, nb_classes: int | None = None, reads_in_order: bool = False
+    ) -> tuple[Source, Source, dict[str, str]]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
 
         With `on_bad_image` "skip", images that can't be read are excluded where no other image may replace them. The
@@ -74,6 +72,9 @@ class RunData:
         Args:
             nb_classes: the expected number of classes; None: any number.
             reads_in_order: features of the training images are stored, or some of the images are held out later.
+
+        Returns:
+            The sets, and `labels.identity` of the images that were chosen at random, by the names of settings.
 
         Raises:
             ValueError: a set can't be opened or has no labels, or their classes differ.
@@ -87,15 +88,14 @@ class RunData:
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
         self.check_statistics(train)
-        if data.train_per_class:
-            self.identities["train_images"] = labels.identity(train, len(train))
+        chosen = {"train_images": labels.identity(train, len(train))} if data.train_per_class else {}
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
-            self.identities["held_out_images"] = labels.identity(val, len(train) + len(val))
+            chosen["held_out_images"] = labels.identity(val, len(train) + len(val))
             val = self.readable(val, len(train) + len(val))
         if reads_in_order:
             train = self.readable(train)
-        return train, val
+        return train, val, chosen
 
     def readable(self, source: Source, total: int | None = None) -> Source:
         """Returns a dataset; with `on_bad_image` "skip", without the images that can't be read.
@@ -107,13 +107,13 @@ class RunData:
             return source
         return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values, total)
 
-    def open_val(self) -> Source:
-        """Opens the validation set; with `val_fraction`, the held-out training images."""
+    def open_val(self) -> tuple[Source, dict[str, str]]:
+        """Opens the validation set; with `val_fraction`, the held-out training images. Returns as `open_pair`."""
         if self.data.val_fraction:
-            return self.open_pair()[1]
+            return self.open_pair()[1:]
         val = labels.require(self.open_split("val"), "val", self.images.task)
         self.check_statistics(val)
-        return val
+        return val, {}
 
     def cached(self, *sources: Any) -> Sequence[Any]:
         """Returns the datasets; with --cache_images, with their decoded images in memory.

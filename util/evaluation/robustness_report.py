@@ -14,7 +14,7 @@ from util.files.results import Results
 from util.files.untrusted import escape_dollars
 
 # Scores of a cell: acc1, acc5 unless images have several labels, balanced_acc if the classes are imbalanced; and
-# what they depend on: the number of images, and for ImageNetV2 the name of their folder.
+# what they depend on: the number of images and the name of their folder.
 Scores = dict[str, Any]
 MEASURES = {"acc1": "Acc@1", "acc5": "Acc@5", "balanced_acc": "balanced accuracy"}
 

@@ -29,7 +29,8 @@ T = TypeVar("T")
 # Flags that do not change a result. A moved folder of results is complete.
 WITHOUT_EFFECT = {*names_where(lambda one: not one["in_result"])}
 # Flags whose files are not compared: images may have hundreds of gigabytes, and runs write the others.
-NOT_COMPARED, LISTS = WITHOUT_EFFECT | {"data_path"}, {"train_list", "val_list"}
+NOT_COMPARED = WITHOUT_EFFECT | {"data_path"}
+LISTS = {"train_list", "val_list"}
 
 
 class Commands:
@@ -61,7 +62,7 @@ class Commands:
         out = self.folder / name
         compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         files = {key: digest for key, value in compared.items() if (digest := _digest_of(value))}
-        if flags.get("data_path") is None:  # the paths in a list are relative to its folder
+        if flags.get("data_path") is None:  # then the paths in a list are relative to its folder
             files |= {key: f"{files[key]} in {Path(flags[key]).resolve().parent}" for key in files.keys() & LISTS}
         words = _compared_words(command, files)
         scores = self.results.read().get(name, {})

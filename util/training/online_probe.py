@@ -51,7 +51,7 @@ class OnlineProbe:
             settings = {**data.data.record(), **dict.fromkeys(DATASETS), "extras": None, "data_path": path}
             data = RunData(data.images, DataSpec.of(settings), precision.device)
             try:
-                train, val = data.open_pair()
+                train, val, _ = data.open_pair()
             except ValueError as error:  # it names flags of a run
                 raise ValueError(f"--probe_path {path}: {getattr(error, 'message', error)}") from error
         elif isinstance(source, Shards):

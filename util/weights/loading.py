@@ -25,7 +25,9 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
-OF_BLOCK = re.compile(r"\w+\.\d+\.(norm1|norm2|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.")  # models_vit.Block
+ADDED_TO_BLOCK = re.compile(  # to models_vit.Block
+    r"(decoder_)?blocks\.\d+\.(?!(norm[12]|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.)"
+)
 OWN_MODULES = ("models_mae", "models_vit", "inference.classes")  # a user's class may have the name of one of theirs
 
 
@@ -46,7 +48,7 @@ def init_mae(model: Any, file: Weights) -> None:
     if name and re.split("[.:]", name)[-1] not in own:
         logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
     ours, weights = model.state_dict(), _known(file, model)
-    may_lack = _own(ours.keys() - weights.keys())
+    may_lack = _added(ours.keys() - weights.keys(), in_blocks=True)
     if may_lack:
         logger.warning(f"{file.source} has no {some(may_lack)}: they keep their initial values")
     _require_cls_tokens(file, model)
@@ -119,7 +121,7 @@ def load_encoder(
     _fit_positions(file, weights, model)
     may_lack = {"fc_norm.weight", "fc_norm.bias", *own}
     if model.encoder_name != file.settings.get("encoder"):  # weights that did not have this mix-in
-        added = _own(ours.keys() - weights.keys() - may_lack)
+        added = _added(ours.keys() - weights.keys() - may_lack, in_blocks=True)
         if added:
             logger.warning(f"{file.source} has no {some(added)}: they keep their initial values")
         may_lack |= added
@@ -268,15 +270,12 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
     return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
 
 
-def _added(names: Iterable[str]) -> set[str]:
-    """Returns the names of the weights that a subclass of `MaskedAutoencoderViT` adds."""
-    return {name for name in names if name.partition(".")[0] not in MODULES}
-
-
-def _own(names: Iterable[str]) -> set[str]:
-    """Returns the names of the weights that the plain models do not have, also in their blocks."""
-    of_blocks = {name for name in names if name.startswith(("blocks.", "decoder_blocks."))}
-    return {name for name in of_blocks if not OF_BLOCK.match(name)} | _added(set(names) - of_blocks)
+def _added(names: Iterable[str], in_blocks: bool = False) -> set[str]:
+    """Returns the names of the weights that the user's code adds to a model, and with `in_blocks` to its blocks."""
+    return {
+        name for name in names
+        if name.partition(".")[0] not in MODULES or (in_blocks and ADDED_TO_BLOCK.match(name))
+    }  # fmt: skip
 
 
 def _known(file: Weights, model: nn.Module) -> dict[str, Tensor]:
