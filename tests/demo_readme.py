@@ -29,7 +29,7 @@ def test_they_run(tmp_path):
     assert "patches masked, PSNR" in done.stdout
     for name in ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx"):
         assert (tmp_path / name).stat().st_size > 5000, name
-    assert len(lines(tmp_path / "runs/mine")) == 3
+    assert len(lines(tmp_path / "runs/mine")) == 7
     # What the page says to expect, less a margin.
     tuned, probed = (lines(tmp_path / "runs" / name)[-1]["test_acc1"] for name in ("tuned", "probe"))
     assert tuned > 80

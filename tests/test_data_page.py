@@ -35,6 +35,9 @@ def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
     for command in read("Kinds of data")[1]:
         run(command)
     assert "test_mae" in lines(tmp_path / "runs/weights")[-1]
+    for name in ("photos", "clothes"):
+        losses = [line["train_loss"] for line in lines(tmp_path / "runs" / name)]
+        assert max(losses[-5:]) < 0.9 * losses[0]
 
 
 def test_an_extra_input_trains(tmp_path):
