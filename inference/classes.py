@@ -315,7 +315,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         return results if _are_several(images) else results[0]
 
     def _segment_one(self, image: ImageLike, batch_size: int, extras: dict[str, Tensor]) -> np.ndarray:
-        device, dtype = self.pos_embed.device, self.pos_embed.dtype
+        device = self.pos_embed.device
         if isinstance(image, Tensor) and image.is_floating_point():
             if image.ndim != 3 or len(image) != self.in_chans:
                 raise BadImage(
@@ -327,8 +327,9 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
+        pixels = pixels.to(self.pos_embed.dtype)
         inputs = {name: value.to(device) for name, value in extras.items()}
-        return predict_classes(self, pixels.to(dtype), size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
+        return predict_classes(self, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter

@@ -28,7 +28,7 @@ GRAY = (  # classifiers of gray images; pipeline("image-classification") raises 
     "model(**processor(image.convert('L'), return_tensors='pt')).logits"
 )
 MASKS = (  # the encoder of ViTMAEForPreTraining
-    "AutoModel of transformers masks {ratio:g} of the patches: for the features of all patches, give --encoder_only, or "
+    "AutoModel of transformers masks {ratio:g} of the patches: for features of all patches, give --encoder_only, or "
     "AutoModel.from_pretrained({folder!r}, mask_ratio=0.0), whose tokens are in random order without "
     "noise=torch.arange({patches}).expand(len(images), -1)"
 )
