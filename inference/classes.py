@@ -81,7 +81,7 @@ class ModelMixin(PyTorchModelHubMixin):
             images: an image or a list of images: paths and images of Image.open (the orientation in EXIF data is
                 applied); other Pillow images, such as rotated or converted ones (their pixels are unchanged); arrays
                 (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
-                arrays. Float tensors are the input of the model: they are not normalized. The result has the type of
+                arrays. Float tensors are the input of the model, and normalized already. The result has the type of
                 the weights.
 
         Raises:

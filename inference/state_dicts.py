@@ -72,6 +72,9 @@ def _log_of_pixels(model: Model, reader: str) -> None:
     changed = {name: model.settings.get(name) for name in ("value_range", "nodata")}
     if given := " ".join(arguments(changed)):
         logger.info(f"{reader} does not apply {given}: prepare the pixels in this way, before its normalization")
+    if not model.normalize.fits_bytes:
+        logger.info(f"{reader} divides pixels by 255, and mean and std of this model are in the units of its training "
+                    f"data: give the model normalized tensors (B, c, H, W)")  # fmt: skip
 
 
 def write_timm(model: Model, out: Path) -> None:

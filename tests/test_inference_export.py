@@ -281,7 +281,8 @@ def test_graphs_take_pixels(kind, tmp_path, request, caplog):
         assert "(B, 3, 32, 32), RGB, pixels of 0 to 1" in text
 
 
-def test_a_graph_of_float_data_takes_its_units(tmp_path):
+def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
+    caplog.set_level("INFO")
     settings = {"in_chans": 2, "mean": [4000, -3], "std": [200, 0.01], "input_size": 16, "nodata": "nan"}
     model = randomized(get_model("vit_mini_patch4", nb_classes=3, classes=["a", "b", "c"], **settings), 0.1)
     values = np.random.default_rng(0).normal(settings["mean"], settings["std"], (16, 16, 2)).astype(np.float32)
@@ -293,6 +294,8 @@ def test_a_graph_of_float_data_takes_its_units(tmp_path):
     metadata = json.loads(extra["settings"])
     assert (metadata["mean"], metadata["classes"]) == ([4000, -3], ["a", "b", "c"])
     assert "0 to 1" not in metadata["images"]
+    exported(model, "timm", tmp_path)
+    assert "timm divides pixels by 255" in caplog.text
 
 
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ def test_features(classifier):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_half_precision_predict_as_those_of_full_precision(dtype):
-    """Also where mean and std are rounded: 4000 to 4000 ± 16 in bf16."""
+    """In bf16, the mean 4005 would be 4000."""
     settings = {"in_chans": 1, "input_size": 16, "mean": [4005], "std": [2]}
     model = randomized(get_model("vit_mini_patch4", nb_classes=3, **settings), 0.05)
     values = np.random.default_rng(0).normal(4005, 2, (2, 16, 16)).astype(np.float32)

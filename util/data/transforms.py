@@ -88,8 +88,7 @@ def split_maps(image: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, T
 class Normalize(nn.Module):
     """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1.
 
-    Invalid pixels, which are NaN in float images, become 0, the mean. `half()` and `to(torch.bfloat16)` of a model do
-    not round mean and std: the mean 4000 has an error of 16 in bf16, which may be many standard deviations.
+    Invalid pixels, which are NaN in float images, become 0, the mean.
     """
 
     mean: Tensor
@@ -102,6 +101,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Normalize":
+        # half() and to(torch.bfloat16) of a model would round mean and std: the mean 4005 to 4000 in bf16.
         mean, std = self.mean, self.std
         super()._apply(fn, recurse)
         self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
