@@ -125,8 +125,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     On a CPU, the backward pass of the fused kernel is slow for the short sequences of a ViT. In bf16, matrix products
     take a half to a fifth of its time. In fp32, they are faster up to SHORT_SEQUENCE tokens. Without gradients, the
     fused kernel is as fast with 50 tokens, and faster with 197 (`python benchmarks/train_step.py --task attention`).
+    A trace has the fused kernel, because torch.jit.trace compares traces with and without gradients.
     """
-    if q.requires_grad and q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE):
+    is_short = q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE
+    if q.requires_grad and q.device.type == "cpu" and is_short and not torch.jit.is_tracing():
         return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -81,7 +81,8 @@ class ModelMixin(PyTorchModelHubMixin):
             images: an image or a list of images: paths and images of Image.open (the orientation in EXIF data is
                 applied); other Pillow images, such as rotated or converted ones (their pixels are unchanged); arrays
                 (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
-                arrays. Float tensors are the input of the model and are not changed.
+                arrays. Float tensors are the input of the model, and normalized already. The result has the type of
+                the weights.
 
         Raises:
             ValueError: the list is empty, or mixes float tensors with other images.
@@ -98,7 +99,8 @@ class ModelMixin(PyTorchModelHubMixin):
         Raises:
             ValueError, BadImage, OSError: as in `prepare`, or an extra input does not have a value for each image.
         """
-        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        weight = next(self.parameters())  # type: ignore[attr-defined]
+        device = weight.device
         several: Any = images if _are_several(images) else [images]
         if not len(several):
             raise ValueError("the list of images is empty; give at least one image")
@@ -123,7 +125,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 parts.append(split_maps(self.transform(with_maps(picture, own) if own else picture), names))
             values |= {name: torch.stack([maps[name] for _, maps in parts]) for name in names}
             x = self.normalize(torch.stack(transforms.of_one_range([pixels for pixels, _ in parts])).to(device))
-        return x, {name: value.to(device) for name, value in values.items()}
+        return x.to(weight.dtype), {name: value.to(device) for name, value in values.items()}
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
         """Decodes an image to a picture with the channels of the model.
@@ -325,6 +327,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
+        pixels = pixels.to(self.pos_embed.dtype)
         inputs = {name: value.to(device) for name, value in extras.items()}
         return predict_classes(self, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
 

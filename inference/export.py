@@ -13,10 +13,15 @@
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
 
-Each format contains the normalization, the crop and the class names of the model. A log line names the settings that
-the other library does not read from the file. Graphs of classifiers return logits, graphs of encoders return features,
-and graphs of autoencoders return prediction and mask, from images and noise. timm has no decoder, so that the encoder
-is exported. --encoder_only exports the encoder of any model.
+Graphs take pixels of 0 to 1 and normalize them. Models of float data in their own units take values in these units.
+Graphs of classifiers and segmentation models return logits, graphs of encoders return features, and graphs of
+autoencoders return the prediction of normalized pixels and the mask, from images and noise. Their metadata (the extra
+file "settings" of a .pt2) has shape, order of the channels, units, crop, mean, std and class names, as JSON. The inputs
+of the function in a .pt2 are positional: torch.export.load("model.pt2").module()(images).
+
+The other formats are weights for normalized images. The file or folder has mean, std, crop and class names. A log line
+names the settings that the other library does not read from it. timm has no decoder, so that the encoder is exported.
+--encoder_only exports the encoder of any model.
 """
 
 import argparse

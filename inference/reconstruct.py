@@ -147,7 +147,7 @@ def uncropped_input(model: Model, picture: Picture, short_side: int | None = Non
     scaled = scaled_size(model, size_of(picture), short_side)
     covered = [side - side % p for side, p in zip(scaled, model.patch_embed.patch_size, strict=True)]
     small = TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
-    return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
+    return model.normalize(to_tensor(small)[None].to(model.cls_token.device)).to(model.cls_token.dtype)
 
 
 def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = None) -> list[int]:

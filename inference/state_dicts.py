@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import models_build
-from inference.graphs import library
+from inference.graphs import crop_of, library
 from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from util.cli.advice import arguments
 from util.data import transforms
@@ -26,6 +26,11 @@ GRAY = (  # classifiers of gray images; pipeline("image-classification") raises 
     "processor = transformers.AutoImageProcessor.from_pretrained({folder!r}, backend='pil'); model = "
     "transformers.AutoModelForImageClassification.from_pretrained({folder!r}); "
     "model(**processor(image.convert('L'), return_tensors='pt')).logits"
+)
+MASKS = (  # the encoder of ViTMAEForPreTraining
+    "AutoModel of transformers masks {ratio:g} of the patches: for features of all patches, give --encoder_only, or "
+    "AutoModel.from_pretrained({folder!r}, mask_ratio=0.0), whose tokens are in random order without "
+    "noise=torch.arange({patches}).expand(len(images), -1)"
 )
 
 
@@ -54,6 +59,9 @@ def write_reference(model: Model, out: Path) -> None:
     if (settings["mean"], settings["std"]) != transforms.channel_statistics(3):
         logger.info("the published code normalizes with ImageNet's mean and std, and this model has others: %s, %s",
                     settings["mean"], settings["std"])  # fmt: skip
+    side = max(model.patch_embed.img_size)
+    if is_uncropped(model) or settings["crop_pct"] != (1.0 if side > 224 else 224 / 256):
+        logger.info("the evaluation of the published code crops otherwise; this model takes %s", crop_of(model))
 
 
 def write_safetensors(model: Model, out: Path) -> None:
@@ -64,6 +72,9 @@ def _log_of_pixels(model: Model, reader: str) -> None:
     changed = {name: model.settings.get(name) for name in ("value_range", "nodata")}
     if given := " ".join(arguments(changed)):
         logger.info(f"{reader} does not apply {given}: prepare the pixels in this way, before its normalization")
+    if not model.normalize.fits_bytes:
+        logger.info(f"{reader} divides pixels by 255, and mean and std of this model are in the units of its training "
+                    f"data: give the model normalized tensors (B, c, H, W)")  # fmt: skip
 
 
 def write_timm(model: Model, out: Path) -> None:
@@ -133,7 +144,8 @@ def write_mmpretrain(model: Model, out: Path) -> None:
     if isinstance(model, Classifier) and model.classes:
         meta["dataset_meta"] = {"classes": model.classes}
     _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
-    logger.info(f"mmpretrain reads model and normalization from a configuration file; its content is: {config}")
+    logger.info(f"mmpretrain reads model and normalization from a configuration file, whose pipeline gives "
+                f"{crop_of(model)}; its content is: {config}")  # fmt: skip
 
 
 def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
@@ -204,6 +216,7 @@ def write_transformers(model: Model, out: Path) -> None:
             decoder_num_attention_heads=decoder[0].attn.num_heads,
             decoder_intermediate_size=decoder[0].mlp.fc1.out_features,
         ))  # fmt: skip
+        logger.info(MASKS.format(ratio=settings["mask_ratio"], folder=out.name, patches=model.num_patches))
         if (settings.get("mask_block") or 1) > 1:
             logger.info(f"transformers masks single patches, and this model has mask_block {settings['mask_block']}")
     elif settings.get("global_pool"):

@@ -18,7 +18,7 @@ from golden_settings import SCRIPTS, parser_of
 
 import hubconf
 import models_mae
-from inference import get_model
+from inference import export, get_model
 from util.cli import entry_point
 from util.evaluation import robustness
 from util.weights import model_zoo
@@ -141,7 +141,11 @@ def run_python(tmp_path, monkeypatch):
 
 def test_the_python_of_documents_runs(run_python):
     assert run_python("README.md")["features"].shape == (2, 768)
+    classifier = get_model("vit_mini_patch4", nb_classes=3, crop_pct=0.875)
+    export.export(classifier, "onnx", Path("classifier.onnx"))
     names = run_python("ZOO.md")
+    scores = torch.from_numpy(names["logits"]).softmax(1)[0].numpy()
+    assert scores == pytest.approx(classifier.predict("demo/photos/coffee.jpg")["pred_scores"], abs=1e-5)
     assert names["features"].shape == (2, 768)
     assert [a.shape for a in names["attention"]] == [(1, 12, 197, 197)] * 4
     assert names["mask"].shape == (2, 196)

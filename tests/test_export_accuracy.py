@@ -129,7 +129,7 @@ def test_the_pipeline_of_transformers_predicts_the_same(trained, data):
     assert pipeline(gray)[0] == {"label": ours["pred_class"], "score": pytest.approx(ours["pred_score"], abs=1e-5)}
 
 
-def test_onnxruntime_with_the_metadata_alone(trained, data):
+def test_onnxruntime_with_pixels_and_the_metadata_alone(trained, data):
     out, model, _ = trained
     export.export(model, "onnx", out / "model.onnx")
     session = onnxruntime.InferenceSession(out / "model.onnx")
@@ -142,6 +142,6 @@ def test_onnxruntime_with_the_metadata_alone(trained, data):
         image = image.resize((max(24, int(image.width * scale)), max(24, int(image.height * scale))), Image.BICUBIC)
         left, top = round((image.width - 24) / 2), round((image.height - 24) / 2)
         pixels.append(np.asarray(image.crop((left, top, left + 24, top + 24))) / np.float32(255))
-    batch = (np.stack(pixels) - np.float32(meta["mean"])) / np.float32(meta["std"])
-    (logits,) = session.run(None, {"images": batch.transpose(0, 3, 1, 2)})
+    batch = np.stack(pixels).transpose(0, 3, 1, 2)
+    (logits,) = session.run(None, {"images": batch})
     assert_same_predictions(torch.from_numpy(logits).softmax(1).numpy(), model, files)

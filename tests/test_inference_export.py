@@ -90,7 +90,7 @@ def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path)
         assert (again.settings["probe"], again.settings["num_queries"]) == ("attentive", 8)
         torch.testing.assert_close(again(imgs), probe(imgs))
     program = torch.export.load(exported(probe, "torch_export", tmp_path))
-    torch.testing.assert_close(program.module()(images=imgs), probe(imgs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(program.module()(imgs), probe(probe.normalize(imgs)), rtol=1e-4, atol=1e-4)
     for to in ("timm", "transformers", "mmpretrain"):
         with pytest.raises(ValueError, match=rf"--to {to}: .*attentive.* --encoder_only.* --to safet"):
             exported(probe, to, tmp_path)
@@ -114,6 +114,17 @@ def test_transformers_autoencoder(norm_pix_loss, in_chans, imgs, tmp_path):
         found = theirs.eval()(imgs, noise=noise)
     assert torch.equal(found.mask, mask)
     torch.testing.assert_close((found.loss, found.logits), (loss, pred), rtol=1e-5, atol=1e-5)
+
+
+def test_all_patches_by_the_code_that_the_export_to_transformers_prints(mae, imgs, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    exported(mae, "transformers", tmp_path)
+    call = re.search(r"(AutoModel\.from_pretrained\(.*?\)).*(noise=.*)$", caplog.text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names = {"AutoModel": transformers.AutoModel, "images": imgs, "torch": torch}
+    with torch.no_grad():
+        found = eval(f"{call[1]}.eval()(images, {call[2]}).last_hidden_state", names)
+    torch.testing.assert_close(found, mae.extract_feat(imgs, "tokens"), rtol=1e-5, atol=1e-5)
 
 
 def test_transformers_encoder_in_its_pipeline(mae, tmp_path):
@@ -245,23 +256,46 @@ def test_a_file_of_mmpretrain_survives_the_round_trip(name):
 
 
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
-def test_graphs(kind, imgs, tmp_path, request, caplog):
+def test_graphs_take_pixels(kind, tmp_path, request, caplog):
     caplog.set_level("INFO")
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model, extra = request.getfixturevalue(kind), {"settings": ""}
     session = onnxruntime.InferenceSession(exported(model, "onnx", tmp_path))
     assert not [record for record in caplog.records if record.name.startswith("onnx")]
     graph = torch.export.load(exported(model, "torch_export", tmp_path), extra_files=extra).module()
-    for batch in (imgs, imgs[:1]):
+    for batch in (pixels, pixels[:1]):
         noise = {"noise": torch.rand(len(batch), 64)} if kind == "mae" else {}
         inputs = {"images": batch, **noise}
-        outputs = [part.detach() for part in (model(batch, **noise)[1:] if noise else [model(batch)])]
+        normalized = (batch - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / (
+            torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        )
+        outputs = [part.detach() for part in (model(normalized, **noise)[1:] if noise else [model(normalized)])]
         found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         torch.testing.assert_close(list(map(torch.from_numpy, found)), outputs, rtol=1e-5, atol=1e-5)
-        found = graph(**inputs)
+        found = graph(*inputs.values())
         torch.testing.assert_close([found] if kind == "pooled" else [*found], outputs, rtol=1e-5, atol=1e-5)
     metadata = session.get_modelmeta().custom_metadata_map
     assert (json.loads(metadata["mean"]), json.loads(metadata["crop_pct"])) == ([0.485, 0.456, 0.406], 1.0)
     assert json.loads(extra["settings"])["std"] == [0.229, 0.224, 0.225]
+    for text in (json.loads(metadata["images"]), json.loads(extra["settings"])["images"], caplog.text):
+        assert "(B, 3, 32, 32), RGB, pixels of 0 to 1" in text
+
+
+def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = {"in_chans": 2, "mean": [4000, -3], "std": [200, 0.01], "input_size": 16, "nodata": "nan"}
+    model = randomized(get_model("vit_mini_patch4", nb_classes=3, classes=["a", "b", "c"], **settings), 0.1)
+    values = np.random.default_rng(0).normal(settings["mean"], settings["std"], (16, 16, 2)).astype(np.float32)
+    values[3, 5] = np.nan
+    extra = {"settings": ""}
+    graph = torch.export.load(exported(model, "torch_export", tmp_path), extra_files=extra).module()
+    scores = graph(torch.from_numpy(values).permute(2, 0, 1)[None]).softmax(1)[0].detach().numpy()
+    np.testing.assert_allclose(scores, model.predict(values)["pred_scores"], atol=1e-5)
+    metadata = json.loads(extra["settings"])
+    assert (metadata["mean"], metadata["classes"]) == ([4000, -3], ["a", "b", "c"])
+    assert "0 to 1" not in metadata["images"]
+    exported(model, "timm", tmp_path)
+    assert "timm divides pixels by 255" in caplog.text
 
 
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):

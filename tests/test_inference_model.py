@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from mains import assert_equal, call, weights
+from mains import assert_equal, call, randomized, weights
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
@@ -228,6 +228,27 @@ def test_bytes_are_refused_where_the_mean_is_of_other_values():
     for images in (image, [deep, image]):
         with pytest.raises(ValueError, match="8-bit pixels are scaled to 0 to 1"):
             model.prepare(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_predict_as_those_of_full_precision(dtype):
+    """In bf16, the mean 4005 would be 4000."""
+    settings = {"in_chans": 1, "input_size": 16, "mean": [4005], "std": [2]}
+    model = randomized(get_model("vit_mini_patch4", nb_classes=3, **settings), 0.05)
+    values = np.random.default_rng(0).normal(4005, 2, (2, 16, 16)).astype(np.float32)
+    scores = [one["pred_scores"] for one in model.predict(list(values))]
+    features = model.extract_feat(list(values))
+    assert model.to(dtype).extract_feat(list(values)).dtype == dtype
+    np.testing.assert_allclose([one["pred_scores"] for one in model.predict(list(values))], scores, atol=0.01)
+    torch.testing.assert_close(model.extract_feat(list(values)).float(), features, atol=0.05, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated, and shapes become constants
+def test_a_trace_equals_the_classifier():
+    model = get_model("vit_mini_patch4", nb_classes=3, input_size=16)
+    images = torch.randn(3, 3, 16, 16)
+    traced = torch.jit.trace(model, images[:2])
+    torch.testing.assert_close(traced(images), model(images), atol=1e-6, rtol=1e-6)
 
 
 def test_from_pretrained_requires_the_weights_of_its_class(tmp_path, classifier):

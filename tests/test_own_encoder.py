@@ -201,7 +201,8 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     with pytest.raises(ValueError, match=rf"get_model\(.*encoder=ChannelGroups\).*--encoder {GROUPS['encoder']}"):
         get_model(file)
     model = get_model(file, encoder=ChannelGroups)
-    imgs = torch.rand(2, 3, 16, 16)
+    pixels = torch.rand(2, 3, 16, 16)
+    imgs = model.normalize(pixels)
     state = checkpoint.read(file)["model"]
     plain = with_encoder(type(model).__mro__[1], ChannelGroups)(model.settings)
     plain.load_state_dict(state)
@@ -215,9 +216,9 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
         if to == "safetensors":
             found = get_model(out, encoder=ChannelGroups).compute_features(imgs)
         elif to == "torch_export":
-            found = torch.export.load(out).module()(images=imgs)
+            found = torch.export.load(out).module()(pixels)
         else:
-            (found,) = onnxruntime.InferenceSession(out).run(None, {"images": imgs.numpy()})
+            (found,) = onnxruntime.InferenceSession(out).run(None, {"images": pixels.numpy()})
             found = torch.from_numpy(found)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for to, suffix in (("timm", ""), ("transformers", ""), ("mmpretrain", ".pth"), ("reference", ".pth")):

@@ -100,6 +100,13 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Normalize":
+        # half() and to(torch.bfloat16) of a model would round mean and std: the mean 4005 to 4000 in bf16.
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
     def forward(self, imgs: Tensor) -> Tensor:
         if imgs.dtype == torch.uint8:
             self.require_fit_to_bytes()
