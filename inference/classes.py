@@ -1,5 +1,6 @@
 """Models with their preprocessing and class names."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,11 @@ from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
 from util.settings import specs
+from util.weights.reading import some
 
+logger = logging.getLogger(__name__)
+
+NOT_IN_FEATURES = ("head.", "decoder_", "mask_token")  # weights that the features of an encoder do not depend on
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
@@ -43,6 +48,7 @@ class ModelMixin(PyTorchModelHubMixin):
         encoder: the mix-in of `with_encoder`.
         network: the class of the model without its preprocessing.
         values: the meaning of the values in image files.
+        initial: some values of each weight as the constructor has set them, by name.
     """
 
     in_chans: int
@@ -61,7 +67,25 @@ class ModelMixin(PyTorchModelHubMixin):
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")
+        weights = self.named_parameters()  # type: ignore[attr-defined]
+        self.initial = {name: _some_values(weight) for name, weight in weights if weight.requires_grad}
         self.eval()  # type: ignore[attr-defined]
+
+    def warn_of_random_weights(self, unused: tuple[str, ...] = ()) -> None:
+        """Logs one warning if weights still have the random values of the constructor: nothing was loaded or trained.
+
+        Args:
+            unused: beginnings of the names of weights that the result does not depend on.
+        """
+        used = {name: values for name, values in self.initial.items() if not name.startswith(unused)}
+        weights = dict(self.named_parameters())  # type: ignore[attr-defined]
+        random = [name for name in used.keys() & weights.keys() if _are_random(used[name], weights[name])]
+        self.initial = {} if random else {name: self.initial[name] for name in self.initial.keys() - used.keys()}
+        if random:
+            logger.warning(
+                f"{self.settings['model']} has random weights ({some(random)}), on which the result depends: load them "
+                f"(get_model(..., pretrained=True), or a file that has them) or train them"
+            )
 
     @classmethod
     def _from_pretrained(cls, **arguments: Any) -> Any:
@@ -174,6 +198,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
+        self.warn_of_random_weights()
         x, inputs = self.inputs(images, extras)
         outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
@@ -226,6 +251,7 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
+        self.warn_of_random_weights(NOT_IN_FEATURES)
         x, inputs = self.inputs(images, extras)
         return self.compute_features(x, pool, **inputs)
 
@@ -253,6 +279,11 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.autoencoder_arguments(*specs(settings), self.encoder))
         self._set_up({**settings, "nb_classes": 0, "global_pool": False})
+
+    def reconstruct(self, *args: Any, **options: Any) -> models_mae.Reconstruction:
+        """As `MaskedAutoencoderViT.reconstruct`."""
+        self.warn_of_random_weights()
+        return super().reconstruct(*args, **options)
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):
@@ -304,6 +335,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         Raises:
             BadImage, OSError: as in `prepare`.
         """
+        self.warn_of_random_weights()
         several: Any = images if _are_several(images) else [images]
         inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
         results = [
@@ -330,6 +362,18 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
 
 
 Model = Autoencoder | Classifier | Segmenter
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    values = weight.detach().flatten()
+    return values[:: 1 + len(values) // 64].float().cpu().clone()
+
+
+def _are_random(initial: Tensor, weight: Tensor) -> bool:
+    """Whether a weight has its initial values, up to a conversion to half precision, and they are no constant."""
+    values = _some_values(weight)
+    is_same = values.shape == initial.shape and torch.allclose(values, initial, rtol=0.01, atol=1e-6)
+    return is_same and bool(initial.min() < initial.max())
 
 
 def _are_several(images: Any) -> bool:

@@ -116,6 +116,7 @@ def export(model: Model, to: str, out: Path) -> None:
             f"--to {' or '.join(KEEP_TASK)}, or --encoder_only"
         )
     check_suffix(to, out)
+    model.warn_of_random_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
         WRITERS[to](model, written)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from inference.classes import NOT_IN_FEATURES
 from inference.model import Images, Model, to_bytes, to_rgb
 
 
@@ -24,6 +25,7 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     Raises:
         ValueError: the encoder has no such block.
     """
+    model.warn_of_random_weights(NOT_IN_FEATURES)
     x, T = model.prepare(images), model.num_prefix_tokens
     _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
     return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
@@ -44,6 +46,7 @@ def query_attention(model: Model, images: Images) -> Tensor:
     """
     if not model.head_pools:
         raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
+    model.warn_of_random_weights()
     x = model.prepare(images)
     head: Any = model.head
     return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
@@ -75,6 +78,7 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     """
     if not 1 <= layers <= len(model.blocks):
         raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks; give 1 to {len(model.blocks)}")
+    model.warn_of_random_weights(NOT_IN_FEATURES)
     x = model.prepare(images)
     sides = [max(1, round(side / p)) * p for side, p in zip(x.shape[2:], model.patch_embed.patch_size, strict=True)]
     if sides != list(x.shape[2:]):

@@ -12,7 +12,7 @@ from skimage import data as photographs
 import models_build
 import models_mae
 import models_vit
-from inference import export, features, get_model, inference_model, list_models
+from inference import export, features, get_model, inference_model, list_models, reconstruct
 from inference.model import Autoencoder, Classifier
 from util.checkpoints.checkpoint import CheckpointError
 from util.data.decode import BadImage
@@ -243,6 +243,37 @@ def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
     model = get_model("vit_mini_patch4", file, nb_classes=7)
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 7)
     assert torch.equal(model.blocks[0].mlp.fc1.weight, get_model(file).blocks[0].mlp.fc1.weight)
+
+
+def test_results_of_random_weights_have_one_warning(tmp_path, caplog, classifier):
+    """Also those of a new head. Weights that were loaded or trained since have none."""
+    image, file = photographs.chelsea(), tmp_path / "model.safetensors"
+
+    def warnings(model, *uses):
+        caplog.clear()
+        for use in uses:
+            if use == "export":
+                export.export(model, "safetensors", file)
+            elif use == "reconstruct":
+                reconstruct.reconstruct(model, image)
+            else:
+                getattr(model, use)(image)
+        return sum("random" in record.getMessage() for record in caplog.records)
+
+    all_uses = ("extract_feat", "predict", "predict", "export")
+    assert warnings(classifier, *all_uses) == 1
+    assert warnings(get_model("vit_mini_patch4", nb_classes=3), "export") == 1
+    later = get_model("vit_mini_patch4", nb_classes=3)
+    later.load_state_dict(classifier.state_dict())
+    for loaded in (get_model(file), later):
+        assert warnings(loaded, *all_uses) == 0
+    trained, tuned = (get_model(file, nb_classes=5) for _ in range(2))
+    assert (warnings(tuned, "extract_feat"), warnings(tuned, "predict")) == (0, 1)
+    trained(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    torch.optim.AdamW(trained.head.parameters(), lr=1e-2).step()
+    assert warnings(trained, "predict") == 0
+    mae = get_model("mae_vit_mini_patch4")
+    assert (warnings(export.encoder_of(mae), "export"), warnings(mae, "reconstruct")) == (1, 1)
 
 
 def test_a_new_head_does_not_use_the_recorded_class_names(tmp_path, classifier):
