@@ -1,7 +1,8 @@
 """Models with their preprocessing and class names."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,7 +72,18 @@ class ModelMixin(PyTorchModelHubMixin):
         self.initial = {name: _some_values(weight) for name, weight in weights if weight.requires_grad}
         self.eval()  # type: ignore[attr-defined]
 
-    def warn_of_random_weights(self, unused: tuple[str, ...] = ()) -> None:
+    @contextmanager
+    def evaluating(self, *unused: str) -> Iterator[None]:
+        """Sets the evaluation mode for a result of the model. Random weights that it depends on have one warning.
+
+        Args:
+            unused: as in `_warn_of_random_weights`.
+        """
+        self._warn_of_random_weights(unused)
+        with models_vit.evaluation_mode(self):  # type: ignore[arg-type]
+            yield
+
+    def _warn_of_random_weights(self, unused: tuple[str, ...]) -> None:
         """Logs one warning if weights still have the random values of the constructor: nothing was loaded or trained.
 
         Args:
@@ -198,9 +210,9 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
-        self.warn_of_random_weights()
         x, inputs = self.inputs(images, extras)
-        outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
+        with self.evaluating():
+            outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
             predictions = self._likely_classes(outputs.softmax(dim=1), topk)
@@ -234,14 +246,18 @@ class ModelMixin(PyTorchModelHubMixin):
             })  # fmt: skip
         return predictions
 
-    def extract_feat(self, images: Images, pool: str | None = None, **extras: Any) -> Tensor:
-        """Computes features of images. No patch is masked.
+    def extract_feat(
+        self, images: Images, pool: str | None = None, requires_grad: bool = False, **extras: Any
+    ) -> Tensor:
+        """Computes features of images in evaluation mode. No patch is masked.
 
         Args:
             images: as in `prepare`.
             pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
                 tokens, class tokens first. Default: the input of the classification head, after the pooling of an
                 attentive probe; or "cls" without a head.
+            requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
+                `compute_features`, which also has the mode of the model.
             extras: as in `predict`.
 
         Returns:
@@ -251,12 +267,14 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        self.warn_of_random_weights(NOT_IN_FEATURES)
-        x, inputs = self.inputs(images, extras)
-        return self.compute_features(x, pool, **inputs)
+        with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
+            x, inputs = self.inputs(images, extras)
+            return self.compute_features(x, pool, **inputs)
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
-        """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
+        """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
+        of the model; otherwise as `extract_feat`.
+        """
         if self.head_pools and pool is None:
             return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
         pooled = self.settings.get("global_pool", False)
@@ -282,8 +300,8 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
 
     def reconstruct(self, *args: Any, **options: Any) -> models_mae.Reconstruction:
         """As `MaskedAutoencoderViT.reconstruct`."""
-        self.warn_of_random_weights()
-        return super().reconstruct(*args, **options)
+        with self.evaluating():
+            return super().reconstruct(*args, **options)
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):
@@ -335,13 +353,13 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         Raises:
             BadImage, OSError: as in `prepare`.
         """
-        self.warn_of_random_weights()
         several: Any = images if _are_several(images) else [images]
         inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
-        results = [
-            self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
-            for index, image in enumerate(several)
-        ]
+        with self.evaluating():
+            results = [
+                self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
+                for index, image in enumerate(several)
+            ]
         return results if _are_several(images) else results[0]
 
     def _segment_one(self, image: ImageLike, batch_size: int, extras: dict[str, Tensor]) -> np.ndarray:

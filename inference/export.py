@@ -116,9 +116,8 @@ def export(model: Model, to: str, out: Path) -> None:
             f"--to {' or '.join(KEEP_TASK)}, or --encoder_only"
         )
     check_suffix(to, out)
-    model.warn_of_random_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(out) as written:
+    with model.evaluating(), atomic.replacing(out) as written:
         WRITERS[to](model, written)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from inference.classes import NOT_IN_FEATURES
 from inference.model import Model, get_model
 from util import dist
 from util.checkpoints import checkpoint
@@ -173,7 +174,8 @@ def extract(
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
         return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)
 
-    return feature_files.extract(encode, source, folder, settings)[0].numpy()
+    with model.evaluating(*NOT_IN_FEATURES):
+        return feature_files.extract(encode, source, folder, settings)[0].numpy()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     Raises:
         ValueError: the encoder has no such block.
     """
-    model.warn_of_random_weights(NOT_IN_FEATURES)
     x, T = model.prepare(images), model.num_prefix_tokens
-    _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
+    with model.evaluating(*NOT_IN_FEATURES):
+        _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
     return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
 
 
@@ -46,10 +46,10 @@ def query_attention(model: Model, images: Images) -> Tensor:
     """
     if not model.head_pools:
         raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
-    model.warn_of_random_weights()
     x = model.prepare(images)
     head: Any = model.head
-    return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
+    with model.evaluating():
+        return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
 
 
 def _weights_of_patches(model: Model, weights: Tensor, x: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     """
     if not 1 <= layers <= len(model.blocks):
         raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks; give 1 to {len(model.blocks)}")
-    model.warn_of_random_weights(NOT_IN_FEATURES)
     x = model.prepare(images)
     sides = [max(1, round(side / p)) * p for side, p in zip(x.shape[2:], model.patch_embed.patch_size, strict=True)]
     if sides != list(x.shape[2:]):
         x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
-    tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
+    with model.evaluating(*NOT_IN_FEATURES):
+        tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
     return model.patch_maps(tokens.float(), *x.shape[2:]).cpu()
 
 

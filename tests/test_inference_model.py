@@ -1,5 +1,6 @@
 """Models from names and files."""
 
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -12,8 +13,8 @@ from skimage import data as photographs
 import models_build
 import models_mae
 import models_vit
-from inference import export, features, get_model, inference_model, list_models, reconstruct
-from inference.model import Autoencoder, Classifier
+from inference import export, features, get_model, inference_model, list_models, maps, reconstruct
+from inference.model import Autoencoder, Classifier, Segmenter
 from util.checkpoints.checkpoint import CheckpointError
 from util.data.decode import BadImage
 from util.settings import specs
@@ -198,6 +199,51 @@ def test_features(classifier):
     torch.testing.assert_close(mae.extract_feat(imgs, "avg"), tokens[:, 1:].mean(dim=1))
     with pytest.raises(ValueError, match="give cls, avg or tokens"):
         mae.extract_feat(imgs, "max")
+
+
+@pytest.mark.parametrize("kind", ["probe", "segmenter", "autoencoder", "attentive"])
+def test_inference_is_independent_of_the_training_mode_and_changes_nothing(tmp_path, kind):
+    """Also with batch norm in the head, and with dropout, or without evaluation mode, in some modules only."""
+    name = "mae_vit_mini_patch4" if kind == "autoencoder" else "vit_mini_patch4"
+    settings = {"input_size": 32, "nb_classes": 3, "global_pool": False, "in_chans": 3, "head": "dpt", "model": name}
+    settings |= {"probe": "attentive" if kind == "attentive" else "linear"}
+    model = {"segmenter": Segmenter, "autoencoder": Autoencoder}.get(kind, Classifier)(settings)
+    model.blocks[1].drop_path = torch.nn.Dropout(0.5)
+    model.eval()
+    images = [photographs.chelsea()[:40, :40], photographs.coffee()[:40, :40]]
+    uses = {
+        "features": lambda: model.extract_feat(images),
+        "patches": lambda: maps.dense(model, images, layers=2),
+        "attention": lambda: maps.attention(model, images),
+        "components": lambda: maps.components(model, images),
+        **{
+            "probe": {"predict": lambda: model.predict(images)[0]["pred_scores"]},
+            "attentive": {"queries": lambda: maps.query_attention(model, images)},
+            "segmenter": {"segment": lambda: model.segment(images[0])},
+            "autoencoder": {"reconstruct": lambda: reconstruct.reconstruct(model, images[0]).pasted},
+        }[kind],
+    }
+    expected = {name: use() for name, use in uses.items()}
+    model.train().blocks[0].eval()
+    modes, before = [module.training for module in model.modules()], deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    for name, use in uses.items():
+        found = use()
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected[name]), err_msg=name)  # has no graph
+    export.export(model, "safetensors", tmp_path / "model.safetensors")
+    assert [module.training for module in model.modules()] == modes
+    assert_equal(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_features_have_gradients_if_asked(classifier):
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    assert not classifier.extract_feat(images).requires_grad
+    features = classifier.extract_feat(images, requires_grad=True)
+    (found,) = torch.autograd.grad(features.square().sum(), images)
+    (expected,) = torch.autograd.grad(classifier.forward_features(images).square().sum(), images)
+    torch.testing.assert_close(found, expected)
+    torch.nn.Linear(128, 1)(classifier.extract_feat(images)).sum().backward()  # a head can be trained on the features
 
 
 def test_attention_is_what_the_blocks_compute(classifier):
