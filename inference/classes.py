@@ -146,7 +146,9 @@ class ModelMixin(PyTorchModelHubMixin):
             )
         values = extra_inputs.by_name(extras, len(several), _are_several(images))
         if are_inputs == {True}:
-            x = torch.stack(list(several)).to(device)
+            x = torch.stack(list(several))
+            self.normalize.check_input(x)
+            x = x.to(device)
         else:
             parts = []
             for number, image in enumerate(several):
@@ -370,6 +372,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
                     f"a float tensor {tuple(image.shape)} is not the input of the model, ({self.in_chans}, H, W); "
                     f"uint8 tensors are pixels"
                 )
+            self.normalize.check_input(image)
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
             picture = self.open(image)

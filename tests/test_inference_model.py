@@ -1,5 +1,6 @@
 """Models from names and files."""
 
+import re
 from copy import deepcopy
 from functools import partial
 
@@ -244,6 +245,32 @@ def test_features_have_gradients_if_asked(classifier):
     (expected,) = torch.autograd.grad(classifier.forward_features(images).square().sum(), images)
     torch.testing.assert_close(found, expected)
     torch.nn.Linear(128, 1)(classifier.extract_feat(images)).sum().backward()  # a head can be trained on the features
+
+
+def test_float_images_of_another_range_have_one_warning(caplog):
+    """Arrays and files of 0 to 255, and float tensors, the input of the model, that are not normalized."""
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", nb_classes=3, crop_pct=1.0)
+    pixels = photographs.chelsea()[:32, :32]
+    pixels[0, :2] = [[0], [255]]
+    floats, tensor = pixels.astype(np.float32), torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    right = model.extract_feat(pixels)
+
+    def ends(image):
+        caplog.clear()
+        new = deepcopy(model)
+        found = new.extract_feat(image)
+        new.predict(image[0] if image.ndim == 4 else image)
+        matches = [re.search(r"from (\S+) to (\S+), and mean", record.getMessage()) for record in caplog.records]
+        assert bool(matches) != np.allclose(found, right, atol=1e-4)  # a warning, or the right features
+        return [match.groups() for match in matches]
+
+    assert [ends(image) for image in (pixels, floats / 255, model.normalize(tensor / 255))] == [[], [], []]
+    assert ends(floats) == ends(tensor) == [("0", "255")]
+    assert ends(tensor / 255) == [("0", "1")]
+    own = get_model("vit_mini_patch4", crop_pct=1.0, mean=[127.0] * 3, std=[73.0] * 3)
+    own.extract_feat(floats)
+    assert not [record for record in caplog.records if "from 0 to 255" in record.getMessage()]
 
 
 def test_attention_is_what_the_blocks_compute(classifier):
