@@ -68,8 +68,11 @@ class ModelMixin(PyTorchModelHubMixin):
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")
-        weights = self.named_parameters()  # type: ignore[attr-defined]
-        self.initial = {name: _some_values(weight) for name, weight in weights if weight.requires_grad}
+        self.initial = {
+            name: _some_values(weight)
+            for name, weight in self.named_parameters()  # type: ignore[attr-defined]
+            if weight.requires_grad and not weight.is_meta
+        }
         self.eval()  # type: ignore[attr-defined]
 
     @contextmanager
