@@ -231,7 +231,6 @@ def draw_examples(
     model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float, uses_noise: bool
 ) -> np.ndarray:
     """Draws reconstructions of EXAMPLES samples, as in `pictures.reconstruction`."""
-    model.eval()  # without drop path; the next epoch begins in training mode
     batch = loader.examples(samples, EXAMPLES)
     names = loader.example_names(samples, EXAMPLES)
     return pictures.reconstruction(

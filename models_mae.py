@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, init_linear
+from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 from util.masking import noise_from_mask, num_visible, shuffle, take
 from util.pos_embed import Size, resize_pos_embed, sincos_table
 
@@ -386,7 +386,9 @@ class MaskedAutoencoderViT(Encoder):
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
         valid: Tensor | None = None, **extras: Any,
     ) -> Reconstruction:  # fmt: skip
-        """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are as in `forward`.
+        """Masks patches of images (B, c, H, W) and reconstructs them in evaluation mode.
+
+        The arguments are as in `forward`.
 
         A model trained with `norm_pix_loss` predicts normalized patches. They are scaled by the mean and standard
         deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.
@@ -398,7 +400,8 @@ class MaskedAutoencoderViT(Encoder):
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
         options = {**_given(mask=mask, noise=noise, valid=valid), **extras}
-        _, pred, patch_mask = self.forward(imgs, mask_ratio, **options)[:3]
+        with evaluation_mode(self):
+            _, pred, patch_mask = self.forward(imgs, mask_ratio, **options)[:3]
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         imgs = imgs if valid is None else _without_invalid(imgs, valid)
         target = self.patchify(imgs)

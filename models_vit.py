@@ -9,7 +9,8 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels along the side o
 tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -222,6 +223,19 @@ class Block(nn.Module):
     def compute(self, x: Tensor, *inputs: Any) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), *inputs))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Sets the evaluation mode of a model. Afterwards, each of its modules has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

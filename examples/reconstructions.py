@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.model import get_model
-from util.cli import entry_point, flags
+from util.cli import entry_point, flags, options
 from util.data.dataset_kinds import open_source
 from util.data.samples import Samples
 from util.data.transforms import keeps_label
@@ -52,7 +52,7 @@ def draw(axes: Any, image: Tensor, as_curves: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Writes the figure."""
-    model: Any = get_model(args.model)
+    model: Any = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     samples = Samples(
         open_source("val", args.data_path, dataset=args.dataset), keeps_label(model.transform), in_chans=model.in_chans,
         seed=0, values=model.values,
@@ -72,6 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Draws masked images, reconstructions and originals of a validation set.")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="checkpoint of main_pretrain.py")
+    options.add_to(parser, "encoder", "encoder_args")
     parser.add_argument("--data_path", metavar="PATH", help="as --data_path of main_pretrain.py")
     parser.add_argument("--dataset", metavar="NAME", help="as --dataset of main_pretrain.py")
     parser.add_argument("--out", type=flags.new_file(".png", ".svg", ".pdf"), required=True, metavar="FILE")

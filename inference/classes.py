@@ -1,6 +1,8 @@
 """Models with their preprocessing and class names."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +29,11 @@ from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
 from util.settings import specs
+from util.weights.reading import some
 
+logger = logging.getLogger(__name__)
+
+NOT_IN_FEATURES = ("head.", "decoder_", "mask_token")  # weights that the features of an encoder do not depend on
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
@@ -43,6 +49,7 @@ class ModelMixin(PyTorchModelHubMixin):
         encoder: the mix-in of `with_encoder`.
         network: the class of the model without its preprocessing.
         values: the meaning of the values in image files.
+        initial: some values of each weight as the constructor has set them, by name.
     """
 
     in_chans: int
@@ -61,7 +68,39 @@ class ModelMixin(PyTorchModelHubMixin):
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")
+        self.initial = {
+            name: _some_values(weight)
+            for name, weight in self.named_parameters()  # type: ignore[attr-defined]
+            if weight.requires_grad and not weight.is_meta
+        }
         self.eval()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def evaluating(self, *unused: str) -> Iterator[None]:
+        """Sets the evaluation mode for a result of the model. Random weights that it depends on have one warning.
+
+        Args:
+            unused: as in `_warn_of_random_weights`.
+        """
+        self._warn_of_random_weights(unused)
+        with models_vit.evaluation_mode(self):  # type: ignore[arg-type]
+            yield
+
+    def _warn_of_random_weights(self, unused: tuple[str, ...]) -> None:
+        """Logs one warning if weights still have the random values of the constructor: nothing was loaded or trained.
+
+        Args:
+            unused: beginnings of the names of weights that the result does not depend on.
+        """
+        used = {name: values for name, values in self.initial.items() if not name.startswith(unused)}
+        weights = dict(self.named_parameters())  # type: ignore[attr-defined]
+        random = [name for name in used.keys() & weights.keys() if _are_random(used[name], weights[name])]
+        self.initial = {} if random else {name: self.initial[name] for name in self.initial.keys() - used.keys()}
+        if random:
+            logger.warning(
+                f"{self.settings['model']} has random weights ({some(random)}), on which the result depends: load them "
+                f"(get_model(..., pretrained=True), or a file that has them) or train them"
+            )
 
     @classmethod
     def _from_pretrained(cls, **arguments: Any) -> Any:
@@ -112,7 +151,9 @@ class ModelMixin(PyTorchModelHubMixin):
             )
         values = extra_inputs.by_name(extras, len(several), _are_several(images))
         if are_inputs == {True}:
-            x = torch.stack(list(several)).to(device)
+            x = torch.stack(list(several))
+            self.normalize.check_input(x)
+            x = x.to(device)
         else:
             parts = []
             for number, image in enumerate(several):
@@ -177,7 +218,8 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"with main_finetune.py or main_linprobe.py"
             )
         x, inputs = self.inputs(images, extras)
-        outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
+        with self.evaluating():
+            outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
             predictions = self._likely_classes(outputs.softmax(dim=1), topk)
@@ -211,14 +253,18 @@ class ModelMixin(PyTorchModelHubMixin):
             })  # fmt: skip
         return predictions
 
-    def extract_feat(self, images: Images, pool: str | None = None, **extras: Any) -> Tensor:
-        """Computes features of images. No patch is masked.
+    def extract_feat(
+        self, images: Images, pool: str | None = None, requires_grad: bool = False, **extras: Any
+    ) -> Tensor:
+        """Computes features of images in evaluation mode. No patch is masked.
 
         Args:
             images: as in `prepare`.
             pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
                 tokens, class tokens first. Default: the input of the classification head, after the pooling of an
                 attentive probe; or "cls" without a head.
+            requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
+                `compute_features`, which also has the mode of the model.
             extras: as in `predict`.
 
         Returns:
@@ -228,11 +274,14 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        x, inputs = self.inputs(images, extras)
-        return self.compute_features(x, pool, **inputs)
+        with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
+            x, inputs = self.inputs(images, extras)
+            return self.compute_features(x, pool, **inputs)
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
-        """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
+        """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
+        of the model; otherwise as `extract_feat`.
+        """
         if self.head_pools and pool is None:
             return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
         pooled = self.settings.get("global_pool", False)
@@ -255,6 +304,11 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.autoencoder_arguments(*specs(settings), self.encoder))
         self._set_up({**settings, "nb_classes": 0, "global_pool": False})
+
+    def reconstruct(self, *args: Any, **options: Any) -> models_mae.Reconstruction:
+        """As `MaskedAutoencoderViT.reconstruct`."""
+        with self.evaluating():
+            return super().reconstruct(*args, **options)
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):
@@ -308,10 +362,11 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         """
         several: Any = images if _are_several(images) else [images]
         inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
-        results = [
-            self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
-            for index, image in enumerate(several)
-        ]
+        with self.evaluating():
+            results = [
+                self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
+                for index, image in enumerate(several)
+            ]
         return results if _are_several(images) else results[0]
 
     def _segment_one(self, image: ImageLike, batch_size: int, extras: dict[str, Tensor]) -> np.ndarray:
@@ -322,6 +377,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
                     f"a float tensor {tuple(image.shape)} is not the input of the model, ({self.in_chans}, H, W); "
                     f"uint8 tensors are pixels"
                 )
+            self.normalize.check_input(image)
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
             picture = self.open(image)
@@ -333,6 +389,18 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
 
 
 Model = Autoencoder | Classifier | Segmenter
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    values = weight.detach().flatten()
+    return values[:: 1 + len(values) // 64].float().cpu().clone()
+
+
+def _are_random(initial: Tensor, weight: Tensor) -> bool:
+    """Whether a weight has its initial values, up to a conversion to half precision, and they are no constant."""
+    values = _some_values(weight)
+    is_same = values.shape == initial.shape and torch.allclose(values, initial, rtol=0.01, atol=1e-6)
+    return is_same and bool(initial.min() < initial.max())
 
 
 def _are_several(images: Any) -> bool:

@@ -122,7 +122,7 @@ def export(model: Model, to: str, out: Path) -> None:
         )
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(out) as written:
+    with model.evaluating(), atomic.replacing(out) as written:
         WRITERS[to](model, written)
 
 

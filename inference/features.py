@@ -2,7 +2,8 @@
 
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
-The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
+The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. Labels of the
+user's code that are numbers or vectors (`--dataset py:`) are `labels` (n, C), with their names in `classes`. The same
 command resumes an interrupted run. With other weights, settings or images, it starts from the beginning; names, sizes
 and modification times of the files are compared. An image that can't be read ends the command; with
 `--on_bad_image skip`, the file has no row for such images.
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from inference.classes import NOT_IN_FEATURES
 from inference.model import Model, get_model
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
+from util.cli.choices import REGRESSION
 from util.data import extras, loader, transforms
 from util.data.batches import Batch
 from util.data.dataset_kinds import open_source
@@ -33,6 +36,7 @@ from util.data.decode import BadImage
 from util.data.image_facts import readable
 from util.data.samples import Samples
 from util.data.sources import Source, versions
+from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 from util.files import atomic
 from util.training import feature_files
@@ -79,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
     precision = Precision(args.amp, device)
-    source = open_source(args.split, args.data_path, dataset=args.dataset)
+    source = open_labelled(args)
     if isinstance(source, Shards):
         raise ValueError(
             f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
@@ -111,6 +115,17 @@ def main(args: argparse.Namespace) -> None:
             save_file({name: np.ascontiguousarray(value) for name, value in content.items()}, written, metadata=texts)
     shutil.rmtree(partial)
     logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
+
+
+def open_labelled(args: argparse.Namespace) -> Source | Shards:
+    """Opens the dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
+    source = open_source(args.split, args.data_path, dataset=args.dataset)
+    if isinstance(source, UserSet):
+        try:
+            source.labels  # noqa: B018
+        except ValueError:
+            return open_source(args.split, args.data_path, dataset=args.dataset, task=REGRESSION)
+    return source
 
 
 def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -173,7 +188,8 @@ def extract(
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
         return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)
 
-    return feature_files.extract(encode, source, folder, settings)[0].numpy()
+    with model.evaluating(*NOT_IN_FEATURES):
+        return feature_files.extract(encode, source, folder, settings)[0].numpy()
 
 
 if __name__ == "__main__":

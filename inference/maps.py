@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from inference.classes import NOT_IN_FEATURES
 from inference.model import Images, Model, to_bytes, to_rgb
 
 
@@ -25,7 +26,8 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
         ValueError: the encoder has no such block.
     """
     x, T = model.prepare(images), model.num_prefix_tokens
-    _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
+    with model.evaluating(*NOT_IN_FEATURES):
+        _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
     return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
 
 
@@ -46,7 +48,8 @@ def query_attention(model: Model, images: Images) -> Tensor:
         raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
     x = model.prepare(images)
     head: Any = model.head
-    return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
+    with model.evaluating():
+        return _weights_of_patches(model, head.pool.maps(model.forward_features(x)), x)
 
 
 def _weights_of_patches(model: Model, weights: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     sides = [max(1, round(side / p)) * p for side, p in zip(x.shape[2:], model.patch_embed.patch_size, strict=True)]
     if sides != list(x.shape[2:]):
         x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
-    tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
+    with model.evaluating(*NOT_IN_FEATURES):
+        tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
     return model.patch_maps(tokens.float(), *x.shape[2:]).cpu()
 
 

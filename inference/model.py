@@ -93,9 +93,9 @@ def get_model(
     Args:
         name: an architecture, a published name (`list_models` lists both), a checkpoint file, or a folder of
             transformers. A file is always loaded, and determines the architecture.
-        pretrained: for a name, whether to load its weights. The published weights of an architecture are the fine-tuned
-            weights for vit_*, and those with a decoder for mae_vit_*. Or the weights to load: a published name or a
-            file.
+        pretrained: for a name, whether to load its weights; results of random weights have a warning. The published
+            weights of an architecture are the fine-tuned weights for vit_*, and those with a decoder for mae_vit_*. Or
+            the weights to load: a published name or a file.
         device: device of the model.
         encoder: a mix-in, derived from `models_vit.Encoder`. The file of such a model needs it.
         settings: settings of the model to change, by the names of the flags: input_size, patch_size, in_chans,

@@ -7,7 +7,7 @@ python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth 
 import argparse
 import logging
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 LABEL_GAP = 6  # pixels between a label and its row
+MAX_PATCHES = 2**16  # of a scaled image: attention takes time that grows with their square
 MIN_SIDE = 160  # minimum short side of a picture, in pixels; smaller pictures are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
 
@@ -116,7 +117,7 @@ def reconstruct(
         Tensors (1, c, H, W) in the value range of the input, as `MaskedAutoencoderViT.reconstruct` returns them.
 
     Raises:
-        ValueError: a rectangle is outside of the image, or no patch is visible.
+        ValueError: a rectangle is outside of the image, no patch is visible, or there are more than MAX_PATCHES.
         BadImage, OSError: the image can't be read.
     """
     picture = model.open(image)
@@ -154,13 +155,22 @@ def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = No
     """Returns [height, width] of a picture of `size` that is scaled to a short side, and has at least one patch.
 
     The default of a model that was trained with --crop none is its input size, as in training.
+
+    Raises:
+        ValueError: the scaled picture has more than MAX_PATCHES patches.
     """
     if short_side is None and model.settings.get("crop") == NO_CROP:
         return list(model.patch_embed.img_size)
     patch = model.patch_embed.patch_size
     short_side = short_side or min(model.patch_embed.img_size)
     scale = max(short_side / min(size), *(p / side for side, p in zip(size, patch, strict=True)))
-    return [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
+    scaled = [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
+    if (count := prod(side // p for side, p in zip(scaled, patch, strict=True))) > MAX_PATCHES:
+        raise ValueError(
+            f"the image of {size[1]} x {size[0]} pixels (width x height) is scaled to {scaled[1]} x {scaled[0]}, which "
+            f"are {count:,} patches, more than {MAX_PATCHES:,}: crop it, or give a smaller --short_side"
+        )
+    return scaled
 
 
 def boxes_to_mask(

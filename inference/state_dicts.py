@@ -47,6 +47,7 @@ def encoder_of(model: Model) -> Classifier:
     encoder = with_encoder(Classifier, model.encoder)(settings)
     names = encoder.state_dict().keys()
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    encoder.initial = {name: values for name, values in model.initial.items() if name in names}
     return encoder
 
 

@@ -270,6 +270,39 @@ def test_features(files, labelled, tmp_path, suffix, pool):
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
+class Weighed:
+    """Images with two numbers each, which are no classes."""
+
+    numbers = ([20.5, 3.0], [31.25, 4.0], [18.0, 5.5])
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return np.full((32, 32, 3), 80 * index, np.uint8), self.numbers[index]
+
+
+def weighed(split, data_path):
+    return Weighed()
+
+
+def test_features_of_images_with_numbers(files, tmp_path):
+    model, out = files / "encoder.safetensors", tmp_path / "features.npz"
+    flags = ["--dataset", "py:test_inference_commands:weighed", "--num_workers", 0]
+    run(features, "--model", model, "--out", out, *flags)
+    found = np.load(out)
+    np.testing.assert_array_equal(found["labels"], Weighed.numbers)
+    expected = get_model(model).extract_feat([image for image, _ in Weighed()])
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_of_pixels_is_refused_and_not_scaled_to_millions_of_patches(files, tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (20000, 1)).save(tmp_path / "line.png")
+    argv = [tmp_path / "line.png", "--model", files / "mae.safetensors", "--out", tmp_path / "o.png"]
+    error = fails(capsys, monkeypatch, reconstruct, *argv)
+    assert "line.png" in error and "20000 x 1" in error and not (tmp_path / "o.png").exists()
+
+
 def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkeypatch, capsys):
     argv = [pictures, "--model", files / "encoder.safetensors", "--batch_size", 4, "--num_workers", 0, "--pool", "avg"]
     run(features, *argv, "--out", tmp_path / "whole.npz")

@@ -1,5 +1,7 @@
 """Models from names and files."""
 
+import re
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -12,8 +14,8 @@ from skimage import data as photographs
 import models_build
 import models_mae
 import models_vit
-from inference import export, features, get_model, inference_model, list_models
-from inference.model import Autoencoder, Classifier
+from inference import export, features, get_model, inference_model, list_models, maps, reconstruct
+from inference.model import Autoencoder, Classifier, Segmenter
 from util.checkpoints.checkpoint import CheckpointError
 from util.data.decode import BadImage
 from util.settings import specs
@@ -200,6 +202,77 @@ def test_features(classifier):
         mae.extract_feat(imgs, "max")
 
 
+@pytest.mark.parametrize("kind", ["probe", "segmenter", "autoencoder", "attentive"])
+def test_inference_is_independent_of_the_training_mode_and_changes_nothing(tmp_path, kind):
+    """Also with batch norm in the head, and with dropout, or without evaluation mode, in some modules only."""
+    name = "mae_vit_mini_patch4" if kind == "autoencoder" else "vit_mini_patch4"
+    settings = {"input_size": 32, "nb_classes": 3, "global_pool": False, "in_chans": 3, "head": "dpt", "model": name}
+    settings |= {"probe": "attentive" if kind == "attentive" else "linear"}
+    model = {"segmenter": Segmenter, "autoencoder": Autoencoder}.get(kind, Classifier)(settings)
+    model.blocks[1].drop_path = torch.nn.Dropout(0.5)
+    model.eval()
+    images = [photographs.chelsea()[:40, :40], photographs.coffee()[:40, :40]]
+    uses = {
+        "features": lambda: model.extract_feat(images),
+        "patches": lambda: maps.dense(model, images, layers=2),
+        "attention": lambda: maps.attention(model, images),
+        "components": lambda: maps.components(model, images),
+        **{
+            "probe": {"predict": lambda: model.predict(images)[0]["pred_scores"]},
+            "attentive": {"queries": lambda: maps.query_attention(model, images)},
+            "segmenter": {"segment": lambda: model.segment(images[0])},
+            "autoencoder": {"reconstruct": lambda: reconstruct.reconstruct(model, images[0]).pasted},
+        }[kind],
+    }
+    expected = {name: use() for name, use in uses.items()}
+    model.train().blocks[0].eval()
+    modes, before = [module.training for module in model.modules()], deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    for name, use in uses.items():
+        found = use()
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected[name]), err_msg=name)  # has no graph
+    export.export(model, "safetensors", tmp_path / "model.safetensors")
+    assert [module.training for module in model.modules()] == modes
+    assert_equal(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_features_have_gradients_if_asked(classifier):
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    assert not classifier.extract_feat(images).requires_grad
+    features = classifier.extract_feat(images, requires_grad=True)
+    (found,) = torch.autograd.grad(features.square().sum(), images)
+    (expected,) = torch.autograd.grad(classifier.forward_features(images).square().sum(), images)
+    torch.testing.assert_close(found, expected)
+    torch.nn.Linear(128, 1)(classifier.extract_feat(images)).sum().backward()  # a head can be trained on the features
+
+
+def test_float_images_of_another_range_have_one_warning(caplog):
+    """Arrays and files of 0 to 255, and float tensors, the input of the model, that are not normalized."""
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", nb_classes=3, crop_pct=1.0)
+    pixels = photographs.chelsea()[:32, :32]
+    pixels[0, :2] = [[0], [255]]
+    floats, tensor = pixels.astype(np.float32), torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    right = model.extract_feat(pixels)
+
+    def ends(image):
+        caplog.clear()
+        new = deepcopy(model)
+        found = new.extract_feat(image)
+        new.predict(image[0] if image.ndim == 4 else image)
+        matches = [re.search(r"from (\S+) to (\S+), and mean", record.getMessage()) for record in caplog.records]
+        assert bool(matches) != np.allclose(found, right, atol=1e-4)  # a warning, or the right features
+        return [match.groups() for match in matches]
+
+    assert [ends(image) for image in (pixels, floats / 255, model.normalize(tensor / 255))] == [[], [], []]
+    assert ends(floats) == ends(tensor) == [("0", "255")]
+    assert ends(tensor / 255) == [("0", "1")]
+    own = get_model("vit_mini_patch4", crop_pct=1.0, mean=[127.0] * 3, std=[73.0] * 3)
+    own.extract_feat(floats)
+    assert not [record for record in caplog.records if "from 0 to 255" in record.getMessage()]
+
+
 def test_attention_is_what_the_blocks_compute(classifier):
     imgs = torch.randn(2, 3, 32, 32)
     layers, maps = classifier.get_intermediate_layers(imgs, n=2, norm=False, return_attention=True)
@@ -264,6 +337,37 @@ def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
     model = get_model("vit_mini_patch4", file, nb_classes=7)
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 7)
     assert torch.equal(model.blocks[0].mlp.fc1.weight, get_model(file).blocks[0].mlp.fc1.weight)
+
+
+def test_results_of_random_weights_have_one_warning(tmp_path, caplog, classifier):
+    """Also those of a new head. Weights that were loaded or trained since have none."""
+    image, file = photographs.chelsea(), tmp_path / "model.safetensors"
+
+    def warnings(model, *uses):
+        caplog.clear()
+        for use in uses:
+            if use == "export":
+                export.export(model, "safetensors", file)
+            elif use == "reconstruct":
+                reconstruct.reconstruct(model, image)
+            else:
+                getattr(model, use)(image)
+        return sum("random" in record.getMessage() for record in caplog.records)
+
+    all_uses = ("extract_feat", "predict", "predict", "export")
+    assert warnings(classifier, *all_uses) == 1
+    assert warnings(get_model("vit_mini_patch4", nb_classes=3), "export") == 1
+    later = get_model("vit_mini_patch4", nb_classes=3)
+    later.load_state_dict(classifier.state_dict())
+    for loaded in (get_model(file), later):
+        assert warnings(loaded, *all_uses) == 0
+    trained, tuned = (get_model(file, nb_classes=5) for _ in range(2))
+    assert (warnings(tuned, "extract_feat"), warnings(tuned, "predict")) == (0, 1)
+    trained(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    torch.optim.AdamW(trained.head.parameters(), lr=1e-2).step()
+    assert warnings(trained, "predict") == 0
+    mae = get_model("mae_vit_mini_patch4")
+    assert (warnings(export.encoder_of(mae), "export"), warnings(mae, "reconstruct")) == (1, 1)
 
 
 def test_a_new_head_does_not_use_the_recorded_class_names(tmp_path, classifier):

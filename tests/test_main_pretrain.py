@@ -370,6 +370,19 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
     assert lines(out)[0]["train_loss"] < 5
 
 
+@pytest.mark.parametrize(("low", "high", "statistics", "count"), [
+    (0, 255, {}, 1), (0, 255, {"mean": 128, "std": 74}, 0), (-3, 3, {"mean": 0, "std": 1}, 0),
+])  # fmt: skip
+def test_float_images_of_another_range_have_one_warning(pretrain, tmp_path, capsys, low, high, statistics, count):
+    """Images in their own units, with their own statistics, have none."""
+    (tmp_path / "floats").mkdir()
+    for number in range(8):
+        values = np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16)
+        np.save(tmp_path / "floats" / f"{number}.npy", np.roll(values, number))
+    pretrain(data_path=tmp_path / "floats", in_chans=1, crop="none", epochs=1, num_workers=2, **statistics)
+    assert re.findall(r"warning: .* from (\S+) to (\S+), .*--mean", capsys.readouterr().out) == [("0", "255")] * count
+
+
 @pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])
 def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, method, calls, workers):
     """24 images are 6 updates; epochs of 4 and accumulation of 2 begin and end within a pass. All options are on."""

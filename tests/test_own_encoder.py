@@ -5,11 +5,13 @@ import re
 import sys
 from functools import partial
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from mains import assert_equal, fails, lines, parse, run_section, stop_and_resume, weights
+from mains import assert_equal, call, fails, lines, parse, run_section, stop_and_resume, weights
+from PIL import Image
 from segments import make_scenes
 from timm.models.vision_transformer import Block as TimmBlock
 
@@ -20,6 +22,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 import models_build
+from examples import reconstructions
 from examples.channel_groups import ChannelGroups
 from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
@@ -279,6 +282,26 @@ def test_leads_of_other_images_are_an_error():
     assert model.extract_feat(torch.rand(1, 3, 16, 32)).shape == (1, 128)
     with pytest.raises(ValueError, match="the images have 2 leads, and the model 4"):
         model.extract_feat(torch.rand(1, 3, 8, 24))
+
+
+def test_the_figure_of_reconstructions_has_an_encoder(labelled, tmp_path):
+    """With embeddings of zeros, it is that of the model without the encoder."""
+    own = get_model("mae_vit_mini_patch4", input_size=16, encoder=LeadEmbeddings)
+    torch.nn.init.normal_(own.decoder_pred.weight)  # visible differences
+    plain = get_model("mae_vit_mini_patch4", input_size=16)
+    plain.load_state_dict(own.state_dict(), strict=False)
+
+    def drawn(model, name, **flags):
+        export.export(model, "safetensors", tmp_path / f"{name}.safetensors")
+        figure = tmp_path / f"{name}.png"
+        call(reconstructions, model=tmp_path / f"{name}.safetensors", data_path=labelled, out=figure, **flags)
+        return np.asarray(Image.open(figure))
+
+    pictures = [drawn(plain, "plain")]
+    for std in (0.0, 1.0):
+        torch.nn.init.normal_(own.lead_embed, std=std)
+        pictures.append(drawn(own, f"own{std}", encoder="examples.lead_embeddings:LeadEmbeddings"))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):

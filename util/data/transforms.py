@@ -3,6 +3,7 @@
 torchvision and timm are imported inside functions, because importing them takes as long as importing PyTorch.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +16,11 @@ from util.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 from util.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
+logger = logging.getLogger(__name__)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BEYOND = 2.0  # no pixel from 0 to 1; bicubic scaling exceeds 1 slightly
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
 
 MAX_CROPS = 10  # of an image, until one has enough valid patches
@@ -88,7 +92,8 @@ def split_maps(image: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, T
 class Normalize(nn.Module):
     """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1.
 
-    Invalid pixels, which are NaN in float images, become 0, the mean.
+    Invalid pixels, which are NaN in float images, become 0, the mean. If mean and std are of pixels from 0 to 1, float
+    images of another range have one warning. On a GPU, the first batch only is checked, because the host waits for it.
     """
 
     mean: Tensor
@@ -97,6 +102,10 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.fits_bytes = all(0 <= value <= 1 for value in mean)
+        pairs = list(zip(mean, std, strict=True))
+        # The std of values from 0 to 1 with mean m is at most that of black and white pixels, (m (1 - m))^0.5.
+        self.checks_range = all(0 < m < 1 and 0 < s**2 <= 1.01 * m * (1 - m) for m, s in pairs)
+        self.highest = max((BEYOND - m) / s for m, s in pairs) if self.checks_range else float("inf")  # normalized
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -110,8 +119,28 @@ class Normalize(nn.Module):
     def forward(self, imgs: Tensor) -> Tensor:
         if imgs.dtype == torch.uint8:
             self.require_fit_to_bytes()
+        elif self._may_check(imgs) and (imgs > BEYOND).any():
+            self._warn_of_range(imgs, "scale the images to 0 to 1, or give their own --mean and --std")
         normalized = (to_unit_range(imgs) - self.mean) / self.std
         return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
+
+    def check_input(self, imgs: Tensor) -> None:
+        """Logs one warning if the values of the input of a model are those of images that were not normalized."""
+        if self._may_check(imgs) and ((imgs > self.highest).any() or (imgs.min() >= 0 and 0.5 < imgs.max() <= 1)):
+            self._warn_of_range(imgs, "normalize float tensors (model.normalize), or give uint8 tensors")
+
+    def _may_check(self, imgs: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not self.checks_range:
+            return False
+        self.checks_range = imgs.device.type == "cpu"
+        return True
+
+    def _warn_of_range(self, imgs: Tensor, remedy: str) -> None:
+        self.checks_range, values = False, imgs[imgs.isfinite()]
+        logger.warning(
+            f"float images have values from {float(values.min()):.4g} to {float(values.max()):.4g}, and mean and std "
+            f"are those of pixels from 0 to 1: {remedy}"
+        )
 
     def require_fit_to_bytes(self) -> None:
         """Raises ValueError if the mean is not one of 8-bit pixels."""
