@@ -617,3 +617,13 @@ def test_public_names_of_weights_name_what_to_type(name, remedy):
 def test_a_mistyped_path_gets_no_name_of_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file \S+$"):
         loading.read(tmp_path / "checkpoint-best")
+
+
+def test_positions_that_an_autoencoder_does_not_read_are_named(tmp_path, caplog):
+    """timm's no_embed_class: the table has no row for the class token."""
+    torch.save({"model": of_timm(no_embed_class=True, num_classes=0).state_dict()}, tmp_path / "m.pth")
+    model = mae_vit_mini_patch4(img_size=16)
+    expected = model.pos_embed.clone()
+    loading.init_mae(model, loading.read(tmp_path / "m.pth"))
+    assert torch.equal(model.pos_embed, expected)
+    assert "pos_embed" in caplog.text

@@ -66,6 +66,8 @@ def init_mae(model: Any, file: Weights) -> None:
             expected = shape if grid == own else (1, file.num_cls_tokens + math.prod(grid), shape[2])
             if table.shape == expected and min(grid) > 0:
                 weights[name] = model.resized(table.to(ours[name].dtype), own, grid)
+            else:
+                logger.warning(f"{file.source}: its {name} {tuple(table.shape)} is not read, but computed")
     decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
     if ours.keys() - weights.keys() - may_lack == decoder:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
