@@ -107,7 +107,7 @@ def main(
     model.to(device)
     augment = train_transform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     built = optimizers.build(args.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")

@@ -372,7 +372,12 @@ class Encoder(Steps, nn.Module):
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
         mix-in adds; i + 1: block i; depth + 1: norms and head.
         """
-        return get_layer_id_for_vit(name, len(self.blocks) + 1)
+        is_published = name.partition(".")[0] in ("blocks", "norm", "fc_norm", "head")
+        return get_layer_id_for_vit(name, len(self.blocks) + 1) if is_published else 0
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters without weight decay in fine-tuning, in addition to 1-D ones, as in timm."""
+        return {"pos_embed", "cls_token"}
 
     def get_intermediate_layers(
         self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False, **extras: Any

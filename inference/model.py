@@ -21,7 +21,6 @@ import models_vit
 from inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
-from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
 from util.settings import EXPORTED, REBUILDS, chosen
@@ -114,11 +113,10 @@ def get_model(
     name = str(name)
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has aliases
-    if Path(name).exists():
+    if reading.path_and_model(name)[0].exists():
         return _load(loading.read(name), None, settings, encoder).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
-        near = did_you_mean(name, list_models(), model_zoo.SIMILAR)
-        raise ValueError(f"there is no file, model or published weights {name}{near}")
+        raise ValueError(f"there is no file, model or published weights {name}{model_zoo.advice(name, list_models())}")
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
         kind = with_encoder(_class_of(architecture), encoder)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from mains import call
+from mains import call, fails, randomized
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
 
@@ -489,3 +491,139 @@ def test_other_architectures_are_refused_with_the_reason(layout, message, tmp_pa
     with pytest.raises(CheckpointError, match=message) as caught:
         get_model(tmp_path / "m.pth")
     assert "\n" not in str(caught.value)
+
+
+def minis(count):
+    """Models of equal shapes and different weights."""
+    models = [randomized(vit_mini_patch4(img_size=16, num_classes=2), std=0.1).eval() for _ in range(count)]
+    for number, model in enumerate(models):
+        torch.nn.init.constant_(model.head.bias, number)
+    return models
+
+
+def below(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("read", "other"), [
+    ("model", "model_ema"), ("state_dict_ema", "state_dict"), ("teacher", "student"), ("state_dict", "callbacks.0"),
+])  # fmt: skip
+def test_one_of_several_models_in_a_file(read, other, imgs, tmp_path, caplog):
+    """The choice is said, and a suffix of the path gives each. A path may contain its sign."""
+    file, models = tmp_path / "epoch#3.pth", dict(zip((read, other), minis(2), strict=True))
+    entries = {name: model.state_dict() for name, model in models.items()}
+    if other == "callbacks.0":
+        average = {"n_averaged": torch.tensor(3), **below("module.", entries.pop(other))}  # of PyTorch's AveragedModel
+        entries["callbacks"] = [average]
+    torch.save({**dict(reversed(entries.items())), "epoch": 3}, file)
+    assert_same(get_model(file)(imgs), models[read](imgs))
+    assert f"{file}#{other}" in caplog.text
+    for name, model in models.items():
+        assert_same(get_model(f"{file}#{name}")(imgs), model(imgs))
+    with pytest.raises(ValueError, match=f"{read}.*{other}|{other}.*{read}"):
+        get_model(f"{file}#averages")
+
+
+def test_the_scripts_read_one_of_several_models(labelled, tmp_path):
+    """For --resume of the published layout, `model` is the default."""
+    model, average = (vit_mini_patch4(img_size=16, num_classes=6).state_dict() for _ in range(2))
+    model["head.weight"].normal_()
+    average["patch_embed.proj.weight"].zero_()  # all features are equal
+    torch.save({"model": model, "model_ema": average}, tmp_path / "both.pth")
+    flags = {"data_path": labelled, "num_workers": 0, "device": "cpu"}
+    losses, scores = {}, {}
+    for name, weights in (("both.pth", None), ("both.pth#model_ema", None), ("m.pth", model), ("a.pth", average)):
+        if weights:
+            torch.save({"model": weights}, tmp_path / name)
+        losses[name] = call(main_finetune, **flags, eval=True, resume=tmp_path / name).loss
+        scores[name] = call(main_knn, **flags, finetune=tmp_path / name, k=1)
+    for found in (losses, scores):
+        assert found["both.pth"] == found["m.pth"] != found["a.pth"] == found["both.pth#model_ema"]
+
+
+def inside(wrapper, state):
+    """The names of a model whose blocks are wrapped."""
+    return {re.sub(r"(?<=blocks\.\d\.)", wrapper, name): value for name, value in state.items()}
+
+
+def headless(state):
+    return {name: value for name, value in state.items() if not name.startswith("head.")}
+
+
+HEAD_OF_DINO = {"head.last_layer.weight": torch.ones(3, 8)}
+
+
+@pytest.mark.parametrize(("layout", "said", "has_head"), [
+    (lambda state: {"model": inside("_checkpoint_wrapped_module.", state)}, "_checkpoint_wrapped_module", True),
+    (lambda state: {"model": below("_fsdp_wrapped_module.", inside("_orig_mod.module.", state))}, "_orig_mod", True),
+    (lambda state: {"module": state}, "module", True),  # of DeepSpeed
+    (lambda state: {"model_state_dict": below("module.", state), "epoch": 3}, "module", True),
+    (lambda state: {"teacher": below("module.backbone.", state) | HEAD_OF_DINO}, "head.last_layer.weight", True),
+    (lambda state: {"state_dict": below("model.", state) | {"criterion.weight": torch.ones(2)}}, "criterion", True),
+    (lambda state: {"state_dict": below("net._orig_mod.", state), "loops": {}}, "state_dict.net", True),
+    (lambda state: {"state_dict": {"classifier.weight": state["head.weight"], **below("encoder.", headless(state))}},
+     "classifier.weight", False),
+])  # fmt: skip
+def test_prefixes_and_entries_of_other_trainers(layout, said, has_head, imgs, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (model,) = minis(1)
+    torch.save(layout(model.state_dict()), tmp_path / "m.pth")
+    ours = get_model(tmp_path / "m.pth")
+    assert_same(ours.extract_feat(imgs, "cls"), model.forward_features(imgs))
+    assert said in caplog.text
+    if has_head:
+        assert_same(ours(imgs), model(imgs))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("content", "said"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 343000000\n", "git lfs pull"),
+    (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n", "web page"),
+])  # fmt: skip
+def test_a_text_in_place_of_weights_is_named(content, said, suffix, tmp_path, capsys, monkeypatch):
+    file = tmp_path / f"m{suffix}"
+    file.write_bytes(content)
+    error = fails(capsys, monkeypatch, main_knn, "--data_path", tmp_path, "--finetune", file, "--device", "cpu")
+    assert said in error
+    assert "damaged" not in error
+
+
+def test_a_number_of_numpy_beside_the_weights_is_named(tmp_path):
+    torch.save({"model": minis(1)[0].state_dict(), "best_acc": np.float64(0.8)}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"m\.pth .*NumPy.*torch\.save") as caught:
+        get_model(tmp_path / "m.pth")
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("facebook/vit-mae-base", "hf download facebook/vit-mae-base .*; or mae_pretrain_vit_base"),
+    ("hf-hub:timm/vit_large_patch16_224.mae", "hf download timm/vit_large_patch16_224.mae .* mae_pretrain_vit_large"),
+    ("vit_huge_patch14_224.mae", "hf download timm/vit_huge_patch14_224.mae .*; or mae_pretrain_vit_huge"),
+    ("https://huggingface.co/facebook/pixio-vitb16", "hf download facebook/pixio-vitb16 [^;]*$"),
+    ("https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth", "give mae_pretrain_vit_base,"),
+    ("mae_finetuned_vit_base.pth", "give mae_finetuned_vit_base,"),
+    ("https://example.com/weights/mine.pth", "download it"),
+    ("configs/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "give mae_vit-base-p16_8xb512-amp-coslr-300e_in1k,"),
+    ("mae_vit-base-p16_8xb512-coslr-400e_in1k", "did you mean mae_vit-base-p16_8xb512-amp-coslr-400e_in1k"),
+])  # fmt: skip
+def test_public_names_of_weights_name_what_to_type(name, remedy):
+    """In Python, and by the function that reads weights for the scripts."""
+    for read in (get_model, loading.read, partial(get_model, "vit_base_patch16")):
+        with pytest.raises(ValueError, match=remedy) as caught:
+            read(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_path_gets_no_name_of_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file \S+$"):
+        loading.read(tmp_path / "checkpoint-best")
+
+
+def test_positions_that_an_autoencoder_does_not_read_are_named(tmp_path, caplog):
+    """timm's no_embed_class: the table has no row for the class token."""
+    torch.save({"model": of_timm(no_embed_class=True, num_classes=0).state_dict()}, tmp_path / "m.pth")
+    model = mae_vit_mini_patch4(img_size=16)
+    expected = model.pos_embed.clone()
+    loading.init_mae(model, loading.read(tmp_path / "m.pth"))
+    assert torch.equal(model.pos_embed, expected)
+    assert "pos_embed" in caplog.text

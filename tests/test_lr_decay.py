@@ -1,5 +1,9 @@
 """Groups of parameters. test_updates.py has the published rates and weight decay."""
 
+import pytest
+import timm
+import torch
+
 from models_vit import vit_mini_patch4
 from util.lr_decay import param_groups_lrd
 
@@ -10,3 +14,16 @@ def test_tokens_decay_without_the_list_and_frozen_parameters_are_in_no_group():
     decay = {id(parameter): group["weight_decay"] for group in param_groups_lrd(model) for parameter in group["params"]}
     assert decay[id(model.cls_token)] == 0.05
     assert not any(id(parameter) in decay for parameter in model.blocks.parameters())
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_script_for_the_published_code_groups_the_parameters_of_its_model(is_ours):
+    model = vit_mini_patch4() if is_ours else timm.create_model("vit_tiny_patch16_224", depth=4)
+    if not is_ours:
+        model.second_head = torch.nn.Linear(2, 2)
+    groups = param_groups_lrd(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    lowest = {"cls_token": (0.5**5, 0), "pos_embed": (0.5**5, 0), "patch_embed.proj.weight": (0.5**5, 0.05)}
+    expected = {**lowest, "blocks.3.mlp.fc1.weight": (0.5, 0.05), "norm.weight": (1, 0), "head.weight": (1, 0.05)}
+    expected |= {} if is_ours else {"second_head.weight": (1, 0.05)}
+    assert {name: found[id(model.get_parameter(name))] for name in expected} == expected

@@ -1,5 +1,7 @@
 """The learning rate of each epoch, by hand."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -17,6 +19,14 @@ def test_the_published_formula_and_polynomial_decay(settings, expected):
     for epoch, lr in expected.items():
         assert adjust_learning_rate(optimizer, epoch, RunSpec(lr=2.0, min_lr=0.5, **settings)) == pytest.approx(lr)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 4])
+
+
+def test_scripts_for_the_published_code_give_four_settings():
+    args = argparse.Namespace(lr=2.0, min_lr=0.5, warmup_epochs=4, epochs=12)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    for epoch, lr in ((1, 0.5), (8, 1.25), (12, 0.5)):
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
 def test_linear_scaling():

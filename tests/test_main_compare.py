@@ -444,6 +444,19 @@ def test_equal_lists_in_another_folder_are_other_images(tmp_path):
     assert [run("a", data_path="images"), run("b", data_path="images")] == [3, 3]
 
 
+def test_one_of_several_models_in_a_changed_file_runs_again(tmp_path):
+    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
+
+    def run(content, model):
+        (tmp_path / "m.pth").write_text(content)
+        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+        settings = {"finetune": f"{tmp_path / 'm.pth'}#{model}"}
+        commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
+        return (tmp_path / "counts.py.txt").read_text().count("run")
+
+    assert [run("a", "teacher"), run("a", "teacher"), run("ab", "teacher"), run("ab", "student")] == [1, 1, 2, 3]
+
+
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
     computed = []
     monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))

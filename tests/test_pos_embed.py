@@ -1,5 +1,7 @@
 """Position tables."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +63,12 @@ def test_a_square_table_in_a_grid_of_as_many_patches_is_resampled():
     assert torch.equal(published["pos_embed"], resize_pos_embed(table, (4, 4), (2, 8)))
     interpolate_pos_embed(model, own, old_grid=(2, 8))
     assert torch.equal(own["pos_embed"], table)
+
+
+def test_the_attributes_of_published_models_are_enough():
+    """timm 0.3.2, which the published code needs, has neither `grid_size` nor `num_prefix_tokens`."""
+    table = torch.randn(1, 1 + 16, 8)
+    model = SimpleNamespace(patch_embed=SimpleNamespace(num_patches=64), pos_embed=torch.zeros(1, 1 + 64, 8))
+    checkpoint = {"pos_embed": table.clone()}
+    interpolate_pos_embed(model, checkpoint)
+    torch.testing.assert_close(checkpoint["pos_embed"], resize_pos_embed(table, (4, 4), (8, 8)))

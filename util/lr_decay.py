@@ -4,6 +4,7 @@ Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BE
 """
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,7 @@ def param_groups_lrd(
     The factor `lr_scale` of a group is `layer_decay` to the power of the number of layers above it.
 
     Args:
-        model: a `models_vit.VisionTransformer`.
+        model: a `models_vit.VisionTransformer`, or a Vision Transformer with the names of timm.
         weight_decay: weight decay of the parameters that have it.
         no_weight_decay_list: names of parameters without weight decay, in addition to biases and 1-D weights.
         layer_decay: factor from each layer to the layer below.
@@ -44,11 +45,12 @@ def param_groups_lrd(
         The groups, in the order in which their first parameter is registered. Frozen parameters are omitted.
     """
     depth = len(model.blocks)  # type: ignore[arg-type]
+    layer_id = getattr(model, "layer_id", partial(get_layer_id_for_vit, num_layers=depth + 1))
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = model.layer_id(name)  # type: ignore[operator]
+        layer = layer_id(name)
         decays = parameter.ndim > 1 and name not in no_weight_decay_list
         group = groups.setdefault(
             (layer, decays),
@@ -63,11 +65,8 @@ def param_groups_lrd(
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): head and norms.
-
-    Names that the published models do not have are those of embeddings.
-    """
+    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): all others."""
     first, _, rest = name.partition(".")
     if first == "blocks":
         return int(rest.partition(".")[0]) + 1
-    return num_layers if first in ("head", "norm", "fc_norm") else 0
+    return 0 if first in ("cls_token", "pos_embed", "patch_embed") else num_layers

@@ -5,6 +5,7 @@ Segmentation has a polynomial decay instead of the cosine.
 
 import logging
 import math
+from argparse import Namespace
 from collections.abc import Callable
 
 from torch.optim import Optimizer
@@ -42,13 +43,15 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
         )
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec, schedule: Schedule | None = None) -> float:
+def adjust_learning_rate(
+    optimizer: Optimizer, epoch: float, args: RunSpec | Namespace, schedule: Schedule | None = None
+) -> float:
     """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 
     Args:
         epoch: fractional epoch; 1.5 is the middle of the second epoch.
         args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`. After the warm-up, the decay from `lr` to `min_lr` is a
-            half-cycle cosine, or with `poly_power` (1 - progress) to this power.
+            half-cycle cosine, or with `poly_power`, which it may lack, (1 - progress) to this power.
         schedule: the decay in place of both.
 
     Returns:
@@ -59,12 +62,13 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec, sche
         lr = args.lr * epoch / args.warmup_epochs
     else:
         progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+        poly_power = getattr(args, "poly_power", None)  # scripts for the published code do not have it
         if schedule:
             factor = float(schedule(progress))  # a checkpoint has no numbers of NumPy
-        elif args.poly_power is None:
+        elif poly_power is None:
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         else:
-            factor = (1 - progress) ** args.poly_power
+            factor = (1 - progress) ** poly_power
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

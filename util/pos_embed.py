@@ -98,7 +98,8 @@ def interpolate_pos_embed(
     Fine-tuning at 448 pixels needs it (He et al. 2021, section 4.1).
 
     Args:
-        model: has `patch_embed.grid_size` and `num_prefix_tokens`.
+        model: has `patch_embed.grid_size` and `num_prefix_tokens`; or `patch_embed.num_patches`, of a square grid, and
+            `pos_embed`, as the models of the published code.
         checkpoint_model: state dict; unchanged if it has no table of this name.
         old_grid: (rows, columns) of the patches in the checkpoint. Default: a square, as in published files.
         name: key of the table.
@@ -110,8 +111,12 @@ def interpolate_pos_embed(
     if name not in checkpoint_model:
         return
     table = checkpoint_model[name]
-    new_grid = model.patch_embed.grid_size
-    num_patches = table.shape[1] - model.num_prefix_tokens
+    new_grid = getattr(model.patch_embed, "grid_size", None) or to_pair(round(model.patch_embed.num_patches**0.5))
+    if hasattr(model, "num_prefix_tokens"):
+        num_prefix_tokens = model.num_prefix_tokens
+    else:
+        num_prefix_tokens = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    num_patches = table.shape[1] - num_prefix_tokens
     if old_grid is None:
         side = round(num_patches**0.5)
         old_grid = (side, side) if side * side == num_patches else new_grid

@@ -23,7 +23,7 @@ import torch
 
 from util.cli.advice import AdvisedError, Remedy
 from util.files import atomic
-from util.files.untrusted import printable
+from util.files.untrusted import open_file, printable
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
 LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
 STATE = "state.pth"  # in the folder of a sharded checkpoint
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of the file
 # torch.load accepts instances of these types, but not of all their subclasses (weights_only).
 PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
 
@@ -229,17 +230,36 @@ def milestones(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
 
 
+def refuse_text(path: Path) -> None:
+    """Raises CheckpointError if a download has left a text in place of a file of weights."""
+    with open_file(path) as file:
+        start = file.read(len(LFS_POINTER)).lower()
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its folder")
+    if start.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights: download it again, by the link of the file itself")
+
+
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        refuse_text(path)
         is_zip = _check_names(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
         _check_parts(state)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         # PyTorch raises the same error for other objects and for damage.
         match = re.search(r"GLOBAL (\S+)", str(error))
+        if match and match[1].startswith("numpy"):
+            raise CheckpointError(
+                f"{path} contains numbers or arrays of NumPy ({match[1]}), perhaps an accuracy beside the weights, and "
+                f"tensors and plain values are read only. If you trust the file, save its weights alone: "
+                f"torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, 'weights.pth')"
+            ) from error
         raise CheckpointError(
             f"{path} is refused: it is damaged, or it contains objects other than tensors and plain values"
             f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed. "

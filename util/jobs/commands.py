@@ -155,6 +155,9 @@ def _digest_of(value: Any) -> str | None:
     if not isinstance(value, str | Path):
         return None
     if not os.path.exists(value):
+        weights, _, model = str(value).rpartition("#")  # FILE#MODEL is one of several models in a file of weights
+        if os.path.exists(weights):
+            return f"{model} {_digest_of(weights)}"
         module, separator, name = str(value).removeprefix(DATASET).rpartition(":")
         file = getattr(sys.modules.get(module), "__file__", None)
         return f"{name} {_digest_of(file)}" if separator and file else None

@@ -78,8 +78,6 @@ TRANSFORMERS: list[Rows] = [
 
 def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames weights of any known format to our names. Unknown names are kept."""
-    # The prefixes are those of DistributedDataParallel and torch.compile.
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}
     if any(name.startswith("backbone.") for name in weights):
         is_probe = any(name.startswith("neck.bn.") for name in weights)
         head = _MMPRETRAIN_PROBE if is_probe else [*_MMPRETRAIN_POOLED, *_MMPRETRAIN_TOKEN]

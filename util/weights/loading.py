@@ -16,7 +16,8 @@ from util.cli.advice import Remedy
 from util.cli.choices import CLASSIFICATION
 from util.pos_embed import interpolate_pos_embed, sincos_table, to_pair
 from util.weights import model_zoo, shapes
-from util.weights.reading import Weights, read, some
+from util.weights.candidates import some
+from util.weights.reading import Weights, read
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def init_mae(model: Any, file: Weights) -> None:
             expected = shape if grid == own else (1, file.num_cls_tokens + math.prod(grid), shape[2])
             if table.shape == expected and min(grid) > 0:
                 weights[name] = model.resized(table.to(ours[name].dtype), own, grid)
+            else:
+                logger.warning(f"{file.source}: its {name} {tuple(table.shape)} is not read, but computed")
     decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
     if ours.keys() - weights.keys() - may_lack == decoder:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
@@ -110,8 +113,8 @@ def load_encoder(
     }
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     names = file.settings.get("label_names") or ()  # of another library, perhaps in another language
-    of_head = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
-    same = classes is not None and of_head in (None, list(classes))
+    theirs = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
+    same = classes is not None and theirs in (None, list(classes))
     same = same and file.settings.get("task", CLASSIFICATION) == task
     same = same and pooled == ("fc_norm.weight" in file.tensors)
     fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
@@ -129,7 +132,8 @@ def load_encoder(
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
     _require(file, model, weights, may_lack)
     model.load_state_dict(weights, strict=False)
-    logger.info(f"weights from {file.source} ({file.kind})" + (", including the head" if fits else ""))
+    of_head = ", including the head" if fits else ", without its head" if head else ""
+    logger.info(f"weights from {file.source} ({file.kind}){of_head}")
     return fits
 
 

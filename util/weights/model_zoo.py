@@ -5,6 +5,8 @@ are under Apache-2.0. Some names of mmpretrain were announced, but their files w
 """
 
 import logging
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
 ENCODER, FULL, CLASSIFIER, SEGMENTER = "encoder", "encoder and decoder", "classifier", "segmentation model"
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".zip")  # of files of weights
 SIMILAR = 0.4  # minimum similarity of a suggested name; low, because the names are long
 
 
@@ -39,7 +42,8 @@ class Published(NamedTuple):
 
 def row_of(source: str) -> Published | None:
     """Returns the row of a name, or of a file with the name of a published file."""
-    files = (row for row in TABLE.values() if row.url and Path(row.url).name == Path(source).name)
+    file = Path(source).name.partition("#")[0]  # FILE#MODEL is one of several models in a file
+    files = (row for row in TABLE.values() if row.url and Path(row.url).name == file)
     return TABLE.get(source) or next(files, None)
 
 
@@ -112,6 +116,35 @@ TABLE = {
 }  # fmt: skip
 
 
+def advice(name: str, known: Iterable[str] = ()) -> str:
+    """Returns the end of a message about a name of weights that is no file: what to type instead, or "".
+
+    It recognizes URLs and files of published weights, configurations of mmpretrain, and names of models of timm and of
+    the Hugging Face Hub.
+
+    Args:
+        known: names that are similar to a misspelled one.
+    """
+    stem = Path(name.partition("#")[0]).stem
+    published = [own for own, row in TABLE.items() if stem == own or (row.url and stem == Path(row.url).stem)]
+    of_hub = re.fullmatch(r"(hf[-_]hub:|https://huggingface\.co/)?([\w-]+/[\w.-]+)", name)
+    if published:
+        return f"; give {published[0]}, the name of these published weights"
+    if re.fullmatch(r"(timm/)?vit_\w+_patch\w+\.\w+", name):
+        return _from_hub(f"timm/{name.removeprefix('timm/')}")
+    if of_hub and not name.endswith(SUFFIXES) and not Path(name).parent.is_dir():
+        return _from_hub(of_hub[2])
+    if "://" in name:
+        return "; download it, and give the path of the file"
+    return did_you_mean(name, known, SIMILAR)
+
+
+def _from_hub(name: str) -> str:
+    size = re.search(r"mae.*(base|large|huge)|(base|large|huge).*mae", name)
+    papers = f"; or mae_pretrain_vit_{size[1] or size[2]}, the paper's encoder of this size" if size else ""
+    return f"; if it is on the Hugging Face Hub: hf download {name} --local-dir FOLDER, and give FOLDER{papers}"
+
+
 def fetch(name: str) -> Path:
     """Downloads published weights to the folder of torch.hub, unless they are there, and verifies them.
 
@@ -123,7 +156,7 @@ def fetch(name: str) -> Path:
             the published file.
     """
     if name not in TABLE:
-        raise ValueError(f"there is no file and no published weights named {name}{did_you_mean(name, TABLE, SIMILAR)}")
+        raise ValueError(f"there is no file and no published weights named {name}{advice(name, TABLE)}")
     row = TABLE[name]
     if row.url is None:
         released = [

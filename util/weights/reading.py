@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
 from util.pos_embed import Size, to_pair
 from util.settings import KINDS, SIZES, fits
-from util.weights import foreign_settings, model_zoo, shapes
+from util.weights import candidates, foreign_settings, model_zoo, shapes
+from util.weights.candidates import some
 from util.weights.conversion import to_ours
 from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
+USUAL = ("", "model", "state_dict")  # names of the weights in published files
 CONFIG = "config.json"  # of a folder of transformers or timm
 BARE = "bare"  # entry in the settings of a file of another library: what it does not record, a key of ASSUMED
 PIXELS = "mean and std"
@@ -94,27 +96,31 @@ def read(name: Path | str) -> Weights:
 
     Args:
         name: a file of this library, of the published code, of mmpretrain or timm; a folder of transformers or timm, or
-            a sharded checkpoint; or a published name, which is downloaded.
+            a sharded checkpoint; or a published name, which is downloaded. FILE#MODEL is one of several models in a
+            file, such as FILE#model_ema.
 
     Raises:
         CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
         ValueError: the file or name does not exist, or can't be downloaded.
     """
-    path = Path(name)
+    file, model = path_and_model(name)
+    path = file
     if not path.exists():
         if path.suffix or len(path.parts) > 1:
-            raise CheckpointError(f"there is no file {path}")
-        dist.from_rank_0(lambda: model_zoo.fetch(str(name)))  # a download may take longer than --dist_timeout
-        path = model_zoo.fetch(str(name))
+            raise CheckpointError(f"there is no file {name}{model_zoo.advice(str(name))}")
+        dist.from_rank_0(lambda: model_zoo.fetch(str(file)))  # a download may take longer than --dist_timeout
+        path = model_zoo.fetch(str(file))
     content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     if settings.get(BARE) and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
         content, settings = _read_folder(path.parent, path)
     missing = settings.pop(BARE, None)
+    has_own_encoder = settings.get("encoder") is not None  # which `models_build` requires
+    has_own_code = has_own_encoder or settings.get("model_class") is not None
+    content = _weights_of(content, file, model, has_own_code)
     try:
-        tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
+        tensors = to_ours(content)
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    has_own_encoder = settings.get("encoder") is not None  # which `models_build` requires
     for pattern, part in UNSUPPORTED.items() if "model_class" not in settings and not has_own_encoder else ():
         if names := [name for name in tensors if re.fullmatch(pattern, name)]:
             raise CheckpointError(f"{path} has {part} ({names[0]}), which this library does not support")
@@ -135,9 +141,38 @@ def read(name: Path | str) -> Weights:
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    if missing and path == Path(name):  # the settings of published files are known
+    if missing and path == file:  # the settings of published files are known
         warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
+
+
+def path_and_model(name: Path | str) -> tuple[Path, str]:
+    """Splits FILE#MODEL. MODEL is "" without a suffix, or if there is a file or folder with the complete name."""
+    text, is_split, model = str(name).rpartition("#")
+    return (Path(text), model) if is_split and text and not Path(name).exists() else (Path(name), "")
+
+
+def _weights_of(content: dict[str, Any], file: Path, model: str, keeps_names: bool) -> dict[str, Tensor]:
+    """Returns the weights of a model in a file. Lines name other models, what is not read, and changed names."""
+    found = list(candidates.models(content, keeps_names))
+    chosen = candidates.choose(found, model)
+    names = ", ".join(other.name for other in found if other.name) or "none"
+    if model and not chosen:
+        raise CheckpointError(f"{file} has no weights named {model}; it has {names}")
+    if not chosen:  # `read` names what is missing
+        inner = next((content[key] for key in candidates.PREFERRED if isinstance(content.get(key), dict)), content)
+        return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
+    if chosen.wrappers or chosen.name not in USUAL:
+        without = f", without {', '.join(chosen.wrappers)} in their names" if chosen.wrappers else ""
+        logger.info(f"{file}: its weights {chosen.name or 'at the top'} are read{without}")
+    others = [f"{file}#{other.name}" for other in found if other.name != chosen.name]
+    if others and not model:
+        warn_once(f"{file} has several models; {chosen.name or 'that at the top'} is read. For another, give "
+                  f"{' or '.join(others)}")  # fmt: skip
+    if chosen.unread:
+        count = f"{len(chosen.unread)} tensors beside {chosen.name}"
+        warn_once(f"{file}: {count} are not read ({some(chosen.unread)})")
+    return chosen.tensors
 
 
 def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -176,9 +211,10 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the tensors of a file, under its own names, and the settings that it records."""
+    """Returns the content of a file, with its tensors under their own names, and the settings that it records."""
     if path.suffix == ".safetensors":
         try:
+            checkpoint.refuse_text(path)
             with open_file(path) as header:  # of a regular file only
                 size = int.from_bytes(header.read(8), "little")
             if size > MAX_HEADER:
@@ -189,11 +225,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     raise ValueError(f"its settings are {settings!r}")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, settings or {BARE: "settings"}
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     state = checkpoint.read(path)
-    keys = ("state_dict_ema", "model", "state_dict")  # timm, too, reads the averaged weights first
-    tensors = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     settings = settings if isinstance(settings, dict) else {}
@@ -208,7 +244,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # Files with "model" have the layout of the published code, whose models this library has.
     is_foreign, is_bare = not isinstance(state.get("model"), dict), not settings.keys() - {"label_names"}
     missing = "settings" if is_bare else PIXELS if settings.get("mean") is None else None
-    return tensors, {**settings, **({BARE: missing} if is_foreign and missing else {})}
+    return state, {**settings, **({BARE: missing} if is_foreign and missing else {})}
 
 
 def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -219,9 +255,11 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
     """
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
-        return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
+        return {"model": state["model"]}, state["args"] if isinstance(state.get("args"), dict) else {}
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     present = [path / name for name in names if (path / name).is_file()]
+    if not file and len(present) > 1:
+        logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
     file = file or next(iter(present), None)
     if file is None:
         checkpoint.refuse_run_directory(path)
@@ -252,12 +290,6 @@ def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
     width = len(tensors.get("decoder_pred.weight", ()))
     expected = width if settings.get("encoder") or shapes.PATCHES not in tensors else tensors[shapes.PATCHES][0].numel()
     return FULL if settings.get("predicts_pixels") is not False and width and width == expected else ENCODER
-
-
-def some(names: Iterable[str], count: int = 3) -> str:
-    """Returns the first names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def statistics(
