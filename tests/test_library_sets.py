@@ -24,6 +24,7 @@ import webdataset
 from PIL import Image
 from test_decode import saved
 
+import main_knn
 from util import dist
 from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
@@ -207,6 +208,58 @@ def test_datasets_without_images_are_errors(table, tmp_path):
     table.add_item({"note": "", "picture": None, "kind": 0}).to_parquet(tmp_path / "b" / "train.parquet")
     with pytest.raises(BadImage, match="this row has no image"):
         _ = open_source("train", dataset=f"hf:{tmp_path / 'b'}")[30]
+
+
+CLASSES = {"coarse": ["clothes"], "fine": ["b", "a"]}
+
+
+@pytest.fixture
+def many_columns(tmp_path):
+    """Writes a dataset of two splits with masks, an id and two kinds of labels; returns its value of --dataset."""
+
+    def write(**columns):
+        kinds = {name: hugging_face.ClassLabel(names=names) for name, names in CLASSES.items() if name not in columns}
+        images = {"mask": 255 - PIXELS[:30], "picture": PIXELS[:30]}
+        rows = {"coarse": [0] * 30, "fine": [n % 2 for n in range(30)], "id": [7 + n for n in range(30)], **columns}
+        table = hugging_face.Dataset.from_dict({name: column for name, column in rows.items() if column is not None})
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind)
+        for name, pixels in images.items():
+            files = [{"bytes": png(p), "path": None} for p in pixels]
+            table = table.add_column(name, files, feature=hugging_face.Image())
+        parts = {"train": table, "validation": table.select(range(20))}
+        hugging_face.DatasetDict(parts).save_to_disk(tmp_path / "set")
+        return f"hf:{tmp_path / 'set'}"
+
+    return write
+
+
+def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, pretrain, classify):
+    dataset, settings = many_columns(), {"data_path": None, "in_chans": 1, "input_size": 8}
+    with pytest.raises(ValueError, match=f"{dataset}#.*mask, picture"):
+        pretrain(**settings, dataset=dataset)
+    pretrain(**settings, dataset=f"{dataset}#picture", epochs=1)  # it needs no labels
+    with pytest.raises(ValueError, match=f"{dataset}#picture,.*coarse, fine"):
+        classify(main_knn, **settings, dataset=f"{dataset}#picture")
+    source = open_source("train", dataset=f"{dataset}#picture,fine")
+    assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, (png(PIXELS[5]), 1))
+    assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == (png(255 - PIXELS[5]), 0)
+    for columns in ("photo", "picture,nothing", "fine,picture"):
+        with pytest.raises(ValueError, match="give --dataset hf:"):
+            open_source("train", dataset=f"{dataset}#{columns}")
+
+
+def test_integers_and_texts_are_labels_and_an_id_is_none(many_columns, classify):
+    numbers = [2 * (n % 3) for n in range(30)]
+    for column in (numbers, [f"kind {n}" for n in numbers]):
+        dataset = many_columns(coarse=None, fine=None, label=column)
+        source = open_source("train", dataset=f"{dataset}#picture")
+        assert [source.classes[label] for label in source.labels] == [str(value) for value in column]
+        assert source[4][1] == source.labels[4]
+    dataset = many_columns(coarse=None, fine=None, kind=["x"] * 30)
+    with pytest.raises(ValueError, match=f"{dataset}#picture,.*id, kind"):
+        classify(main_knn, data_path=None, dataset=f"{dataset}#picture")
+    assert open_source("train", dataset=f"{dataset}#picture,kind").classes == ["x"]
 
 
 @pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])

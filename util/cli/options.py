@@ -110,8 +110,8 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
     add_to(
         group, "dataset",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        f"{place}; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
-        f"returns a dataset (DATASETS.md){also}",
+        f"{place}; hf:NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible; or "
+        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (DATASETS.md){also}",
     )  # fmt: skip
 
 
