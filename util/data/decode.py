@@ -132,7 +132,8 @@ def decode(
 
     Gray is repeated to color, and color is converted to gray by luminance. Transparent images are composited over
     white. Pillow converts CMYK. For any other number of channels, the file must have this number. The first frame of an
-    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
+    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels; another
+    number of equal pages is no image.
 
     Args:
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W); or one of these with its valid pixels.
@@ -440,6 +441,10 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
+        if len(pages) == 1 and _is_stack(file.pages):
+            count = len(file.pages)
+            remedy = f"give --in_chans {count}" if channels == 1 else "save each page as a file"
+            raise BadImage(f"it has {count} pages of equal size, and is not one image", remedy)
         if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
             raise BadImage("its value 0 is white, so --nodata has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
@@ -453,6 +458,14 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
                 raise BadImage(problem)
         picture = _tensor(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
+
+
+def _is_stack(pages: tifffile.TiffPages) -> bool:
+    """Whether the second page has the size and channels of the first, and is no reduced copy and no mask."""
+    if len(pages) == 1:
+        return False
+    first, second = ((p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages[:2])
+    return first == second and not (pages[1].is_reduced or pages[1].subfiletype & 4)
 
 
 def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:

@@ -127,7 +127,7 @@ class TorchvisionSet(LibrarySet):
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
         for part in parts:
             try:
-                return make(**arguments, **part)
+                images = make(**arguments, **part)
             except Exception as error:  # classes raise any exception for missing files
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # the class has no such split
@@ -135,6 +135,10 @@ class TorchvisionSet(LibrarySet):
                     f"--dataset {self.title}: torchvision reports: {' '.join(str(error).split())} (--data_path is the "
                     f"folder with the files, and --download downloads them to it)"
                 ) from error
+            if part is not parts[0]:
+                used = ", ".join(part.values()) or "default split"
+                logger.info(f"{self.title}: it has no split {', '.join(parts[0].values())}; its {used} is used")
+            return images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -168,8 +172,9 @@ def _listed_labels(images: Any) -> np.ndarray | None:
     """Returns the labels that a dataset of torchvision lists, if they are one integer per sample."""
     for attribute in ("targets", "labels", "_labels"):
         listed = getattr(images, attribute, None)
-        if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":
-            return np.asarray(listed).reshape(len(images), -1)[:, 0].astype(np.int64)
+        numbers = np.asarray([] if listed is None else listed)
+        if numbers.size == len(images) and numbers.dtype.kind in "iu":
+            return numbers.reshape(-1).astype(np.int64)
     return None
 
 
