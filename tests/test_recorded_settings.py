@@ -173,7 +173,8 @@ def test_the_order_of_the_axes_of_arrays_is_given_and_recorded(tmp_path, pretrai
     assert torch.equal(model.extract_feat(list(arrays)), expected)
     assert torch.equal(model.extract_feat(last, channels_last=True), expected)
     assert torch.equal(get_model(of_items / "checkpoint-0.pth").extract_feat(last), expected)
-    call(features, tmp_path / "files", model=files / "checkpoint-0.pth", out=tmp_path / "rows.npz", device="cpu")
+    call(features, tmp_path / "files", model=files / "checkpoint-0.pth", out=tmp_path / "rows.npz", device="cpu",
+         num_workers=0)  # fmt: skip
     assert np.allclose(np.load(tmp_path / "rows.npz")["features"], expected.detach(), atol=1e-4)
     with pytest.raises(BadImage, match="channels_last"):
         get_model("mae_vit_mini_patch4", in_chans=16, input_size=16).prepare(arrays[0])

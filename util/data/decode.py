@@ -460,8 +460,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 
 
-def _is_stack(pages: tifffile.TiffPages) -> bool:
-    """Whether the second page has the size and channels of the first, and is no reduced copy and no mask."""
+def _is_stack(pages: Any) -> bool:
+    """Whether the second page of a TIFF file has the size and channels of the first, and is no reduced copy or mask."""
     if len(pages) == 1:
         return False
     first, second = ((p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages[:2])
