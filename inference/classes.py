@@ -61,7 +61,7 @@ class ModelMixin(PyTorchModelHubMixin):
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.in_chans = settings["in_chans"]
-        self.values = PixelValues(settings.get("nodata"), settings.get("value_range"))
+        self.values = PixelValues(settings.get("nodata"), settings.get("value_range"), settings.get("channels_last"))
         self.transform = transforms.eval_transform(
             settings["input_size"], settings.get("crop_pct"), settings.get("crop")
         )
@@ -113,7 +113,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"which loads any model of this library ({' '.join(str(error).split())})"
             ) from error
 
-    def prepare(self, images: Images) -> Tensor:
+    def prepare(self, images: Images, channels_last: bool | None = None) -> Tensor:
         """Images of any kind -> the input of the model (B, c, H, W), on its device.
 
         Args:
@@ -122,15 +122,20 @@ class ModelMixin(PyTorchModelHubMixin):
                 (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
                 arrays. Float tensors are the input of the model, and normalized already. The result has the type of
                 the weights.
+            channels_last: whether arrays are (H, W, c) or (c, H, W). Default: as in the run of the model, else the axis
+                of the channels is the one with their number.
 
         Raises:
             ValueError: the list is empty, or mixes float tensors with other images.
-            BadImage: an image can't be decoded, or has another number of channels than the model.
+            BadImage: an image can't be decoded, has another number of channels than the model, or is an array of which
+                two axes may be the channels.
             OSError: a file can't be read.
         """
-        return self.inputs(images, {})[0]
+        return self.inputs(images, {}, channels_last)[0]
 
-    def inputs(self, images: Images, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(
+        self, images: Images, extras: dict[str, Any], channels_last: bool | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and their extra inputs -> the input of the model (B, c, H, W) and tensors by name, on its device.
 
         An extra input of the size of its picture (H, W) is a map, to which the transform of the picture is applied.
@@ -157,7 +162,7 @@ class ModelMixin(PyTorchModelHubMixin):
         else:
             parts = []
             for number, image in enumerate(several):
-                picture = self.open(image)
+                picture = self.open(image, channels_last=channels_last)
                 if not (isinstance(picture, Tensor) and picture.is_floating_point()):
                     self.normalize.require_fit_to_bytes()  # a map or another picture may turn the bytes into floats
                 if not number:
@@ -168,7 +173,7 @@ class ModelMixin(PyTorchModelHubMixin):
             x = self.normalize(torch.stack(transforms.of_one_range([pixels for pixels, _ in parts])).to(device))
         return x.to(weight.dtype), {name: value.to(device) for name, value in values.items()}
 
-    def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
+    def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Any:
         """Decodes an image to a picture with the channels of the model.
 
         The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
@@ -176,28 +181,30 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             image: an image as in `prepare`. Float tensors are pictures of this method: from 0 to 1, NaN is invalid.
             max_pixels: limit of the pixels of a file, which is checked before they are decoded.
+            channels_last: as in `prepare`.
 
         Raises:
             BadImage, OSError: as in `prepare`.
         """
+        values = self.values if channels_last is None else self.values._replace(channels_last=channels_last)
         upright = self.settings.get("exif") is not False
         if isinstance(image, str | Path):
             try:
-                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels, values=self.values)
+                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels, values=values)
             except BadImage as error:
                 raise BadImage(f"{image}: {error}") from error
-        values = self.values
         if isinstance(image, Tensor) and image.is_floating_point():
             values = PixelValues(None if values.nodata is None else "nan")
         return decode(image, self.in_chans, upright, values=values)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def predict(self, images: Images, topk: int = 5, **extras: Any) -> Any:
+    def predict(self, images: Images, topk: int = 5, *, channels_last: bool | None = None, **extras: Any) -> Any:
         """Predicts the classes of images, or their numbers.
 
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
+            channels_last: as in `prepare`.
             extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...). Maps of a
                 picture have its size (H, W), and follow its scaling and crop.
 
@@ -217,7 +224,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
-        x, inputs = self.inputs(images, extras)
+        x, inputs = self.inputs(images, extras, channels_last)
         with self.evaluating():
             outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
@@ -254,8 +261,9 @@ class ModelMixin(PyTorchModelHubMixin):
         return predictions
 
     def extract_feat(
-        self, images: Images, pool: str | None = None, requires_grad: bool = False, **extras: Any
-    ) -> Tensor:
+        self, images: Images, pool: str | None = None, *, channels_last: bool | None = None,
+        requires_grad: bool = False, **extras: Any,
+    ) -> Tensor:  # fmt: skip
         """Computes features of images in evaluation mode. No patch is masked.
 
         Args:
@@ -263,6 +271,7 @@ class ModelMixin(PyTorchModelHubMixin):
             pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
                 tokens, class tokens first. Default: the input of the classification head, after the pooling of an
                 attentive probe; or "cls" without a head.
+            channels_last: as in `prepare`.
             requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
                 `compute_features`, which also has the mode of the model.
             extras: as in `predict`.
@@ -275,7 +284,7 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
-            x, inputs = self.inputs(images, extras)
+            x, inputs = self.inputs(images, extras, channels_last)
             return self.compute_features(x, pool, **inputs)
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
@@ -345,12 +354,13 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         self.colors = np.array(colors, dtype=np.uint8).reshape(-1, 3)
 
     @torch.inference_mode()
-    def segment(self, images: Images, batch_size: int = 8, **extras: Any) -> Any:
+    def segment(self, images: Images, batch_size: int = 8, *, channels_last: bool | None = None, **extras: Any) -> Any:
         """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
 
         Args:
             images: as in `prepare`, of any sizes.
             batch_size: number of windows in a batch.
+            channels_last: as in `prepare`.
             extras: as in `predict`.
 
         Returns:
@@ -362,14 +372,16 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         """
         several: Any = images if _are_several(images) else [images]
         inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
+        results = []
         with self.evaluating():
-            results = [
-                self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
-                for index, image in enumerate(several)
-            ]
+            for index, image in enumerate(several):
+                own = {name: value[index : index + 1] for name, value in inputs.items()}
+                results.append(self._segment_one(image, batch_size, own, channels_last))
         return results if _are_several(images) else results[0]
 
-    def _segment_one(self, image: ImageLike, batch_size: int, extras: dict[str, Tensor]) -> np.ndarray:
+    def _segment_one(
+        self, image: ImageLike, batch_size: int, extras: dict[str, Tensor], channels_last: bool | None
+    ) -> np.ndarray:
         device = self.pos_embed.device
         if isinstance(image, Tensor) and image.is_floating_point():
             if image.ndim != 3 or len(image) != self.in_chans:
@@ -380,7 +392,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             self.normalize.check_input(image)
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
-            picture = self.open(image)
+            picture = self.open(image, channels_last=channels_last)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
         pixels = pixels.to(self.pos_embed.dtype)

@@ -98,7 +98,7 @@ def get_model(
         device: device of the model.
         encoder: a mix-in, derived from `models_vit.Encoder`. The file of such a model needs it.
         settings: settings of the model to change, by the names of the flags: input_size, patch_size, in_chans,
-            nb_classes, global_pool, norm_pix_loss, mean, std, classes, encoder_args.
+            nb_classes, global_pool, norm_pix_loss, mean, std, channels_last, classes, encoder_args.
 
     Raises:
         ValueError: a name or setting is unknown, or the weights were never released or can't be downloaded.

@@ -286,6 +286,8 @@ BAD = {
     "not a number": (npy(np.full((4, 4), np.nan)), 1, "not finite"),
     "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "range of its int64 pixels is unknown"),
     "32-bit TIFF": (tiff(np.ones((4, 4), dtype=np.uint32)), 1, "range of its uint32 pixels is unknown"),
+    "a stack of gray pages": (tiff(np.zeros((5, 8, 9), dtype=np.uint8)), 1, "it has 5 pages"),
+    "a stack of color pages": (tiff(np.zeros((2, 8, 9, 3), dtype=np.uint8), "rgb"), 3, "it has 2 pages"),
     "one axis": (npy(np.ones(4, dtype=np.uint8)), 1, r"shape \(4,\) is no image"),
     "no pixels": (npy(np.ones((0, 4), dtype=np.uint8)), 1, r"shape \(0, 4\) is no image"),
     "pickled objects": (npy(np.array([[{}, {}]])), 1, "Python objects"),

@@ -24,6 +24,7 @@ import webdataset
 from PIL import Image
 from test_decode import saved
 
+import main_knn
 from util import dist
 from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
@@ -209,6 +210,58 @@ def test_datasets_without_images_are_errors(table, tmp_path):
         _ = open_source("train", dataset=f"hf:{tmp_path / 'b'}")[30]
 
 
+CLASSES = {"coarse": ["clothes"], "fine": ["b", "a"]}
+
+
+@pytest.fixture
+def many_columns(tmp_path):
+    """Writes a dataset of two splits with masks, an id and two kinds of labels; returns its value of --dataset."""
+
+    def write(**columns):
+        kinds = {name: hugging_face.ClassLabel(names=names) for name, names in CLASSES.items() if name not in columns}
+        images = {"mask": 255 - PIXELS[:30], "picture": PIXELS[:30]}
+        rows = {"coarse": [0] * 30, "fine": [n % 2 for n in range(30)], "id": [7 + n for n in range(30)], **columns}
+        table = hugging_face.Dataset.from_dict({name: column for name, column in rows.items() if column is not None})
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind)
+        for name, pixels in images.items():
+            files = [{"bytes": png(p), "path": None} for p in pixels]
+            table = table.add_column(name, files, feature=hugging_face.Image())
+        parts = {"train": table, "validation": table.select(range(20))}
+        hugging_face.DatasetDict(parts).save_to_disk(tmp_path / "set")
+        return f"hf:{tmp_path / 'set'}"
+
+    return write
+
+
+def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, pretrain, classify):
+    dataset, settings = many_columns(), {"data_path": None, "in_chans": 1, "input_size": 8}
+    with pytest.raises(ValueError, match=f"{dataset}#.*mask, picture"):
+        pretrain(**settings, dataset=dataset)
+    pretrain(**settings, dataset=f"{dataset}#picture", epochs=1)  # it needs no labels
+    with pytest.raises(ValueError, match=f"{dataset}#picture,.*coarse, fine"):
+        classify(main_knn, **settings, dataset=f"{dataset}#picture")
+    source = open_source("train", dataset=f"{dataset}#picture,fine")
+    assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, (png(PIXELS[5]), 1))
+    assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == (png(255 - PIXELS[5]), 0)
+    for columns in ("photo", "picture,nothing", "fine,picture"):
+        with pytest.raises(ValueError, match="give --dataset hf:"):
+            open_source("train", dataset=f"{dataset}#{columns}")
+
+
+def test_integers_and_texts_are_labels_and_an_id_is_none(many_columns, classify):
+    numbers = [2 * (n % 3) for n in range(30)]
+    for column in (numbers, [f"kind {n}" for n in numbers]):
+        dataset = many_columns(coarse=None, fine=None, label=column)
+        source = open_source("train", dataset=f"{dataset}#picture")
+        assert [source.classes[label] for label in source.labels] == [str(value) for value in column]
+        assert source[4][1] == source.labels[4]
+    dataset = many_columns(coarse=None, fine=None, kind=["x"] * 30)
+    with pytest.raises(ValueError, match=f"{dataset}#picture,.*id, kind"):
+        classify(main_knn, data_path=None, dataset=f"{dataset}#picture")
+    assert open_source("train", dataset=f"{dataset}#picture,kind").classes == ["x"]
+
+
 @pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])
 def test_a_missing_package_is_named(monkeypatch, package, dataset):
     monkeypatch.setitem(sys.modules, package, None)
@@ -338,8 +391,8 @@ def test_a_bad_image_and_a_damaged_shard_of_a_stream_are_named(shards, caplog):
     assert "set-002.tar: the shard can't be read to its end" in caplog.text
 
 
-def write_shard(path, names=("000.jpg", "000.mask.png", "001.jpg", "n01.x.png")):
-    """A shard of files that can't be decoded: three samples with four images."""
+def write_shard(path, names=("000.jpg", "001.jpg", "n01.x.png")):
+    """A shard of files that can't be decoded."""
     with tarfile.open(path, "w") as archive:
         for name in names:
             member = tarfile.TarInfo(name)
@@ -351,14 +404,23 @@ def streamed(pattern, num_images=None):
     return list(Shards(str(pattern), num_images).stream(0, 0, 1, lambda *_: False, laps=1))
 
 
-def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
+def test_samples_are_counted_as_in_webdataset(tmp_path):
     write_shard(tmp_path / "a.tar")
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
-    assert "4 images in 3 samples; only the first image" in caplog.text
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     with pytest.raises(ValueError, match="give --num_images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
+
+
+@pytest.mark.parametrize("names", [("b.jpg", "a.jpg", "a.png"), [f"a.{number}.jpg" for number in range(6)]])
+@pytest.mark.parametrize("num_images", [None, 12])
+def test_no_image_of_a_sample_of_several_is_dropped(tmp_path, pretrain, names, num_images):
+    """With --num_images, too, so that the count and the reading agree."""
+    write_shard(tmp_path / "set.tar", names)
+    given = {"num_images": num_images} if num_images else {}
+    with pytest.raises(ValueError, match=rf"set\.tar: a .*{'jpg, png' if len(names) == 3 else '0.jpg, 1.jpg'}"):
+        pretrain(data_path=None, dataset=f"wds:{tmp_path}/set.tar", on_bad_image="skip", **given)
 
 
 def test_a_file_is_never_a_command(tmp_path, monkeypatch):

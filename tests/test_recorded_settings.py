@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from mains import assert_equal, call, lines, weights
+from mains import argv_of, assert_equal, call, fails, lines, weights
 from PIL import Image
 from segments import make_scenes
 
@@ -14,8 +14,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
-from inference import export, get_model
+from inference import export, features, get_model
 from util.checkpoints.checkpoint import CheckpointError
+from util.data.decode import BadImage
 
 SMALL = ["--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--save_every", "1", "--device", "cpu",
          "--num_workers", "0"]  # fmt: skip
@@ -148,3 +149,32 @@ def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
     assert torch.load(tmp_path / "runs" / "turned" / "checkpoint-1.pth")["args"]["exif"] is True
     with pytest.raises(CheckpointError, match=r": give --exif$"):
         call(main_pretrain, "--resume", "auto", "--output_dir", tmp_path / "runs" / "turned", "--no_exif")
+
+
+def test_the_order_of_the_axes_of_arrays_is_given_and_recorded(tmp_path, pretrain, capsys, monkeypatch):
+    """The first and the last axis of the arrays (c, H, W) have as many entries as there are channels."""
+    arrays = np.random.default_rng(0).integers(0, 256, (8, 16, 32, 16), dtype=np.uint8)
+    (tmp_path / "files").mkdir()
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / f"files/{number}.npy", array)
+    images = {"data_path": tmp_path / "files", "in_chans": 16, "input_size": "32 16", "crop": "none", "epochs": 1}
+    refused = argv_of({**images, "model": "mae_vit_mini_patch4", "output_dir": tmp_path / "run", "batch_size": 4})
+    assert "--channels_last" in fails(capsys, monkeypatch, main_pretrain, *refused, "--warmup_epochs", 0)
+    files = pretrain("of_files", **images, channels_first=True)
+    last = list(np.moveaxis(arrays, 1, 3))
+    items = [(array, None) for array in last]
+    of_items = pretrain(
+        "of_items", **images | {"data_path": None}, channels_last=True, of_main={"source": lambda *_: items}
+    )
+    assert_equal(weights(files, "checkpoint-0.pth"), weights(of_items, "checkpoint-0.pth"))
+
+    model = get_model(files / "checkpoint-0.pth")
+    expected = model.extract_feat(torch.from_numpy(arrays))  # tensors are always (c, H, W)
+    assert torch.equal(model.extract_feat(list(arrays)), expected)
+    assert torch.equal(model.extract_feat(last, channels_last=True), expected)
+    assert torch.equal(get_model(of_items / "checkpoint-0.pth").extract_feat(last), expected)
+    call(features, tmp_path / "files", model=files / "checkpoint-0.pth", out=tmp_path / "rows.npz", device="cpu",
+         num_workers=0)  # fmt: skip
+    assert np.allclose(np.load(tmp_path / "rows.npz")["features"], expected.detach(), atol=1e-4)
+    with pytest.raises(BadImage, match="channels_last"):
+        get_model("mae_vit_mini_patch4", in_chans=16, input_size=16).prepare(arrays[0])

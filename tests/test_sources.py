@@ -274,6 +274,12 @@ def test_invalid_lists_are_errors(make_list, name, content, message):
         make_list(name, content)
 
 
+def test_the_column_that_is_read_of_several_is_said(make_list, caplog):
+    source = make_list("list.csv", "path,class,label\na.png,dog,7\nsub/c.png,dog,9\n")
+    assert [source.classes[label] for label in source.labels] == ["7", "9"]
+    assert "label and class, and label is read" in caplog.text and "--label_columns" in caplog.text
+
+
 def test_headers_of_csv_files_may_have_blanks_and_capitals(make_list, caplog):
     for header in ("File Name, Ground Truth", "file_name,label", "ground-truth,file path"):
         row = "cat,a.png" if header.startswith("ground") else "a.png, cat"

@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
     options.add_source_options(parser)
-    options.add_to(parser, "nodata", "value_range", "num_images")
+    options.add_to(parser, "nodata", "value_range", "channels_last", "num_images")
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
@@ -111,7 +111,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     )  # fmt: skip
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)
-    facts_of = all_facts(images, args.in_chans, indices, workers, PixelValues(args.nodata, args.value_range))
+    values = PixelValues(args.nodata, args.value_range, args.channels_last)
+    facts_of = all_facts(images, args.in_chans, indices, workers, values)
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
     print("\n".join(report_on(images, facts, time.perf_counter() - started)))

@@ -88,6 +88,7 @@ class ImageSpec(Values):
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED, only_ours=True)  # NaN is text
     value_range: list[float] | None = setting(None, NUMBER, resumed=FIXED, only_ours=True)
+    channels_last: bool | None = setting(None, bool, resumed=FIXED, only_ours=True)  # of arrays; None: by their shapes
     min_valid: float = setting(0.5, resumed=FIXED, rebuilds=False)
     task: str = setting("classification", resumed=FIXED, of_task=True, of_labels=True)
     label_columns: list[str] | None = setting(None, of_task=True, of_labels=True)

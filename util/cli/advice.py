@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-OFF = {"global_pool": "--cls_token"}  # settings that a flag other than --no_NAME disables
+# Settings that a flag other than --no_NAME disables.
+OFF = {"global_pool": "--cls_token", "channels_last": "--channels_first"}
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:

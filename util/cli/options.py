@@ -87,7 +87,7 @@ def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
     add(parser, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
     add(parser, "mean", "std")
     add_exif(group_of(parser, DATA), "not applied")
-    add(parser, "nodata", "value_range", "pin_mem")
+    add(parser, "nodata", "value_range", "channels_last", "pin_mem")
 
 
 def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
@@ -110,8 +110,8 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
     add_to(
         group, "dataset",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        f"{place}; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
-        f"returns a dataset (DATASETS.md){also}",
+        f"{place}; hf:NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible; or "
+        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (DATASETS.md){also}",
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def add_inference_options(
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
         add_exif(parser, "applied to single photographs")
-        add_to(parser, "nodata", "value_range")
+        add_to(parser, "nodata", "value_range", "channels_last")
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     add_to(parser, "encoder", "encoder_args", "device", "debug")
 
@@ -271,7 +271,7 @@ def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, A
     Raises:
         ValueError: the class of --encoder can't be imported.
     """
-    names = ("encoder_args", *(("exif", "nodata", "value_range") if reads else ()))
+    names = ("encoder_args", *(("exif", "nodata", "value_range", "channels_last") if reads else ()))
     settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     return settings | ({"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {})
 

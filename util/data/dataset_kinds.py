@@ -35,7 +35,7 @@ def open_source(
         data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
             `file_list`, the folder of its relative paths. With a dataset of torchvision, the folder with its files.
         file_list: a list of image files.
-        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, wds:SHARDS, or py:MODULE:FUNCTION.
+        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS, or py:MODULE:FUNCTION.
         download: download the files of a torchvision dataset.
         num_images: number of images in shards, instead of counting them.
         function: the function of py:, instead of importing it.

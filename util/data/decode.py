@@ -62,16 +62,18 @@ class BadImage(ValueError):
 
 
 class PixelValues(NamedTuple):
-    """The meaning of the values in image files.
+    """The meaning of the values in image files and arrays.
 
     Args:
         nodata: the value of invalid pixels, a number or "nan". None: all pixels are valid, and NaN is an error.
         value_range: the values that become 0 and 1; values outside are not clipped. None: unsigned values of 8 and 16
             bits are scaled to 0 to 1, float values are unchanged, and other integers are an error.
+        channels_last: whether arrays are (H, W, c) or (c, H, W). None: the sizes of their axes determine it.
     """
 
     nodata: float | str | None = None
     value_range: Sequence[float] | None = None
+    channels_last: bool | None = None
 
     def to_float(self, pixels: np.ndarray, highest: int | None = None) -> np.ndarray:
         """Converts values of a file to float32. Invalid values become NaN.
@@ -130,7 +132,8 @@ def decode(
 
     Gray is repeated to color, and color is converted to gray by luminance. Transparent images are composited over
     white. Pillow converts CMYK. For any other number of channels, the file must have this number. The first frame of an
-    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
+    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels; another
+    number of equal pages is no image.
 
     Args:
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W); or one of these with its valid pixels.
@@ -196,7 +199,7 @@ def with_invalid(picture: Picture, values: PixelValues, valid: np.ndarray | None
     Raises:
         BadImage: `valid` has another size.
     """
-    if valid is None and values == AS_STORED:
+    if valid is None and values.nodata is None and values.value_range is None:
         return picture
     if valid is not None:
         require_size(picture, valid.shape, "mask of valid pixels")
@@ -225,7 +228,7 @@ def read(
     if isinstance(data, Tensor) and data.ndim == 3 and data.dtype != torch.uint8:
         return _tensor(_values(data.detach().cpu().permute(1, 2, 0).numpy(), values))
     if isinstance(data, np.ndarray):
-        axis = _channel_axis(data.shape, in_chans)
+        axis = _channel_axis(data.shape, in_chans, values.channels_last)
         return _tensor(_values(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2), values))
     if not isinstance(data, bytes):
         if isinstance(data, Image.Image) and data.mode == "F":
@@ -376,20 +379,33 @@ def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"")
     return picture
 
 
-def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
-    """Returns the axis of the channels: the last or first with `in_chans`, else 1 or 3 entries. None for (H, W)."""
+def _channel_axis(shape: tuple[int, ...], in_chans: int, channels_last: bool | None) -> int | None:
+    """Returns the axis of the channels: the last or first with `in_chans`, else 1 or 3 entries. None for (H, W).
+
+    Raises:
+        BadImage: the shape is not that of an image, or does not say which axis it is, and `channels_last` is None.
+    """
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage(f"an array of shape {shape} is no image: the shape must be (H, W), (H, W, c) or (c, H, W)")
     if len(shape) == 2:
         return None
-    fitting = [axis for sizes in ((in_chans,), MODES) for axis in (2, 0) if shape[axis] in sizes]
-    if not fitting:
-        own = min(shape[0], shape[2])
-        raise BadImage(
-            f"an array of shape {shape} does not have {in_chans} channels on its last or first axis",
-            f"give --in_chans {own}",
-        )
-    return fitting[0]
+    if channels_last is not None:
+        return 2 if channels_last else 0
+    for sizes in ((in_chans,), MODES):
+        fitting = [axis for axis in (2, 0) if shape[axis] in sizes]
+        if len(fitting) > 1:
+            raise BadImage(
+                f"the channels of an array of shape {shape} may be its last or its first axis: channels_last=True or "
+                f"channels_last=False says which",
+                "give --channels_last or --channels_first",
+            )
+        if fitting:
+            return fitting[0]
+    own = min(shape[0], shape[2])
+    raise BadImage(
+        f"an array of shape {shape} does not have {in_chans} channels on its last or first axis",
+        f"give --in_chans {own}",
+    )
 
 
 def _read_npy(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Tensor:
@@ -401,7 +417,7 @@ def _read_npy(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) 
     shape, fortran_order, dtype = header(stream)
     if dtype.hasobject:
         raise BadImage("an array of Python objects is no image")
-    axis = _channel_axis(shape, in_chans)
+    axis = _channel_axis(shape, in_chans, values.channels_last)
     height, width = (size for a, size in enumerate(shape) if a != axis)
     _check_size(height, width, 1 if axis is None else shape[axis], max_pixels)
     count = int(np.prod(shape, dtype=object))
@@ -425,6 +441,10 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
+        if len(pages) == 1 and _is_stack(file.pages):
+            count = len(file.pages)
+            remedy = f"give --in_chans {count}" if channels == 1 else "save each page as a file"
+            raise BadImage(f"it has {count} pages of equal size, and is not one image", remedy)
         if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
             raise BadImage("its value 0 is white, so --nodata has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
@@ -438,6 +458,14 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
                 raise BadImage(problem)
         picture = _tensor(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
+
+
+def _is_stack(pages: Any) -> bool:
+    """Whether the second page of a TIFF file has the size and channels of the first, and is no reduced copy or mask."""
+    if len(pages) == 1:
+        return False
+    first, second = ((p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages[:2])
+    return first == second and not (pages[1].is_reduced or pages[1].subfiletype & 4)
 
 
 def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:

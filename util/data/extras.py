@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # Parameters of the models' methods, which no extra input may have as a name.
 RESERVED = (
     "self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "return_attention",
-    "pool", "topk", "batch_size",
+    "pool", "topk", "batch_size", "channels_last",
 )  # fmt: skip
 
 

@@ -163,6 +163,8 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         raise ValueError(
             f"{source.title}: streamed shards are for pre-training only; unpack them, or pack the images as a zip file"
         )
+    if task == CLASSIFICATION and (reason := getattr(source, "no_labels", "")):
+        raise ValueError(f"the {split} images have no labels: {reason}")
     if task == CLASSIFICATION and (not source.classes or (np.asarray(source.labels) < 0).any()):
         raise ValueError(
             f"the {split} images have no classes, and supervised training and evaluation need them: give class "

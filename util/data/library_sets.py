@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,14 @@ import numpy as np
 from util import dist
 from util.cli.advice import AdvisedError, Remedy, did_you_mean
 from util.data.decode import BadImage, Picture
-from util.data.sources import VALIDATION, names_of, version_of
+from util.data.lists import LABEL_COLUMNS, _number
+from util.data.sources import VALIDATION, first_few, names_of, version_of
 from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
+
+LABELS = (*LABEL_COLUMNS, "labels")  # names of columns of Hugging Face in which integers and texts are labels
+PLAIN_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
 
 # The folders or files that torchvision makes in the folder of a dataset, for a hint to those who give this folder.
 LAYOUTS = {
@@ -121,7 +127,7 @@ class TorchvisionSet(LibrarySet):
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
         for part in parts:
             try:
-                return make(**arguments, **part)
+                images = make(**arguments, **part)
             except Exception as error:  # classes raise any exception for missing files
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # the class has no such split
@@ -129,6 +135,10 @@ class TorchvisionSet(LibrarySet):
                     f"--dataset {self.title}: torchvision reports: {' '.join(str(error).split())} (--data_path is the "
                     f"folder with the files, and --download downloads them to it)"
                 ) from error
+            if part is not parts[0]:
+                used = ", ".join(part.values()) or "default split"
+                logger.info(f"{self.title}: it has no split {', '.join(parts[0].values())}; its {used} is used")
+            return images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,8 +172,9 @@ def _listed_labels(images: Any) -> np.ndarray | None:
     """Returns the labels that a dataset of torchvision lists, if they are one integer per sample."""
     for attribute in ("targets", "labels", "_labels"):
         listed = getattr(images, attribute, None)
-        if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":
-            return np.asarray(listed).reshape(len(images), -1)[:, 0].astype(np.int64)
+        numbers = np.asarray([] if listed is None else listed)
+        if numbers.size == len(images) and numbers.dtype.kind in "iu":
+            return numbers.reshape(-1).astype(np.int64)
     return None
 
 
@@ -178,13 +189,20 @@ def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
 class HuggingFaceSet(LibrarySet):
     """A map-style dataset of Hugging Face.
 
+    The columns of images and labels are logged. Labels are class labels, integers or texts. A column of integers or
+    texts has the name of a label, or is given, because it may be an id. Without a label, samples can pre-train.
+
     Args:
-        name: its name on the hub, or a folder of Parquet files, of images, or written by `save_to_disk`.
+        name: its name on the hub, or a folder of Parquet files, of images, or written by `save_to_disk`; optionally
+            with the columns: NAME#IMAGE or NAME#IMAGE,LABEL.
         split: "train" or "val".
+
+    Attributes:
+        no_labels: why the columns that may be the labels are not read, with the remedy; "" if there are none.
 
     Raises:
         ValueError: the package `datasets` is not installed or can't open the dataset, or the dataset has no such split
-            or no column of images.
+            or column, or several columns of images.
     """
 
     def __init__(self, name: str, split: str) -> None:
@@ -195,26 +213,66 @@ class HuggingFaceSet(LibrarySet):
         self.title = f"hf:{name}"
         if not name:
             raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
+        self.place, _, columns = (name, "", "") if Path(name).exists() else name.partition("#")
         if dist.is_main():
-            self._load(datasets, name)  # the other processes use the prepared files
+            self._load(datasets)  # the other processes use the prepared files
         dist.barrier()
-        parts = self._load(datasets, name)
+        parts = self._load(datasets)
         available = [part for part in names_of(split) if part in parts]
         if not available:
             raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]
-        features = table.features
-        image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
-        if image is None:
-            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(map(str, features))}")
-        label = next((c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-        self.classes = list(features[label].names) if label else []
-        self.labels = np.array([-1 if n is None else n for n in table[label]] if label else [-1] * len(table))
-        self.table = table.select_columns([image, *([label] if label else [])])
-        self.table = self.table.cast_column(image, datasets.Image(decode=False))
-        self.image, self.label = image, label
+        image, _, label = columns.partition(",")
+        self.image = self._image_column(datasets, table.features, image)
+        self.label, self.no_labels = self._label_column(datasets, table.features, label)
+        self.table = table.select_columns([self.image, *([self.label] if self.label else [])])
+        self.table = self.table.cast_column(self.image, datasets.Image(decode=False))
+        try:
+            self.classes, self.labels = self._read_labels(getattr(table.features.get(self.label), "names", None))
+        except ValueError as error:  # pre-training needs no labels
+            self.classes, self.labels = [], np.full(len(self), -1)
+            self.no_labels = f"the column {self.label} is not read: {error}"
+        labels = self.no_labels or (f"labels of the column {self.label}" if self.label else "no labels")
+        logger.info(f"{self.title}: split {available[0]}, images of the column {self.image}, {labels}")
 
-    def _load(self, datasets: Any, name: str) -> Any:
+    def _image_column(self, datasets: Any, features: Mapping[str, Any], given: str) -> str:
+        """Returns the column of the images.
+
+        Raises:
+            ValueError: the given column has no images, or none is given and not exactly one has.
+        """
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        if not found:
+            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(features)}")
+        if given in found or (not given and len(found) == 1):
+            return given or found[0]
+        problem = f"the column {given} contains no images" if given else "several columns contain images"
+        raise ValueError(f"--dataset {self.title}: {problem}; {self._remedy('NAME', found)}")
+
+    def _label_column(self, datasets: Any, features: Mapping[str, Any], given: str) -> tuple[str, str]:
+        """Returns the column of the labels, or "" and the value of `no_labels`.
+
+        Raises:
+            ValueError: the given column can't be labels.
+        """
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        plain = [column for column, kind in features.items() if PLAIN_TYPES.fullmatch(getattr(kind, "dtype", ""))]
+        plain = [column for column in plain if column not in found]
+        likely = found + [column for column in plain if column.lower() in LABELS]
+        remedy = self._remedy(f"{self.image},NAME", likely or plain)
+        if given and given not in found + plain:
+            raise ValueError(f"--dataset {self.title}: the column {given} contains no class labels; {remedy}")
+        if given or len(likely) == 1:
+            return given or likely[0], ""
+        if likely:
+            return "", f"several columns may be the labels; {remedy}"
+        return "", f"no column is known to be the labels; {remedy}" if plain else ""
+
+    def _remedy(self, columns: str, names: Sequence[str]) -> str:
+        return f"give --dataset hf:{self.place}#{columns} with one of the columns {first_few(names)}"
+
+    def _load(self, datasets: Any) -> Any:
+        name = self.place
         try:
             if (Path(name) / "dataset_dict.json").exists():
                 return datasets.load_from_disk(name)
@@ -225,16 +283,33 @@ class HuggingFaceSet(LibrarySet):
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ValueError(f"--dataset {self.title}: {reason}") from error
 
+    def _read_labels(self, names: list[str] | None) -> tuple[list[str], np.ndarray]:
+        """Returns the classes, and the labels (n,); -1 for rows without a label.
+
+        Args:
+            names: the names of class labels. None: labels are integers or texts.
+
+        Raises:
+            ValueError: the integers can't be numbers of classes.
+        """
+        labels = np.full(len(self), -1)
+        values = self.table[self.label][:] if self.label else []
+        if names is not None:
+            labels[:] = [-1 if value is None else value for value in values]
+            return names, labels
+        known = [index for index, value in enumerate(values) if value not in (None, "", -1)]
+        classes, labels[known] = _number([str(values[index]) for index in known], len(known))
+        return classes, labels
+
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        row = self.table[index]
-        image, label = row[self.image], row[self.label] if self.label else -1
+        image = self.table[index][self.image]
         if image is None:
             raise BadImage("this row has no image")
         data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
-        return data, -1 if label is None else label
+        return data, int(self.labels[index])
 
     @cached_property
     def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew

@@ -300,13 +300,25 @@ def _require_cells(lines: list[list[str]]) -> None:
             )
 
 
+def _place(header: Sequence[str], names: Sequence[str]) -> int:
+    """Returns the place of a column in a header, by the first of `names` that is in it; else the length of the header.
+
+    Warns if other columns have one of the names, too.
+    """
+    found = [place for name in names for place, title in enumerate(header) if title == name]
+    if len(found) > 1:
+        used, *others = (header[place] for place in found)
+        remedy = "; give --label_columns NAME to read another" * (names == LABEL_COLUMNS)
+        logger.warning(f"the list has the columns {used} and {', '.join(others)}, and {used} is read{remedy}")
+    return found[0] if found else len(header)
+
+
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
     lines = _csv_lines(text)
     header = [_plain(cell) for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
-        path, label = (next((header.index(name) for name in names if name in header), len(header))
-                       for names in (PATH_COLUMNS, label_columns))  # fmt: skip
+        path, label = _place(header, PATH_COLUMNS), _place(header, label_columns)
         if label == len(header) > 1:
             others = ", ".join(cell.strip() for number, cell in enumerate(lines[0]) if number != path)
             logger.warning(

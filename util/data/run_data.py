@@ -34,7 +34,7 @@ class RunData:
         self.images = images
         self.data = data
         self.source = source
-        self.values = PixelValues(images.nodata, images.value_range)
+        self.values = PixelValues(images.nodata, images.value_range, images.channels_last)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"

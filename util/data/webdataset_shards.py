@@ -6,7 +6,7 @@ import random
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from util.cli.advice import AdvisedError, Remedy
 from util.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
 from util.data.decode import SUFFIXES, BadImage
+from util.data.sources import first_few
 from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
@@ -29,15 +30,16 @@ class Shards:
     The samples of an epoch and their order depend on the number of processes and workers. An epoch continues at about
     the place where the epoch before it ended: the place is exact if all shards have equally many images. A run that is
     resumed within an epoch reads other samples than the interrupted run would have read: resuming is approximate here,
-    and exact for all other sources. Labels are read from members `.cls`.
+    and exact for all other sources. Labels are read from members `.cls`. As in WebDataset, the name of a sample ends at
+    the first dot of its files; a sample with several images is refused.
 
     Args:
         pattern: paths or URLs with braces {000..127}; paths may also contain *.
         num_images: number of images in all shards; None: the images are counted, which requires files.
 
     Raises:
-        ValueError: the package `webdataset` is not installed, a file does not exist, the shards contain no images, or a
-            shard is a URL and `num_images` is None.
+        ValueError: the package `webdataset` is not installed, a file does not exist, the shards contain no images, a
+            counted sample has several, or a shard is a URL and `num_images` is None.
     """
 
     def __init__(self, pattern: str, num_images: int | None) -> None:
@@ -89,7 +91,7 @@ class Shards:
             laps: number of passes over the shards.
 
         Raises:
-            ValueError: the shards contain no images.
+            ValueError: the shards contain no images, or a sample has several.
         """
         import webdataset
 
@@ -112,12 +114,13 @@ class Shards:
             samples = itertools.islice(webdataset.tariterators.group_by_keys(members, handler=handle), skip, None)
             skip = 0
             for sample in mixed(samples):
-                data = next((sample[key] for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
-                if data is not None:
+                name = printable(f"{sample['__url__']}: {sample['__key__']}")
+                images = [key for key in sample if f".{key}".lower().endswith(SUFFIXES)]
+                require_one_image(name, images)
+                if images:
                     had_some = lap
                     label = sample.get("cls", b"").decode("utf-8", "replace")
-                    name = printable(f"{sample['__url__']}: {sample['__key__']}")
-                    yield lap, name, data, int(label) if label.strip().isdecimal() else -1
+                    yield lap, name, sample[images[0]], int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
                 raise ValueError(f"--dataset {self.title}: no images in these shards")
 
@@ -137,11 +140,12 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
         try:
             with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=BoundedTarInfo) as archive:
                 for member in archive:
-                    if member.isreg() and member.name.lower().endswith(READ) and not is_ignored(member.name):
+                    is_file = member.isreg() or member.islnk() or member.issym()
+                    if is_file and member.name.lower().endswith(READ) and not is_ignored(member.name):
                         check_size(member.size)
-                        file = archive.extractfile(member)
-                        assert file is not None
-                        yield {"fname": member.name, "data": file.read(), "__url__": shard["url"]}
+                        # The target of a link can't be read from a stream: the link is a bad image.
+                        file = archive.extractfile(member) if member.isreg() else None
+                        yield {"fname": member.name, "data": file.read() if file else b"", "__url__": shard["url"]}
                     archive.members = []  # type: ignore[attr-defined]  # else the list of members grows with the shard
             yield {}  # ends the last sample, so that no sample spans two shards
         except Exception as error:
@@ -149,8 +153,21 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
             handle(error)
 
 
+def require_one_image(name: str, images: Sequence[str]) -> None:
+    """Raises ValueError if a sample has several images, of which one would have to be chosen.
+
+    Args:
+        images: their names after the name of the sample.
+    """
+    if len(images) > 1:
+        raise ValueError(
+            f"{name} is a sample with {len(images)} images, {printable(first_few(images))}: pack one image per sample. "
+            f"In WebDataset, files of equal names up to the first dot are one sample: name a.1.jpg a_1.jpg"
+        )
+
+
 def _count_samples(file: Path) -> int:
-    """Counts the samples of a shard. Members with the same name up to its first dot belong to one sample."""
+    """Counts the samples of a shard. Successive members with the same name up to its first dot are one sample."""
     from webdataset.tariterators import base_plus_ext
 
     try:
@@ -158,7 +175,6 @@ def _count_samples(file: Path) -> int:
     except ValueError as error:
         streamed = Remedy({"num_images": "N"}, "give {} to stream it without counting its images")
         raise AdvisedError(str(error), streamed) from error
-    count = len({base_plus_ext(name)[0] for name in members})
-    if count < len(members):
-        logger.warning(f"{file}: {len(members)} images in {count} samples; only the first image of each sample is used")
-    return count
+    for key, images in itertools.groupby(map(base_plus_ext, members), key=lambda parts: parts[0]):
+        require_one_image(printable(f"{file}: {key}"), [image for _, image in images])
+    return len(members)

@@ -28,7 +28,7 @@ def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, images.crop)
     samples = Samples(
         source, transforms.keeps_label(transform), in_chans=images.in_chans, seed=0, exif=bool(images.exif),
-        values=PixelValues(images.nodata, images.value_range),
+        values=PixelValues(images.nodata, images.value_range, images.channels_last),
     )  # fmt: skip
     parts = [transforms.to_unit_range(batch) for batch, *_ in loader.eval_loader(samples, 256, num_workers, False)]
     filled = [part.where(~part.isnan(), part.nanmean(dim=(2, 3), keepdim=True)) for part in parts]
