@@ -366,6 +366,21 @@ def test_scores_that_are_undefined_choose_nothing(tune):
         tune(main_linprobe, task="regression", label_columns="weight", metric="r2", blr="0.01 0.1", held_out=0.01)
 
 
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+def test_a_metric_that_is_undefined_is_null_with_a_warning(main, tune, folder, tmp_path, capsys):
+    """A single validation image has no r2, and has an error. The scores are JSON, which has no NaN."""
+    write(tmp_path / "one.csv", [["path", "weight"], ["val00.png", 1100]])
+    own = {"k": 10} if main is main_knn else {"epochs": 1}
+    out = tune(main, task="regression", val_list=tmp_path / "one.csv", label_columns="weight", **own)
+    output = capsys.readouterr().out
+    text = output.splitlines()[-1] if main is main_knn else (out / "log.txt").read_text()
+    scores = json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    (r2, *_), (mae, *_) = ([value for name, value in scores.items() if metric in name] for metric in ("r2", "mae"))
+    assert r2 is None and mae > 0
+    assert [warning for warning in output.splitlines() if warning.startswith("warning: ") and "r2" in warning]
+    assert main is main_knn or not (out / "checkpoint-best.pth").exists()
+
+
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 def test_class_folders_are_for_classification(task, main, classify):

@@ -1,6 +1,7 @@
 """What the labels of images mean (--task): the loss, the predictions, and their evaluation."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +30,15 @@ TITLES = {"acc1": "Acc@1", f"acc{TOP}": f"Acc@{TOP}", "balanced_acc": "balanced 
 def text(scores: Mapping[str, float]) -> str:
     """Formats scores like the published code."""
     return " ".join(f"{TITLES.get(name, name)} {score:.3f}" for name, score in scores.items())
+
+
+def warn_of_undefined(scores: Mapping[str, float]) -> None:
+    """Logs a warning that names the scores that are not finite."""
+    if undefined := [name for name, score in scores.items() if not math.isfinite(score)]:
+        logger.warning(
+            f"undefined (nan): {', '.join(undefined)}. The validation images are too few or have equal labels, or the "
+            f"outputs of the model are equal or not finite. Undefined scores select no checkpoint-best.pth"
+        )
 
 
 class Evaluation(NamedTuple):
