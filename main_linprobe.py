@@ -202,7 +202,7 @@ def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, A
     """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
 
     Raises:
-        ValueError: there are several rates, and a flag that is not about a single head.
+        ValueError: there are several rates, and a flag that is not about a single head; or a batch is one image.
     """
     several = len(args.blr) > 1
     for flag in ("lr", "clip_grad", "min_lr"):  # --clip_grad: the norm of all heads; --min_lr: of the largest rate
@@ -211,6 +211,8 @@ def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, A
                 f"--{flag} {getattr(args, flag):g} is for a single rate, and --blr has {len(args.blr)} values; omit "
                 f"--{flag}"
             )
+    if args.batch_size == 1:
+        raise ValueError("--batch_size 1: the batch norm of a probe needs several images; give --batch_size 2 or more")
     settings = {**vars(args), "blr": args.blr if several else args.blr[0]}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first

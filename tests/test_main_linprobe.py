@@ -157,6 +157,12 @@ def test_a_single_rate_and_several_exclude_each_other(probe):
             probe(blr="0.2 0.1", **{flag: 1})
 
 
+def test_batches_of_one_image_are_refused_by_the_name_of_the_flag(probe):
+    """Batch norm needs two values."""
+    with pytest.raises(ValueError, match="--batch_size 1: "):
+        probe(batch_size=1)
+
+
 def test_the_loss_is_the_mean_and_each_head_records_its_own():
     """Of the last epoch. A head whose loss is not finite does not count."""
     criterion, logits, targets = main_linprobe.HeadLosses(), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))

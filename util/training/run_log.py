@@ -240,15 +240,23 @@ def read(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
-    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again."""
+    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again.
+
+    Raises:
+        ValueError: the file is not text. It may be another one, so it is not replaced.
+    """
     if not path.exists():
         return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text, so the run can't add to it: rename it") from error
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
                 lines.append(line)
-        except (ValueError, KeyError):  # a crash truncated the line
+        except (ValueError, KeyError, TypeError):  # a crash truncated the line
             continue
     atomic.write_text(path, "".join(lines))
 
