@@ -160,6 +160,9 @@ def train_probe(
         settings["train_images"] = labels.identity(train, len(train) + len(held_out))
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
+        logger.info(
+            f"a head for each of {len(heads)} rates: lines have the smallest loss, and the learning rate of the largest"
+        )
     labelled = tasks.task_of(settings, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     features = Features(args, data, model, precision, {**sets, "train": train})
