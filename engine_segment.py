@@ -88,6 +88,6 @@ def warn_of_lacking_classes(found: Sequence[int], classes: Sequence[str], which:
 def report_scores(scores: Scores, classes: list[str], folder: str | None) -> None:
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
-    warn_of_lacking_classes(np.flatnonzero(scores.matrix.sum(axis=1)), classes, "the validation")
+    warn_of_lacking_classes(np.flatnonzero(scores.matrix.sum(axis=1)).tolist(), classes, "the validation")
     if folder and dist.is_main():
         report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})
