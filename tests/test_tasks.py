@@ -381,6 +381,14 @@ def test_a_metric_that_is_undefined_is_null_with_a_warning(main, tune, folder, t
     assert main is main_knn or not (out / "checkpoint-best.pth").exists()
 
 
+def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
+    """scikit-learn returns an r2 of 0, whatever the predictions are."""
+    write(tmp_path / "equal.csv", [["path", "weight"], ["val00.png", 1100], ["val01.png", 1100]])
+    tune(main_knn, task="regression", val_list=tmp_path / "equal.csv", label_columns="weight", metric="r2", k=10)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line for line in warnings if "r2" in line and "weight" in line]
+
+
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 def test_class_folders_are_for_classification(task, main, classify):

@@ -237,6 +237,12 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     if task == REGRESSION:
         if weight:
             raise ValueError("--class_weight balanced: --task regression has no classes; omit --class_weight")
+        constant = [name for name, column in zip(val.classes, val.labels.T, strict=True) if np.ptp(column) == 0]
+        if constant and {"r2", "spearman"} & {*names}:
+            logger.warning(
+                f"--metric {' '.join(names)}: {first_few(constant)} is the same for all {len(val):,} validation images; "
+                f"r2 (0 or undefined) and spearman (undefined) can't score it"
+            )
         return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
     one_hot = val.labels if task == MULTILABEL else np.eye(len(val.classes), dtype=bool)[val.labels]
     _require_defined(names, one_hot, val.classes)
