@@ -16,7 +16,7 @@ from util.data import extras, labels
 from util.data.batches import Batch, to_device
 from util.data.run_data import RunData
 from util.data.sources import Source
-from util.evaluation import report
+from util.evaluation import report, tasks
 from util.evaluation.robustness import synsets
 from util.evaluation.tasks import Classification, TargetEvaluation
 from util.training import feature_files, loop
@@ -216,6 +216,7 @@ def load_frozen(
 def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> None:
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
+    tasks.warn_of_undefined(scores.scores())
     if folder and dist.is_main():
         write = report.write_targets if isinstance(scores, TargetEvaluation) else report.write
         write(Path(folder), classes, scores.labels, scores.predictions)

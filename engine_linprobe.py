@@ -66,8 +66,8 @@ class HeadLosses:
     """The criterion: the loss of outputs (B, C), or of several heads (heads, B, C).
 
     The gradient of several heads is the gradient of the sum of their losses, so each head trains independently. The
-    value is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses
-    of each head over the updates of an epoch; checkpoints contain the sums.
+    value is the smallest loss, because heads with too large a rate have any loss; it is infinite if no loss is finite.
+    As a `Callback`, it sums the losses of each head over the updates of an epoch; checkpoints contain the sums.
     """
 
     is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them
@@ -87,7 +87,7 @@ class HeadLosses:
         batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])
         # Not after the update: if another process has ended, this raises an error before the weights change.
         self.of_update.append(dist.mean_over_processes(batch))
-        return total - total.detach() + total.detach() / finite.sum()
+        return total - total.detach() + losses.detach().where(finite, torch.inf).min()
 
     def after_update(self, model: nn.Module, epoch: float) -> None:
         """Adds the mean over the batches of an update: the sums do not depend on the number of batches."""

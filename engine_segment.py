@@ -69,14 +69,25 @@ def evaluate(
     return Scores(sum(dist.gather(matrix.cpu().numpy())))
 
 
+def warn_of_lacking_classes(found: Sequence[int], classes: Sequence[str], which: str) -> None:
+    """Logs a warning if the pixels of masks have one of several classes, or none.
+
+    Args:
+        found: the classes in the masks.
+        which: the masks, such as "the validation".
+    """
+    if len(found) >= min(2, len(classes)):
+        return
+    only = f"{class_title(classes[found[0]])}, or " if len(found) else ""
+    logger.warning(
+        f"all pixels of {which} masks are {only}{IGNORED}, which is ignored; in masks of two classes with the "
+        f"values 0 and {IGNORED}, write 1 in place of {IGNORED}"
+    )
+
+
 def report_scores(scores: Scores, classes: list[str], folder: str | None) -> None:
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
-    labelled = np.flatnonzero(scores.matrix.sum(axis=1))
-    if len(labelled) == 1 and len(classes) > 1:
-        logger.warning(
-            f"all pixels of the masks are {class_title(classes[labelled[0]])}, or {IGNORED}, which is ignored; in "
-            f"masks of two classes with the values 0 and {IGNORED}, write 1 in place of {IGNORED}"
-        )
+    warn_of_lacking_classes(np.flatnonzero(scores.matrix.sum(axis=1)).tolist(), classes, "the validation")
     if folder and dist.is_main():
         report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})

@@ -16,7 +16,6 @@ Each cell of the table is a run of main_knn.py, main_linprobe.py or main_finetun
 interrupted comparison and skips the runs that are complete.
 """
 
-import json
 import logging
 import re
 import shlex
@@ -51,6 +50,7 @@ from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import ACCURACY, PIXELS, Result
 from util.evaluation.metrics import LOWER_IS_BETTER
 from util.evaluation.tasks import best_of
+from util.files.results import from_line
 from util.jobs.commands import Commands
 from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
@@ -453,7 +453,7 @@ class Runs:
 
     def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
         if task.protocol == KNN:
-            return self._start(name, task, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
+            return self._start(name, task, flags, lambda _, output: from_line(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
         scores = self._start(name, task, {**flags, "output_dir": out, "resume": "auto"}, last_line)
         if not self.args.keep_checkpoints:

@@ -12,7 +12,6 @@ On ImageNet, 8 GPUs of one machine:
         --finetune mae_pretrain_vit_base
 """
 
-import json
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.evaluation.knn import predict
 from util.evaluation.tables import markdown
+from util.files import results
 from util.settings import DataSpec, ImageSpec, names_where, specs
 from util.training import feature_files, trainer
 from util.weights import loading
@@ -113,9 +113,10 @@ def report(scores: Mapping[tuple[int, float], Mapping[str, float]], best: tuple[
             f"* {best[0]}-NN {first} {texts[best]} with temperature {best[1]:g}, the best of {len(scores)}; it "
             f"is optimistic, because the validation set selected it"
         )
+    tasks.warn_of_undefined(scores[best])
     logged = list(dict.fromkeys(name for own in scores.values() for name in own))
     logger.info(
-        json.dumps(
+        results.to_line(
             {f"knn_{name}_{names[pair]}": own[name] for name in logged for pair, own in scores.items() if name in own}
         )
     )

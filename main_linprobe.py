@@ -160,6 +160,9 @@ def train_probe(
         settings["train_images"] = labels.identity(train, len(train) + len(held_out))
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
+        logger.info(
+            f"a head for each of {len(heads)} rates: lines have the smallest loss, and the learning rate of the largest"
+        )
     labelled = tasks.task_of(settings, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     features = Features(args, data, model, precision, {**sets, "train": train})
@@ -202,7 +205,7 @@ def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, A
     """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
 
     Raises:
-        ValueError: there are several rates, and a flag that is not about a single head.
+        ValueError: there are several rates, and a flag that is not about a single head; or a batch is one image.
     """
     several = len(args.blr) > 1
     for flag in ("lr", "clip_grad", "min_lr"):  # --clip_grad: the norm of all heads; --min_lr: of the largest rate
@@ -211,6 +214,8 @@ def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, A
                 f"--{flag} {getattr(args, flag):g} is for a single rate, and --blr has {len(args.blr)} values; omit "
                 f"--{flag}"
             )
+    if args.batch_size == 1:
+        raise ValueError("--batch_size 1: the batch norm of a probe needs several images; give --batch_size 2 or more")
     settings = {**vars(args), "blr": args.blr if several else args.blr[0]}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first

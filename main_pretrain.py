@@ -107,6 +107,7 @@ def main(
     data = RunData(ImageSpec.of(settings), DataSpec.of(settings), precision.device, source)
     samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
     extras.require_fitting(model, samples.source)
+    check_targets(model, full_images, data)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
@@ -225,6 +226,25 @@ def open_samples(
     augmented = data.samples(source, transforms.keeps_label(augment), args.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)
+
+
+def check_targets(model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData) -> None:
+    """Logs a warning if --norm_pix_loss does not bring the targets to a variance near 1.
+
+    The published formula adds TARGET_EPS to the variance of a patch. It is small for normalized images. The mean over
+    the patches of EXAMPLES samples decides, so that images with many flat patches are no reason for a warning.
+    """
+    if not (model.norm_pix_loss and model.predicts_pixels and dist.is_main()):
+        return
+    images = transforms.to_unit_range(loader.examples(samples, EXAMPLES).images)
+    normalized = (images - images.nanmean(dim=(2, 3), keepdim=True)) / data.normalize.std.cpu()  # no channel offsets
+    std = math.sqrt(model.patchify(normalized).var(dim=-1).nanmean())
+    if std**2 < models_mae.TARGET_EPS:
+        logger.warning(
+            f"--norm_pix_loss hardly scores these images: the normalized pixels of a patch have a standard deviation "
+            f"of {std:.1g}, and the loss adds {models_mae.TARGET_EPS:g} to its square; give --value_range MIN MAX, or "
+            f"--mean and --std of these images, which util.datasets prints"
+        )
 
 
 def draw_examples(

@@ -25,14 +25,23 @@ import torch
 import models_build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch
-from engine_segment import evaluate, pixel_loss, report_scores
+from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
 from models_segment import Segmenter
+from util import dist
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data import extras
 from util.data.joint_transforms import scale_image, train_transform
 from util.data.run_data import RunData
-from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, open_pairs, read_palette
+from util.data.segmentation_masks import (
+    MASKS_READ,
+    MOST_CLASSES,
+    VOC,
+    MaskFormat,
+    first_classes,
+    open_pairs,
+    read_palette,
+)
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation.segmentation import Scores
@@ -100,6 +109,8 @@ def main(
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
+    if dist.is_main():
+        warn_of_lacking_classes(first_classes(train), classes, f"{min(len(train), MASKS_READ)} training")
     model = models_build.segmenter(*specs(settings), encoder)
     if file or not (args.finetune or args.unfreeze_blocks == "all"):
         load_frozen(model, file, args.adapt_input, classes)

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import main_compare
 import main_finetune
+import main_knn
 import main_linprobe
 import main_pretrain
+import main_segment
 from inference import features, predict
 from util import datasets
 from util.cli import entry_point, flags
@@ -112,6 +115,14 @@ def test_published_spellings():
     classifier = main_finetune.get_args_parser()
     assert classifier.parse_args(["--cls_token"]).global_pool is False
     assert classifier.parse_args(["--cls_token", "--global_pool"]).global_pool is True
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_linprobe, main_segment, main_knn, main_compare])
+def test_help_has_each_default_once(script, capsys):
+    with pytest.raises(SystemExit):
+        entry_point.parse(script.get_args_parser(), ["--help"])
+    texts = re.split(r"\n  (?=--)", capsys.readouterr().out)  # of one flag each
+    assert [text for text in texts if text.count("(default") > 1] == []
 
 
 def test_help_explains_every_flag(capsys):

@@ -500,7 +500,7 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
 @pytest.mark.parametrize("sizes", [(100,), (100, 1000)])
 def test_plots_have_names_that_are_no_formulas_and_the_scale(tmp_path, sizes):
     """Bars with their values for one number of labels, on an axis that names its start; else lines."""
-    found = [*results(r"$\frac{1$", [70.0, 72.0]), *results("b", [80.0])]
+    found = [*results("c", [float("nan")]), *results(r"$\frac{1$", [70.0, 72.0]), *results("b", [80.0])]
     comparison.draw(comparison.cells_of([r._replace(labels=n) for r in found for n in sizes]), tmp_path / "plot.svg")
     texts = re.findall(r"<!-- (.*) -->", (tmp_path / "plot.svg").read_text())
     if len(sizes) > 1:

@@ -157,13 +157,19 @@ def test_a_single_rate_and_several_exclude_each_other(probe):
             probe(blr="0.2 0.1", **{flag: 1})
 
 
-def test_the_loss_is_the_mean_and_each_head_records_its_own():
+def test_batches_of_one_image_are_refused_by_the_name_of_the_flag(probe):
+    """Batch norm needs two values."""
+    with pytest.raises(ValueError, match="--batch_size 1: "):
+        probe(batch_size=1)
+
+
+def test_the_loss_is_that_of_the_best_head_and_each_head_records_its_own():
     """Of the last epoch. A head whose loss is not finite does not count."""
     criterion, logits, targets = main_linprobe.HeadLosses(), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))
     own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
     logits[2, 1] *= float("nan")
     for batch, losses, epoch in zip(logits, [*own[:2], own[2][:1]], (1, 1.5, 2), strict=True):
-        assert float(criterion(batch, targets)) == pytest.approx(sum(losses) / len(losses))
+        assert float(criterion(batch, targets)) == pytest.approx(min(losses))
         criterion.after_update(None, epoch)
     means, shares = criterion.means()
     assert means == pytest.approx([(own[1][0] + own[2][0]) / 2, own[1][1]])
@@ -173,7 +179,7 @@ def test_the_loss_is_the_mean_and_each_head_records_its_own():
             criterion(batch[:, part::parts], targets[part::parts])
         criterion.after_update(None, 3)
     assert criterion.means()[0] == pytest.approx([(own[0][head] + own[1][head]) / 2 for head in (0, 1)])
-    assert math.isnan(float(criterion(logits[2, 1:].repeat(2, 1, 1), targets)))
+    assert not math.isfinite(criterion(logits[2, 1:].repeat(2, 1, 1), targets))
     assert main_linprobe.HeadLosses().means() == ([], [])
 
 
@@ -187,6 +193,14 @@ def test_heads_train_independently(probe, tuned, capsys):
         assert math.isfinite(lines(out)[-1]["train_loss"])
     assert lines(out.parent / "diverges")[-1]["chosen_blr"] == 1
     torch.testing.assert_close(heads["diverges"], heads["finite"])
+
+
+def test_the_logged_loss_is_that_of_a_head_that_learns(probe, tuned):
+    """A second rate that is too large has a loss above 10. The second epoch is not evaluated."""
+    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 3, "cache_features": True}
+    alone = lines(probe("alone", blr=1, **flags))
+    both = lines(probe("both", blr="1 1e4", eval_every=3, held_out=0.1, **flags))
+    assert [line["train_loss"] for line in both] == [pytest.approx(line["train_loss"], rel=0.3) for line in alone]
 
 
 @CACHED

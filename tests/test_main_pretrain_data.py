@@ -137,3 +137,24 @@ def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):
     output = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
     assert "streamed: resuming is approximate" in output
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
+
+
+@pytest.mark.parametrize(("flags", "is_weak"), [
+    ({"mean": 0, "std": 1}, True), ({"mean": 0, "std": 1e-4}, False), ({"value_range": "-0.0003 0.0003"}, False),
+    ({"mean": 0, "std": 1, "no_norm_pix_loss": True}, False),
+])  # fmt: skip
+def test_targets_of_weak_signals_are_named(pretrain, capsys, flags, is_weak):
+    """The published constant 1e-6 in the variance of a patch hides images with a standard deviation of 1e-4."""
+    images = 1e-4 * np.random.default_rng(0).standard_normal((8, 16, 16)).astype(np.float32)
+    flags = {"norm_pix_loss": True, "in_chans": 1, "crop": "none", "epochs": 1, "blr": 0, "warmup_epochs": 0} | flags
+    pretrain(**flags, of_main={"source": lambda split, path: [(image, 0) for image in images]})
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: --norm_pix_loss")]
+    assert len(warnings) == is_weak
+    assert all("--value_range" in line and "--std" in line for line in warnings)
+
+
+def test_images_of_which_most_patches_are_flat_are_no_weak_signals(pretrain, smooth, tmp_path, capsys):
+    flat = np.full((8, 16, 16, 3), 255, np.uint8)
+    flat[:, :4, :4] = smooth[:8, :4, :4, :3]  # one of 16 patches
+    pretrain(data_path=write_pngs(tmp_path / "flat", flat), norm_pix_loss=True, crop="none", epochs=1)
+    assert "--norm_pix_loss" not in capsys.readouterr().out

@@ -111,15 +111,22 @@ def test_a_resumed_run_with_other_masks_or_sizes_is_an_error(segment, changed, r
     assert len(lines(segment(short_side=16, resume="auto"))) == 2
 
 
-def test_masks_of_one_class_are_noticed(segment, tmp_path, capsys):
+@pytest.mark.parametrize(("training", "validation", "noticed"), [
+    ((0, 255), (0, 255), ["training", "validation"]), ((0, 255), (0, 1), ["training"]), ((0, 1), (0, 1), []),
+    ((0, 1), (255, 255), ["validation"]), ((255, 255), (0, 1), ["training"]),
+])  # fmt: skip
+def test_masks_of_one_class_or_none_are_noticed(segment, tmp_path, capsys, training, validation, noticed):
     """The usual values of two classes are 0 and 255, and 255 is ignored: the score would be 100 %."""
-    scenes = make_scenes(tmp_path / "binary")
-    for path in scenes.rglob("*.png"):
-        mask = np.asarray(Image.open(path))
-        if mask.ndim == 2:
-            Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(path)
-    segment(data_path=scenes, nb_classes=2, epochs=1)
-    assert "warning: all pixels of the masks are class 0, or 255" in capsys.readouterr().out
+    scenes = make_scenes(tmp_path / "binary", train=4, val=2)
+    for folder, values in (("training", training), ("validation", validation)):
+        for path in (scenes / "annotations" / folder).iterdir():
+            mask = np.asarray(Image.open(path))
+            Image.fromarray(np.array(values, np.uint8)[(mask > 0).astype(int)]).save(path)
+    out = segment(data_path=scenes, nb_classes=2, epochs=1, report=tmp_path / "report")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ") and "255" in line]
+    assert [next(name for name in ("training", "validation") if name in line) for line in warnings] == noticed
+    score = lines(out)[0]["test_miou"]
+    assert score is None if validation == (255, 255) else 0 <= score <= 100
 
 
 @pytest.mark.parametrize("unfreeze", ["0", "2", "all"])

@@ -86,10 +86,17 @@ def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled
     assert not list(tmp_path.rglob("log.txt"))
 
 
-def test_each_start_records_its_environment(pretrain):
+def test_each_start_records_its_environment_and_its_settings(pretrain, capsys):
+    """Their names and values are in the file, and no line of the output is longer than 300 characters."""
     run = pretrain(epochs=1)
     pretrain(epochs=2, resume="auto")
     first, second = (json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines())
     assert first.keys() == second.keys() and first["command"]
     assert first["torch"] == torch.__version__.split("+")[0]
     assert (first["processes"], first["device"].split()[0]) == (1, "cpu")
+    assert [(line["settings"]["epochs"], line["settings"]["mask_ratio"]) for line in (first, second)] == [
+        (1, 0.75), (2, 0.75),
+    ]  # fmt: skip
+    output = capsys.readouterr().out
+    assert str(run / "environment.jsonl") in output
+    assert max(map(len, output.replace(str(run), "").splitlines())) < 300

@@ -175,6 +175,20 @@ def assert_stopped(process: subprocess.Popen, clone: Path, task: str, code: int 
             raise AssertionError(f"process {pid} continues")
 
 
+def test_the_demo_keeps_earlier_results(clone, tools):
+    """Of two earlier demos. The commands of this one fail."""
+    install(clone)
+    (clone / ".venv/bin/python").unlink()
+    write_tool(clone / ".venv/bin", "python", "[ $1 = -c ]")
+    for name in ("first", "second"):
+        (clone / "demo/output").mkdir(parents=True)
+        (clone / "demo/output/results.json").write_text(name)
+        assert run(clone, tools, "demo").returncode == 1
+    assert {path.name: (path / "results.json").read_text() for path in (clone / "demo").iterdir()} == {
+        "output.1": "first", "output.2": "second",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"help"}))
 def test_a_signal_ends_all_processes_of_a_task(started, clone, task):
     process = started(task)

@@ -202,6 +202,15 @@ def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
     assert capsys.readouterr().out == "warning: [rank 3] an image of mine\nwarning: all alike, too\n"
 
 
+def test_a_log_that_is_no_text_is_named(pretrain):
+    """It may be another file, so it stays."""
+    out = pretrain(epochs=1)
+    (out / "log.txt").write_bytes(b"\x80\x81\n")
+    with pytest.raises(ValueError, match=re.escape(str(out / "log.txt"))):
+        pretrain(epochs=2, resume="auto")
+    assert (out / "log.txt").read_bytes() == b"\x80\x81\n"
+
+
 def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):
     class Full(run_log.NullLog):
         def close(self):

@@ -114,4 +114,4 @@ def test_scores_by_hand():
     assert np.isnan(scores.iou[3])
     assert scores.stats() == {"test_miou": pytest.approx(100 / 3), "test_pixel_acc": 60.0}
     assert str(scores) == "* mIoU 33.333 (3 of 4 classes) pixel accuracy 60.000"
-    assert Scores(np.zeros((2, 2), dtype=int)).stats() == {"test_miou": 0.0, "test_pixel_acc": 0.0}
+    assert all(np.isnan(score) for score in Scores(np.zeros((2, 2), dtype=int)).stats().values())

@@ -366,6 +366,29 @@ def test_scores_that_are_undefined_choose_nothing(tune):
         tune(main_linprobe, task="regression", label_columns="weight", metric="r2", blr="0.01 0.1", held_out=0.01)
 
 
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+def test_a_metric_that_is_undefined_is_null_with_a_warning(main, tune, folder, tmp_path, capsys):
+    """A single validation image has no r2, and has an error. The scores are JSON, which has no NaN."""
+    write(tmp_path / "one.csv", [["path", "weight"], ["val00.png", 1100]])
+    own = {"k": 10} if main is main_knn else {"epochs": 1}
+    out = tune(main, task="regression", val_list=tmp_path / "one.csv", label_columns="weight", **own)
+    output = capsys.readouterr().out
+    text = output.splitlines()[-1] if main is main_knn else (out / "log.txt").read_text()
+    scores = json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    (r2, *_), (mae, *_) = ([value for name, value in scores.items() if metric in name] for metric in ("r2", "mae"))
+    assert r2 is None and mae > 0
+    assert [warning for warning in output.splitlines() if warning.startswith("warning: ") and "r2" in warning]
+    assert main is main_knn or not (out / "checkpoint-best.pth").exists()
+
+
+def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
+    """scikit-learn returns an r2 of 0, whatever the predictions are."""
+    write(tmp_path / "equal.csv", [["path", "weight"], ["val00.png", 1100], ["val01.png", 1100]])
+    tune(main_knn, task="regression", val_list=tmp_path / "equal.csv", label_columns="weight", metric="r2", k=10)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line for line in warnings if "r2" in line and "weight" in line]
+
+
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 def test_class_folders_are_for_classification(task, main, classify):

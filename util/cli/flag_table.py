@@ -108,8 +108,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "crop_scale": flag(AUGMENTATION, default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
         help="range of the area of a random crop, as a fraction of the image"),
     "crop_ratio": flag(AUGMENTATION, default=[3 / 4, 4 / 3], type=positive, nargs=2, metavar=("MIN", "MAX"),
-        help="range of the aspect ratio (width / height) of a random crop, relative to that of --input_size (default: "
-        "3/4 to 4/3)"),
+        help="range of the aspect ratio (width / height) of a random crop, relative to that of --input_size"),
     "hflip": flag(AUGMENTATION, default=0.5, type=share, metavar="P", help="probability of a horizontal flip"),
     "vflip": flag(AUGMENTATION, default=0.0, type=share, metavar="P",
         help="probability of a vertical flip, for images without an upper side, such as microscope images"),
@@ -240,7 +239,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="log reconstructions to TensorBoard every N epochs; 0: never"),
     "probe_every": flag(EVALUATION, default=0, type=count, metavar="N",
         help="every N epochs, log the k-NN accuracy and the effective rank (RankMe) of the class token of unmasked "
-        "images; the training stays the same (default: 0, never)"),
+        "images; the training stays the same; 0: never"),
     "probe_path": flag(EVALUATION, metavar="PATH",
         help="labelled dataset of --probe_every, with class folders in train/ and val/ (default: the training images, "
         "of which a tenth is classified by the others)"),

@@ -5,6 +5,7 @@ A mask is an image with one value per pixel: the index of a class, or IGNORED.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +21,17 @@ from util.cli.user_code import DATASET
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage
+from util.data.generators import preserve_generators
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files, StoredImage, find_files, image_files
+from util.data.sources import Files, Source, StoredImage, find_files, image_files
 from util.data.user_sets import OpenDataset, UserSet, read_named
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
 MOST_CLASSES = 255
+MASKS_READ = 200  # in search of a second class
 RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
 # Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
@@ -280,6 +283,18 @@ class Pairs:
     def version(self, index: int) -> str:
         """Returns the versions of image and mask."""
         return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+
+
+def first_classes(pairs: Source) -> list[int]:
+    """Returns the classes in evenly spaced masks, until there are two or more, or MASKS_READ masks have been read."""
+    found: set[int] = set()
+    with preserve_generators():  # a dataset of the user's code may use them
+        for index in np.unique(np.linspace(0, len(pairs) - 1, MASKS_READ, dtype=int)).tolist():
+            with suppress(BadImage, OSError):  # training reports or skips it
+                found.update(pairs[index][1].unique().tolist())
+            if len(found - {IGNORED}) > 1:
+                break
+    return sorted(found - {IGNORED})
 
 
 def open_pairs(

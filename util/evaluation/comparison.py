@@ -178,8 +178,8 @@ def _draw_bars(cells: Cells) -> Any:
     column = {escape_dollars(name): row[labels] for name, row in cells.items()}
     encoders = list(dict.fromkeys(cell.encoder for cell in column.values()))
     means, spreads = zip(*((cell.mean, cell.spread or 0.0) for cell in column.values()), strict=True)
-    least = min(mean - spread for mean, spread in zip(means, spreads, strict=True))
-    most = max(mean + spread for mean, spread in zip(means, spreads, strict=True))
+    drawn = [pair for pair in zip(means, spreads, strict=True) if math.isfinite(pair[0])] or [(0.0, 1.0)]
+    least, most = min(mean - spread for mean, spread in drawn), max(mean + spread for mean, spread in drawn)
     start, xlabel = max(0, 5 * math.floor((least - max(1.0, most - least) / 2) / 5)), "top-1 accuracy (%)"
     if title(cells) != "accuracy, %":
         start, xlabel = min(0, least), title(cells)

@@ -131,13 +131,16 @@ class Scores(NamedTuple):
 
     @property
     def miou(self) -> float:
-        """Mean intersection over union of the classes in percent; classes without a pixel are left out."""
-        return float(np.nanmean(self.iou)) if self.matrix.any() else 0.0
+        """Mean intersection over union of the classes in percent; classes without a pixel are left out.
+
+        Without any pixel, it is NaN, and the accuracy too.
+        """
+        return float(np.nanmean(self.iou)) if self.matrix.any() else np.nan
 
     @property
     def accuracy(self) -> float:
         """Correct pixels in percent."""
-        return 100 * float(self.matrix.trace() / max(1, self.matrix.sum()))
+        return 100 * float(self.matrix.trace() / self.matrix.sum()) if self.matrix.any() else np.nan
 
     def stats(self) -> dict[str, float]:
         """Returns the entries of log.txt."""

@@ -1,6 +1,7 @@
 """What the labels of images mean (--task): the loss, the predictions, and their evaluation."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +30,15 @@ TITLES = {"acc1": "Acc@1", f"acc{TOP}": f"Acc@{TOP}", "balanced_acc": "balanced 
 def text(scores: Mapping[str, float]) -> str:
     """Formats scores like the published code."""
     return " ".join(f"{TITLES.get(name, name)} {score:.3f}" for name, score in scores.items())
+
+
+def warn_of_undefined(scores: Mapping[str, float]) -> None:
+    """Logs a warning that names the scores that are not finite."""
+    if undefined := [name for name, score in scores.items() if not math.isfinite(score)]:
+        logger.warning(
+            f"undefined (nan): {', '.join(undefined)}. The validation images are too few or have equal labels, or the "
+            f"outputs of the model are equal or not finite. Undefined scores select no checkpoint-best.pth"
+        )
 
 
 class Evaluation(NamedTuple):
@@ -227,6 +237,12 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     if task == REGRESSION:
         if weight:
             raise ValueError("--class_weight balanced: --task regression has no classes; omit --class_weight")
+        constant = [name for name, column in zip(val.classes, val.labels.T, strict=True) if np.ptp(column) == 0]
+        if constant and {"r2", "spearman"} & {*names}:
+            logger.warning(
+                f"--metric {' '.join(names)}: {first_few(constant)} is the same for all validation images; "
+                f"r2 (0 or undefined) and spearman (undefined) can't score it"
+            )
         return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
     one_hot = val.labels if task == MULTILABEL else np.eye(len(val.classes), dtype=bool)[val.labels]
     _require_defined(names, one_hot, val.classes)

@@ -1,12 +1,26 @@
 """Results by name, in a JSON file that is complete after each of them."""
 
 import json
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from util.files import atomic
+
+
+def to_line(scores: Mapping[str, Any]) -> str:
+    """Returns a JSON object in one line. Numbers that are not finite, which JSON does not have, become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()
+    }
+    return json.dumps(finite)
+
+
+def from_line(line: str) -> dict[str, Any]:
+    """Returns the scores of a line of `to_line`; null becomes NaN."""
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 class Results:

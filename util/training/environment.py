@@ -1,11 +1,13 @@
 """What a run was started with: a line of environment.jsonl in its directory for each start."""
 
 import json
+import logging
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 
 from util import dist
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -48,7 +52,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def record(output_dir: Path, device: torch.device) -> None:
-    """Appends a line about this start to environment.jsonl in a run directory."""
-    with (output_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(describe(device)) + "\n")
+def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) -> None:
+    """Appends a line about this start to environment.jsonl in a run directory, and logs where it is.
+
+    Args:
+        settings: the settings of the run, plain values. Checkpoints have the names of the classes, too.
+    """
+    path = output_dir / "environment.jsonl"
+    own = {name: settings[name] for name in sorted(settings) if name != "classes"}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**describe(device), "settings": own}) + "\n")
+    logger.info(f"settings and versions: {path}")

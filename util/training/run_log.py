@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util import dist
-from util.files import atomic
+from util.files import atomic, results
 from util.files.untrusted import printable
 from util.training.meters import Stopwatch
 
@@ -97,7 +97,7 @@ class RunLog(NullLog):
     """The log of rank 0.
 
     Args:
-        output_dir: folder of log.txt, which has one JSON object per epoch.
+        output_dir: folder of log.txt, which has one JSON object per epoch. Undefined values are null.
         log_dir: folder of the files of TensorBoard.
         epochs: number of epochs of the run, for the remaining time.
         first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
@@ -183,7 +183,7 @@ class RunLog(NullLog):
         self.events.scalars(scores | speed, x_of_epoch(self.epoch))
         values = (self.epoch, round(watch.seconds, 3), round(rate, 1), round(watch.loading_share, 4))
         line = stats | dict(zip(OF_EPOCH, values, strict=True))
-        self.lines.pending += (json.dumps(line) + "\n").encode()
+        self.lines.pending += (results.to_line(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
@@ -235,20 +235,28 @@ def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:
-    """Returns the entries of log.txt, one per completed epoch."""
-    return [json.loads(line) for line in (output_dir / "log.txt").read_text(encoding="utf-8").splitlines()]
+    """Returns the entries of log.txt, one per completed epoch. Undefined values, which are null, become NaN."""
+    return [results.from_line(line) for line in (output_dir / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
-    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again."""
+    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again.
+
+    Raises:
+        ValueError: the file is not text. It may be another one, so it is not replaced.
+    """
     if not path.exists():
         return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text, so the run can't add to it: rename it") from error
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
                 lines.append(line)
-        except (ValueError, KeyError):  # a crash truncated the line
+        except (ValueError, KeyError, TypeError):  # a crash truncated the line
             continue
     atomic.write_text(path, "".join(lines))
 

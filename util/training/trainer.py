@@ -107,7 +107,6 @@ def run(
     _require_usable(model, record, task)
     run_state.require_same_settings(dict(record), batches.num_images)
     output_dir = Path(spec.output_dir)
-    logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
     global_batch_size = spec.batch_size * dist.world_size()
     progress = run_state.Progress(
         global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, batches.num_images
@@ -118,7 +117,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, spec.resume))
         if dist.is_main():
-            environment.record(output_dir, precision.device)
+            environment.record(output_dir, precision.device, record)
         run_state.resume(
             spec.resume, output_dir, model, optimizer, precision.scaler, dict(record), progress, task.callbacks
         )
