@@ -22,7 +22,7 @@ from util.data.archives import Archive
 from util.data.decode import BadImage
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files, StoredImage, find_files, image_files
+from util.data.sources import Files, StoredImage, files_below, find_files
 from util.data.user_sets import OpenDataset, UserSet, read_named
 from util.files.untrusted import printable, read_file
 
@@ -369,7 +369,7 @@ def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Fi
     for folder in (images_folder, masks_folder):
         if not folder.is_dir():
             raise ValueError(f"--{split}_folders: there is no folder {folder}")
-        if not any(image_files(str(folder))):
+        if not files_below(str(folder))[0]:
             raise ValueError(f"--{split}_folders: there are no images in {folder}")
     images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
     of_images, of_masks = (
