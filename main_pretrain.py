@@ -104,7 +104,8 @@ def main(
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(precision.device)
 
-    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), precision.device, source)
+    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
+    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), precision.device, source, images)
     samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
     extras.require_fitting(model, samples.source)
     batches = loader.TrainLoader(

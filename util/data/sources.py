@@ -90,6 +90,10 @@ class Strings:
         start = self.ends[index - 1] if index else 0
         return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
+    def joined(self) -> bytes:
+        """Returns all strings, each followed by a zero byte."""
+        return np.insert(self.bytes, self.ends, 0).tobytes()
+
 
 def version_of(path: str | Path) -> str:
     """Returns size and modification time of a file, or a digest of the sizes and times in a folder, as a text."""
@@ -275,6 +279,22 @@ def find_files(root: Path, kind: str = "images") -> Files:
     text = f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s"
     log_listing(text, len(names), others)
     return Files(root, names, *classes_of(names, folders))
+
+
+def with_missing(files: Files, names: Sequence[str]) -> Files:
+    """Returns the files of a folder and those that have disappeared from it, which can't be read.
+
+    Args:
+        names: the sorted names of the files that the folder had. If it has others now, `files` are returned.
+    """
+    missing = set(names).difference(files.names)
+    if not missing or len(names) != len(files) + len(missing):
+        return files
+    logger.warning(
+        f"{len(missing):,} of {len(names):,} images have disappeared from {files.root} within an epoch, and are images "
+        f"that can't be read: {first_few([printable(name) for name in sorted(missing)])}"
+    )
+    return Files(Path(files.root), names, *classes_of(names, files.classes))
 
 
 def files_below(root: str) -> tuple[list[str], list[str]]:
