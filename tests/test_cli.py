@@ -11,11 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from mains import fails
 
 import main_finetune
+import main_knn
 import main_linprobe
 import main_pretrain
-from inference import features, predict
+import main_segment
+from inference import features, predict, reconstruct, segment
+from models_mae import mae_vit_mini_patch4
 from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import AdvisedError, Remedy
@@ -350,6 +354,33 @@ def test_an_interrupted_command_names_the_one_that_resumes(flags, remedy, ended)
                                 (KILLED, "the run", "; try again")):  # fmt: skip
         output = ended(error, *flags, parser=main_finetune.get_args_parser())[1]
         assert output.endswith(f"{remedy}{end}\n" if remedy else f"{instead}\n")
+
+
+MISSING = [
+    (main_pretrain, "--data_path", []), (main_pretrain, "--train_list", []), (main_pretrain, "--init_from", []),
+    (main_pretrain, "--resume", []), (main_pretrain, "--probe_path", ["--probe_every", 1, "--data_path", "IMAGES"]),
+    (main_pretrain, "--dataset", []), (main_finetune, "--data_path", []), (main_finetune, "--finetune", []),
+    (main_linprobe, "--val_list", ["--data_path", "IMAGES"]), (main_knn, "--data_path", []),
+    (main_segment, "--data_path", ["--nb_classes", 2]), (features, None, ["--model", "mae.pth", "--out", "out.npz"]),
+    (features, "--dataset", ["--model", "mae.pth", "--out", "out.npz"]), (predict, None, ["--model", "mae.pth"]),
+    (reconstruct, None, ["--model", "mae.pth", "--out", "out.png"]), (segment, None, ["--model", "mae.pth"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flag", "others"), MISSING)
+def test_what_is_missing_is_named_before_a_model_is_built(
+    script, flag, others, pictures, tmp_path, capsys, monkeypatch
+):
+    """A large model takes several seconds."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, "mae.pth")
+
+    def build(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", build)
+    argv = [pictures if value == "IMAGES" else value for value in others] + [flag] * bool(flag) + ["not_there"]
+    assert "not_there" in fails(capsys, monkeypatch, script, *argv, "--device", "cpu")
 
 
 def test_a_job_refuses_recipes_with_commands_or_with_folders_of_code(tmp_path, refused):
