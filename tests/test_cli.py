@@ -1,6 +1,7 @@
 """Flags, defaults and recipes."""
 
 import argparse
+import contextlib
 import copy
 import json
 import pickle
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from mains import fails
+from mains import fails, small_run
 
 import main_finetune
 import main_knn
@@ -330,6 +331,19 @@ def test_exit_codes_state_how_a_run_ended(error, code, message, ended):
     found, output = ended(error)
     assert found == code
     assert message in output
+
+
+def test_standard_error_may_be_closed(pictures, tmp_path, capsys, monkeypatch):
+    """As by 2>&-: Python has no stream then. Errors go to standard output."""
+    run = small_run(pictures, tmp_path / "run", "--epochs", 1, "--batch_size", 8)
+    for wrong, code in (["--epoch", "2"], 2), (["--data_path", "not_there"], 1), ([], 0):
+        monkeypatch.setattr("sys.argv", ["main_pretrain.py", *run, *wrong])
+        monkeypatch.setattr("sys.stderr", None)
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext() as stop:
+            entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
+        output = capsys.readouterr().out
+        assert not code or (stop.value.code, [w for w in wrong[:1] if w not in output]) == (code, [])
+    assert (tmp_path / "run/checkpoint-0.pth").exists()
 
 
 def test_remedies_name_only_flags_of_the_script(ended):
