@@ -100,7 +100,8 @@ def main(
     device = precision.device
     file = open_encoder(args)
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
+    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
     build = partial(models_build.probe, encoder=encoder)
     if args.eval and file:
         if args.compile:

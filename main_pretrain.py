@@ -31,6 +31,7 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.user_code import import_object
 from util.data import extras, loader, transforms
+from util.data.generators import preserve_generators
 from util.data.run_data import RunData
 from util.data.samples import Samples
 from util.data.sources import Source
@@ -97,15 +98,17 @@ def main(
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    args, model, settings = build_model(args, model_class, encoder, precision)
+    args, file = with_initial_weights(args)
+    data, train = open_images(args, precision.device, source)  # first, because a large model takes long
+    model, settings = build_model(args, file, model_class, encoder, precision)
+    del file  # its memory
     draw_noise, mask_ratio = masking.sampler(
         args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
     )
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(precision.device)
 
-    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), precision.device, source)
-    samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
+    samples, full_images = open_samples(args, data, train, draw_noise, model, mask_ratio)
     extras.require_fitting(model, samples.source)
     check_targets(model, full_images, data)
     batches = loader.TrainLoader(
@@ -140,16 +143,26 @@ def main(
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 
 
+def with_initial_weights(args: Namespace) -> tuple[Namespace, loading.Weights | None]:
+    """Returns the settings of a run, with those of the file of --init_from, and the file, unless the run resumes."""
+    resumes = dist.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
+    file = loading.read(args.init_from) if args.init_from and not resumes else None
+    if file:
+        args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
+    return args, file
+
+
 def build_model(
     args: Namespace,
+    file: loading.Weights | None,
     model_class: Callable[..., models_mae.MaskedAutoencoderViT],
     encoder: type[Encoder] | None,
     precision: Precision,
-) -> tuple[Namespace, models_mae.MaskedAutoencoderViT, dict[str, Any]]:
-    """Builds the model of a run, sharded with --fsdp, with the weights and settings of --init_from unless it resumes.
+) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
+    """Builds the model of a run, sharded with --fsdp, with the weights of a file.
 
     Returns:
-        The settings of the run, the model, and the settings that checkpoints record.
+        The model, and the settings that checkpoints record.
 
     Raises:
         ValueError: the run that is resumed has another class.
@@ -158,10 +171,6 @@ def build_model(
     if args.model_class and is_base:  # recorded by the run that is resumed
         remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
         raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
-    resumes = dist.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
-    file = loading.read(args.init_from) if args.init_from and not resumes else None
-    if file:
-        args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
     settings = vars(args)
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
@@ -176,7 +185,7 @@ def build_model(
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
     if file:
         loading.init_mae(model, file)
-    return args, model, settings
+    return model, settings
 
 
 def chosen_class(
@@ -200,12 +209,27 @@ def chosen_class(
     return args, found
 
 
+def open_images(
+    args: Namespace, device: torch.device, source: OpenDataset | None
+) -> tuple[RunData, Source | Shards]:  # fmt: skip
+    """Opens the training images. The random numbers, which the initial weights depend on, do not change.
+
+    Raises:
+        ValueError: they can't be opened, or there is no --probe_path.
+    """
+    if args.probe_every and args.probe_path and not Path(args.probe_path).exists():
+        raise ValueError(f"--probe_path {args.probe_path}: there is no such folder or archive")
+    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
+    with preserve_generators():
+        return data, data.open_split("train", args.num_images)
+
+
 def open_samples(
-    args: Namespace, data: RunData, draw_noise: Callable[[], torch.Tensor], model: models_mae.MaskedAutoencoderViT,
-    mask_ratio: float,
+    args: Namespace, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
+    model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
-    """Opens the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
-    source = data.open_split("train", args.num_images)
+    """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     data.check_statistics(source)
     (source,) = data.cached(source)
     augment: transforms.ImageTransform = transforms.pretrain_transform(

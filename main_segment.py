@@ -103,8 +103,9 @@ def main(
     )  # fmt: skip
 
     if args.eval and file:
+        val = open_split(data, "val", classes)  # first, because a large model takes long
         model = models_build.segmenter(*specs(settings), encoder)
-        return evaluate_file(args, data, file, model, device, classes, evaluation)
+        return evaluate_file(args, data, file, model, device, val, evaluation)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
@@ -136,7 +137,7 @@ def main(
 
 
 def evaluate_file(
-    args: Namespace, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, classes: list[str],
+    args: Namespace, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, val: Source,
     evaluation: Callable[..., Scores],
 ) -> Scores:  # fmt: skip
     """Evaluates the segmentation model of a file on the validation set."""
@@ -144,10 +145,9 @@ def evaluate_file(
     model.to(device)
     if args.compile:
         compile_model(model, device, freeze_weights=True)
-    val = open_split(data, "val", classes)
     extras.require_fitting(model, val)
     scores = evaluation(model, eval_batches(data, val))
-    report_scores(scores, classes, args.report)
+    report_scores(scores, val.classes, args.report)
     return scores
 
 

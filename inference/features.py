@@ -81,13 +81,13 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
-    precision = Precision(args.amp, device)
-    source = open_labelled(args)
+    source = open_labelled(args)  # first, because a large model takes long
     if isinstance(source, Shards):
         raise ValueError(
             f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
         )
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
+    precision = Precision(args.amp, device)
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
     extras.require_fitting(model, source, steps=("tokenize",))

@@ -15,7 +15,7 @@ from inference.model import get_model, picture_of
 from util import dist
 from util.cli import entry_point, flags, options
 from util.evaluation import tables
-from util.files.untrusted import escape_dollars, printable
+from util.files.untrusted import escape_dollars, printable, require_files
 
 FORMATS = (
     ".png",
@@ -47,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the predictions for each image."""
+    require_files(args.images)  # before the model is built
     model = get_model(
         args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from util.data.decode import BadImage, Picture, size_of
 from util.data.transforms import NO_CROP, to_tensor
 from util.evaluation import pictures
 from util.files import atomic
+from util.files.untrusted import require_files
 from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
+    require_files(args.images)  # before the model is built
     model = get_model(
         args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from util.cli import entry_point, flags, options
 from util.evaluation import tables
 from util.evaluation.segmentation import class_title
 from util.files import atomic
-from util.files.untrusted import escape_dollars, printable
+from util.files.untrusted import escape_dollars, printable, require_files
 
 MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 
@@ -52,6 +52,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
         ValueError: the model has no segmentation head. With `--masks`: two images have the same name, or a mask would
             replace an image.
     """
+    require_files(args.images)  # before the model is built
     model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
         raise ValueError(

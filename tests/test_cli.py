@@ -1,6 +1,7 @@
 """Flags, defaults and recipes."""
 
 import argparse
+import contextlib
 import copy
 import json
 import pickle
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from mains import fails, small_run
 
 import main_compare
 import main_finetune
@@ -18,7 +20,8 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-from inference import features, predict
+from inference import features, predict, reconstruct, segment
+from models_mae import mae_vit_mini_patch4
 from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import AdvisedError, Remedy
@@ -339,6 +342,19 @@ def test_exit_codes_state_how_a_run_ended(error, code, message, ended):
     assert message in output
 
 
+def test_standard_error_may_be_closed(pictures, tmp_path, capsys, monkeypatch):
+    """As by 2>&-: Python has no stream then. Errors go to standard output."""
+    run = small_run(pictures, tmp_path / "run", "--epochs", 1, "--batch_size", 8)
+    for wrong, code in (["--epoch", "2"], 2), (["--data_path", "not_there"], 1), ([], 0):
+        monkeypatch.setattr("sys.argv", ["main_pretrain.py", *run, *wrong])
+        monkeypatch.setattr("sys.stderr", None)
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext() as stop:
+            entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
+        output = capsys.readouterr().out
+        assert not code or (stop.value.code, [w for w in wrong[:1] if w not in output]) == (code, [])
+    assert (tmp_path / "run/checkpoint-0.pth").exists()
+
+
 def test_remedies_name_only_flags_of_the_script(ended):
     starts = [Remedy({flag: "A"}, "{} starts from it") for flag in ("finetune", "init_from")]
     for script, message in (
@@ -361,6 +377,33 @@ def test_an_interrupted_command_names_the_one_that_resumes(flags, remedy, ended)
                                 (KILLED, "the run", "; try again")):  # fmt: skip
         output = ended(error, *flags, parser=main_finetune.get_args_parser())[1]
         assert output.endswith(f"{remedy}{end}\n" if remedy else f"{instead}\n")
+
+
+MISSING = [
+    (main_pretrain, "--data_path", []), (main_pretrain, "--train_list", []), (main_pretrain, "--init_from", []),
+    (main_pretrain, "--resume", []), (main_pretrain, "--probe_path", ["--probe_every", 1, "--data_path", "IMAGES"]),
+    (main_pretrain, "--dataset", []), (main_finetune, "--data_path", []), (main_finetune, "--finetune", []),
+    (main_linprobe, "--val_list", ["--data_path", "IMAGES"]), (main_knn, "--data_path", []),
+    (main_segment, "--data_path", ["--nb_classes", 2]), (features, None, ["--model", "mae.pth", "--out", "out.npz"]),
+    (features, "--dataset", ["--model", "mae.pth", "--out", "out.npz"]), (predict, None, ["--model", "mae.pth"]),
+    (reconstruct, None, ["--model", "mae.pth", "--out", "out.png"]), (segment, None, ["--model", "mae.pth"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flag", "others"), MISSING)
+def test_what_is_missing_is_named_before_a_model_is_built(
+    script, flag, others, pictures, tmp_path, capsys, monkeypatch
+):
+    """A large model takes several seconds."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, "mae.pth")
+
+    def build(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", build)
+    argv = [pictures if value == "IMAGES" else value for value in others] + [flag] * bool(flag) + ["not_there"]
+    assert "not_there" in fails(capsys, monkeypatch, script, *argv, "--device", "cpu")
 
 
 def test_a_job_refuses_recipes_with_commands_or_with_folders_of_code(tmp_path, refused):

@@ -7,10 +7,13 @@ import forks
 import numpy as np
 import pytest
 import webdataset
-from mains import call
+from mains import call, fails
 from PIL import Image
 from test_decode import saved
 
+import main_finetune
+import main_knn
+import main_linprobe
 from util import datasets, dist, plain_data
 from util.data.decode import BadImage
 from util.data.sources import Files
@@ -96,6 +99,16 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
     assert "depth       3 images of more than 8 bits" in output
     assert "classes     none" in output
+
+
+@pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_knn])
+def test_a_stray_image_beside_class_folders_is_named(script, labelled, tmp_path, capsys, monkeypatch):
+    """Without labels it would end supervised scripts with advice that fits no class folders. Pre-training reads it."""
+    data = shutil.copytree(labelled, tmp_path / "data")
+    shutil.copy(data / "train/kind0/00.png", data / "train/stray.png")
+    error = fails(capsys, monkeypatch, script, "--data_path", data, "--device", "cpu", "--model", "vit_mini_patch4")
+    assert "stray.png" in error
+    assert len(open_source("train", str(data))) == 49
 
 
 def test_the_check_takes_the_list_of_its_part(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mains import assert_equal, fails, in_processes, lines, parse, stop_and_resume, weights
 from PIL import Image
+from test_decode import saved
 
 import main_finetune
 import main_knn
@@ -240,6 +241,17 @@ def test_maps_of_other_shapes_are_named():
     for extras, message in (({"red": 1.0}, r"map red has the shape \(\)"), ({"blue": 1.0}, "lacks the map red")):
         with pytest.raises(ValueError, match=message):
             opened(type("Maps", (list,), {"maps": ("red",)})([(BLACK, 0, extras)]))
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_an_undeclared_map_is_named(encoded, caplog):
+    """It would not follow the crops of the image. A declared map, a number and a matrix of another size are silent."""
+    image = saved(Image.new("RGB", (30, 20)), "PNG") if encoded else np.zeros((20, 30, 3), np.uint8)
+    size = np.zeros((20, 30), np.float32)
+    item = {"image": image, "label": 0, "slope": size, "bands": size[None], "depth": size, "gsd": 1.0, "camera": size.T}
+    opened(type("Maps", (list,), {"maps": ("depth",)})([item]))
+    named = [record.getMessage() for record in caplog.records if "maps = " in record.getMessage()]
+    assert [[name for name in item if f"input {name} " in message] for message in named] == [["slope"], ["bands"]]
 
 
 def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():

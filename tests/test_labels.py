@@ -33,7 +33,7 @@ def test_images_without_labels(tmp_path):
     assert labels.require(named, "val") is named
     some = folders(tmp_path / "some", cat=2)
     some.labels = np.array([0, -1])  # as of an image above the class folders
-    with pytest.raises(ValueError, match=r"train images .*no classes"):
+    with pytest.raises(ValueError, match=r"1 of the 2 train images .*/cat/1.png"):
         labels.require(some, "train")
 
 

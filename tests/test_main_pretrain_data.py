@@ -9,11 +9,12 @@ import pytest
 import tifffile
 import torch
 import webdataset
-from mains import assert_same_run, in_processes, lines, stop_and_resume
+from mains import Stopped, assert_same_run, in_processes, lines, stop_after, stop_and_resume
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_library_sets import write_idx
 
+from util.checkpoints.checkpoint import CheckpointError
 from util.data import jpeg
 
 
@@ -129,6 +130,24 @@ def test_the_limit_of_bad_images_applies_to_all_processes_together(tmp_path, num
         output = in_processes(2, *flags)
         assert [output.count(f"{number:02}.png: the file is empty") for number in range(4)] == [1] * 4
         assert [line["bad_images"] for line in lines(tmp_path / "out")] == [4] * 3
+
+
+def test_an_epoch_resumes_without_an_image_that_has_disappeared(pretrain, pictures, tmp_path, monkeypatch):
+    """It is an image that can't be read: the run equals one in which it was damaged from the beginning."""
+    files = sorted(path.relative_to(pictures) for path in pictures.rglob("*.*"))
+    last = files[np.random.default_rng([0, 0]).permutation(24)[-1]]  # of the first epoch
+    damaged, lost = (shutil.copytree(pictures, tmp_path / name) for name in ("damaged", "lost"))
+    (damaged / last).write_bytes(b"")
+    flags = {"save_minutes": 0, "data_path": lost}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **flags)
+    (lost / last).unlink()
+    with pytest.raises(CheckpointError, match="--on_bad_image skip"):
+        pretrain("parts", **flags, resume="auto")
+    parts = pretrain("parts", **flags, resume="auto", on_bad_image="skip")
+    assert_same_run(parts, pretrain("whole", data_path=damaged, on_bad_image="skip"))
+    assert lines(parts)[0]["bad_images"] == 1
 
 
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):

@@ -133,6 +133,18 @@ def test_layouts_of_known_datasets(tmp_path, layout, packed):
             assert torch.equal(mask, to_tensor(Image.open(own.with_suffix(".png")))[0])
 
 
+def test_files_of_a_layout_that_are_not_used_are_named(tmp_path, caplog):
+    """Masks whose image is missing, and folders with other names. The images of a test set need no masks."""
+    make_scenes(tmp_path)
+    (tmp_path / "images/training/03.jpg").rename(tmp_path / "images/training/x3.jpeg.part")
+    shutil.copytree(tmp_path / "images/validation", tmp_path / "images/test")
+    shutil.copytree(tmp_path / "images/validation", tmp_path / "extra/validation")
+    assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 11
+    unused = [message for message in caplog.messages if "are not read" not in message]
+    assert [message[:2] for message in unused] == ["5 ", "1 "]
+    assert "extra/validation/00" in unused[0] and ": 03" in unused[1]
+
+
 def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
     make_scenes(tmp_path)
     (tmp_path / "images/training").rename(tmp_path / "photos")

@@ -1,5 +1,6 @@
 """Folders and lists of files."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -89,12 +90,33 @@ def test_splits_within_a_whole_folder_are_named(kind, tmp_path, caplog):
 
 
 def test_hidden_files_pipes_and_other_files_are_ignored(tmp_path):
-    save(*(tmp_path / name for name in ("a/1.png", "b/2.png", "a/.3.png", ".hidden/4.png", ".DS_Store.png")))
+    skipped = ("a/.3.png", ".hidden/4.png", ".DS_Store.png", "__MACOSX/5.png", "a/__MACOSX/6.png")
+    save(*(tmp_path / name for name in ("a/1.png", "b/2.png", *skipped)))
     for name in ("notes.txt", "png"):
         (tmp_path / name).write_text("no picture")
     os.mkfifo(tmp_path / "a/5.png")
     source = find_files(tmp_path)
     assert (names(source), source.classes) == (["a/1.png", "b/2.png"], ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_files_that_are_not_read_are_counted_by_suffix(kind, tmp_path, caplog):
+    """Text beside the images is counted without a warning. Each split has its own count."""
+    root = tmp_path / "root"
+    save(*(root / "train" / f"{name}/{number}.png" for name in "ab" for number in range(4)))
+    save(root / "val/a/0.png")
+    for number in range(40):
+        (root / f"train/a/{number}.{'heic' if number % 2 else 'HEIC'}").touch()
+    for number in range(5):
+        (root / f"train/b/IMG_{number}").touch()
+    (root / "val/labels.txt").touch()
+    path = root if kind == "folder" else shutil.make_archive(str(root), kind, root)
+    with caplog.at_level("INFO"):
+        assert [len(open_source(split, str(path))) for split in ("train", "val")] == [8, 1]
+    train, val = (record for record in caplog.records if "found in" in record.getMessage())
+    assert [part for part in ("45 of 53 ", "40 .heic", "5 without") if part not in train.getMessage()] == []
+    assert [part for part in ("1 of 2 ", "1 .txt") if part not in val.getMessage()] == []
+    assert (train.levelname, val.levelname) == ("WARNING", "INFO")
 
 
 def test_an_empty_class_folder_is_logged_and_remains_a_class(tmp_path, caplog):
@@ -104,6 +126,37 @@ def test_an_empty_class_folder_is_logged_and_remains_a_class(tmp_path, caplog):
     source = find_files(tmp_path)
     assert (source.classes, list(source.labels)) == (["a", "b", "c"], [0, 2])
     assert "the class folder b contains no images" in caplog.text
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Permissions do not apply to root: the effective user is another one."""
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize(("images", "refused"), [
+    (["a/1.png", "b/1.png"], "lost+found"), (["1.png", "2.png"], "private"), (["a/1.png", "b/1.png"], "a/private"),
+    (["a/1.png", "b/1.png"], "c"),
+])  # fmt: skip
+def test_a_folder_without_permission_is_skipped_unless_it_is_a_class(images, refused, tmp_path, monkeypatch, caplog):
+    save(*(tmp_path / "images" / name for name in images))
+    (tmp_path / "images" / refused).mkdir()
+    (tmp_path / "images" / refused).chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # the folders above are of one user only
+    with without_privileges(), pytest.raises(PermissionError) if refused == "c" else contextlib.nullcontext() as error:
+        source = open_source("train", "images")
+    if error:
+        assert error.value.filename == "images/c"
+    else:
+        assert (names(source), source.classes) == (images, ["a", "b"] if "/" in images[0] else [])
+        assert refused in caplog.text
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path, caplog):

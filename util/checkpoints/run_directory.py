@@ -1,6 +1,7 @@
 """The run directory. It must not contain another run, and only one run at a time writes to it."""
 
 import contextlib
+import gzip
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
+IMAGES = "train_images.gz"  # the names of the training images, each followed by a zero byte
 LAUNCHED = ".launched"  # contains the launchers of the last process that was accepted, whose restarts resume the run
 
 
@@ -173,3 +175,28 @@ def record_source(output_dir: Path, resumed: Path) -> None:
         OSError: the record can't be written.
     """
     atomic.write_text(output_dir / RESUMED, str(resumed.resolve()))
+
+
+def record_images(output_dir: Path, names: bytes) -> None:
+    """Records the names of the training images for `interrupted_images`, unless they are empty. Rank 0 writes them.
+
+    Raises:
+        OSError: the record can't be written.
+    """
+    if not names or not dist.is_main():
+        return
+    with atomic.replacing(output_dir / IMAGES) as temporary:
+        temporary.write_bytes(gzip.compress(names, compresslevel=1))
+
+
+def interrupted_images(output_dir: Path, resume: str) -> list[str]:
+    """Returns the names of the training images of a run that resumes within an epoch; none if they are not recorded.
+
+    Args:
+        resume: as in `prepare`.
+    """
+    file = source(output_dir, resume)
+    with contextlib.suppress(checkpoint.CheckpointError):  # of the file, which ends the run later
+        if file and (file.parent / IMAGES).is_file() and checkpoint.position(file)[1]:
+            return os.fsdecode(gzip.decompress((file.parent / IMAGES).read_bytes())).split("\0")[:-1]
+    return []

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import logging
+import os
 import re
 import shlex
 import sys
@@ -235,11 +236,27 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
     return [] if value is None else [f"--{key}={value}"]
 
 
+def _open_streams() -> None:
+    """Opens standard streams that are closed (2>&-): errors go to stdout then.
+
+    Progress bars need a stream, and a file of the run would get the descriptor, to which libraries write messages.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = sys.stdout
+        try:
+            os.fstat(2)
+        except OSError:
+            os.dup2(sys.stdout.fileno(), 2)
+
+
 def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
     """Parses the command line and runs `main`. An error prints one line and exits with a code above 0.
 
     The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
     """
+    _open_streams()
     args = parse(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
     same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"

@@ -16,8 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from util.cli.advice import AdvisedError
-from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, check_split_names, classes_of, no_split, version_of, warn_of_inner_splits
+from util.data.decode import BadImage
+from util.data.sources import (
+    KINDS,
+    Strings,
+    check_split_names,
+    classes_of,
+    is_hidden,
+    is_image,
+    log_listing,
+    no_split,
+    version_of,
+    warn_of_inner_splits,
+)
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -68,7 +79,7 @@ class Archive:
         self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
     ) -> None:
         started = time.perf_counter()
-        self.is_zip, members = find_members(path)
+        self.is_zip, members, others = find_members(path)
         names = sorted(_below(members, split, path, enclosing, whole).items())
         if not names:
             raise AdvisedError(f"there are no images in it (looked for {KINDS})", about={"data_path": path})
@@ -77,7 +88,10 @@ class Archive:
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
         self.file: tuple[int, int] | None = None  # process id and file descriptor
-        logger.info(f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s")
+        folder = _normal(names[0][1]).removesuffix(names[0][0])
+        beside = [name for name in others if _normal(name).startswith(folder)]
+        text = f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
+        log_listing(text, len(self), beside)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,11 +161,12 @@ def _read_at(file: int, start: int, size: int) -> bytes:
     return data
 
 
-def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
+def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
     """Lists the images of an archive.
 
     Returns:
-        True for a zip file, False for a tar file; and the position of every image by its name.
+        True for a zip file, False for a tar file; the position of every image by its name; and the names of the other
+        files.
 
     Raises:
         ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
@@ -166,12 +181,12 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
                 f"{path} is neither a zip file nor an uncompressed tar file, and can't be read in place; unpack it, or "
                 f"pack its files as zip or uncompressed tar"
             ) from None
-        return True, _zip_members(path)
+        return True, *_zip_members(path)
     with archive:
-        return False, _tar_members(archive, path)
+        return False, *_tar_members(archive, path)
 
 
-def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
+def _tar_members(archive: tarfile.TarFile, path: Path) -> tuple[dict[str, Place], list[str]]:
     places: dict[str, Place] = {}
     links: dict[str, str] = {}
     last = "the beginning"
@@ -195,10 +210,11 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
         raise ValueError(f"{path} is damaged or truncated after {last}: {error}") from error
     if not ends_with_zeros:  # tarfile takes an invalid header for the end of the archive
         raise ValueError(f"{path} is damaged or truncated after {last}")
-    return _images_of(places, links)
+    return _images_of(places, links), _others_of([*places, *links])
 
 
-def _zip_members(path: Path) -> dict[str, Place]:
+def _zip_members(path: Path) -> tuple[dict[str, Place], list[str]]:
+    others: list[str] = []
     places: dict[str, Place] = {}
     links: dict[str, str] = {}
     try:
@@ -206,6 +222,7 @@ def _zip_members(path: Path) -> dict[str, Place]:
             for member in archive.infolist():
                 name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
                 if member.is_dir() or not _is_image(name):
+                    others += [] if member.is_dir() else [name]
                     continue
                 if stat.S_ISLNK(member.external_attr >> 16):
                     links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))
@@ -221,7 +238,7 @@ def _zip_members(path: Path) -> dict[str, Place]:
             f"{path}: all images, such as {printable(next(iter(places)))}, are encrypted or not compressed with "
             f"deflate; pack the files again with deflate and without encryption"
         )
-    return _images_of(places, links)
+    return _images_of(places, links), _others_of(others)
 
 
 def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
@@ -240,18 +257,26 @@ def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Pla
     return images | {n: normal.get(posixpath.normpath(links[n]), lost) for n in links if _is_image(n)}
 
 
+def _others_of(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not is_image(name) and not is_ignored(name)]
+
+
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not is_ignored(name)
+    return is_image(name) and not is_ignored(name)
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a member is a dotfile or is in such a folder, as the ._ files and __MACOSX of macOS."""
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+    """Whether a member or one of its folders is hidden."""
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
+def _normal(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")  # tar -P stores absolute names
 
 
 def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool, whole: bool) -> dict[str, str]:
     """Maps names relative to the folder of a split to members. A `whole` archive without splits contributes all."""
-    names = {posixpath.normpath(member).lstrip("/"): member for member in members}  # tar -P stores absolute names
+    names = {_normal(member): member for member in members}
     while names and not enclosing:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:

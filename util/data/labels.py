@@ -11,7 +11,7 @@ import numpy as np
 from util import dist
 from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 from util.data import extras
-from util.data.sources import Files, Source, StoredImage, first_few
+from util.data.sources import Files, Source, StoredImage, first_few, strays_of
 from util.data.webdataset_shards import Shards
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -165,9 +165,16 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         )
     if task == CLASSIFICATION and (reason := getattr(source, "no_labels", "")):
         raise ValueError(f"the {split} images have no labels: {reason}")
-    if task == CLASSIFICATION and (not source.classes or (np.asarray(source.labels) < 0).any()):
+    if task == CLASSIFICATION and source.classes and (lacking := np.flatnonzero(np.asarray(source.labels) < 0)).size:
         raise ValueError(
-            f"the {split} images have no classes, and supervised training and evaluation need them: give class "
+            f"{len(lacking):,} of the {len(source):,} {split} images have no label, such as "
+            f"{source.name(int(lacking[0]))}: give each image a label, or leave it out"
+        )
+    if task == CLASSIFICATION and not source.classes:
+        strays = strays_of(getattr(source, "names", ()))
+        reason = f", because these are in no class folder: {strays}; move or remove them" if strays else ""
+        raise ValueError(
+            f"the {split} images have no classes{reason}. Supervised training and evaluation need them: give class "
             f"folders ({split}/CLASS/IMAGE), a --{split}_list with labels, or a --dataset with labels"
         )
     if task != CLASSIFICATION and np.asarray(source.labels).ndim < 2:

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from util import dist
 from util.data.batches import Batch, Batches, require_space, up_to_cores
 from util.data.decode import BadImage
+from util.data.extras import original
 from util.data.generators import seed_generators
 from util.data.samples import Bad, Sample, Samples, StreamedSamples
+from util.data.sources import Files
 from util.data.transforms import of_one_range
 from util.data.webdataset_shards import Shards
 
@@ -165,6 +167,7 @@ class TrainLoader:
         self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter, updates)
         self.num_images = self.order.num_images  # images of the dataset, including repetitions
         self.images_per_iteration = self.order.images_per_iteration
+        self.source = original(samples.source)
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)
@@ -177,6 +180,10 @@ class TrainLoader:
             self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
+
+    def image_names(self) -> bytes:
+        """Returns the names of image files, each followed by a zero byte; nothing for other datasets."""
+        return self.source.names.joined() if isinstance(self.source, Files) else b""
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Sets the epoch and the first batch of the next iteration over this object."""

@@ -22,7 +22,7 @@ from util.cli.choices import DEFAULT_WORKERS
 from util.data.batches import up_to_cores
 from util.data.decode import BadImage, is_rescaled, read
 from util.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
-from util.data.sources import image_files
+from util.data.sources import files_below, log_listing
 from util.files import atomic, locks
 from util.files.untrusted import printable, read_file
 from util.interrupts import end_with_parent
@@ -119,7 +119,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {args.data_path}")
     if args.copy.resolve().is_relative_to(args.data_path.resolve()):
         raise ValueError(f"{args.copy} is inside {args.data_path}; give a folder outside of it")
-    names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
+    images, others = files_below(str(args.data_path))
+    names = sorted(os.path.relpath(path, args.data_path) for path in images)
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
     for name in names:  # interpolation would create values of other classes
@@ -130,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
                 f"masks ({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), "
                 f"and for other scripts give the folder of the images alone"
             )
+    log_listing(f"{len(names):,} images in {args.data_path}", len(names), others)
     num_workers = up_to_cores(args.num_workers)
     one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from util import dist
 from util.data import extras, image_cache, image_facts, labels, loader, transforms
 from util.data.dataset_kinds import open_source
 from util.data.decode import PixelValues
 from util.data.samples import Samples
-from util.data.sources import Source
+from util.data.sources import Files, Source, with_missing
 from util.data.user_sets import OpenDataset
 from util.data.webdataset_shards import Shards
 from util.settings import DataSpec, ImageSpec
@@ -26,14 +27,18 @@ class RunData:
         data: the datasets, and how they are read.
         device: the device of the model.
         source: the function of the dataset, if the caller gives one instead of its name.
+        interrupted_images: returns the names of the training images of a run that resumes within an epoch. With
+            `on_bad_image` "skip", those that have disappeared from their folder since are images that can't be read.
     """
 
     def __init__(
-        self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None
-    ) -> None:
+        self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None,
+        interrupted_images: Callable[[], list[str]] = list,
+    ) -> None:  # fmt: skip
         self.images = images
         self.data = data
         self.source = source
+        self.interrupted_images = interrupted_images
         self.values = PixelValues(images.nodata, images.value_range, images.channels_last)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
@@ -50,11 +55,14 @@ class RunData:
         """
         data = self.data
         file_list = data.train_list if split == "train" else data.val_list
-        return open_source(
+        found = open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
             function=self.source, task=self.images.task, label_columns=self.images.label_columns,
             extras=data.extras, whole=not data.val_list or bool(data.val_fraction),
         )  # fmt: skip
+        if split == "train" and data.on_bad_image == "skip" and isinstance(found, Files) and not file_list:
+            return with_missing(found, dist.from_rank_0(self.interrupted_images))
+        return found
 
     def check_statistics(self, source: Source | Shards) -> None:
         """Checks --mean and --std against some images, as `image_facts.check_statistics`."""

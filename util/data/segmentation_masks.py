@@ -3,6 +3,7 @@
 A mask is an image with one value per pixel: the index of a class, or IGNORED.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,9 +25,11 @@ from util.data.decode import BadImage
 from util.data.generators import preserve_generators
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files, Source, StoredImage, find_files, image_files
+from util.data.sources import Files, Source, StoredImage, files_below, find_files, first_few
 from util.data.user_sets import OpenDataset, UserSet, read_named
 from util.files.untrusted import printable, read_file
+
+logger = logging.getLogger(__name__)
 
 IGNORED = 255  # the value of pixels without a class
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
@@ -351,6 +354,11 @@ def open_pairs(
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     by_key = _by_folder(files, split)
+    if outside := [name for name in map(printable, files.names) if _is_outside(name)]:
+        logger.warning(
+            f"{len(outside):,} of {len(files):,} files are not used, because no folder names their split and whether "
+            f"they are images or masks ({LAYOUT}): {first_few(outside)}"
+        )
     if not by_key[0]:
         given = [Remedy({f"{split}_folders": ["IMAGES", "MASKS"]}), Remedy({f"{split}_list": "CSV"})]
         raise AdvisedError(
@@ -384,7 +392,7 @@ def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Fi
     for folder in (images_folder, masks_folder):
         if not folder.is_dir():
             raise ValueError(f"--{split}_folders: there is no folder {folder}")
-        if not any(image_files(str(folder))):
+        if not files_below(str(folder))[0]:
             raise ValueError(f"--{split}_folders: there are no images in {folder}")
     images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
     of_images, of_masks = (
@@ -413,6 +421,13 @@ def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict
     return _by_key(images, files, split), _by_key(masks, files, split)
 
 
+def _is_outside(name: str) -> bool:
+    """Whether the folders of a file do not belong to a layout. The split test has no masks, and need not."""
+    folders = {folder.lower() for folder in name.split("/")[:-1]}
+    splits = {"test", "testing"}.union(*SPLITS.values())
+    return folders.isdisjoint(splits) or folders.isdisjoint(IMAGE_FOLDERS + MASK_FOLDERS)
+
+
 def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: str) -> dict[str, int]:
     """Returns the indices by key.
 
@@ -438,6 +453,8 @@ def _matched(
     Raises:
         ValueError: an image has no mask.
     """
+    if unused := [printable(key) for key in masks if key not in images]:
+        logger.warning(f"{len(unused):,} masks for {split} have no image of the same name: {first_few(unused)}")
     missing = [key for key in images if key not in masks]
     if missing:
         raise ValueError(

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,9 @@ from util.files.untrusted import printable, read_file
 logger = logging.getLogger(__name__)
 
 KINDS = ", ".join(SUFFIXES)
+# Suffixes of files that are no images. Other files that are not read may be images, and are named in a warning.
+SIDE_FILES = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".mat", ".db", ".ini"}
+LOST = "lost+found"  # a folder of the file system, which only the administrator can read
 # Names of validation splits in torchvision and Hugging Face, in the order of preference.
 VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
@@ -85,6 +89,10 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def joined(self) -> bytes:
+        """Returns all strings, each followed by a zero byte."""
+        return np.insert(self.bytes, self.ends, 0).tobytes()
 
 
 def version_of(path: str | Path) -> str:
@@ -193,12 +201,52 @@ def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[
     """
     first = [name.partition("/")[0] if "/" in name else "" for name in names]
     if not all(first):
+        if strays := strays_of(names):
+            logger.info(f"the folders are no classes, because these images are in none: {strays}")
         return [], np.full(len(names), -1)
     classes = sorted({*first, *folders})
     for empty in sorted(set(folders) - set(first)):
         logger.warning(f"the class folder {printable(empty)} contains no images; it still counts as a class")
     numbers = {name: number for number, name in enumerate(classes)}
     return [printable(name) for name in classes], np.array([numbers[name] for name in first])
+
+
+def strays_of(names: Iterable[str]) -> str:
+    """Returns the names without a folder for a message; an empty text if all or none are in folders."""
+    names = list(names)
+    strays = [printable(name) for name in names if "/" not in name]
+    return first_few(strays) if len(strays) < len(names) else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is skipped: a dotfile, such as the ._ files of macOS, or its folder __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the suffix of an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def log_listing(text: str, count: int, others: Iterable[str]) -> None:
+    """Logs how many images a listing has found, and how many files it does not read, by suffix.
+
+    Args:
+        text: the images, and where they are.
+        count: their number.
+        others: the names of the files that are not read. The line is a warning if some may be images.
+    """
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in others)
+    total = sum(suffixes.values())
+    if not total:
+        logger.info(text)
+        return
+    kinds = [f"{number:,} {printable(suffix) or 'without a suffix'}" for suffix, number in suffixes.most_common()]
+    line = f"{text}; {total:,} of {total + count:,} files are not read: {first_few(kinds)}"
+    if suffixes.keys() <= SIDE_FILES:
+        logger.info(line)
+    else:
+        logger.warning(f"{line} (images have a suffix {KINDS})")
 
 
 def find_files(root: Path, kind: str = "images") -> Files:
@@ -211,10 +259,12 @@ def find_files(root: Path, kind: str = "images") -> Files:
 
     Raises:
         ValueError: the folder contains no images.
+        PermissionError: as in `files_below`.
     """
     started = time.perf_counter()
     start = len(os.path.join(root, ""))  # the paths begin with the root; os.path.relpath takes 5 µs for each
-    names = sorted(path[start:] for path in image_files(str(root)))
+    images, others = files_below(str(root))
+    names = sorted(path[start:] for path in images)
     if not names:
         shards = Remedy({"dataset": f"wds:{root}/*.tar"}, "{} reads shards of WebDataset")
         raise AdvisedError(
@@ -222,22 +272,54 @@ def find_files(root: Path, kind: str = "images") -> Files:
             *[shards] * any(root.glob("*.tar")),
             about={"data_path": root},
         )
-    folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
-    logger.info(f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s")
+    folders = [
+        entry.name for entry in os.scandir(root)
+        if not is_hidden(entry.name) and entry.name != LOST and _is_folder(entry)
+    ]  # fmt: skip
+    text = f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s"
+    log_listing(text, len(names), others)
     return Files(root, names, *classes_of(names, folders))
 
 
-def image_files(root: str) -> Iterator[str]:
-    """Yields the paths of the image files below `root`. Links to folders are followed.
+def with_missing(files: Files, names: Sequence[str]) -> Files:
+    """Returns the files of a folder and those that have disappeared from it, which can't be read.
 
-    Within each subfolder of `root`, a folder is visited once. Links that form a cycle therefore end.
+    Args:
+        names: the sorted names of the files that the folder had. If it has others now, `files` are returned.
     """
+    missing = set(names).difference(files.names)
+    if not missing or len(names) != len(files) + len(missing):
+        return files
+    logger.warning(
+        f"{len(missing):,} of {len(names):,} images have disappeared from {files.root} within an epoch, and are images "
+        f"that can't be read: {first_few([printable(name) for name in sorted(missing)])}"
+    )
+    return Files(Path(files.root), names, *classes_of(names, files.classes))
+
+
+def files_below(root: str) -> tuple[list[str], list[str]]:
+    """Returns the paths of the images below `root`, and of the other files. Links to folders are followed.
+
+    Within each subfolder of `root`, a folder is visited once. Links that form a cycle therefore end. A folder without
+    permission is skipped with a warning, unless it may be a class.
+
+    Raises:
+        PermissionError: `root` or a class folder can't be read.
+    """
+    images: list[str] = []
+    others: list[str] = []
+    refused: list[PermissionError] = []
     waiting = [(root, {_identity(root)})]
     while waiting:
         folder, ancestors = waiting.pop()
-        with os.scandir(folder) as entries:
+        try:
+            entries = os.scandir(folder)
+        except PermissionError as denied:
+            refused.append(denied)
+            continue
+        with entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_hidden(entry.name):
                     continue
                 if _is_folder(entry):
                     below = {*ancestors} if folder == root else ancestors
@@ -246,8 +328,15 @@ def image_files(root: str) -> Iterator[str]:
                         continue
                     below.add(_identity(entry.path))
                     waiting.append((entry.path, below))
-                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file()):
-                    yield entry.path
+                elif entry.is_symlink() or entry.is_file():
+                    (images if is_image(entry.name) else others).append(entry.path)
+    are_in_classes = not any(os.path.dirname(path) == root for path in images)
+    for error in refused:
+        above, name = os.path.split(error.filename)
+        if error.filename == root or (are_in_classes and above == root and name != LOST):
+            raise error
+        logger.warning(f"{printable(error.filename)}: {error.strerror}; the folder is skipped")
+    return images, others
 
 
 def _identity(folder: str) -> tuple[int, int]:

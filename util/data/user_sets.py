@@ -20,6 +20,7 @@ from torch import Tensor
 
 from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
+from util.data import decode
 from util.data import extras as extra_inputs
 from util.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
 from util.data.generators import preserve_generators, seed_generators
@@ -96,8 +97,9 @@ class UserSet(LibrarySet):
         self.extra_shapes: dict[str, str] | None = None  # of the first sample that can be read
         for index in range(min(self.count, MAX_BAD_IN_A_ROW)):
             with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
-                _, extras = extra_inputs.split(self[index][0])
+                image, extras = extra_inputs.split(self[index][0])
                 self.extra_shapes = {name: self._shape(name, value) for name, value in extras.items()}
+                self._warn_of_maps(image, extras)
                 break
 
     @property
@@ -206,6 +208,18 @@ class UserSet(LibrarySet):
                 f"{self.extra_shapes}: give the same for each sample"
             )
         return tensors
+
+    def _warn_of_maps(self, image: StoredImage, extras: Mapping[str, Tensor]) -> None:
+        """Logs a warning if an extra input has the size of the image, and is not declared as a map."""
+        sizes = _sizes_of(image)
+        for name, value in extras.items():
+            shape = tuple(value.shape)
+            if name not in self.maps and len(shape) > 1 and not sizes.isdisjoint((shape[:2], shape[-2:])):
+                logger.warning(
+                    f"{self.flag}: its extra input {name} has the size of the image, and does not follow its crops and "
+                    f"flips: name it in the attribute maps of the dataset, such as maps = ({name!r},), or make it a "
+                    f"channel of the image"
+                )
 
     def _shape(self, name: str, value: Tensor) -> str:
         return "(H, W)" if name in self.maps else str(tuple(value.shape))
@@ -320,6 +334,17 @@ class UserSet(LibrarySet):
             f"changed: a resumed run computes stored features again"
         )
         return f"{code} {self.start}"
+
+
+def _sizes_of(image: Any) -> set[tuple[int, ...]]:
+    """Returns the (height, width) that an image may have: the model determines which axis of an array has channels."""
+    image = image.image if isinstance(image, Masked) else image
+    with contextlib.suppress(Exception):  # decoders raise any exception; the script reports it when it reads the image
+        picture: Any = decode.read(image, 3) if isinstance(image, bytes) else image
+        if isinstance(picture, Image.Image):
+            return {decode.size_of(picture)}
+        return {tuple(picture.shape[:2]), tuple(picture.shape[-2:])}
+    return set()
 
 
 def _kind(value: object) -> str:

@@ -171,7 +171,7 @@ def _count_samples(file: Path) -> int:
     from webdataset.tariterators import base_plus_ext
 
     try:
-        _, members = find_members(file)
+        _, members, _ = find_members(file)
     except ValueError as error:
         streamed = Remedy({"num_images": "N"}, "give {} to stream it without counting its images")
         raise AdvisedError(str(error), streamed) from error

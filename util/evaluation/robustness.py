@@ -13,7 +13,7 @@ import numpy as np
 
 from util.data.archives import Archive
 from util.data.labels import Subset
-from util.data.sources import Files, find_files, first_few
+from util.data.sources import Files, find_files, first_few, strays_of
 
 # The published top-1 errors of AlexNet, means over five severities, by the families of the archives (Hendrycks &
 # Dietterich 2019).
@@ -175,6 +175,8 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
         return _with_real_labels(images, path, limit)
     there = {images.classes[number] for number in np.unique(images.labels)} if images.classes else set()
     unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
+    if strays := strays_of(images.names):
+        raise ValueError(f"--data_path {path}: these images are in no class folder: {strays}; remove them")
     if unknown or not there:
         kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
         problem = f"unknown class folders: {first_few(unknown)}" if unknown else "no images in class folders"

@@ -60,6 +60,12 @@ def open_file(path: str | Path) -> FileIO:
     return file
 
 
+def require_files(paths: Iterable[str]) -> None:
+    """Raises FileNotFoundError, before work that takes long, if a file does not exist."""
+    for path in paths:
+        os.stat(path)
+
+
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 

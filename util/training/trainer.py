@@ -121,6 +121,7 @@ def run(
         run_state.resume(
             spec.resume, output_dir, model, optimizer, precision.scaler, dict(record), progress, task.callbacks
         )
+        run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
         saver = open_saver(
             interrupts, output_dir,
