@@ -1,12 +1,19 @@
 """Classes of the training and the validation set, and subsets of a dataset."""
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import main_finetune
+from util.checkpoints import checkpoint
 from util.data import labels
 from util.data.sources import find_files
 from util.data.webdataset_shards import Shards
+from util.datasets import open_source
 
 
 def folders(root, **counts):
@@ -89,3 +96,53 @@ def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
     assert np.bincount(few.labels).tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"2 classes, .*--nb_classes is 3"):
         labels.open_pair(lambda split: sets[split], **options | {"nb_classes": 3})
+
+
+def write_lists(folder, labelled, names, suffix="csv"):
+    """Writes lists of `labelled` in which the classes have other names; returns the flags."""
+    flags = {"data_path": labelled}
+    for split in ("train", "val"):
+        files = sorted((labelled / split).glob("*/*"))
+        rows = [(f"{file.relative_to(labelled)}", names[int(file.parent.name[-1])]) for file in files]
+        rows = [(file, name) for file, name in rows if name is not None]
+        text = json.dumps(rows) if suffix == "json" else "".join(f"{file}, {name}\n" for file, name in rows)
+        flags[f"{split}_list"] = folder / f"{split}.{suffix}"
+        flags[f"{split}_list"].write_text(text if suffix != "txt" else text.replace(",", ""))
+    return flags
+
+
+def recorded(out):
+    return checkpoint.read(out / "checkpoint-0.pth")["args"]["classes"]
+
+
+def test_labels_are_numbers_only_if_all_are_integers(classify, labelled, tmp_path, capsys):
+    """Names are never merged. Folders of the same names have the same classes."""
+    flags = {"epochs": 1, "lr": 0, "warmup_epochs": 0}
+    names = ["1_11", "11_1", "001", "1", "4E5", "٣"]
+    for suffix in ("txt", "json", "csv"):
+        for own, expected in ((names, sorted(names)), ([10, 9, 2, 3, 4, 5], ["2", "3", "4", "5", "9", "10"])):
+            lists = write_lists(tmp_path, labelled, own, suffix)
+            assert open_source("val", str(labelled), str(lists["val_list"])).classes == expected, suffix
+    lists = write_lists(tmp_path, labelled, names)
+    out = classify(main_finetune, **flags, **lists)
+    assert recorded(out) == sorted(names)
+    assert re.search("train_list .*001, 1 are different classes", capsys.readouterr().out)
+    for number, name in enumerate(names):
+        shutil.copytree(labelled / "val" / f"kind{number}", tmp_path / "folders/val" / name)
+    for data in ({"data_path": tmp_path / "folders"}, lists):
+        assert len(classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth", **data).labels) == 23
+
+
+@pytest.mark.parametrize("text", ["1_5", "٣"])
+def test_targets_and_extras_are_decimals(text, tmp_path):
+    """float() takes 1_5 for 15."""
+
+    def read(text, **options):
+        (tmp_path / "0.png").touch()
+        (tmp_path / "list.csv").write_text(f"path,label,dose\n0.png,{text},{text}\n")
+        return open_source("train", file_list=str(tmp_path / "list.csv"), task="regression", **options)
+
+    assert [read(good).labels.item() for good in ("1.50", "-.5", "1e-3", "7")] == [1.5, -0.5, 0.001, 7]
+    for options in ({}, {"label_columns": ["dose"]}, {"extras": ["dose"]}):
+        with pytest.raises(ValueError, match=text):
+            read(text, **options)

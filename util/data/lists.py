@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-MOST_CLASSES = 1_000_000
+INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
+# Numbers as CSV files have them. float() also takes 1_5 for 15, and digits of other scripts.
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
@@ -35,7 +38,9 @@ def read_list(
     path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None,
     extras: Sequence[str] | None = None,
 ) -> Files:  # fmt: skip
-    """Reads a list of image files. The order of the list is kept. Labels are numbers from 0, or names.
+    """Reads a list of image files. The order of the list is kept.
+
+    If all labels are integers as Python writes them, they are numbers, in this order. Otherwise all labels are names.
 
     Args:
         path: the list, in one of these formats:
@@ -75,7 +80,10 @@ def read_list(
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
-    files = Files(root or path.parent, names, classes, numbers, inputs)
+    _warn_of_spellings(f"{flag} {path}", classes)
+    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and bool(classes)
+    has_ids = has_ids and all(map(INTEGER.fullmatch, classes))
+    files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
     if not os.path.exists(files.path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
@@ -260,10 +268,9 @@ def _value_of(cell: str, task: str, is_name: bool) -> float:
     """Returns the number in a cell, 0 for a name; NaN if the cell is wrong."""
     if is_name:
         return np.nan if cell.lower() == "nan" or (not cell and task == CLASSIFICATION) else 0.0
-    try:
-        value = float(cell)
-    except ValueError:
+    if not DECIMAL.fullmatch(cell.strip()):
         return np.nan
+    value = float(cell)
     return value if np.isfinite(value) and (task != MULTILABEL or value in (0, 1)) else np.nan
 
 
@@ -341,23 +348,27 @@ PARSERS: dict[str, Callable[[Any], list[Row]]] = {".json": _json_rows, ".csv": _
 
 
 def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
-    """Returns the classes, and the labels as indices. Labels that are numbers are indices; names are sorted."""
+    """Returns the classes that occur, and the labels as indices into them. Labels that spell numbers are in order."""
     if not labels:
         return [], np.full(count, -1)
-    try:
-        numbers = np.array([float(label) for label in labels])
-        are_numbers = bool((numbers == numbers.round()).all())
-    except ValueError:
-        are_numbers = False
-    else:
-        if np.isnan(numbers).any():
-            raise ValueError("a label is nan, and the others are numbers: every file needs a label")
-    if are_numbers:
-        if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
-            raise ValueError(
-                f"labels that are numbers must be between 0 and {MOST_CLASSES - 1:,}, and these go from "
-                f"{numbers.min():.0f} to {numbers.max():.0f}"
-            )
-        return [str(number) for number in range(int(numbers.max()) + 1)], numbers.astype(np.int64)
-    names, numbers = np.unique(labels, return_inverse=True)
-    return [printable(str(name)) for name in names], numbers
+    texts = {*labels}
+    words = {text.lower() for text in texts if not DECIMAL.fullmatch(text)}
+    if words == {"nan"}:
+        raise ValueError("a label is nan, and the others are numbers: every file needs a label")
+    names = sorted(texts) if words else sorted(texts, key=lambda text: (Decimal(text), text))
+    if all(map(INTEGER.fullmatch, names)) and names[0].startswith("-"):
+        raise ValueError(f"labels that are numbers are 0 or larger, and one is {names[0]}")
+    number_of = {name: number for number, name in enumerate(names)}
+    return [printable(name) for name in names], np.array([number_of[label] for label in labels])
+
+
+def _warn_of_spellings(place: str, classes: Iterable[str]) -> None:
+    """Logs a warning if names of classes differ only as spellings of a number, such as 1, 001 and 1.0."""
+    spellings: dict[Decimal, list[str]] = {}
+    for name in filter(DECIMAL.fullmatch, classes):
+        spellings.setdefault(Decimal(name), []).append(name)
+    if same := next((names for names in spellings.values() if len(names) > 1), None):
+        logger.warning(
+            f"{place}: {', '.join(same)} are different classes, and the same number; if they are one class, write it "
+            f"in one way"
+        )
