@@ -3,12 +3,20 @@
 import json
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from mains import lines, weights
 from PIL import Image
+from sklearn import metrics as sk
 
 import main_finetune
+import main_knn
+import main_linprobe
+from inference import get_model
+from models_vit import vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.data import labels
 from util.data.sources import find_files
@@ -146,3 +154,79 @@ def test_targets_and_extras_are_decimals(text, tmp_path):
     for options in ({}, {"label_columns": ["dose"]}, {"extras": ["dose"]}):
         with pytest.raises(ValueError, match=text):
             read(text, **options)
+
+
+ONCE = {"epochs": 1, "warmup_epochs": 0}
+
+
+def test_a_new_head_has_an_output_for_each_id_that_occurs(classify, labelled, tmp_path):
+    """The ids are the names of the outputs, and an evaluation finds them. --nb_classes: the ids are the outputs."""
+    lists = write_lists(tmp_path, labelled, ["7", "12", "3", "200001", "5", "1"])
+    for main, own in ((main_finetune, {"aa": "none", "lr": 0.003}), (main_linprobe, {})):
+        out = classify(main, main.__name__, **ONCE, **own, **lists)
+        assert recorded(out) == ["1", "3", "5", "7", "12", "200001"]
+    assert classify(main_knn, k=5, **lists) == classify(main_knn, k=5)
+    tuned = tmp_path / "main_finetune/checkpoint-0.pth"
+    whole = classify(main_finetune, eval=True, resume=tuned, **lists)
+    assert whole.loss == pytest.approx(lines(tuned.parent)[-1]["test_loss"])
+    few = write_lists(tmp_path, labelled, ["7", "12", None, "200001", None, None])
+    assert {*classify(main_finetune, eval=True, resume=tuned, **few).labels.tolist()} == {3, 4, 5}
+    lists = write_lists(tmp_path, labelled, ["7", "9", "3", "2", "5", "1"])
+    assert recorded(classify(main_finetune, "all", **ONCE, **lists, nb_classes=10)) == list("0123456789")
+
+
+def test_a_head_that_exists_is_not_renumbered(classify, tmp_path):
+    """Ids of 50 of 1000 classes are outputs of a published head. Where a file records names, these decide."""
+    torch.manual_seed(0)
+    model = vit_mini_patch4(img_size=16, num_classes=1000, global_pool=True)
+    model.head.weight.data.normal_()
+    generator, ids = np.random.default_rng(0), np.random.default_rng(1).permutation(1000)[:50]
+    pictures = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in ids]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    (tmp_path / "val.csv").write_text("".join(f"{number}.png,{own}\n" for number, own in enumerate(ids)))
+    named, bare = [str(number) for number in range(1000)], {"model": model.state_dict()}
+    torch.save(bare, tmp_path / "bare.pth")
+    torch.save({**bare, "args": {"model": "vit_mini_patch4", "classes": named}}, tmp_path / "earlier.pth")
+    torch.save({**bare, "args": {"model": "vit_mini_patch4", "classes": named[::-1]}}, tmp_path / "names.pth")
+    logits = get_model(tmp_path / "bare.pth", input_size=16, crop_pct=1)
+    predicted = np.array([logits.predict(picture)["pred_label"] for picture in pictures])
+    for name, outputs in (("bare", ids), ("earlier", ids), ("names", 999 - ids)):
+        flags = {"eval": True, "resume": tmp_path / f"{name}.pth", "data_path": tmp_path, "crop_pct": 1}
+        found = classify(main_finetune, **flags, val_list=tmp_path / "val.csv")
+        assert found.labels.tolist() == outputs.tolist(), name
+        assert found.predictions.tolist() == predicted.tolist()
+    (tmp_path / "val.csv").write_text("0.png,0\n1.png,1000\n")
+    with pytest.raises(ValueError, match="1000"):
+        classify(main_finetune, **flags | {"resume": tmp_path / "bare.pth"}, val_list=tmp_path / "val.csv")
+
+
+@pytest.mark.parametrize(("ids", "flags", "is_kept"), [
+    ("012345", {}, True), ("123456", {}, False), ("123450", {"nb_classes": 6}, True),
+])  # fmt: skip
+def test_a_head_without_names_is_kept_for_its_own_ids(ids, flags, is_kept, classify, labelled, tmp_path):
+    model = vit_mini_patch4(img_size=16, num_classes=6, global_pool=True)
+    model.head.weight.data.normal_()
+    torch.save({"model": model.state_dict()}, tmp_path / "six.pth")
+    lists = write_lists(tmp_path, labelled, ids)
+    out = classify(main_finetune, **ONCE, lr=0, finetune=tmp_path / "six.pth", **lists, **flags)
+    assert (weights(out, "checkpoint-0.pth")["head.weight"].std() > 0.5) == is_kept
+
+
+def test_many_classes_take_memory_for_images_and_classes_only(classify, labelled, tmp_path):
+    """A matrix of 20,000 x 20,000 takes 3.2 GB, and 400 MB with one byte for each pair."""
+    model = vit_mini_patch4(img_size=16, num_classes=20_000, global_pool=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "many.pth")
+    lists = write_lists(tmp_path, labelled, ["19999", "0", "777", "3", "12345", "1"])
+    tracemalloc.start()
+    try:
+        found = classify(main_finetune, eval=True, resume=tmp_path / "many.pth", **lists,
+                         metric="macro_f1 balanced_accuracy kappa auroc average_precision")  # fmt: skip
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    truth, own = found.labels, found.predictions
+    assert found.metrics["macro_f1"] == pytest.approx(sk.f1_score(truth, own, average="macro", zero_division=0))
+    assert found.metrics["balanced_accuracy"] == pytest.approx(
+        np.mean([(own == n)[truth == n].mean() for n in {*truth}])
+    )

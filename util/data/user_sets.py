@@ -29,6 +29,8 @@ from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
+
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
 
@@ -281,6 +283,11 @@ class UserSet(LibrarySet):
             )
         return int(value)
 
+    @property
+    def has_ids(self) -> bool:
+        """As in `Source`."""
+        return getattr(self.images, "classes", None) is None
+
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
@@ -288,6 +295,8 @@ class UserSet(LibrarySet):
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
             raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
+        if own is None and count > MOST_CLASSES:
+            raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
         names = list(map(str, range(count) if own is None else own))
         if count > len(names) or (are_vectors and count < len(names)) or len(set(names)) < len(names):
             labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
