@@ -202,7 +202,7 @@ def test_a_head_that_exists_is_not_renumbered(classify, tmp_path):
 
 
 @pytest.mark.parametrize(("ids", "flags", "is_kept"), [
-    ("012345", {}, True), ("123456", {}, False), ("123450", {"nb_classes": 6}, True),
+    ("123456", {}, False), ("123450", {"nb_classes": 6}, True),
 ])  # fmt: skip
 def test_a_head_without_names_is_kept_for_its_own_ids(ids, flags, is_kept, classify, labelled, tmp_path):
     model = vit_mini_patch4(img_size=16, num_classes=6, global_pool=True)
@@ -230,3 +230,20 @@ def test_many_classes_take_memory_for_images_and_classes_only(classify, labelled
     assert found.metrics["balanced_accuracy"] == pytest.approx(
         np.mean([(own == n)[truth == n].mean() for n in {*truth}])
     )
+
+
+def test_metrics_leave_out_a_class_without_validation_images(classify, labelled, tmp_path, capsys):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    shutil.rmtree(data / "val/kind5")
+    flags = {"aa": "none", "lr": 0.003, "epochs": 2, "warmup_epochs": 0, "data_path": data}
+    out = classify(main_finetune, **flags, metric="balanced_accuracy macro_f1 accuracy")
+    assert "none is of kind5" in capsys.readouterr().out
+    state = checkpoint.read(out / "checkpoint-1.pth")
+    assert (len(state["model"]["head.weight"]), state["args"]["classes"][5]) == (6, "kind5")
+    found = classify(main_finetune, eval=True, resume=out / "checkpoint-1.pth", data_path=data)
+    truth, own = found.labels, found.predictions
+    assert {*truth.tolist()} == {0, 1, 2, 3, 4}
+    recalls = [(own == label)[truth == label].mean() for label in range(5)]
+    for name, value in (("balanced_accuracy", np.mean(recalls)), ("accuracy", (own == truth).mean()),
+                        ("macro_f1", sk.f1_score(truth, own, average="macro", zero_division=0))):  # fmt: skip
+        assert lines(out)[-1][f"test_{name}"] == pytest.approx(value), name
