@@ -204,7 +204,8 @@ def open_samples(
     mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Opens the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
-    source = data.open_split("train", args.num_images)
+    reads_labels = bool(args.probe_every and not args.probe_path)  # the probe classifies the training images
+    source = data.open_split("train", args.num_images, reads_labels)
     data.check_statistics(source)
     (source,) = data.cached(source)
     augment: transforms.ImageTransform = transforms.pretrain_transform(

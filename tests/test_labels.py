@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from mains import lines, weights
+from mains import call, lines, weights
 from PIL import Image
 from sklearn import metrics as sk
 
@@ -17,6 +17,7 @@ import main_knn
 import main_linprobe
 from inference import get_model
 from models_vit import vit_mini_patch4
+from util import datasets
 from util.checkpoints import checkpoint
 from util.data import labels
 from util.data.sources import find_files
@@ -247,3 +248,49 @@ def test_metrics_leave_out_a_class_without_validation_images(classify, labelled,
     for name, value in (("balanced_accuracy", np.mean(recalls)), ("accuracy", (own == truth).mean()),
                         ("macro_f1", sk.f1_score(truth, own, average="macro", zero_division=0))):  # fmt: skip
         assert lines(out)[-1][f"test_{name}"] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize("separator", ["|", ",", "/", "[]"])
+def test_several_labels_need_semicolons(separator, classify, labelled, tmp_path):
+    """Another separator would make each combination a class."""
+    combined = ["red", "green", "red;green", "blue", "blue;red", "green;blue;red"]
+    own = [json.dumps(text.split(";")) if separator == "[]" else text.replace(";", separator) for text in combined]
+
+    def lists(texts):
+        flags = write_lists(tmp_path, labelled, texts, "json")
+        for split in ("train", "val"):
+            rows = json.loads(flags[f"{split}_list"].read_text())
+            columns = "".join(f'{file},"{text.replace(chr(34), chr(34) * 2)}"\n' for file, text in rows)
+            flags[f"{split}_list"] = tmp_path / f"{split}.csv"
+            flags[f"{split}_list"].write_text("path,label\n" + columns)
+        return flags
+
+    flags = {**ONCE, "aa": "none", "task": "multilabel"}
+    with pytest.raises(ValueError, match="list in the syntax" if separator == "[]" else re.escape(separator)):
+        classify(main_finetune, **flags, **lists(own))
+    assert recorded(classify(main_finetune, **flags, **lists(combined))) == ["blue", "green", "red"]
+
+
+def test_pretraining_does_not_read_labels(pretrain, pictures, tmp_path, capsys):
+    """Half of the labels, a row for each box, and negative ids. The run is that of a list without labels."""
+    files = sorted(str(file.relative_to(pictures)) for file in pictures.glob("train/*/*"))
+    half = [(file, "cat" if number % 2 else None) for number, file in enumerate(files)]
+    below = [(file, -7) for file in files]
+    boxes = [(file, number) for number, file in enumerate([*files, *files])]
+    losses = {}
+    for name, rows in (("none", files), ("half", half), ("below", below), ("boxes", boxes)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        out = pretrain(name, train_list=tmp_path / f"{name}.json", epochs=1)
+        losses[name] = [line["train_loss"] for line in lines(out)]
+        assert ("24 of its 48 rows repeat a file" in capsys.readouterr().out) == (name == "boxes")
+    assert losses["half"] == losses["below"] == losses["none"] != losses["boxes"]
+    call(datasets, pictures, train_list=tmp_path / "half.json", num_workers=0)
+    assert "images      24" in capsys.readouterr().out
+
+
+def test_json_lists_have_the_keys_of_csv_files(labelled, tmp_path):
+    lists = write_lists(tmp_path, labelled, list("abcdef"), "json")
+    rows = json.loads(lists["val_list"].read_text())
+    lists["val_list"].write_text(json.dumps([{"file_name": file, "class": name} for file, name in rows]))
+    source = open_source("val", str(labelled), str(lists["val_list"]))
+    assert [source.classes[label] for label in source.labels] == [name for _, name in rows]

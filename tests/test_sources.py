@@ -258,7 +258,7 @@ def test_relative_paths_start_at_the_root(make_list, tmp_path):
     ("list.csv", "path,label\na.png,1\nsub/c.png,nan\n", "a label is nan, .* every file needs a label"),
     ("list.json", "{", "can't be read .*give a path and a label per line, CSV"),
     ("list.json", '{"a": 1}', "can't be read .*it is neither a list nor"),
-    ("list.json", '[{"file": "a.png"}]', "can't be read .*'path'"),
+    ("list.json", '[{"img": "a.png"}]', "no text with the key path or filename"),
     ("list.csv", "label,path\ndog\n", "the row of dog and the header have 1 and 2 cells"),
     ("list.csv", "path,label\na.png,dog, brown\nsub/c.png,dog\n", "the row of a.png and the header have 3 and 2 cells"),
     ("list.csv", "img,label\na.png,dog\n", "does not exist; .*; CSV has commas, and a column path .* or no header"),

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ class LabelError(ValueError):
 
 
 def read_list(
-    path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None,
-    extras: Sequence[str] | None = None,
+    path: Path, root: Path | None, flag: str, task: str | None = CLASSIFICATION,
+    columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
 ) -> Files:  # fmt: skip
     """Reads a list of image files. The order of the list is kept.
 
@@ -50,7 +51,7 @@ def read_list(
             JSON of COCO and iNaturalist: images, annotations, categories.
         root: the folder that relative paths start from. Default: the folder of the list.
         flag: the flag of the list, for messages.
-        task: what the labels mean, one of `choices.TASK_CHOICES`.
+        task: what the labels mean, one of `choices.TASK_CHOICES`. None: labels are not read.
         columns: the columns of CSV or keys of JSON with the labels.
         extras: the columns or keys of extra inputs, numbers.
 
@@ -63,14 +64,22 @@ def read_list(
         if "\0" in text:
             raise ValueError("it contains a zero byte")
         document: Any = json.loads(text) if suffix == ".json" else text
-        if task == CLASSIFICATION and not columns:
+        if task is None:
+            names, classes = _read_names(suffix, document), []
+            numbers = np.full(len(names), -1)
+        elif task == CLASSIFICATION and not columns:
             names, classes, numbers = _read_rows(suffix, document)
         else:
             names, titles, cells = _read_cells(suffix, document, columns)
             classes, numbers = _targets(names, titles, cells, task)
         inputs = _extras(suffix, document, extras) if extras else {}
-        if task != REGRESSION and len({*names}) < len(names):  # an image may be measured several times
+        if task != REGRESSION and (repeated := len(names) - len({*names})):  # an image may be measured several times
             _require_one_label(names, numbers, inputs)
+            if task is None and not inputs:
+                logger.warning(
+                    f"{flag} {path}: {repeated:,} of its {len(names):,} rows repeat a file, which is then read more "
+                    f"often than others"
+                )
     except LabelError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
@@ -80,7 +89,7 @@ def read_list(
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
-    _warn_of_spellings(f"{flag} {path}", classes)
+    _warn_of_names(f"{flag} {path}", classes, task)
     has_ids = task == CLASSIFICATION and not isinstance(document, dict) and bool(classes)
     has_ids = has_ids and all(map(INTEGER.fullmatch, classes))
     files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
@@ -134,8 +143,22 @@ def _read_rows(suffix: str, document: Any) -> tuple[list[str], list[str], np.nda
     rows = PARSERS.get(suffix, _text_rows)(document)
     labels = [label for _, label in rows if label not in (None, "", "-1")]
     if 0 < len(labels) < len(rows):
-        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label")
+        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label; an empty label and -1 are none")
     return [name for name, _ in rows], *_number(labels, len(rows))
+
+
+def _read_names(suffix: str, document: Any) -> list[str]:
+    """Parses a list: paths without labels."""
+    if isinstance(document, dict) and "images" in document:
+        return _files_of_annotations(document)
+    return [name for name, _ in PARSERS.get(suffix, _text_rows)(document)]
+
+
+def _files_of_annotations(document: dict[str, Any]) -> list[str]:
+    paths = [image["file_name"] for image in document["images"]]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError("a file_name is not a string")
+    return paths
 
 
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
@@ -143,9 +166,7 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
 
     Images with several categories or without an annotation, as for detection, have no labels.
     """
-    paths = [image["file_name"] for image in document["images"]]
-    if not all(isinstance(path, str) for path in paths):
-        raise ValueError("a file_name is not a string")
+    paths = _files_of_annotations(document)
     if not document.get("annotations"):  # a test set
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])
@@ -253,6 +274,7 @@ def _targets(
         return _number([row[0] for row in cells], len(names))
     if not has_names:
         return [printable(title) for title in titles], np.array(values)
+    _require_semicolons([row[0] for row in cells])
     several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
     classes = sorted(set().union(*several))
     return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
@@ -336,8 +358,17 @@ def _json_rows(entries: Any) -> list[Row]:
     def row(entry: Any) -> Row:
         if isinstance(entry, str):
             return entry, None
-        path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
-        return str(path), None if label is None else _text_of(label)
+        if isinstance(entry, dict):
+            keys = {_plain(key): key for key in entry}
+            path, label = (next((entry[keys[name]] for name in names if name in keys), None)
+                           for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
+        else:
+            path, label = [*entry, None][:2]
+        if not isinstance(path, str):
+            raise LabelError(
+                f"an entry has no text with the key {' or '.join(PATH_COLUMNS)}: {printable(str(entry))[:80]}"
+            )
+        return path, None if label is None else _text_of(label)
 
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
@@ -362,8 +393,40 @@ def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
     return [printable(name) for name in names], np.array([number_of[label] for label in labels])
 
 
-def _warn_of_spellings(place: str, classes: Iterable[str]) -> None:
-    """Logs a warning if names of classes differ only as spellings of a number, such as 1, 001 and 1.0."""
+def _separator_of(labels: Collection[str], separators: str) -> str:
+    """Returns the separator that joins several labels: a part of a label is in another label, too. "" if there is none.
+
+    A vertical bar separates in any case.
+    """
+    for separator in separators:
+        parts = [{part.strip() for part in label.split(separator)} for label in {*labels}]
+        counts = Counter(part for own in parts for part in own)
+        if any(len(own) > 1 and (separator == "|" or max(counts[part] for part in own) > 1) for own in parts):
+            return separator
+    return ""
+
+
+def _require_semicolons(cells: Sequence[str]) -> None:
+    """Raises LabelError if other characters than semicolons separate labels, as each combination would be a class."""
+    if any(";" in cell for cell in cells):
+        return
+    remedy = "separate labels by ;, and end a single label that contains this text with ;"
+    if written := next((cell for cell in cells if cell[:1] + cell[-1:] in ("[]", "()", "{}")), None):
+        raise LabelError(f"the label {printable(written)} is a list in the syntax of Python or JSON; {remedy}")
+    if separator := _separator_of(cells, "|,/+&"):
+        label = next(cell for cell in cells if separator in cell)
+        raise LabelError(f"{separator} separates labels, such as {printable(label)}; {remedy}")
+
+
+def _warn_of_names(place: str, classes: Sequence[str], task: str | None) -> None:
+    """Logs a warning if names of classes are combinations of labels, or spellings of one number: 1, 001 and 1.0."""
+    separator = _separator_of(classes, {CLASSIFICATION: ";|", MULTILABEL: " "}.get(task or "", ""))
+    if separator:
+        label = next(name for name in classes if separator in name)
+        logger.warning(
+            f"{place}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
+            f"them separated by ;"
+        )
     spellings: dict[Decimal, list[str]] = {}
     for name in filter(DECIMAL.fullmatch, classes):
         spellings.setdefault(Decimal(name), []).append(name)

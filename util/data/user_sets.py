@@ -77,6 +77,7 @@ class UserSet(LibrarySet):
         split: "train" or "val".
         data_path: the second argument of the function.
         name: the value of --dataset.
+        reads_labels: else all labels are -1, and none is checked.
 
     Raises:
         ValueError: the function does not exist or does not return a dataset, or the first item is no sample.
@@ -84,7 +85,10 @@ class UserSet(LibrarySet):
         RuntimeError: as in `user_code.call`.
     """
 
-    def __init__(self, function: OpenDataset | None, split: str, data_path: str | None, name: str) -> None:
+    def __init__(
+        self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
+    ) -> None:
+        self.reads_labels = reads_labels
         self.title, self.flag = f"{name} {split}", f"--dataset {name}"
         self.split, self.data_path = split, data_path
         self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
@@ -220,6 +224,8 @@ class UserSet(LibrarySet):
         Raises:
             ValueError: the label differs from the attribute `labels`, or from the label that `labels` has read.
         """
+        if not self.reads_labels:
+            return -1
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
             return -1
@@ -251,6 +257,8 @@ class UserSet(LibrarySet):
     @cached_property
     def labels(self) -> np.ndarray:
         """The labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
+        if not self.reads_labels:
+            return np.full(len(self), -1)
         if self._listed is not None:
             if not self._are_classes(self._listed):
                 raise ValueError(
