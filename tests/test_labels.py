@@ -294,3 +294,11 @@ def test_json_lists_have_the_keys_of_csv_files(labelled, tmp_path):
     lists["val_list"].write_text(json.dumps([{"file_name": file, "class": name} for file, name in rows]))
     source = open_source("val", str(labelled), str(lists["val_list"]))
     assert [source.classes[label] for label in source.labels] == [name for _, name in rows]
+
+
+def test_a_resumed_run_keeps_the_outputs_without_images(classify, labelled, tmp_path):
+    """--nb_classes, and runs of an earlier version, have an output for each number up to the highest id."""
+    flags = {**ONCE, **write_lists(tmp_path, labelled, "012457"), "aa": "none"}
+    classify(main_finetune, **flags, nb_classes=8)
+    out = classify(main_finetune, **flags | {"resume": "auto", "epochs": 2})
+    assert (len(lines(out)), checkpoint.read(out / "checkpoint-1.pth")["args"]["classes"]) == (2, list("01234567"))

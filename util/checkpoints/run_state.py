@@ -384,9 +384,7 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in ("classes", "colors", "train_images", "held_out_images"):
         if _differs(name, saved, settings):
-            was_counted = name == "classes" and saved[name] == [str(number) for number in range(len(saved[name]))]
-            is_part = was_counted and {*settings[name]} < {*saved[name]}  # of a list, by an earlier version
-            chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if is_part or "palette" in settings}
+            chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
             remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
             if not any(remedies[0].settings):
                 started = Remedy({"finetune": "FILE"}, "{} starts from its weights")

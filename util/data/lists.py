@@ -65,7 +65,7 @@ def read_list(
             raise ValueError("it contains a zero byte")
         document: Any = json.loads(text) if suffix == ".json" else text
         if task is None:
-            names, classes = _read_names(suffix, document), []
+            names, classes = _read_names(suffix, document), list[str]()
             numbers = np.full(len(names), -1)
         elif task == CLASSIFICATION and not columns:
             names, classes, numbers = _read_rows(suffix, document)
