@@ -37,6 +37,7 @@ from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
 from util.cli.choices import CLASSIFICATION
 from util.data import extras, transforms
+from util.data.labels import has_ids
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
@@ -109,7 +110,7 @@ def main(
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
     labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
-    model = build_model(args, build, settings, file)
+    model = build_model(args, build, settings, file, has_ids(train))
     extras.require_fitting(model, train, val)
     model.to(device)
 
@@ -146,10 +147,11 @@ def build_model(
     build: Callable[..., models_vit.VisionTransformer],
     settings: Mapping[str, Any],
     file: loading.Weights | None,
+    has_ids: bool = False,
 ) -> models_vit.VisionTransformer:
     """Builds the classifier of a run, with the encoder of a file, and freezes blocks (--unfreeze_blocks)."""
     model = build(*specs(settings))
-    if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task):
+    if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task, has_ids):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_build.freeze_below(model, args.unfreeze_blocks)

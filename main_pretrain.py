@@ -221,8 +221,9 @@ def open_images(
         raise ValueError(f"--probe_path {args.probe_path}: there is no such folder or archive")
     images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
+    reads_labels = bool(args.probe_every and not args.probe_path)  # the probe classifies the training images
     with preserve_generators():
-        return data, data.open_split("train", args.num_images)
+        return data, data.open_split("train", args.num_images, reads_labels)
 
 
 def open_samples(

@@ -71,12 +71,19 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
 
 
 class _Values(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as for the other flags. YAML 1.1 requires a point in it."""
+    """YAML in which numbers are decimals, also 1e-3. YAML 1.1 takes 010 for 8, 1_0 for 10 and 1:30 for 90."""
 
 
-_Values.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Values.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in own if tag not in (INT, FLOAT)]
+    for first, own in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for tag, pattern in (
+    (INT, r"[-+]?(0|[1-9][0-9]*)$"),
+    (FLOAT, r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"),
+):
+    _Values.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
 
 
 def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:

@@ -1,12 +1,28 @@
 """Classes of the training and the validation set, and subsets of a dataset."""
 
+import json
+import re
+import shutil
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
+from mains import call, lines, weights
 from PIL import Image
+from sklearn import metrics as sk
 
+import main_finetune
+import main_knn
+import main_linprobe
+from inference import get_model
+from models_vit import vit_mini_patch4
+from util import datasets
+from util.checkpoints import checkpoint
 from util.data import labels
 from util.data.sources import find_files
 from util.data.webdataset_shards import Shards
+from util.datasets import open_source
 
 
 def folders(root, **counts):
@@ -89,3 +105,200 @@ def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
     assert np.bincount(few.labels).tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"2 classes, .*--nb_classes is 3"):
         labels.open_pair(lambda split: sets[split], **options | {"nb_classes": 3})
+
+
+def write_lists(folder, labelled, names, suffix="csv"):
+    """Writes lists of `labelled` in which the classes have other names; returns the flags."""
+    flags = {"data_path": labelled}
+    for split in ("train", "val"):
+        files = sorted((labelled / split).glob("*/*"))
+        rows = [(f"{file.relative_to(labelled)}", names[int(file.parent.name[-1])]) for file in files]
+        rows = [(file, name) for file, name in rows if name is not None]
+        text = json.dumps(rows) if suffix == "json" else "".join(f"{file}, {name}\n" for file, name in rows)
+        flags[f"{split}_list"] = folder / f"{split}.{suffix}"
+        flags[f"{split}_list"].write_text(text if suffix != "txt" else text.replace(",", ""))
+    return flags
+
+
+def recorded(out):
+    return checkpoint.read(out / "checkpoint-0.pth")["args"]["classes"]
+
+
+def test_labels_are_numbers_only_if_all_are_integers(classify, labelled, tmp_path, capsys):
+    """Names are never merged. Folders of the same names have the same classes."""
+    flags = {"epochs": 1, "lr": 0, "warmup_epochs": 0}
+    names = ["1_11", "11_1", "001", "1", "4E5", "٣"]
+    for suffix in ("txt", "json", "csv"):
+        for own, expected in ((names, sorted(names)), ([10, 9, 2, 3, 4, 5], ["2", "3", "4", "5", "9", "10"])):
+            lists = write_lists(tmp_path, labelled, own, suffix)
+            assert open_source("val", str(labelled), str(lists["val_list"])).classes == expected, suffix
+    lists = write_lists(tmp_path, labelled, names)
+    out = classify(main_finetune, **flags, **lists)
+    assert recorded(out) == sorted(names)
+    assert re.search("train_list .*001, 1 are different classes", capsys.readouterr().out)
+    for number, name in enumerate(names):
+        shutil.copytree(labelled / "val" / f"kind{number}", tmp_path / "folders/val" / name)
+    for data in ({"data_path": tmp_path / "folders"}, lists):
+        assert len(classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth", **data).labels) == 23
+
+
+@pytest.mark.parametrize("text", ["1_5", "٣"])
+def test_targets_and_extras_are_decimals(text, tmp_path):
+    """float() takes 1_5 for 15."""
+
+    def read(text, **options):
+        (tmp_path / "0.png").touch()
+        (tmp_path / "list.csv").write_text(f"path,label,dose\n0.png,{text},{text}\n")
+        return open_source("train", file_list=str(tmp_path / "list.csv"), task="regression", **options)
+
+    assert [read(good).labels.item() for good in ("1.50", "-.5", "1e-3", "7")] == [1.5, -0.5, 0.001, 7]
+    for options in ({}, {"label_columns": ["dose"]}, {"extras": ["dose"]}):
+        with pytest.raises(ValueError, match=text):
+            read(text, **options)
+
+
+ONCE = {"epochs": 1, "warmup_epochs": 0}
+
+
+def test_a_new_head_has_an_output_for_each_id_that_occurs(classify, labelled, tmp_path):
+    """The ids are the names of the outputs, and an evaluation finds them. --nb_classes: the ids are the outputs."""
+    lists = write_lists(tmp_path, labelled, ["7", "12", "3", "200001", "5", "1"])
+    for main, own in ((main_finetune, {"aa": "none", "lr": 0.003}), (main_linprobe, {})):
+        out = classify(main, main.__name__, **ONCE, **own, **lists)
+        assert recorded(out) == ["1", "3", "5", "7", "12", "200001"]
+    assert classify(main_knn, k=5, **lists) == classify(main_knn, k=5)
+    tuned = tmp_path / "main_finetune/checkpoint-0.pth"
+    whole = classify(main_finetune, eval=True, resume=tuned, **lists)
+    assert whole.loss == pytest.approx(lines(tuned.parent)[-1]["test_loss"])
+    few = write_lists(tmp_path, labelled, ["7", "12", None, "200001", None, None])
+    assert {*classify(main_finetune, eval=True, resume=tuned, **few).labels.tolist()} == {3, 4, 5}
+    lists = write_lists(tmp_path, labelled, ["7", "9", "3", "2", "5", "1"])
+    assert recorded(classify(main_finetune, "all", **ONCE, **lists, nb_classes=10)) == list("0123456789")
+
+
+def test_a_head_that_exists_is_not_renumbered(classify, tmp_path):
+    """Ids of 50 of 1000 classes are outputs of a published head. Where a file records names, these decide."""
+    torch.manual_seed(0)
+    model = vit_mini_patch4(img_size=16, num_classes=1000, global_pool=True)
+    model.head.weight.data.normal_()
+    generator, ids = np.random.default_rng(0), np.random.default_rng(1).permutation(1000)[:50]
+    pictures = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in ids]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    (tmp_path / "val.csv").write_text("".join(f"{number}.png,{own}\n" for number, own in enumerate(ids)))
+    named, bare = [str(number) for number in range(1000)], {"model": model.state_dict()}
+    torch.save(bare, tmp_path / "bare.pth")
+    torch.save({**bare, "args": {"model": "vit_mini_patch4", "classes": named}}, tmp_path / "earlier.pth")
+    torch.save({**bare, "args": {"model": "vit_mini_patch4", "classes": named[::-1]}}, tmp_path / "names.pth")
+    logits = get_model(tmp_path / "bare.pth", input_size=16, crop_pct=1)
+    predicted = np.array([logits.predict(picture)["pred_label"] for picture in pictures])
+    for name, outputs in (("bare", ids), ("earlier", ids), ("names", 999 - ids)):
+        flags = {"eval": True, "resume": tmp_path / f"{name}.pth", "data_path": tmp_path, "crop_pct": 1}
+        found = classify(main_finetune, **flags, val_list=tmp_path / "val.csv")
+        assert found.labels.tolist() == outputs.tolist(), name
+        assert found.predictions.tolist() == predicted.tolist()
+    (tmp_path / "val.csv").write_text("0.png,0\n1.png,1000\n")
+    with pytest.raises(ValueError, match="1000"):
+        classify(main_finetune, **flags | {"resume": tmp_path / "bare.pth"}, val_list=tmp_path / "val.csv")
+
+
+@pytest.mark.parametrize(("ids", "flags", "is_kept"), [
+    ("123456", {}, False), ("123450", {"nb_classes": 6}, True),
+])  # fmt: skip
+def test_a_head_without_names_is_kept_for_its_own_ids(ids, flags, is_kept, classify, labelled, tmp_path):
+    model = vit_mini_patch4(img_size=16, num_classes=6, global_pool=True)
+    model.head.weight.data.normal_()
+    torch.save({"model": model.state_dict()}, tmp_path / "six.pth")
+    lists = write_lists(tmp_path, labelled, ids)
+    out = classify(main_finetune, **ONCE, lr=0, finetune=tmp_path / "six.pth", **lists, **flags)
+    assert (weights(out, "checkpoint-0.pth")["head.weight"].std() > 0.5) == is_kept
+
+
+def test_many_classes_take_memory_for_images_and_classes_only(classify, labelled, tmp_path):
+    """A matrix of 20,000 x 20,000 takes 3.2 GB, and 400 MB with one byte for each pair."""
+    model = vit_mini_patch4(img_size=16, num_classes=20_000, global_pool=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "many.pth")
+    lists = write_lists(tmp_path, labelled, ["19999", "0", "777", "3", "12345", "1"])
+    tracemalloc.start()
+    try:
+        found = classify(main_finetune, eval=True, resume=tmp_path / "many.pth", **lists,
+                         metric="macro_f1 balanced_accuracy kappa auroc average_precision")  # fmt: skip
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    truth, own = found.labels, found.predictions
+    assert found.metrics["macro_f1"] == pytest.approx(sk.f1_score(truth, own, average="macro", zero_division=0))
+    assert found.metrics["balanced_accuracy"] == pytest.approx(
+        np.mean([(own == n)[truth == n].mean() for n in {*truth}])
+    )
+
+
+def test_metrics_leave_out_a_class_without_validation_images(classify, labelled, tmp_path, capsys):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    shutil.rmtree(data / "val/kind5")
+    flags = {"aa": "none", "lr": 0.003, "epochs": 2, "warmup_epochs": 0, "data_path": data}
+    out = classify(main_finetune, **flags, metric="balanced_accuracy macro_f1 accuracy")
+    assert "none is of kind5" in capsys.readouterr().out
+    state = checkpoint.read(out / "checkpoint-1.pth")
+    assert (len(state["model"]["head.weight"]), state["args"]["classes"][5]) == (6, "kind5")
+    found = classify(main_finetune, eval=True, resume=out / "checkpoint-1.pth", data_path=data)
+    truth, own = found.labels, found.predictions
+    assert {*truth.tolist()} == {0, 1, 2, 3, 4}
+    recalls = [(own == label)[truth == label].mean() for label in range(5)]
+    for name, value in (("balanced_accuracy", np.mean(recalls)), ("accuracy", (own == truth).mean()),
+                        ("macro_f1", sk.f1_score(truth, own, average="macro", zero_division=0))):  # fmt: skip
+        assert lines(out)[-1][f"test_{name}"] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize("separator", ["|", ",", "/", "[]"])
+def test_several_labels_need_semicolons(separator, classify, labelled, tmp_path):
+    """Another separator would make each combination a class."""
+    combined = ["red", "green", "red;green", "blue", "blue;red", "green;blue;red"]
+    own = [json.dumps(text.split(";")) if separator == "[]" else text.replace(";", separator) for text in combined]
+
+    def lists(texts):
+        flags = write_lists(tmp_path, labelled, texts, "json")
+        for split in ("train", "val"):
+            rows = json.loads(flags[f"{split}_list"].read_text())
+            columns = "".join(f'{file},"{text.replace(chr(34), chr(34) * 2)}"\n' for file, text in rows)
+            flags[f"{split}_list"] = tmp_path / f"{split}.csv"
+            flags[f"{split}_list"].write_text("path,label\n" + columns)
+        return flags
+
+    flags = {**ONCE, "aa": "none", "task": "multilabel"}
+    with pytest.raises(ValueError, match="list in the syntax" if separator == "[]" else re.escape(separator)):
+        classify(main_finetune, **flags, **lists(own))
+    assert recorded(classify(main_finetune, **flags, **lists(combined))) == ["blue", "green", "red"]
+
+
+def test_pretraining_does_not_read_labels(pretrain, pictures, tmp_path, capsys):
+    """Half of the labels, a row for each box, and negative ids. The run is that of a list without labels."""
+    files = sorted(str(file.relative_to(pictures)) for file in pictures.glob("train/*/*"))
+    half = [(file, "cat" if number % 2 else None) for number, file in enumerate(files)]
+    below = [(file, -7) for file in files]
+    boxes = [(file, number) for number, file in enumerate([*files, *files])]
+    losses = {}
+    for name, rows in (("none", files), ("half", half), ("below", below), ("boxes", boxes)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        out = pretrain(name, train_list=tmp_path / f"{name}.json", epochs=1)
+        losses[name] = [line["train_loss"] for line in lines(out)]
+        assert ("24 of its 48 rows repeat a file" in capsys.readouterr().out) == (name == "boxes")
+    assert losses["half"] == losses["below"] == losses["none"] != losses["boxes"]
+    call(datasets, pictures, train_list=tmp_path / "half.json", num_workers=0)
+    assert "images      24" in capsys.readouterr().out
+
+
+def test_json_lists_have_the_keys_of_csv_files(labelled, tmp_path):
+    lists = write_lists(tmp_path, labelled, list("abcdef"), "json")
+    rows = json.loads(lists["val_list"].read_text())
+    lists["val_list"].write_text(json.dumps([{"file_name": file, "class": name} for file, name in rows]))
+    source = open_source("val", str(labelled), str(lists["val_list"]))
+    assert [source.classes[label] for label in source.labels] == [name for _, name in rows]
+
+
+def test_a_resumed_run_keeps_the_outputs_without_images(classify, labelled, tmp_path):
+    """--nb_classes, and runs of an earlier version, have an output for each number up to the highest id."""
+    flags = {**ONCE, **write_lists(tmp_path, labelled, "012457"), "aa": "none"}
+    classify(main_finetune, **flags, nb_classes=8)
+    out = classify(main_finetune, **flags | {"resume": "auto", "epochs": 2})
+    assert (len(lines(out)), checkpoint.read(out / "checkpoint-1.pth")["args"]["classes"]) == (2, list("01234567"))

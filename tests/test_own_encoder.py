@@ -315,16 +315,17 @@ def test_arguments_of_a_base_class_and_numbers_as_in_other_flags(leads, pretrain
         LEADS
         + """
 class Shifted(Leads):
-    def __init__(self, *, shift: float, **arguments):
+    def __init__(self, *, shift: float, site: str = "010", **arguments):
         super().__init__(rows=4, **arguments)
+        assert site == "010"  # YAML 1.1: 8
         torch.nn.init.constant_(self.cls_token, shift)
 """
     )
-    own = {"encoder": "leads:Shifted", "encoder_args": "shift=1e-3 scale=2.5e+1"}
+    own = {"encoder": "leads:Shifted", "encoder_args": "shift=1e-3 scale=2.5e+1 site=010"}
     found = weights(pretrain("run", epochs=1, lr=0, **own), "checkpoint-0.pth")
     assert (found["lead_embed"] == 25).all()
     assert found["cls_token"].float().mean().item() == pytest.approx(1e-3, rel=0.1)
-    with pytest.raises(ValueError, match=r"wrong=1: Shifted takes rows=VALUE scale=VALUE shift=VALUE"):
+    with pytest.raises(ValueError, match=r"wrong=1: Shifted takes rows=VALUE scale=VALUE shift=VALUE site=VALUE"):
         pretrain("wrong", **own | {"encoder_args": "wrong=1"})
     with pytest.raises(ValueError, match="needs --encoder_args shift=VALUE"):
         pretrain("missing", encoder="leads:Shifted")

@@ -21,10 +21,13 @@ from util.data.batches import up_to_cores
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage, PixelValues
 from util.data.image_facts import ImageFacts, all_facts, statistics_of
+from util.data.labels import has_ids
 from util.data.loader import MAX_BAD_SHARE
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, UserSet, with_source
 from util.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
 
@@ -41,7 +44,8 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
     lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
     counts = Counter(fact.label for fact in good if fact.label >= 0)
     if counts and _have_classes(source):
-        of_each = [counts[label] for label in range(max(len(source.classes), max(counts) + 1))]
+        every = counts if has_ids(source) else range(max(len(source.classes), max(counts) + 1))
+        of_each = [counts[label] for label in every]
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
     else:
         lines.append("classes     none: pre-training needs no labels")
@@ -105,10 +109,14 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     file_list = args.train_list if args.split == "train" else args.val_list
     args = with_source(args, source)
-    images = open_source(
-        args.split, args.data_path, file_list, args.dataset, download=args.download, num_images=args.num_images,
-        function=source, extras=args.extras,
-    )  # fmt: skip
+    how = {"download": args.download, "num_images": args.num_images, "function": source, "extras": args.extras}
+    try:
+        images = open_source(args.split, args.data_path, file_list, args.dataset, **how)
+    except ValueError as error:
+        if not file_list:
+            raise
+        images = open_source(args.split, args.data_path, file_list, args.dataset, **how, task=None)
+        logger.warning(f"{error}. Pre-training does not read the labels")
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)
     values = PixelValues(args.nodata, args.value_range, args.channels_last)

@@ -48,7 +48,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="columns of --train_list and --val_list (CSV with a header, or keys of JSON) with the labels (default: "
         "label, class or groundtruth)"),
     "nb_classes": flag(DATA, type=positive_int, metavar="N",
-        help="number of classes, as a check (default: the number in the training set)"),
+        help="number of classes, as a check; ids in lists that are below N are outputs (default: the number in the "
+        "training set)"),
     "train_per_class": flag(DATA, type=positive_int, metavar="N",
         help="train on N images of each class, chosen by --seed (default: all images)"),
     "val_fraction": flag(DATA, type=ratio, metavar="R",

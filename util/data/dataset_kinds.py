@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from util import dist
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 def open_source(
     split: str, data_path: str | None = None, file_list: str | None = None, dataset: str | None = None, *,
     download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
-    task: str = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
+    task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
     whole: bool = True,
 ) -> Source | Shards:  # fmt: skip
     """Opens a dataset of any kind.
@@ -39,7 +38,8 @@ def open_source(
         download: download the files of a torchvision dataset.
         num_images: number of images in shards, instead of counting them.
         function: the function of py:, instead of importing it.
-        task: what the labels mean. Lists and py: have other labels than classes.
+        task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
+            not read.
         label_columns, extras: the columns of `file_list` with the labels, and with extra inputs.
         whole: take all images of a folder or archive without splits for training. False: they are an error, because a
             list of validation images may name some of them.
@@ -64,8 +64,9 @@ def open_source(
         if kind == "hf":
             return HuggingFaceSet(name, split)
         if kind == "py":
-            kind_of_set = UserSet if task == CLASSIFICATION else partial(TargetSet, task=task)
-            return kind_of_set(function, split, data_path, dataset)
+            if task in (None, CLASSIFICATION):
+                return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
+            return TargetSet(function, split, data_path, dataset, task)
         if kind == "wds":
             return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
         return TorchvisionSet(dataset, split, data_path, download)

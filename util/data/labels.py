@@ -86,12 +86,13 @@ def open_pair(
     Args:
         open_split: returns the set "train" or "val".
         task: what the labels mean, one of `choices.TASK_CHOICES`.
-        nb_classes: the expected number of classes or targets; None: any number.
+        nb_classes: the expected number of classes or targets; None: any number. Integer ids below it are outputs.
         train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
         validation: open the validation set. Else, the training set takes its place.
 
     Raises:
-        ValueError: a set has no labels of the task, their classes or targets differ, or a class has too few images.
+        ValueError: a set has no labels of the task, the validation set has other classes or targets, or a class has too
+            few images.
     """
     is_classification = task == CLASSIFICATION
     if train_per_class and not is_classification:
@@ -100,9 +101,11 @@ def open_pair(
             f"--train_per_class"
         )
     train = require(open_split("train"), "train", task)
+    if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
+        train = counted_as(train, outputs(nb_classes))
     val = require(open_split("val"), "val", task) if validation else train
     only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
-    if is_classification and (only_train or only_val):
+    if is_classification and only_val:
         raise ValueError(
             "training and validation set have different classes: "
             + "; ".join(
@@ -153,7 +156,7 @@ def balanced_accuracy(right: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> Source:
-    """Returns the source if all its images have labels of the task.
+    """Returns the source if all its images have labels of the task. Of integer ids, those that occur are the classes.
 
     Raises:
         ValueError: an image has no label or a label of another task, or the source is a stream, which has no random
@@ -182,7 +185,21 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
             f"--task {task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
             f"--train_list and --val_list with labels, or vectors of a --dataset py:MODULE:FUNCTION"
         )
+    if task == CLASSIFICATION and has_ids(source) and len(there := np.unique(source.labels)) < len(source.classes):
+        numbers = np.full(len(source.classes), -1)
+        numbers[there] = np.arange(len(there))
+        return Subset(source, np.arange(len(source)), [source.classes[number] for number in there], numbers)
     return source
+
+
+def has_ids(source: Any) -> bool:
+    """Whether the names of the classes of a source, or of a subset of it, are integer ids, as in `Source`."""
+    return getattr(extras.original(source), "has_ids", False)
+
+
+def outputs(count: int) -> list[str]:
+    """Returns the ids of the outputs of a head whose file records no names."""
+    return [str(number) for number in range(count)]
 
 
 def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATION) -> Source:
@@ -210,9 +227,13 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
             f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
             f"{len(classes)} classes: {first_few(unknown)}"
         )
-    logger.warning(f"the images have only {len(source.classes)} of the model's {len(classes)} classes")
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])
+    if missing := [classes[number] for number in np.setdiff1d(np.arange(len(classes)), numbers)]:
+        logger.warning(
+            f"the images have only {len(source.classes)} of the model's {len(classes)} classes: none is of "
+            f"{first_few(missing)}"
+        )
     return Subset(source, np.arange(len(source)), list(classes), numbers)
 
 

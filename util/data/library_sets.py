@@ -98,6 +98,7 @@ class TorchvisionSet(LibrarySet):
         self.images = self._open(make, arguments, parts)
         listed = _listed_labels(self.images)
         self.classes = _class_names(self.images, listed)
+        self.has_ids = bool(self.classes) and not _own_names(self.images)
         self._labels = listed if self.classes else np.full(len(self), -1)
 
     @property
@@ -179,11 +180,16 @@ def _listed_labels(images: Any) -> np.ndarray | None:
 
 
 def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
+    return _own_names(images) or ([] if listed is None else [str(n) for n in range(int(listed.max()) + 1)])
+
+
+def _own_names(images: Any) -> list[str]:
+    """Returns the names of the classes that a dataset of torchvision has."""
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(images, attribute, None)
         if isinstance(names, (list, tuple)) and names:
             return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
-    return [] if listed is None else [str(number) for number in range(int(listed.max()) + 1)]
+    return []
 
 
 class HuggingFaceSet(LibrarySet):

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-MOST_CLASSES = 1_000_000
+INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
+# Numbers as CSV files have them. float() also takes 1_5 for 15, and digits of other scripts.
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
@@ -32,10 +36,12 @@ class LabelError(ValueError):
 
 
 def read_list(
-    path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None,
-    extras: Sequence[str] | None = None,
+    path: Path, root: Path | None, flag: str, task: str | None = CLASSIFICATION,
+    columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
 ) -> Files:  # fmt: skip
-    """Reads a list of image files. The order of the list is kept. Labels are numbers from 0, or names.
+    """Reads a list of image files. The order of the list is kept.
+
+    If all labels are integers as Python writes them, they are numbers, in this order. Otherwise all labels are names.
 
     Args:
         path: the list, in one of these formats:
@@ -45,7 +51,7 @@ def read_list(
             JSON of COCO and iNaturalist: images, annotations, categories.
         root: the folder that relative paths start from. Default: the folder of the list.
         flag: the flag of the list, for messages.
-        task: what the labels mean, one of `choices.TASK_CHOICES`.
+        task: what the labels mean, one of `choices.TASK_CHOICES`. None: labels are not read.
         columns: the columns of CSV or keys of JSON with the labels.
         extras: the columns or keys of extra inputs, numbers.
 
@@ -58,14 +64,22 @@ def read_list(
         if "\0" in text:
             raise ValueError("it contains a zero byte")
         document: Any = json.loads(text) if suffix == ".json" else text
-        if task == CLASSIFICATION and not columns:
+        if task is None:
+            names, classes = _read_names(suffix, document), list[str]()
+            numbers = np.full(len(names), -1)
+        elif task == CLASSIFICATION and not columns:
             names, classes, numbers = _read_rows(suffix, document)
         else:
             names, titles, cells = _read_cells(suffix, document, columns)
             classes, numbers = _targets(names, titles, cells, task)
         inputs = _extras(suffix, document, extras) if extras else {}
-        if task != REGRESSION and len({*names}) < len(names):  # an image may be measured several times
+        if task != REGRESSION and (repeated := len(names) - len({*names})):  # an image may be measured several times
             _require_one_label(names, numbers, inputs)
+            if task is None and not inputs:
+                logger.warning(
+                    f"{flag} {path}: {repeated:,} of its {len(names):,} rows repeat a file, which is then read more "
+                    f"often than others"
+                )
     except LabelError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
@@ -75,7 +89,10 @@ def read_list(
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
-    files = Files(root or path.parent, names, classes, numbers, inputs)
+    _warn_of_names(f"{flag} {path}", classes, task)
+    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and bool(classes)
+    has_ids = has_ids and all(map(INTEGER.fullmatch, classes))
+    files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
     if not os.path.exists(files.path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
@@ -126,8 +143,22 @@ def _read_rows(suffix: str, document: Any) -> tuple[list[str], list[str], np.nda
     rows = PARSERS.get(suffix, _text_rows)(document)
     labels = [label for _, label in rows if label not in (None, "", "-1")]
     if 0 < len(labels) < len(rows):
-        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label")
+        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label; an empty label and -1 are none")
     return [name for name, _ in rows], *_number(labels, len(rows))
+
+
+def _read_names(suffix: str, document: Any) -> list[str]:
+    """Parses a list: paths without labels."""
+    if isinstance(document, dict) and "images" in document:
+        return _files_of_annotations(document)
+    return [name for name, _ in PARSERS.get(suffix, _text_rows)(document)]
+
+
+def _files_of_annotations(document: dict[str, Any]) -> list[str]:
+    paths = [image["file_name"] for image in document["images"]]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError("a file_name is not a string")
+    return paths
 
 
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
@@ -135,9 +166,7 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
 
     Images with several categories or without an annotation, as for detection, have no labels.
     """
-    paths = [image["file_name"] for image in document["images"]]
-    if not all(isinstance(path, str) for path in paths):
-        raise ValueError("a file_name is not a string")
+    paths = _files_of_annotations(document)
     if not document.get("annotations"):  # a test set
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])
@@ -245,6 +274,7 @@ def _targets(
         return _number([row[0] for row in cells], len(names))
     if not has_names:
         return [printable(title) for title in titles], np.array(values)
+    _require_semicolons([row[0] for row in cells])
     several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
     classes = sorted(set().union(*several))
     return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
@@ -260,10 +290,9 @@ def _value_of(cell: str, task: str, is_name: bool) -> float:
     """Returns the number in a cell, 0 for a name; NaN if the cell is wrong."""
     if is_name:
         return np.nan if cell.lower() == "nan" or (not cell and task == CLASSIFICATION) else 0.0
-    try:
-        value = float(cell)
-    except ValueError:
+    if not DECIMAL.fullmatch(cell.strip()):
         return np.nan
+    value = float(cell)
     return value if np.isfinite(value) and (task != MULTILABEL or value in (0, 1)) else np.nan
 
 
@@ -341,8 +370,17 @@ def _json_rows(entries: Any) -> list[Row]:
     def row(entry: Any) -> Row:
         if isinstance(entry, str):
             return entry, None
-        path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
-        return str(path), None if label is None else _text_of(label)
+        if isinstance(entry, dict):
+            keys = {_plain(key): key for key in entry}
+            path, label = (next((entry[keys[name]] for name in names if name in keys), None)
+                           for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
+        else:
+            path, label = [*entry, None][:2]
+        if not isinstance(path, str):
+            raise LabelError(
+                f"an entry has no text with the key {' or '.join(PATH_COLUMNS)}: {printable(str(entry))[:80]}"
+            )
+        return path, None if label is None else _text_of(label)
 
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
@@ -353,23 +391,59 @@ PARSERS: dict[str, Callable[[Any], list[Row]]] = {".json": _json_rows, ".csv": _
 
 
 def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
-    """Returns the classes, and the labels as indices. Labels that are numbers are indices; names are sorted."""
+    """Returns the classes that occur, and the labels as indices into them. Labels that spell numbers are in order."""
     if not labels:
         return [], np.full(count, -1)
-    try:
-        numbers = np.array([float(label) for label in labels])
-        are_numbers = bool((numbers == numbers.round()).all())
-    except ValueError:
-        are_numbers = False
-    else:
-        if np.isnan(numbers).any():
-            raise ValueError("a label is nan, and the others are numbers: every file needs a label")
-    if are_numbers:
-        if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
-            raise ValueError(
-                f"labels that are numbers must be between 0 and {MOST_CLASSES - 1:,}, and these go from "
-                f"{numbers.min():.0f} to {numbers.max():.0f}"
-            )
-        return [str(number) for number in range(int(numbers.max()) + 1)], numbers.astype(np.int64)
-    names, numbers = np.unique(labels, return_inverse=True)
-    return [printable(str(name)) for name in names], numbers
+    texts = {*labels}
+    words = {text.lower() for text in texts if not DECIMAL.fullmatch(text)}
+    if words == {"nan"}:
+        raise ValueError("a label is nan, and the others are numbers: every file needs a label")
+    names = sorted(texts) if words else sorted(texts, key=lambda text: (Decimal(text), text))
+    if all(map(INTEGER.fullmatch, names)) and names[0].startswith("-"):
+        raise ValueError(f"labels that are numbers are 0 or larger, and one is {names[0]}")
+    number_of = {name: number for number, name in enumerate(names)}
+    return [printable(name) for name in names], np.array([number_of[label] for label in labels])
+
+
+def _separator_of(labels: Collection[str], separators: str) -> str:
+    """Returns the separator that joins several labels: a part of a label is in another label, too. "" if there is none.
+
+    A vertical bar separates in any case.
+    """
+    for separator in separators:
+        parts = [{part.strip() for part in label.split(separator)} for label in {*labels}]
+        counts = Counter(part for own in parts for part in own)
+        if any(len(own) > 1 and (separator == "|" or max(counts[part] for part in own) > 1) for own in parts):
+            return separator
+    return ""
+
+
+def _require_semicolons(cells: Sequence[str]) -> None:
+    """Raises LabelError if other characters than semicolons separate labels, as each combination would be a class."""
+    if any(";" in cell for cell in cells):
+        return
+    remedy = "separate labels by ;, and end a single label that contains this text with ;"
+    if written := next((cell for cell in cells if cell[:1] + cell[-1:] in ("[]", "()", "{}")), None):
+        raise LabelError(f"the label {printable(written)} is a list in the syntax of Python or JSON; {remedy}")
+    if separator := _separator_of(cells, "|,/+&"):
+        label = next(cell for cell in cells if separator in cell)
+        raise LabelError(f"{separator} separates labels, such as {printable(label)}; {remedy}")
+
+
+def _warn_of_names(place: str, classes: Sequence[str], task: str | None) -> None:
+    """Logs a warning if names of classes are combinations of labels, or spellings of one number: 1, 001 and 1.0."""
+    separator = _separator_of(classes, {CLASSIFICATION: ";|", MULTILABEL: " "}.get(task or "", ""))
+    if separator:
+        label = next(name for name in classes if separator in name)
+        logger.warning(
+            f"{place}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
+            f"them separated by ;"
+        )
+    spellings: dict[Decimal, list[str]] = {}
+    for name in filter(DECIMAL.fullmatch, classes):
+        spellings.setdefault(Decimal(name), []).append(name)
+    if same := next((names for names in spellings.values() if len(names) > 1), None):
+        logger.warning(
+            f"{place}: {', '.join(same)} are different classes, and the same number; if they are one class, write it "
+            f"in one way"
+        )

@@ -44,11 +44,12 @@ class RunData:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
-    def open_split(self, split: str, num_images: int | None = None) -> Source | Shards:
+    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Shards:
         """Opens the dataset of a split, "train" or "val".
 
         Args:
             num_images: number of images in shards, instead of counting them.
+            reads_labels: read the labels of lists and of datasets of the user's code.
 
         Raises:
             ValueError: no dataset is given, the dataset does not exist, or it has no images.
@@ -57,8 +58,8 @@ class RunData:
         file_list = data.train_list if split == "train" else data.val_list
         found = open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
-            function=self.source, task=self.images.task, label_columns=self.images.label_columns,
-            extras=data.extras, whole=not data.val_list or bool(data.val_fraction),
+            function=self.source, task=self.images.task if reads_labels else None, extras=data.extras,
+            label_columns=self.images.label_columns, whole=not data.val_list or bool(data.val_fraction),
         )  # fmt: skip
         if split == "train" and data.on_bad_image == "skip" and isinstance(found, Files) and not file_list:
             return with_missing(found, dist.from_rank_0(self.interrupted_images))

@@ -38,7 +38,8 @@ class Source(Protocol):
     """A dataset of encoded images and their labels. Sources that decode by a library return decoded images.
 
     Images with extra inputs are `WithExtras`. The attribute `extra_shapes` of such a source has their
-    names and shapes.
+    names and shapes. The attribute `has_ids` is True if the names of the classes are integers that count the outputs of
+    a head without names, as in lists.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """
@@ -129,11 +130,12 @@ class Files:
         root: the folder that the names are relative to.
         labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of targets.
         extras: extra inputs (n,) by name.
+        has_ids: as in `Source`.
     """
 
     def __init__(
         self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray,
-        extras: Mapping[str, np.ndarray] = MappingProxyType({}),
+        extras: Mapping[str, np.ndarray] = MappingProxyType({}), has_ids: bool = False,
     ) -> None:  # fmt: skip
         self.root = str(root)
         self.names = Strings(names)
@@ -141,6 +143,7 @@ class Files:
         self.labels = labels
         self.extras = dict(extras)
         self.extra_shapes = dict.fromkeys(extras, "()")
+        self.has_ids = has_ids
 
     def __len__(self) -> int:
         return len(self.names)

@@ -30,6 +30,8 @@ from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
+
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
 
@@ -76,6 +78,7 @@ class UserSet(LibrarySet):
         split: "train" or "val".
         data_path: the second argument of the function.
         name: the value of --dataset.
+        reads_labels: else all labels are -1, and none is checked.
 
     Raises:
         ValueError: the function does not exist or does not return a dataset, or the first item is no sample.
@@ -83,7 +86,10 @@ class UserSet(LibrarySet):
         RuntimeError: as in `user_code.call`.
     """
 
-    def __init__(self, function: OpenDataset | None, split: str, data_path: str | None, name: str) -> None:
+    def __init__(
+        self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
+    ) -> None:
+        self.reads_labels = reads_labels
         self.title, self.flag = f"{name} {split}", f"--dataset {name}"
         self.split, self.data_path = split, data_path
         self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
@@ -232,6 +238,8 @@ class UserSet(LibrarySet):
         Raises:
             ValueError: the label differs from the attribute `labels`, or from the label that `labels` has read.
         """
+        if not self.reads_labels:
+            return -1
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
             return -1
@@ -263,6 +271,8 @@ class UserSet(LibrarySet):
     @cached_property
     def labels(self) -> np.ndarray:
         """The labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
+        if not self.reads_labels:
+            return np.full(len(self), -1)
         if self._listed is not None:
             if not self._are_classes(self._listed):
                 raise ValueError(
@@ -295,6 +305,11 @@ class UserSet(LibrarySet):
             )
         return int(value)
 
+    @property
+    def has_ids(self) -> bool:
+        """As in `Source`."""
+        return getattr(self.images, "classes", None) is None
+
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
@@ -302,6 +317,8 @@ class UserSet(LibrarySet):
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
             raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
+        if own is None and count > MOST_CLASSES:
+            raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
         names = list(map(str, range(count) if own is None else own))
         if count > len(names) or (are_vectors and count < len(names)) or len(set(names)) < len(names):
             labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"

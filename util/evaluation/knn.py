@@ -83,7 +83,9 @@ def predict(
     found: dict[tuple[int, float], list[list[tuple[Tensor, ...]]]] = {
         pair: [[] for _ in range(dist.world_size())] for pair in itertools.product(ks, temperatures)
     }
-    for rank, similarity, near, truth in neighbors(bank, bank_targets, queries, targets, k=max(ks), device=device):
+    for rank, similarity, near, truth in neighbors(
+        bank, bank_targets, queries, targets, k=max(ks), num_classes=num_classes, device=device
+    ):
         for (k, temperature), by_rank in found.items():
             # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
             weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
@@ -102,8 +104,9 @@ def predict(
 
 
 def neighbors(
-    bank: Tensor, bank_targets: Tensor, queries: Tensor, targets: Tensor, *, k: int, device: torch.device
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    bank: Tensor, bank_targets: Tensor, queries: Tensor, targets: Tensor, *, k: int, num_classes: int,
+    device: torch.device,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Yields parts of the queries of all processes, with their k nearest neighbors in descending order.
 
     Args:
@@ -120,7 +123,8 @@ def neighbors(
     sizes = dist.gather(len(bank))
     if sum(sizes) < k:
         raise ValueError(f"--k {k}: there are only {sum(sizes)} training images; give a smaller --k")
-    step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
+    # Equal in all processes, which process the queries together. The votes are for each class.
+    step = max(1, CHUNK // max(min(SLICE, max(sizes)), num_classes))
     # All processes compare the queries of rank 0 with their parts of the bank, then the queries of rank 1, and so on.
     for rank, (batch, expected) in enumerate(zip(dist.gather(queries), dist.gather(targets), strict=True)):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):

@@ -1,5 +1,6 @@
 """Writes the scores per class or target of an evaluation as CSV files and a picture."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,27 @@ from util.evaluation import metrics, tables
 from util.files import atomic
 from util.files.untrusted import escape_dollars
 
+logger = logging.getLogger(__name__)
+
+MOST_PAIRED = 10_000  # classes in a confusion matrix, which has 800 MB
 NAMED = 40  # largest number of classes with names at the axes of the picture
 
 
 def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
     """Writes the report of a classifier, as `write_matrix` does.
 
+    Of more than MOST_PAIRED classes, it has those that are true or predicted; if these are too many, there is none.
+
     Args:
         labels: (n,), indices into `classes`.
         predictions: (n,), indices into `classes`.
     """
+    if len(classes) > MOST_PAIRED:
+        used, both = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
+        classes, (labels, predictions) = [classes[number] for number in used], np.split(both, 2)
+    if len(classes) > MOST_PAIRED:
+        logger.warning(f"--report: there is none, as its matrix has all pairs of the {len(classes):,} classes")
+        return
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(matrix, (labels, predictions), 1)
     write_matrix(folder, classes, matrix)

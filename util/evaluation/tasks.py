@@ -94,6 +94,7 @@ class Classification:
     Args:
         metrics: names of --metric. Default: the top-1 accuracy.
         class_weight: factors of the losses of the classes (C,). They do not affect an evaluation.
+        places: as in `metrics.compute`.
 
     Attributes:
         title: name of the score that selects.
@@ -101,8 +102,10 @@ class Classification:
         lower_is_better: whether lower scores are better.
     """
 
-    def __init__(self, metrics: Sequence[str] = (), class_weight: Tensor | None = None) -> None:
-        self.metrics, self.class_weight = metrics, class_weight
+    def __init__(
+        self, metrics: Sequence[str] = (), class_weight: Tensor | None = None, places: np.ndarray | None = None
+    ) -> None:
+        self.metrics, self.class_weight, self.places = metrics, class_weight, places
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
         self.lower_is_better = self.title in LOWER_IS_BETTER
 
@@ -144,7 +147,10 @@ class Classification:
             predictions=predictions,
             num_in_top=int(in_top.sum()) if num_outputs >= TOP else None,
             loss=float(losses.mean(dtype=np.float64)),
-            metrics={name: metrics.compute(name, truth, predictions, scores, num_outputs) for name in self.metrics},
+            metrics={
+                name: metrics.compute(name, truth, predictions, scores, num_outputs, self.places)
+                for name in self.metrics
+            },
         )
 
 
@@ -244,25 +250,27 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
                 f"r2 (0 or undefined) and spearman (undefined) can't score it"
             )
         return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
-    one_hot = val.labels if task == MULTILABEL else np.eye(len(val.classes), dtype=bool)[val.labels]
-    _require_defined(names, one_hot, val.classes)
-    if "kappa" in names and not _are_in_order(val.classes) and dist.is_main():
+    _require_defined(names, np.asarray(val.labels), val.classes)
+    if "kappa" in names and len(val.classes) > 2 and not _are_numbers(val.classes) and dist.is_main():
         logger.warning(
             f"--metric kappa weights errors by the order of the classes, {first_few(val.classes)}; for another order, "
             f"give --train_list and --val_list with the labels 0, 1, 2"
         )
     kind = Multilabel if task == MULTILABEL else Classification
-    return kind(names, balanced_weights(train) if weight and train is not None else None)
+    # Grades 0, 1, 2 and 4 are as far apart as their numbers, also if no image has the grade 3.
+    places = np.array(classes, dtype=np.float64) if _are_numbers(classes := val.classes) else None
+    return kind(names, balanced_weights(train) if weight and train is not None else None, places)
 
 
-def _are_in_order(classes: Sequence[str]) -> bool:
-    """Whether the order of classes does not matter, or they are increasing numbers."""
-    return len(classes) < 3 or (all(map(str.isdecimal, classes)) and sorted(classes, key=int) == list(classes))
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Whether the classes are increasing numbers."""
+    return all(name.isascii() and name.isdecimal() for name in classes) and sorted(classes, key=int) == list(classes)
 
 
-def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
+def _require_defined(names: Sequence[str], truth: np.ndarray, classes: Sequence[str]) -> None:
+    counts = metrics.counts_of(truth, len(classes))
     for name in filter(metrics.OF_CLASSES.__contains__, names):
-        missing = np.flatnonzero(~metrics.is_defined(name, one_hot))
+        missing = np.flatnonzero(~metrics.is_defined(name, counts, len(truth)))
         if len(missing) == len(classes) and name in metrics.NEED_SCORES:
             raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
         if len(missing) and dist.is_main():

@@ -83,6 +83,7 @@ def load_encoder(
     adapt_input: str = "error",
     classes: Sequence[str] | None = None,
     task: str = CLASSIFICATION,
+    has_ids: bool = False,
 ) -> bool:
     """Loads an encoder into a classifier, and the head if the file has a head with the same classes.
 
@@ -97,6 +98,7 @@ def load_encoder(
         classes: the classes of the model. A head of other classes, or of other features, is not loaded. None: no head
             is loaded.
         task: the task of the model (--task). A head of a different task is not loaded.
+        has_ids: the classes are integer ids, which count the outputs of a head without names.
 
     Returns:
         Whether the head was loaded.
@@ -114,6 +116,8 @@ def load_encoder(
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     names = file.settings.get("label_names") or ()  # of another library, perhaps in another language
     theirs = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
+    if has_ids and theirs is None:
+        theirs = [str(number) for number in range(file.num_classes)]
     same = classes is not None and theirs in (None, list(classes))
     same = same and file.settings.get("task", CLASSIFICATION) == task
     same = same and pooled == ("fc_norm.weight" in file.tensors)
