@@ -13,7 +13,7 @@ import numpy as np
 from util import dist
 from util.cli.advice import AdvisedError, Remedy, did_you_mean
 from util.data.decode import BadImage, Picture
-from util.data.lists import LABEL_COLUMNS, _number
+from util.data.lists import LABEL_COLUMNS, are_ids, number_labels
 from util.data.sources import VALIDATION, first_few, names_of, version_of
 from util.files.untrusted import read_file
 
@@ -238,6 +238,7 @@ class HuggingFaceSet(LibrarySet):
         except ValueError as error:  # pre-training needs no labels
             self.classes, self.labels = [], np.full(len(self), -1)
             self.no_labels = f"the column {self.label} is not read: {error}"
+        self.has_ids = are_ids(self.classes)
         labels = self.no_labels or (f"labels of the column {self.label}" if self.label else "no labels")
         logger.info(f"{self.title}: split {available[0]}, images of the column {self.image}, {labels}")
 
@@ -304,7 +305,7 @@ class HuggingFaceSet(LibrarySet):
             labels[:] = [-1 if value is None else value for value in values]
             return names, labels
         known = [index for index, value in enumerate(values) if value not in (None, "", -1)]
-        classes, labels[known] = _number([str(values[index]) for index in known], len(known))
+        classes, labels[known] = number_labels([str(values[index]) for index in known], len(known))
         return classes, labels
 
     def __len__(self) -> int:

@@ -90,8 +90,7 @@ def read_list(
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
     _warn_of_names(f"{flag} {path}", classes, task)
-    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and bool(classes)
-    has_ids = has_ids and all(map(INTEGER.fullmatch, classes))
+    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
     files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
     if not os.path.exists(files.path(0)):
         raise ValueError(
@@ -144,7 +143,7 @@ def _read_rows(suffix: str, document: Any) -> tuple[list[str], list[str], np.nda
     labels = [label for _, label in rows if label not in (None, "", "-1")]
     if 0 < len(labels) < len(rows):
         raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label; an empty label and -1 are none")
-    return [name for name, _ in rows], *_number(labels, len(rows))
+    return [name for name, _ in rows], *number_labels(labels, len(rows))
 
 
 def _read_names(suffix: str, document: Any) -> list[str]:
@@ -271,7 +270,7 @@ def _targets(
             f"correct it, or omit the row"
         )
     if task == CLASSIFICATION:
-        return _number([row[0] for row in cells], len(names))
+        return number_labels([row[0] for row in cells], len(names))
     if not has_names:
         return [printable(title) for title in titles], np.array(values)
     _require_semicolons([row[0] for row in cells])
@@ -390,7 +389,12 @@ def _json_rows(entries: Any) -> list[Row]:
 PARSERS: dict[str, Callable[[Any], list[Row]]] = {".json": _json_rows, ".csv": _csv_rows}  # by suffix; else text
 
 
-def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
+def are_ids(classes: Sequence[str]) -> bool:
+    """Whether the names of classes are integers as Python writes them, `str(int(name)) == name`."""
+    return bool(classes) and all(map(INTEGER.fullmatch, classes))
+
+
+def number_labels(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
     """Returns the classes that occur, and the labels as indices into them. Labels that spell numbers are in order."""
     if not labels:
         return [], np.full(count, -1)
