@@ -109,7 +109,6 @@ def main(
     model.to(precision.device)
 
     samples, full_images = open_samples(args, data, train, draw_noise, model, mask_ratio)
-    extras.require_fitting(model, samples.source)
     check_targets(model, full_images, data)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
@@ -231,6 +230,7 @@ def open_samples(
     model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
+    extras.require_fitting(model, source)
     data.check_statistics(source)
     (source,) = data.cached(source)
     augment: transforms.ImageTransform = transforms.pretrain_transform(
