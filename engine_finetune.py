@@ -186,7 +186,7 @@ def load_for_evaluation(
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
     if task == REGRESSION and "target_mean" not in file.settings:
         raise ValueError(f"{file.source} predicts numbers, and does not record their mean and std: train a head")
-    if not classes and labels.has_ids(val):
+    if not classes and task == CLASSIFICATION and labels.has_ids(val):
         classes = labels.outputs(num_classes)
     if not classes and len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")

@@ -66,8 +66,9 @@ class HeadLosses:
     """The criterion: the loss of outputs (B, C), or of several heads (heads, B, C).
 
     The gradient of several heads is the gradient of the sum of their losses, so each head trains independently. The
-    value is the smallest loss, because heads with too large a rate have any loss; it is infinite if no loss is finite.
-    As a `Callback`, it sums the losses of each head over the updates of an epoch; checkpoints contain the sums.
+    value is the smallest loss of each batch, because heads with too large a rate have any loss. It is infinite if no
+    loss is finite. As a `Callback`, it sums the losses of each head over the updates of an epoch; checkpoints contain
+    the sums.
     """
 
     is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them

@@ -162,7 +162,7 @@ def train_probe(
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
         logger.info(
-            f"a head for each of {len(heads)} rates: lines have the smallest loss, and the learning rate of the largest"
+            f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
     labelled = tasks.task_of(settings, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16

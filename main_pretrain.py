@@ -208,9 +208,7 @@ def chosen_class(
     return args, found
 
 
-def open_images(
-    args: Namespace, device: torch.device, source: OpenDataset | None
-) -> tuple[RunData, Source | Shards]:  # fmt: skip
+def open_images(args: Namespace, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Shards]:
     """Opens the training images. The random numbers, which the initial weights depend on, do not change.
 
     Raises:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import yaml
@@ -71,19 +71,16 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
 
 
 class _Values(yaml.SafeLoader):
-    """YAML in which numbers are decimals, also 1e-3. YAML 1.1 takes 010 for 8, 1_0 for 10 and 1:30 for 90."""
+    """YAML with decimals, also 1e-3, and true and false. YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern]]]] = {"": []}
 
 
-INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_Values.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in own if tag not in (INT, FLOAT)]
-    for first, own in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for tag, pattern in (
-    (INT, r"[-+]?(0|[1-9][0-9]*)$"),
-    (FLOAT, r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"),
-):
-    _Values.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"
+_Values.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|false|False)$"), list("tTfF"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(null|None|~|)$"), ["n", "N", "~", ""])
 
 
 def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:

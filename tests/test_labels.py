@@ -302,3 +302,35 @@ def test_a_resumed_run_keeps_the_outputs_without_images(classify, labelled, tmp_
     classify(main_finetune, **flags, nb_classes=8)
     out = classify(main_finetune, **flags | {"resume": "auto", "epochs": 2})
     assert (len(lines(out)), checkpoint.read(out / "checkpoint-1.pth")["args"]["classes"]) == (2, list("01234567"))
+
+
+def test_messages_of_lists_are_about_what_is_read(tmp_path, caplog):
+    """Pre-training reads no labels, and names of columns are no labels that a blank joins."""
+    image = tmp_path / "image.png"
+    Image.new("L", (4, 4)).save(image)
+    (tmp_path / "both.csv").write_text(f"path,class,label\n{image},a,b\n")
+    (tmp_path / "both.json").write_text(json.dumps([{"path": str(image), "class": "a", "label": "b"}]))
+    (tmp_path / "findings.csv").write_text(f"path,Lung Lesion,Lung Opacity\n{image},0,1\n")
+    for name in ("both.csv", "both.json"):
+        assert open_source("train", file_list=tmp_path / name, task=None).classes == []
+        assert not caplog.records
+        assert open_source("train", file_list=tmp_path / name).classes == ["b"]
+        assert "class" in caplog.text
+        caplog.clear()
+    columns = ["Lung Lesion", "Lung Opacity"]
+    read = open_source("train", file_list=tmp_path / "findings.csv", task="multilabel", label_columns=columns)
+    assert read.labels.tolist() == [[0, 1]]
+    assert not caplog.records
+
+
+def test_some_of_each_class_of_a_head_with_other_outputs(tmp_path):
+    lists = {name: tmp_path / f"{name}.csv" for name in ("train", "val")}
+    for name, path in lists.items():
+        path.write_text("".join(f"{name}{number}.png,{number % 3 * 2}\n" for number in range(6)))
+        for number in range(6):
+            Image.new("L", (4, 4)).save(tmp_path / f"{name}{number}.png")
+    train, val = labels.open_pair(
+        lambda split: open_source(split, file_list=lists[split]), nb_classes=8, train_per_class=1
+    )
+    assert sorted(np.asarray(train.labels).tolist()) == [0, 2, 4]
+    assert val.classes == [str(number) for number in range(8)]

@@ -315,13 +315,13 @@ def test_arguments_of_a_base_class_and_numbers_as_in_other_flags(leads, pretrain
         LEADS
         + """
 class Shifted(Leads):
-    def __init__(self, *, shift: float, site: str = "010", **arguments):
+    def __init__(self, *, shift: float, site: str = "010", country: str = "no", **arguments):
         super().__init__(rows=4, **arguments)
-        assert site == "010"  # YAML 1.1: 8
+        assert (site, country) == ("010", "no")  # YAML 1.1: 8 and False
         torch.nn.init.constant_(self.cls_token, shift)
 """
     )
-    own = {"encoder": "leads:Shifted", "encoder_args": "shift=1e-3 scale=2.5e+1 site=010"}
+    own = {"encoder": "leads:Shifted", "encoder_args": "shift=1e-3 scale=2.5e+1 site=010 country=no"}
     found = weights(pretrain("run", epochs=1, lr=0, **own), "checkpoint-0.pth")
     assert (found["lead_embed"] == 25).all()
     assert found["cls_token"].float().mean().item() == pytest.approx(1e-3, rel=0.1)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -198,5 +199,12 @@ def interrupted_images(output_dir: Path, resume: str) -> list[str]:
     file = source(output_dir, resume)
     with contextlib.suppress(checkpoint.CheckpointError):  # of the file, which ends the run later
         if file and (file.parent / IMAGES).is_file() and checkpoint.position(file)[1]:
-            return os.fsdecode(gzip.decompress((file.parent / IMAGES).read_bytes())).split("\0")[:-1]
+            return _read_names(file.parent / IMAGES)
     return []
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        return os.fsdecode(gzip.decompress(file.read_bytes())).split("\0")[:-1]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it") from error

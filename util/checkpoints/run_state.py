@@ -109,12 +109,14 @@ class Progress:
             )
         if None not in (num_images, self.num_images) and num_images != self.num_images:
             if images_done:
-                skips = Remedy({"on_bad_image": "skip"}, "give {} if images have disappeared from a folder")
+                remedies = [Remedy({}, f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}")]
+                if self.num_images < num_images:
+                    skips = "give {} if images have disappeared from a folder and the run has train_images.gz"
+                    remedies.append(Remedy({"on_bad_image": "skip"}, skips))
                 raise CheckpointError(
                     f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
                     f"{self.num_images}",
-                    Remedy({}, f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}"),
-                    *[skips] * (self.num_images < num_images),
+                    *remedies,
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -math.inf)

@@ -221,8 +221,10 @@ def _zip_members(path: Path) -> tuple[dict[str, Place], list[str]]:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
-                if member.is_dir() or not _is_image(name):
-                    others += [] if member.is_dir() else [name]
+                if member.is_dir():
+                    continue
+                if not _is_image(name):
+                    others.append(name)
                     continue
                 if stat.S_ISLNK(member.external_attr >> 16):
                     links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))

@@ -246,10 +246,12 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
     generator = np.random.default_rng(seed)
     labels, chosen = np.asarray(source.labels), []
     for number, name in enumerate(source.classes):
-        own = generator.permutation(np.flatnonzero(labels == number))
-        if len(own) < count:
-            raise ValueError(f"--train_per_class {count}: the class {name} has {len(own)} images")
-        chosen.append(own[:count])
+        samples = generator.permutation(np.flatnonzero(labels == number))
+        if not len(samples) and has_ids(source):  # an output without images (--nb_classes)
+            continue
+        if len(samples) < count:
+            raise ValueError(f"--train_per_class {count}: the class {name} has {len(samples)} images")
+        chosen.append(samples[:count])
     return Subset(source, np.sort(np.concatenate(chosen)))
 
 

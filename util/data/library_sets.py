@@ -98,7 +98,7 @@ class TorchvisionSet(LibrarySet):
         self.images = self._open(make, arguments, parts)
         listed = _listed_labels(self.images)
         self.classes = _class_names(self.images, listed)
-        self.has_ids = bool(self.classes) and not _own_names(self.images)
+        self.has_ids = bool(self.classes) and not _listed_names(self.images)
         self._labels = listed if self.classes else np.full(len(self), -1)
 
     @property
@@ -180,10 +180,10 @@ def _listed_labels(images: Any) -> np.ndarray | None:
 
 
 def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
-    return _own_names(images) or ([] if listed is None else [str(n) for n in range(int(listed.max()) + 1)])
+    return _listed_names(images) or ([] if listed is None else [str(n) for n in range(int(listed.max()) + 1)])
 
 
-def _own_names(images: Any) -> list[str]:
+def _listed_names(images: Any) -> list[str]:
     """Returns the names of the classes that a dataset of torchvision has."""
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(images, attribute, None)
@@ -219,7 +219,7 @@ class HuggingFaceSet(LibrarySet):
         self.title = f"hf:{name}"
         if not name:
             raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
-        self.place, _, columns = (name, "", "") if Path(name).exists() else name.partition("#")
+        self.path, _, columns = (name, "", "") if Path(name).exists() else name.partition("#")
         if dist.is_main():
             self._load(datasets)  # the other processes use the prepared files
         dist.barrier()
@@ -263,8 +263,11 @@ class HuggingFaceSet(LibrarySet):
             ValueError: the given column can't be labels.
         """
         found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        plain = [column for column, kind in features.items() if PLAIN_TYPES.fullmatch(getattr(kind, "dtype", ""))]
-        plain = [column for column in plain if column not in found]
+        plain = [
+            column
+            for column, kind in features.items()
+            if isinstance(kind, datasets.Value) and PLAIN_TYPES.fullmatch(kind.dtype)
+        ]
         likely = found + [column for column in plain if column.lower() in LABELS]
         remedy = self._remedy(f"{self.image},NAME", likely or plain)
         if given and given not in found + plain:
@@ -276,10 +279,10 @@ class HuggingFaceSet(LibrarySet):
         return "", f"no column is known to be the labels; {remedy}" if plain else ""
 
     def _remedy(self, columns: str, names: Sequence[str]) -> str:
-        return f"give --dataset hf:{self.place}#{columns} with one of the columns {first_few(names)}"
+        return f"give --dataset hf:{self.path}#{columns} with one of the columns {first_few(names)}"
 
     def _load(self, datasets: Any) -> Any:
-        name = self.place
+        name = self.path
         try:
             if (Path(name) / "dataset_dict.json").exists():
                 return datasets.load_from_disk(name)

@@ -150,7 +150,8 @@ def _read_names(suffix: str, document: Any) -> list[str]:
     """Parses a list: paths without labels."""
     if isinstance(document, dict) and "images" in document:
         return _files_of_annotations(document)
-    return [name for name, _ in PARSERS.get(suffix, _text_rows)(document)]
+    rows = PARSERS[suffix](document, ()) if suffix in PARSERS else _text_rows(document)
+    return [name for name, _ in rows]
 
 
 def _files_of_annotations(document: dict[str, Any]) -> list[str]:
@@ -328,26 +329,27 @@ def _require_cells(lines: list[list[str]]) -> None:
             )
 
 
-def _place(header: Sequence[str], names: Sequence[str]) -> int:
-    """Returns the place of a column in a header, by the first of `names` that is in it; else the length of the header.
+def _column_of(header: Sequence[str], names: Sequence[str]) -> int:
+    """Returns the index of a column, by the first of `names` that is in the header; else the length of the header.
 
     Warns if other columns have one of the names, too.
     """
-    found = [place for name in names for place, title in enumerate(header) if title == name]
-    if len(found) > 1:
-        used, *others = (header[place] for place in found)
-        remedy = "; give --label_columns NAME to read another" * (names == LABEL_COLUMNS)
+    columns = [column for name in names for column, title in enumerate(header) if title == name]
+    if len(columns) > 1:
+        used, *others = (header[column] for column in columns)
+        remedy = "; give --label_columns NAME to read another" if names == LABEL_COLUMNS else ""
         logger.warning(f"the list has the columns {used} and {', '.join(others)}, and {used} is read{remedy}")
-    return found[0] if found else len(header)
+    return columns[0] if columns else len(header)
 
 
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
+    """Parses CSV. Without `label_columns`, no labels are read from a list with a header."""
     lines = _csv_lines(text)
     header = [_plain(cell) for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
-        path, label = _place(header, PATH_COLUMNS), _place(header, label_columns)
-        if label == len(header) > 1:
+        path, label = _column_of(header, PATH_COLUMNS), _column_of(header, label_columns)
+        if label_columns and label == len(header) > 1:
             others = ", ".join(cell.strip() for number, cell in enumerate(lines[0]) if number != path)
             logger.warning(
                 f"the CSV file has no labels: none of its columns {printable(others)} is named "
@@ -365,14 +367,16 @@ def _text_of(value: Any) -> str:
     return "" if value is None else ";".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _json_rows(entries: Any) -> list[Row]:
+def _json_rows(entries: Any, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
+    """Parses JSON. Without `label_columns`, labels of dictionaries are not read."""
+
     def row(entry: Any) -> Row:
         if isinstance(entry, str):
             return entry, None
         if isinstance(entry, dict):
             keys = {_plain(key): key for key in entry}
             path, label = (next((entry[keys[name]] for name in names if name in keys), None)
-                           for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
+                           for names in (PATH_COLUMNS, label_columns))  # fmt: skip
         else:
             path, label = [*entry, None][:2]
         if not isinstance(path, str):
@@ -383,10 +387,13 @@ def _json_rows(entries: Any) -> list[Row]:
 
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
+    if entries and isinstance(entries[0], dict):
+        for names in (PATH_COLUMNS, label_columns):
+            _column_of([_plain(key) for key in entries[0]], names)  # says which of several is read
     return [row(entry) for entry in entries]
 
 
-PARSERS: dict[str, Callable[[Any], list[Row]]] = {".json": _json_rows, ".csv": _csv_rows}  # by suffix; else text
+PARSERS: dict[str, Callable[..., list[Row]]] = {".json": _json_rows, ".csv": _csv_rows}  # by suffix; else text
 
 
 def are_ids(classes: Sequence[str]) -> bool:
@@ -422,25 +429,24 @@ def _separator_of(labels: Collection[str], separators: str) -> str:
     return ""
 
 
-def _require_semicolons(cells: Sequence[str]) -> None:
+def _require_semicolons(texts: Sequence[str]) -> None:
     """Raises LabelError if other characters than semicolons separate labels, as each combination would be a class."""
-    if any(";" in cell for cell in cells):
+    if any(";" in text for text in texts):
         return
     remedy = "separate labels by ;, and end a single label that contains this text with ;"
-    if written := next((cell for cell in cells if cell[:1] + cell[-1:] in ("[]", "()", "{}")), None):
+    if written := next((text for text in texts if text[:1] + text[-1:] in ("[]", "()", "{}")), None):
         raise LabelError(f"the label {printable(written)} is a list in the syntax of Python or JSON; {remedy}")
-    if separator := _separator_of(cells, "|,/+&"):
-        label = next(cell for cell in cells if separator in cell)
+    if separator := _separator_of(texts, "|,/+&"):
+        label = next(text for text in texts if separator in text)
         raise LabelError(f"{separator} separates labels, such as {printable(label)}; {remedy}")
 
 
-def _warn_of_names(place: str, classes: Sequence[str], task: str | None) -> None:
+def _warn_of_names(origin: str, classes: Sequence[str], task: str | None) -> None:
     """Logs a warning if names of classes are combinations of labels, or spellings of one number: 1, 001 and 1.0."""
-    separator = _separator_of(classes, {CLASSIFICATION: ";|", MULTILABEL: " "}.get(task or "", ""))
-    if separator:
+    if task == CLASSIFICATION and (separator := _separator_of(classes, ";|")):
         label = next(name for name in classes if separator in name)
         logger.warning(
-            f"{place}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
+            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
             f"them separated by ;"
         )
     spellings: dict[Decimal, list[str]] = {}
@@ -448,6 +454,6 @@ def _warn_of_names(place: str, classes: Sequence[str], task: str | None) -> None
         spellings.setdefault(Decimal(name), []).append(name)
     if same := next((names for names in spellings.values() if len(names) > 1), None):
         logger.warning(
-            f"{place}: {', '.join(same)} are different classes, and the same number; if they are one class, write it "
+            f"{origin}: {', '.join(same)} are different classes, and the same number; if they are one class, write it "
             f"in one way"
         )

@@ -217,8 +217,8 @@ def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[
 def strays_of(names: Iterable[str]) -> str:
     """Returns the names without a folder for a message; an empty text if all or none are in folders."""
     names = list(names)
-    strays = [printable(name) for name in names if "/" not in name]
-    return first_few(strays) if len(strays) < len(names) else ""
+    strays = [name for name in names if "/" not in name]
+    return first_few([printable(name) for name in strays]) if len(strays) < len(names) else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -333,7 +333,7 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
                     waiting.append((entry.path, below))
                 elif entry.is_symlink() or entry.is_file():
                     (images if is_image(entry.name) else others).append(entry.path)
-    are_in_classes = not any(os.path.dirname(path) == root for path in images)
+    are_in_classes = bool(refused) and not any(os.path.dirname(path) == root for path in images)
     for error in refused:
         above, name = os.path.split(error.filename)
         if error.filename == root or (are_in_classes and above == root and name != LOST):

@@ -14,7 +14,7 @@ LOWER_IS_BETTER = ("mae",)
 
 def compute(
     name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.ndarray | None, classes: int,
-    places: np.ndarray | None = None,
+    grades: np.ndarray | None = None,
 ) -> float:  # fmt: skip
     """Returns a metric. It takes memory for the images, the classes and the scores, not for pairs of classes.
 
@@ -27,7 +27,7 @@ def compute(
         predictions: the classes (n,), probabilities (n, classes), or the targets (n, targets).
         scores: of each class (n, classes); None: no metric of NEED_SCORES is computed.
         classes: number of classes or targets.
-        places: numbers of the classes (classes,), whose differences weight the errors of `kappa`. Default: 0, 1, ...
+        grades: numbers of the classes (classes,), whose differences weight the errors of `kappa`. Default: 0, 1, ...
     """
     from scipy import stats
     from sklearn import metrics  # takes a second
@@ -48,7 +48,7 @@ def compute(
             pairs = zip(truth.T, predictions.T, strict=True)
             return float(np.mean([stats.spearmanr(ours, theirs).statistic for ours, theirs in pairs]))
         if name == "kappa":
-            return _quadratic_kappa(*(own if places is None else places[own] for own in (truth, predictions)))
+            return _quadratic_kappa(*(own if grades is None else grades[own] for own in (truth, predictions)))
         if name == "balanced_accuracy":
             right = np.bincount(truth[truth == predictions], minlength=classes)
             return float((right[counts > 0] / counts[counts > 0]).mean())

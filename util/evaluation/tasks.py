@@ -94,7 +94,7 @@ class Classification:
     Args:
         metrics: names of --metric. Default: the top-1 accuracy.
         class_weight: factors of the losses of the classes (C,). They do not affect an evaluation.
-        places: as in `metrics.compute`.
+        grades: as in `metrics.compute`.
 
     Attributes:
         title: name of the score that selects.
@@ -103,9 +103,9 @@ class Classification:
     """
 
     def __init__(
-        self, metrics: Sequence[str] = (), class_weight: Tensor | None = None, places: np.ndarray | None = None
+        self, metrics: Sequence[str] = (), class_weight: Tensor | None = None, grades: np.ndarray | None = None
     ) -> None:
-        self.metrics, self.class_weight, self.places = metrics, class_weight, places
+        self.metrics, self.class_weight, self.grades = metrics, class_weight, grades
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
         self.lower_is_better = self.title in LOWER_IS_BETTER
 
@@ -148,7 +148,7 @@ class Classification:
             num_in_top=int(in_top.sum()) if num_outputs >= TOP else None,
             loss=float(losses.mean(dtype=np.float64)),
             metrics={
-                name: metrics.compute(name, truth, predictions, scores, num_outputs, self.places)
+                name: metrics.compute(name, truth, predictions, scores, num_outputs, self.grades)
                 for name in self.metrics
             },
         )
@@ -258,8 +258,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
         )
     kind = Multilabel if task == MULTILABEL else Classification
     # Grades 0, 1, 2 and 4 are as far apart as their numbers, also if no image has the grade 3.
-    places = np.array(classes, dtype=np.float64) if _are_numbers(classes := val.classes) else None
-    return kind(names, balanced_weights(train) if weight and train is not None else None, places)
+    grades = np.array(val.classes, dtype=np.float64) if _are_numbers(val.classes) else None
+    return kind(names, balanced_weights(train) if weight and train is not None else None, grades)
 
 
 def _are_numbers(classes: Sequence[str]) -> bool:

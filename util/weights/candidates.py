@@ -40,12 +40,22 @@ def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterato
         keeps_names: whether prefixes have a meaning, as in a model with modules of the user's code.
     """
     items = list(state.items() if isinstance(state, dict) else enumerate(state))
-    own = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor) and key != COUNTER}
+    direct = {key: value for key, value in items if isinstance(value, Tensor) and isinstance(key, str)}
+    direct.pop(COUNTER, None)
+    if direct:
+        yield from _models_of(direct, keeps_names, path)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from models(value, keeps_names, (*path, str(key)))
+
+
+def _models_of(direct: dict[str, Tensor], keeps_names: bool, path: tuple[str, ...]) -> Iterator[Found]:
+    """Yields the models in a dict of tensors."""
     anywhere = f"^{WRAPPERS}" if keeps_names else rf"(?<![^.]){WRAPPERS}"
-    tensors = {re.sub(anywhere, "", name): value for name, value in own.items()}
-    wrappers = sorted({match[0] for name in own for match in re.finditer(anywhere, name)})
-    if len(tensors) < len(own):  # names with and without a wrapper are two models
-        tensors, wrappers = own, []
+    tensors = {re.sub(anywhere, "", name): value for name, value in direct.items()}
+    wrappers = sorted({match[0] for name in direct for match in re.finditer(anywhere, name)})
+    if len(tensors) < len(direct):  # names with and without a wrapper are two models
+        tensors, wrappers = direct, []
     prefixes = [prefix for prefix in _prefixes(tensors) if not (prefix and keeps_names)]
     unread = [name for name in tensors if not name.startswith(tuple(prefixes))]
     for prefix in prefixes:
@@ -53,9 +63,6 @@ def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterato
         names = [name for name in tensors if name.startswith(prefix) and not name.startswith(inner)]
         weights = {name.removeprefix(prefix): tensors[name] for name in names}
         yield Found(".".join([*path, prefix]).rstrip("."), weights, wrappers, unread)
-    for key, value in items:
-        if isinstance(value, dict | list):
-            yield from models(value, keeps_names, (*path, str(key)))
 
 
 def _prefixes(names: Mapping[str, Tensor]) -> list[str]:

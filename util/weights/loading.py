@@ -115,10 +115,10 @@ def load_encoder(
     }
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     names = file.settings.get("label_names") or ()  # of another library, perhaps in another language
-    theirs = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
-    if has_ids and theirs is None:
-        theirs = [str(number) for number in range(file.num_classes)]
-    same = classes is not None and theirs in (None, list(classes))
+    recorded = file.settings.get("classes") or (names if set(names) & set(classes or ()) else None)
+    if has_ids and recorded is None:
+        recorded = [str(number) for number in range(file.num_classes)]
+    same = classes is not None and recorded in (None, list(classes))
     same = same and file.settings.get("task", CLASSIFICATION) == task
     same = same and pooled == ("fc_norm.weight" in file.tensors)
     fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
