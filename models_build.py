@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -73,7 +73,7 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
 class _Values(yaml.SafeLoader):
     """YAML with decimals, also 1e-3, and true and false. YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern]]]] = {"": []}
+    yaml_implicit_resolvers = {"": []}  # noqa: RUF012
 
 
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"

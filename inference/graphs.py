@@ -125,6 +125,8 @@ def write_onnx(model: Model, out: Path) -> None:
     library("onnxscript", "onnx")
     for name in ("onnx_ir", "onnxscript"):  # they log each change of the graph
         logging.getLogger(name).setLevel(logging.WARNING)
+    if model.cls_token.dtype == torch.bfloat16:
+        raise ValueError("onnxruntime computes no bfloat16 on CPUs: export model.float() or model.half()")
     graph, inputs, dynamic, outputs = _graph(model)
     with torch.no_grad():
         program = torch.onnx.export(

@@ -420,3 +420,8 @@ def test_recipes_restrict_shards_and_the_command_line_does_not(tmp_path):
         path = recipe(tmp_path, f"dataset: '{shards}'")
         assert parse("--config", path).dataset == shards
     assert parse("--config", path, "--dataset", "wds:pipe:cat a.tar").dataset == "wds:pipe:cat a.tar"
+
+
+def test_numbers_with_a_negative_exponent_are_values():
+    args = entry_point.parse(main_pretrain.get_args_parser(), ["--data_path", "x", "--value_range", "-1e-4", "1e-4"])
+    assert args.value_range == [-1e-4, 1e-4]

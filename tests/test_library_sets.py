@@ -24,7 +24,9 @@ import webdataset
 from PIL import Image
 from test_decode import saved
 
+import main_finetune
 import main_knn
+from models_vit import vit_mini_patch4
 from util import dist
 from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
@@ -247,6 +249,23 @@ def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, 
     for columns in ("photo", "picture,nothing", "fine,picture"):
         with pytest.raises(ValueError, match="give --dataset hf:"):
             open_source("train", dataset=f"{dataset}#{columns}")
+
+
+@pytest.mark.parametrize("names", [["1", "0"], ["1", "2"], ["b", "a"]])
+def test_numbers_of_class_labels_count_the_outputs_of_a_head_without_names(
+    names, many_columns, classify, tmp_path, monkeypatch
+):
+    """The names may be integers, too, such as stars."""
+    monkeypatch.setitem(CLASSES, "fine", names)
+    model = vit_mini_patch4(img_size=8, in_chans=1, num_classes=2, global_pool=True)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, 1.0])
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    dataset = f"{many_columns(coarse=None)}#picture,fine"
+    flags = {"data_path": None, "in_chans": 1, "input_size": 8}
+    found = classify(main_finetune, eval=True, resume=tmp_path / "bare.pth", dataset=dataset, **flags)
+    assert found.labels.tolist() == [n % 2 for n in range(20)]
+    assert found.predictions.tolist() == [1] * 20
 
 
 def test_integers_and_texts_are_labels_and_an_id_is_none(many_columns, classify):

@@ -47,6 +47,11 @@ class _Parser(argparse.ArgumentParser):
 
     recipe = ""  # prefix of error messages for flags in a recipe
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # The pattern of Python 3.11 has no exponents: -1e-4 would be a flag.
+        self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+
     def format_usage(self) -> str:
         """Returns the usage in one line, with the required arguments only; --help lists the flags."""
         formatter = self._get_formatter()

@@ -69,9 +69,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="values in the files that become 0 and 1, for pixels of any type (default: the choice of the model's run, "
         "else 8 and 16 bits are scaled to 0 to 1, and float values are unchanged)"),
     "channels_last": flag(DATA, switch=None,
-        help="arrays (.npy files, and images of a dataset of your own) have the shape (H, W, c); the checkpoint records "
-        "it (default: the choice of the model's run, else the axis with an entry for each channel, if only one has)",
-        off="arrays have the shape (c, H, W)"),
+        help="arrays (.npy files, and images of a dataset of your own) are (H, W, c); the checkpoint records it "
+        "(default: the choice of the model's run, else the axis with an entry for each channel, if only one has)",
+        off="arrays are (c, H, W)"),
     "min_valid": flag(DATA, default=0.5, type=positive_share, metavar="S",
         help="a patch with a smaller share of valid pixels is never visible and has no loss (--nodata, or masks of a "
         "--dataset)"),

@@ -116,8 +116,11 @@ def open_pair(
         )
     count = len(train.classes)
     if nb_classes not in (None, count):
-        what = "classes" if is_classification else "numbers in each label"
-        raise ValueError(f"the data has {count} {what}, and --nb_classes is {nb_classes}; omit --nb_classes")
+        unit = "classes" if is_classification else "numbers in each label"
+        raise ValueError(
+            f"the data has {count} {unit}, such as {first_few(train.classes)}, and --nb_classes is {nb_classes}, as "
+            f"given or as in the run that is resumed; omit --nb_classes"
+        )
     if not count:
         raise ValueError(f"--task {task}: no training image has a label: give labels")
     if is_classification and dist.is_main():
@@ -225,7 +228,7 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
-            f"{len(classes)} classes: {first_few(unknown)}"
+            f"{len(classes)} classes: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
         )
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])

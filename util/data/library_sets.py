@@ -233,12 +233,13 @@ class HuggingFaceSet(LibrarySet):
         self.label, self.no_labels = self._label_column(datasets, table.features, label)
         self.table = table.select_columns([self.image, *([self.label] if self.label else [])])
         self.table = self.table.cast_column(self.image, datasets.Image(decode=False))
+        names = getattr(table.features.get(self.label), "names", None)  # of class labels, whose numbers count outputs
         try:
-            self.classes, self.labels = self._read_labels(getattr(table.features.get(self.label), "names", None))
+            self.classes, self.labels = self._read_labels(names)
         except ValueError as error:  # pre-training needs no labels
             self.classes, self.labels = [], np.full(len(self), -1)
             self.no_labels = f"the column {self.label} is not read: {error}"
-        self.has_ids = are_ids(self.classes)
+        self.has_ids = names is None and are_ids(self.classes)
         labels = self.no_labels or (f"labels of the column {self.label}" if self.label else "no labels")
         logger.info(f"{self.title}: split {available[0]}, images of the column {self.image}, {labels}")
 

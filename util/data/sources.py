@@ -291,7 +291,13 @@ def with_missing(files: Files, names: Sequence[str]) -> Files:
         names: the sorted names of the files that the folder had. If it has others now, `files` are returned.
     """
     missing = set(names).difference(files.names)
-    if not missing or len(names) != len(files) + len(missing):
+    if not missing:
+        return files
+    if len(names) != len(files) + len(missing):
+        logger.warning(
+            f"{len(missing):,} images have disappeared from {files.root} within an epoch, and others were added: the "
+            f"rest of this epoch reads some images twice or not at all"
+        )
         return files
     logger.warning(
         f"{len(missing):,} of {len(names):,} images have disappeared from {files.root} within an epoch, and are images "
