@@ -117,10 +117,7 @@ def open_pair(
     count = len(train.classes)
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
-        raise ValueError(
-            f"the data has {count} {unit}, such as {first_few(train.classes)}, and --nb_classes is {nb_classes}, as "
-            f"given or as in the run that is resumed; omit --nb_classes"
-        )
+        raise ValueError(f"the data has {count} {unit}, and --nb_classes is {nb_classes}; omit --nb_classes")
     if not count:
         raise ValueError(f"--task {task}: no training image has a label: give labels")
     if is_classification and dist.is_main():
