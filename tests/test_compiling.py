@@ -91,6 +91,18 @@ def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures,
     assert_close(eager, tmp_path / "two")
 
 
+def test_sharded_blocks_have_their_own_rates_of_drop_path(pictures, tmp_path):
+    """Each is another graph. They are not compiled to C++, which takes minutes."""
+    eager = "import functools, torch\ntorch.compile = functools.partial(torch.compile, backend='eager')\n"
+    code = SHALLOW.replace('["depth"] = 1', '["depth"] = 12').replace(
+        "import main_pretrain", f"{eager}import main_pretrain"
+    )
+    (tmp_path / "deep.py").write_text(code)
+    flags = ("--batch_size", 4, "--epochs", 1, "--drop_path", 0.1, "--fsdp", "--compile")
+    in_processes(2, pictures, tmp_path / "deep", *flags, script=tmp_path / "deep.py")
+    assert np.isfinite(lines(tmp_path / "deep")[0]["train_loss"])
+
+
 def test_a_classifier_is_compiled_for_training_evaluation_and_features(classify, labelled, tmp_path):
     settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 24}
     eager, compiled = classify(main_finetune, "eager", **settings), classify(main_finetune, compile=True, **settings)

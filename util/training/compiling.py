@@ -1,6 +1,7 @@
 """torch.compile, if a compiler is installed."""
 
 import logging
+from typing import Any
 
 import torch
 
@@ -31,9 +32,12 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
         # PyTorch reads this setting when it traces and when it compiles, so an argument of torch.compile is too late.
         model.forward = config.patch(freezing=True)(torch.compile(model.forward, fullgraph=True, dynamic=False))
     elif dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
-        for unit in model.modules():
-            if dist.is_sharded(unit) and unit is not model:
-                unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
+        units: list[Any] = [unit for unit in model.modules() if dist.is_sharded(unit) and unit is not model]
+        # With --drop_path, each block has its own rate, a constant of its graph. The default limit is 8 graphs.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 2 + len(units))
+        for unit in units:
+            unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
         model.compile(fullgraph=True, dynamic=False)
     logger.info("--compile: the first batch, and the first of another size, take a minute or more")
