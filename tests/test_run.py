@@ -50,6 +50,17 @@ def test_tasks_are_listed_from_any_folder(clone):
     assert done.stderr == ""
 
 
+def test_an_interpreter_with_its_packages_is_used_as_it_is(clone, tools):
+    write_tool(tools, "my-python", 'echo "it runs: $*"')
+    done = run(clone, tools, "test", PYTHON="my-python")
+    assert done.returncode == 0, done.stderr
+    assert "it runs: -m pytest" in done.stdout
+    assert not (clone / ".venv").exists()
+    done = run(clone, tools, "test", PYTHON="no-such-python")
+    assert done.returncode == 1
+    assert "no-such-python" in done.stderr
+
+
 def test_an_old_python_is_named(clone, tools):
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         write_tool(tools, name, 'if [ "$1" = --version ]; then echo Python 3.9.2; else exit 1; fi')
