@@ -88,12 +88,14 @@ def most_likely(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """
     # Double precision: a row of the result that is a row of the logits has the weights 1 and 0.
     rows = torch.linspace(0, logits.shape[1] - 1, size[0], dtype=torch.float64)
-    above = rows.floor().long()
-    below, weight = rows.ceil().long(), (rows - above).float()[:, None].to(logits.device)
+    weights = (rows - rows.floor()).float()[:, None]
+    height = max(1, STRIP_VALUES // (len(logits) * size[1]))
+    # Indices on the device: indexing by tensors of the host waits for the device.
+    parts = (values.to(logits.device).split(height) for values in (rows.floor().long(), rows.ceil().long(), weights))
     strips = []
-    for strip in torch.arange(size[0]).split(max(1, STRIP_VALUES // (len(logits) * size[1]))):
-        scaled = torch.lerp(logits[:, above[strip]], logits[:, below[strip]], weight[strip])
-        scaled = F.interpolate(scaled[None], (len(strip), size[1]), mode="bilinear", align_corners=True)[0]
+    for above, below, weight in zip(*parts, strict=True):
+        scaled = torch.lerp(logits[:, above], logits[:, below], weight)
+        scaled = F.interpolate(scaled[None], (len(weight), size[1]), mode="bilinear", align_corners=True)[0]
         strips.append(scaled.argmax(dim=0))
     return torch.cat(strips)
 
@@ -105,9 +107,10 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> 
         targets: true classes, of any shape. Pixels with another value, such as 255, are ignored.
         predictions: predicted classes, of the same shape.
     """
-    valid = targets < num_classes
-    pairs = targets[valid].long() * num_classes + predictions[valid]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    # Without boolean indices, for whose number the host waits. Ignored pixels are counted behind all pairs.
+    pairs = torch.where(targets < num_classes, targets.long() * num_classes + predictions, num_classes**2).flatten()
+    counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=pairs.device)
+    return counts.scatter_add_(0, pairs, torch.ones_like(pairs))[:-1].view(num_classes, num_classes)
 
 
 def class_title(name: str) -> str:
