@@ -160,6 +160,8 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
     device = choose_device(device_name)
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
     world_size = _launched("WORLD_SIZE", 1)
     if world_size > 1:
         if _launched("RANK") >= world_size:
@@ -167,8 +169,6 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
         _join(dist_url, world_size, backend, timeout, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return device
 
 
@@ -391,7 +391,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     # With one channel, the gradient of the patch projection has other strides than its bucket. The copy is small.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Buffers, the statistics of batch norm, are shared after each epoch (`share_buffers`), not in each forward pass.
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def require_gradients(model: nn.Module) -> None:

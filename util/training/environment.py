@@ -45,10 +45,24 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         # None: Pillow may be installed under the name of a fork.
         **{name: next((one.version for one in metadata.distributions(name=name)), None) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        **(describe_gpu(device) if device.type == "cuda" else {"device": f"{device} ({platform.machine()})"}),
         "processes": dist.world_size(),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Returns the name of a GPU, and the versions of its driver and libraries, as plain values."""
+    driver = Path("/proc/driver/nvidia/version")
+    triton = next((one.version for one in metadata.distributions(name="triton")), None)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
+        "triton": triton,
     }
 
 

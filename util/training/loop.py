@@ -241,7 +241,7 @@ class PendingUpdates:
         copied = None
         if values.is_cuda:
             values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # waiting for it takes no core from the worker processes
             copied.record()
         self.queue.append((iterations, lr, names, values, copied))
 
