@@ -34,8 +34,8 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
     elif dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
         units: list[Any] = [unit for unit in model.modules() if dist.is_sharded(unit) and unit is not model]
         # With --drop_path, each block has its own rate, a constant of its graph. The default limit is 8 graphs.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 2 + len(units))
+        settings: Any = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, 2 + len(units))
         for unit in units:
             unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
