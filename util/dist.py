@@ -391,8 +391,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     # With one channel, the gradient of the patch projection has other strides than its bucket. The copy is small.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
-    # Buffers, the statistics of batch norm, are shared after each epoch (`share_buffers`), not in each forward pass.
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def require_gradients(model: nn.Module) -> None:
