@@ -16,8 +16,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import coverage
-import mutate
 import torch.distributed as td
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +149,12 @@ def _run(script: str, argv: list[str], files: Mapping[str, Any], environment: di
     os.chdir(files["folder"])
     os.environ.clear()
     os.environ.update(environment)
-    if measured := coverage.Coverage.current():  # ./run mutate
-        measured.switch_context(os.environ.get(mutate.TEST, ""))
+    if "coverage" in sys.modules:  # ./run mutate; other programs do not need this package
+        import coverage
+        import mutate
+
+        if measured := coverage.Coverage.current():
+            measured.switch_context(os.environ.get(mutate.TEST, ""))
     for number, name in enumerate(("output", "errors"), start=1):
         os.dup2(os.open(files[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
