@@ -29,7 +29,7 @@ ARROWS = {
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
     # Studies:
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|inference\.\w+|models_\w+|util\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_(pretrain|knn)|models_\w+|util\..+",
+    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{rf"util\.{name}\.\w+": rf"util\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"util\.datasets": r"util\.(data|cli|files)\.\w+|util\.dist",

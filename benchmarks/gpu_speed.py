@@ -1,0 +1,446 @@
+"""The steps of gpu_check.py that measure: ceilings of the machine, training, its variants, data loading.
+
+Training is measured at the batch sizes 64, 128 and 512 and at the largest that fits, eager and compiled: pre-training
+of ViT-B, ViT-L and ViT-H, and fine-tuning of ViT-B, which starts from a file in the published layout with random
+weights. An update is that of `train_step.py`.
+"""
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+import engine_pretrain
+import models_mae
+import models_vit
+from benchmarks import gpu_task, input_pipeline, model_table, peers, scripts, train_step, whole_run
+from benchmarks.gpu_correct import KERNELS, SHAPES
+from benchmarks.gpu_task import Task
+from util.data.batches import Batch
+from util.data.transforms import Normalize
+from util.interrupts import Interrupts
+from util.training import loop
+from util.training.compiling import compile_model
+from util.training.precision import Precision
+from util.training.run_log import NullLog
+from util.training.saver import NullSaver
+from util.weights import loading, reading
+
+BATCHES = (64, 128, 512)
+# Step: task, size, and the batch size at which it is compared with other implementations.
+TRAINING = {
+    "base": ("pretrain", "base_patch16", 512),
+    "large": ("pretrain", "large_patch16", 512),
+    "huge": ("pretrain", "huge_patch14", 128),
+    "finetune": ("finetune", "base_patch16", 128),
+}
+TINY = "mini_patch4"  # the size of a rehearsal
+SPARE = 0.06  # of the memory, which the largest batch leaves free
+GRAPHS = 1000  # the limit of PyTorch is for the batch sizes of a run, and here are more
+# Products of ViT-B's decoder and encoder, ViT-L's and ViT-H's encoder: rows of 512, 512, 256 and 128 images, outputs,
+# inputs.
+PRODUCTS = (
+    (512 * 197, 1536, 512), (512 * 197, 512, 512), (512 * 197, 2048, 512), (512 * 197, 512, 2048),
+    (512 * 50, 2304, 768), (512 * 50, 3072, 768), (256 * 50, 4096, 1024), (128 * 65, 5120, 1280),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- ceilings
+
+
+def ceilings(task: Task) -> None:
+    """What the machine can do: a copy, matrix products in bf16, and attention of the shapes of the models."""
+    torch.manual_seed(0)
+    repeats = 20 if task.has_gpu else 1
+
+    def seconds(call: Callable[[], Any]) -> float:
+        train_step.seconds(call, 3, task.device)
+        return train_step.seconds(call, repeats, task.device)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=task.device, dtype=torch.bfloat16)
+
+    a, b = tensor(2**29 if task.has_gpu else 2**20), tensor(2**29 if task.has_gpu else 2**20)
+    task.write(copy_bytes_per_second=2 * a.nbytes / seconds(lambda: b.copy_(a)))
+    side = 8192 if task.has_gpu else 256
+    a, b = tensor(side, side), tensor(side, side)
+    task.write(product_flops=2 * side**3 / seconds(lambda: a @ b))
+    products = {}
+    for rows, outputs, inputs in PRODUCTS if task.has_gpu else [(64, 32, 16)]:
+        x, weight, grad = tensor(rows, inputs), tensor(outputs, inputs), tensor(rows, outputs)
+        calls = {
+            "forward": partial(F.linear, x, weight),
+            "input gradient": partial(torch.matmul, grad, weight),
+            "weight gradient": partial(torch.matmul, grad.T, x),
+        }
+        flops = 2 * rows * outputs * inputs
+        products[f"{rows} x {outputs} x {inputs}"] = {name: flops / seconds(call) for name, call in calls.items()}
+    task.write(products_flops=products)
+    attention(task, seconds)
+
+
+def attention(task: Task, seconds: Callable[[Callable[[], Any]], float]) -> None:
+    """Microseconds per image of attention, forward and backward pass, with each kernel and with PyTorch's choice."""
+    if not task.has_gpu:
+        task.skip("kernels of attention compared: cuDNN, flash")
+    precision, batch = Precision("bf16", task.device), 256 if task.has_gpu else 2
+    kernels: dict[str, Any] = {"default": list(KERNELS.values()), **KERNELS} if task.has_gpu else {}
+    times: dict[str, dict[str, float | str]] = {}
+    for heads, tokens, width in SHAPES if task.has_gpu else SHAPES[:1]:
+        found: dict[str, float | str] = {}
+        step = train_step.attention_steps(precision, batch, (heads, tokens, width), with_backward=True)["fused kernel"]
+        if not task.has_gpu:
+            found["default"] = 1e6 * seconds(step) / batch
+        for name, kernel in kernels.items():
+            try:
+                if name == "default":
+                    found[name] = 1e6 * seconds(step) / batch
+                    continue
+                with sdpa_kernel(kernel):
+                    found[name] = 1e6 * seconds(step) / batch
+            except RuntimeError as error:  # the kernel does not support the shape
+                found[name] = gpu_task.last_line(str(error))[:100]
+        times[f"{heads} heads, {tokens} tokens, {width} channels"] = found
+    task.write(attention_microseconds_per_image=times)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+class Workload:
+    """The training of a step at any batch size: models, updates, measurements."""
+
+    def __init__(self, task: Task, kind: str, size: str) -> None:
+        self.task = task
+        self.kind = kind
+        self.size = size if task.has_gpu else TINY
+        self.precision = Precision("bf16", task.device)
+        flops = model_table.training_flops, lambda size: 3 * model_table.classifier_flops(size)
+        self.flops = flops[kind == "finetune"](self.size)
+        self.published = self.published_file() if kind == "finetune" else None
+
+    def published_file(self) -> reading.Weights:
+        """An autoencoder in the layout of the published files, with random weights."""
+        file = self.task.folder / f"{self.task.name}_published.pth"
+        torch.save({"model": getattr(models_mae, f"mae_vit_{self.size}")().state_dict()}, file)
+        return reading.read(file)
+
+    def model(self, name: str = "ours", **depths: int) -> nn.Module:
+        """A model on the device: ours, or that of another implementation. `depths`: smaller ones for a warm-up."""
+        with self.task.device:
+            if name != "ours":
+                model = train_step.MODELS[name](self.size)
+            elif self.kind == "pretrain":
+                model = getattr(models_mae, f"mae_vit_{self.size}")(**depths)
+            else:
+                model = getattr(models_vit, f"vit_{self.size}")(global_pool=True, drop_path_rate=0.1, **depths)
+                if not depths:
+                    loading.load_encoder(model, self.published)
+        return model.to(self.task.device)  # tables that the CPU has computed
+
+    def compiled(self, **depths: int) -> nn.Module:
+        """Our model, compiled as by --compile."""
+        model = self.model(**depths)
+        compile_model(model, self.task.device)
+        allow_graphs()
+        return model
+
+    def update(self, model: nn.Module, batch: int, is_ours: bool = True) -> train_step.Step:
+        """An update of a model with a batch of noise."""
+        images = train_step.input_images(Namespace(size=self.size, batch_size=batch), self.precision)
+        labels = torch.randint(1000, (batch,), device=self.task.device)
+
+        def loss_of(model: nn.Module) -> Tensor:
+            return model(images)[0] if self.kind == "pretrain" else F.cross_entropy(model(images), labels)
+
+        return train_step.training_step(model, loss_of, self.precision, is_ours, fused=is_ours)
+
+    def warm_up(self, batch: int) -> None:
+        """Compiles the blocks for a batch size, in a model of few blocks: all blocks have the same graphs.
+
+        The first block of fine-tuning drops no path, and the others do.
+        """
+        depths = {"depth": 1, "decoder_depth": 1} if self.kind == "pretrain" else {"depth": 2}
+        self.update(self.compiled(**depths), batch)()
+        empty_cache(self.task)
+
+    def measure(self, build: Callable[[], nn.Module], batch: int, is_ours: bool = True) -> dict[str, Any]:
+        """Images/s, milliseconds and memory of an update; {"fits": False} if the memory is too small."""
+        empty_cache(self.task)
+        if self.task.has_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            step = self.update(build(), batch, is_ours)
+            times = timed(step, self.task)
+        except torch.OutOfMemoryError:
+            return {"batch_size": batch, "fits": False}
+        rate, peak = batch / median(times), torch.cuda.max_memory_allocated() if self.task.has_gpu else None
+        return {
+            "batch_size": batch, "images_per_second": rate, "all_images_per_second": [batch / time for time in times],
+            "milliseconds": 1000 * batch / rate, "flops": rate * self.flops, "peak_bytes": peak,
+        }  # fmt: skip
+
+
+def allow_graphs() -> None:
+    """Raises PyTorch's limit of graphs."""
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = GRAPHS
+
+
+def empty_cache(task: Task) -> None:
+    if task.has_gpu:
+        torch.cuda.empty_cache()
+
+
+def timed(step: train_step.Step, task: Task) -> list[float]:
+    """Seconds of an update, in three rounds of about half a second each; on a CPU, of one update."""
+    train_step.seconds(step, 2, task.device)
+    if not task.has_gpu:
+        return [train_step.seconds(step, 1, task.device)]
+    repeats = max(2, round(0.5 / train_step.seconds(step, 2, task.device)))
+    return [train_step.seconds(step, repeats, task.device) for _ in range(3)]
+
+
+def largest_batch(cells: list[dict[str, Any]]) -> int:
+    """The batch size that fills the memory, a multiple of 32, from the memory of two smaller ones."""
+    small, large = [cell for cell in cells if cell["way"] == "eager" and "peak_bytes" in cell][-2:]
+    bytes_of_image = (large["peak_bytes"] - small["peak_bytes"]) / (large["batch_size"] - small["batch_size"])
+    free, _ = torch.cuda.mem_get_info()
+    available = (1 - SPARE) * (free + torch.cuda.memory_reserved())
+    return int((available - small["peak_bytes"]) / bytes_of_image + small["batch_size"]) // 32 * 32
+
+
+def training(task: Task) -> None:
+    """Pre-training or fine-tuning of a size: eager and compiled at each batch size, and other implementations."""
+    kind, size, compared_at = TRAINING[task.name]
+    work = Workload(task, kind, size)
+    batches = BATCHES if task.has_gpu else (2,)
+    compared_at = compared_at if task.has_gpu else 2
+    began = time.monotonic()
+    for batch in batches:
+        work.warm_up(batch)
+    task.write(task=kind, size=work.size, flops_per_image=work.flops, compile_seconds=time.monotonic() - began)
+    task.wait_for_turn()
+
+    cells: list[dict[str, Any]] = []
+
+    def add(way: str, batch: int, build: Callable[[], nn.Module], is_ours: bool = True) -> dict[str, Any]:
+        cells.append({"way": way, **work.measure(build, batch, is_ours)})
+        task.write(cells=cells)
+        return cells[-1]
+
+    for batch in batches:
+        add("eager", batch, work.model)
+        add("compiled", batch, work.compiled)
+        if kind == "pretrain" and batch == compared_at:
+            for name in ("transformers", "plain"):
+                add(f"{name} eager", batch, partial(work.model, name), is_ours=False)
+    if task.has_gpu:
+        batch = largest_batch(cells)
+        while not add("eager", batch, work.model).get("images_per_second") and batch > 64:
+            batch = batch * 7 // 8 // 32 * 32
+        add("compiled", batch, work.compiled)
+        profile(work, compared_at)
+    else:
+        task.skip("the largest batch that fits", "kernels of an update")
+    rates = {cell["way"]: cell["images_per_second"] for cell in cells if cell["batch_size"] == compared_at}
+    names = {"eager": "ours eager", "compiled": "ours compiled"}
+    task.write(  # as train_step.py writes it
+        name=f"{kind}_{work.size}_bf16_{task.device.type}", settings={"batch_size": compared_at},
+        images_per_second={names.get(way, way): rate for way, rate in rates.items()},
+    )  # fmt: skip
+
+
+def profile(work: Workload, batch: int) -> None:
+    """Writes the time of each kernel in three compiled updates."""
+    step = work.update(work.compiled(), batch)
+    train_step.seconds(step, 2, work.task.device)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        train_step.seconds(step, 3, work.task.device)
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=50, max_name_column_width=100)
+    (work.task.folder / f"{work.task.name}.profile.txt").write_text(table)
+
+
+# --------------------------------------------------------------------------------------------------- variants
+
+
+class Bf16Residual(models_mae.MaskedAutoencoderViT):
+    """The residual stream of encoder and decoder is bf16; without this class it is fp32."""
+
+    def all_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return super().all_tokens(x, grid).bfloat16()
+
+    def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
+        return super().decoder_positions(grid).bfloat16()
+
+
+def with_options(work: Workload, **options: Any) -> nn.Module:
+    """Our model, whose blocks are compiled with options of torch.compile."""
+    model = work.model()
+    for block in [*model.blocks, *model.decoder_blocks]:  # type: ignore[misc]
+        block.compile(fullgraph=True, dynamic=False, **options)
+    allow_graphs()
+    return model
+
+
+def whole_graph(work: Workload) -> nn.Module:
+    model = work.model()
+    model.compile(fullgraph=True, dynamic=False)
+    return model
+
+
+def bf16_residual(work: Workload) -> nn.Module:
+    sizes = models_vit.SIZES[work.size] | models_mae.DECODERS[work.size]
+    with work.task.device:
+        model = Bf16Residual(**sizes)
+    compile_model(model.to(work.task.device), work.task.device)
+    allow_graphs()
+    return model
+
+
+class Noise:
+    """Batches of noise in pinned memory, as `loader.TrainLoader` returns them."""
+
+    def __init__(self, work: Workload, batch: int, count: int) -> None:
+        side, has_gpu = peers.image_side(work.size), work.task.has_gpu
+        pixels = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, pin_memory=has_gpu).permute(0, 3, 1, 2)
+        patches = (side // models_vit.SIZES[work.size]["patch_size"]) ** 2
+        noise = torch.rand(batch, patches, pin_memory=has_gpu)
+        self.batch = Batch(pixels, torch.zeros(batch, dtype=torch.int64, pin_memory=has_gpu), noise)
+        self.images_per_iteration = batch
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch] * self.count)
+
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
+        pass
+
+    def seed_iteration(self, iteration: int) -> None:
+        pass
+
+
+def training_loop(work: Workload, batch: int, updates: int) -> Callable[[], float]:
+    """Images/s of the loop of main_pretrain.py, compiled, with its copies of batches and without a data loader."""
+    model = work.compiled()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    data: Any = Noise(work, batch, updates)
+    normalize = Normalize([0.5] * 3, [0.25] * 3).to(work.task.device)
+    options = loop.EpochOptions(
+        epoch=0, schedule=lambda epoch: 1e-4, precision=work.precision, guard=loop.NonFiniteGuard("abort"),
+        log=NullLog(), saver=NullSaver(Interrupts()),
+    )  # fmt: skip
+
+    def epoch() -> None:
+        engine_pretrain.train_one_epoch(model, data, optimizer, options, mask_ratio=0.75, normalize=normalize)
+
+    return lambda: updates * batch / train_step.seconds(epoch, 1, work.task.device)
+
+
+def compare(task: Task, work: Workload, rates: dict[str, Callable[[], float]]) -> None:
+    """Measures variants in turns, and writes their throughput."""
+    runs, peaks = train_step.take_turns(rates, work.precision, rounds=3 if task.has_gpu else 1)
+    task.write(
+        size=work.size, flops_per_image=work.flops, peak_flops=median(peaks),
+        images_per_second={name: median(found) for name, found in runs.items()}, all_images_per_second=runs,
+    )  # fmt: skip
+
+
+def variants(task: Task) -> None:
+    """Pre-training of ViT-B at 512 images in other ways, in turns."""
+    work = Workload(task, "pretrain", "base_patch16")
+    batch, updates = (512, 8) if task.has_gpu else (2, 2)
+
+    def rate_of(step: train_step.Step) -> Callable[[], float]:
+        return lambda: batch / train_step.seconds(step, updates, task.device)
+
+    def with_kernel(kernel: str) -> train_step.Step:
+        step = work.update(work.model(), batch)
+
+        def limited() -> None:
+            with sdpa_kernel(KERNELS[kernel]):
+                step()
+
+        return limited
+
+    steps = {
+        "compiled": work.update(work.compiled(), batch),
+        "compiled as one graph": work.update(whole_graph(work), batch),
+        "compiled, residual stream in bf16": work.update(bf16_residual(work), batch),
+        "eager": work.update(work.model(), batch),
+    }
+    steps |= {f"eager, attention of {kernel}": with_kernel(kernel) for kernel in ("cuDNN", "flash") if task.has_gpu}
+    if not task.has_gpu:
+        task.skip("cuDNN and flash attention in training")
+    rates = {name: rate_of(step) for name, step in steps.items()}
+    rates["the loop of main_pretrain.py, compiled"] = training_loop(work, batch, updates)
+    for step in steps.values():  # compiles
+        step()
+    empty_cache(task)
+    task.wait_for_turn()
+    compare(task, work, rates)
+
+
+def autotune(task: Task) -> None:
+    """Pre-training of ViT-B at 512 images with mode="max-autotune-no-cudagraphs", in turns with the default."""
+    work = Workload(task, "pretrain", "base_patch16")
+    batch, updates = (512, 8) if task.has_gpu else (2, 1)
+    if not task.has_gpu:
+        task.skip('mode="max-autotune-no-cudagraphs"')
+    mode = {"mode": "max-autotune-no-cudagraphs"} if task.has_gpu else {}
+    began = time.monotonic()
+    models = {"compiled": work.compiled(), "compiled, max-autotune-no-cudagraphs": with_options(work, **mode)}
+    steps = {name: work.update(model, batch) for name, model in models.items()}
+    for step in steps.values():
+        step()
+    task.write(compile_seconds=time.monotonic() - began)
+    compare(task, work, {
+        name: lambda step=step: batch / train_step.seconds(step, updates, task.device) for name, step in steps.items()
+    })  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def loader(task: Task) -> None:
+    """Images/s from JPEG files to batches, in one worker process and in one for each core."""
+    folder, cores = task.folder / "files", os.cpu_count() or 1
+    count = 24_000 if task.has_gpu else 6 * input_pipeline.BATCH
+    whole_run.write_files(folder, count, input_pipeline.OF_SCIKIT_LEARN)
+    ways = {"Pillow": {}, "--fast_jpeg": {"fast_jpeg": True}} if scripts.has_fast_jpeg() else {"Pillow": {}}
+    found: dict[str, float] = {}
+    for name, options in ways.items():
+        for workers in sorted({1, cores}):
+            batches = input_pipeline.ours(folder, workers, **options)
+            limit = min(20 * workers, count // input_pipeline.BATCH - 2) if task.has_gpu else 3
+            found[f"{name}, {workers} workers"] = input_pipeline.rate(batches, limit)
+            task.write(cores=cores, images_per_second=found)
+
+
+def whole(task: Task) -> None:
+    """main_pretrain.py with data from JPEG files: the second epoch as log.txt has it."""
+    folder = task.folder / "files"
+    if not folder.exists():
+        whole_run.write_files(folder, 256, input_pipeline.OF_SCIKIT_LEARN)
+    size, batch, updates = ("base_patch16", 512, 30) if task.has_gpu else (TINY, 8, 4)
+    flags = ["--model", f"mae_vit_{size}", "--input_size", peers.image_side(size), "--batch_size", batch, "--device",
+             "cuda:0" if task.has_gpu else "cpu", "--epochs", 2, "--warmup_epochs", 1, "--updates_per_epoch", updates,
+             "--compile", "--save_every", 9]  # fmt: skip
+    if not task.has_gpu:
+        task.skip("--compile of main_pretrain.py with data")
+        flags.remove("--compile")
+    line = scripts.pretrain(folder, task.folder / "whole", *flags)[1]
+    task.write(size=size, batch_size=batch, fast_jpeg=scripts.has_fast_jpeg(), second_epoch=line)
+    task.check("main_pretrain.py trains on JPEG files", line["images_per_s"] > 0)
