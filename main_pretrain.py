@@ -25,7 +25,7 @@ import torch
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from models_vit import Encoder
+from models_vit import Encoder, blocks_of
 from util import dist, masking
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
@@ -178,8 +178,7 @@ def build_model(
     if args.fsdp:
         from util.training import fsdp  # takes a second
 
-        units = [*model.blocks, *model.decoder_blocks]
-        fsdp.shard(model, units, precision.device, precision.dtype, method="reconstruct")
+        fsdp.shard(model, blocks_of(model), precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
     if file:

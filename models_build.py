@@ -17,7 +17,7 @@ import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
+from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, blocks_of, init_classifier
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
 from util.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
@@ -411,9 +411,11 @@ def set_grad_checkpointing(model: nn.Module) -> set[str]:
     for module in model.modules():
         if isinstance(module, Block):
             module.grad_checkpointing = True
-    lists = [getattr(model, name, nn.ModuleList()) for name in ("blocks", "decoder_blocks")]
-    return {type(block).__name__ for blocks in lists for block in blocks.children()
-            if not isinstance(block, Block) or type(block).forward is not Block.forward}  # fmt: skip
+    return {
+        type(block).__name__
+        for block in blocks_of(model)
+        if not isinstance(block, Block) or type(block).forward is not Block.forward
+    }
 
 
 def _set_options(model: Model, spec: ModelSpec) -> Model:

@@ -182,11 +182,16 @@ class DropPath(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.drop_prob = p
+        self.keep_prob = torch.tensor(1 - p, device="cpu")  # the only value that differs between blocks
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        mask = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        shape = (len(x), *(1,) * (x.ndim - 1))
+        if torch.compiler.is_compiling():  # a tensor is an input of the graph, and a number would be a constant of it
+            mask = torch.rand(shape, device=x.device) < self.keep_prob
+            return x * (mask / self.keep_prob)
+        mask = x.new_empty(shape).bernoulli_(1 - self.drop_prob)
         return x * mask.div_(1 - self.drop_prob)
 
 
@@ -236,6 +241,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of encoder and decoder of a model, or of the models in it."""
+    lists = [module for name, module in model.named_modules() if name.split(".")[-1] in ("blocks", "decoder_blocks")]
+    return [block for blocks in lists for block in blocks.children()]
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,9 @@ def _fresh(_compiler, monkeypatch):
     counters.clear()
 
 
-def test_compiled_model_is_one_graph_with_equal_gradients():
+def test_blocks_share_graphs_and_have_equal_gradients(monkeypatch):
+    """Three graphs: of the encoder's two blocks, of the decoder's block, and of the loss."""
+    monkeypatch.setitem(models_vit.SIZES, "mini_patch4", SIZES["mini_patch4"] | {"depth": 2})
     mini_mae, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(4, 3, 16, 16), torch.rand(4, 16)
     set_grad_checkpointing(mini_mae)
 
@@ -56,10 +60,12 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
 
     eager, names = gradients(), list(mini_mae.state_dict())
     compile_model(mini_mae, torch.device("cpu"))
-    assert mini_mae._compiled_call_impl is not None
+    counters.clear()
+    compiled = gradients()
+    assert counters["stats"]["unique_graphs"] == 3
     torch._dynamo.config.error_on_recompile = True
     try:
-        for _ in range(3):
+        for _ in range(2):
             imgs = imgs.clone()
             compiled = gradients()
     finally:
@@ -68,6 +74,38 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
     assert list(mini_mae.state_dict()) == names
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_of_other_rates_of_drop_path_share_a_graph(monkeypatch):
+    """The first block has none, and another graph. The graphs are not compiled to C++."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setitem(models_vit.SIZES, "mini_patch4", SIZES["mini_patch4"] | {"depth": 12})
+    model, imgs = models_vit.vit_mini_patch4(img_size=16, drop_path_rate=0.5), torch.randn(512, 3, 16, 16)
+    compile_model(model, torch.device("cpu"))
+    counters.clear()
+    model(imgs)
+    assert counters["stats"]["unique_graphs"] == 2
+    residual = model.blocks[-1].drop_path(torch.ones(1000, 1, 1))
+    branch = torch.compile(model.blocks[-1].drop_path, fullgraph=True)(torch.ones(1000, 1, 1))
+    for kept in (residual, branch):  # half of the branches, twice as large
+        assert set(kept.flatten().tolist()) == {0, 2}
+        assert kept.mean() == pytest.approx(1, abs=0.15)
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
+    """The copy is an average of the weights, or the teacher of a method."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    compile_model(model, torch.device("cpu"))
+    before = model(imgs, noise=noise)[0]
+    copy = deepcopy(model)
+    copy.norm_pix_loss = True
+    for parameter in copy.blocks.parameters():
+        parameter.data.zero_()
+    assert torch.equal(model(imgs, noise=noise)[0], before)
+    expected = mae_vit_mini_patch4(img_size=16, norm_pix_loss=True)
+    expected.load_state_dict(copy.state_dict())
+    torch.testing.assert_close(copy(imgs, noise=noise)[0], expected(imgs, noise=noise)[0])
 
 
 # main_pretrain.py with as many blocks as `_fresh` sets.

@@ -10,6 +10,7 @@ from models_vit import PatchEmbed
 from util.data.batches import Batch
 from util.data.transforms import Normalize
 from util.training import loop, run_log
+from util.training.compiling import compile_model
 from util.training.precision import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,7 +46,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     torch.manual_seed(0)
     model = mae_vit_mini_patch4(in_chans=1).to(device)
     if compiled:
-        model.compile(fullgraph=True, dynamic=False)
+        compile_model(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses = []
 

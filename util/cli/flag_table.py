@@ -287,7 +287,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), and for training on CPUs with AVX512-BF16 or "
         "AMX; else off. A resumed run has the precision of its checkpoint"),
     "compile": flag(RUN, action="store_true",
-        help="compile the model with torch.compile: higher throughput, after a minute or more of compilation"),
+        help="compile the model with torch.compile: higher throughput, after up to a minute of compilation"),
     "jobs": flag(RUN, type=positive_int, default=1, metavar="N",
         help="number of runs at a time, which share the CPU cores or the GPU"),
     "keep_checkpoints": flag(RUN, switch=False, help="keep the checkpoints of completed runs"),

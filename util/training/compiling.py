@@ -1,23 +1,28 @@
 """torch.compile, if a compiler is installed."""
 
 import logging
+from types import MethodType
 from typing import Any
 
 import torch
 
-from util import dist
+from models_vit import blocks_of
 
 logger = logging.getLogger(__name__)
 
 
 def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: bool = False) -> None:
-    """Compiles a model in place, one graph per input shape. The names of parameters do not change.
+    """Compiles the blocks of a model in place, and its loss. The names of parameters do not change.
+
+    All blocks of a size share a graph for each input shape, so that compilation takes a tenth of the time of a graph of
+    the whole model. The gradients of a block are averaged over the processes, and the weights of a sharded block are
+    gathered, while another block computes. A model without blocks is one graph.
 
     Without a compiler, it logs a warning and does not change the model.
 
     Args:
-        freeze_weights: for a model that is only evaluated. On a CPU, the graph contains the weights, in the dtype and
-            the layout of the matrix products; later changes of the weights have no effect.
+        freeze_weights: for a model that is only evaluated. On a CPU, the whole model is one graph that contains the
+            weights, in the dtype and the layout of the matrix products; later changes of the weights have no effect.
     """
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
@@ -31,13 +36,20 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
 
         # PyTorch reads this setting when it traces and when it compiles, so an argument of torch.compile is too late.
         model.forward = config.patch(freezing=True)(torch.compile(model.forward, fullgraph=True, dynamic=False))
-    elif dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
-        units: list[Any] = [unit for unit in model.modules() if dist.is_sharded(unit) and unit is not model]
-        # With --drop_path, each block has its own rate, a constant of its graph. The default limit is 8 graphs.
-        settings: Any = torch._dynamo.config
-        settings.recompile_limit = max(settings.recompile_limit, 2 + len(units))
-        for unit in units:
-            unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
-        model.compile(fullgraph=True, dynamic=False)
-    logger.info("--compile: the first batch, and the first of another size, take a minute or more")
+        units = blocks_of(model) or [model]
+        settings: Any = torch._dynamo.config
+        # Blocks of a user may have a constant each, in training and evaluation, for two batch sizes. The default is 8.
+        settings.recompile_limit = max(settings.recompile_limit, 4 * len(units))
+        settings.optimize_ddp = False  # it would split the graph of a block with more than 25 MiB of weights
+        for unit in units:
+            _compile_method(unit, "forward")
+        if hasattr(model, "forward_loss"):
+            _compile_method(model, "forward_loss")
+    logger.info("--compile: the first batch, and the first of another size, take up to a minute")
+
+
+def _compile_method(module: torch.nn.Module, name: str) -> None:
+    """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph."""
+    compiled = torch.compile(getattr(type(module), name), fullgraph=True, dynamic=False)
+    setattr(module, name, MethodType(compiled, module))  # a copy of the module has a method of its own
