@@ -40,25 +40,27 @@ class Step(NamedTuple):
     function: str  # in a module of benchmarks
     seconds: float  # at most, with a GPU; on a CPU, the rest of all seconds
     is_alone: bool = True  # it has the machine for itself
-    is_prepared: bool = False  # it compiles together with others, and waits for its turn
+    is_prepared: bool = False  # it starts, and compiles, together with others, and waits for its turn
 
 
 STEPS = {
     "tests": Step("gpu_correct:tests", 150, is_alone=False),
     "equality": Step("gpu_correct:equality", 200, is_alone=False),
     "numerics": Step("gpu_correct:numerics", 120, is_alone=False),
-    "ceilings": Step("gpu_speed:ceilings", 40),
+    "ceilings": Step("gpu_speed:ceilings", 40, is_prepared=True),
+    "variants": Step(
+        "gpu_speed:variants", 50, is_prepared=True
+    ),  # its models leave the memory before the largest batch
     "base": Step("gpu_speed:training", 70, is_prepared=True),
-    "variants": Step("gpu_speed:variants", 50, is_prepared=True),
     "huge": Step("gpu_speed:training", 80, is_prepared=True),
     "large": Step("gpu_speed:training", 70, is_prepared=True),
     "finetune": Step("gpu_speed:training", 60, is_prepared=True),
-    "loader": Step("gpu_speed:loader", 40),
+    "loader": Step("gpu_speed:loader", 40, is_prepared=True),
     "whole": Step("gpu_speed:whole", 70),
     "memory": Step("gpu_correct:memory", 50),
     "autotune": Step("gpu_speed:autotune", 200),
 }
-OPTIONAL = {"autotune"}  # may be left out for lack of time
+OPTIONAL = {"autotune"}  # may lack time
 PREPARATION = 0.4  # of all seconds, after which the measurements begin
 FEWEST_SECONDS = 15  # a step that has less is left out
 
@@ -72,6 +74,7 @@ class Check:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.ends = time.monotonic() + args.seconds
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.began: dict[str, float] = {}  # for a step that waits, when its turn came
         self.results: dict[str, Any] = {"steps": {}, "seconds": {}, "failed": {}}
 
     @property
@@ -93,25 +96,36 @@ class Check:
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        self.began[name] = time.monotonic()
 
     def finish(self, name: str) -> None:
         """Waits for a step, at most for its seconds, and writes all results."""
-        process, began = self.running[name], time.monotonic()
-        limit = min(STEPS[name].seconds, self.left) if self.device.type == "cuda" else self.left
+        process = self.running[name]
+        rest = self.began[name] + STEPS[name].seconds - time.monotonic()
+        limit = min(rest, self.left) if self.device.type == "cuda" else self.left
         try:
-            code: object = process.wait(max(1, limit))
+            code = process.wait(max(1, limit))
+            reason = f"exit status {code}"
         except subprocess.TimeoutExpired:
-            code = f"ended after {limit:.0f} seconds"
+            code, reason = None, f"ended after {time.monotonic() - self.began[name]:.0f} seconds"
         self.end(name)
         file = self.work / f"{name}.json"
         found = json.loads(file.read_text()) if file.exists() else {}
-        broken = [title for title, holds in found.get("holds", {}).items() if not holds]
-        if code != 0 or broken or not found:
-            reason = last_line((self.work / f"{name}.log").read_text(errors="replace")) if code == 1 else f"{code}"
-            self.results["failed"][name] = "; ".join(broken) or reason
+        if broken := [title for title, holds in found.get("holds", {}).items() if not holds]:
+            reason = "; ".join(broken)
+        elif code == 1:
+            reason = last_line((self.work / f"{name}.log").read_text(errors="replace"))
+        if code is None and name in OPTIONAL:
+            found.setdefault("skipped", []).append(reason)
+        elif code != 0 or broken:
+            self.results["failed"][name] = reason
         self.results["steps"][name] = found
-        self.results["seconds"][name] = round(time.monotonic() - began, 1)
-        print(f"{self.args.seconds - self.left:4.0f} s  {name}: {self.results['failed'].get(name, 'ok')}", flush=True)
+        self.results["seconds"][name] = round(time.monotonic() - self.began[name], 1)
+        self.tell(name, self.results["failed"].get(name, "ok"))
+
+    def tell(self, name: str, state: str) -> None:
+        """Prints the state of a step, and writes all results."""
+        print(f"{self.args.seconds - self.left:4.0f} s  {name}: {state}", flush=True)
         self.save()
 
     def end(self, name: str) -> None:
@@ -124,12 +138,11 @@ class Check:
     def leave_out(self, name: str) -> None:
         """Records a step for which no time is left."""
         reason = "left out: no time is left, give more --seconds"
-        print(f"{self.args.seconds - self.left:4.0f} s  {name}: {reason}", flush=True)
         if name in OPTIONAL:
             self.results["steps"][name] = {"skipped": [reason]}
         else:
             self.results["failed"][name] = reason
-        self.save()
+        self.tell(name, reason)
 
     def save(self) -> None:
         """Writes the results, the table, the logs and the profiles."""
@@ -158,9 +171,10 @@ class Check:
             if self.left < FEWEST_SECONDS:
                 self.leave_out(name)
                 continue
-            (self.work / f"{name}.go").touch()
             if name not in self.running:
                 self.start(name)
+            self.began[name] = time.monotonic()
+            (self.work / f"{name}.go").touch()
             self.finish(name)
 
     def is_ready(self, name: str) -> bool:

@@ -5,10 +5,13 @@ of ViT-B, ViT-L and ViT-H, and fine-tuning of ViT-B, which starts from a file in
 weights. An update is that of `train_step.py`.
 """
 
+import gc
+import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -43,6 +46,8 @@ TRAINING = {
     "finetune": ("finetune", "base_patch16", 128),
 }
 TINY = "mini_patch4"  # the size of a rehearsal
+FULL: dict[str, int] = {}
+FEW = {"depth": 1, "decoder_depth": 1}  # blocks of a model that is compiled only for its graphs
 SPARE = 0.06  # of the memory, which the largest batch leaves free
 GRAPHS = 1000  # the limit of PyTorch is for the batch sizes of a run, and here are more
 # Products of ViT-B's decoder and encoder, ViT-L's and ViT-H's encoder: rows of 512, 512, 256 and 128 images, outputs,
@@ -58,6 +63,7 @@ PRODUCTS = (
 
 def ceilings(task: Task) -> None:
     """What the machine can do: a copy, matrix products in bf16, and attention of the shapes of the models."""
+    task.wait_for_turn()
     torch.manual_seed(0)
     repeats = 20 if task.has_gpu else 1
 
@@ -89,22 +95,17 @@ def ceilings(task: Task) -> None:
 
 def attention(task: Task, seconds: Callable[[Callable[[], Any]], float]) -> None:
     """Microseconds per image of attention, forward and backward pass, with each kernel and with PyTorch's choice."""
+    precision, batch = Precision("bf16", task.device), 256 if task.has_gpu else 2
     if not task.has_gpu:
         task.skip("kernels of attention compared: cuDNN, flash")
-    precision, batch = Precision("bf16", task.device), 256 if task.has_gpu else 2
-    kernels: dict[str, Any] = {"default": list(KERNELS.values()), **KERNELS} if task.has_gpu else {}
+    kernels: dict[str, Any] = {"default": None, **(KERNELS if task.has_gpu else {})}
     times: dict[str, dict[str, float | str]] = {}
     for heads, tokens, width in SHAPES if task.has_gpu else SHAPES[:1]:
-        found: dict[str, float | str] = {}
         step = train_step.attention_steps(precision, batch, (heads, tokens, width), with_backward=True)["fused kernel"]
-        if not task.has_gpu:
-            found["default"] = 1e6 * seconds(step) / batch
+        found: dict[str, float | str] = {}
         for name, kernel in kernels.items():
             try:
-                if name == "default":
-                    found[name] = 1e6 * seconds(step) / batch
-                    continue
-                with sdpa_kernel(kernel):
+                with sdpa_kernel(kernel) if kernel else nullcontext():
                     found[name] = 1e6 * seconds(step) / batch
             except RuntimeError as error:  # the kernel does not support the shape
                 found[name] = gpu_task.last_line(str(error))[:100]
@@ -133,22 +134,23 @@ class Workload:
         torch.save({"model": getattr(models_mae, f"mae_vit_{self.size}")().state_dict()}, file)
         return reading.read(file)
 
-    def model(self, name: str = "ours", **depths: int) -> nn.Module:
-        """A model on the device: ours, or that of another implementation. `depths`: smaller ones for a warm-up."""
+    def model(self, depths: Mapping[str, int] = FULL, name: str = "ours") -> nn.Module:
+        """A model on the device: ours, of fewer blocks if `depths` says so, or that of another implementation."""
         with self.task.device:
             if name != "ours":
                 model = train_step.MODELS[name](self.size)
             elif self.kind == "pretrain":
                 model = getattr(models_mae, f"mae_vit_{self.size}")(**depths)
             else:
-                model = getattr(models_vit, f"vit_{self.size}")(global_pool=True, drop_path_rate=0.1, **depths)
-                if not depths:
+                rate = 0.1 if self.task.has_gpu else 0.0  # a rehearsal compiles fewer graphs
+                model = getattr(models_vit, f"vit_{self.size}")(global_pool=True, drop_path_rate=rate, **depths)
+                if self.published and not depths:
                     loading.load_encoder(model, self.published)
         return model.to(self.task.device)  # tables that the CPU has computed
 
-    def compiled(self, **depths: int) -> nn.Module:
+    def compiled(self, depths: Mapping[str, int] = FULL) -> nn.Module:
         """Our model, compiled as by --compile."""
-        model = self.model(**depths)
+        model = self.model(depths)
         compile_model(model, self.task.device)
         allow_graphs()
         return model
@@ -168,8 +170,8 @@ class Workload:
 
         The first block of fine-tuning drops no path, and the others do.
         """
-        depths = {"depth": 1, "decoder_depth": 1} if self.kind == "pretrain" else {"depth": 2}
-        self.update(self.compiled(**depths), batch)()
+        depths = FEW if self.kind == "pretrain" else {"depth": 2}
+        self.update(self.compiled(depths), batch)()
         empty_cache(self.task)
 
     def measure(self, build: Callable[[], nn.Module], batch: int, is_ours: bool = True) -> dict[str, Any]:
@@ -196,16 +198,18 @@ def allow_graphs() -> None:
 
 
 def empty_cache(task: Task) -> None:
+    """Frees the memory of models that are no longer used: a compiled model refers to itself."""
+    gc.collect()
     if task.has_gpu:
         torch.cuda.empty_cache()
 
 
 def timed(step: train_step.Step, task: Task) -> list[float]:
-    """Seconds of an update, in three rounds of about half a second each; on a CPU, of one update."""
+    """Seconds of an update, in three rounds of about a third of a second each; on a CPU, of one update."""
     train_step.seconds(step, 2, task.device)
     if not task.has_gpu:
         return [train_step.seconds(step, 1, task.device)]
-    repeats = max(2, round(0.5 / train_step.seconds(step, 2, task.device)))
+    repeats = max(2, round(0.35 / train_step.seconds(step, 2, task.device)))
     return [train_step.seconds(step, repeats, task.device) for _ in range(3)]
 
 
@@ -242,7 +246,7 @@ def training(task: Task) -> None:
         add("compiled", batch, work.compiled)
         if kind == "pretrain" and batch == compared_at:
             for name in ("transformers", "plain"):
-                add(f"{name} eager", batch, partial(work.model, name), is_ours=False)
+                add(f"{name} eager", batch, partial(work.model, name=name), is_ours=False)
     if task.has_gpu:
         batch = largest_batch(cells)
         while not add("eager", batch, work.model).get("images_per_second") and batch > 64:
@@ -283,27 +287,31 @@ class Bf16Residual(models_mae.MaskedAutoencoderViT):
         return super().decoder_positions(grid).bfloat16()
 
 
-def with_options(work: Workload, **options: Any) -> nn.Module:
-    """Our model, whose blocks are compiled with options of torch.compile."""
+def with_mode(work: Workload, mode: str) -> nn.Module:
+    """Our model, whose blocks are compiled with a mode of torch.compile."""
     model = work.model()
-    for block in [*model.blocks, *model.decoder_blocks]:  # type: ignore[misc]
-        block.compile(fullgraph=True, dynamic=False, **options)
+    for block in models_vit.blocks_of(model):
+        block.compile(fullgraph=True, dynamic=False, mode=mode)
     allow_graphs()
     return model
 
 
-def whole_graph(work: Workload) -> nn.Module:
-    model = work.model()
+def one_graph(work: Workload, depths: Mapping[str, int]) -> nn.Module:
+    """Our model, compiled as a graph."""
+    model = work.model(depths)
     model.compile(fullgraph=True, dynamic=False)
     return model
 
 
-def bf16_residual(work: Workload) -> nn.Module:
-    sizes = models_vit.SIZES[work.size] | models_mae.DECODERS[work.size]
+def bf16_residual(work: Workload, depths: Mapping[str, int]) -> nn.Module:
+    """Our model with a residual stream in bf16, compiled as by --compile."""
+    sizes = {**models_vit.SIZES[work.size], **models_mae.DECODERS[work.size], **depths}
     with work.task.device:
         model = Bf16Residual(**sizes)
-    compile_model(model.to(work.task.device), work.task.device)
-    allow_graphs()
+    model.to(work.task.device)
+    if work.task.has_gpu:
+        compile_model(model, work.task.device)
+        allow_graphs()
     return model
 
 
@@ -349,6 +357,11 @@ def training_loop(work: Workload, batch: int, updates: int) -> Callable[[], floa
     return lambda: updates * batch / train_step.seconds(epoch, 1, work.task.device)
 
 
+def rate_of(task: Task, step: train_step.Step, batch: int, updates: int) -> Callable[[], float]:
+    """Returns a function that measures images/s."""
+    return lambda: batch / train_step.seconds(step, updates, task.device)
+
+
 def compare(task: Task, work: Workload, rates: dict[str, Callable[[], float]]) -> None:
     """Measures variants in turns, and writes their throughput."""
     runs, peaks = train_step.take_turns(rates, work.precision, rounds=3 if task.has_gpu else 1)
@@ -362,9 +375,7 @@ def variants(task: Task) -> None:
     """Pre-training of ViT-B at 512 images in other ways, in turns."""
     work = Workload(task, "pretrain", "base_patch16")
     batch, updates = (512, 8) if task.has_gpu else (2, 2)
-
-    def rate_of(step: train_step.Step) -> Callable[[], float]:
-        return lambda: batch / train_step.seconds(step, updates, task.device)
+    depths = FULL if task.has_gpu else FEW
 
     def with_kernel(kernel: str) -> train_step.Step:
         step = work.update(work.model(), batch)
@@ -376,15 +387,15 @@ def variants(task: Task) -> None:
         return limited
 
     steps = {
-        "compiled": work.update(work.compiled(), batch),
-        "compiled as one graph": work.update(whole_graph(work), batch),
-        "compiled, residual stream in bf16": work.update(bf16_residual(work), batch),
-        "eager": work.update(work.model(), batch),
+        "compiled": work.update(work.compiled(depths), batch),
+        "compiled as one graph": work.update(one_graph(work, depths), batch),
+        "compiled, residual stream in bf16": work.update(bf16_residual(work, depths), batch),
+        "eager": work.update(work.model(depths), batch),
     }
     steps |= {f"eager, attention of {kernel}": with_kernel(kernel) for kernel in ("cuDNN", "flash") if task.has_gpu}
     if not task.has_gpu:
-        task.skip("cuDNN and flash attention in training")
-    rates = {name: rate_of(step) for name, step in steps.items()}
+        task.skip("cuDNN and flash attention in training", "compilation of the residual stream in bf16")
+    rates = {name: rate_of(task, step, batch, updates) for name, step in steps.items()}
     rates["the loop of main_pretrain.py, compiled"] = training_loop(work, batch, updates)
     for step in steps.values():  # compiles
         step()
@@ -399,16 +410,14 @@ def autotune(task: Task) -> None:
     batch, updates = (512, 8) if task.has_gpu else (2, 1)
     if not task.has_gpu:
         task.skip('mode="max-autotune-no-cudagraphs"')
-    mode = {"mode": "max-autotune-no-cudagraphs"} if task.has_gpu else {}
+    mode = "max-autotune-no-cudagraphs"
     began = time.monotonic()
-    models = {"compiled": work.compiled(), "compiled, max-autotune-no-cudagraphs": with_options(work, **mode)}
+    models = {"compiled": work.compiled(), f"compiled, {mode}": with_mode(work, mode if task.has_gpu else "default")}
     steps = {name: work.update(model, batch) for name, model in models.items()}
     for step in steps.values():
         step()
     task.write(compile_seconds=time.monotonic() - began)
-    compare(task, work, {
-        name: lambda step=step: batch / train_step.seconds(step, updates, task.device) for name, step in steps.items()
-    })  # fmt: skip
+    compare(task, work, {name: rate_of(task, step, batch, updates) for name, step in steps.items()})
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -419,6 +428,7 @@ def loader(task: Task) -> None:
     folder, cores = task.folder / "files", os.cpu_count() or 1
     count = 24_000 if task.has_gpu else 6 * input_pipeline.BATCH
     whole_run.write_files(folder, count, input_pipeline.OF_SCIKIT_LEARN)
+    task.wait_for_turn()
     ways = {"Pillow": {}, "--fast_jpeg": {"fast_jpeg": True}} if scripts.has_fast_jpeg() else {"Pillow": {}}
     found: dict[str, float] = {}
     for name, options in ways.items():
@@ -444,3 +454,8 @@ def whole(task: Task) -> None:
     line = scripts.pretrain(folder, task.folder / "whole", *flags)[1]
     task.write(size=size, batch_size=batch, fast_jpeg=scripts.has_fast_jpeg(), second_epoch=line)
     task.check("main_pretrain.py trains on JPEG files", line["images_per_s"] > 0)
+    base = task.folder / "base.json"
+    alone = json.loads(base.read_text()).get("images_per_second", {}).get("ours compiled") if base.exists() else None
+    if alone:  # as whole_run.py writes it
+        speed = {"with_data": line["images_per_s"], "without_data": alone, "share": line["images_per_s"] / alone}
+        task.write(name=f"whole_run_{size}_bf16_{task.device.type}", speed=speed)

@@ -114,8 +114,13 @@ def table(machine: Results, results: Results) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="gpu_check.json")
-    results = json.loads(parser.parse_args().file.read_text())
+    return parser
+
+
+if __name__ == "__main__":
+    results = json.loads(get_args_parser().parse_args().file.read_text())
     print(table(results["machine"], results))

@@ -102,9 +102,11 @@ def find(name: str, root: Path = RESULTS) -> dict[str, Any] | None:
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:
     """Reads a measurement: a step of gpu_check.json that has this name, or else NAME.json; None if there is neither."""
-    records = [folder / f"{file}.json" for file in (GPU_CHECK, name)]
-    check, own = (json.loads(file.read_text()) if file.exists() else None for file in records)
-    for step in check["steps"].values() if check else ():
+    check, own = (
+        json.loads(file.read_text()) if file.exists() else {}
+        for file in (folder / f"{GPU_CHECK}.json", folder / f"{name}.json")
+    )
+    for step in check.get("steps", {}).values():
         if step.get("name") == name:
             return {"machine": check["machine"], **step}
-    return own
+    return own or None
