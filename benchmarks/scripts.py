@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def require_images(folder: Path) -> None:
 
 
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
-    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
-    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
+    """Runs main_pretrain.py on a folder of images, with --fast_jpeg if numba is installed; returns its log.txt."""
+    fast = ["--fast_jpeg"] if find_spec("numba") else []
+    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, *fast, *flags)
     return run_log.read(out)
