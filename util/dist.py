@@ -143,7 +143,9 @@ def restarted(started_by: Collection[str]) -> bool:
     return any(count and launch in started_by for count, launch in zip(counts, launches(), strict=True))
 
 
-def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto") -> torch.device:
+def init(
+    device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto", alone: bool = False
+) -> torch.device:
     """Joins the process group if a launcher started several processes. Returns the device of this process.
 
     Args:
@@ -151,6 +153,7 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         dist_url: address at which the processes connect; env:// reads MASTER_ADDR and MASTER_PORT.
         timeout: seconds that a process waits for the other processes before it fails.
         backend: one of BACKENDS; auto is nccl for GPUs, else gloo.
+        alone: a single process has a process group, too, as FSDP2 requires.
 
     Raises:
         ValueError: the backend is nccl without a GPU, the variables of the launcher are incomplete, or the other
@@ -163,12 +166,15 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
     world_size = _launched("WORLD_SIZE", 1)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
         if _launched("RANK") >= world_size:
             raise ValueError(f"RANK={_launched('RANK')} in the environment must be below WORLD_SIZE={world_size}")
-        if backend == "auto":
-            backend = "nccl" if device.type == "cuda" else "gloo"
         _join(dist_url, world_size, backend, timeout, device)
+    elif alone and not td.is_initialized():
+        device_id = device if backend == "nccl" else None
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, device_id=device_id)
     return device
 
 

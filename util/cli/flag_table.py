@@ -93,8 +93,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="data loader worker processes, at most one per CPU core; 0: load in the training process"),
     "pin_mem": flag(DATA, switch=True, help="load batches into pinned memory, for faster copies to the GPU"),
     "fast_jpeg": flag(DATA, switch=False,
-        help="decode color JPEG files with torchcodec and scale them with compiled code: the same pixels at up to "
-        "twice the throughput. Pillow decodes other files, and computes augmentation policies, as without the flag"),
+        help="decode color JPEG files with torchcodec, or else torchvision, and scale them with compiled code (numba): "
+        "the same pixels at up to twice the throughput. Pillow decodes other files, and computes augmentation "
+        "policies, as without the flag"),
     "cache_images": flag(DATA, switch=False,
         help="for small datasets: decode all images at the start and keep them in up to half of the memory of the "
         "machine, which its processes share. An image takes height x width x channels bytes. The batches are the same"),

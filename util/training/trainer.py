@@ -39,7 +39,8 @@ def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tup
         The settings of the run, which may come from the checkpoint from which it resumes; the device of this process
         and its precision.
     """
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
+    is_sharded = getattr(args, "fsdp", False)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend, alone=is_sharded)
     run_log.start_logging()
     if script:
         args = run_state.with_recorded_settings(args, script)
