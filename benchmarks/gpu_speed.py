@@ -45,6 +45,7 @@ TRAINING = {
     "huge": ("pretrain", "huge_patch14", 128),
     "finetune": ("finetune", "base_patch16", 128),
 }
+LOSS_ALONE = "training_loss"  # a method of the autoencoder that returns the loss without predictions, if it has one
 TINY = "mini_patch4"  # the size of a rehearsal
 FULL: dict[str, int] = {}
 FEW = {"depth": 1, "decoder_depth": 1}  # blocks of a model that is compiled only for its graphs
@@ -155,12 +156,14 @@ class Workload:
         allow_graphs()
         return model
 
-    def update(self, model: nn.Module, batch: int, is_ours: bool = True) -> train_step.Step:
-        """An update of a model with a batch of noise."""
+    def update(self, model: nn.Module, batch: int, is_ours: bool = True, method: str | None = None) -> train_step.Step:
+        """An update of a model with a batch of noise. `method`: of the model, which returns the loss alone."""
         images = train_step.input_images(Namespace(size=self.size, batch_size=batch), self.precision)
         labels = torch.randint(1000, (batch,), device=self.task.device)
 
-        def loss_of(model: nn.Module) -> Tensor:
+        def loss_of(model: Any) -> Tensor:
+            if method:
+                return getattr(model, method)(images)
             return model(images)[0] if self.kind == "pretrain" else F.cross_entropy(model(images), labels)
 
         return train_step.training_step(model, loss_of, self.precision, is_ours, fused=is_ours)
@@ -393,6 +396,9 @@ def variants(task: Task) -> None:
         "eager": work.update(work.model(depths), batch),
     }
     steps |= {f"eager, attention of {kernel}": with_kernel(kernel) for kernel in ("cuDNN", "flash") if task.has_gpu}
+    if hasattr(models_mae.MaskedAutoencoderViT, LOSS_ALONE):
+        title = "compiled, the loss alone: last decoder block and head on masked tokens"
+        steps[title] = work.update(work.compiled(depths), batch, method=LOSS_ALONE)
     if not task.has_gpu:
         task.skip("cuDNN and flash attention in training", "compilation of the residual stream in bf16")
     rates = {name: rate_of(task, step, batch, updates) for name, step in steps.items()}
