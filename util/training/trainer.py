@@ -40,7 +40,7 @@ def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tup
         and its precision.
     """
     is_sharded = getattr(args, "fsdp", False)
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend, alone=is_sharded)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend, needs_group=is_sharded)
     run_log.start_logging()
     if script:
         args = run_state.with_recorded_settings(args, script)
