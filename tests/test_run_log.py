@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import forks
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from mains import lines
 from PIL import Image
@@ -51,6 +52,42 @@ def test_stopwatch_measures_only_data_loading():
     for _ in watch.watch(slow()):
         time.sleep(0.05)
     assert 0.3 < watch.loading_share < 0.7 and watch.seconds >= 0.3
+
+
+@pytest.mark.parametrize(("loader", "idle"), [(92, 92 + 49 * 2), (20, 20)])  # milliseconds for a batch, and in total
+def test_data_loading_on_a_gpu_is_the_time_in_which_it_is_idle(monkeypatch, loader, idle):
+    """The GPU computes 90 ms for a batch, and the host launches this in 10 ms: it waits for the loader, not the GPU."""
+    clock = SimpleNamespace(host=0, gpu=0)  # now; the end of all that is launched
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(clock.host, clock.gpu)
+
+        def query(self):
+            return self.time <= clock.host
+
+        def elapsed_time(self, end):
+            assert end.query()
+            return end.time - self.time
+
+    def batches():
+        for number in range(1, 51):
+            clock.host = max(clock.host, number * loader)
+            yield number
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.host / 1000)
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in watch.watch(batches()):
+        clock.gpu = max(clock.host, clock.gpu) + 90
+        clock.host += 10
+    clock.host = clock.gpu
+    watch.stop()
+    assert watch.loading_seconds == pytest.approx(idle / 1000)
+    assert watch.seconds == pytest.approx(50 * 0.090 + idle / 1000)
 
 
 def test_a_resumed_log_has_every_epoch_once(tmp_path):
