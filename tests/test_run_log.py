@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import lines
+from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_pretrain
 from util import dist
 from util.training import log_files, run_log, trainer
 from util.training.meters import Meters, Stopwatch
@@ -88,6 +89,26 @@ def test_data_loading_on_a_gpu_is_the_time_in_which_it_is_idle(monkeypatch, load
     watch.stop()
     assert watch.loading_seconds == pytest.approx(idle / 1000)
     assert watch.seconds == pytest.approx(50 * 0.090 + idle / 1000)
+
+
+@pytest.mark.parametrize(("suffix", "flags", "remedies"), [
+    ("jpg", {}, {"--num_workers", "--fast_jpeg", "util.resize"}),
+    ("png", {}, {"--num_workers", "util.resize"}),
+    ("jpg", {"cache_images": True}, {"--num_workers"}),
+])  # fmt: skip
+def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypatch, capsys, suffix, flags, remedies):
+    """The device waits while the training process decodes images of 800 pixels: there are no worker processes."""
+    for number in range(6):
+        file = tmp_path / "images" / f"{number}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        Image.effect_noise((800, 800), 99).convert("RGB").save(file)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 7)
+    images, out = tmp_path / "images", tmp_path / "out"
+    call(main_pretrain, *small_run(images, out, "--epochs", 2, "--batch_size", 2, *argv_of(flags)))
+    advice = re.findall(r"^data loading limits.*", capsys.readouterr().out, re.MULTILINE)
+    assert len(advice) == 1
+    assert {name for name in ("--num_workers", "--fast_jpeg", "util.resize") if name in advice[0]} == remedies
+    assert "--num_workers 7" in advice[0]
 
 
 def test_a_resumed_log_has_every_epoch_once(tmp_path):

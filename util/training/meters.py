@@ -79,6 +79,7 @@ class Stopwatch:
         self.started = time.perf_counter()
         self.ended: float | None = None
         self.loading_seconds = 0.0
+        self.first_wait = 0.0  # for the first batch, and for the start of the worker processes
         self.batches = 0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -105,7 +106,9 @@ class Stopwatch:
         """Adds the waits that the device has passed. The host does not wait for others."""
         while self.waits and self.waits[0][1].query():
             start, end = self.waits.popleft()
-            self.loading_seconds += start.elapsed_time(end) / 1000
+            wait = start.elapsed_time(end) / 1000
+            self.loading_seconds += wait
+            self.first_wait = self.first_wait or wait
 
     @property
     def seconds(self) -> float:
@@ -121,3 +124,8 @@ class Stopwatch:
     def loading_share(self) -> float:
         """The time in which the device waits for batches, as a fraction of the time, 0 to 1."""
         return self.loading_seconds / max(self.seconds, 1e-9)
+
+    @property
+    def later_loading_share(self) -> float:
+        """The same after the first batch."""
+        return (self.loading_seconds - self.first_wait) / max(self.seconds - self.first_wait, 1e-9)

@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from util.training.meters import Stopwatch
 logger = logging.getLogger(__name__)
 
 OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait")  # entries of log.txt that the log itself adds
+MAX_LOADING = 0.05  # of the time; more slows the run down
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
@@ -103,6 +104,8 @@ class RunLog(NullLog):
         first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
         first_x: the same for TensorBoard, in thousandths of an epoch.
         loss_tag: name of the loss in TensorBoard.
+        remedies: returns flags and commands that make data loading faster. The log names them after the first epoch if
+            the device waits for more than MAX_LOADING of the time.
 
     Raises:
         OSError: log.txt can't be written when the log is closed, or the files of TensorBoard when it is opened. In
@@ -117,8 +120,10 @@ class RunLog(NullLog):
         first_epoch: int = 0,
         first_x: int = 0,
         loss_tag: str = "train_loss",
+        remedies: Callable[[], list[str]] = list,
     ) -> None:
-        self.epochs = epochs
+        self.epochs, self.first_epoch = epochs, first_epoch
+        self.remedies = remedies
         self.loss_tag = loss_tag
         path = output_dir / "log.txt"
         _drop_lines_from(path, first_epoch)
@@ -190,6 +195,8 @@ class RunLog(NullLog):
             f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, "
             f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}"
         )
+        if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
+            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (RUNS.md, Speed)")
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))

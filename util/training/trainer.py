@@ -135,7 +135,7 @@ def run(
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = _open_log(spec, task.loss_tag, progress, len(batches))
+        log = _open_log(spec, task.loss_tag, progress, len(batches), partial(batches.remedies, record))
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
@@ -152,12 +152,14 @@ def run(
         _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
 
 
-def _open_log(spec: RunSpec, loss_tag: str, progress: run_state.Progress, num_iterations: int) -> run_log.NullLog:
+def _open_log(
+    spec: RunSpec, loss_tag: str, progress: run_state.Progress, num_iterations: int, remedies: Callable[[], list[str]]
+) -> run_log.NullLog:
     if not dist.is_main():
         return run_log.NullLog()
     return run_log.RunLog(
         Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
-        first_x=run_log.next_x(progress.epoch, progress.first_iteration, num_iterations),
+        first_x=run_log.next_x(progress.epoch, progress.first_iteration, num_iterations), remedies=remedies,
     )  # fmt: skip
 
 
