@@ -24,10 +24,12 @@ from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_finetune
 import main_pretrain
 from util import dist
-from util.training import log_files, run_log, trainer
+from util.training import costs, log_files, run_log, trainer
 from util.training.meters import Meters, Stopwatch
+from util.training.precision import Precision
 from util.training.run_log import RunLog, start_logging
 
 
@@ -109,6 +111,39 @@ def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypa
     assert len(advice) == 1
     assert {name for name in ("--num_workers", "--fast_jpeg", "util.resize") if name in advice[0]} == remedies
     assert "--num_workers 7" in advice[0]
+
+
+def products(tokens, width, depth):
+    """Multiply-adds of transformer blocks."""
+    return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
+    """Images of 4 x 4 patches with 48 values. The encoder is 128 wide and 4 deep, the decoder 64 wide and 1 deep."""
+    patches = 16 * 48 * 128
+    masked = patches + products(5, 128, 4) + 5 * 128 * 64 + products(17, 64, 1) + 17 * 64 * 48
+    whole = patches + products(17, 128, 4) + 128 * 6
+    for out, expected in ((pretrain(epochs=1), masked), (classify(main_finetune, "whole", epochs=1), whole)):
+        entries = lines(out)[0]
+        assert entries["tflops"] * 1e12 / entries["images_per_s"] == pytest.approx(3 * 2 * expected, rel=2e-3)
+        assert "mfu" not in entries and "peak_memory_gb" not in entries
+    frozen = lines(classify(main_finetune, "frozen", epochs=1, unfreeze_blocks=1))[0]
+    assert "tflops" not in frozen  # a third of this for blocks below
+
+
+@pytest.mark.parametrize(("gpu", "amp", "share"), [
+    ("NVIDIA H200", "bf16", 0.329), ("NVIDIA H100 PCIe", "bf16", 0.4305), ("NVIDIA H200", "off", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+])  # fmt: skip
+def test_the_share_of_the_peak_is_that_of_a_known_gpu(monkeypatch, gpu, amp, share):
+    """ViT-B on an H200: 5,567 images/s of 58.46 GFLOPs; the other GPUs at the same throughput."""
+    measured = {"get_device_name": gpu, "max_memory_allocated": 61_200_000_000, "reset_peak_memory_stats": None}
+    for name, value in measured.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    entries = costs.of_epoch(Precision(amp, torch.device("cuda")), 58_460_000_000, 5567)
+    assert entries == {"tflops": 325.4, "peak_memory_gb": 61.2} | (
+        {"mfu": pytest.approx(share, abs=1e-3)} if share else {}
+    )
 
 
 def test_a_resumed_log_has_every_epoch_once(tmp_path):
