@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-import joblib  # a dependency of scikit-learn
 import numpy as np
 import torch
 import torch.distributed as td
@@ -271,6 +270,8 @@ def processes_here() -> int:
 
 def cores_of_process() -> int:
     """Returns the number of CPU cores that this process may use: its share of those of the machine or container."""
+    import joblib  # with scikit-learn, which torch.hub does not need
+
     cores, of_task = joblib.cpu_count(), os.environ.get("SLURM_CPUS_PER_TASK")
     is_task = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "TORCHELASTIC_RUN_ID" not in os.environ
     if is_task and of_task:  # srun gives each process cores of its own
