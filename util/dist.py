@@ -274,6 +274,17 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def cores_of_process() -> int:
+    """Returns the number of CPU cores that this process may use: its share of those of the machine or container."""
+    import joblib  # with scikit-learn, which torch.hub does not need
+
+    cores, of_task = joblib.cpu_count(), os.environ.get("SLURM_CPUS_PER_TASK")
+    is_task = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "TORCHELASTIC_RUN_ID" not in os.environ
+    if is_task and of_task:  # srun gives each process cores of its own
+        return min(cores, int(of_task))
+    return max(1, cores // processes_here())
+
+
 def local_rank() -> int:
     """Returns the number of this process among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", rank()))

@@ -90,7 +90,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="text file with a line `R G B NAME` for each class: its name, and its color in color masks and in "
         "pictures (default: numbers, and the colors of VOC)"),
     "num_workers": flag(DATA, default=choices.DEFAULT_WORKERS, type=count, metavar="N",
-        help="data loader worker processes, at most one per CPU core; 0: load in the training process"),
+        help="data loader worker processes, at most one per CPU core of this process; 0: load in the training process"),
     "pin_mem": flag(DATA, switch=True, help="load batches into pinned memory, for faster copies to the GPU"),
     "fast_jpeg": flag(DATA, switch=False,
         help="decode color JPEG files with torchcodec, or else torchvision, and scale them with compiled code (numba): "

@@ -140,8 +140,7 @@ class Batches(DataLoader):
 
 def up_to_cores(num_workers: int) -> int:
     """Limits the number of worker processes to this process's share of the cores."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
-    cores = max(1, available // dist.processes_here())
+    cores = dist.cores_of_process()
     if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default is reduced silently
         _notice_cores(num_workers, cores)
     return min(num_workers, cores)

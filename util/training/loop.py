@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ def run_epoch(
     assert not rest, "an epoch is a whole number of updates"
     updates, in_optimizer_step = options.first_iteration // accum_iter, False  # completed optimizer steps of this epoch
     buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
-    stopwatch, pending = Stopwatch(), PendingUpdates(options)
+    stopwatch, pending = Stopwatch(precision.device), PendingUpdates(options)
     losses: dict[str, Tensor] = {}  # of the update
     model.train()
 
@@ -95,7 +95,7 @@ def run_epoch(
     try:
         loader.seek(epoch, options.first_iteration)
         options.log.begin_epoch(epoch, options.first_iteration, num_iterations, loader.images_per_iteration, stopwatch)
-        batches = prefetch(stopwatch.watch(loader), precision.device)
+        batches = stopwatch.watch(prefetch(loader, precision.device))
         for iteration, batch in enumerate(batches, start=options.first_iteration):
             if iteration % accum_iter == 0:
                 lr = options.schedule(epoch + updates / num_updates)
@@ -120,8 +120,9 @@ def run_epoch(
                 save()
             if shared_request is Request.STOP:
                 saver.stop()
+        shared_request = pending.read(0, num_iterations)  # waits for the device
         stopwatch.stop()
-        if pending.read(0, num_iterations):
+        if shared_request:
             save()
     except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
@@ -199,7 +200,7 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+def prefetch(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
     if device.type != "cuda":
         for batch in batches:
