@@ -72,6 +72,16 @@ def test_no_update_synchronizes_with_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 1e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-3, 1e-2)])
+def test_relative_error_of_a_product(amp, least, most):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    expected = a.double() @ b.double()
+    with Precision(amp, CUDA).autocast():
+        found = (a.to(CUDA) @ b.to(CUDA)).cpu().double()
+    assert least < (found - expected).norm() / expected.norm() < most
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_losses_equal_those_on_a_cpu(compiled):
     expected = train(torch.device("cpu"), "off")
