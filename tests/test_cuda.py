@@ -5,6 +5,7 @@ import torch
 from test_loop import epoch_options
 
 from engine_pretrain import train_one_epoch
+from inference.model import Segmenter
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed
 from util.data.batches import Batch
@@ -80,6 +81,15 @@ def test_relative_error_of_a_product(amp, least, most):
     with Precision(amp, CUDA).autocast():
         found = (a.to(CUDA) @ b.to(CUDA)).cpu().double()
     assert least < (found - expected).norm() / expected.norm() < most
+
+
+@pytest.mark.parametrize(("amp", "expected"), [({}, torch.bfloat16), ({"amp": "off"}, torch.float32)])
+def test_segmentation_is_in_bf16_by_default(amp, expected):
+    settings = {"model": "vit_mini_patch4", "in_chans": 3, "input_size": 32, "nb_classes": 3, "head": "linear"}
+    model, found = Segmenter(settings).to(CUDA), []
+    model.head.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    assert model.segment(torch.zeros(3, 40, 40), **amp).shape == (40, 40)
+    assert set(found) == {expected}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
