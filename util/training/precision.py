@@ -73,7 +73,8 @@ def _set_fp32_products(precisions: Sequence[str]) -> None:
 
 
 def _fp32_operations() -> list[Any]:
-    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    cudnn: Any = torch.backends.cudnn  # its annotations lack these
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
 
 
 class Precision:
