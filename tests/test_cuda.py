@@ -8,9 +8,9 @@ from engine_pretrain import train_one_epoch
 from inference.model import Segmenter
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed
-from util.data.batches import Batch
+from util.data.batches import Batch, prefetch, to_host
 from util.data.transforms import Normalize
-from util.training import loop, run_log
+from util.training import run_log
 from util.training.precision import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -101,7 +101,7 @@ def test_losses_equal_those_on_a_cpu(compiled):
 
 def test_memory_does_not_grow_over_epochs():
     def reserved() -> int:
-        for _ in loop.prefetch(iter(batches()), CUDA):
+        for _ in prefetch(iter(batches()), CUDA):
             pass
         return torch.cuda.memory_reserved()
 
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_over_epochs():
 
 
 def test_batches_are_copied_completely_and_in_order():
-    for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
+    for ours, theirs in zip(prefetch(iter(batches()), CUDA), batches(), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
@@ -117,3 +117,16 @@ def test_patches_are_embedded_as_on_a_cpu():
     embed, imgs = PatchEmbed((32, 48), (4, 8), in_chans=3, embed_dim=16), torch.rand(2, 3, 32, 48)
     expected = embed(imgs)
     torch.testing.assert_close(embed.to(CUDA)(imgs.to(CUDA)).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_result_is_copied_to_the_host_after_the_next_one_is_launched():
+    launched, seen = [], []
+
+    def results():
+        for number in range(4):
+            launched.append(number)
+            yield torch.full((1000, 1000), float(number), device=CUDA)
+
+    for values in to_host(results()):
+        seen.append((values.unique().tolist(), launched[-1]))
+    assert seen == [([0.0], 1), ([1.0], 2), ([2.0], 3), ([3.0], 3)]
