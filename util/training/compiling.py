@@ -1,9 +1,11 @@
 """torch.compile, if a compiler is installed."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from util import dist
 
@@ -41,3 +43,34 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
     else:
         model.compile(fullgraph=True, dynamic=False)
     logger.info("--compile: the first batch, and the first of another size, take a minute or more")
+
+
+def padded(
+    forward: Callable[..., Tensor], model: torch.nn.Module, size_of: Callable[[int], int] | None = None
+) -> Callable[..., Tensor]:
+    """Pads batches for a compiled model, which has a graph for each size of a batch, and cuts its outputs.
+
+    Args:
+        forward: images (B, c, H, W), and extra inputs (B, ...) by name -> outputs (B, ...) of the model.
+        size_of: B -> the size with padding. Default: that of the largest batch so far.
+
+    Returns:
+        A function like `forward`; for a model that is not compiled, `forward`.
+    """
+    if not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules()):
+        return forward
+    largest = 0
+
+    def padded_forward(imgs: Tensor, **extras: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, len(imgs))
+        lacking = (size_of(len(imgs)) if size_of else largest) - len(imgs)
+
+        def pad(values: Tensor) -> Tensor:
+            return torch.cat([values, *[values[:1]] * lacking])  # keeps the memory format, on which a graph depends
+
+        if not lacking:
+            return forward(imgs, **extras)
+        return forward(pad(imgs), **{name: pad(values) for name, values in extras.items()})[: len(imgs)]
+
+    return padded_forward
