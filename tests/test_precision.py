@@ -92,6 +92,8 @@ def test_fp16_and_tf32_on_cpu_are_refused_with_the_remedy(pretrain):
         pretrain(amp="fp16", device="cpu")
     with pytest.raises(ValueError, match=r"--amp tf32.*--amp off"):
         pretrain(amp="tf32", device="cpu")
+    with pytest.raises(ValueError, match=r"trained in tf32.*--amp off"):
+        Precision("auto", CPU, recorded="tf32")
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
