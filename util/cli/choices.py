@@ -7,7 +7,7 @@ DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
     "data", "augmentation", "model", "optimization", "evaluation", "run"
 )  # fmt: skip
 DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
-AMP_CHOICES = ("auto", "bf16", "fp16", "off")
+AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")

@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.data.batches import tensors_of, to_device
+from util.data.batches import prefetch
 from util.data.loader import TrainLoader
 from util.interrupts import Interrupted
 from util.training.feature_files import FeatureBatches
@@ -192,37 +192,6 @@ def _forward_backward(
     if is_last:
         dist.require_gradients(model)
     return {name: part.detach() for name, part in parts.items()}
-
-
-@cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns one stream for all epochs, because the allocator does not share memory between streams."""
-    return torch.cuda.Stream(device)
-
-
-def prefetch(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield to_device(batch, device)
-        return
-    stream, queue = _copying_stream(device), deque[tuple[Any, torch.cuda.Event]]()
-
-    def next_batch() -> Any:
-        batch, event = queue.popleft()
-        computing = torch.cuda.current_stream(device)
-        computing.wait_event(event)
-        for tensor in tensors_of(batch):
-            tensor.record_stream(computing)  # it was allocated on the other stream
-        return batch
-
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            queue.append((to_device(batch, device), stream.record_event()))
-        if len(queue) > 1:
-            yield next_batch()
-    if queue:
-        yield next_batch()
 
 
 class PendingUpdates:
