@@ -136,8 +136,8 @@ def main(
             lack_of_valid=model.lack_of("valid"),
         ),
         after_epoch=after_epoch,
-        callbacks=callbacks,
-        lr_schedule=lr_schedule,
+        callbacks=callbacks, lr_schedule=lr_schedule,
+        forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import PEAKS
 from util.evaluation.tables import markdown
+from util.training.costs import PEAK_TFLOPS
 
 Results = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ def _number(value: float | str) -> str:
 
 def of_training(steps: Results, machine: Results) -> str:
     """A row for each task, size, batch size and way."""
-    data_sheet, measured = PEAKS.get(machine["gpu"]), steps.get("ceilings", {}).get("product_flops")
+    data_sheet, measured = 1e12 * PEAK_TFLOPS.get(machine["gpu"], 0), steps.get("ceilings", {}).get("product_flops")
     rows = []
     for found in steps.values():
         for cell in found.get("cells", []):

@@ -19,8 +19,6 @@ from util.training.environment import commit, describe_gpu
 
 RESULTS = Path(__file__).parent / "results"
 GPU_CHECK = "gpu_check"  # the file of gpu_check.py: several measurements
-# FLOP/s in bf16 of NVIDIA's data sheets, without sparsity.
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
 
 

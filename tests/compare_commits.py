@@ -29,7 +29,8 @@ from segments import make_scenes
 
 ROOT = Path(__file__).parents[1]
 INTENDED = Path(__file__).with_name("intended_differences.toml")
-NOT_COMPARED = ("seconds", "images_per_s", "data_wait", "output_dir", "log_dir", "data_path", "finetune", "model")
+NOT_COMPARED = ("seconds", "images_per_s", "data_wait", "tflops", "output_dir", "log_dir", "data_path", "finetune",
+                "model")  # fmt: skip
 # Runs in a tree: the settings of the recipes and the flags of the scripts, as JSON.
 SETTINGS = """
 import importlib, json, sys

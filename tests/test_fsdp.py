@@ -11,7 +11,7 @@ from util.training import fsdp
 
 @pytest.fixture
 def process_group():
-    dist.init("cpu", alone=True)
+    dist.init("cpu", needs_group=True)
     yield
     dist.teardown()
 

@@ -66,6 +66,14 @@ def test_images_of_any_kind_and_size(trained):
         model.predict(picture)
 
 
+def test_amp_changes_few_classes_of_pixels(trained):
+    """The default on a CPU is fp32."""
+    flags = ([], ["--amp", "off"], ["--amp", "bf16"])
+    found, expected, rounded = (np.array(run(*trained.paths, "--model", trained.file, *amp)) for amp in flags)
+    assert np.array_equal(found, expected)
+    assert 0 < np.mean(rounded != expected) < 0.05
+
+
 def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys):
     paths, out = trained.paths[:2], tmp_path / "overlay.png"
     results = run(*paths, "--model", trained.file, "--out", out, "--masks", tmp_path / "masks")

@@ -1,6 +1,7 @@
 """Sharding of a model over the processes (`--fsdp`, FSDP2)."""
 
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,6 +49,8 @@ def shard(
         raise ValueError("--fsdp supports CUDA and the CPU, not MPS: omit it, or give --device cpu")
     if dist.world_size() == 1:
         logger.warning("--fsdp shards nothing in a single process: start several processes with torchrun, or omit it")
+    # The predictions are a part of the decoder's output. No code changes them in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     # Activations have the dtype of autocast, as without sharding. With param_dtype, LayerNorm would have fp32 input and
     # weights of another dtype, which the CPU does not support.
