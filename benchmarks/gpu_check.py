@@ -8,6 +8,7 @@ a full memory ends one step. gpu_check.json is written after each step, and the 
 logs.txt has the output of the steps, profile.txt the time of each kernel.
 
 First, steps that check results run together, while others compile. Then each measurement has the machine for itself.
+Compiled kernels choose their launch settings at their first call, when they still share the GPU, by medians of timings.
 The exit status is 0 only if all steps hold; otherwise, the last line names those that failed.
 """
 
