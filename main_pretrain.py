@@ -25,8 +25,9 @@ import torch
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from models_vit import Encoder, blocks_of
+from models_vit import Encoder
 from util import dist, masking
+from util.blocks import blocks_of
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.user_code import import_object

@@ -243,12 +243,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of encoder and decoder of a model, or of the models in it."""
-    lists = [module for name, module in model.named_modules() if name.split(".")[-1] in ("blocks", "decoder_blocks")]
-    return [block for blocks in lists for block in blocks.children()]
-
-
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Returns the drop path rate of each block: linear from 0 at the first block to `last` at the last one."""
     return [last * i / max(1, depth - 1) for i in range(depth)]

@@ -21,7 +21,8 @@ import torch.distributed as td
 ROOT = Path(__file__).parents[1]
 # The scripts, and what they import when it is used: two thirds of the time of a small run.
 PRELOAD = ["main_pretrain", "main_finetune", "util.cli.entry_point", "torch._dynamo", "torch.distributed.checkpoint",
-           "torch.distributed.fsdp", "torch.utils.tensorboard", "torchvision.datasets", "timm"]  # fmt: skip
+           "torch.distributed.fsdp", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets",
+           "timm"]  # fmt: skip
 
 
 class Forks:

@@ -20,6 +20,7 @@ METRICS = {  # of --metric, by task
 DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
 METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
+SHORT_SIDE = 256  # pixels, default of --short_side of util.resize
 NUM_QUERIES = 32  # default of --num_queries
 NO_CROP = "none"  # the value of --crop for whole images
 CROP_CHOICES = ("random", NO_CROP)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist
+from util.cli.choices import SHORT_SIDE
 from util.data.batches import Batch, Batches, require_space, up_to_cores
 from util.data.decode import BadImage
 from util.data.extras import original
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share indicates another problem
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-SHORT_SIDE = 256  # pixels, in the copies of `util.resize`
 MAX_LEFT_OUT = 0.1  # fraction of the images of an epoch that may be left out without a warning
 
 

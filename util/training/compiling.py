@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models_vit import blocks_of
+from util.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
 

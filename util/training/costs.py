@@ -90,5 +90,5 @@ def describe(entries: Mapping[str, float]) -> str:
     if "mfu" in entries:
         text += f" ({entries['mfu']:.0%} of the peak)"
     if "peak_memory_gb" in entries:
-        text += f", {entries['peak_memory_gb']:.1f} GB"
+        text += f", peak memory {entries['peak_memory_gb']:.1f} GB"
     return text
