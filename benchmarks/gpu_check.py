@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,13 +100,23 @@ class Check:
             )  # fmt: skip
         self.began[name] = time.monotonic()
 
+    def rest(self, name: str) -> float:
+        """Seconds that a step may still take."""
+        rest = self.began[name] + STEPS[name].seconds - time.monotonic()
+        return min(rest, self.left) if self.device.type == "cuda" else self.left
+
+    def next_of(self, names: Collection[str]) -> str:
+        """Waits until one of several steps has ended, or has no seconds left; returns its name."""
+        while True:
+            for name in names:
+                if self.running[name].poll() is not None or self.rest(name) <= 0:
+                    return name
+            time.sleep(0.1)
+
     def finish(self, name: str) -> None:
         """Waits for a step, at most for its seconds, and writes all results."""
-        process = self.running[name]
-        rest = self.began[name] + STEPS[name].seconds - time.monotonic()
-        limit = min(rest, self.left) if self.device.type == "cuda" else self.left
         try:
-            code = process.wait(max(1, limit))
+            code = self.running[name].wait(max(0.1, self.rest(name)))
             reason = f"exit status {code}"
         except subprocess.TimeoutExpired:
             code, reason = None, f"ended after {time.monotonic() - self.began[name]:.0f} seconds"
@@ -162,8 +173,8 @@ class Check:
         for name, step in chosen.items():
             if not step.is_alone or step.is_prepared:
                 self.start(name)
-        for name in [name for name, step in chosen.items() if not step.is_alone]:
-            self.finish(name)
+        while together := self.running.keys() & {name for name, step in chosen.items() if not step.is_alone}:
+            self.finish(self.next_of(together))
         prepared = [name for name, step in chosen.items() if step.is_prepared]
         deadline = self.ends - (1 - PREPARATION) * self.args.seconds
         while time.monotonic() < deadline and not all(map(self.is_ready, prepared)):
