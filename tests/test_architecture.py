@@ -20,8 +20,8 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build":
-        r"models_\w+|util\.(blocks|weights\.\w+|checkpoints\.checkpoint|cli\.(choices|user_code)|settings)",
+    r"models_build": r"models_\w+|util\.(blocks|settings|weights\.\w+|checkpoints\.checkpoint)"
+    r"|util\.cli\.(choices|user_code)",
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_segment": r"models_vit",
     r"models_vit": r"util\.(pos_embed|lr_decay|steps)",

@@ -74,6 +74,7 @@ FAULTS = {
 
 
 def with_fault(monkeypatch: Any, fault: Fault) -> fake_cuda.Record:
+    record(*PLANTED_IN)  # without the fault, for comparison
     monkeypatch.setattr(fault.owner, fault.attribute, fault.replace(getattr(fault.owner, fault.attribute)))
     return cuda_cases.record(*PLANTED_IN)
 
