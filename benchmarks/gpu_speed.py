@@ -27,6 +27,7 @@ import models_vit
 from benchmarks import gpu_task, input_pipeline, model_table, peers, scripts, train_step, whole_run
 from benchmarks.gpu_correct import KERNELS, SHAPES
 from benchmarks.gpu_task import Task
+from util.blocks import blocks_of
 from util.data.batches import Batch
 from util.data.transforms import Normalize
 from util.interrupts import Interrupts
@@ -293,7 +294,7 @@ class Bf16Residual(models_mae.MaskedAutoencoderViT):
 def with_mode(work: Workload, mode: str) -> nn.Module:
     """Our model, whose blocks are compiled with a mode of torch.compile."""
     model = work.model()
-    for block in models_vit.blocks_of(model):
+    for block in blocks_of(model):
         block.compile(fullgraph=True, dynamic=False, mode=mode)
     allow_graphs()
     return model
