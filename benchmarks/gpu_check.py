@@ -51,16 +51,16 @@ STEPS = {
     "numerics": Step("gpu_correct:numerics", 120, is_alone=False),
     "ceilings": Step("gpu_speed:ceilings", 40, is_prepared=True),
     "variants": Step(
-        "gpu_speed:variants", 50, is_prepared=True
+        "gpu_training:variants", 50, is_prepared=True
     ),  # its models leave the memory before the largest batch
-    "base": Step("gpu_speed:training", 70, is_prepared=True),
-    "huge": Step("gpu_speed:training", 80, is_prepared=True),
-    "large": Step("gpu_speed:training", 70, is_prepared=True),
-    "finetune": Step("gpu_speed:training", 60, is_prepared=True),
+    "base": Step("gpu_training:training", 70, is_prepared=True),
+    "huge": Step("gpu_training:training", 80, is_prepared=True),
+    "large": Step("gpu_training:training", 70, is_prepared=True),
+    "finetune": Step("gpu_training:training", 60, is_prepared=True),
     "loader": Step("gpu_speed:loader", 40, is_prepared=True),
     "whole": Step("gpu_speed:whole", 70),
     "memory": Step("gpu_correct:memory", 50),
-    "autotune": Step("gpu_speed:autotune", 200),
+    "autotune": Step("gpu_training:autotune", 200),
 }
 OPTIONAL = {"autotune"}  # may lack time
 PREPARATION = 0.4  # of all seconds, after which the measurements begin

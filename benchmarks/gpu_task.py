@@ -19,6 +19,8 @@ import torch
 from benchmarks.scripts import ROOT
 from util.files import atomic
 
+TINY = "mini_patch4"  # the size of the models of a rehearsal
+
 
 class Task:
     """A step, as its function sees it.

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_speed, listed_packages, machine, targets
+from benchmarks import gpu_check, gpu_training, listed_packages, machine, targets
 
 
 def test_steps_that_fail_or_are_left_out_are_named(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_the_largest_batch_fills_the_memory(monkeypatch):
         {"way": "compiled", "batch_size": 128, "peak_bytes": 5e9},
         {"way": "eager", "batch_size": 999, "fits": False},
     ]
-    assert gpu_speed.largest_batch(cells) == 832
+    assert gpu_training.largest_batch(cells) == 832
 
 
 def test_rows_of_the_gpu_are_those_of_the_file_of_the_check(tmp_path):
