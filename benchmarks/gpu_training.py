@@ -24,6 +24,7 @@ import models_vit
 from benchmarks import model_table, peers, train_step
 from benchmarks.gpu_correct import KERNELS
 from benchmarks.gpu_task import TINY, Task
+from benchmarks.masked_queries import MaskedQueries
 from util.blocks import blocks_of
 from util.data.batches import Batch
 from util.data.transforms import Normalize
@@ -43,7 +44,6 @@ TRAINING = {
     "huge": ("pretrain", "huge_patch14", 128),
     "finetune": ("finetune", "base_patch16", 128),
 }
-LOSS_ALONE = "training_loss"  # a method of the autoencoder that returns the loss without predictions, if it has one
 FULL: dict[str, int] = {}
 FEW = {"depth": 1, "decoder_depth": 1}  # blocks of a model that is compiled only for its graphs
 SPARE = 0.06  # of the memory, which the largest batch leaves free
@@ -91,14 +91,12 @@ class Workload:
         allow_graphs()
         return model
 
-    def update(self, model: nn.Module, batch: int, is_ours: bool = True, method: str | None = None) -> train_step.Step:
-        """An update of a model with a batch of noise. `method`: of the model, which returns the loss alone."""
+    def update(self, model: nn.Module, batch: int, is_ours: bool = True) -> train_step.Step:
+        """An update of a model with a batch of noise."""
         images = train_step.input_images(Namespace(size=self.size, batch_size=batch), self.precision)
         labels = torch.randint(1000, (batch,), device=self.task.device)
 
-        def loss_of(model: Any) -> Tensor:
-            if method:
-                return getattr(model, method)(images)
+        def loss_of(model: nn.Module) -> Tensor:
             return model(images)[0] if self.kind == "pretrain" else F.cross_entropy(model(images), labels)
 
         return train_step.training_step(model, loss_of, self.precision, is_ours, fused=is_ours)
@@ -241,11 +239,11 @@ def one_graph(work: Workload, depths: Mapping[str, int]) -> nn.Module:
     return model
 
 
-def bf16_residual(work: Workload, depths: Mapping[str, int]) -> nn.Module:
-    """Our model with a residual stream in bf16, compiled as by --compile."""
+def variant(work: Workload, model_class: type[nn.Module], depths: Mapping[str, int]) -> nn.Module:
+    """A subclass of our model, compiled as by --compile; in a rehearsal, it is not compiled."""
     sizes = {**models_vit.SIZES[work.size], **models_mae.DECODERS[work.size], **depths}
     with work.task.device:
-        model = Bf16Residual(**sizes)
+        model = model_class(**sizes)
     model.to(work.task.device)
     if work.task.has_gpu:
         compile_model(model, work.task.device)
@@ -327,15 +325,13 @@ def variants(task: Task) -> None:
     steps = {
         "compiled": work.update(work.compiled(depths), batch),
         "compiled as one graph": work.update(one_graph(work, depths), batch),
-        "compiled, residual stream in bf16": work.update(bf16_residual(work, depths), batch),
+        "compiled, residual stream in bf16": work.update(variant(work, Bf16Residual, depths), batch),
+        "compiled, last decoder block for masked patches": work.update(variant(work, MaskedQueries, depths), batch),
         "eager": work.update(work.model(depths), batch),
     }
     steps |= {f"eager, attention of {kernel}": with_kernel(kernel) for kernel in ("cuDNN", "flash") if task.has_gpu}
-    if hasattr(models_mae.MaskedAutoencoderViT, LOSS_ALONE):
-        title = "compiled, the loss alone: last decoder block and head on masked tokens"
-        steps[title] = work.update(work.compiled(depths), batch, method=LOSS_ALONE)
     if not task.has_gpu:
-        task.skip("cuDNN and flash attention in training", "compilation of the residual stream in bf16")
+        task.skip("cuDNN and flash attention in training", "compilation of subclasses")
     rates = {name: rate_of(task, step, batch, updates) for name, step in steps.items()}
     rates["the loop of main_pretrain.py, compiled"] = training_loop(work, batch, updates)
     for step in steps.values():  # compiles

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_training, listed_packages, machine, targets
+from benchmarks import gpu_check, gpu_training, listed_packages, machine, masked_queries, targets
+from models_mae import DECODERS, MaskedAutoencoderViT
+from models_vit import SIZES
 
 
 def test_steps_that_fail_or_are_left_out_are_named(tmp_path, monkeypatch):
@@ -57,3 +59,17 @@ def test_rows_of_the_gpu_are_those_of_the_file_of_the_check(tmp_path):
         "| base_patch16, one GPU, compiled: share of 989 TFLOP/s | 42% | 42% |",
         "| base_patch16, one GPU, bf16 compiled, relative to transformers eager | 2.00 | 2.10 |",
     ]
+
+
+def test_masked_queries_have_the_loss_and_the_gradients_of_the_model():
+    arguments = {**SIZES["mini_patch4"], **DECODERS["mini_patch4"], "img_size": 16, "decoder_depth": 2}
+    whole = MaskedAutoencoderViT(**arguments)
+    parts = masked_queries.MaskedQueries(**arguments)
+    parts.load_state_dict(whole.state_dict())
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    losses = [model(images, noise=noise)[0] for model in (whole, parts)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
