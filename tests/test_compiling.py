@@ -108,6 +108,16 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
     torch.testing.assert_close(copy(imgs, noise=noise)[0], expected(imgs, noise=noise)[0])
 
 
+def test_methods_that_a_user_replaced_in_a_module_are_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    model.forward_loss = lambda imgs, pred, *given: pred.square().sum()
+    model.blocks[0].forward = lambda x: 2 * x
+    expected = model(imgs, noise=noise)[0]
+    compile_model(model, torch.device("cpu"))
+    torch.testing.assert_close(model(imgs, noise=noise)[0], expected)
+
+
 # main_pretrain.py with as many blocks as `_fresh` sets.
 SHALLOW = """
 import models_vit
