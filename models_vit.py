@@ -190,7 +190,7 @@ class DropPath(nn.Module):
         shape = (len(x), *(1,) * (x.ndim - 1))
         if torch.compiler.is_compiling():  # a tensor is an input of the graph, and a number would be a constant of it
             mask = torch.rand(shape, device=x.device) < self.keep_prob
-            return x * (mask / self.keep_prob)
+            return x * (mask / self.keep_prob).to(x.dtype)
         mask = x.new_empty(shape).bernoulli_(1 - self.drop_prob)
         return x * mask.div_(1 - self.drop_prob)
 

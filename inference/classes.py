@@ -216,9 +216,8 @@ class ModelMixin(PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def predict(
-        self, images: Images, topk: int = 5, *, channels_last: bool | None = None, amp: str | None = None,
-        **extras: Any,
-    ) -> Any:  # fmt: skip
+        self, images: Images, topk: int = 5, *, channels_last: bool | None = None, amp: str | None = None, **extras: Any
+    ) -> Any:
         """Predicts the classes of images, or their numbers.
 
         Args:

@@ -43,15 +43,15 @@ class Finding(NamedTuple):
     Attributes:
         kind: "wait" (of the host for the device), "blocking copy", "fp32 product" or "mixed devices".
         what: the operation.
-        place: FILE:LINE, the innermost line of the library. A backward pass is at the line that starts it.
+        line: FILE:LINE, the innermost line of the library. A backward pass is at the line that starts it.
     """
 
     kind: str
     what: str
-    place: str
+    line: str
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.what} at {self.place}"
+        return f"{self.kind}: {self.what} at {self.line}"
 
 
 class Record(TorchDispatchMode):
@@ -68,7 +68,7 @@ class Record(TorchDispatchMode):
         self.findings: Counter[Finding] = Counter()
 
     def find(self, kind: str, what: str) -> None:
-        self.findings[Finding(kind, what, _place())] += 1
+        self.findings[Finding(kind, what, _line())] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +83,7 @@ class Record(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise AssertionError(f"wait: {name} at {_place()}") from error
+            raise AssertionError(f"wait: {name} at {_line()}") from error
         self._operation(func, name, _tensors((args, kwargs)), _tensors(result))
         if name in ("_to_copy", "copy_"):
             target, source = (args[0], args[1]) if name == "copy_" else (result, args[0])
@@ -117,7 +117,7 @@ def _is_ours(file: str) -> bool:
     return file.startswith(f"{ROOT}/") and not file.startswith(f"{ROOT}/tests/") and "site-packages" not in file
 
 
-def _place() -> str:
+def _line() -> str:
     frame = sys._getframe()
     while (frame := frame.f_back) and not _is_ours(frame.f_code.co_filename):
         pass

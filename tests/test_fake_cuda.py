@@ -87,8 +87,8 @@ def test_a_planted_fault_is_found_and_its_line_is_named(monkeypatch, name):
     assert cuda_cases.problems(PLANTED_IN[0], planted)
     found = planted.findings - record(*PLANTED_IN).findings
     assert {finding.kind for finding in found} == {fault.kind}
-    places = [finding.place.split(":") for finding in found]
-    assert any(fault.line in linecache.getline(str(ROOT / file), int(number)) for file, number in places)
+    lines = [finding.line.split(":") for finding in found]
+    assert any(fault.line in linecache.getline(str(ROOT / file), int(number)) for file, number in lines)
 
 
 def test_a_planted_data_dependent_shape_ends_the_case_and_its_line_is_named(monkeypatch):

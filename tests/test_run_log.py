@@ -131,6 +131,24 @@ def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
     assert "tflops" not in frozen  # a third of this for blocks below
 
 
+def test_counting_flops_does_not_change_a_model_that_counts_its_forward_passes():
+    class Counting(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("passes", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            self.passes += 1
+            self.mean = super().forward(x + torch.rand(4)).mean(0)
+            return self.mean
+
+    model, before = Counting(), torch.get_rng_state()
+    assert costs.training_flops(model, lambda: model(torch.ones(3, 4)), Precision("off", torch.device("cpu"))) == 144
+    assert model.passes == 0 and torch.equal(model.mean, torch.zeros(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("gpu", "amp", "share"), [
     ("NVIDIA H200", "bf16", 0.329), ("NVIDIA H100 PCIe", "bf16", 0.4305), ("NVIDIA H200", "off", None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),

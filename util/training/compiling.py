@@ -53,8 +53,11 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
 
 def _compile_method(module: torch.nn.Module, name: str) -> None:
     """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph."""
-    compiled = torch.compile(getattr(type(module), name), fullgraph=True, dynamic=False)
-    setattr(module, name, MethodType(compiled, module))  # a copy of the module has a method of its own
+    method = getattr(module, name)  # not of the class: a user may have replaced it in this module
+    compiled = torch.compile(getattr(method, "__func__", method), fullgraph=True, dynamic=False)
+    if hasattr(method, "__func__"):  # a copy of the module computes with the weights of the copy
+        compiled = MethodType(compiled, method.__self__)
+    setattr(module, name, compiled)
 
 
 def padded(

@@ -40,7 +40,7 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
 
     Args:
         model: not compiled. It is in evaluation mode afterwards.
-        forward: calls the model with one image.
+        forward: calls the model with one image. Buffers that it changes are restored.
 
     Returns:
         None if they are unknown: weights are frozen, or the model needs more than an image.
@@ -49,6 +49,7 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     if not all(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None
     model.eval()
+    buffers = [buffer.clone() for buffer in model.buffers()]  # a resumed run must not differ by this forward pass
     # The counter does not know the fused attention of other devices.
     attention = nullcontext() if precision.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
     try:
@@ -57,6 +58,9 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     except Exception as error:  # of any type, in the code of the user
         logger.info(f"log.txt has no TFLOP/s: {type(model).__name__} does not compute an image alone ({error})")
         return None
+    finally:
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
 
 
 def of_epoch(precision: Precision, flops: int | None, images_per_s: float) -> dict[str, float]:
