@@ -93,13 +93,15 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             amp: bf16, fp16, off (fp32), tf32 (fp32, but matrix products on CUDA round their factors to 10 bits of
                 mantissa, a relative error of up to 5e-4 each), or auto (bf16 on CUDA, fp16 on older GPUs). None, and
-                auto on other devices and for weights of another type than fp32: the precision of the caller.
+                auto on other devices, in an autocast context and for weights of another type than fp32: the precision
+                of the caller.
 
         Raises:
             ValueError: `amp` is unknown, or the device does not support it.
         """
         weight = next(self.parameters())  # type: ignore[attr-defined]
-        if amp is None or (amp == "auto" and (weight.device.type != "cuda" or weight.dtype != torch.float32)):
+        is_open = weight.is_cuda and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+        if amp is None or (amp == "auto" and not is_open):
             return nullcontext()
         return Precision(amp, weight.device).autocast()
 

@@ -7,7 +7,7 @@ from test_loop import epoch_options
 from engine_pretrain import train_one_epoch
 from inference.model import Segmenter
 from models_mae import mae_vit_mini_patch4
-from models_vit import PatchEmbed
+from models_vit import PatchEmbed, vit_mini_patch4
 from util.data.batches import Batch, prefetch, to_host
 from util.data.transforms import Normalize
 from util.training import run_log
@@ -98,6 +98,17 @@ def test_losses_equal_those_on_a_cpu(compiled):
     expected = train(torch.device("cpu"), "off")
     assert train(CUDA, "off", compiled) == pytest.approx(expected, rel=1e-3)
     assert train(CUDA, "bf16", compiled) == pytest.approx(expected, rel=3e-2)
+
+
+def test_compiled_blocks_drop_paths():
+    model, images = vit_mini_patch4(img_size=16, drop_path_rate=0.9).to(CUDA), torch.randn(8, 3, 16, 16, device=CUDA)
+    expected = model.eval()(images)
+    compile_model(model, CUDA)
+    torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    outputs = [model.train()(images) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    outputs[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_memory_does_not_grow_over_epochs():

@@ -5,5 +5,6 @@ from torch import nn
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of encoder and decoder of a model, or of the models in it."""
-    lists = [module for name, module in model.named_modules() if name.split(".")[-1] in ("blocks", "decoder_blocks")]
-    return [block for blocks in lists for block in blocks.children()]
+    lists = [getattr(model, name, None) for name in ("blocks", "decoder_blocks")]
+    found = [block for blocks in lists if isinstance(blocks, nn.Module) for block in blocks.children()]
+    return found or [block for part in model.children() for block in blocks_of(part)]

@@ -133,8 +133,8 @@ def _full(num_workers: int) -> OSError:
     """Returns an error that names the shared memory and the remedies."""
     size = f" ({shutil.disk_usage(PLACE).total / 1e6:,.1f} MB)" if PLACE.is_dir() else ""
     return OSError(
-        f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give --num_workers 0, "
-        f"or more shared memory (docker run --shm-size 8g)"
+        f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give fewer "
+        f"--num_workers (0 sends none), or more shared memory (docker run --shm-size 8g)"
     )
 
 
