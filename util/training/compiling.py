@@ -52,9 +52,15 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
 
 
 def _compile_method(module: torch.nn.Module, name: str) -> None:
-    """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph."""
-    compiled = torch.compile(getattr(type(module), name), fullgraph=True, dynamic=False)
-    setattr(module, name, MethodType(compiled, module))  # a copy of the module has a method of its own
+    """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph.
+
+    The method may be static, or a function that the user has set in this module.
+    """
+    method = getattr(module, name)
+    is_bound = getattr(method, "__self__", None) is module
+    compiled = torch.compile(method.__func__ if is_bound else method, fullgraph=True, dynamic=False)
+    # A copy of the module has a method of its own.
+    setattr(module, name, MethodType(compiled, module) if is_bound else compiled)
 
 
 def padded(
