@@ -23,6 +23,7 @@ from conftest import ROOT
 from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import main_finetune
 import main_pretrain
@@ -129,6 +130,25 @@ def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
         assert "mfu" not in entries and "peak_memory_gb" not in entries
     frozen = lines(classify(main_finetune, "frozen", epochs=1, unfreeze_blocks=1))[0]
     assert "tflops" not in frozen  # a third of this for blocks below
+
+
+@pytest.mark.parametrize("reads_noise", [False, True])  # a forward pass that ends with an error has counted, too
+def test_counting_flops_restores_the_buffers(reads_noise):
+    """A user's model counts its forward passes, and its loss depends on the count."""
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, imgs, **extras):
+            self.count = self.count + 1
+            return super().forward(imgs + extras["noise"] if reads_noise else imgs)
+
+    model, imgs = Counting(), torch.zeros(1, 4)
+    flops = costs.training_flops(model, lambda: model(imgs), Precision("off", torch.device("cpu")))
+    assert flops == (None if reads_noise else 3 * 2 * 4 * 4)
+    assert model.count == 0
 
 
 @pytest.mark.parametrize(("gpu", "amp", "share"), [

@@ -36,7 +36,8 @@ def count_flops(call: Callable[[], Any]) -> int:
 def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Precision) -> int | None:
     """Returns the FLOPs of the forward and the backward pass for an image: three times those of the forward pass.
 
-    Activations that --grad_checkpointing computes again do not count.
+    Activations that --grad_checkpointing computes again do not count. The buffers of the model, such as a count of its
+    forward passes, have their values again afterwards.
 
     Args:
         model: not compiled. It is in evaluation mode afterwards.
@@ -49,6 +50,7 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     if not all(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None
     model.eval()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # The counter does not know the fused attention of other devices.
     attention = nullcontext() if precision.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
     try:
@@ -57,6 +59,9 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     except Exception as error:  # of any type, in the code of the user
         logger.info(f"log.txt has no TFLOP/s: {type(model).__name__} does not compute an image alone ({error})")
         return None
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers.get(name, buffer))
 
 
 def of_epoch(precision: Precision, flops: int | None, images_per_s: float) -> dict[str, float]:
