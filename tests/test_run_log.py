@@ -151,6 +151,13 @@ def test_counting_flops_restores_the_buffers(reads_noise):
     assert model.count == 0
 
 
+def test_flops_of_a_transformer_layer_of_pytorch():
+    layer, tokens = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True), torch.zeros(1, 17, 128)
+    flops = costs.training_flops(layer, lambda: layer(tokens), Precision("off", torch.device("cpu")))
+    assert flops == 3 * 2 * products(17, 128, 1)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize(("gpu", "amp", "share"), [
     ("NVIDIA H200", "bf16", 0.329), ("NVIDIA H100 PCIe", "bf16", 0.4305), ("NVIDIA H200", "off", None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),

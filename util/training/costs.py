@@ -53,6 +53,9 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # The counter does not know the fused attention of other devices.
     attention = nullcontext() if precision.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+    # Nor does it know the fused evaluation of nn.TransformerEncoderLayer.
+    is_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with preserve_generators(), torch.no_grad(), precision.autocast(), attention:
             return 3 * count_flops(forward)
@@ -60,6 +63,7 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
         logger.info(f"log.txt has no TFLOP/s: {type(model).__name__} does not compute an image alone ({error})")
         return None
     finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers.get(name, buffer))
 
