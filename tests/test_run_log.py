@@ -23,6 +23,7 @@ from conftest import ROOT
 from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import main_finetune
 import main_pretrain
@@ -131,22 +132,30 @@ def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
     assert "tflops" not in frozen  # a third of this for blocks below
 
 
-def test_counting_flops_does_not_change_a_model_that_counts_its_forward_passes():
-    class Counting(torch.nn.Linear):
+@pytest.mark.parametrize("reads_noise", [False, True])  # a forward pass that ends with an error has counted, too
+def test_counting_flops_restores_the_buffers(reads_noise):
+    """A user's model counts its forward passes, and its loss depends on the count."""
+
+    class Counting(nn.Linear):
         def __init__(self):
-            super().__init__(4, 2)
-            self.register_buffer("passes", torch.zeros(()))
-            self.register_buffer("mean", torch.zeros(2))
+            super().__init__(4, 4)
+            self.register_buffer("count", torch.zeros(()))
 
-        def forward(self, x):
-            self.passes += 1
-            self.mean = super().forward(x + torch.rand(4)).mean(0)
-            return self.mean
+        def forward(self, imgs, **extras):
+            self.count = self.count + 1
+            return super().forward(imgs + extras["noise"] if reads_noise else imgs)
 
-    model, before = Counting(), torch.get_rng_state()
-    assert costs.training_flops(model, lambda: model(torch.ones(3, 4)), Precision("off", torch.device("cpu"))) == 144
-    assert model.passes == 0 and torch.equal(model.mean, torch.zeros(2))
-    assert torch.equal(torch.get_rng_state(), before)
+    model, imgs = Counting(), torch.zeros(1, 4)
+    flops = costs.training_flops(model, lambda: model(imgs), Precision("off", torch.device("cpu")))
+    assert flops == (None if reads_noise else 3 * 2 * 4 * 4)
+    assert model.count == 0
+
+
+def test_flops_of_a_transformer_layer_of_pytorch():
+    layer, tokens = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True), torch.zeros(1, 17, 128)
+    flops = costs.training_flops(layer, lambda: layer(tokens), Precision("off", torch.device("cpu")))
+    assert flops == 3 * 2 * products(17, 128, 1)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(("gpu", "amp", "share"), [

@@ -18,7 +18,7 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
 
     All blocks of a size share a graph for each input shape, so that compilation takes less time than that of the whole
     model. The gradients of a block are averaged over the processes, and the weights of a sharded block are gathered,
-    while another block computes. A model without blocks is one graph.
+    while another block computes. A model without blocks, or with less than half of its weights in them, is one graph.
 
     Without a compiler, it logs a warning and does not change the model.
 
@@ -39,7 +39,9 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
         # PyTorch reads this setting when it traces and when it compiles, so an argument of torch.compile is too late.
         model.forward = config.patch(freezing=True)(torch.compile(model.forward, fullgraph=True, dynamic=False))
     else:
-        units = blocks_of(model) or [model]
+        units = blocks_of(model)
+        if 2 * sum(map(_num_weights, units)) < _num_weights(model):  # its blocks may have another name
+            units = [model]
         settings: Any = torch._dynamo.config
         # Blocks of a user may have a constant each, in training and evaluation, for two batch sizes. The default is 8.
         settings.recompile_limit = max(settings.recompile_limit, 4 * len(units))
@@ -51,13 +53,20 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
     logger.info("--compile: the first batch, and the first of another size, take up to a minute")
 
 
+def _num_weights(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _compile_method(module: torch.nn.Module, name: str) -> None:
-    """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph."""
-    method = getattr(module, name)  # not of the class: a user may have replaced it in this module
-    compiled = torch.compile(getattr(method, "__func__", method), fullgraph=True, dynamic=False)
-    if hasattr(method, "__func__"):  # a copy of the module computes with the weights of the copy
-        compiled = MethodType(compiled, method.__self__)
-    setattr(module, name, compiled)
+    """Compiles a method of a module. Its hooks, such as those that gather sharded weights, are outside the graph.
+
+    The method may be static, or a function that the user has set in this module.
+    """
+    method = getattr(module, name)
+    is_bound = getattr(method, "__self__", None) is module
+    compiled = torch.compile(method.__func__ if is_bound else method, fullgraph=True, dynamic=False)
+    # A copy of the module has a method of its own.
+    setattr(module, name, MethodType(compiled, module) if is_bound else compiled)
 
 
 def padded(

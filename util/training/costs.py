@@ -36,7 +36,8 @@ def count_flops(call: Callable[[], Any]) -> int:
 def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Precision) -> int | None:
     """Returns the FLOPs of the forward and the backward pass for an image: three times those of the forward pass.
 
-    Activations that --grad_checkpointing computes again do not count.
+    Activations that --grad_checkpointing computes again do not count. The buffers of the model, such as a count of its
+    forward passes, have their values again afterwards.
 
     Args:
         model: not compiled. It is in evaluation mode afterwards.
@@ -49,9 +50,13 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     if not all(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None
     model.eval()
-    buffers = [buffer.clone() for buffer in model.buffers()]  # a resumed run must not differ by this forward pass
+    # A resumed run must not differ by this forward pass.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # The counter does not know the fused attention of other devices.
     attention = nullcontext() if precision.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+    # Nor does it know the fused evaluation of nn.TransformerEncoderLayer.
+    is_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with preserve_generators(), torch.no_grad(), precision.autocast(), attention:
             return 3 * count_flops(forward)
@@ -59,8 +64,9 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
         logger.info(f"log.txt has no TFLOP/s: {type(model).__name__} does not compute an image alone ({error})")
         return None
     finally:
-        for buffer, value in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
+        torch.backends.mha.set_fastpath_enabled(is_fused)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers.get(name, buffer))
 
 
 def of_epoch(precision: Precision, flops: int | None, images_per_s: float) -> dict[str, float]:
