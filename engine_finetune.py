@@ -13,13 +13,14 @@ from util import dist, settings
 from util.checkpoints import run_directory
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.data import extras, labels
-from util.data.batches import Batch, to_device
+from util.data.batches import Batch, prefetch
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report, tasks
 from util.evaluation.robustness import synsets
 from util.evaluation.tasks import Classification, TargetEvaluation
 from util.training import feature_files, loop
+from util.training.compiling import padded
 from util.training.precision import Precision
 from util.weights import loading, reading
 from util.weights.model_zoo import CLASSIFIER
@@ -88,13 +89,12 @@ def evaluate_heads(
 ) -> list[Any]:
     """Evaluates several models in one pass, as `evaluate` does."""
     task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
-    for model in models:
-        model.eval()
-    for loaded in data_loader:
-        batch = Batch(*to_device(loaded, precision.device))
-        for model, own in zip(models, columns, strict=True):
+    forwards = [padded(model.eval(), model) for model in models]
+    for loaded in prefetch(data_loader, precision.device):
+        batch = Batch(*loaded)
+        for forward, own in zip(forwards, columns, strict=True):
             with precision.autocast():
-                outputs = model(normalize(batch.images), **batch.extras).float()
+                outputs = forward(normalize(batch.images), **batch.extras).float()
             own.append(task.columns(outputs, batch.labels))
             num_outputs = outputs.shape[1]
     evaluations = []
@@ -112,7 +112,7 @@ def encode(
 ) -> Iterator[Batch]:
     """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
     batches = data.eval_batches(source, batch_size, on_bad_image)
-    forward = model.eval().forward_features
+    forward = padded(model.eval().forward_features, model)
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from util import dist
-from util.data.batches import to_device
+from util.data.batches import prefetch
 from util.data.segmentation_masks import IGNORED
 from util.evaluation import report
 from util.evaluation.segmentation import Scores, class_title, confusion_matrix, predict_classes
+from util.training.compiling import padded
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,16 @@ def evaluate(
         window: (h, w) of the windows.
         batch_size: number of windows in a batch.
     """
-    model.eval()
+    # Images differ in their number of windows. Powers of two are few graphs, and less than double the computation.
+    forward = padded(model.eval(), model, lambda count: min(batch_size, 2 ** (count - 1).bit_length()))
 
     def predict(windows: Tensor, **extras: Tensor) -> Tensor:
         with precision.autocast():
-            return model(windows, **extras).float()
+            return forward(windows, **extras).float()
 
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
-    for batch in tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None):
-        images, masks, _, extras = to_device(batch, precision.device)
+    batches = tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None)
+    for images, masks, _, extras in prefetch(batches, precision.device):
         size = (masks.shape[1], masks.shape[2])
         predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size, extras)
         matrix += confusion_matrix(masks[0], predictions, num_classes)

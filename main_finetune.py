@@ -136,7 +136,7 @@ def main(
     train_epoch = partial(train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
     task = trainer.Task(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
-        lower_is_better=labels.lower_is_better, callbacks=callbacks,
+        lower_is_better=labels.lower_is_better, callbacks=callbacks, forward=model,
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None

@@ -25,8 +25,9 @@ import torch
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from models_vit import Encoder, blocks_of
+from models_vit import Encoder
 from util import dist, masking
+from util.blocks import blocks_of
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.user_code import import_object
@@ -136,8 +137,8 @@ def main(
             lack_of_valid=model.lack_of("valid"),
         ),
         after_epoch=after_epoch,
-        callbacks=callbacks,
-        lr_schedule=lr_schedule,
+        callbacks=callbacks, lr_schedule=lr_schedule,
+        forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 

@@ -131,7 +131,9 @@ def main(
         return {**scores.stats(), "n_parameters": num_parameters}
 
     train_epoch = partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize)
-    task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks)
+    task = trainer.Task(
+        train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks, forward=model
+    )
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None
 

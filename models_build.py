@@ -17,7 +17,8 @@ import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, blocks_of, init_classifier
+from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
+from util.blocks import blocks_of
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
 from util.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES

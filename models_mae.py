@@ -432,12 +432,13 @@ class MaskedAutoencoderViT(Encoder):
         """
         if self.learned_pos_embed or grid == old_grid:
             return resize_pos_embed(table, old_grid, grid)
-        dim = table.shape[-1]
-        old, new = (sincos_table(dim, size, self.num_prefix_tokens).to(table) for size in (old_grid, grid))
-        for shift in (0, dim // 2):
-            if torch.allclose(table, old.roll(shift, -1), atol=1e-2):  # files of half precision, too
-                return new.roll(shift, -1)
-        return resize_pos_embed(table, old_grid, grid)
+        dim, result = table.shape[-1], resize_pos_embed(table, old_grid, grid)
+        device = "cpu" if table.is_mps else table.device  # MPS has no fp64
+        old, new = (sincos_table(dim, size, self.num_prefix_tokens, device).to(table) for size in (old_grid, grid))
+        for shift in (dim // 2, 0):
+            is_close = torch.isclose(table, old.roll(shift, -1), atol=1e-2)  # files of half precision, too
+            result = torch.where(is_close.all(), new.roll(shift, -1), result)  # an `if` would wait for the GPU
+        return result
 
     def _position_table(self, dim: int) -> nn.Parameter:
         """Returns the positions (1, T + N, dim) for images of `img_size`."""

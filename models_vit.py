@@ -182,15 +182,24 @@ class DropPath(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.drop_prob = p
-        self.keep_prob = torch.tensor(1 - p, device="cpu")  # the only value that differs between blocks
+
+    @property
+    def drop_prob(self) -> float:
+        """The rate, which may change in training."""
+        return self._drop_prob
+
+    @drop_prob.setter
+    def drop_prob(self, p: float) -> None:
+        self._drop_prob = p
+        self._keep_prob = torch.tensor(1 - p, device="cpu")  # an input of the graph, which all blocks share
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         shape = (len(x), *(1,) * (x.ndim - 1))
-        if torch.compiler.is_compiling():  # a tensor is an input of the graph, and a number would be a constant of it
-            mask = torch.rand(shape, device=x.device) < self.keep_prob
-            return x * (mask / self.keep_prob)
+        if torch.compiler.is_compiling():  # the number would be a constant of the graph
+            mask = torch.rand(shape, device=x.device) < self._keep_prob
+            return x * (mask / self._keep_prob).to(x.dtype)
         mask = x.new_empty(shape).bernoulli_(1 - self.drop_prob)
         return x * mask.div_(1 - self.drop_prob)
 
@@ -241,12 +250,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of encoder and decoder of a model, or of the models in it."""
-    lists = [module for name, module in model.named_modules() if name.split(".")[-1] in ("blocks", "decoder_blocks")]
-    return [block for blocks in lists for block in blocks.children()]
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -16,14 +16,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skimage.data
-import sklearn.datasets
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -44,6 +43,7 @@ from util.evaluation.tables import markdown
 BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
                "rocket.jpg", "china.jpg", "flower.jpg", "grass.png", "gravel.png", "brick.png")  # fmt: skip
+OF_SCIKIT_LEARN = ("china.jpg", "flower.jpg")  # where scikit-image is not installed
 CROPS = 200  # random crops whose pixels are compared
 
 CLASSIC = T.Compose([
@@ -56,15 +56,15 @@ CLASSIC = T.Compose([
 
 def find(name: str) -> Path:
     """Returns the path of a photograph in the package of scikit-image or scikit-learn."""
-    folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
-    return next(folder / name for folder in folders if (folder / name).exists())
+    package = "sklearn.datasets.images" if name in OF_SCIKIT_LEARN else "skimage.data"
+    return Path(str(resources.files(package))) / name
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """Writes JPEG files of 500 x 375 pixels, crops of photographs, to a class folder."""
+def write_photographs(folder: Path, count: int, names: Sequence[str] = PHOTOGRAPHS) -> None:
+    """Writes JPEG files of 500 x 375 pixels, crops of the photographs of these names, to a class folder."""
     draw = random.Random(0)
     (folder / "train" / "photograph").mkdir(parents=True)
-    pictures = itertools.cycle([Image.open(find(name)).convert("RGB") for name in PHOTOGRAPHS])
+    pictures = itertools.cycle([Image.open(find(name)).convert("RGB") for name in names])
     for number, picture in zip(range(count), pictures, strict=False):
         width = min(picture.width, picture.height * 4 / 3) * draw.uniform(0.8, 1)
         left, top = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - width * 3 / 4)

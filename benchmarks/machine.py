@@ -15,9 +15,10 @@ from models_vit import SIZES
 from util.cli import entry_point, flags
 from util.cli.choices import AMP_CHOICES
 from util.files import atomic
-from util.training.environment import commit
+from util.training.environment import commit, describe_gpu
 
 RESULTS = Path(__file__).parent / "results"
+GPU_CHECK = "gpu_check"  # the file of gpu_check.py: several measurements
 OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
 
 
@@ -49,6 +50,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu_versions": describe_gpu(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -97,6 +99,12 @@ def find(name: str, root: Path = RESULTS) -> dict[str, Any] | None:
 
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:
-    """Reads NAME.json; None if there is no such file."""
-    file = folder / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    """Reads a measurement: a step of gpu_check.json that has this name, or else NAME.json; None if there is neither."""
+    check, own = (
+        json.loads(file.read_text()) if file.exists() else {}
+        for file in (folder / f"{GPU_CHECK}.json", folder / f"{name}.json")
+    )
+    for step in check.get("steps", {}).values():
+        if step.get("name") == name:
+            return {"machine": check["machine"], **step}
+    return own or None

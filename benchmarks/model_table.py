@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -27,15 +26,9 @@ import models_vit
 from util.cli import entry_point
 from util.evaluation.tables import markdown
 from util.settings import specs
+from util.training.costs import count_flops
 
 ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
-
-
-def count_flops(call: Callable[[], Any]) -> int:
-    """Counts the FLOPs of matrix products and convolutions in a call, on any device, from the shapes alone."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def training_flops(size: str) -> int:

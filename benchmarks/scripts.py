@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from util.data import jpeg
 from util.training import run_log
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,17 @@ def require_images(folder: Path) -> None:
         )
 
 
+def has_fast_jpeg() -> bool:
+    """Whether --fast_jpeg works here: its decoder is installed."""
+    try:
+        jpeg.decoder()
+    except ValueError:
+        return False
+    return True
+
+
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
-    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
-    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
+    """Runs main_pretrain.py on a folder of images, with --fast_jpeg if it works; returns the lines of its log.txt."""
+    fast = ["--fast_jpeg"] if has_fast_jpeg() else []
+    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, *fast, *flags)
     return run_log.read(out)

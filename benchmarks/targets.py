@@ -3,7 +3,8 @@
     python benchmarks/targets.py
     python benchmarks/targets.py --results runs/bench         # the measurements of ./run bench
 
-The other scripts here write the measurements, with a description of the machine. README.md has the commands for a GPU.
+The other scripts here write the measurements, with a description of the machine. The rows of a GPU are from the file of
+gpu_check.py, if there is one.
 """
 
 import argparse

@@ -14,13 +14,14 @@ import argparse
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine, peers, scripts
-from benchmarks.input_pipeline import write_photographs
+from benchmarks.input_pipeline import PHOTOGRAPHS, write_photographs
 from util.cli import entry_point
 from util.dist import choose_device
 from util.evaluation.tables import markdown
@@ -29,9 +30,9 @@ FILES = 1280  # different files; the others are links to them
 UPDATES_PER_POINT = 4
 
 
-def write_files(folder: Path, count: int) -> None:
-    """Writes `count` JPEG files to a class folder."""
-    write_photographs(folder, min(count, FILES))
+def write_files(folder: Path, count: int, names: Sequence[str] = PHOTOGRAPHS) -> None:
+    """Writes `count` JPEG files to a class folder, crops of the photographs of these names."""
+    write_photographs(folder, min(count, FILES), names)
     files = sorted((folder / "train" / "photograph").iterdir())
     for number in range(len(files), count):
         (files[0].parent / f"link{number:07}.jpg").symlink_to(files[number % len(files)])

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
 from util.settings import specs
+from util.training.precision import Precision
 from util.weights.reading import some
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,24 @@ class ModelMixin(PyTorchModelHubMixin):
         self._warn_of_random_weights(unused)
         with models_vit.evaluation_mode(self):  # type: ignore[arg-type]
             yield
+
+    def autocast(self, amp: str | None) -> AbstractContextManager[None]:
+        """The context of a forward pass in a precision.
+
+        Args:
+            amp: bf16, fp16, off (fp32), tf32 (fp32, but matrix products on CUDA round their factors to 10 bits of
+                mantissa, a relative error of up to 5e-4 each), or auto (bf16 on CUDA, fp16 on older GPUs). None, and
+                auto on other devices, in an autocast context and for weights of another type than fp32: the precision
+                of the caller.
+
+        Raises:
+            ValueError: `amp` is unknown, or the device does not support it.
+        """
+        weight = next(self.parameters())  # type: ignore[attr-defined]
+        is_open = weight.is_cuda and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+        if amp is None or (amp == "auto" and not is_open):
+            return nullcontext()
+        return Precision(amp, weight.device).autocast()
 
     def _warn_of_random_weights(self, unused: tuple[str, ...]) -> None:
         """Logs one warning if weights still have the random values of the constructor: nothing was loaded or trained.
@@ -198,13 +217,16 @@ class ModelMixin(PyTorchModelHubMixin):
         return decode(image, self.in_chans, upright, values=values)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def predict(self, images: Images, topk: int = 5, *, channels_last: bool | None = None, **extras: Any) -> Any:
+    def predict(
+        self, images: Images, topk: int = 5, *, channels_last: bool | None = None, amp: str | None = None, **extras: Any
+    ) -> Any:
         """Predicts the classes of images, or their numbers.
 
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
             channels_last: as in `prepare`.
+            amp: as in `autocast`. The results are fp32.
             extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...). Maps of a
                 picture have its size (H, W), and follow its scaling and crop.
 
@@ -216,7 +238,7 @@ class ModelMixin(PyTorchModelHubMixin):
             array, in units) and values (by name). For a list of images, a list of such dicts.
 
         Raises:
-            ValueError: the model has no classification head.
+            ValueError: the model has no classification head, or as in `autocast`.
             BadImage, OSError: as in `prepare`.
         """
         if not (isinstance(self, Classifier) and self.settings["nb_classes"]):
@@ -225,7 +247,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"with main_finetune.py or main_linprobe.py"
             )
         x, inputs = self.inputs(images, extras, channels_last)
-        with self.evaluating():
+        with self.evaluating(), self.autocast(amp):
             outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
@@ -262,7 +284,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def extract_feat(
         self, images: Images, pool: str | None = None, *, channels_last: bool | None = None,
-        requires_grad: bool = False, **extras: Any,
+        requires_grad: bool = False, amp: str | None = None, **extras: Any,
     ) -> Tensor:  # fmt: skip
         """Computes features of images in evaluation mode. No patch is masked.
 
@@ -274,18 +296,21 @@ class ModelMixin(PyTorchModelHubMixin):
             channels_last: as in `prepare`.
             requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
                 `compute_features`, which also has the mode of the model.
+            amp: as in `autocast`. The features have the type of the weights.
             extras: as in `predict`.
 
         Returns:
             (B, D), or (B, T + N, D) for "tokens", with T class tokens.
 
         Raises:
-            ValueError: `pool` is unknown.
+            ValueError: `pool` is unknown, or as in `autocast`.
             BadImage, OSError: as in `prepare`.
         """
         with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
             x, inputs = self.inputs(images, extras, channels_last)
-            return self.compute_features(x, pool, **inputs)
+            with self.autocast(amp):
+                features = self.compute_features(x, pool, **inputs)
+            return features if amp is None else features.to(x.dtype)
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
@@ -314,9 +339,11 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
         super().__init__(**models_build.autoencoder_arguments(*specs(settings), self.encoder))
         self._set_up({**settings, "nb_classes": 0, "global_pool": False})
 
-    def reconstruct(self, *args: Any, **options: Any) -> models_mae.Reconstruction:
-        """As `MaskedAutoencoderViT.reconstruct`."""
-        with self.evaluating():
+    def reconstruct(self, *args: Any, amp: str | None = None, **options: Any) -> models_mae.Reconstruction:
+        """As `MaskedAutoencoderViT.reconstruct`, in the precision `amp`, as in `autocast`. The results have the type of
+        the images.
+        """
+        with self.evaluating(), self.autocast(amp):
             return super().reconstruct(*args, **options)
 
 
@@ -354,13 +381,17 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         self.colors = np.array(colors, dtype=np.uint8).reshape(-1, 3)
 
     @torch.inference_mode()
-    def segment(self, images: Images, batch_size: int = 8, *, channels_last: bool | None = None, **extras: Any) -> Any:
+    def segment(
+        self, images: Images, batch_size: int = 8, *, channels_last: bool | None = None, amp: str | None = "auto",
+        **extras: Any,
+    ) -> Any:  # fmt: skip
         """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
 
         Args:
             images: as in `prepare`, of any sizes.
             batch_size: number of windows in a batch.
             channels_last: as in `prepare`.
+            amp: as in `autocast`.
             extras: as in `predict`.
 
         Returns:
@@ -368,6 +399,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             of such arrays.
 
         Raises:
+            ValueError: as in `autocast`.
             BadImage, OSError: as in `prepare`.
         """
         several: Any = images if _are_several(images) else [images]
@@ -376,12 +408,16 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         with self.evaluating():
             for index, image in enumerate(several):
                 own = {name: value[index : index + 1] for name, value in inputs.items()}
-                results.append(self._segment_one(image, batch_size, own, channels_last))
+                results.append(self._segment_one(image, batch_size, own, channels_last, amp))
         return results if _are_several(images) else results[0]
 
     def _segment_one(
-        self, image: ImageLike, batch_size: int, extras: dict[str, Tensor], channels_last: bool | None
+        self, image: ImageLike, batch_size: int, extras: dict[str, Tensor], channels_last: bool | None, amp: str | None
     ) -> np.ndarray:
+        def predict(windows: Tensor, **inputs: Tensor) -> Tensor:
+            with self.autocast(amp):
+                return self(windows, **inputs).float()
+
         device = self.pos_embed.device
         if isinstance(image, Tensor) and image.is_floating_point():
             if image.ndim != 3 or len(image) != self.in_chans:
@@ -397,7 +433,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
         pixels = pixels.to(self.pos_embed.dtype)
         inputs = {name: value.to(device) for name, value in extras.items()}
-        return predict_classes(self, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
+        return predict_classes(predict, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter

@@ -40,7 +40,7 @@ from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 from util.files import atomic
 from util.training import feature_files
-from util.training.compiling import compile_model
+from util.training.compiling import compile_model, padded
 from util.training.precision import Precision
 from util.training.run_log import start_logging
 
@@ -186,7 +186,9 @@ def extract(
             fast_jpeg=fast_jpeg, exif=exif, values=model.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
-        return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)
+        return feature_files.encode(
+            padded(extractor, extractor), batches, normalize=model.normalize, precision=precision
+        )
 
     with model.evaluating(*NOT_IN_FEATURES):
         return feature_files.extract(encode, source, folder, settings)[0].numpy()

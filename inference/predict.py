@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     )  # fmt: skip
     predictions = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
-        predictions.append(model.predict(path, args.topk))
+        predictions.append(model.predict(path, args.topk, amp=args.amp))
         if args.json:
             entry = {key: value for key, value in predictions[-1].items() if key not in ("pred_scores", "pred_values")}
             print(json.dumps({"image": path, **entry}), flush=True)

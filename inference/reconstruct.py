@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     reconstructions = []
     for path in args.images:
         try:
-            result = reconstruct(model, path, args.mask_ratio, args.seed, args.mask_box, args.short_side)
+            result = reconstruct(model, path, args.mask_ratio, args.seed, args.mask_box, args.short_side, args.amp)
         except BadImage:
             raise  # it names the image
         except ValueError as error:
@@ -104,6 +104,7 @@ def reconstruct(
     seed: int = 0,
     mask_boxes: Sequence[Box] | None = None,
     short_side: int | None = None,
+    amp: str | None = None,
 ) -> Reconstruction:
     """Masks patches of an image and reconstructs them.
 
@@ -114,6 +115,7 @@ def reconstruct(
         seed: random seed of the mask.
         mask_boxes: rectangles in pixels of the image. The patches that they touch are masked instead of random patches.
         short_side: short side of the scaled image, in pixels. Default: the input size of the model.
+        amp: as in `ModelMixin.autocast`.
 
     Returns:
         Tensors (1, c, H, W) in the value range of the input, as `MaskedAutoencoderViT.reconstruct` returns them.
@@ -130,11 +132,12 @@ def reconstruct(
     if mask_boxes:
         scaled = scaled_size(model, size_of(picture), short_side)
         mask = boxes_to_mask(mask_boxes, size_of(picture), scaled, imgs.shape[2:])
-        return model.reconstruct(imgs, mask=mask[None].to(device))
+        return model.reconstruct(imgs, mask=mask[None].to(device), amp=amp)
     grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
     side = model.settings.get("mask_block") or 1
     noise = masking.random_block_noise(grid_size, side, torch.Generator().manual_seed(seed))
-    return model.reconstruct(imgs, masking.ratio_of_patches(noise, mask_ratio), noise=noise[None].to(device))
+    mask_ratio = masking.ratio_of_patches(noise, mask_ratio)
+    return model.reconstruct(imgs, mask_ratio, noise=noise[None].to(device), amp=amp)
 
 
 def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> torch.Tensor:

@@ -26,7 +26,7 @@ MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Predicts the class of each pixel of photographs.")
-    options.add_inference_options(parser, example="", also=" of main_segment.py")
+    options.add_inference_options(parser, example="", also=" of main_segment.py", amp="auto")
     parser.add_argument(
         "--out",
         type=flags.new_file(*FORMATS),
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     results = []
     # One at a time, so that results are printed before an unreadable image ends the command.
     for number, path in enumerate(args.images):
-        results.append(model.segment(path))
+        results.append(model.segment(path, amp=args.amp))
         print(printable(str(path)))
         for label, share in class_shares(results[-1]):
             print(f"  {share:7.2%}  {class_name(model, label)}", flush=True)

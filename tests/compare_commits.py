@@ -31,7 +31,8 @@ from segments import make_scenes
 
 ROOT = Path(__file__).parents[1]
 INTENDED = Path(__file__).with_name("intended_differences.toml")
-NOT_COMPARED = ("seconds", "images_per_s", "data_wait", "output_dir", "log_dir", "data_path", "train_list", "finetune", "config")
+NOT_COMPARED = ("seconds", "images_per_s", "data_wait", "tflops", "output_dir", "log_dir", "data_path", "train_list",
+                "finetune", "config")  # fmt: skip
 # Flags in place of those of a recipe, so that a run takes seconds.
 SMALL = ["--input_size", 16, "--patch_size", 4, "--batch_size", 4, "--num_workers", 1, "--device", "cpu",
          "--amp", "off", "--epochs", 2, "--warmup_epochs", 1]  # fmt: skip

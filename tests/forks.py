@@ -16,14 +16,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import coverage
-import mutate
 import torch.distributed as td
 
 ROOT = Path(__file__).parents[1]
 # The scripts, and what they import when it is used: two thirds of the time of a small run.
 PRELOAD = ["main_pretrain", "main_finetune", "util.cli.entry_point", "torch._dynamo", "torch.distributed.checkpoint",
-           "torch.distributed.fsdp", "torch.utils.tensorboard", "torchvision.datasets", "timm"]  # fmt: skip
+           "torch.distributed.fsdp", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets",
+           "timm"]  # fmt: skip
 
 
 class Forks:
@@ -151,8 +150,12 @@ def _run(script: str, argv: list[str], files: Mapping[str, Any], environment: di
     os.chdir(files["folder"])
     os.environ.clear()
     os.environ.update(environment)
-    if measured := coverage.Coverage.current():  # ./run mutate
-        measured.switch_context(os.environ.get(mutate.TEST, ""))
+    if "coverage" in sys.modules:  # ./run mutate; other programs do not need this package
+        import coverage
+        import mutate
+
+        if measured := coverage.Coverage.current():
+            measured.switch_context(os.environ.get(mutate.TEST, ""))
     for number, name in enumerate(("output", "errors"), start=1):
         os.dup2(os.open(files[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ PACKAGES = {
     "files": "files", "cli": "files", "data": "cli|files", "evaluation": "data|cli|files", "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files", "training": "evaluation|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed|settings)"
+SHARED = r"util\.(blocks|dist|interrupts|lr_sched|masking|pos_embed|settings)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.jobs\.submit",
@@ -20,7 +20,8 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": r"models_\w+|util\.(weights\.\w+|checkpoints\.checkpoint|cli\.(choices|user_code)|settings)",
+    r"models_build": r"models_\w+|util\.(blocks|settings|weights\.\w+|checkpoints\.checkpoint)"
+    r"|util\.cli\.(choices|user_code)",
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_segment": r"models_vit",
     r"models_vit": r"util\.(pos_embed|lr_decay|steps)",
@@ -29,7 +30,7 @@ ARROWS = {
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
     # Studies:
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|inference\.\w+|models_\w+|util\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_(pretrain|knn)|models_\w+|util\..+",
+    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{rf"util\.{name}\.\w+": rf"util\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"util\.datasets": r"util\.(data|cli|files)\.\w+|util\.dist",

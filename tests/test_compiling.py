@@ -8,6 +8,7 @@ import sysconfig
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import main_finetune
 import models_vit
 from inference import features
 from models_build import set_grad_checkpointing
-from models_mae import mae_vit_mini_patch4
+from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from models_vit import SIZES
 from util.training.compiling import compile_model
 
@@ -85,11 +86,30 @@ def test_blocks_of_other_rates_of_drop_path_share_a_graph(monkeypatch):
     counters.clear()
     model(imgs)
     assert counters["stats"]["unique_graphs"] == 2
-    residual = model.blocks[-1].drop_path(torch.ones(1000, 1, 1))
-    branch = torch.compile(model.blocks[-1].drop_path, fullgraph=True)(torch.ones(1000, 1, 1))
-    for kept in (residual, branch):  # half of the branches, twice as large
+    drop_path, branches = model.blocks[-1].drop_path, torch.ones(1000, 1, 1, dtype=torch.bfloat16)
+    for kept in (drop_path(branches), torch.compile(drop_path, fullgraph=True)(branches)):
+        assert kept.dtype == torch.bfloat16  # half of the branches, twice as large
         assert set(kept.flatten().tolist()) == {0, 2}
-        assert kept.mean() == pytest.approx(1, abs=0.15)
+        assert kept.float().mean() == pytest.approx(1, abs=0.15)
+
+
+def test_functions_that_replace_a_method_are_compiled(monkeypatch):
+    """Users replace the forward pass of a block in an object; a loss may be a static method."""
+
+    class PlainLoss(MaskedAutoencoderViT):
+        @staticmethod
+        def forward_loss(imgs, pred, mask):
+            return pred.square().mean()
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    model.__class__ = PlainLoss
+    block, bound = model.blocks[0], model.decoder_blocks[0]
+    block.forward = lambda x, forward=block.forward: forward(2 * x)
+    bound.forward = MethodType(lambda self, x: self.compute(3 * x), bound)
+    before = model(imgs, noise=noise)[0]
+    compile_model(model, torch.device("cpu"))
+    torch.testing.assert_close(model(imgs, noise=noise)[0], before)
 
 
 def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
@@ -106,6 +126,16 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
     expected = mae_vit_mini_patch4(img_size=16, norm_pix_loss=True)
     expected.load_state_dict(copy.state_dict())
     torch.testing.assert_close(copy(imgs, noise=noise)[0], expected(imgs, noise=noise)[0])
+
+
+def test_methods_that_a_user_replaced_in_a_module_are_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    model.forward_loss = lambda imgs, pred, *given: pred.square().sum()
+    model.blocks[0].forward = lambda x: 2 * x
+    expected = model(imgs, noise=noise)[0]
+    compile_model(model, torch.device("cpu"))
+    torch.testing.assert_close(model(imgs, noise=noise)[0], expected)
 
 
 # main_pretrain.py with as many blocks as `_fresh` sets.

@@ -5,11 +5,12 @@ import torch
 from test_loop import epoch_options
 
 from engine_pretrain import train_one_epoch
+from inference.model import Segmenter
 from models_mae import mae_vit_mini_patch4
-from models_vit import PatchEmbed
-from util.data.batches import Batch
+from models_vit import PatchEmbed, vit_mini_patch4
+from util.data.batches import Batch, prefetch, to_host
 from util.data.transforms import Normalize
-from util.training import loop, run_log
+from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.precision import Precision
 
@@ -73,6 +74,25 @@ def test_no_update_synchronizes_with_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 1e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-3, 1e-2)])
+def test_relative_error_of_a_product(amp, least, most):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    expected = a.double() @ b.double()
+    with Precision(amp, CUDA).autocast():
+        found = (a.to(CUDA) @ b.to(CUDA)).cpu().double()
+    assert least < (found - expected).norm() / expected.norm() < most
+
+
+@pytest.mark.parametrize(("amp", "expected"), [({}, torch.bfloat16), ({"amp": "off"}, torch.float32)])
+def test_segmentation_is_in_bf16_by_default(amp, expected):
+    settings = {"model": "vit_mini_patch4", "in_chans": 3, "input_size": 32, "nb_classes": 3, "head": "linear"}
+    model, found = Segmenter(settings).to(CUDA), []
+    model.head.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    assert model.segment(torch.zeros(3, 40, 40), **amp).shape == (40, 40)
+    assert set(found) == {expected}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_losses_equal_those_on_a_cpu(compiled):
     expected = train(torch.device("cpu"), "off")
@@ -80,9 +100,20 @@ def test_losses_equal_those_on_a_cpu(compiled):
     assert train(CUDA, "bf16", compiled) == pytest.approx(expected, rel=3e-2)
 
 
+def test_compiled_blocks_drop_paths():
+    model, images = vit_mini_patch4(img_size=16, drop_path_rate=0.9).to(CUDA), torch.randn(8, 3, 16, 16, device=CUDA)
+    expected = model.eval()(images)
+    compile_model(model, CUDA)
+    torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    outputs = [model.train()(images) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    outputs[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_memory_does_not_grow_over_epochs():
     def reserved() -> int:
-        for _ in loop.prefetch(iter(batches()), CUDA):
+        for _ in prefetch(iter(batches()), CUDA):
             pass
         return torch.cuda.memory_reserved()
 
@@ -90,7 +121,7 @@ def test_memory_does_not_grow_over_epochs():
 
 
 def test_batches_are_copied_completely_and_in_order():
-    for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
+    for ours, theirs in zip(prefetch(iter(batches()), CUDA), batches(), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
@@ -98,3 +129,16 @@ def test_patches_are_embedded_as_on_a_cpu():
     embed, imgs = PatchEmbed((32, 48), (4, 8), in_chans=3, embed_dim=16), torch.rand(2, 3, 32, 48)
     expected = embed(imgs)
     torch.testing.assert_close(embed.to(CUDA)(imgs.to(CUDA)).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_result_is_copied_to_the_host_after_the_next_one_is_launched():
+    launched, seen = [], []
+
+    def results():
+        for number in range(4):
+            launched.append(number)
+            yield torch.full((1000, 1000), float(number), device=CUDA)
+
+    for values in to_host(results()):
+        seen.append((values.unique().tolist(), launched[-1]))
+    assert seen == [([0.0], 1), ([1.0], 2), ([2.0], 3), ([3.0], 3)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_samples
-from mains import lines, parse
+from mains import call, lines, parse
 from PIL import Image
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
@@ -16,6 +16,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from engine_finetune import encode, evaluate
+from inference import features
 from models_vit import vit_mini_patch4
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
@@ -43,6 +44,23 @@ def test_evaluation_equals_scikit_learn(pictures):
     found = scores.stats()["test_acc5"]
     assert found == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
     assert np.array_equal(scores.labels, labels)
+
+
+def test_a_compiled_evaluation_has_one_graph(classify, labelled, tmp_path, monkeypatch):
+    """The last batch, which is smaller, is no other graph. It is not compiled to C++, which takes long."""
+    file = classify(main_finetune, epochs=1) / "checkpoint-0.pth"
+    expected = classify(main_finetune, eval=True, finetune=file, batch_size=16)
+    rows = {"model": file, "out": tmp_path / "rows.npz", "num_workers": 0, "device": "cpu", "batch_size": 32}
+    call(features, labelled, **rows)
+    of_eager = np.load(tmp_path / "rows.npz")["features"]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = classify(main_finetune, eval=True, finetune=file, batch_size=16, compile=True)
+        call(features, labelled, "--compile", **rows)
+    assert found.stats() == pytest.approx(expected.stats(), rel=1e-5)
+    assert np.array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(np.load(tmp_path / "rows.npz")["features"], of_eager, rtol=1e-4, atol=1e-6)
 
 
 def test_features_are_those_of_evaluation_mode(labelled):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as td
+from mains import lines
 
 from models_mae import mae_vit_mini_patch4
 from util import dist
@@ -10,11 +10,8 @@ from util.training import fsdp
 
 
 @pytest.fixture
-def process_group(monkeypatch):
-    """`shard` rejects a single process: its check gets 2, its mesh the real number."""
-    td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
-    numbers = iter([2])
-    monkeypatch.setattr(dist, "world_size", lambda: next(numbers, 1))
+def process_group():
+    dist.init("cpu", needs_group=True)
     yield
     dist.teardown()
 
@@ -37,3 +34,17 @@ def test_gradients_are_averaged_in_fp32(process_group, monkeypatch, device, dtyp
     assert root is None
     found = {(policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) for policy in units}
     assert found == {(travels_as, torch.float32, False)}
+
+
+def test_one_process_trains_saves_and_resumes_as_without_fsdp(pretrain, capsys):
+    flags = {"batch_size": 12, "save_every": 1}
+    expected = [line["train_loss"] for line in lines(pretrain("plain", **flags))]
+    try:
+        sharded = pretrain("sharded", fsdp=True, **flags)
+        resumed = pretrain("resumed", fsdp=True, resume=sharded / "checkpoint-0", **flags)
+    finally:
+        dist.teardown()
+    assert "warning: --fsdp" in capsys.readouterr().out
+    without = pretrain("without", resume=sharded / "checkpoint-0", **flags)
+    for epoch, out in ((0, sharded), (1, resumed), (1, without)):
+        assert [line["train_loss"] for line in lines(out)] == pytest.approx(expected[epoch:], rel=1e-6)

@@ -316,6 +316,24 @@ def test_weights_of_half_precision_predict_as_those_of_full_precision(dtype):
     torch.testing.assert_close(model.extract_feat(list(values)).float(), features, atol=0.05, rtol=0)
 
 
+def test_amp_changes_results_by_rounding_only():
+    image = photographs.chelsea()[:40, :40]
+    classifier = randomized(get_model("vit_mini_patch4", nb_classes=3, input_size=32), 0.05)
+    mae = randomized(get_model("mae_vit_mini_patch4", input_size=32), 0.05)
+    uses = (
+        lambda **amp: torch.from_numpy(classifier.predict(image, **amp)["pred_scores"]),
+        lambda **amp: classifier.extract_feat(image, **amp),
+        lambda **amp: reconstruct.reconstruct(mae, image, **amp).pasted,
+    )
+    for use in uses:
+        expected, rounded = use(), use(amp="bf16")
+        assert torch.equal(use(amp="off"), expected) and torch.equal(use(amp="auto"), expected)
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, expected)
+        assert (rounded - expected).norm() / expected.norm() < 0.02
+        with pytest.raises(ValueError, match=r"amp.*fp8.*bf16"):
+            use(amp="fp8")
+
+
 @pytest.mark.filterwarnings("ignore")  # deprecated, and shapes become constants
 def test_a_trace_equals_the_classifier():
     model = get_model("vit_mini_patch4", nb_classes=3, input_size=16)

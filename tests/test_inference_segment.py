@@ -66,6 +66,18 @@ def test_images_of_any_kind_and_size(trained):
         model.predict(picture)
 
 
+def test_amp_changes_few_classes_of_pixels(trained, tmp_path):
+    """The default on a CPU is fp32. A random head has pixels of all classes."""
+    model, file = get_model(trained.file), tmp_path / "random.safetensors"
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    export.export(model, "safetensors", file)
+    flags = ([], ["--amp", "off"], ["--amp", "bf16"])
+    found, expected, rounded = (np.array(run(*trained.paths, "--model", file, *amp)) for amp in flags)
+    assert np.array_equal(found, expected)
+    assert 0 < np.mean(rounded != expected) < 0.05
+
+
 def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys):
     paths, out = trained.paths[:2], tmp_path / "overlay.png"
     results = run(*paths, "--model", trained.file, "--out", out, "--masks", tmp_path / "masks")

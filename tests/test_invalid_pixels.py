@@ -7,7 +7,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import argv_of, assert_close, assert_equal, lines, parse, run_section, stop_and_resume, weights
+from mains import argv_of, assert_close, assert_equal, fails, lines, parse, run_section, stop_and_resume, weights
 from PIL import Image
 from test_decode import npy, png, saved, tiff
 
@@ -429,6 +429,26 @@ def test_wrong_items_are_one_line_errors(valid, message, tmp_path):
     assert "\n" not in str(raised.value)
     if isinstance(raised.value, BadImage):
         assert pretrained(tmp_path / "skip", items, on_bad_image="skip")[0]["bad_images"] == 1
+
+
+def test_a_worker_process_names_the_file_with_fewer_valid_patches_than_are_visible(tmp_path, capsys, monkeypatch):
+    """4 of 16 patches are visible: a file with 4 valid patches is trained on."""
+    files = tmp_path / "files" / "train"
+    files.mkdir(parents=True)
+    for number in range(8):
+        image = np.random.default_rng(number).random((16, 16, 3), dtype=np.float32)
+        if number == 5:
+            image[4:] = np.nan
+        np.save(files / f"{number}.npy", image)
+    flags = {**SMALL, **RUN, "model": "mae_vit_mini_patch4", "vis_every": 0, "nodata": "nan", "crop": "none"}
+    flags |= {"data_path": files.parent}
+    main_pretrain.main(parse(main_pretrain, **flags, output_dir=tmp_path / "enough"))
+    assert np.isfinite(lines(tmp_path / "enough")[0]["train_loss"])
+    image[:, 4:] = np.nan
+    image[8:] = np.nan
+    np.save(files / "7.npy", image)
+    flags |= {"num_workers": 2, "output_dir": tmp_path / "few"}
+    assert f"error: {files}/7.npy: 2 of its 16 patches" in fails(capsys, monkeypatch, main_pretrain, *argv_of(flags))
 
 
 def test_wrong_flags_are_errors(capsys):

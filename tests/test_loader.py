@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_samples
-from mains import small_run, wait_until
+from mains import parse, small_run, wait_until
 from PIL import Image
 
+import main_pretrain
 from util import dist
 from util.data import loader, transforms
 from util.data.batches import up_to_cores
@@ -300,16 +301,28 @@ def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures, monkeyp
 
 
 def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     caplog.set_level("INFO")
-    assert [up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
+    assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).num_workers)] == [0, 2, 2]
     assert caplog.messages == []
     assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
-    for processes, workers in ((8, 4), (64, 1)):  # of a machine, which share its cores
-        monkeypatch.setattr(dist, "processes_here", lambda processes=processes: processes)
-        assert up_to_cores(10) == workers
+
+
+@pytest.mark.parametrize(("cores", "environment", "workers"), [
+    (16, {}, 16), (192, {}, 32),  # each holds batches in memory
+    (96, {"LOCAL_WORLD_SIZE": "8"}, 12), (4, {"LOCAL_WORLD_SIZE": "8"}, 1),  # processes of a machine share its cores
+    # srun gives each of the 8 tasks of a node its cores, torchrun in a task of all cores does not.
+    (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "12"}, 12),
+    (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "12"}, 12),
+    (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "96",
+          "TORCHELASTIC_RUN_ID": "none"}, 12),
+])  # fmt: skip
+def test_the_default_number_of_workers_is_the_number_of_cores_of_the_process(monkeypatch, cores, environment, workers):
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert up_to_cores(parse(main_pretrain).num_workers) == workers
 
 
 SMALL_SHM = f"""
@@ -341,4 +354,4 @@ def test_a_full_shared_memory_is_an_error_in_one_line(size, flags, tmp_path):
         return
     assert code == 1
     (line,) = errors.read_text().splitlines()
-    assert all(part in line for part in ("error: ", "/dev/shm", "--num_workers 0", "docker run --shm-size")), line
+    assert all(part in line for part in ("error: ", "/dev/shm", "--num_workers", "docker run --shm-size")), line

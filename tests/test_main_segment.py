@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 
 import forks
 import numpy as np
@@ -19,6 +20,7 @@ import main_finetune
 import main_segment
 import models_build
 import models_segment
+import models_vit
 from inference import get_model
 from inference import segment as inference_segment
 from models_mae import mae_vit_mini_patch4
@@ -322,3 +324,21 @@ def test_masks_in_an_archive_do_not_count_as_images(segment, scenes, tmp_path, c
     segment(epochs=1, data_path=shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
     counts = {int(count) for count in re.findall(r"(\d+) images(?! and masks|/s)", capsys.readouterr().out)}
     assert counts == {12, 5}
+
+
+def test_compiled_evaluation_of_images_with_many_numbers_of_windows(tmp_path, monkeypatch):
+    """A graph for each number would exceed the limit of graphs. They are not compiled to C++, which takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(models_vit.SIZES, "mini_patch4", models_vit.SIZES["mini_patch4"] | {"depth": 1})
+    torch.compiler.reset()
+    make_scenes(tmp_path / "scenes", train=1, val=1, size=(16, 16))
+    for number in range(1, 11):
+        name = f"validation/{number:02}"
+        Image.new("RGB", (8 + 5 * number, 8)).save(tmp_path / f"scenes/images/{name}.jpg")
+        Image.new("L", (8 + 5 * number, 8)).save(tmp_path / f"scenes/annotations/{name}.png")
+    flags = {"data_path": tmp_path / "scenes", "nb_classes": 3, "model": "vit_mini_patch4", "input_size": 8,
+             "short_side": 8, "num_workers": 0, "device": "cpu", "output_dir": tmp_path}  # fmt: skip
+    main_segment.main(parse(main_segment, **flags, epochs=1, batch_size=1))
+    flags |= {"eval": True, "resume": tmp_path / "checkpoint-0.pth", "batch_size": 16}
+    eager, compiled = (main_segment.main(parse(main_segment, **flags, **how)) for how in ({}, {"compile": True}))
+    assert np.array_equal(compiled.matrix, eager.matrix)

@@ -181,6 +181,20 @@ def test_fixed_positions_of_several_class_tokens_are_zero():
     assert several(torch.randn(2, 3, 24, 16))[1].shape == (2, 24, 48)
 
 
+def test_images_of_another_size_compile_as_one_graph_and_wait_for_no_value():
+    """The positions are those of the new grid, in the order of the table. Meta tensors have no values."""
+    model, images, noise = build(depth=1, decoder_depth=1), torch.randn(2, 3, 24, 32), torch.rand(2, 48)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    expected = torch.from_numpy(get_2d_sincos_pos_embed(32, (6, 8), cls_token=True)).float()
+    for shift in (0, 16):  # the paper's order, and mmpretrain's
+        with torch.no_grad():
+            model.pos_embed.copy_(build().pos_embed.roll(shift, -1))
+        assert torch.equal(model.positions((6, 8))[0], expected.roll(shift, -1))
+        for ours, theirs in zip(compiled(images, noise=noise), model(images, noise=noise), strict=True):
+            assert torch.equal(ours, theirs)
+    assert model.to("meta")(images.to("meta"))[1].shape == (2, 48, 48)
+
+
 def test_drop_path_grows_over_the_encoder_and_is_absent_in_the_decoder():
     model = build(depth=3, drop_path_rate=0.4)
     assert [getattr(block.drop_path, "drop_prob", 0) for block in model.blocks] == [0, 0.2, 0.4]

@@ -9,15 +9,15 @@ from mains import lines
 import main_finetune
 import main_pretrain
 from util.checkpoints import checkpoint
-from util.training.precision import Precision, amp_dtype
+from util.training.precision import Precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_is_off_for_evaluation_on_cpus_and_for_mps(set_bf16):
     set_bf16(True)
-    assert amp_dtype("auto", CPU) is None
-    assert amp_dtype("auto", torch.device("mps"), trains=True) is None
+    assert Precision("auto", CPU).name == "fp32"
+    assert Precision("auto", torch.device("mps"), trains=True).name == "fp32"
 
 
 @pytest.fixture
@@ -80,15 +80,47 @@ def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, t
     assert resumed("bf16-earlier", amp="off") != losses["bf16"]
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
 def test_auto_on_cuda_asks_for_native_bf16(native, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert amp_dtype("auto", CUDA) is expected
+    assert Precision("auto", CUDA).name == expected
 
 
-def test_fp16_on_cpu_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="--amp bf16"):
-        amp_dtype("fp16", CPU)
+def test_fp16_and_tf32_on_cpu_are_refused_with_the_remedy(pretrain):
+    with pytest.raises(ValueError, match=r"--amp fp16.*--amp bf16"):
+        pretrain(amp="fp16", device="cpu")
+    with pytest.raises(ValueError, match=r"--amp tf32.*--amp off"):
+        pretrain(amp="tf32", device="cpu")
+    with pytest.raises(ValueError, match=r"trained in tf32.*--amp off"):
+        Precision("auto", CPU, recorded="tf32")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("amp", "expected"), [("tf32", True), ("bf16", True), ("off", False)])
+@pytest.mark.parametrize("of_the_user", ["none", "tf32", "ieee"])
+def test_fp32_products_on_cuda_use_tf32_unless_amp_is_off(amp, expected, of_the_user, monkeypatch):
+    """In forward and backward passes. The setting of the process does not change."""
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before, found = (of_the_user, convolutions.fp32_precision), []
+    weight = torch.ones((), requires_grad=True)
+
+    def look(*_):
+        found.append((products.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    precision = Precision(amp, CUDA)
+    products.fp32_precision = of_the_user
+    try:
+        with precision.autocast():
+            look()
+            loss = weight.square()
+        loss.register_hook(look)
+        precision.backward(loss)
+        assert (products.fp32_precision, convolutions.fp32_precision) == before
+    finally:
+        products.fp32_precision = "none"
+    assert found == [(expected, expected)] * 2
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (1.0, float("inf")), (float("nan"), 1.0)])
@@ -124,6 +156,6 @@ def test_only_fp16_has_a_scaler(monkeypatch):
     for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
         precision = Precision(amp, CPU)
         assert (precision.dtype, precision.scaler.is_enabled(), precision.overflow_is_normal) == (dtype, False, False)
-    monkeypatch.setattr("util.training.precision.amp_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr("util.training.precision.precision_name", lambda *_: "fp16")
     precision = Precision("fp16", CPU)
     assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)

@@ -18,14 +18,19 @@ from types import SimpleNamespace
 import forks
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from mains import lines
+from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+import main_finetune
+import main_pretrain
 from util import dist
-from util.training import log_files, run_log, trainer
+from util.training import costs, log_files, run_log, trainer
 from util.training.meters import Meters, Stopwatch
+from util.training.precision import Precision
 from util.training.run_log import RunLog, start_logging
 
 
@@ -51,6 +56,121 @@ def test_stopwatch_measures_only_data_loading():
     for _ in watch.watch(slow()):
         time.sleep(0.05)
     assert 0.3 < watch.loading_share < 0.7 and watch.seconds >= 0.3
+
+
+@pytest.mark.parametrize(("loader", "idle"), [(92, 92 + 49 * 2), (20, 20)])  # milliseconds for a batch, and in total
+def test_data_loading_on_a_gpu_is_the_time_in_which_it_is_idle(monkeypatch, loader, idle):
+    """The GPU computes 90 ms for a batch, and the host launches this in 10 ms: it waits for the loader, not the GPU."""
+    clock = SimpleNamespace(host=0, gpu=0)  # now; the end of all that is launched
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(clock.host, clock.gpu)
+
+        def query(self):
+            return self.time <= clock.host
+
+        def elapsed_time(self, end):
+            assert end.query()
+            return end.time - self.time
+
+    def batches():
+        for number in range(1, 51):
+            clock.host = max(clock.host, number * loader)
+            yield number
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.host / 1000)
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in watch.watch(batches()):
+        clock.gpu = max(clock.host, clock.gpu) + 90
+        clock.host += 10
+    clock.host = clock.gpu
+    watch.stop()
+    assert watch.loading_seconds == pytest.approx(idle / 1000)
+    assert watch.seconds == pytest.approx(50 * 0.090 + idle / 1000)
+
+
+@pytest.mark.parametrize(("suffix", "flags", "remedies"), [
+    ("jpg", {}, {"--num_workers", "--fast_jpeg", "util.resize"}),
+    ("png", {}, {"--num_workers", "util.resize"}),
+    ("jpg", {"cache_images": True}, {"--num_workers"}),
+])  # fmt: skip
+def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypatch, capsys, suffix, flags, remedies):
+    """The device waits while the training process decodes images of 800 pixels: there are no worker processes."""
+    for number in range(6):
+        file = tmp_path / "images" / f"{number}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        Image.effect_noise((800, 800), 99).convert("RGB").save(file)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 7)
+    images, out = tmp_path / "images", tmp_path / "out"
+    call(main_pretrain, *small_run(images, out, "--epochs", 2, "--batch_size", 2, *argv_of(flags)))
+    advice = re.findall(r"^data loading limits.*", capsys.readouterr().out, re.MULTILINE)
+    assert len(advice) == 1
+    assert {name for name in ("--num_workers", "--fast_jpeg", "util.resize") if name in advice[0]} == remedies
+    assert "--num_workers 7" in advice[0]
+
+
+def products(tokens, width, depth):
+    """Multiply-adds of transformer blocks."""
+    return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
+    """Images of 4 x 4 patches with 48 values. The encoder is 128 wide and 4 deep, the decoder 64 wide and 1 deep."""
+    patches = 16 * 48 * 128
+    masked = patches + products(5, 128, 4) + 5 * 128 * 64 + products(17, 64, 1) + 17 * 64 * 48
+    whole = patches + products(17, 128, 4) + 128 * 6
+    for out, expected in ((pretrain(epochs=1), masked), (classify(main_finetune, "whole", epochs=1), whole)):
+        entries = lines(out)[0]
+        assert entries["tflops"] * 1e12 / entries["images_per_s"] == pytest.approx(3 * 2 * expected, rel=2e-3)
+        assert "mfu" not in entries and "peak_memory_gb" not in entries
+    frozen = lines(classify(main_finetune, "frozen", epochs=1, unfreeze_blocks=1))[0]
+    assert "tflops" not in frozen  # a third of this for blocks below
+
+
+@pytest.mark.parametrize("reads_noise", [False, True])  # a forward pass that ends with an error has counted, too
+def test_counting_flops_restores_the_buffers(reads_noise):
+    """A user's model counts its forward passes, and its loss depends on the count."""
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, imgs, **extras):
+            self.count = self.count + 1
+            return super().forward(imgs + extras["noise"] if reads_noise else imgs)
+
+    model, imgs = Counting(), torch.zeros(1, 4)
+    flops = costs.training_flops(model, lambda: model(imgs), Precision("off", torch.device("cpu")))
+    assert flops == (None if reads_noise else 3 * 2 * 4 * 4)
+    assert model.count == 0
+
+
+def test_flops_of_a_transformer_layer_of_pytorch():
+    layer, tokens = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True), torch.zeros(1, 17, 128)
+    flops = costs.training_flops(layer, lambda: layer(tokens), Precision("off", torch.device("cpu")))
+    assert flops == 3 * 2 * products(17, 128, 1)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("gpu", "amp", "share"), [
+    ("NVIDIA H200", "bf16", 0.329), ("NVIDIA H100 PCIe", "bf16", 0.4305), ("NVIDIA H200", "off", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+])  # fmt: skip
+def test_the_share_of_the_peak_is_that_of_a_known_gpu(monkeypatch, gpu, amp, share):
+    """ViT-B on an H200: 5,567 images/s of 58.46 GFLOPs; the other GPUs at the same throughput."""
+    measured = {"get_device_name": gpu, "max_memory_allocated": 61_200_000_000, "reset_peak_memory_stats": None}
+    for name, value in measured.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    entries = costs.of_epoch(Precision(amp, torch.device("cuda")), 58_460_000_000, 5567)
+    assert entries == {"tflops": 325.4, "peak_memory_gb": 61.2} | (
+        {"mfu": pytest.approx(share, abs=1e-3)} if share else {}
+    )
 
 
 def test_a_resumed_log_has_every_epoch_once(tmp_path):

@@ -43,7 +43,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts the files that torchcodec decodes, in all processes."""
+    """Counts the files that --fast_jpeg decodes without Pillow, in all processes."""
     number, decode_rgb = multiprocessing.get_context("fork").Value("i", 0), jpeg.decode_rgb
 
     def count(*args):

@@ -143,7 +143,9 @@ def restarted(started_by: Collection[str]) -> bool:
     return any(count and launch in started_by for count, launch in zip(counts, launches(), strict=True))
 
 
-def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto") -> torch.device:
+def init(
+    device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto", needs_group: bool = False
+) -> torch.device:
     """Joins the process group if a launcher started several processes. Returns the device of this process.
 
     Args:
@@ -151,6 +153,7 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         dist_url: address at which the processes connect; env:// reads MASTER_ADDR and MASTER_PORT.
         timeout: seconds that a process waits for the other processes before it fails.
         backend: one of BACKENDS; auto is nccl for GPUs, else gloo.
+        needs_group: a single process has a process group, too, as FSDP2 requires.
 
     Raises:
         ValueError: the backend is nccl without a GPU, the variables of the launcher are incomplete, or the other
@@ -163,12 +166,15 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
     world_size = _launched("WORLD_SIZE", 1)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
         if _launched("RANK") >= world_size:
             raise ValueError(f"RANK={_launched('RANK')} in the environment must be below WORLD_SIZE={world_size}")
-        if backend == "auto":
-            backend = "nccl" if device.type == "cuda" else "gloo"
         _join(dist_url, world_size, backend, timeout, device)
+    elif needs_group and not td.is_initialized():
+        device_id = device if backend == "nccl" else None
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, device_id=device_id)
     return device
 
 
@@ -266,6 +272,17 @@ def is_main() -> bool:
 def processes_here() -> int:
     """Returns the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def cores_of_process() -> int:
+    """Returns the number of CPU cores that this process may use: its share of those of the machine or container."""
+    import joblib  # with scikit-learn, which torch.hub does not need
+
+    cores, of_task = joblib.cpu_count(), os.environ.get("SLURM_CPUS_PER_TASK")
+    is_task = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "TORCHELASTIC_RUN_ID" not in os.environ
+    if is_task and of_task:  # srun gives each process cores of its own
+        return min(cores, int(of_task))
+    return max(1, cores // processes_here())
 
 
 def local_rank() -> int:

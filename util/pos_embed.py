@@ -1,6 +1,5 @@
 """Position embeddings: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,15 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
     """
     if embed_dim % 2:
         raise ValueError(f"a sine-cosine table needs an even number of channels, got {embed_dim}")
+    return _encode(torch.from_numpy(np.asarray(pos, dtype=np.float64).reshape(-1)), embed_dim).numpy()
+
+
+def _encode(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
+    """Positions (M,) float64 -> (M, embed_dim) float64."""
     half = embed_dim // 2
-    omega = 1.0 / 10000 ** (np.arange(half, dtype=np.float64) / half)
-    angles = np.outer(np.asarray(pos, dtype=np.float64).reshape(-1), omega)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    omega = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    angles = torch.outer(positions, omega)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = False) -> np.ndarray:
@@ -48,25 +52,30 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = F
     Raises:
         ValueError: `embed_dim` is not a multiple of 4.
     """
+    return _sincos(embed_dim, to_pair(grid_size), int(cls_token), torch.device("cpu"), torch.float64).numpy()
+
+
+def _sincos(
+    embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns the table (T + N, embed_dim). torch.compile traces this function without a graph break."""
     if embed_dim % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a multiple of 4 channels, got {embed_dim}")
-    rows, columns = to_pair(grid_size)
-    y, x = np.mgrid[:rows, :columns]
-    table = np.concatenate(
-        [
-            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, x),
-            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, y),
-        ],
-        axis=1,
-    )
-    return np.concatenate([np.zeros((1, embed_dim)), table]) if cls_token else table
+    rows, columns = grid_size
+    y, x = (torch.arange(length, dtype=torch.float64, device=device) for length in grid_size)
+    y, x = (_encode(positions, embed_dim // 2).to(dtype) for positions in (y, x))
+    table = torch.cat([x.expand(rows, -1, -1), y.unsqueeze(1).expand(-1, columns, -1)], dim=-1)
+    return torch.nn.functional.pad(table.flatten(0, 1), (0, 0, num_prefix_tokens, 0))
 
 
-@lru_cache(maxsize=32)
-def sincos_table(embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> torch.Tensor:
+def sincos_table(
+    embed_dim: int,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 1,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
     """Returns `get_2d_sincos_pos_embed` after rows of zeros for the class tokens: float32 (1, T + N, embed_dim)."""
-    table = torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size)).float().unsqueeze(0)
-    return torch.nn.functional.pad(table, (0, 0, num_prefix_tokens, 0))
+    return _sincos(embed_dim, grid_size, num_prefix_tokens, torch.device(device), torch.float32).unsqueeze(0)
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
     "data", "augmentation", "model", "optimization", "evaluation", "run"
 )  # fmt: skip
 DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
-AMP_CHOICES = ("auto", "bf16", "fp16", "off")
+AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
@@ -19,7 +19,8 @@ METRICS = {  # of --metric, by task
 }
 DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
 METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
-DEFAULT_WORKERS = 10  # default of --num_workers
+DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
+SHORT_SIDE = 256  # pixels, default of --short_side of util.resize
 NUM_QUERIES = 32  # default of --num_queries
 NO_CROP = "none"  # the value of --crop for whole images
 CROP_CHOICES = ("random", NO_CROP)

@@ -90,11 +90,12 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="text file with a line `R G B NAME` for each class: its name, and its color in color masks and in "
         "pictures (default: numbers, and the colors of VOC)"),
     "num_workers": flag(DATA, default=choices.DEFAULT_WORKERS, type=count, metavar="N",
-        help="data loader worker processes, at most one per CPU core; 0: load in the training process"),
+        help="data loader worker processes, at most one per CPU core of this process; 0: load in the training process"),
     "pin_mem": flag(DATA, switch=True, help="load batches into pinned memory, for faster copies to the GPU"),
     "fast_jpeg": flag(DATA, switch=False,
-        help="decode color JPEG files with torchcodec and scale them with compiled code: the same pixels at up to "
-        "twice the throughput. Pillow decodes other files, and computes augmentation policies, as without the flag"),
+        help="decode color JPEG files with torchcodec, or else torchvision, and scale them with compiled code (numba): "
+        "the same pixels at up to twice the throughput. Pillow decodes other files, and computes augmentation "
+        "policies, as without the flag"),
     "cache_images": flag(DATA, switch=False,
         help="for small datasets: decode all images at the start and keep them in up to half of the memory of the "
         "machine, which its processes share. An image takes height x width x channels bytes. The batches are the same"),
@@ -285,7 +286,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "debug": flag(RUN, action="store_true", help="print the traceback of an error"),
     "amp": flag(RUN, default="auto", choices=choices.AMP_CHOICES,
         help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), and for training on CPUs with AVX512-BF16 or "
-        "AMX; else off. A resumed run has the precision of its checkpoint"),
+        "AMX; else off. tf32: fp32, but matrix products on CUDA round their factors to 10 bits of mantissa, a relative "
+        "error of up to 5e-4 each; bf16 and fp16 do so for the products that remain in fp32. off: fp32. A resumed run "
+        "has the precision of its checkpoint"),
     "compile": flag(RUN, action="store_true",
         help="compile the model with torch.compile: higher throughput, after up to a minute of compilation"),
     "jobs": flag(RUN, type=positive_int, default=1, metavar="N",

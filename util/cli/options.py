@@ -236,20 +236,25 @@ def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inference_options(
-    parser: argparse.ArgumentParser, images: bool = True, example: str = "mae_finetuned_vit_base", also: str = ""
-) -> None:
+    parser: argparse.ArgumentParser, images: bool = True, example: str = "mae_finetuned_vit_base", also: str = "",
+    amp: str = "off",
+) -> None:  # fmt: skip
     """Adds the flags of a command that uses a trained model.
 
     Args:
         images: add the image files as arguments.
         example: a published name that the command accepts; "" if it accepts checkpoint files only.
         also: end of the help text of --model: other values that the command accepts.
+        amp: default of --amp, of a command with image files.
     """
     published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
         add_exif(parser, "applied to single photographs")
         add_to(parser, "nodata", "value_range", "channels_last")
+        text = "precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. tf32: fp32, but matrix products on CUDA "
+        text += "round their factors to 10 bits of mantissa, a relative error of up to 5e-4 each. off: fp32"
+        add_to(parser, "amp", default=amp, help=text)
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     add_to(parser, "encoder", "encoder_args", "device", "debug")
 

@@ -11,7 +11,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +68,61 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return type(batch)(*parts) if hasattr(batch, "_fields") else parts
 
 
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns one stream for all epochs, because the allocator does not share memory between streams."""
+    return torch.cuda.Stream(device)
+
+
+def prefetch(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    stream, queue = _copying_stream(device), deque[tuple[Any, torch.cuda.Event]]()
+
+    def next_batch() -> Any:
+        batch, event = queue.popleft()
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(event)
+        for tensor in tensors_of(batch):
+            tensor.record_stream(computing)  # it was allocated on the other stream
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            queue.append((to_device(batch, device), stream.record_event()))
+        if len(queue) > 1:
+            yield next_batch()
+    if queue:
+        yield next_batch()
+
+
+def to_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yields tensors on the host. Those on CUDA are yielded after the next one is launched, so that the device computes
+    it meanwhile.
+    """
+    queue = deque[tuple[Tensor, torch.cuda.Event]]()
+
+    def oldest() -> Tensor:
+        copy, event = queue.popleft()
+        event.synchronize()
+        return copy
+
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            yield tensor
+            continue
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)  # waiting for it takes no core from the worker processes
+        queue.append((copy, torch.cuda.current_stream(tensor.device).record_event(event)))
+        if len(queue) > 1:
+            yield oldest()
+    if queue:
+        yield oldest()
+
+
 def require_space(num_workers: int) -> None:
     """Raises OSError if the queues of the worker processes do not fit into the shared memory."""
     if PLACE.is_dir() and shutil.disk_usage(PLACE).free < SEMAPHORES * (1 + num_workers) * mmap.PAGESIZE:
@@ -77,8 +133,8 @@ def _full(num_workers: int) -> OSError:
     """Returns an error that names the shared memory and the remedies."""
     size = f" ({shutil.disk_usage(PLACE).total / 1e6:,.1f} MB)" if PLACE.is_dir() else ""
     return OSError(
-        f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give --num_workers 0, "
-        f"or more shared memory (docker run --shm-size 8g)"
+        f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give fewer "
+        f"--num_workers (0 sends none), or more shared memory (docker run --shm-size 8g)"
     )
 
 
@@ -140,8 +196,7 @@ class Batches(DataLoader):
 
 def up_to_cores(num_workers: int) -> int:
     """Limits the number of worker processes to this process's share of the cores."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
-    cores = max(1, available // dist.processes_here())
+    cores = dist.cores_of_process()
     if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default is reduced silently
         _notice_cores(num_workers, cores)
     return min(num_workers, cores)

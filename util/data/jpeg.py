@@ -1,13 +1,14 @@
-"""A faster decoder of JPEG files: torchcodec's, which uses libjpeg-turbo as Pillow does.
+"""A faster decoder of JPEG files: that of torchcodec or torchvision, which use libjpeg-turbo as Pillow does.
 
 `util.data.bicubic` scales the pictures. Decoding and scaling together return the pixels of Pillow, bit for bit.
 
 Pillow decodes all files that the two libraries may decode differently: gray, CMYK, 12 bits, truncated or damaged files.
 """
 
+import contextlib
 import re
 import struct
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -33,21 +34,23 @@ def has_many_scans(data: bytes) -> bool:
 
 @cache
 def decoder() -> Any:
-    """Returns the decoder of torchcodec, and compiles the scaling of its pictures.
+    """Returns the decoder of torchcodec or, if it is not installed, of torchvision; compiles the scaling of pictures.
 
     Raises:
-        ValueError: torchcodec or numba is not installed, or is incompatible with the installed PyTorch or NumPy.
+        ValueError: numba is not installed or is incompatible with the installed NumPy, or there is no decoder.
     """
     try:
-        from torchcodec.decoders import decode_jpeg
-
         import_module("util.data.bicubic")
-    except (ImportError, RuntimeError, OSError) as error:
+        with contextlib.suppress(ImportError, RuntimeError, OSError):  # not installed, or not for this PyTorch
+            from torchcodec.decoders import decode_jpeg
+
+            return decode_jpeg
+        from torchvision import io  # as fast as torchcodec, but deprecated since torchvision 0.29
+
+        return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f'--fast_jpeg needs the packages torchcodec and numba: pip install ".[fast]" ({reason})'
-        ) from error
-    return decode_jpeg
+        raise ValueError(f'--fast_jpeg needs more packages: pip install ".[fast]" ({reason})') from error
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.cli import entry_point, flags
-from util.cli.choices import DEFAULT_WORKERS
+from util.cli.choices import DEFAULT_WORKERS, SHORT_SIDE
 from util.data.batches import up_to_cores
 from util.data.decode import BadImage, is_rescaled, read
 from util.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
@@ -96,7 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "copy", type=Path, metavar="COPY", help="output folder, with the same subfolders and file names"
     )
     parser.add_argument(
-        "--short_side", default=256, type=flags.positive_int, metavar="S", help="largest short side, in pixels"
+        "--short_side", default=SHORT_SIDE, type=flags.positive_int, metavar="S", help="largest short side, in pixels"
     )
     parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="quality of JPEG files")
     parser.add_argument(

@@ -90,8 +90,11 @@ def most_likely(logits: Tensor, size: tuple[int, int]) -> Tensor:
     rows = torch.linspace(0, logits.shape[1] - 1, size[0], dtype=torch.float64)
     weights = (rows - rows.floor()).float()[:, None]
     height = max(1, STRIP_VALUES // (len(logits) * size[1]))
-    # Indices on the device: indexing by tensors of the host waits for the device.
-    parts = (values.to(logits.device).split(height) for values in (rows.floor().long(), rows.ceil().long(), weights))
+    # Indices on the device: indexing by tensors of the host waits for the device, as does a copy that blocks.
+    parts = [
+        values.to(logits.device, non_blocking=logits.is_cuda).split(height)
+        for values in (rows.floor().long(), rows.ceil().long(), weights)
+    ]
     strips = []
     for above, below, weight in zip(*parts, strict=True):
         scaled = torch.lerp(logits[:, above], logits[:, below], weight)

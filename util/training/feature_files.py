@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from util import dist
 from util.cli import advice
-from util.data.batches import Batch, to_device
+from util.data.batches import Batch, prefetch, to_host
 from util.data.labels import Subset
 from util.data.loader import Epochs
 from util.data.sources import Source
@@ -62,6 +62,10 @@ class FeatureBatches(Epochs):
         """Returns no counts: no images are read."""
         return {}
 
+    def remedies(self, record: Mapping[str, Any]) -> list[str]:
+        """Returns no remedies: no images are read."""
+        return []
+
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors
 def encode(
@@ -76,8 +80,8 @@ def encode(
     Args:
         forward: normalized images (B, c, H, W), and extra inputs by name -> features (B, ...).
     """
-    for batch in batches:
-        batch = Batch(*to_device(batch, precision.device))
+    for loaded in prefetch(batches, precision.device):
+        batch = Batch(*loaded)
         with precision.autocast():
             features = forward(normalize(batch.images), **batch.extras).float()
         yield Batch(features, batch.labels, batch.noise)
@@ -110,8 +114,8 @@ def extract(
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done * dist.world_size(), len(source)))
         bar = tqdm(total=len(labels), initial=done, desc="features", unit="image", leave=False, disable=None)
-        for features, *_ in encode_rest(rest):
-            yield features.to(dtype).cpu().numpy()
+        for features in to_host(features.to(dtype) for features, *_ in encode_rest(rest)):
+            yield features.numpy()
             bar.update(len(features))
 
     stored, done = torch.empty(0, dtype=dtype).numpy(), 0

@@ -1,5 +1,7 @@
 """Sharding of a model over the processes (`--fsdp`, FSDP2)."""
 
+import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from util import dist
+
+logger = logging.getLogger(__name__)
 
 
 def shard(
@@ -36,15 +40,17 @@ def shard(
         method: another method of the model, in addition to `forward`, that computes with its weights.
 
     Raises:
-        ValueError: there is only one process, `dtype` is fp16, which needs a common loss scale, or a weight or buffer
-            is not initialized.
+        ValueError: the device is MPS, `dtype` is fp16, which needs a common loss scale, or a weight or buffer is not
+            initialized.
     """
     if dtype is torch.float16:
         raise ValueError("--fsdp supports --amp bf16 and off, not fp16")
+    if device.type == "mps":
+        raise ValueError("--fsdp supports CUDA and the CPU, not MPS: omit it, or give --device cpu")
     if dist.world_size() == 1:
-        raise ValueError(
-            "--fsdp shards the weights over several processes, and there is only one: start several with torchrun"
-        )
+        logger.warning("--fsdp shards nothing in a single process: start several processes with torchrun, or omit it")
+    # The predictions are a part of the decoder's output. No code changes them in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     # Activations have the dtype of autocast, as without sharding. With param_dtype, LayerNorm would have fp32 input and
     # weights of another dtype, which the CPU does not support.

@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.data.batches import tensors_of, to_device
+from util.data.batches import prefetch
 from util.data.loader import TrainLoader
 from util.interrupts import Interrupted
 from util.training.feature_files import FeatureBatches
@@ -85,7 +85,7 @@ def run_epoch(
     assert not rest, "an epoch is a whole number of updates"
     updates, in_optimizer_step = options.first_iteration // accum_iter, False  # completed optimizer steps of this epoch
     buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
-    stopwatch, pending = Stopwatch(), PendingUpdates(options)
+    stopwatch, pending = Stopwatch(precision.device), PendingUpdates(options)
     losses: dict[str, Tensor] = {}  # of the update
     model.train()
 
@@ -95,7 +95,7 @@ def run_epoch(
     try:
         loader.seek(epoch, options.first_iteration)
         options.log.begin_epoch(epoch, options.first_iteration, num_iterations, loader.images_per_iteration, stopwatch)
-        batches = prefetch(stopwatch.watch(loader), precision.device)
+        batches = stopwatch.watch(prefetch(loader, precision.device))
         for iteration, batch in enumerate(batches, start=options.first_iteration):
             if iteration % accum_iter == 0:
                 lr = options.schedule(epoch + updates / num_updates)
@@ -120,8 +120,9 @@ def run_epoch(
                 save()
             if shared_request is Request.STOP:
                 saver.stop()
+        shared_request = pending.read(0, num_iterations)  # waits for the device
         stopwatch.stop()
-        if pending.read(0, num_iterations):
+        if shared_request:
             save()
     except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
@@ -191,37 +192,6 @@ def _forward_backward(
     if is_last:
         dist.require_gradients(model)
     return {name: part.detach() for name, part in parts.items()}
-
-
-@cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns one stream for all epochs, because the allocator does not share memory between streams."""
-    return torch.cuda.Stream(device)
-
-
-def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield to_device(batch, device)
-        return
-    stream, queue = _copying_stream(device), deque[tuple[Any, torch.cuda.Event]]()
-
-    def next_batch() -> Any:
-        batch, event = queue.popleft()
-        computing = torch.cuda.current_stream(device)
-        computing.wait_event(event)
-        for tensor in tensors_of(batch):
-            tensor.record_stream(computing)  # it was allocated on the other stream
-        return batch
-
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            queue.append((to_device(batch, device), stream.record_event()))
-        if len(queue) > 1:
-            yield next_batch()
-    if queue:
-        yield next_batch()
 
 
 class PendingUpdates:

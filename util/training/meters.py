@@ -2,9 +2,15 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
+
+HOST = torch.device("cpu")
 
 
 @dataclass
@@ -43,27 +49,66 @@ class Meters:
         return asdict(self)
 
 
-class Stopwatch:
-    """Measures the time of the training loop, and the time of data loading in it."""
+class HostEvent:
+    """The clock of the host, with the interface of `torch.cuda.Event`."""
 
-    def __init__(self) -> None:
+    def record(self) -> None:
+        """Records the time."""
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        """Returns True: the host has passed the event."""
+        return True
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        """Returns the milliseconds from this event to a later one."""
+        return 1000 * (end.seconds - self.seconds)
+
+
+class Stopwatch:
+    """Measures the time of the training loop, and the time in which the device waits for batches.
+
+    On CUDA, timing events in the stream of the computation measure the wait, from the end of an iteration to the start
+    of the next one. The host runs ahead of the GPU, so its own wait for a batch does not show that the GPU is idle. On
+    other devices, the clock of the host measures it.
+    """
+
+    def __init__(self, device: torch.device = HOST) -> None:
+        self.new_event = partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else HostEvent
+        self.waits: deque[tuple[Any, Any]] = deque()  # start and end of each wait that the device has not passed
         self.started = time.perf_counter()
         self.ended: float | None = None
         self.loading_seconds = 0.0
+        self.first_wait = 0.0  # for the first batch, and for the start of the worker processes
         self.batches = 0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yields batches, and sums the time until each is available."""
-        begin = time.perf_counter()
+        """Yields batches on the device, and measures the time until the device can start with each."""
+        start = self._event()
         for batch in batches:
-            self.loading_seconds += time.perf_counter() - begin
+            self.waits.append((start, self._event()))
+            self._add_waits()
             yield batch
             self.batches += 1
-            begin = time.perf_counter()
+            start = self._event()
 
     def stop(self) -> None:
-        """Ends the measurement, after the last batch."""
+        """Ends the measurement, after the device has completed the last batch."""
         self.ended = time.perf_counter()
+        self._add_waits()
+
+    def _event(self) -> Any:
+        event = self.new_event()
+        event.record()
+        return event
+
+    def _add_waits(self) -> None:
+        """Adds the waits that the device has passed. The host does not wait for others."""
+        while self.waits and self.waits[0][1].query():
+            start, end = self.waits.popleft()
+            wait = start.elapsed_time(end) / 1000
+            self.loading_seconds += wait
+            self.first_wait = self.first_wait or wait
 
     @property
     def seconds(self) -> float:
@@ -77,5 +122,10 @@ class Stopwatch:
 
     @property
     def loading_share(self) -> float:
-        """Data-loading time as a fraction of the time, 0 to 1."""
+        """The time in which the device waits for batches, as a fraction of the time, 0 to 1."""
         return self.loading_seconds / max(self.seconds, 1e-9)
+
+    @property
+    def later_loading_share(self) -> float:
+        """The same after the first batch."""
+        return (self.loading_seconds - self.first_wait) / max(self.seconds - self.first_wait, 1e-9)

@@ -16,6 +16,7 @@ from util.data.webdataset_shards import Shards
 from util.evaluation import knn
 from util.settings import DATASETS, DataSpec
 from util.training import feature_files
+from util.training.compiling import padded
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, preci
         return model.class_features(model.get_intermediate_layers(images, **extras)[0])
 
     batches = data.eval_batches(source, batch_size)
-    return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
+    return feature_files.encode(padded(forward, model), batches, normalize=data.normalize, precision=precision)
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from tqdm import tqdm
 from util import dist
 from util.files import atomic, results
 from util.files.untrusted import printable
+from util.training import costs
 from util.training.meters import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait")  # entries of log.txt that the log itself adds
+# Entries of log.txt that the log itself adds.
+OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait", "tflops", "mfu", "peak_memory_gb")
+MAX_LOADING = 0.05  # of the time; more slows the run down
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
@@ -103,6 +106,9 @@ class RunLog(NullLog):
         first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
         first_x: the same for TensorBoard, in thousandths of an epoch.
         loss_tag: name of the loss in TensorBoard.
+        measure_costs: returns further entries of log.txt for a throughput, as `costs.of_epoch`.
+        remedies: returns flags and commands that make data loading faster. The log names them after the first epoch if
+            the device waits for more than MAX_LOADING of the time.
 
     Raises:
         OSError: log.txt can't be written when the log is closed, or the files of TensorBoard when it is opened. In
@@ -117,8 +123,11 @@ class RunLog(NullLog):
         first_epoch: int = 0,
         first_x: int = 0,
         loss_tag: str = "train_loss",
+        measure_costs: Callable[[float], dict[str, float]] = lambda images_per_s: {},
+        remedies: Callable[[], list[str]] = list,
     ) -> None:
-        self.epochs = epochs
+        self.epochs, self.first_epoch = epochs, first_epoch
+        self.measure_costs, self.remedies = measure_costs, remedies
         self.loss_tag = loss_tag
         path = output_dir / "log.txt"
         _drop_lines_from(path, first_epoch)
@@ -179,17 +188,18 @@ class RunLog(NullLog):
         watch = self.watch
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
-        speed = {"perf/images_per_s": rate, "perf/data_wait": watch.loading_share}
-        self.events.scalars(scores | speed, x_of_epoch(self.epoch))
-        values = (self.epoch, round(watch.seconds, 3), round(rate, 1), round(watch.loading_share, 4))
-        line = stats | dict(zip(OF_EPOCH, values, strict=True))
+        speed = {"images_per_s": round(rate, 1), "data_wait": round(watch.loading_share, 4), **self.measure_costs(rate)}
+        self.events.scalars(scores | {f"perf/{name}": value for name, value in speed.items()}, x_of_epoch(self.epoch))
+        line = stats | {"epoch": self.epoch, "seconds": round(watch.seconds, 3)} | speed
         self.lines.pending += (results.to_line(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
             f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, "
-            f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}"
+            f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}{costs.describe(speed)}"
         )
+        if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
+            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (RUNS.md, Speed)")
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))

@@ -16,8 +16,9 @@ from util import dist, lr_sched
 from util.checkpoints import checkpoint, run_directory, run_state
 from util.cli.user_code import call
 from util.interrupts import Interrupted, Interrupts
+from util.pos_embed import to_pair
 from util.settings import RunSpec
-from util.training import environment, run_log
+from util.training import costs, environment, run_log
 from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader
 from util.training.meters import Meters
@@ -39,7 +40,8 @@ def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tup
         The settings of the run, which may come from the checkpoint from which it resumes; the device of this process
         and its precision.
     """
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
+    is_sharded = getattr(args, "fsdp", False)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend, needs_group=is_sharded)
     run_log.start_logging()
     if script:
         args = run_state.with_recorded_settings(args, script)
@@ -68,6 +70,7 @@ class Task:
             the key `callbacks`.
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up. Default: the
             decay of `lr_sched`.
+        forward: calls the model with images, so that its FLOPs are counted. Default: log.txt has no TFLOP/s.
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
@@ -79,6 +82,7 @@ class Task:
     lower_is_better: bool = False
     callbacks: Sequence[Callback] = ()
     lr_schedule: lr_sched.Schedule | None = None
+    forward: Callable[[torch.Tensor], Any] | None = None
 
 
 def run(
@@ -130,12 +134,13 @@ def run(
             epochs=spec.epochs, save_every=spec.save_every, save_minutes=spec.save_minutes, keep_last=spec.keep_last,
         )  # fmt: skip
         trained = task.trained or model
+        measure_costs = partial(costs.of_epoch, precision, _flops(task, trained, precision, record))
         if spec.compile:
             compile_model(trained, precision.device)
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = _open_log(spec, task.loss_tag, progress, len(batches))
+        log = _open_log(spec, task.loss_tag, progress, len(batches), measure_costs, partial(batches.remedies, record))
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
@@ -152,12 +157,28 @@ def run(
         _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
 
 
-def _open_log(spec: RunSpec, loss_tag: str, progress: run_state.Progress, num_iterations: int) -> run_log.NullLog:
+def _flops(task: Task, trained: nn.Module, precision: Precision, record: Mapping[str, Any]) -> int | None:
+    """Returns the FLOPs of an image, as `costs.training_flops`. The model is not compiled yet."""
+    if task.forward is None:
+        return None
+    image = torch.zeros(1, record["in_chans"], *to_pair(record["input_size"]), device=precision.device)
+    return costs.training_flops(trained, partial(task.forward, image), precision)
+
+
+def _open_log(
+    spec: RunSpec,
+    loss_tag: str,
+    progress: run_state.Progress,
+    num_iterations: int,
+    measure_costs: Callable[[float], dict[str, float]],
+    remedies: Callable[[], list[str]],
+) -> run_log.NullLog:
     if not dist.is_main():
         return run_log.NullLog()
     return run_log.RunLog(
         Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
         first_x=run_log.next_x(progress.epoch, progress.first_iteration, num_iterations),
+        measure_costs=measure_costs, remedies=remedies,
     )  # fmt: skip
 
 
