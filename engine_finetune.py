@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util import dist, settings
-from util.checkpoints import run_directory
-from util.cli.choices import CLASSIFICATION, REGRESSION
-from util.data import extras, labels
-from util.data.batches import Batch, prefetch
-from util.data.run_data import RunData
-from util.data.sources import Source
-from util.evaluation import report, tasks
-from util.evaluation.robustness import synsets
-from util.evaluation.tasks import Classification, TargetEvaluation
-from util.training import feature_files, loop
-from util.training.compiling import padded
-from util.training.precision import Precision
-from util.weights import loading, reading
-from util.weights.model_zoo import CLASSIFIER
+from mae import parallel, settings
+from mae.checkpoints import run_directory
+from mae.cli.choices import CLASSIFICATION, REGRESSION
+from mae.data import extras, labels
+from mae.data.batches import Batch, prefetch
+from mae.data.run_data import RunData
+from mae.data.sources import Source
+from mae.evaluate import report, tasks
+from mae.evaluate.robustness import synsets
+from mae.evaluate.tasks import Classification, TargetEvaluation
+from mae.training import feature_files, loop
+from mae.training.compiling import padded
+from mae.training.precision import Precision
+from mae.weights import loading, reading
+from mae.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ def evaluate_heads(
     evaluations = []
     for own in columns:
         local = [torch.cat(column).cpu().numpy() for column in zip(*own, strict=True)]
-        shards = dist.gather((local, num_outputs))
+        shards = parallel.gather((local, num_outputs))
         parts = zip(*(shard for shard, _ in shards if shard), strict=True)
-        merged = [dist.interleave(list(part)) for part in parts]
+        merged = [parallel.interleave(list(part)) for part in parts]
         evaluations.append(task.evaluation(merged, max(number for _, number in shards)))
     return evaluations
 
@@ -128,7 +128,7 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.We
     """
     source = partial(run_directory.source, Path(flags["output_dir"]), flags["resume"])
     if not flags["eval"]:
-        resumes = dist.from_rank_0(lambda: source() is not None)
+        resumes = parallel.from_rank_0(lambda: source() is not None)
         return loading.read(flags["finetune"]) if flags["finetune"] and not resumes else None
     name = flags["resume"] or flags["finetune"]
     if name == "auto" and (name := source() or flags["finetune"]):
@@ -219,6 +219,6 @@ def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> No
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     tasks.warn_of_undefined(scores.scores())
-    if folder and dist.is_main():
+    if folder and parallel.is_main():
         write = report.write_targets if isinstance(scores, TargetEvaluation) else report.write
         write(Path(folder), classes, scores.labels, scores.predictions)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from util import dist
-from util.lars import LARS
+from mae import parallel
+from mae.training.lars import LARS
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class HeadLosses:
         total = losses.where(finite, 0.0).sum()
         batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])
         # Not after the update: if another process has ended, this raises an error before the weights change.
-        self.of_update.append(dist.mean_over_processes(batch))
+        self.of_update.append(parallel.mean_over_processes(batch))
         return total - total.detach() + losses.detach().where(finite, torch.inf).min()
 
     def after_update(self, model: nn.Module, epoch: float) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.data.transforms import Normalize
-from util.training import loop
+from mae.data.transforms import Normalize
+from mae.training import loop
 
 
 def train_one_epoch(

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from util import dist
-from util.data.batches import prefetch
-from util.data.segmentation_masks import IGNORED
-from util.evaluation import report
-from util.evaluation.segmentation import Scores, class_title, confusion_matrix, predict_classes
-from util.training.compiling import padded
-from util.training.precision import Precision
+from mae import parallel
+from mae.data.batches import prefetch
+from mae.data.segmentation_masks import IGNORED
+from mae.evaluate import report
+from mae.evaluate.segmentation import Scores, class_title, confusion_matrix, predict_classes
+from mae.training.compiling import padded
+from mae.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def evaluate(
         size = (masks.shape[1], masks.shape[2])
         predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size, extras)
         matrix += confusion_matrix(masks[0], predictions, num_classes)
-    return Scores(sum(dist.gather(matrix.cpu().numpy())))
+    return Scores(sum(parallel.gather(matrix.cpu().numpy())))
 
 
 def warn_of_lacking_classes(found: Sequence[int], classes: Sequence[str], which: str) -> None:
@@ -91,5 +91,5 @@ def report_scores(scores: Scores, classes: list[str], folder: str | None) -> Non
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     warn_of_lacking_classes(np.flatnonzero(scores.matrix.sum(axis=1)).tolist(), classes, "the validation")
-    if folder and dist.is_main():
+    if folder and parallel.is_main():
         report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})

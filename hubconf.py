@@ -1,12 +1,12 @@
 """Entry points of torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
 
-Every architecture is an entry point, with the arguments of `inference.get_model`. torch.hub ignores names with a
+Every architecture is an entry point, with the arguments of `mae.inference.get_model`. torch.hub ignores names with a
 leading underscore.
 """
 
 import functools as _functools
 
-from inference import model as _model
+from mae.inference import model as _model
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tifffile", "yaml", "safetensors", "tensorboard",
                 "tqdm", "matplotlib", "huggingface_hub"]  # fmt: skip

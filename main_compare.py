@@ -32,29 +32,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import mae.build
 import main_finetune
 import main_knn
 import main_linprobe
-import models_build
 import models_vit
-from util.checkpoints import run_directory
-from util.cli import entry_point, options
-from util.cli.advice import arguments, did_you_mean
-from util.cli.choices import CLASSIFICATION, DEFAULT_METRICS
-from util.cli.user_code import DATASET
-from util.data.dataset_kinds import open_source
-from util.data.labels import open_pair, some_of_each_class
-from util.data.sources import Source
-from util.data.user_sets import OpenDataset, with_source
-from util.evaluation import comparison, pixel_baselines
-from util.evaluation.comparison import ACCURACY, PIXELS, Result
-from util.evaluation.metrics import LOWER_IS_BETTER
-from util.evaluation.tasks import best_of
-from util.files.results import from_line
-from util.jobs.commands import Commands
-from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
-from util.training import run_log
-from util.weights import reading
+from mae.checkpoints import run_directory
+from mae.cli import entry_point, options
+from mae.cli.advice import arguments, did_you_mean
+from mae.cli.choices import CLASSIFICATION, DEFAULT_METRICS
+from mae.cli.user_code import DATASET
+from mae.data.dataset_kinds import open_source
+from mae.data.labels import open_pair, some_of_each_class
+from mae.data.sources import Source
+from mae.data.user_sets import OpenDataset, with_source
+from mae.evaluate import comparison, pixel_baselines
+from mae.evaluate.comparison import ACCURACY, PIXELS, Result
+from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.evaluate.tasks import best_of
+from mae.files.results import from_line
+from mae.jobs.commands import Commands
+from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
+from mae.training import run_log
+from mae.weights import reading
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         name, file = name_and_file(text)
         path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
         weights = reading.read(path)
-        recorded = models_build.classifier_settings(weights)
+        recorded = mae.build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
         if recorded.get("encoder") not in (None, args.encoder):  # a file can't make a program import code

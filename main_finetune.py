@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import models_build
+import mae.build
 import models_vit
 from engine_finetune import (
     evaluate,
@@ -32,23 +32,23 @@ from engine_finetune import (
     report_scores,
     train_one_epoch,
 )
-from util.checkpoints import run_directory
-from util.cli import entry_point, options
-from util.cli.advice import AdvisedError, Remedy
-from util.cli.choices import CLASSIFICATION
-from util.data import extras, transforms
-from util.data.labels import has_ids
-from util.data.run_data import RunData
-from util.data.user_sets import OpenDataset, with_source
-from util.evaluation import tasks
-from util.lr_decay import param_groups_lrd
-from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import optimizers, run_log, trainer
-from util.training.compiling import compile_model
-from util.training.loop import Callback
-from util.training.precision import Precision
-from util.weights import loading
-from util.weights.recorded_settings import with_recorded_settings
+from mae.checkpoints import run_directory
+from mae.cli import entry_point, options
+from mae.cli.advice import AdvisedError, Remedy
+from mae.cli.choices import CLASSIFICATION
+from mae.data import extras, transforms
+from mae.data.labels import has_ids
+from mae.data.run_data import RunData
+from mae.data.user_sets import OpenDataset, with_source
+from mae.evaluate import tasks
+from mae.lr_decay import param_groups_lrd
+from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.training import optimizers, run_log, trainer
+from mae.training.compiling import compile_model
+from mae.training.loop import Callback
+from mae.training.precision import Precision
+from mae.weights import loading
+from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ def main(
     args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
-    args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
+    args = with_recorded_settings(args, file, mae.build.classifier_settings(file), trains=not args.eval)
     images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
 
-    build = partial(models_build.classifier, encoder=encoder)
+    build = partial(mae.build.classifier, encoder=encoder)
     if args.eval and file:
         return evaluate_file(args, data, file, precision, build)
 
@@ -154,7 +154,7 @@ def build_model(
     if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task, has_ids):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
-        models_build.freeze_below(model, args.unfreeze_blocks)
+        mae.build.freeze_below(model, args.unfreeze_blocks)
     return model
 
 

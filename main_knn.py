@@ -18,21 +18,21 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import models_build
+import mae.build
 import models_vit
 from engine_finetune import encode, load_frozen, open_labelled
-from util.cli import entry_point, options
-from util.data import extras
-from util.data.run_data import RunData
-from util.data.user_sets import OpenDataset, with_source
-from util.evaluation import tasks
-from util.evaluation.knn import predict
-from util.evaluation.tables import markdown
-from util.files import results
-from util.settings import DataSpec, ImageSpec, names_where, specs
-from util.training import feature_files, trainer
-from util.weights import loading
-from util.weights.recorded_settings import with_recorded_settings
+from mae.cli import entry_point, options
+from mae.data import extras
+from mae.data.run_data import RunData
+from mae.data.user_sets import OpenDataset, with_source
+from mae.evaluate import tasks
+from mae.evaluate.knn import predict
+from mae.evaluate.tables import markdown
+from mae.files import results
+from mae.settings import DataSpec, ImageSpec, names_where, specs
+from mae.training import feature_files, trainer
+from mae.weights import loading
+from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ def main(
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
-    recorded, of_labels = models_build.classifier_settings(file), names_where(lambda one: one["of_labels"])
+    recorded, of_labels = mae.build.classifier_settings(file), names_where(lambda one: one["of_labels"])
     args = with_recorded_settings(args, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
     train, val, statistics = open_labelled(data, args.nb_classes)
     task = tasks.task_of({**vars(args), **statistics}, val)
-    model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
+    model = mae.build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
     load_frozen(model, file, args.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import models_build
+import mae.build
 import models_vit
 from engine_finetune import (
     encode,
@@ -43,22 +43,22 @@ from engine_finetune import (
     train_one_epoch,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from util import dist
-from util.checkpoints import checkpoint, run_directory
-from util.cli import entry_point, options
-from util.cli.choices import ATTENTIVE
-from util.data import extras, labels, loader, transforms
-from util.data.batches import Batch
-from util.data.run_data import RunData
-from util.data.sources import Source, versions
-from util.data.user_sets import OpenDataset, with_source
-from util.evaluation import tasks
-from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
-from util.training import feature_files, run_log, trainer
-from util.training.loop import Callback
-from util.training.precision import Precision
-from util.weights import loading
-from util.weights.recorded_settings import with_recorded_settings
+from mae import parallel
+from mae.checkpoints import checkpoint, run_directory
+from mae.cli import entry_point, options
+from mae.cli.choices import ATTENTIVE
+from mae.data import extras, labels, loader, transforms
+from mae.data.batches import Batch
+from mae.data.run_data import RunData
+from mae.data.sources import Source, versions
+from mae.data.user_sets import OpenDataset, with_source
+from mae.evaluate import tasks
+from mae.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
+from mae.training import feature_files, run_log, trainer
+from mae.training.loop import Callback
+from mae.training.precision import Precision
+from mae.weights import loading
+from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ def main(
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)
-    args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
+    args = with_recorded_settings(args, file, mae.build.classifier_settings(file), trains=not args.eval)
     images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
-    build = partial(models_build.probe, encoder=encoder)
+    build = partial(mae.build.probe, encoder=encoder)
     if args.eval and file:
         if args.compile:
             logger.warning("--compile has no effect with --eval")
@@ -125,7 +125,7 @@ def open_encoder(args: Namespace) -> loading.Weights | None:
     """
     if args.eval:
         return open_weights(vars(args))
-    which = dist.from_rank_0(lambda: run_directory.chosen(Path(args.output_dir), args.resume))
+    which = parallel.from_rank_0(lambda: run_directory.chosen(Path(args.output_dir), args.resume))
     for path in checkpoint.newest_first(Path(args.output_dir)) if which == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             return loading.read(path)
@@ -160,7 +160,7 @@ def train_probe(
         train, held_out = labels.hold_out(train, args.held_out, args.seed, f"--held_out {args.held_out:g}")
         settings["train_images"] = labels.identity(train, len(train) + len(held_out))
         sets = {"held_out": held_out, "val": val}
-        model.head = models_build.ParallelHeads(heads)
+        model.head = mae.build.ParallelHeads(heads)
         logger.info(
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
@@ -184,7 +184,7 @@ def train_probe(
             best_rate = report_best_rate(args.blr, best, labelled.title, held_out, *criterion.means(), is_last)
         (scores,) = test([heads[best]], passes["val"]())
         report_scores(scores, classes, args.report)
-        if several and dist.is_main():
+        if several and parallel.is_main():
             write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
@@ -263,7 +263,7 @@ class Features:
         self.are_stored = args.cache_features or not model.head_pools
         self.folder = Path(args.output_dir) / "tokens"
         if self.are_stored and model.head_pools:
-            if dist.is_main() and not run_directory.chosen(Path(args.output_dir), args.resume):
+            if parallel.is_main() and not run_directory.chosen(Path(args.output_dir), args.resume):
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
@@ -280,7 +280,7 @@ class Features:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
         source, options = self.sets[name], dict[str, Any]()
         if self.model.head_pools:
-            folder = self.folder / f"{name}-{dist.rank()}-of-{dist.world_size()}"
+            folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"
             options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
         return feature_files.extract(partial(self._encode, name), source, **options)
 
@@ -297,14 +297,14 @@ class Features:
             **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
             "mean": list(mean), "std": list(std),
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
-            "images": checkpoint.compute_digest(versions(source, dist.rank(), dist.world_size())),
+            "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
         }  # fmt: skip
 
     def _require_space(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         count = sum(map(len, self.sets.values()))
         size = 2 * count * self.model.patch_embed.num_patches * self.model.embed_dim
-        existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{dist.world_size()}/features.*"))
+        existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{parallel.world_size()}/features.*"))
         free = shutil.disk_usage(self.folder).free
         text = f"the tokens of {count:,} images take {size / 1e6:,.0f} MB in {self.folder}"
         if size - existing > free:
@@ -313,7 +313,7 @@ class Features:
                 f"--output_dir, or omit --cache_features"
             )
         logger.info(f"--cache_features: {text}")
-        dist.barrier()  # the free space is that before any process writes
+        parallel.barrier()  # the free space is that before any process writes
 
 
 def encoder_state(model: nn.Module) -> dict[str, Tensor]:

@@ -22,32 +22,32 @@ from typing import Any
 import numpy as np
 import torch
 
-import models_build
+import mae.build
 import models_mae
 from engine_pretrain import train_one_epoch
+from mae import masking, parallel
+from mae.blocks import blocks_of
+from mae.checkpoints import run_directory
+from mae.cli import entry_point, options
+from mae.cli.user_code import import_object
+from mae.data import extras, loader, transforms
+from mae.data.generators import preserve_generators
+from mae.data.run_data import RunData
+from mae.data.samples import Samples
+from mae.data.sources import Source
+from mae.data.user_sets import OpenDataset, with_source
+from mae.data.webdataset_shards import Shards
+from mae.evaluate import pictures
+from mae.lr_decay import param_groups_weight_decay
+from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.training import optimizers, run_log, trainer
+from mae.training.loop import Callback
+from mae.training.lr_sched import Schedule
+from mae.training.online_probe import OnlineProbe
+from mae.training.precision import Precision
+from mae.weights import loading
+from mae.weights.recorded_settings import with_settings_of
 from models_vit import Encoder
-from util import dist, masking
-from util.blocks import blocks_of
-from util.checkpoints import run_directory
-from util.cli import entry_point, options
-from util.cli.user_code import import_object
-from util.data import extras, loader, transforms
-from util.data.generators import preserve_generators
-from util.data.run_data import RunData
-from util.data.samples import Samples
-from util.data.sources import Source
-from util.data.user_sets import OpenDataset, with_source
-from util.data.webdataset_shards import Shards
-from util.evaluation import pictures
-from util.lr_decay import param_groups_weight_decay
-from util.lr_sched import Schedule
-from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import optimizers, run_log, trainer
-from util.training.loop import Callback
-from util.training.online_probe import OnlineProbe
-from util.training.precision import Precision
-from util.weights import loading
-from util.weights.recorded_settings import with_settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def main(
     probe = open_probe(args, data, full_images.source, precision, model)
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
-        takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
+        takes_part = parallel.is_main() or args.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
             log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio, uses_noise), epoch)
         if probe and ((epoch + 1) % args.probe_every == 0 or epoch == args.epochs - 1):
@@ -145,10 +145,10 @@ def main(
 
 def with_initial_weights(args: Namespace) -> tuple[Namespace, loading.Weights | None]:
     """Returns the settings of a run, with those of the file of --init_from, and the file, unless the run resumes."""
-    resumes = dist.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
+    resumes = parallel.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
     file = loading.read(args.init_from) if args.init_from and not resumes else None
     if file:
-        args = with_settings_of(file, args, models_build.autoencoder_settings(file), trains=True)
+        args = with_settings_of(file, args, mae.build.autoencoder_settings(file), trains=True)
     return args, file
 
 
@@ -174,10 +174,10 @@ def build_model(
     settings = vars(args)
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
-        model = models_build.autoencoder(*specs(settings), model_class, encoder)
+        model = mae.build.autoencoder(*specs(settings), model_class, encoder)
     log_sizes(model)
     if args.fsdp:
-        from util.training import fsdp  # takes a second
+        from mae.training import fsdp  # takes a second
 
         fsdp.shard(model, blocks_of(model), precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
@@ -257,7 +257,7 @@ def check_targets(model: models_mae.MaskedAutoencoderViT, samples: Samples, data
     The published formula adds TARGET_EPS to the variance of a patch. It is small for normalized images. The mean over
     the patches of EXAMPLES samples decides, so that images with many flat patches are no reason for a warning.
     """
-    if not (model.norm_pix_loss and model.predicts_pixels and dist.is_main()):
+    if not (model.norm_pix_loss and model.predicts_pixels and parallel.is_main()):
         return
     images = transforms.to_unit_range(loader.examples(samples, EXAMPLES).images)
     normalized = (images - images.nanmean(dim=(2, 3), keepdim=True)) / data.normalize.std.cpu()  # no channel offsets

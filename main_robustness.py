@@ -20,21 +20,21 @@ import torch
 from tqdm import tqdm
 
 from engine_finetune import evaluate
-from inference.imagenet import TIMM, RestrictedClassifier, load
-from util import dist
-from util.checkpoints import checkpoint
-from util.cli import entry_point, flags, options
-from util.cli.choices import NO_CROP
-from util.data import loader, transforms
-from util.data.samples import Samples
-from util.evaluation import robustness, robustness_report
-from util.evaluation.tasks import Evaluation
-from util.files import locks
-from util.files.results import Results
-from util.training import run_log
-from util.training.compiling import compile_model
-from util.training.precision import Precision
-from util.weights.recorded_settings import warn_of_changes
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point, flags, options
+from mae.cli.choices import NO_CROP
+from mae.data import loader, transforms
+from mae.data.samples import Samples
+from mae.evaluate import robustness, robustness_report
+from mae.evaluate.tasks import Evaluation
+from mae.files import locks
+from mae.files.results import Results
+from mae.inference.imagenet import TIMM, RestrictedClassifier, load
+from mae.training import run_log
+from mae.training.compiling import compile_model
+from mae.training.precision import Precision
+from mae.weights.recorded_settings import warn_of_changes
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,9 @@ def main(args: Namespace) -> str:
     Raises:
         ValueError: another process evaluates the suite with the same output directory.
     """
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
+    device = parallel.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
-    with locks.locked(Path(args.output_dir), f"{args.suite}.lock") if dist.is_main() else nullcontext():
+    with locks.locked(Path(args.output_dir), f"{args.suite}.lock") if parallel.is_main() else nullcontext():
         return _evaluate(args, device)
 
 
@@ -114,27 +114,27 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
         same = {"images": len(cell.source), "folder": suite.cells[name].name}  # ImageNetV2 has several of a variant
         is_complete = name in scores_of and {**same, **scores_of[name]}.items() >= same.items()
-        if dist.gather(is_complete)[0]:  # rank 0 decides for all processes
+        if parallel.gather(is_complete)[0]:  # rank 0 decides for all processes
             logger.info(f"{name}: scores reused from {results.path}{place}")
             continue
-        if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
+        if parallel.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(
             cell.source, transforms.keeps_label(classifier.transform), in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
             exif=bool(exif), values=classifier.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
-        progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
+        progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if parallel.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)
         scores_of[name] = scores = {**same, **score(evaluation, cell)}
-        if dist.is_main():
+        if parallel.is_main():
             results.add({"settings": settings, "cells": scores_of})
         seconds = time.perf_counter() - started
         balanced = f" balanced accuracy {scores['balanced_acc']:.3f}" if "balanced_acc" in scores else ""
         logger.info(f"{name}: Acc@1 {scores['acc1']:.3f}{balanced} ({len(samples):,} images, {seconds:.0f} s{place})")
 
     table = ""
-    if dist.is_main():
+    if parallel.is_main():
         cells = {name: scores_of[name] for name in suite.cells}
         part = f", a subset of {args.subset} images per cell" if args.subset else ""
         table = robustness_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")

@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-import models_build
+import mae.build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
-from models_segment import Segmenter
-from util import dist
-from util.checkpoints import run_directory
-from util.cli import entry_point, options
-from util.data import extras
-from util.data.joint_transforms import scale_image, train_transform
-from util.data.run_data import RunData
-from util.data.segmentation_masks import (
+from mae import parallel
+from mae.checkpoints import run_directory
+from mae.cli import entry_point, options
+from mae.data import extras
+from mae.data.joint_transforms import scale_image, train_transform
+from mae.data.run_data import RunData
+from mae.data.segmentation_masks import (
     MASKS_READ,
     MOST_CLASSES,
     VOC,
@@ -42,18 +41,19 @@ from util.data.segmentation_masks import (
     open_pairs,
     read_palette,
 )
-from util.data.sources import Source
-from util.data.user_sets import OpenDataset, with_source
-from util.evaluation.segmentation import Scores
-from util.lr_decay import param_groups_lrd
-from util.pos_embed import to_pair
-from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import optimizers, run_log, trainer
-from util.training.compiling import compile_model
-from util.training.loop import Callback
-from util.weights import loading
-from util.weights.model_zoo import SEGMENTER
-from util.weights.recorded_settings import with_recorded_settings
+from mae.data.sources import Source
+from mae.data.user_sets import OpenDataset, with_source
+from mae.evaluate.segmentation import Scores
+from mae.lr_decay import param_groups_lrd
+from mae.positions import to_pair
+from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.training import optimizers, run_log, trainer
+from mae.training.compiling import compile_model
+from mae.training.loop import Callback
+from mae.weights import loading
+from mae.weights.model_zoo import SEGMENTER
+from mae.weights.recorded_settings import with_recorded_settings
+from models_segment import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def main(
     args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
-    recorded = models_build.classifier_settings(file)
+    recorded = mae.build.classifier_settings(file)
     args = with_recorded_settings(args, file, recorded, trains=not args.eval)
     settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
     data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source), settings["classes"]
@@ -104,15 +104,15 @@ def main(
 
     if args.eval and file:
         val = open_split(data, "val", classes)  # first, because a large model takes long
-        model = models_build.segmenter(*specs(settings), encoder)
+        model = mae.build.segmenter(*specs(settings), encoder)
         return evaluate_file(args, data, file, model, device, val, evaluation)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
-    if dist.is_main():
+    if parallel.is_main():
         warn_of_lacking_classes(first_classes(train), classes, f"{min(len(train), MASKS_READ)} training")
-    model = models_build.segmenter(*specs(settings), encoder)
+    model = mae.build.segmenter(*specs(settings), encoder)
     if file or not (args.finetune or args.unfreeze_blocks == "all"):
         load_frozen(model, file, args.adapt_input, classes)
     extras.require_fitting(model, train, val)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae.masking import noise_from_mask, num_visible, shuffle, take
+from mae.positions import Size, resize_pos_embed, sincos_table
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
-from util.masking import noise_from_mask, num_visible, shuffle, take
-from util.pos_embed import Size, resize_pos_embed, sincos_table
 
 
 def decoder_for(embed_dim: int, depth: int) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class MaskedAutoencoderViT(Encoder):
             ids_restore (B, N), the index of each patch among the visible tokens followed by the masked ones.
 
         Raises:
-            ValueError: as in `util.masking.shuffle`.
+            ValueError: as in `mae.masking.shuffle`.
         """
         ids_shuffle, num_visible = shuffle(x, mask_ratio, noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)

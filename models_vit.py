@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.lr_decay import get_layer_id_for_vit
-from util.pos_embed import Size, resize_pos_embed, to_pair
-from util.steps import Steps
+from mae.lr_decay import get_layer_id_for_vit
+from mae.positions import Size, resize_pos_embed, to_pair
+from mae.steps import Steps
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)

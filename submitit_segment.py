@@ -6,7 +6,7 @@ This command prints the sbatch script; without --dry_run, it submits the job:
         --batch_size 2 --finetune mae_pretrain_vit_huge --nodes 1 --ngpus 8 --slurm cpus_per_task=12 --dry_run
 """
 
-from util.jobs import submit
+from mae.jobs import submit
 
 if __name__ == "__main__":
     submit.run("main_segment")

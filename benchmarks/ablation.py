@@ -12,14 +12,14 @@ import main_pretrain
 from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
-from util.cli import entry_point
-from util.cli.advice import arguments
-from util.evaluation import comparison
-from util.evaluation.tables import markdown
-from util.files import atomic
-from util.files.results import Results
-from util.jobs.commands import Commands
-from util.training import run_log
+from mae.cli import entry_point
+from mae.cli.advice import arguments
+from mae.evaluate import comparison
+from mae.evaluate.tables import markdown
+from mae.files import atomic
+from mae.files.results import Results
+from mae.jobs.commands import Commands
+from mae.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")
 # The demo has whole images and larger updates.

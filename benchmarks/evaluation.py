@@ -5,10 +5,10 @@
     python benchmarks/evaluation.py --task knn
 
 eval: `main_finetune.py --eval`, and a loop like timm's validate.py with its dataset, loader, model and accuracy.
-features: `python -m inference.features`, and transformers' image processor and ViTModel in a DataLoader. All read the
-same files of 500 x 375 pixels, with the same batch size and number of worker processes, and take turns. The time begins
-after the first batch, which includes the start of the workers. The share of the peak is the FLOP/s of the forward pass
-divided by the FLOP/s of a large matrix product, which is measured between the rounds.
+features: `python -m mae.inference.features`, and transformers' image processor and ViTModel in a DataLoader. All read
+the same files of 500 x 375 pixels, with the same batch size and number of worker processes, and take turns. The time
+begins after the first batch, which includes the start of the workers. The share of the peak is the FLOP/s of the
+forward pass divided by the FLOP/s of a large matrix product, which is measured between the rounds.
 
 knn: the classification of `main_knn.py` on random features (bank, 768). Its time on the 1,281,167 training and 50,000
 validation images of ImageNet follows from its share of the peak, and its memory from the formula
@@ -42,16 +42,16 @@ import models_vit
 from benchmarks import machine, model_table, peers, train_step
 from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
-from inference import features, get_model
-from util.cli import entry_point, flags
-from util.data import loader, transforms
-from util.data.samples import Samples
-from util.data.sources import Source
+from mae.cli import entry_point, flags
+from mae.data import loader, transforms
+from mae.data.samples import Samples
+from mae.data.sources import Source
+from mae.evaluate import knn
+from mae.inference import features, get_model
+from mae.parallel import choose_device
+from mae.training.compiling import compile_model
+from mae.training.precision import Precision
 from util.datasets import open_source
-from util.dist import choose_device
-from util.evaluation import knn
-from util.training.compiling import compile_model
-from util.training.precision import Precision
 
 IMAGENET = {"bank": 1_281_167, "queries": 50_000}
 WIDTH = 768
@@ -111,7 +111,7 @@ def timms_evaluation(model: torch.nn.Module, folder: Path, args: argparse.Namesp
 def our_features(
     extractor: features.Extractor, source: Source, args: argparse.Namespace, precision: Precision, fast: bool
 ) -> float:
-    """Images/s of `python -m inference.features`, which also writes them."""
+    """Images/s of `python -m mae.inference.features`, which also writes them."""
     clocks = []
 
     def timed_loader(*parts: Any, **options: Any) -> Clock:

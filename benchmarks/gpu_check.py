@@ -32,8 +32,8 @@ import torch
 from benchmarks import gpu_table, listed_packages, machine
 from benchmarks.gpu_task import last_line
 from benchmarks.scripts import ROOT
-from util.cli import entry_point, flags
-from util.files import atomic
+from mae.cli import entry_point, flags
+from mae.files import atomic
 
 
 class Step(NamedTuple):

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import models_mae
 from benchmarks import gpu_task, input_pipeline
 from benchmarks.gpu_task import Task
-from util.checkpoints import checkpoint
-from util.training import run_log
-from util.training.precision import Precision
+from mae.checkpoints import checkpoint
+from mae.training import run_log
+from mae.training.precision import Precision
 
 KERNELS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

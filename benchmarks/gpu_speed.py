@@ -15,7 +15,7 @@ from torch.nn.attention import sdpa_kernel
 from benchmarks import gpu_task, input_pipeline, peers, scripts, train_step, whole_run
 from benchmarks.gpu_correct import KERNELS, SHAPES
 from benchmarks.gpu_task import TINY, Task
-from util.training.precision import Precision
+from mae.training.precision import Precision
 
 # Products of ViT-B's decoder and encoder, ViT-L's and ViT-H's encoder: rows of 512, 512, 256 and 128 images, outputs,
 # inputs.

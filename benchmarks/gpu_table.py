@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from util.evaluation.tables import markdown
-from util.training.costs import PEAK_TFLOPS
+from mae.evaluate.tables import markdown
+from mae.training.costs import PEAK_TFLOPS
 
 Results = Mapping[str, Any]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.scripts import ROOT
-from util.files import atomic
+from mae.files import atomic
 
 TINY = "mini_patch4"  # the size of the models of a rehearsal
 

@@ -25,16 +25,16 @@ from benchmarks import model_table, peers, train_step
 from benchmarks.gpu_correct import KERNELS
 from benchmarks.gpu_task import TINY, Task
 from benchmarks.masked_queries import MaskedQueries
-from util.blocks import blocks_of
-from util.data.batches import Batch
-from util.data.transforms import Normalize
-from util.interrupts import Interrupts
-from util.training import loop
-from util.training.compiling import compile_model
-from util.training.precision import Precision
-from util.training.run_log import NullLog
-from util.training.saver import NullSaver
-from util.weights import loading, reading
+from mae.blocks import blocks_of
+from mae.data.batches import Batch
+from mae.data.transforms import Normalize
+from mae.interrupts import Interrupts
+from mae.training import loop
+from mae.training.compiling import compile_model
+from mae.training.precision import Precision
+from mae.training.run_log import NullLog
+from mae.training.saver import NullSaver
+from mae.weights import loading, reading
 
 BATCHES = (64, 128, 512)
 # Step: task, size, and the batch size at which it is compared with other implementations.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from benchmarks.input_pipeline import find
 from benchmarks.scripts import ROOT
-from util.files import atomic
+from mae.files import atomic
 
 WORK = Path("runs/small_data")
 PHOTOGRAPHS = (

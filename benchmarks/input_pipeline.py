@@ -32,13 +32,13 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine, scripts
-from util.cli import entry_point
-from util.data import loader, transforms
-from util.data.decode import MAX_PIXELS
-from util.data.jpeg import decode_rgb
-from util.data.samples import Samples
+from mae.cli import entry_point
+from mae.data import loader, transforms
+from mae.data.decode import MAX_PIXELS
+from mae.data.jpeg import decode_rgb
+from mae.data.samples import Samples
+from mae.evaluate.tables import markdown
 from util.datasets import open_source
-from util.evaluation.tables import markdown
 
 BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",

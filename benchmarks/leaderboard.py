@@ -33,14 +33,14 @@ from benchmarks import machine, scripts
 from benchmarks.ablation import DATA, PRETRAIN
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
-from util.cli import entry_point
-from util.cli.advice import arguments
-from util.cli.flags import positive
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from util.evaluation.tables import markdown
-from util.files import atomic
-from util.training import run_log
-from util.training.environment import commit
+from mae.cli import entry_point
+from mae.cli.advice import arguments
+from mae.cli.flags import positive
+from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from mae.evaluate.tables import markdown
+from mae.files import atomic
+from mae.training import run_log
+from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
 MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"

@@ -24,9 +24,9 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
-from util.cli import entry_point, flags
+from mae.cli import entry_point, flags
+from mae.evaluate.tables import markdown
 from util.datasets import open_source
-from util.evaluation.tables import markdown
 
 CLASSES = 1_000
 FOLDER, LIST, TORCHVISION = "folder", "list", "torchvision"

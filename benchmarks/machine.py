@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from mae.cli import entry_point, flags
+from mae.cli.choices import AMP_CHOICES
+from mae.files import atomic
+from mae.training.environment import commit, describe_gpu
 from models_vit import SIZES
-from util.cli import entry_point, flags
-from util.cli.choices import AMP_CHOICES
-from util.files import atomic
-from util.training.environment import commit, describe_gpu
 
 RESULTS = Path(__file__).parent / "results"
 GPU_CHECK = "gpu_check"  # the file of gpu_check.py: several measurements

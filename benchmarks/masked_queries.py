@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae.masking import take
 from models_mae import MaskedAutoencoderViT
 from models_vit import Attention, Block, attend
-from util.masking import take
 
 
 def attention_of(module: Attention, queries: Tensor, x: Tensor) -> Tensor:

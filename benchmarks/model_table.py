@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import mae.build
 import main_pretrain
-import models_build
 import models_mae
 import models_vit
-from util.cli import entry_point
-from util.evaluation.tables import markdown
-from util.settings import specs
-from util.training.costs import count_flops
+from mae.cli import entry_point
+from mae.evaluate.tables import markdown
+from mae.settings import specs
+from mae.training.costs import count_flops
 
 ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
 
@@ -61,7 +61,7 @@ def pretraining_macs(args: argparse.Namespace) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
     args, encoder = entry_point.with_own(args, "encoder", None)
     args, model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
-    model = models_build.autoencoder(*specs(vars(args)), model_class, encoder)
+    model = mae.build.autoencoder(*specs(vars(args)), model_class, encoder)
     images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs
         return count_macs(model, lambda: model(images, args.mask_ratio)) // len(images)

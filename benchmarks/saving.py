@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
-from util.checkpoints import run_state
-from util.evaluation.tables import markdown
-from util.interrupts import Interrupts
-from util.training.saver import Saver
+from mae.checkpoints import run_state
+from mae.evaluate.tables import markdown
+from mae.interrupts import Interrupts
+from mae.training.saver import Saver
 
 STEPS = 15  # updates that are timed without a write
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
 from benchmarks import machine, model_table
-from util.evaluation.tables import markdown
+from mae.evaluate.tables import markdown
 
 NAMES = {"base_patch16": "ViT-B", "large_patch16": "ViT-L", "huge_patch14": "ViT-H"}
 GPUS = (8, 64, 512)

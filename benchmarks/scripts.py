@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from util.data import jpeg
-from util.training import run_log
+from mae.data import jpeg
+from mae.training import run_log
 
 ROOT = Path(__file__).parents[1]
 

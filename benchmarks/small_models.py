@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import machine, scripts
-from util.cli import entry_point
-from util.evaluation.tables import markdown
-from util.training import run_log
+from mae.cli import entry_point
+from mae.evaluate.tables import markdown
+from mae.training import run_log
 
 MODEL = ["--patch_size", 7, "--input_size", 28, "--in_chans", 1, "--mean", 0.286, "--std", 0.353]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]

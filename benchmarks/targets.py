@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
-from util.evaluation.tables import markdown
+from mae.evaluate.tables import markdown
 
 Results = dict[str, Any]
 EVAL, FEATURES = "eval_base_patch16_bf16_cpu_files", "features_base_patch16_bf16_cpu_files"

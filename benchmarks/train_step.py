@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models_mae
 import models_vit
 from benchmarks import machine, model_table, peers
-from util.cli import entry_point
-from util.dist import choose_device
-from util.evaluation.tables import markdown
-from util.training.compiling import compile_model
-from util.training.precision import Precision
+from mae.cli import entry_point
+from mae.evaluate.tables import markdown
+from mae.parallel import choose_device
+from mae.training.compiling import compile_model
+from mae.training.precision import Precision
 
 Step = Callable[[], Any]
 
@@ -49,7 +49,7 @@ SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80)
 def training_step(
     model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, is_ours: bool, fused: bool
 ) -> Step:
-    """An update: of our model as in `util.training.loop`, of others as in PyTorch's tutorials."""
+    """An update: of our model as in `mae.training.loop`, of others as in PyTorch's tutorials."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused or None)
 
     def step() -> None:

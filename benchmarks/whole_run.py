@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine, peers, scripts
 from benchmarks.input_pipeline import PHOTOGRAPHS, write_photographs
-from util.cli import entry_point
-from util.dist import choose_device
-from util.evaluation.tables import markdown
+from mae.cli import entry_point
+from mae.evaluate.tables import markdown
+from mae.parallel import choose_device
 
 FILES = 1280  # different files; the others are links to them
 UPDATES_PER_POINT = 4

@@ -24,12 +24,12 @@ except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
 
 from demo import outputs
-from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
-from util import dist
-from util.cli import entry_point, flags, options
-from util.cli.choices import REGRESSION
-from util.data.decode import SUFFIXES
-from util.masking import num_visible
+from mae import parallel
+from mae.cli import entry_point, flags, options
+from mae.cli.choices import REGRESSION
+from mae.data.decode import SUFFIXES
+from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
+from mae.masking import num_visible
 
 FOLDER = Path(__file__).parent
 SAMPLES = {1: FOLDER / "clothes", 3: FOLDER / "photos"}  # examples for models with this number of channels
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
-    device = dist.choose_device(args.device)
+    device = parallel.choose_device(args.device)
     chosen = {"pretrained": True, "device": device, **options.chosen_settings(args)}
     model = get_model(args.model, **chosen)
     classifier = get_model(args.classifier, **chosen) if args.classifier else None

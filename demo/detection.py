@@ -24,10 +24,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import masks_to_boxes
 
 from demo.segmentation import ARCHIVE, SIDE, make_pictures, make_textures
-from inference.export import encoder_of
-from inference.model import ARCHITECTURES, Autoencoder, Model, get_model
-from util import dist
-from util.cli import entry_point, flags, options
+from mae import parallel
+from mae.cli import entry_point, flags, options
+from mae.inference.export import encoder_of
+from mae.inference.model import ARCHITECTURES, Autoencoder, Model, get_model
 
 CELLS, GARMENTS = 3, 3  # cells along a side of a picture; garments in a picture
 BATCH = 2  # pictures of an update
@@ -123,7 +123,7 @@ def get_args_parser() -> ArgumentParser:
 def main(args: Namespace) -> list[float]:
     """Trains the detector, prints its losses and its best detection in a further picture, and returns the losses."""
     torch.manual_seed(0)
-    device = dist.choose_device(args.device)
+    device = parallel.choose_device(args.device)
     model = get_model(args.model, pretrained=args.model not in ARCHITECTURES)
     encoder = encoder_of(model) if isinstance(model, Autoencoder) else model  # its positions are interpolated
     names = ["texture", *np.load(ARCHIVE, allow_pickle=False)["classes"].tolist()]

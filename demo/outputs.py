@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageOps
 
-from inference import maps
-from inference.model import Autoencoder, Model, Segmenter
-from inference.reconstruct import psnr, reconstruct, uncropped_input
-from inference.segment import class_name, class_shares
+from mae.data.decode import Picture, size_of
+from mae.data.joint_transforms import fitted
+from mae.data.transforms import to_tensor
+from mae.evaluate import pictures
+from mae.inference import maps
+from mae.inference.model import Autoencoder, Model, Segmenter
+from mae.inference.reconstruct import psnr, reconstruct, uncropped_input
+from mae.inference.segment import class_name, class_shares
 from models_mae import Reconstruction
-from util.data.decode import Picture, size_of
-from util.data.joint_transforms import fitted
-from util.data.transforms import to_tensor
-from util.evaluation import pictures
 
 MAX_PIXELS = 25_000_000  # of an upload; decoding takes a few times 4 bytes for each
 MAX_ASPECT = 4  # long side divided by short side; the memory of the model grows with its square
@@ -190,7 +190,7 @@ def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:
     image = to_image(model, pixels[None]).convert("RGB")
     colors = Image.fromarray(model.colors[classes]).resize(image.size, Image.Resampling.NEAREST)
     covered = Image.fromarray(model.colors[classes].any(axis=2)).resize(image.size, Image.Resampling.NEAREST)
-    # Black is transparent, as in `inference.segment.overlay`.
+    # Black is transparent, as in `mae.inference.segment.overlay`.
     swatches = [f"rgb{tuple(map(int, color))}" if color.any() else "none" for color in model.colors]
     rows = "".join(
         f'<li><i style="background: {swatches[label]}"></i>'

@@ -20,14 +20,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
-from inference.model import Autoencoder, get_model
+from mae.cli import entry_point
+from mae.data.samples import Samples
+from mae.data.transforms import keeps_label, to_tensor
+from mae.evaluate import comparison, knn, pictures, tables
+from mae.files import atomic
+from mae.inference.model import Autoencoder, get_model
+from mae.training import run_log
 from util import datasets
-from util.cli import entry_point
-from util.data.samples import Samples
-from util.data.transforms import keeps_label, to_tensor
-from util.evaluation import comparison, knn, pictures, tables
-from util.files import atomic
-from util.training import run_log
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture

@@ -23,14 +23,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
-from inference.model import get_model
-from util.checkpoints import checkpoint
-from util.cli import entry_point, flags, options
-from util.data.segmentation_masks import default_colors, read_palette
-from util.evaluation.tables import markdown, save
-from util.files import atomic
-from util.jobs.commands import Commands
-from util.training import run_log
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point, flags, options
+from mae.data.segmentation_masks import default_colors, read_palette
+from mae.evaluate.tables import markdown, save
+from mae.files import atomic
+from mae.inference.model import get_model
+from mae.jobs.commands import Commands
+from mae.training import run_log
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "segment_garments.yaml"

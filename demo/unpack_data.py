@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 import numpy as np
 from PIL import Image
 
-from util.files import atomic
+from mae.files import atomic
 
 ARCHIVE = Path(__file__).parent / "data" / "fashion_mnist_12k.npz"
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import main_pretrain
-from util import dist
-from util.checkpoints import checkpoint
-from util.cli import entry_point
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point
 
 
 class EMA:
@@ -50,7 +50,7 @@ class EMA:
 def main(args: Namespace) -> None:
     """Trains, and writes the averaged weights of the last checkpoint."""
     main_pretrain.main(args, callbacks=[EMA()])
-    if dist.is_main():
+    if parallel.is_main():
         output_dir = Path(args.output_dir)
         state = checkpoint.read(next(iter(checkpoint.newest_first(output_dir))))
         average = state["callbacks"][0]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mae.positions import Size
 from models_vit import Encoder, PatchEmbed
-from util.pos_embed import Size
 
 
 class GroupEmbed(PatchEmbed):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mae.masking import require_random
 from models_mae import MaskedAutoencoderViT
-from util.masking import require_random
 
 SIGMAS = {"red": (1.0, None), "green": (0.5, 1.5), "blue": (0.0, 1.0)}  # blurs, in patches; the second is subtracted
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mae.masking import require_random, take
 from models_mae import MaskedAutoencoderViT
 from models_vit import LAYER_NORM, Mlp, attend
-from util.masking import require_random, take
 
 
 class CrossBlock(nn.Module):

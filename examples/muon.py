@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from util.training.optimizers import Joined
+from mae.training.optimizers import Joined
 
 
 def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:

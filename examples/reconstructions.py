@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples run from a cl
 import torch
 from torch import Tensor
 
-from inference.model import get_model
-from util.cli import entry_point, flags, options
-from util.data.dataset_kinds import open_source
-from util.data.samples import Samples
-from util.data.transforms import keeps_label
-from util.evaluation import tables
+from mae.cli import entry_point, flags, options
+from mae.data.dataset_kinds import open_source
+from mae.data.samples import Samples
+from mae.data.transforms import keeps_label
+from mae.evaluate import tables
+from mae.inference.model import get_model
 
 ROWS = 2  # images, evenly spaced in the validation set
 TITLES = ("masked", "reconstruction + visible", "original")

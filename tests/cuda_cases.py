@@ -31,17 +31,17 @@ import engine_finetune
 import engine_linprobe
 import engine_pretrain
 import engine_segment
-import models_build
+import mae.build
 import models_mae
 import models_vit
+from mae.data.batches import Batch
+from mae.data.transforms import Normalize
+from mae.interrupts import Interrupts
+from mae.lr_decay import param_groups_lrd, param_groups_weight_decay
+from mae.training import loop, optimizers
+from mae.training.precision import Precision
+from mae.training.saver import NullSaver
 from models_segment import Segmenter
-from util.data.batches import Batch
-from util.data.transforms import Normalize
-from util.interrupts import Interrupts
-from util.lr_decay import param_groups_lrd, param_groups_weight_decay
-from util.training import loop, optimizers
-from util.training.precision import Precision
-from util.training.saver import NullSaver
 
 RECORDED = Path(__file__).with_name("cuda_kernels.json")  # version of PyTorch -> run -> kernels
 RECORDED_SIZE = "mini_patch4"
@@ -78,7 +78,7 @@ def pretrain(
 ) -> Run:
     model = on_gpu(partial(getattr(models_mae, f"mae_vit_{size}"), norm_pix_loss=True))
     if checkpointing:
-        models_build.set_grad_checkpointing(model)
+        mae.build.set_grad_checkpointing(model)
     groups = param_groups_weight_decay(model, 0.05)
     data = batches(size, dtype=torch.float32 if valid else torch.uint8, valid=valid)
     return partial(
@@ -119,7 +119,7 @@ def finetune(size: str, precision: Precision) -> Run:
 def probe(size: str, precision: Precision, *, blrs: tuple[float, ...] = (0.1,), attentive: bool = False) -> Run:
     def build() -> nn.Module:
         model = getattr(models_vit, f"vit_{size}")(num_classes=0)
-        head = partial(models_build.attentive_head, num_queries=32) if attentive else models_build.probe_head
+        head = partial(mae.build.attentive_head, num_queries=32) if attentive else mae.build.probe_head
         model.head, model.head_pools = head(model.embed_dim, CLASSES), attentive
         return model
 
@@ -129,7 +129,7 @@ def probe(size: str, precision: Precision, *, blrs: tuple[float, ...] = (0.1,), 
     criterion = engine_linprobe.HeadLosses()
     if len(heads) == 1:
         return supervised(model, batches(size), optimizer, precision, criterion)
-    model.head = models_build.ParallelHeads(heads)
+    model.head = mae.build.ParallelHeads(heads)
     after_update = partial(criterion.after_update, model)
     return supervised(model, batches(size), optimizer, precision, criterion, after_update=after_update)
 

@@ -28,8 +28,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from demo import app, outputs
 from demo.outputs import PANELS
-from inference import export, get_model, maps
-from inference.reconstruct import psnr, reconstruct
+from mae.inference import export, get_model, maps
+from mae.inference.reconstruct import psnr, reconstruct
 
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 3 to 2: 32 x 48 pixels, 8 x 12 patches
 ROWS, COLUMNS, SIDE = 8, 12, 40  # of its panels: patches, and pixels of one

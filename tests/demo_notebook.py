@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from inference import export, get_model
+from mae.inference import export, get_model
 
 NOTEBOOK = ROOT / "demo" / "mae_visualize.ipynb"
 PICTURES = 7  # one of each section but the first

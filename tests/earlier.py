@@ -93,7 +93,7 @@ def train(script: str, argv: list[str], stop: int) -> None:
     import pytest
     from mains import Stopped, stop_after
 
-    from util.cli import entry_point
+    from mae.cli import entry_point
 
     with small_models(), pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
         if stop:

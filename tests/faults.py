@@ -32,8 +32,8 @@ from conftest import ROOT, torchrun
 from forks import Forks
 from mains import lines, wait_until
 
-from util.checkpoints import checkpoint, sharded
-from util.checkpoints.checkpoint import CheckpointError
+from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints.checkpoint import CheckpointError
 
 EPOCHS = 8
 SECONDS = 180  # timeout of a run

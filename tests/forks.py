@@ -20,7 +20,7 @@ import torch.distributed as td
 
 ROOT = Path(__file__).parents[1]
 # The scripts, and what they import when it is used: two thirds of the time of a small run.
-PRELOAD = ["main_pretrain", "main_finetune", "util.cli.entry_point", "torch._dynamo", "torch.distributed.checkpoint",
+PRELOAD = ["main_pretrain", "main_finetune", "mae.cli.entry_point", "torch._dynamo", "torch.distributed.checkpoint",
            "torch.distributed.fsdp", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets",
            "timm"]  # fmt: skip
 

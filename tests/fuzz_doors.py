@@ -27,15 +27,15 @@ from test_decode import TABLE, saved
 import main_pretrain
 import models_mae
 import models_vit
-from util.checkpoints import checkpoint, sharded
-from util.cli import entry_point
-from util.cli.choices import ADAPT_CHOICES
-from util.data import jpeg
-from util.data.archives import Archive
-from util.data.decode import decode
-from util.data.lists import read_list
-from util.data.webdataset_shards import read_shards
-from util.weights import loading, model_zoo, reading
+from mae.checkpoints import checkpoint, sharded
+from mae.cli import entry_point
+from mae.cli.choices import ADAPT_CHOICES
+from mae.data import jpeg
+from mae.data.archives import Archive
+from mae.data.decode import decode
+from mae.data.lists import read_list
+from mae.data.webdataset_shards import read_shards
+from mae.weights import loading, model_zoo, reading
 
 
 class Door(NamedTuple):

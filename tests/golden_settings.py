@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from conftest import ROOT
 
-from inference import get_model
-from util.cli import entry_point
-from util.jobs import submit
-from util.weights import model_zoo
+from mae.cli import entry_point
+from mae.inference import get_model
+from mae.jobs import submit
+from mae.weights import model_zoo
 
 GOLDEN = Path(__file__).with_name("golden")
 SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_knn", "main_robustness",
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
-           "inference.predict", "inference.reconstruct", "inference.features", "inference.segment", "inference.export",
+           "mae.inference.predict", "mae.inference.reconstruct", "mae.inference.features", "mae.inference.segment",
+           "mae.inference.export",
            "util.datasets", "util.resize", "util.sharded"]  # fmt: skip
 ZOO = "model_zoo"
 SHAPE = {"input_size", "patch_size", "in_chans", "decoder_depth", "learned_pos_embed", "num_cls_tokens", "global_pool"}

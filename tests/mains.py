@@ -13,9 +13,9 @@ import forks
 import pytest
 import torch
 
-from util.checkpoints import checkpoint
-from util.cli import entry_point
-from util.training import saver
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point
+from mae.training import saver
 
 
 def argv_of(flags: Mapping[str, Any]) -> list[str]:

@@ -21,9 +21,9 @@ from mmengine.runner import load_checkpoint, save_checkpoint
 from mmpretrain.registry import MODELS
 
 import models_vit
-from inference import export, get_model
-from inference.model import Autoencoder, Classifier
-from util.weights import loading, model_zoo
+from mae.inference import export, get_model
+from mae.inference.model import Autoencoder, Classifier
+from mae.weights import loading, model_zoo
 
 assert mmpretrain.models  # registers them
 MINI = {"embed_dims": 128, "num_layers": 4, "num_heads": 4, "feedforward_channels": 512}

@@ -1,7 +1,7 @@
 """Mutation tests: random changes of the code, one at a time, and the changes that the tests do not notice.
 
     python tests/mutate.py                                    # 150 changes of all source files
-    python tests/mutate.py models_mae.py util/data            # changes of a file, and of the files of a directory
+    python tests/mutate.py models_mae.py mae/data            # changes of a file, and of the files of a directory
     python tests/mutate.py main_compare.py --number 20 --seed 1
 
 The first use runs all tests to record which test executes which line, also in child processes. A change is a node of

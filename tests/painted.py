@@ -9,7 +9,7 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
 
-from util.evaluation import robustness
+from mae.evaluate import robustness
 
 SIDE = 32
 

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import main_finetune
 import models_mae
 import models_vit
-from util.cli import entry_point
-from util.data import transforms
-from util.data.decode import decode
-from util.weights import loading, model_zoo
+from mae.cli import entry_point
+from mae.data import transforms
+from mae.data.decode import decode
+from mae.weights import loading, model_zoo
 
 PHOTO = Path(__file__).parents[1] / "demo/photos/coffee.jpg"
 

@@ -6,8 +6,8 @@ import pytest
 from golden_settings import SCRIPTS, parser_of
 
 import main_finetune
-from util.cli import advice, entry_point
-from util.cli.advice import Remedy
+from mae.cli import advice, entry_point
+from mae.cli.advice import Remedy
 
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
 

@@ -7,40 +7,37 @@ from pathlib import Path
 
 from conftest import ROOT
 
-# A package of util -> the packages that it may import. Every package may import itself and SHARED.
+# A package of mae -> the packages that it may import. Every package may import itself and SHARED.
 PACKAGES = {
-    "files": "files", "cli": "files", "data": "cli|files", "evaluation": "data|cli|files", "checkpoints": "cli|files",
-    "weights": "checkpoints|data|cli|files", "training": "evaluation|data|checkpoints|cli|files", "jobs": "cli|files",
+    "files": "files", "cli": "files", "data": "cli|files", "evaluate": "data|cli|files", "checkpoints": "cli|files",
+    "weights": "checkpoints|data|cli|files", "training": "evaluate|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"util\.(blocks|dist|interrupts|lr_sched|masking|pos_embed|settings)"
+SHARED = r"mae\.(blocks|interrupts|masking|parallel|positions|settings)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
-    r"submitit_\w+": r"main_\w+|util\.jobs\.submit",
-    r"main_compare": r"main_(knn|linprobe|finetune)|models_\w+|util\..+",
-    r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
-    r"main_\w+": r"engine_\w+|models_\w+|util\..+",
-    r"engine_\w+": r"util\..+",
-    r"models_build": r"models_\w+|util\.(blocks|settings|weights\.\w+|checkpoints\.checkpoint)"
-    r"|util\.cli\.(choices|user_code)",
-    r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
+    r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
+    r"main_compare": r"main_(knn|linprobe|finetune)|models_\w+|mae\..+",
+    r"main_robustness": r"engine_finetune|mae\..+",
+    r"main_\w+": r"engine_\w+|models_\w+|mae\..+",
+    r"engine_\w+": r"mae\..+",
+    r"models_mae": r"models_vit|mae\.(positions|masking)",
     r"models_segment": r"models_vit",
-    r"models_vit": r"util\.(pos_embed|lr_decay|steps)",
-    r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
-    r"hubconf": r"inference\.\w+",
-    r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
+    r"models_vit": r"mae\.(positions|lr_decay|steps)",
+    r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
+    r"hubconf": r"mae\.inference\.\w+",
+    r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|models_\w+|mae\..+",
     # Studies:
-    r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|inference\.\w+|models_\w+|util\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|util\..+",
-    r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
-    **{rf"util\.{name}\.\w+": rf"util\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
-    r"util\.datasets": r"util\.(data|cli|files)\.\w+|util\.dist",
-    r"util\.resize": r"util\.cli\.entry_point|util\.data\.resize",
-    r"util\.sharded": r"util\.cli\.entry_point|util\.checkpoints\.sharded",
-    r"util\.dist": r"util\.plain_data",
-    r"util\.plain_data": r"util\.cli\.advice",
-    r"util\.settings": r"util\.pos_embed",
-    r"util\.lr_sched": r"util\.settings",
-    r"util\.\w+": r"",  # the rest are leaves
+    r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|models_\w+|mae\..+",
+    r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+|util\.datasets",
+    r"util\.\w+": r"mae\..+",  # the names of the paper's code
+    r"mae\.build": r"models_\w+|mae\.(blocks|settings|weights\.\w+|checkpoints\.checkpoint|cli\.(choices|user_code))",
+    r"mae\.inference\.\w+": r"models_\w+|mae\..+",
+    r"mae\.training\.lr_sched": r"mae\.settings",
+    **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
+    r"mae\.parallel": r"mae\.plain_data",
+    r"mae\.plain_data": r"mae\.cli\.advice",
+    r"mae\.settings": r"mae\.positions",
+    r"mae\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.
 OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "numba", "datasets",
@@ -48,7 +45,7 @@ OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torc
 
 
 def modules() -> dict[str, Path]:
-    folders = ("util", "util/*", "inference", "demo", "benchmarks", "benchmarks/*")
+    folders = ("util", "mae", "mae/*", "demo", "benchmarks", "benchmarks/*")
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in ROOT.glob(f"{folder}/*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
 
@@ -87,9 +84,9 @@ def test_optional_packages_have_one_home():
     assert {package: where for package, where in homes.items() if len(where) > 1} == {}
 
 
-def test_only_dist_reads_the_launchers_environment():
+def test_one_module_reads_the_launchers_environment():
     for name, file in modules().items():
-        if name != "util.dist":
+        if name != "mae.parallel":
             text = file.read_text(encoding="utf-8")
             assert not re.search(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|SLURM_(?!CONF)\w+)["']""", text), name
 

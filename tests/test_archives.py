@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from test_decode import saved
 
-from util.data import transforms
-from util.data.archives import Archive
-from util.data.decode import BadImage, decode
-from util.data.samples import Samples
-from util.data.sources import find_files
+from mae.data import transforms
+from mae.data.archives import Archive
+from mae.data.decode import BadImage, decode
+from mae.data.samples import Samples
+from mae.data.sources import find_files
 from util.datasets import open_source
 
 

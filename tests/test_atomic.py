@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from util.files import atomic
+from mae.files import atomic
 
 
 def names(folder):
@@ -47,7 +47,7 @@ def test_the_longest_names_can_be_written(tmp_path, name):
 
 
 def test_temporary_files_of_killed_commands_are_removed(tmp_path):
-    killed = "import os, sys\nfrom pathlib import Path\nfrom util.files import atomic\n" + (
+    killed = "import os, sys\nfrom pathlib import Path\nfrom mae.files import atomic\n" + (
         "with atomic.replacing(Path(sys.argv[1])) as written:\n    written.write_text('half')\n    os._exit(9)"
     )
     code = subprocess.run([sys.executable, "-c", killed, tmp_path / "a.txt"], cwd=ROOT).returncode

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_models_mae import build
 
-import models_build
+import mae.build
 import models_vit
 from benchmarks.train_step import saved_bytes
 from models_mae import MaskedAutoencoderViT
@@ -42,6 +42,6 @@ def test_checkpointed_blocks_give_equal_gradients():
     model, imgs, noise = build(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     before = loss_and_gradients(model, imgs, noise=noise)
     kept = saved_bytes(model, imgs)
-    models_build.set_grad_checkpointing(model)
+    mae.build.set_grad_checkpointing(model)
     assert all(map(torch.equal, loss_and_gradients(model, imgs, noise=noise), before))
     assert saved_bytes(model, imgs) < 0.5 * kept

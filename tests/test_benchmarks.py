@@ -10,8 +10,8 @@ import torch
 import models_mae
 import models_vit
 from benchmarks import evaluation, input_pipeline, leaderboard, listing, model_table, peers, train_step, whole_run
+from mae.data.lists import read_pairs
 from models_vit import SIZES
-from util.data.lists import read_pairs
 
 
 def test_operations_by_hand():

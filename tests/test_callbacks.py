@@ -15,10 +15,10 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from examples.averaged_weights import EMA
-from util import dist
-from util.checkpoints import checkpoint
-from util.checkpoints.checkpoint import CheckpointError
-from util.weights import loading
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.weights import loading
 
 
 class History:
@@ -95,7 +95,7 @@ def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers)
 
 
 def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
-    monkeypatch.setattr(dist, "is_sharded", lambda model: True)
+    monkeypatch.setattr(parallel, "is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: omit --fsdp or the"):
         pretrain(callbacks=[History()])
 

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from util.checkpoints import checkpoint, run_state
-from util.checkpoints.checkpoint import CheckpointError
+from mae.checkpoints import checkpoint, run_state
+from mae.checkpoints.checkpoint import CheckpointError
 
 
 def example_state():

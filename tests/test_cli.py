@@ -20,14 +20,14 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-from inference import features, predict, reconstruct, segment
+from mae.cli import entry_point, flags
+from mae.cli.advice import AdvisedError, Remedy
+from mae.data import resize
+from mae.inference import features, predict, reconstruct, segment
+from mae.interrupts import Interrupted
+from mae.jobs import submit
 from models_mae import mae_vit_mini_patch4
 from util import datasets
-from util.cli import entry_point, flags
-from util.cli.advice import AdvisedError, Remedy
-from util.data import resize
-from util.interrupts import Interrupted
-from util.jobs import submit
 
 
 def parse(*argv):
@@ -173,10 +173,10 @@ def test_invalid_flags_are_errors(argv, message, refused):
 
 
 def test_usage_names_the_module_of_python_m(monkeypatch):
-    spec = SimpleNamespace(name="inference.predict", origin="/clone/inference/predict.py")
+    spec = SimpleNamespace(name="mae.inference.predict", origin="/clone/inference/predict.py")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", [spec.origin])
-    assert predict.get_args_parser().format_usage().startswith("usage: python -m inference.predict --model FILE")
+    assert predict.get_args_parser().format_usage().startswith("usage: python -m mae.inference.predict --model FILE")
     monkeypatch.setattr(sys, "argv", ["/clone/resize.py"])
     assert resize.get_args_parser().format_usage() == "usage: resize.py FOLDER COPY [FLAGS]"
 

@@ -19,11 +19,11 @@ from torch._dynamo.utils import counters
 
 import main_finetune
 import models_vit
-from inference import features
-from models_build import set_grad_checkpointing
+from mae.build import set_grad_checkpointing
+from mae.inference import features
+from mae.training.compiling import compile_model
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from models_vit import SIZES
-from util.training.compiling import compile_model
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ SHALLOW = """
 import models_vit
 models_vit.SIZES["mini_patch4"]["depth"] = 1
 import main_pretrain
-from util.cli import entry_point
+from mae.cli import entry_point
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
@@ -205,7 +205,7 @@ def test_without_a_compiler_the_run_warns_and_continues(tmp_path, monkeypatch):
     code = """
 import logging, torch
 from models_vit import vit_mini_patch4
-from util.training.compiling import compile_model
+from mae.training.compiling import compile_model
 logging.basicConfig(format="%(message)s", level="INFO")
 model = vit_mini_patch4(img_size=8)
 compile_model(model, torch.device("cpu"))

@@ -8,11 +8,11 @@ import transformers
 from mains import assert_equal, randomized
 from safetensors.torch import load_file, save_file
 
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.positions import sincos_table
+from mae.weights import loading
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.checkpoints.checkpoint import CheckpointError
-from util.pos_embed import sincos_table
-from util.weights import loading
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}

@@ -5,14 +5,14 @@ import torch
 from test_loop import epoch_options
 
 from engine_pretrain import train_one_epoch
-from inference.model import Segmenter
+from mae.data.batches import Batch, prefetch, to_host
+from mae.data.transforms import Normalize
+from mae.inference.model import Segmenter
+from mae.training import run_log
+from mae.training.compiling import compile_model
+from mae.training.precision import Precision
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed, vit_mini_patch4
-from util.data.batches import Batch, prefetch, to_host
-from util.data.transforms import Normalize
-from util.training import run_log
-from util.training.compiling import compile_model
-from util.training.precision import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")

@@ -14,9 +14,10 @@ from test_decode import saved
 import main_finetune
 import main_knn
 import main_linprobe
-from util import datasets, dist, plain_data
-from util.data.decode import BadImage
-from util.data.sources import Files
+from mae import parallel, plain_data
+from mae.data.decode import BadImage
+from mae.data.sources import Files
+from util import datasets
 from util.datasets import open_source
 
 
@@ -66,7 +67,7 @@ def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
     for arguments, count in opened:
         own = open_source("train", **arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(dist, "from_rank_0", copied)
+            patch.setattr(parallel, "from_rank_0", copied)
             other = open_source("train", **arguments)
         assert len(other) == len(own) == count
         if "dataset" not in arguments:

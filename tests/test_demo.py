@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from demo import report
-from inference import get_model
-from util.evaluation import comparison
-from util.evaluation.comparison import Result
+from mae.evaluate import comparison
+from mae.evaluate.comparison import Result
+from mae.inference import get_model
 
 
 def script(*argv, cwd=ROOT):

@@ -10,7 +10,7 @@ from mains import call
 from transformers import VitDetConfig, VitDetModel
 
 from demo import detection, segmentation
-from inference import export, get_model
+from mae.inference import export, get_model
 
 
 @pytest.mark.parametrize(("source", "size"), [("mae", (56, 56)), ("encoder", (40, 96)), ("classifier", (56, 56))])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mains import in_processes, small_run, wait_until
 
-from util import dist, plain_data
+from mae import parallel, plain_data
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def environment(monkeypatch):
 def test_devices():
     for name in ("abacus", "meta", "cuda:x"):
         with pytest.raises(ValueError, match="give auto, cpu, cuda, cuda:N or mps"):
-            dist.choose_device(name)
+            parallel.choose_device(name)
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match="no MPS device"):
-            dist.choose_device("mps")
-    assert dist.init("cpu", backend="gloo") == torch.device("cpu")
+            parallel.choose_device("mps")
+    assert parallel.init("cpu", backend="gloo") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
-        dist.init("cpu", backend="nccl")
+        parallel.init("cpu", backend="nccl")
 
 
 def test_cuda_devices_have_a_number(monkeypatch):
@@ -37,12 +37,12 @@ def test_cuda_devices_have_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert dist.init("auto") == dist.init("cuda") == torch.device("cuda", 0)
-    assert dist.init("cuda:1") == torch.device("cuda", 1)
+    assert parallel.init("auto") == parallel.init("cuda") == torch.device("cuda", 0)
+    assert parallel.init("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (dist.init("auto"), {device.index for device in chosen}) == (torch.device("cuda", 1), {0, 1})
+    assert (parallel.init("auto"), {device.index for device in chosen}) == (torch.device("cuda", 1), {0, 1})
     with pytest.raises(ValueError, match=r"device 2, .* 2"):
-        dist.init("cuda:2")
+        parallel.init("cuda:2")
 
 
 # As srun sets them on a node with four GPUs (measured with --gpus-per-node=4, --gpus-per-task, and --gpu-bind).
@@ -71,10 +71,10 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
         monkeypatch.setenv(name, value)
     if device is None:
         with pytest.raises(ValueError, match=r"device 3, .* 1"):
-            dist.choose_device("cuda")
+            parallel.choose_device("cuda")
     else:
-        assert dist.choose_device("cuda") == torch.device("cuda", device)
-    assert dist.choose_device("cuda:0") == torch.device("cuda", 0)  # which the message advises
+        assert parallel.choose_device("cuda") == torch.device("cuda", device)
+    assert parallel.choose_device("cuda:0") == torch.device("cuda", 0)  # which the message advises
 
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
@@ -95,7 +95,7 @@ TWO = {"WORLD_SIZE": "2"}
 def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
     environment(variables)
     with pytest.raises(ValueError, match=message):
-        dist.init("cpu")
+        parallel.init("cpu")
 
 
 def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
@@ -105,13 +105,13 @@ def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
         environment({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         environment({"RANK": "1"})
         with pytest.raises(ValueError, match=rf"1 of 2 .* 127.0.0.1:{port} .*Connection refused"):
-            dist.init("cpu", timeout=1)
+            parallel.init("cpu", timeout=1)
         taken.listen()
         environment({"RANK": "0"})
         with pytest.raises(ValueError, match=rf"127.0.0.1:{port} .*--master_port"):
-            dist.init("cpu", timeout=1)
+            parallel.init("cpu", timeout=1)
     with pytest.raises(ValueError, match=rf"0 of 2 .* 127.0.0.1:{port} .*1/2 clients joined"):
-        dist.init("cpu", timeout=1)
+        parallel.init("cpu", timeout=1)
     assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
 
 
@@ -137,29 +137,29 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
 CODE = """
 import os, time
 import torch
-from util import dist, plain_data
+from mae import parallel, plain_data
 def main(device):
-    if dist.rank() == 1:
+    if parallel.rank() == 1:
         time.sleep(0.5)
         open("late", "w").close()
-    dist.barrier()
+    parallel.barrier()
     met = os.path.exists("late")
     norm = torch.nn.BatchNorm1d(1)
-    norm.running_mean.fill_(5.0 + dist.rank())
-    dist.share_buffers(norm)
-    model = dist.wrap(torch.nn.Linear(1, 1, bias=False), device)
-    x = torch.full((1, 1), dist.rank() + 1.0)
-    with dist.gradient_sync(model, enabled=False):
+    norm.running_mean.fill_(5.0 + parallel.rank())
+    parallel.share_buffers(norm)
+    model = parallel.wrap(torch.nn.Linear(1, 1, bias=False), device)
+    x = torch.full((1, 1), parallel.rank() + 1.0)
+    with parallel.gradient_sync(model, enabled=False):
         model(x).sum().backward()
     alone = model.module.weight.grad.item()
-    with dist.gradient_sync(model, enabled=True):
+    with parallel.gradient_sync(model, enabled=True):
         model(x).sum().backward()
-    mean = dist.mean_over_processes(torch.tensor(float(dist.rank())))
-    line = f"{dist.rank()}/{dist.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
-    line += f" {met} {dist.gather(dist.rank() + 7)} {norm.running_mean.item()} {dist.is_main()}"
-    open(f"out{dist.rank()}", "w").write(line)
-main(dist.init("cpu"))
-dist.teardown()
+    mean = parallel.mean_over_processes(torch.tensor(float(parallel.rank())))
+    line = f"{parallel.rank()}/{parallel.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
+    line += f" {met} {parallel.gather(parallel.rank() + 7)} {norm.running_mean.item()} {parallel.is_main()}"
+    open(f"out{parallel.rank()}", "w").write(line)
+main(parallel.init("cpu"))
+parallel.teardown()
 """
 
 
@@ -173,25 +173,25 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
 
 OF_RANK_0 = """
 import time
-from util import dist, plain_data
-from util.cli.advice import AdvisedError, Remedy
-calls, exchanges, gather = [], [], dist.gather
-dist.gather = lambda value: exchanges.append(value) or gather(value)
-dist.EXCHANGE_SECONDS = 0.1
+from mae import parallel, plain_data
+from mae.cli.advice import AdvisedError, Remedy
+calls, exchanges, gather = [], [], parallel.gather
+parallel.gather = lambda value: exchanges.append(value) or gather(value)
+parallel.EXCHANGE_SECONDS = 0.1
 def slow():
-    calls.append(dist.rank())
+    calls.append(parallel.rank())
     time.sleep(0.5)
-    return {"rank": dist.rank()}
+    return {"rank": parallel.rank()}
 def fails():
     raise AdvisedError("no images", Remedy({"data_path": "others"}), about={"dataset": "x"})
-dist.init("cpu")
-line = f"{dist.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
+parallel.init("cpu")
+line = f"{parallel.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
 try:
-    dist.from_rank_0(fails)
+    parallel.from_rank_0(fails)
 except ValueError as error:
     line += f" {error}"
-open(f"out{dist.rank()}", "w").write(line)
-dist.teardown()
+open(f"out{parallel.rank()}", "w").write(line)
+parallel.teardown()
 """
 
 
@@ -205,19 +205,19 @@ def test_rank_0_computes_for_all(tmp_path):
 OF_AN_ATTACKER = """
 import os
 import torch.distributed as td
-from util import dist, plain_data
+from mae import parallel, plain_data
 class Evil:
     def __reduce__(self):
         return os.mkdir, (f"executed{os.environ['RANK']}",)
-dist.init("cpu")
+parallel.init("cpu")
 for attack, honest in (
-    (lambda: td.all_gather_object([None, None], Evil()), lambda: dist.gather({"a": 1})),
-    (lambda: (dist.gather(True), td.broadcast_object_list([Evil()], 0)), lambda: dist.from_rank_0(dict)),
+    (lambda: td.all_gather_object([None, None], Evil()), lambda: parallel.gather({"a": 1})),
+    (lambda: (parallel.gather(True), td.broadcast_object_list([Evil()], 0)), lambda: parallel.from_rank_0(dict)),
 ):
     try:
-        honest() if dist.rank() else attack()
+        honest() if parallel.rank() else attack()
     except Exception as error:
-        open(f"out{dist.rank()}", "a").write(f"{type(error).__name__} ")
+        open(f"out{parallel.rank()}", "a").write(f"{type(error).__name__} ")
 os._exit(0)
 """
 
@@ -280,7 +280,7 @@ import os, sys
 import main_pretrain
 from functools import partial
 from PIL import Image
-from util.cli import entry_point
+from mae.cli import entry_point
 different, *sys.argv[1:] = sys.argv[1:]
 is_other = os.environ["RANK"] == "1"
 sys.argv += different.split() if is_other and different.startswith("--") else []
@@ -318,14 +318,14 @@ TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE
 ])  # fmt: skip
 def test_the_environment_of_srun_is_translated_for_several_tasks_without_a_launcher(environment, variables, expected):
     environment(variables)
-    dist.translate_srun()
+    parallel.translate_srun()
     assert {name: os.environ.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_by_a_launcher_is_detected(name, monkeypatch):
-    started_by = dist.launches()
+    started_by = parallel.launches()
     for count, expected in (("", False), ("0", False), ("2", True)):
         monkeypatch.setenv(name, count)
-        assert dist.restarted(started_by) == expected
-        assert not dist.restarted([])
+        assert parallel.restarted(started_by) == expected
+        assert not parallel.restarted([])

@@ -18,10 +18,10 @@ from golden_settings import SCRIPTS, parser_of
 
 import hubconf
 import models_mae
-from inference import export, get_model
-from util.cli import entry_point
-from util.evaluation import robustness
-from util.weights import model_zoo
+from mae.cli import entry_point
+from mae.evaluate import robustness
+from mae.inference import export, get_model
+from mae.weights import model_zoo
 
 DOCUMENTS = sorted(
     path
@@ -61,7 +61,7 @@ def parse(script: str, flags: list[str]) -> Namespace:
 def script_commands() -> list[tuple[str, list[str]]]:
     """Every command of a script in documents, docstrings, recipe headers and `run`: (script, flags)."""
     lines = []
-    for path in (*ROOT.glob("main_*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("recipes/*.yaml")):
+    for path in (*ROOT.glob("main_*.py"), *ROOT.glob("mae/inference/*.py"), *ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def script_commands() -> list[tuple[str, list[str]]]:
         lines += [line for line in commands(docstring) if line.strip().startswith("python ")]
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
     scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
-    modules = r"inference\.\w+|util\.(?:datasets|resize|sharded)"
+    modules = r"mae\.inference\.\w+|util\.(?:datasets|resize|sharded)"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
     found = [(call[1], shlex.split(call[2] or "", comments=True)) for call in calls if call]
     assert len(found) >= 150
@@ -151,7 +151,7 @@ def test_the_python_of_documents_runs(run_python):
     assert names["mask"].shape == (2, 196)
     assert names["tokens"].shape == (2, 197, 768)
     assert names["reconstruction"].pasted.shape == names["images"].shape
-    names = run_python("SEGMENTATION.md", "inference.maps import dense")
+    names = run_python("SEGMENTATION.md", "mae.inference.maps import dense")
     assert names["features"].shape == (2, 4 * 768, 32, 32)
     assert names["complete"].shape == (1, 4 * 768, 25, 38)  # of 400 x 600 pixels
 

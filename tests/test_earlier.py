@@ -13,7 +13,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_segment
-from inference import features
+from mae.inference import features
 
 RESULTS = ("train_lr", "train_loss", "test_acc1", "test_loss", "test_miou", "test_pixel_acc", "chosen_blr")
 

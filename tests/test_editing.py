@@ -12,13 +12,13 @@ from test_models_mae import build
 from torch import nn
 from torch.nn import functional as F
 
-import models_build
+import mae.build
 import models_vit
 from examples.hog_target import HOGTarget
-from inference import get_model
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import get_model
+from mae.weights import loading
 from models_mae import MaskedAutoencoderViT
-from util.checkpoints.checkpoint import CheckpointError
-from util.weights import loading
 
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
@@ -37,8 +37,9 @@ def train(pretrain):
 
 NEW_SIZE = """
 import sys
-import inference, main_finetune, main_pretrain, models_vit
-from util.cli import entry_point
+import main_finetune, main_pretrain, models_vit
+from mae import inference
+from mae.cli import entry_point
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 model = inference.get_model("run/checkpoint-1.pth")
 assert model.blocks[0].attn.num_heads == 8
@@ -54,7 +55,7 @@ def test_a_new_size_needs_one_entry(pictures, tmp_path):
     """It trains by its name, and checkpoints restore its number of heads, which no shape records."""
     mini = '    "mini_patch4": {'
     heads = '    "heads8_patch4": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 8},\n'
-    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "inference"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "mae"]:
         (tmp_path / path.name).symlink_to(path)
     source = (ROOT / "models_vit.py").read_text()
     assert source.count(mini) == 1
@@ -275,7 +276,7 @@ def test_a_second_decoder_in_the_file_does_not_count(tmp_path):
     """As in an edit of models_mae.py, of which the file records nothing."""
     torch.save({"model": Distills(**WIDE).state_dict()}, tmp_path / "m.pth")
     file = loading.Weights(torch.load(tmp_path / "m.pth")["model"], {}, "full", "m.pth")
-    assert models_build.file_settings(file, "mae_vit_mini_patch4")["decoder_depth"] == 1
+    assert mae.build.file_settings(file, "mae_vit_mini_patch4")["decoder_depth"] == 1
 
 
 def test_a_call_does_not_affect_the_noise_of_later_calls():

@@ -16,17 +16,17 @@ import main_finetune
 import main_knn
 import main_linprobe
 from engine_finetune import encode, evaluate
-from inference import features
+from mae import parallel
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data import loader, transforms
+from mae.data.labels import Subset
+from mae.data.run_data import RunData
+from mae.inference import features
+from mae.settings import DataSpec, ImageSpec
+from mae.training import feature_files
+from mae.training.precision import Precision
 from models_vit import vit_mini_patch4
-from util import dist
-from util.checkpoints.checkpoint import CheckpointError
-from util.data import loader, transforms
-from util.data.labels import Subset
-from util.data.run_data import RunData
 from util.datasets import open_source
-from util.settings import DataSpec, ImageSpec
-from util.training import feature_files
-from util.training.precision import Precision
 
 
 def test_evaluation_equals_scikit_learn(pictures):
@@ -82,9 +82,9 @@ def test_features_are_those_of_evaluation_mode(labelled):
 def test_a_process_without_images_has_features_of_the_same_width(labelled, monkeypatch):
     """Nearest neighbors compare the features of all processes."""
     source = Subset(open_source("val", str(labelled)), np.arange(1))
-    monkeypatch.setattr(dist, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "gather", lambda mine: [(5,), mine])
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "gather", lambda mine: [(5,), mine])
     features, labels = feature_files.extract(lambda rest: [], source)
     assert (features.shape, features.dtype, labels.tolist()) == ((0, 5), torch.float32, [])
 

@@ -14,9 +14,9 @@ import yaml
 from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from torch import nn
 
+import mae.build
 import main_finetune
 import main_knn
-import models_build
 from examples.colored_masks import ColoredMasks
 from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
@@ -26,11 +26,11 @@ from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import muon_and_adamw
 from examples.two_crops import TwoCrops
 from examples.wide_decoder import WideDecoder
-from inference import get_model
+from mae.checkpoints import checkpoint
+from mae.cli.user_code import import_object
+from mae.inference import get_model
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.checkpoints import checkpoint
-from util.cli.user_code import import_object
 
 TEACHER = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -282,7 +282,7 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
     theirs = transformers.DINOv3ViTModel(config).eval()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.2)
-    kind = models_build.combined(RotaryEncoder, VisionTransformer)
+    kind = mae.build.combined(RotaryEncoder, VisionTransformer)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     ours = kind(**sizes, num_classes=0, num_cls_tokens=5).eval()
     ours.load_state_dict(of_dinov3(theirs.state_dict()))
@@ -291,12 +291,12 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
         (tokens,) = ours.get_intermediate_layers(imgs)
         torch.testing.assert_close(tokens, theirs(imgs).last_hidden_state, rtol=1e-4, atol=1e-5)
     # The visible patches of the autoencoder are rotated by their own positions.
-    kind = models_build.combined(RotaryEncoder, MaskedAutoencoderViT)
-    mae = kind(**sizes, num_cls_tokens=5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
-    mae.load_state_dict({**mae.state_dict(), **of_dinov3(theirs.state_dict())})
+    kind = mae.build.combined(RotaryEncoder, MaskedAutoencoderViT)
+    autoencoder = kind(**sizes, num_cls_tokens=5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
+    autoencoder.load_state_dict({**autoencoder.state_dict(), **of_dinov3(theirs.state_dict())})
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    latent, _, _ = mae.forward_encoder(imgs, 0.0, noise)
-    (tokens,) = mae.get_intermediate_layers(imgs)
+    latent, _, _ = autoencoder.forward_encoder(imgs, 0.0, noise)
+    (tokens,) = autoencoder.get_intermediate_layers(imgs)
     order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
     torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
 

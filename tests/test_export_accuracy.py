@@ -14,7 +14,7 @@ from mains import parse
 from PIL import Image
 
 import main_finetune
-from inference import export, get_model
+from mae.inference import export, get_model
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 FORMATS = {"reference": "r.pth", "safetensors": "s.safetensors", "timm": "timm", "mmpretrain": "m.pth",
@@ -25,7 +25,7 @@ SHAPES = [(32, 48), (30, 40), (40, 30), (36, 24), (24, 25), (48, 48)]
 EVALUATE = """
 import json, sys
 import main_finetune
-from util.cli import entry_point
+from mae.cli import entry_point
 for file in sys.argv[2:]:
     flags = ["--eval", "--resume", file, "--data_path", sys.argv[1], "--num_workers", "0", "--device", "cpu"]
     scores = main_finetune.main(entry_point.parse(main_finetune.get_args_parser(), flags))

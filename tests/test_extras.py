@@ -10,21 +10,21 @@ from mains import assert_equal, fails, in_processes, lines, parse, stop_and_resu
 from PIL import Image
 from test_decode import saved
 
+import mae.build
 import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-import models_build
 from examples.ground_positions import GroundPositions
-from inference import export, features, get_model
+from mae.data import loader, transforms
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage
+from mae.data.samples import Samples
+from mae.data.sources import versions
+from mae.inference import export, features, get_model
+from mae.positions import get_2d_sincos_pos_embed
 from models_vit import Encoder, VisionTransformer
-from util.data import loader, transforms
-from util.data.dataset_kinds import open_source
-from util.data.decode import BadImage
-from util.data.samples import Samples
-from util.data.sources import versions
-from util.pos_embed import get_2d_sincos_pos_embed
 
 # The pixels are noise. The target, and the class, is determined by the extra input `level` alone.
 CODE = """
@@ -257,7 +257,7 @@ def test_an_undeclared_map_is_named(encoded, caplog):
 def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
     """The encoding of Scale-MAE: the sine-cosine table of the patch index times the meters of a pixel."""
     arguments = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    model = models_build.combined(GroundPositions, VisionTransformer)(**arguments, num_classes=2)
+    model = mae.build.combined(GroundPositions, VisionTransformer)(**arguments, num_classes=2)
     imgs, (north, east) = torch.rand(1, 3, 16, 16), torch.meshgrid(*[torch.arange(16.0)] * 2, indexing="ij")
     tokens = [model.tokenize(imgs, gsd * east[None], gsd * north[None]) - model.patch_embed(imgs) for gsd in (1, 2)]
     table = torch.from_numpy(get_2d_sincos_pos_embed(32, 4)).float()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from mae.data.transforms import Normalize
+from mae.training import loop
+from mae.training.precision import Precision
 from models_vit import Mlp
-from util.data.transforms import Normalize
-from util.training import loop
-from util.training.precision import Precision
 
 PLANTED_IN = ("linear probe", "bf16")  # the fastest case
 record = cache(cuda_cases.record)

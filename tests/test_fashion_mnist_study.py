@@ -14,13 +14,13 @@ from torchvision.datasets import FashionMNIST
 import main_compare
 import main_pretrain
 from benchmarks.fashion_mnist import study
-from inference import export
+from mae.inference import export
 
 
 @pytest.mark.parametrize("name", ["PRETRAIN", "EXPORT", "COMPARE"])
 def test_its_commands_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    scripts = {"main_pretrain.py": main_pretrain, "inference.export": export, "main_compare.py": main_compare}
+    scripts = {"main_pretrain.py": main_pretrain, "mae.inference.export": export, "main_compare.py": main_compare}
     words = list(map(str, getattr(study, name)))
     script = next(word for word in words if word in scripts)
     args = parse(scripts[script], *words[words.index(script) + 1 :])

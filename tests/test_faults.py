@@ -12,7 +12,7 @@ from faults import Faults
 from forks import Forks
 from mains import assert_close, lines, small_run, wait_until
 
-from util.data.decode import MAX_PIXELS
+from mae.data.decode import MAX_PIXELS
 
 
 def test_a_restart_by_torchrun_resumes_and_damaged_checkpoints_are_rejected_or_equal(tmp_path):
@@ -65,7 +65,7 @@ def test_a_run_resumes_with_other_numbers_of_processes(own_module, pictures, tmp
 
 def test_the_security_page_agrees_with_the_code():
     assert f"{MAX_PIXELS:,}" in (ROOT / "SECURITY.md").read_text()
-    folders = ("", "util/*/", "util/", "inference/")
+    folders = ("", "mae/*/", "mae/")
     code = "\n".join(path.read_text() for folder in folders for path in ROOT.glob(f"{folder}*.py"))
     assert not re.search(r"pickle\.load|yaml\.load\(|extractall", code)
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]

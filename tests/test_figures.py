@@ -11,7 +11,7 @@ from test_knn import predictions
 import models_mae
 import models_vit
 from demo.unpack_data import ARCHIVE
-from util.weights import model_zoo
+from mae.weights import model_zoo
 
 # ViT-B/16, ViT-L/16, ViT-H/14 and ViT-H/14 at 448 pixels, as published.
 RESULTS = {

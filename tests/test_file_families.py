@@ -17,11 +17,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import main_finetune
 import main_knn
-from inference import export, get_model
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import export, get_model
+from mae.weights import foreign_settings, loading, reading
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util.checkpoints.checkpoint import CheckpointError
-from util.weights import foreign_settings, loading, reading
 
 MINI = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
         "image_size": 16, "patch_size": 4}  # fmt: skip

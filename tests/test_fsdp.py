@@ -4,16 +4,16 @@ import pytest
 import torch
 from mains import lines
 
+from mae import parallel
+from mae.training import fsdp
 from models_mae import mae_vit_mini_patch4
-from util import dist
-from util.training import fsdp
 
 
 @pytest.fixture
 def process_group():
-    dist.init("cpu", needs_group=True)
+    parallel.init("cpu", needs_group=True)
     yield
-    dist.teardown()
+    parallel.teardown()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_one_process_trains_saves_and_resumes_as_without_fsdp(pretrain, capsys):
         sharded = pretrain("sharded", fsdp=True, **flags)
         resumed = pretrain("resumed", fsdp=True, resume=sharded / "checkpoint-0", **flags)
     finally:
-        dist.teardown()
+        parallel.teardown()
     assert "warning: --fsdp" in capsys.readouterr().out
     without = pretrain("without", resume=sharded / "checkpoint-0", **flags)
     for epoch, out in ((0, sharded), (1, resumed), (1, without)):

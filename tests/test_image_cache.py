@@ -12,11 +12,11 @@ from mains import Stopped, assert_equal, lines, stop_after, weights
 from PIL import Image
 
 import main_finetune
-from util.data import image_cache
-from util.data import samples as samples_module
-from util.data.decode import BadImage, decode
-from util.data.transforms import to_tensor
-from util.data.webdataset_shards import Shards
+from mae.data import image_cache
+from mae.data import samples as samples_module
+from mae.data.decode import BadImage, decode
+from mae.data.transforms import to_tensor
+from mae.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
@@ -88,9 +88,9 @@ import ctypes, sys
 import numpy as np
 from pathlib import Path
 from test_image_cache import OPTIONS, image_cache, open_source, private_bytes
-from util import dist
+from mae import parallel
 
-dist.init("cpu")
+parallel.init("cpu")
 source = open_source("train", sys.argv[1])
 for _ in range(2):  # the first imports modules
     cache = None
@@ -100,11 +100,11 @@ for _ in range(2):  # the first imports modules
     same = all(
         np.array_equal(cache[index][0].numpy(), np.moveaxis(np.load(source.name(index)), 2, 0)) for index in range(400)
     )
-    dist.barrier()
+    parallel.barrier()
     ctypes.CDLL(None).malloc_trim(0)
-Path(f"out{dist.rank()}").write_text(f"{len(cache)} {cache.num_bytes} {same} {private_bytes() - before}")
-dist.barrier()
-dist.teardown()
+Path(f"out{parallel.rank()}").write_text(f"{len(cache)} {cache.num_bytes} {same} {private_bytes() - before}")
+parallel.barrier()
+parallel.teardown()
 """
 
 

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
-from inference import export, features, get_model, predict, reconstruct
-from inference.model import picture_of
+from mae.cli import entry_point
+from mae.data import loader
+from mae.inference import export, features, get_model, predict, reconstruct
+from mae.inference.model import picture_of
+from mae.training import feature_files
 from models_mae import Reconstruction
-from util.cli import entry_point
-from util.data import loader
-from util.training import feature_files
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 

@@ -18,11 +18,11 @@ from mains import parse, randomized
 from PIL import Image
 
 import hubconf
-from inference import export, get_model, graphs
-from inference.model import ARCHITECTURES, Autoencoder, Classifier
-from models_build import probe_head
-from util.checkpoints import checkpoint
-from util.weights import conversion, loading
+from mae.build import probe_head
+from mae.checkpoints import checkpoint
+from mae.inference import export, get_model, graphs
+from mae.inference.model import ARCHITECTURES, Autoencoder, Classifier
+from mae.weights import conversion, loading
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
 FORMATS = ["reference", "safetensors", "timm", "mmpretrain", "transformers"]
@@ -337,6 +337,6 @@ def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
 
 def test_the_command(mae, imgs, tmp_path):
     flags = ["--model", exported(mae, "safetensors", tmp_path), "--to", "timm", "--out", tmp_path / "t.pth"]
-    forks.run("inference/export.py", flags, tmp_path / "output")
+    forks.run("mae/inference/export.py", flags, tmp_path / "output")
     theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
     torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)

@@ -6,9 +6,9 @@ import torch
 from conftest import ROOT
 from skimage import data as photographs
 
-import models_build
-from inference import get_model, maps
-from util.settings import specs
+import mae.build
+from mae.inference import get_model, maps
+from mae.settings import specs
 
 
 @pytest.fixture(params=["mae_vit_mini_patch4", "vit_mini_patch4"])
@@ -41,7 +41,7 @@ def test_attention_is_the_class_tokens_row(model):
 def test_attention_of_an_attentive_probe(tmp_path):
     settings = {"model": "vit_mini_patch4", "input_size": [32, 48], "patch_size": None, "in_chans": 3,
                 "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 8}  # fmt: skip
-    probe = models_build.probe(*specs(settings)).eval()
+    probe = mae.build.probe(*specs(settings)).eval()
     with torch.no_grad():
         probe.head.pool.queries.mul_(50)
     torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")

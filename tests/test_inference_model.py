@@ -11,15 +11,15 @@ from mains import assert_equal, call, randomized, weights
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
-import models_build
+import mae.build
 import models_mae
 import models_vit
-from inference import export, features, get_model, inference_model, list_models, maps, reconstruct
-from inference.model import Autoencoder, Classifier, Segmenter
-from util.checkpoints.checkpoint import CheckpointError
-from util.data.decode import BadImage
-from util.settings import specs
-from util.weights import loading, model_zoo
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data.decode import BadImage
+from mae.inference import export, features, get_model, inference_model, list_models, maps, reconstruct
+from mae.inference.model import Autoencoder, Classifier, Segmenter
+from mae.settings import specs
+from mae.weights import loading, model_zoo
 
 MMPRETRAIN = "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"
 
@@ -408,7 +408,7 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
     settings = {"input_size": 32, "patch_size": None, "in_chans": 3, "global_pool": True, "nb_classes": 5}
     imgs = torch.randn(2, 3, 32, 32)
     for name, heads in (("vit_heads8_patch4", 8), ("vit_mini_patch4", 4)):
-        model = models_build.classifier(*specs({**settings, "model": name})).eval()
+        model = mae.build.classifier(*specs({**settings, "model": name})).eval()
         again = get_model(saved(model, tmp_path / f"{name}.pth", **settings, model=name))
         assert again.blocks[0].attn.num_heads == heads
         assert torch.equal(again(imgs), model(imgs))

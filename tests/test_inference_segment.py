@@ -9,12 +9,12 @@ from mains import parse
 from PIL import Image
 from segments import make_scenes
 
+import mae.build
 import main_segment
-import models_build
-from inference import export, get_model, segment
-from inference.model import Segmenter
-from util.evaluation.segmentation import Scores, confusion_matrix
-from util.settings import specs
+from mae.evaluate.segmentation import Scores, confusion_matrix
+from mae.inference import export, get_model, segment
+from mae.inference.model import Segmenter
+from mae.settings import specs
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path
     """The color of the class 0 is black: the middle panel has the gray levels of the photograph."""
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 8, "in_chans": 3, "nb_classes": 2,
                 "head": "linear", "short_side": 0, "classes": ["0", "1"]}  # fmt: skip
-    own = models_build.segmenter(*specs(settings))
+    own = mae.build.segmenter(*specs(settings))
     torch.nn.init.zeros_(own.head.classifier.weight)
     own.head.classifier.bias.data = torch.tensor([1.0, 0.0])  # every pixel has the class 0
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "zero.pth")

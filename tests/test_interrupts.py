@@ -19,8 +19,8 @@ import torch
 from conftest import ROOT
 from mains import assert_equal, lines, wait_until, weights
 
-from util.checkpoints import checkpoint
-from util.interrupts import SIGNALS, Interrupted, Interrupts, blocked
+from mae.checkpoints import checkpoint
+from mae.interrupts import SIGNALS, Interrupted, Interrupts, blocked
 
 EPOCHS = 40
 FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCHS, "--warmup_epochs", 1, "--blr", 0.01,
@@ -104,7 +104,7 @@ def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
 LONG_EVALUATION = """
 import time
 import main_finetune
-from util.cli import entry_point
+from mae.cli import entry_point
 def slowly(*given, **named):
     print("evaluates", flush=True)
     time.sleep(300)

@@ -17,14 +17,14 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from examples.cross_decoder import CrossDecoder
-from inference.model import get_model
+from mae.checkpoints import checkpoint
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage, Masked, PixelValues, decode
+from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
+from mae.evaluate import pixel_baselines
+from mae.inference.model import get_model
+from mae.settings import ImageSpec
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
-from util.checkpoints import checkpoint
-from util.data.dataset_kinds import open_source
-from util.data.decode import BadImage, Masked, PixelValues, decode
-from util.data.transforms import eval_transform, pretrain_transform, with_valid_patches
-from util.evaluation import pixel_baselines
-from util.settings import ImageSpec
 
 CLOUDS = '''
 import os

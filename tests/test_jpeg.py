@@ -11,11 +11,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_decode import saved
 
-from util.data import bicubic, jpeg, transforms
-from util.data.crops import scale
-from util.data.decode import BadImage, decode
-from util.data.generators import seed_generators
-from util.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
+from mae.data import bicubic, jpeg, transforms
+from mae.data.crops import scale
+from mae.data.decode import BadImage, decode
+from mae.data.generators import seed_generators
+from mae.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
 
 
 def photographs() -> list[Image.Image]:
@@ -165,7 +165,7 @@ def test_scaling_to_any_size_is_pillows(kind):
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "util.data.bicubic")
+    monkeypatch.delitem(sys.modules, "mae.data.bicubic")
     jpeg.decoder.cache_clear()
     with pytest.raises(ValueError, match=r"--fast_jpeg .*pip install .*numba"):
         jpeg.decoder()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from util.evaluation import knn
+from mae.evaluate import knn
 
 
 def clouds(count, seed):
@@ -62,15 +62,15 @@ def test_a_bank_of_halves_is_multiplied_in_full_precision(monkeypatch):
 IN_PROCESSES = """
 import torch
 from test_knn import clouds, knn, ours
-from util import dist
-dist.init("cpu", "env://")
-share = slice(dist.rank(), None, dist.world_size())
+from mae import parallel
+parallel.init("cpu", "env://")
+share = slice(parallel.rank(), None, parallel.world_size())
 bank, queries = ([column[share] for column in clouds(count, seed)] for count, seed in ((601, 0), (303, 1)))
 knn.CHUNK = 14100  # 70 queries of parts of 200, 69 of parts of 201
 found = ours(bank, queries)
-if dist.is_main():
+if parallel.is_main():
     print("FOUND", found)
-dist.teardown()
+parallel.teardown()
 """
 
 

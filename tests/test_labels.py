@@ -15,13 +15,13 @@ from sklearn import metrics as sk
 import main_finetune
 import main_knn
 import main_linprobe
-from inference import get_model
+from mae.checkpoints import checkpoint
+from mae.data import labels
+from mae.data.sources import find_files
+from mae.data.webdataset_shards import Shards
+from mae.inference import get_model
 from models_vit import vit_mini_patch4
 from util import datasets
-from util.checkpoints import checkpoint
-from util.data import labels
-from util.data.sources import find_files
-from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from util.lars import LARS
+from mae.training.lars import LARS
 
 
 def parameters():

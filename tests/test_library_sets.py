@@ -26,12 +26,12 @@ from test_decode import saved
 
 import main_finetune
 import main_knn
+from mae import parallel
+from mae.data import library_sets, loader, transforms
+from mae.data.decode import BadImage, decode
+from mae.data.samples import Samples
+from mae.data.webdataset_shards import Shards
 from models_vit import vit_mini_patch4
-from util import dist
-from util.data import library_sets, loader, transforms
-from util.data.decode import BadImage, decode
-from util.data.samples import Samples
-from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
@@ -73,7 +73,7 @@ def test_datasets_with_and_without_a_train_argument(fashion):
 
 
 def test_a_dataset_with_named_splits(tmp_path):
-    """The files are decoded by `util.data.decode`; `val` is the most similar split."""
+    """The files are decoded by `mae.data.decode`; `val` is the most similar split."""
     food = tmp_path / "food-101"
     (food / "meta").mkdir(parents=True)
     for split, pies, waffles in (("train", ["apple_pie/1"], ["waffles/2", "waffles/3"]), ("test", [], ["waffles/4"])):
@@ -376,10 +376,10 @@ def spawned():
 
 
 def test_processes_share_the_stream_if_their_worker_processes_are_not_forked(shards, monkeypatch, spawned):
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         parts.append(images_of(batches_of(shards, num_workers=1), 0))
     assert parts[0] and parts[1] and not {*parts[0]} & {*parts[1]}
 

@@ -17,14 +17,14 @@ from mains import parse, small_run, wait_until
 from PIL import Image
 
 import main_pretrain
-from util import dist
-from util.data import loader, transforms
-from util.data.batches import up_to_cores
-from util.data.decode import BadImage
-from util.data.loader import EpochBatches, TrainLoader
-from util.data.samples import Samples
+from mae import parallel
+from mae.data import loader, transforms
+from mae.data.batches import up_to_cores
+from mae.data.decode import BadImage
+from mae.data.loader import EpochBatches, TrainLoader
+from mae.data.samples import Samples
+from mae.training import feature_files
 from util.datasets import open_source
-from util.training import feature_files
 
 
 def batches_of(*args, epoch=0, first_iteration=0, **options):
@@ -40,9 +40,9 @@ def of_ranks(monkeypatch, count, make):
     """What a function returns in each of several processes."""
     found = []
     with monkeypatch.context() as patch:
-        patch.setattr(dist, "world_size", lambda: count)
+        patch.setattr(parallel, "world_size", lambda: count)
         for rank in range(count):
-            patch.setattr(dist, "rank", lambda rank=rank: rank)
+            patch.setattr(parallel, "rank", lambda rank=rank: rank)
             found.append(make())
     return found
 
@@ -105,7 +105,7 @@ def test_a_pass_may_be_shorter_than_a_batch():
 def test_fewer_images_than_an_effective_batch_are_an_error(
     monkeypatch, images, batch_size, accum_iter, repeats, processes, message
 ):
-    monkeypatch.setattr(dist, "world_size", lambda: processes)
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
     with pytest.raises(ValueError, match=message):
         EpochBatches(images, batch_size, 0, repeats, accum_iter)
 
@@ -264,7 +264,7 @@ def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
 def test_every_process_permutes_its_stored_features(monkeypatch):
     features, orders = torch.arange(12.0)[:, None].expand(-1, 3), set()
     for seed, epoch, rank in itertools.product((0, 1), repeat=3):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         batches = feature_files.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
         batches.seek(epoch)
         values, labels, indices = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
@@ -282,8 +282,8 @@ def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures, monkeyp
     batches and GPUs."""
 
     def draws(seed=0, epoch=0, rank=0, first_iteration=0):
-        monkeypatch.setattr(dist, "rank", lambda: rank)
-        monkeypatch.setattr(dist, "world_size", lambda: 1 + rank)
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        monkeypatch.setattr(parallel, "world_size", lambda: 1 + rank)
         batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
         batches.seek(epoch, first_iteration)
         drawn = []

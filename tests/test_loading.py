@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from inference import get_model
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import get_model
+from mae.positions import resize_pos_embed
+from mae.weights import loading
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util.checkpoints.checkpoint import CheckpointError
-from util.pos_embed import resize_pos_embed
-from util.weights import loading
 
 
 def saved(path, model, drop=lambda name: False):

@@ -7,14 +7,14 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from util.data.loader import EpochBatches
-from util.interrupts import Interrupted, Interrupts
-from util.training import loop
-from util.training.meters import Meters
-from util.training.nonfinite import MAX_SKIPS_IN_A_ROW
-from util.training.precision import Precision
-from util.training.run_log import NullLog
-from util.training.saver import NullSaver, Request
+from mae.data.loader import EpochBatches
+from mae.interrupts import Interrupted, Interrupts
+from mae.training import loop
+from mae.training.meters import Meters
+from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW
+from mae.training.precision import Precision
+from mae.training.run_log import NullLog
+from mae.training.saver import NullSaver, Request
 
 
 class Numbers(EpochBatches):

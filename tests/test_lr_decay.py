@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
+from mae.lr_decay import param_groups_lrd
 from models_vit import vit_mini_patch4
-from util.lr_decay import param_groups_lrd
 
 
 def test_tokens_decay_without_the_list_and_frozen_parameters_are_in_no_group():

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from util.lr_sched import adjust_learning_rate, scaled_lr
-from util.settings import RunSpec
+from mae.settings import RunSpec
+from mae.training.lr_sched import adjust_learning_rate, scaled_lr
 
 
 @pytest.mark.parametrize(("settings", "expected"), [

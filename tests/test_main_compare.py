@@ -27,14 +27,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import main_compare
 import main_knn
 import main_linprobe
-from inference import get_model
+from mae.checkpoints import checkpoint, run_directory
+from mae.data.labels import hold_out, some_of_each_class
+from mae.evaluate import comparison, pixel_baselines
+from mae.evaluate.comparison import Result
+from mae.inference import get_model
+from mae.jobs.commands import Commands
+from mae.settings import ImageSpec
 from util import datasets
-from util.checkpoints import checkpoint, run_directory
-from util.data.labels import hold_out, some_of_each_class
-from util.evaluation import comparison, pixel_baselines
-from util.evaluation.comparison import Result
-from util.jobs.commands import Commands
-from util.settings import ImageSpec
 
 pytestmark = pytest.mark.usefixtures("forked")
 SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
@@ -619,7 +619,7 @@ def test_a_killed_comparison_ends_its_scripts(tmp_path):
     )
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from util.jobs.commands import Commands
+from pathlib import Path; from mae.jobs.commands import Commands
 here = Path({str(tmp_path)!r})
 commands = Commands(here, here / "results.json", 1)
 list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))

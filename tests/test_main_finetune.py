@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_knn
 import main_linprobe
-from inference import get_model
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util.checkpoints import checkpoint
-from util.checkpoints.checkpoint import CheckpointError
 
 PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
 
@@ -132,11 +132,11 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
 
 TELLING = """
 import main_finetune
-from util import dist; from util.cli import entry_point
+from mae import parallel; from mae.cli import entry_point
 scores = main_finetune.main(entry_point.parse(main_finetune.get_args_parser()))
-if dist.is_main():
+if parallel.is_main():
     print("SCORES", sorted(zip(scores.labels.tolist(), scores.predictions.tolist())), scores.num_in_top, scores.loss)
-dist.teardown()
+parallel.teardown()
 """
 
 

@@ -15,7 +15,7 @@ from torchvision import transforms as tv
 
 import main_finetune
 import main_knn
-from inference import features, get_model
+from mae.inference import features, get_model
 from models_vit import vit_mini_patch4
 
 
@@ -92,7 +92,7 @@ def test_a_sweep_prints_all_accuracies_and_the_best(caplog):
 
 
 def test_imbalanced_classes_have_a_balanced_accuracy(imbalanced, tmp_path):
-    """In one process and in two; exact by scikit-learn, on the features that `inference.features` writes."""
+    """In one process and in two; exact by scikit-learn, on the features that `mae.inference.features` writes."""
     model, sets = get_model("vit_mini_patch4", input_size=16, nb_classes=0), []
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "encoder.pth")
     for split in ("train", "val"):

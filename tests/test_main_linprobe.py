@@ -14,19 +14,19 @@ from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_
 from PIL import Image
 from torch.nn import functional as F
 
+import mae.build
 import main_finetune
 import main_linprobe
-import models_build
 import models_vit
-from inference import get_model
-from util import dist
-from util.checkpoints import checkpoint, run_directory
-from util.checkpoints.checkpoint import CheckpointError
-from util.data.decode import BadImage
-from util.data.run_data import RunData
-from util.settings import DataSpec, ImageSpec, specs
-from util.training import feature_files
-from util.training.precision import Precision
+from mae import parallel
+from mae.checkpoints import checkpoint, run_directory
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data.decode import BadImage
+from mae.data.run_data import RunData
+from mae.inference import get_model
+from mae.settings import DataSpec, ImageSpec, specs
+from mae.training import feature_files
+from mae.training.precision import Precision
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def evaluated(capsys, labelled):
 def mae(tmp_path, labelled):
     """A file with a random encoder, whose tokens have a norm."""
     torch.manual_seed(5)
-    model = models_build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
+    model = mae.build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
     torch.save({"model": model.state_dict()}, tmp_path / "encoder.pth")
     return tmp_path / "encoder.pth"
 
@@ -92,7 +92,7 @@ def test_few_updates_warn(epochs, warns, probe, capsys):
 
 
 def test_the_trunk_is_in_evaluation_mode():
-    model = models_build.probe(*specs({"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3})).train()
+    model = mae.build.probe(*specs({"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3})).train()
     assert model.training and model.head[0].training
     assert not any(module.training for module in model.blocks.modules())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.1.weight", "head.1.bias"]
@@ -272,7 +272,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), torch.device("cpu"))
-    model = models_build.probe(*specs({**vars(args), "nb_classes": 6}))
+    model = mae.build.probe(*specs({**vars(args), "nb_classes": 6}))
     train, *_ = data.open_pair()
     features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
@@ -291,9 +291,9 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
             batches.append(batch)
             yield batch
 
-    monkeypatch.setattr(dist, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "gather", lambda mine: [mine, mine])
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "gather", lambda mine: [mine, mine])
     monkeypatch.setattr(feature_files, "encode", encode_and_stop)
     monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
     with pytest.raises(Stopped):

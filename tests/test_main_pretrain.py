@@ -19,13 +19,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data import loader
+from mae.interrupts import Interrupted
+from mae.training import loop, run_log
 from models_mae import MaskedAutoencoderViT
-from util import dist
-from util.checkpoints import checkpoint
-from util.checkpoints.checkpoint import CheckpointError
-from util.data import loader
-from util.interrupts import Interrupted
-from util.training import loop, run_log
 
 
 def test_a_run_writes_the_files_of_the_published_code(pretrain):
@@ -87,7 +87,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
     assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
 
 
-@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (dist, "gather")])
+@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (parallel, "gather")])
 def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     """PyTorch may report a killed worker process at any time, also between epochs."""
     settings = {"epochs": 4, "save_every": 1000}
@@ -321,10 +321,11 @@ ONE_RANK_NAN = """
 import time
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util import dist; from util.checkpoints import checkpoint; from util.cli import entry_point
+from mae import parallel; from mae.checkpoints import checkpoint; from mae.cli import entry_point
 forward_loss, write, calls = MaskedAutoencoderViT.forward_loss, checkpoint.write, iter(range(1000))
 def spoiled(self, *given):
-    return forward_loss(self, *given) * (float("nan") if self.training and next(calls) >= 2 and dist.rank() == 1 else 1)
+    is_spoiled = self.training and next(calls) >= 2 and parallel.rank() == 1
+    return forward_loss(self, *given) * (float("nan") if is_spoiled else 1)
 def slowly(*given):
     time.sleep(3)
     write(*given)

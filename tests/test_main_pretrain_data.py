@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_library_sets import write_idx
 
-from util.checkpoints.checkpoint import CheckpointError
-from util.data import jpeg
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data import jpeg
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from timm.models import save_for_hf
 from torchvision.transforms.functional import pil_to_tensor
 
 import main_robustness
-from inference import get_model
-from util.evaluation import robustness
-from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, imagenet_classes
-from util.files import locks
+from mae.evaluate import robustness
+from mae.evaluate.robustness import CORRUPTIONS, SEVERITIES, imagenet_classes
+from mae.files import locks
+from mae.inference import get_model
 
 
 def run(suite, data, out, model="timm:reads_colors", **flags):

@@ -16,17 +16,17 @@ from PIL import Image
 from segments import make_scenes
 
 import engine_segment
+import mae.build
 import main_finetune
 import main_segment
-import models_build
 import models_segment
 import models_vit
-from inference import get_model
-from inference import segment as inference_segment
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import get_model
+from mae.inference import segment as inference_segment
+from mae.settings import specs
 from models_mae import mae_vit_mini_patch4
-from util.checkpoints import checkpoint
-from util.checkpoints.checkpoint import CheckpointError
-from util.settings import specs
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_recipes_build_their_models(name, monkeypatch):
     size, classes = args.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
     with torch.device("meta"):
         settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
-        model = models_build.segmenter(*specs(settings))
+        model = mae.build.segmenter(*specs(settings))
         assert model(torch.zeros(1, 3, size, size)).shape == (1, classes, size, size)
     assert (len(model.blocks), model.frozen) == ((32, True) if "huge" in name else (12, False))
     assert "voc" not in name or settings["classes"][:2] == ["background", "aeroplane"]

@@ -6,8 +6,7 @@ import pytest
 import torch
 from mains import in_processes, lines
 
-from models_mae import mae_vit_mini_patch4
-from util.masking import (
+from mae.masking import (
     block_mask,
     check_ratio,
     grid_mask,
@@ -18,6 +17,7 @@ from util.masking import (
     sampler,
     shuffle,
 )
+from models_mae import mae_vit_mini_patch4
 
 
 def test_every_form_of_a_mask_is_equivalent():

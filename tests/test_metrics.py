@@ -16,10 +16,10 @@ from sklearn.utils.class_weight import compute_sample_weight
 import main_finetune
 import main_knn
 import main_linprobe
-from inference import get_model
-from util.checkpoints import checkpoint
-from util.cli.choices import CLASSIFICATION, METRICS
-from util.evaluation.metrics import compute
+from mae.checkpoints import checkpoint
+from mae.cli.choices import CLASSIFICATION, METRICS
+from mae.evaluate.metrics import compute
+from mae.inference import get_model
 
 NAMES = METRICS[CLASSIFICATION]
 

@@ -8,8 +8,8 @@ import torch
 
 import models_mae
 import models_vit
-from util.checkpoints.checkpoint import CheckpointError
-from util.weights import loading, model_zoo
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.weights import loading, model_zoo
 
 
 @pytest.fixture

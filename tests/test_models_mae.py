@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import models_mae
 import models_vit
+from mae.masking import take
+from mae.positions import get_2d_sincos_pos_embed, resize_pos_embed
 from models_mae import MaskedAutoencoderViT
-from util.masking import take
-from util.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 
 
 def build(**kwargs) -> MaskedAutoencoderViT:

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import models_build
+import mae.build
 import models_segment
+from mae.settings import specs
 from models_segment import DPTHead, Segmenter
 from models_vit import Encoder, VisionTransformer
-from util.settings import specs
 
 MINI = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
 SETTINGS = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 1, "nb_classes": 5}
@@ -30,7 +30,7 @@ def test_the_output_has_the_size_of_the_image(head):
 @pytest.mark.parametrize(("head", "takes_classes"), [("linear", True), ("dpt", False)])
 def test_heads_take_the_class_token_of_the_encoder_and_patch_tokens(head, takes_classes):
     """Of several class tokens, those that `class_features` takes. Tokens do not attend to each other here."""
-    kind = models_build.combined(FirstClassToken, Segmenter)
+    kind = mae.build.combined(FirstClassToken, Segmenter)
     images = torch.rand(2, 1, 16, 24)
 
     def output(shifted):
@@ -140,7 +140,7 @@ def test_the_neck_of_dpt_is_that_of_transformers():
 def test_trained_parts_of_the_encoder(blocks):
     """Exactly these have gradients."""
     for head in models_segment.HEADS:
-        model = models_build.segmenter(*specs({**SETTINGS, "head": head, "unfreeze_blocks": blocks})).train()
+        model = mae.build.segmenter(*specs({**SETTINGS, "head": head, "unfreeze_blocks": blocks})).train()
         model(torch.rand(2, 1, 16, 16)).square().mean().backward()
         trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}

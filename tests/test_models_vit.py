@@ -4,9 +4,9 @@ import pytest
 import timm.layers
 import torch
 
-import models_build
+import mae.build
 import models_vit
-from util.pos_embed import resize_pos_embed
+from mae.positions import resize_pos_embed
 
 
 def test_from_scratch_weights():
@@ -27,7 +27,7 @@ def test_checkpointed_blocks_drop_the_same_paths():
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     expected = gradients()
-    models_build.set_grad_checkpointing(model)
+    mae.build.set_grad_checkpointing(model)
     torch.testing.assert_close(gradients(), expected)
     model.eval()
     torch.testing.assert_close(model(imgs), model(imgs), rtol=0, atol=0)  # nothing is dropped

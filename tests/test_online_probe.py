@@ -11,9 +11,9 @@ from mains import assert_equal, assert_same_run, call, in_processes, lines, stop
 from PIL import Image
 
 import main_knn
-from inference import get_model
-from util.data.dataset_kinds import open_source
-from util.training.online_probe import effective_rank
+from mae.data.dataset_kinds import open_source
+from mae.inference import get_model
+from mae.training.online_probe import effective_rank
 
 NAMES = ("test_knn_acc1", "test_effective_rank")
 

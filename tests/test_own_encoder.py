@@ -15,27 +15,27 @@ from PIL import Image
 from segments import make_scenes
 from timm.models.vision_transformer import Block as TimmBlock
 
+import mae.build
 import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-import models_build
 from examples import reconstructions
 from examples.channel_groups import ChannelGroups
 from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
 from examples.wide_decoder import WideDecoder
-from inference import export, features, get_model, maps, predict, reconstruct
-from inference.classes import Segmenter
-from inference.model import with_encoder
+from mae.checkpoints import checkpoint
+from mae.inference import export, features, get_model, maps, predict, reconstruct
+from mae.inference.classes import Segmenter
+from mae.inference.model import with_encoder
+from mae.lr_decay import param_groups_lrd
+from mae.weights import loading, model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
 from models_vit import Block, Encoder, VisionTransformer
-from util.checkpoints import checkpoint
-from util.lr_decay import param_groups_lrd
-from util.weights import loading, model_zoo, reading
 
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 4, "num_heads": 2}
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
@@ -80,7 +80,7 @@ MODELS = {"autoencoder": (MaskedAutoencoderViT, {"decoder_embed_dim": 32, "decod
 @pytest.mark.parametrize("name", MODELS)
 def test_one_method_changes_the_tokens_of_all_models(name):
     kind, own = MODELS[name]
-    plain, shifted = kind(**SMALL, **own), models_build.combined(Shifted, kind)(**SMALL, **own)
+    plain, shifted = kind(**SMALL, **own), mae.build.combined(Shifted, kind)(**SMALL, **own)
     shifted.load_state_dict(plain.state_dict())
     imgs = torch.rand(2, 3, 16, 16)
     ours, theirs = shifted.embed(imgs), plain.embed(imgs)
@@ -101,7 +101,7 @@ def test_blocks_of_timm_are_those_of_all_models(name):
         block = TimmBlock
 
     kind, own = MODELS[name]
-    plain, timm = kind(**SMALL, **own).eval(), models_build.combined(WithTimm, kind)(**SMALL, **own).eval()
+    plain, timm = kind(**SMALL, **own).eval(), mae.build.combined(WithTimm, kind)(**SMALL, **own).eval()
     assert type(timm.blocks[0]) is TimmBlock
     timm.load_state_dict(plain.state_dict())
     imgs = torch.rand(2, 3, 16, 16)
@@ -132,7 +132,7 @@ class Adapters(Encoder):
 def test_adapters_start_as_their_blocks_set_them(name, caplog):
     """An adapter of zeros changes nothing, also with weights of a file that has no adapters."""
     kind, own = MODELS[name]
-    plain, adapted = kind(**SMALL, **own).eval(), models_build.combined(Adapters, kind)(**SMALL, **own).eval()
+    plain, adapted = kind(**SMALL, **own).eval(), mae.build.combined(Adapters, kind)(**SMALL, **own).eval()
     tensors = {name: value for name, value in plain.state_dict().items() if "head" not in name}
     file = reading.Weights(tensors, {"input_size": 16}, model_zoo.FULL, "file")
     (loading.init_mae if name == "autoencoder" else loading.load_encoder)(adapted, file)
@@ -151,7 +151,7 @@ def test_an_override_that_adds_tokens_is_an_error(name):
 
     kind, own = MODELS[name]
     with pytest.raises(ValueError, match=r"with_class_tokens returns .* --num_cls_tokens"):
-        models_build.combined(Registers, kind)(**SMALL, **own)(torch.rand(1, 3, 16, 16))
+        mae.build.combined(Registers, kind)(**SMALL, **own)(torch.rand(1, 3, 16, 16))
 
 
 def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
@@ -163,7 +163,7 @@ def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
         def layer_id(self, name):
             return len(self.blocks) + 1 if name == "last" else super().layer_id(name)
 
-    model = models_build.combined(Late, VisionTransformer)(**SMALL, num_classes=5)
+    model = mae.build.combined(Late, VisionTransformer)(**SMALL, num_classes=5)
     rates = {id(p): group["lr_scale"] for group in param_groups_lrd(model, layer_decay=0.5) for p in group["params"]}
     assert rates[id(model.first)] == rates[id(model.cls_token)] == 0.5**5
     assert rates[id(model.last)] == rates[id(model.head.weight)] == 1
@@ -423,16 +423,16 @@ class Located(Encoder):
 
 def test_extra_inputs_reach_the_steps_that_name_them():
     imgs, place, saliency = torch.rand(2, 3, 16, 16), torch.tensor([0.0, 1.0]), torch.rand(2, 16)
-    classifier = models_build.combined(Located, VisionTransformer)(**SMALL, num_classes=5).eval()
+    classifier = mae.build.combined(Located, VisionTransformer)(**SMALL, num_classes=5).eval()
     plain = VisionTransformer(**SMALL, num_classes=5).eval()
     plain.load_state_dict(classifier.state_dict())
     outputs = classifier(imgs, place=place, saliency=saliency), plain(imgs)
     torch.testing.assert_close(outputs[0][0], outputs[1][0])
     assert (outputs[0][1] - outputs[1][1]).abs().max() > 1e-4
-    mae = models_build.combined(Located, MaskedAutoencoderViT)(**SMALL, decoder_embed_dim=32, decoder_depth=1,
+    autoencoder = mae.build.combined(Located, MaskedAutoencoderViT)(**SMALL, decoder_embed_dim=32, decoder_depth=1,
                                                                decoder_num_heads=2)  # fmt: skip
-    mask = mae(imgs, place=place, saliency=saliency)[2]
+    mask = autoencoder(imgs, place=place, saliency=saliency)[2]
     assert torch.equal(mask.bool(), saliency > saliency.sort(dim=1).values[:, 3:4])
-    for model in (mae, classifier):
+    for model in (autoencoder, classifier):
         with pytest.raises(ValueError, match="takes no extra input lat: it takes place, saliency"):
             model(imgs, place=place, lat=place)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from util.data.transforms import Normalize
-from util.evaluation import pictures
+from mae.data.transforms import Normalize
+from mae.evaluate import pictures
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (13, 3)])

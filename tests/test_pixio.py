@@ -13,9 +13,9 @@ import main_finetune
 import main_knn
 import main_linprobe
 import models_mae
-from inference import export, get_model, maps
-from util.checkpoints.checkpoint import CheckpointError
-from util.weights import loading
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import export, get_model, maps
+from mae.weights import loading
 
 TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "image_size": 256, "patch_size": 16,
         "n_cls_tokens": 8}  # fmt: skip

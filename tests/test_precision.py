@@ -8,8 +8,8 @@ from mains import lines
 
 import main_finetune
 import main_pretrain
-from util.checkpoints import checkpoint
-from util.training.precision import Precision
+from mae.checkpoints import checkpoint
+from mae.training.precision import Precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -156,6 +156,6 @@ def test_only_fp16_has_a_scaler(monkeypatch):
     for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
         precision = Precision(amp, CPU)
         assert (precision.dtype, precision.scaler.is_enabled(), precision.overflow_is_normal) == (dtype, False, False)
-    monkeypatch.setattr("util.training.precision.precision_name", lambda *_: "fp16")
+    monkeypatch.setattr("mae.training.precision.precision_name", lambda *_: "fp16")
     precision = Precision("fp16", CPU)
     assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from mains import call
 
+import mae.build
 import main_linprobe
-import models_build
 from benchmarks.fashion_mnist import probes
-from util.settings import specs
+from mae.settings import specs
 
 MINI = {"model": "mae_vit_mini_patch4", "input_size": 28, "patch_size": 7, "in_chans": 1, "norm_pix_loss": False}
 
@@ -23,7 +23,7 @@ def test_the_table_has_the_accuracies_of_all_runs(labelled, tmp_path, monkeypatc
 
     monkeypatch.setattr(probes.scripts, "run", run)
     monkeypatch.setattr(probes, "SEEDS", range(2))
-    torch.save({"model": models_build.autoencoder(*specs(MINI)).state_dict()}, tmp_path / "encoder.pth")
+    torch.save({"model": mae.build.autoencoder(*specs(MINI)).state_dict()}, tmp_path / "encoder.pth")
     flags = ["--data_path", labelled, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8, "--device", "cpu",
              "--num_workers", 0]  # fmt: skip
     probes.main(list(map(str, ["--encoder", tmp_path / "encoder.pth", "--work", tmp_path, *flags])))

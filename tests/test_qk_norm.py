@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import main_finetune
-from inference import export, get_model
+from mae.inference import export, get_model
+from mae.weights import loading
 from models_vit import Attention
-from util.weights import loading
 
 
 def test_queries_and_keys_of_each_head_are_normalized():

@@ -14,9 +14,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
-from inference import export, features, get_model
-from util.checkpoints.checkpoint import CheckpointError
-from util.data.decode import BadImage
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.data.decode import BadImage
+from mae.inference import export, features, get_model
 
 SMALL = ["--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--save_every", "1", "--device", "cpu",
          "--num_workers", "0"]  # fmt: skip

@@ -18,11 +18,11 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-from inference import features
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point
+from mae.data.decode import BadImage
+from mae.inference import features
 from util import datasets
-from util.checkpoints import checkpoint
-from util.cli import entry_point
-from util.data.decode import BadImage
 
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from util.evaluation import comparison, report, robustness_report
+from mae.evaluate import comparison, report, robustness_report
 
 
 def rows(path):

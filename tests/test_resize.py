@@ -13,8 +13,8 @@ from mains import call, wait_until
 from PIL import Image
 from test_decode import png
 
-from util.data import resize
-from util.files import locks
+from mae.data import resize
+from mae.files import locks
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_worker_processes_end_with_a_killed_command(folder, tmp_path):
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from util.cli import entry_point
-from util.data import resize
+from mae.cli import entry_point
+from mae.data import resize
 
 def sleep(*_, **__):
     Path({str(pid)!r}).write_text(str(os.getpid()))

@@ -8,8 +8,8 @@ import pytest
 from painted import class_folders, paint
 from timm.data import RealLabelsImagenet
 
-from util.evaluation import robustness
-from util.evaluation.robustness import SEVERITIES, corruption_errors, find, open_cell
+from mae.evaluate import robustness
+from mae.evaluate.robustness import SEVERITIES, corruption_errors, find, open_cell
 
 
 @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])

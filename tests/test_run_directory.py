@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 from mains import in_processes
 
-from util.checkpoints import checkpoint, run_directory
+from mae.checkpoints import checkpoint, run_directory
 
 LOCK = """
 import os, sys, time
-from pathlib import Path; from util.checkpoints import run_directory
+from pathlib import Path; from mae.checkpoints import run_directory
 os.seteuid(int(sys.argv[1]))
 with run_directory.locked(Path.cwd()):
     exec(sys.argv[2])

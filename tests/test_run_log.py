@@ -27,11 +27,11 @@ from torch import nn
 
 import main_finetune
 import main_pretrain
-from util import dist
-from util.training import costs, log_files, run_log, trainer
-from util.training.meters import Meters, Stopwatch
-from util.training.precision import Precision
-from util.training.run_log import RunLog, start_logging
+from mae import parallel
+from mae.training import costs, log_files, run_log, trainer
+from mae.training.meters import Meters, Stopwatch
+from mae.training.precision import Precision
+from mae.training.run_log import RunLog, start_logging
 
 
 def test_meters_are_means_over_updates():
@@ -183,8 +183,8 @@ START = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from util.training.meters import Stopwatch
-from util.training.run_log import RunLog, next_x
+from mae.training.meters import Stopwatch
+from mae.training.run_log import RunLog, next_x
 value, first, done, last = map(int, sys.argv[1:])
 log = RunLog(Path("."), Path("."), 9, first, next_x(first, done, 10))
 for epoch in range(first, last):
@@ -283,8 +283,8 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     code = """
 import time
 from pathlib import Path
-from util.training.meters import Stopwatch
-from util.training.run_log import RunLog
+from mae.training.meters import Stopwatch
+from mae.training.run_log import RunLog
 log = RunLog(Path("."), Path("."), epochs=3)
 log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
 for step in range(1, 5):
@@ -310,7 +310,7 @@ log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
 
 
 def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
-    monkeypatch.setattr(dist, "rank", lambda: 3)
+    monkeypatch.setattr(parallel, "rank", lambda: 3)
     start_logging()
     logger = logging.getLogger("util.x")
     logger.info("all alike")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mae.checkpoints import checkpoint, run_state
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.checkpoints.run_state import Progress
+from mae.interrupts import Interrupts
+from mae.training.lars import LARS
+from mae.training.saver import Saver
 from models_mae import mae_vit_mini_patch4
-from util.checkpoints import checkpoint, run_state
-from util.checkpoints.checkpoint import CheckpointError
-from util.checkpoints.run_state import Progress
-from util.interrupts import Interrupts
-from util.lars import LARS
-from util.training.saver import Saver
 
 
 def test_progress_counts_images():

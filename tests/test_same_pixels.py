@@ -13,11 +13,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_robustness
-from inference import features, get_model
-from inference.export import export
-from util.checkpoints import checkpoint
-from util.data import jpeg
-from util.evaluation import robustness
+from mae.checkpoints import checkpoint
+from mae.data import jpeg
+from mae.evaluate import robustness
+from mae.inference import features, get_model
+from mae.inference.export import export
 
 FAST = {"fast_jpeg": True}
 WAYS = {"plain": {}, "fast": FAST}

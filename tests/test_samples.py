@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from conftest import make_samples
 
-from util.data import transforms
-from util.data.samples import Samples
+from mae.data import transforms
+from mae.data.samples import Samples
 
 
 def equal(a, b):

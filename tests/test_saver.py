@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from util.checkpoints import checkpoint
-from util.checkpoints.run_state import Progress
-from util.interrupts import Interrupts
-from util.training.saver import Request, Saver
+from mae.checkpoints import checkpoint
+from mae.checkpoints.run_state import Progress
+from mae.interrupts import Interrupts
+from mae.training.saver import Request, Saver
 
 WEIGHT = torch.zeros(1)
 

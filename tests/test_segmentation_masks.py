@@ -13,11 +13,11 @@ from segments import LAYOUTS, make_scenes
 from test_decode import npy, saved
 from test_decode import png as raw_png
 
-from util.data import joint_transforms
-from util.data.decode import BadImage
-from util.data.samples import Samples
-from util.data.segmentation_masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
-from util.data.transforms import to_tensor
+from mae.data import joint_transforms
+from mae.data.decode import BadImage
+from mae.data.samples import Samples
+from mae.data.segmentation_masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
+from mae.data.transforms import to_tensor
 
 THREE = MaskFormat(3)
 CLASSES = ["ground", "tree", "water"]

@@ -7,8 +7,8 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from util.evaluation import segmentation
-from util.evaluation.segmentation import (
+from mae.evaluate import segmentation
+from mae.evaluate.segmentation import (
     Scores,
     confusion_matrix,
     most_likely,

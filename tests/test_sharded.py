@@ -18,11 +18,11 @@ from mains import in_processes, lines, small_run, wait_until
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from mae import parallel
+from mae.checkpoints import checkpoint, run_state, shard_files, sharded
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.training import fsdp
 from models_mae import mae_vit_mini_patch4
-from util import dist
-from util.checkpoints import checkpoint, run_state, shard_files, sharded
-from util.checkpoints.checkpoint import CheckpointError
-from util.training import fsdp
 
 # 24 images are one update per epoch, so that log.txt contains the loss of each of the 30 updates.
 STEPS = ("--epochs", 30, "--save_every", 12)
@@ -33,7 +33,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)  # of tensors
 def one_process():
     td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
     yield
-    dist.teardown()
+    parallel.teardown()
 
 
 def sharded_model(seed, reverse=False):
@@ -300,19 +300,19 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
 READ_NEWEST = """
 import json, logging, sys
 from pathlib import Path
-from util import dist; from util.checkpoints import run_state; from util.training import run_log
-dist.init("cpu")
+from mae import parallel; from mae.checkpoints import run_state; from mae.training import run_log
+parallel.init("cpu")
 run_log.start_logging()
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     state = run_state.read_newest(folder)
     found[folder.name] = state and state["epoch"]
-Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
+Path(sys.argv[2] + str(parallel.rank())).write_text(json.dumps(found))
 """
 
 
 def in_two_processes(script, tmp_path, *arguments):
-    return forks.run_code(script + "dist.teardown()\n", tmp_path, *arguments, count=2)
+    return forks.run_code(script + "parallel.teardown()\n", tmp_path, *arguments, count=2)
 
 
 def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shards, tmp_path):
@@ -345,25 +345,25 @@ FULL = """
 import logging, os, sys
 from pathlib import Path
 import torch
-from util import dist; from util.training import run_log
-from util.interrupts import Interrupts
-from util.checkpoints.run_state import Progress
-from util.training.saver import ShardedSaver
-dist.init("cpu")
+from mae import parallel; from mae.training import run_log
+from mae.interrupts import Interrupts
+from mae.checkpoints.run_state import Progress
+from mae.training.saver import ShardedSaver
+parallel.init("cpu")
 run_log.start_logging()
 place, size = Path(sys.argv[1]), {}
 def collect():
-    model = {"rank%d" % dist.rank(): torch.zeros(size["mine"] // 4)}
+    model = {"rank%d" % parallel.rank(): torch.zeros(size["mine"] // 4)}
     return {"model": model, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "args": {}, "rng": {}}
 progress = Progress(2, 2)
 def save(epoch, *sizes):
     saver = ShardedSaver(Interrupts(), place, collect, progress, epochs=50, save_every=1, save_minutes=0)
-    size["mine"] = sizes[dist.rank()]
+    size["mine"] = sizes[parallel.rank()]
     saver.save_epoch(epoch, accuracy=epoch)
     failed = saver.writing.exception()
     saver.close()
     names = sorted(path.name for path in place.iterdir() if path.name != "filler")
-    assert len(set(dist.gather(str(failed)))) == 1, dist.gather(str(failed))
+    assert len(set(parallel.gather(str(failed)))) == 1, parallel.gather(str(failed))
     return failed, names
 both = ["checkpoint-0", "checkpoint-best"]
 assert save(0, 1000, 1000) == (None, both)
@@ -373,15 +373,15 @@ for sizes in ((3_000_000, 1000), (1000, 3_000_000), (3_000_000, 3_000_000)):
     assert f"can't write {place}/checkpoint-1 (" in str(failed), failed
     assert names == both
 for pages in (1, 2, 3):  # no space for the tensors of one process, for the metadata, for the other state
-    if dist.is_main():
+    if parallel.is_main():
         with (place / "filler").open("wb") as file:
             file.write(bytes(os.statvfs(place).f_bavail * 4096 - 4096 * pages))
-    dist.barrier()
+    parallel.barrier()
     failed, names = save(1, 1000, 1000)
     assert "No space left on device" in str(failed) and names == both, (failed, names)
-    if dist.is_main():
+    if parallel.is_main():
         (place / "filler").unlink()
-    dist.barrier()
+    parallel.barrier()
 assert save(2, 1000, 1000) == (None, ["checkpoint-0", "checkpoint-2", "checkpoint-best"])
 """
 
@@ -432,8 +432,8 @@ def test_damaged_checkpoints_are_rejected(shards, tmp_path):
 INITIALIZE = """
 import copy, pytest, sys, torch, models_mae
 from torch import nn
-from util import dist; from util.training import fsdp; from util.weights import loading
-device = dist.init("cpu")
+from mae import parallel; from mae.training import fsdp; from mae.weights import loading
+device = parallel.init("cpu")
 def shard(build, **arguments):
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -490,8 +490,8 @@ def test_sharded_initial_weights_equal_those_of_one_process(shards, tmp_path):
 
 MEMORY = """
 import resource, torch, torch._dynamo, models_mae  # imported here, before the memory of weights is measured
-from util import dist; from util.training import fsdp
-device = dist.init("cpu")
+from mae import parallel; from mae.training import fsdp
+device = parallel.init("cpu")
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from util.data import labels
-from util.data.archives import Archive
-from util.data.lists import read_list
-from util.data.sources import find_files, versions
+from mae.data import labels
+from mae.data.archives import Archive
+from mae.data.lists import read_list
+from mae.data.sources import find_files, versions
 from util.datasets import open_source
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]

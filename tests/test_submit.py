@@ -20,8 +20,8 @@ from submitit.core.utils import UncompletedJobError
 from submitit.slurm import slurm
 from test_docs import commands
 
-from util.checkpoints import checkpoint
-from util.jobs import code_copy, slurm_settings, submit, waiting
+from mae.checkpoints import checkpoint
+from mae.jobs import code_copy, slurm_settings, submit, waiting
 
 SCRIPTS = sorted(ROOT.glob("submitit_*.py"))
 
@@ -214,7 +214,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     with (tmp_path / "told").open("w") as output:  # the job also has the file open
         command = [sys.executable, "submitit_pretrain.py", *flags]
         subprocess.run(command, cwd=clone, stdin=subprocess.DEVNULL, stdout=output, check=True, timeout=120)
-    for file in (clone / "mine.yaml", *clone.glob("*.py"), *clone.glob("util/*.py")):
+    for file in (clone / "mine.yaml", *clone.glob("*.py"), *clone.glob("mae/*.py")):
         file.write_text("this is edited")
     output = (tmp_path / "told").read_text()
     number = re.findall(r"job (\d+) is started", output)[0]
@@ -302,7 +302,7 @@ def test_code_snapshots_are_named_by_their_content(tmp_path, monkeypatch):
     copy, recipe = code_copy.make(tmp_path, None)
     assert recipe is None
     assert code_copy.make(tmp_path, None)[0] == copy
-    assert {"main_pretrain.py", "util/jobs/submit.py", "recipes/pretrain_vit_large.yaml"} <= {
+    assert {"main_pretrain.py", "mae/jobs/submit.py", "recipes/pretrain_vit_large.yaml"} <= {
         file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()
     }
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")

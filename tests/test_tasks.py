@@ -20,9 +20,9 @@ import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
-from inference import export, get_model
-from util.checkpoints import checkpoint
-from util.cli.advice import AdvisedError
+from mae.checkpoints import checkpoint
+from mae.cli.advice import AdvisedError
+from mae.inference import export, get_model
 from util.datasets import open_source
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
@@ -287,7 +287,7 @@ def test_predictions_are_printed(tune, folder, tmp_path):
     image = folder / "val00.png"
     argv = (image, "--model", out / "checkpoint-1.pth", "--device", "cpu", "--out", tmp_path / "picture.png")
     value = get_model(out / "checkpoint-1.pth").predict(str(image))["values"]["weight"]
-    output = forks.run("inference/predict.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(ROOT)})
+    output = forks.run("mae/inference/predict.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(ROOT)})
     assert f"{value:.6g}  weight" in output
     assert Image.open(tmp_path / "picture.png").size[0] > 100
     assert 900 < value < 1300

@@ -15,7 +15,7 @@ import tifffile
 from conftest import ROOT
 from PIL import Image
 
-from util.data.decode import BadImage, decode
+from mae.data.decode import BadImage, decode
 
 MB = 1 << 20
 DEFLATE, LZMA, JPEG2000, JPEG = 8, 34925, 34712, 7

@@ -17,8 +17,8 @@ from torchvision import transforms as tv
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util.data import crops, transforms
-from util.data.transforms import IMAGENET_MEAN
+from mae.data import crops, transforms
+from mae.data.transforms import IMAGENET_MEAN
 
 BICUBIC = tv.InterpolationMode.BICUBIC
 

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from util.files.untrusted import MAX_BYTES, escape_dollars, printable
-from util.training import run_log
+from mae.files.untrusted import MAX_BYTES, escape_dollars, printable
+from mae.training import run_log
 
 
 def test_untrusted_names_are_escaped(capsys):

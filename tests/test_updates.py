@@ -21,9 +21,9 @@ from torchvision import transforms as tv
 
 import main_finetune
 import main_linprobe
+from mae.data.loader import EpochBatches
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util.data.loader import EpochBatches
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 BICUBIC = tv.InterpolationMode.BICUBIC

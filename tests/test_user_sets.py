@@ -25,12 +25,12 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
+from mae.checkpoints import checkpoint
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage, decode, to_tensor
+from mae.data.samples import Samples
+from mae.data.transforms import keeps_label
 from util import datasets
-from util.checkpoints import checkpoint
-from util.data.dataset_kinds import open_source
-from util.data.decode import BadImage, decode, to_tensor
-from util.data.samples import Samples
-from util.data.transforms import keeps_label
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "
@@ -301,7 +301,7 @@ def test_functions_that_return_no_dataset_are_one_line(function, message):
 
 
 LOSSY = (
-    "import numpy as np\nfrom util.data.decode import BadImage\nclass Lossy(list):\n    def __getitem__(self, index):\n"
+    "import numpy as np\nfrom mae.data.decode import BadImage\nclass Lossy(list):\n    def __getitem__(self, index):\n"
     "        if index == {bad}:\n            {code}\n        return super().__getitem__(index)\n"
     "def open_dataset(split, data_path):\n    return Lossy([(np.zeros((16, 16, 3), np.uint8), 0)] * 20)\n"
 )

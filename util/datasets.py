@@ -16,16 +16,16 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from util.cli import entry_point, flags, options
-from util.data.batches import up_to_cores
-from util.data.dataset_kinds import open_source
-from util.data.decode import BadImage, PixelValues
-from util.data.image_facts import ImageFacts, all_facts, statistics_of
-from util.data.labels import has_ids
-from util.data.loader import MAX_BAD_SHARE
-from util.data.sources import Source
-from util.data.user_sets import OpenDataset, UserSet, with_source
-from util.data.webdataset_shards import Shards
+from mae.cli import entry_point, flags, options
+from mae.data.batches import up_to_cores
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage, PixelValues
+from mae.data.image_facts import ImageFacts, all_facts, statistics_of
+from mae.data.labels import has_ids
+from mae.data.loader import MAX_BAD_SHARE
+from mae.data.sources import Source
+from mae.data.user_sets import OpenDataset, UserSet, with_source
+from mae.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 

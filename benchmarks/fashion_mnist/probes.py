@@ -18,8 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import scripts
-from util.evaluation.tables import markdown
-from util.training import run_log
+from mae.evaluate.tables import markdown
+from mae.training import run_log
 
 RECIPE = scripts.ROOT / "recipes" / "linprobe_attentive_fashion_mnist.yaml"
 LINEAR = ["--probe", "linear", "--blr", "1", "3", "10", "30", "100", "300"]

@@ -22,7 +22,7 @@ from torchvision.datasets import FashionMNIST
 
 from benchmarks import scripts
 from demo.unpack_data import write_split
-from util.files import atomic
+from mae.files import atomic
 
 HERE = Path(__file__).parent
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
@@ -40,7 +40,7 @@ PRETRAIN = [
     "--resume", "auto",
 ]  # fmt: skip
 EXPORT = [
-    "-m", "inference.export", "--model", WORK / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth", "--to", "safetensors",
+    "-m", "mae.inference.export", "--model", WORK / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth", "--to", "safetensors",
     "--encoder_only", "--out", ENCODER,
 ]  # fmt: skip
 COMPARE = [

@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 from conftest import ROOT, torchrun  # noqa: E402
 from mains import lines, wait_until  # noqa: E402
 
-from util.checkpoints import checkpoint  # noqa: E402
+from mae.checkpoints import checkpoint  # noqa: E402
 
 EPOCHS, IMAGES, BATCH = 20, 640, 32
 UPDATES = EPOCHS * IMAGES // BATCH
@@ -43,12 +43,12 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 DEVICE = """
 import os
 import torch
-from util import dist
+from mae import parallel
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
-dist.translate_srun()
+parallel.translate_srun()
 try:
-    print(dist.choose_device("cuda"))
+    print(parallel.choose_device("cuda"))
 except ValueError as error:
     assert "start fewer processes" in str(error)
     print("2 processes, 1 GPU")

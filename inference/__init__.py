@@ -1,5 +1,0 @@
-"""Applies trained models: predictions, features, reconstructions, and exports to other libraries."""
-
-from inference.model import get_model, inference_model, list_models
-
-__all__ = ["get_model", "inference_model", "list_models"]

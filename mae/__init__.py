@@ -1,0 +1,1 @@
+"""The library: `from mae import get_model`."""

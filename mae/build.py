@@ -1,0 +1,450 @@
+"""Builds models from their settings, which a file may record, and heads of probes."""
+
+import inspect
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import models_mae
+import models_vit
+from mae.blocks import blocks_of
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.cli import user_code
+from mae.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
+from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
+from mae.weights import shapes
+from mae.weights.loading import Weights
+from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
+from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
+from models_segment import Segmenter
+from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def combined(encoder: type[Encoder], model_class: type[Model]) -> type[Model]:
+    """Returns the class of a model with a mix-in in front of it. It has the name of the model.
+
+    Raises:
+        ValueError: the class is no mix-in.
+    """
+    _require_mix_in(user_code.name_of(encoder), encoder)
+    names = {"encoder_name": user_code.name_of(encoder), "__module__": model_class.__module__}
+    return type(model_class.__name__, (encoder, model_class), names)
+
+
+def _require_mix_in(name: str, encoder: Any) -> None:
+    complete = (MaskedAutoencoderViT, VisionTransformer)
+    if not (isinstance(encoder, type) and issubclass(encoder, Encoder)) or issubclass(encoder, complete):
+        raise ValueError(
+            f"--encoder {name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
+        )
+
+
+def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
+    """Returns the arguments of the constructor of a mix-in, `encoder_args`.
+
+    Raises:
+        ValueError: the weights need another mix-in, or it has no such argument.
+    """
+    if encoder is None:
+        if spec.encoder:  # recorded: a file can't make a program import code
+            name = spec.encoder.rpartition(":")[2]
+            raise ValueError(
+                f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
+                f"--encoder {spec.encoder}"
+            )
+        if spec.encoder_args:
+            raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
+        return {}
+    _require_mix_in(str(spec.encoder), encoder)
+    return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
+
+
+class _Values(yaml.SafeLoader):
+    """YAML with decimals, also 1e-3, and true and false. YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False."""
+
+    yaml_implicit_resolvers = {"": []}  # noqa: RUF012
+
+
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"
+_Values.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|false|False)$"), list("tTfF"))
+_Values.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(null|None|~|)$"), ["n", "N", "~", ""])
+
+
+def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Returns the keyword-only parameters of the constructors of a class, as far as each passes others on."""
+    own: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            own = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY} | own
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break
+    return own
+
+
+def own_arguments(
+    kind: type, texts: Sequence[str] | None, origin: str, flag: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns the arguments of the constructor of a class of the user's code: `name=value`, with a value of YAML.
+
+    Args:
+        kind: the class. Its own parameters are keyword-only.
+        texts: the values of `flag`.
+        origin: the flag that names the class, for the error.
+        given: the arguments that have a value already.
+
+    Raises:
+        ValueError: it has no such argument, or needs another one.
+    """
+    # The class itself may set the parameters of its base classes.
+    own, last = _own_parameters(kind), inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    pairs = [text.partition("=")[::2] for text in texts or []]
+    for name, value in pairs:
+        if name not in own or not value:
+            takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
+            raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
+    arguments = {name: _Values(value).get_single_data() for name, value in pairs}
+    needed = {name for name, one in last.items() if name in own and one.default is one.empty}
+    if missing := sorted(needed - {*given, *arguments}):
+        raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
+    return arguments
+
+
+def build(model_class: Callable[..., Model], encoder: type[Encoder] | None, arguments: dict[str, Any]) -> Model:
+    """Returns a model, with a mix-in in front of its class. `model_class` may be a `partial` of a class."""
+    if encoder is None:
+        return model_class(**arguments)
+    if isinstance(model_class, partial):
+        return build(model_class.func, encoder, {**model_class.keywords, **arguments})
+    return combined(encoder, model_class)(**arguments)  # type: ignore[arg-type]
+
+
+def autoencoder(
+    spec: ModelSpec,
+    image: ImageSpec,
+    model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT,
+    encoder: type[Encoder] | None = None,
+) -> MaskedAutoencoderViT:
+    """Builds the masked autoencoder of a run.
+
+    Raises:
+        ValueError: as in `autoencoder_arguments` and `own_arguments`.
+    """
+    arguments = autoencoder_arguments(spec, image, encoder)
+    if model_class is not MaskedAutoencoderViT:
+        of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
+        arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
+    elif spec.model_args:
+        raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
+    return _set_options(build(model_class, encoder, arguments), spec)
+
+
+def _arguments_of_class(
+    model_class: Callable[..., Model], texts: Sequence[str] | None, of_run: Collection[str]
+) -> dict[str, Any]:
+    """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
+    kind: Any = getattr(model_class, "func", model_class)
+    keywords = getattr(model_class, "keywords", {})
+    origin = f"--model_class {user_code.name_of(kind)}"
+    if fixed := sorted(keywords.keys() & of_run):
+        raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
+    own = own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
+    if both := sorted(own.keys() & of_run):
+        raise ValueError(f"--model_args {both[0]}: the run or --encoder has an argument of this name, too; rename it")
+    return keywords | own
+
+
+def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
+    """Builds the classifier of a run."""
+    return _set_options(build(VisionTransformer, encoder, classifier_arguments(spec, image, encoder)), spec)
+
+
+def probe(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
+    """Builds a frozen classifier with the head of a probe."""
+    model = classifier(replace(spec, nb_classes=0), image, encoder)
+    set_probe_head(model, spec)
+    model.freeze()
+    return model
+
+
+def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> Segmenter:
+    """Builds the segmentation model of a run. Without trained blocks, the encoder stays in evaluation mode."""
+    model = _set_options(build(Segmenter, encoder, segmenter_arguments(spec, image, encoder)), spec)
+    if spec.unfreeze_blocks == 0:
+        model.freeze()
+    elif isinstance(spec.unfreeze_blocks, int):
+        freeze_below(model, spec.unfreeze_blocks)
+    return model
+
+
+def classifier_settings(file: Weights | None) -> dict[str, Any]:
+    """Returns the settings that build a classifier with the encoder of a file; {} if no model of this library fits.
+
+    For the file of a segmentation model, they build this model.
+    """
+    if file is None:
+        return {}
+    try:
+        settings = file_settings(file)
+    except CheckpointError:
+        return {}
+    if file.kind not in (CLASSIFIER, SEGMENTER):  # shapes do not determine the head; recorded settings may
+        of_task = names_where(lambda one: one["of_task"], ModelSpec)
+        settings = {name: settings[name] for name in settings if name in file.settings or name not in of_task}
+    result = {name: settings[name] for name in REBUILDS if name in settings}
+    return {**result, "model": f"vit_{size_of(settings['model'])}"}
+
+
+def autoencoder_settings(file: Weights) -> dict[str, Any]:
+    """Returns what a file records of its model and images, for a pre-training that starts from its weights."""
+    names = [*REBUILDS, "min_valid"]  # the latter gives nodata its meaning
+    settings = {name: file.settings[name] for name in names if file.settings.get(name) is not None}
+    model = settings.pop("model", "")
+    name = model if model.startswith("mae_") else f"mae_{model}"
+    return settings | ({"model": name} if size_of(name) in SIZES else {})
+
+
+def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
+    """Returns the settings of the model of a file: the recorded ones, else those that shapes of tensors determine.
+
+    Args:
+        model: the name of the model, instead of the recorded name.
+
+    Raises:
+        CheckpointError: no size or several sizes have these shapes.
+    """
+    size = size_of(model or str(file.settings.get("model")))
+    if size not in SIZES:
+        size = _size_with_shapes(file)
+    # Most published models that do not record it were trained with norm_pix_loss.
+    norm_pix_loss = not (row := row_of(file.source)) or row.norm_pix_loss
+    determined = {"norm_pix_loss": norm_pix_loss, "learned_pos_embed": file.learned_pos_embed}
+    determined |= shapes.determined(file.tensors)
+    recorded = {**file.settings, **shapes.certain(file.tensors)}  # earlier versions recorded other values
+    settings = chosen({}, recorded, determined, {})
+    if settings.get("patch_size") == SIZES[size]["patch_size"]:
+        settings["patch_size"] = None  # that in the name of the model, as the flag has it
+    return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
+
+
+def _size_with_shapes(file: Weights) -> str:
+    width, depth = shapes.width_and_depth(file.tensors)
+    sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
+    sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    side = file.tensors["patch_embed.proj.weight"].shape[-1]
+    sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
+    if not sizes:
+        raise CheckpointError(f"{file.source}: no model here is {width} wide and {depth} deep")
+    if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
+        raise CheckpointError(
+            f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: use "
+            f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or another of these names'
+        )
+    return sizes[0]
+
+
+def size_of(model: str) -> str:
+    """Returns the key of `models_vit.SIZES` in the name of a model. Unknown names result in another text."""
+    return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
+
+
+def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `MaskedAutoencoderViT` and of a mix-in.
+
+    Raises:
+        ValueError: the model of the run is not a masked autoencoder; or as in `encoder_arguments`.
+    """
+    if spec.model not in models_mae.MODELS:
+        raise ValueError(f"{spec.model} is not a masked autoencoder")
+    decoder: dict[str, Any] = {**DECODERS[size_of(spec.model)]}
+    if spec.decoder_depth:
+        decoder["decoder_depth"] = spec.decoder_depth
+    return {
+        **_shape(spec, image, encoder),
+        **decoder,
+        "norm_pix_loss": spec.norm_pix_loss,
+        "learned_pos_embed": spec.learned_pos_embed,
+        "drop_path_rate": spec.drop_path,
+    }
+
+
+def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `VisionTransformer` and of a mix-in.
+
+    Raises:
+        ValueError: the model of the run is not a classifier; or as in `encoder_arguments`.
+    """
+    if spec.model not in models_vit.MODELS:
+        raise ValueError(f"{spec.model} is not a classifier")
+    return {
+        **_shape(spec, image, encoder),
+        "num_classes": spec.nb_classes,
+        "drop_path_rate": spec.drop_path,
+        "global_pool": spec.global_pool,
+    }
+
+
+def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `Segmenter` and of a mix-in."""
+    arguments = classifier_arguments(spec, image, encoder)
+    return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
+
+
+class AttentivePool(nn.Module):
+    """Learned queries pool the tokens of a frozen encoder: (B, N, D) -> (B, D). Efficient probing (Psomas et al. 2025).
+
+    The keys are the tokens. Query i pools the channels [i·D/Q, (i + 1)·D/Q) of the values.
+
+    Args:
+        dim: D, channels of a token.
+        num_queries: Q, a divisor of D.
+
+    Raises:
+        ValueError: `num_queries` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, num_queries: int) -> None:
+        super().__init__()
+        if dim % num_queries:
+            below = max(count for count in range(1, num_queries) if dim % count == 0)
+            above = min((count for count in range(num_queries, dim + 1) if dim % count == 0), default=below)
+            fitting = f"{below} or {above}" if above > below else f"{below}"
+            raise ValueError(
+                f"--num_queries {num_queries} does not divide the {dim} channels of a token: give {fitting}"
+            )
+        self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
+        self.value = nn.Linear(dim, dim, bias=False)
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """Attention weights of the queries over the tokens: (B, N, D) -> (B, Q, N); they sum to 1 for each query."""
+        return attention_weights(self.queries, tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # Pooling and projection are linear, so their order is free. Values of all tokens, (B, N, D) for each of several
+        # heads, would take N / Q times the memory of the pooled tokens (B, Q, D), and more operations.
+        pooled = self.maps(tokens) @ tokens
+        slices = self.value.weight.unflatten(0, (len(self.queries), -1))  # (Q, D/Q, D)
+        return torch.einsum("bqd,qcd->bqc", pooled, slices).flatten(1)
+
+
+class ParallelHeads(nn.ModuleList):
+    """Several heads on the same features (B, D) or tokens (B, N, D) -> logits (heads, B, classes)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
+    """Returns the head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
+    norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
+    return nn.Sequential(norm, init_classifier(nn.Linear(embed_dim, num_classes)))
+
+
+def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Sequential:
+    """Returns the head of an attentive probe: the pooling of the tokens before the head of a linear probe.
+
+    Its tensors have the names of a linear probe, and `pool.queries` and `pool.value.weight`.
+
+    Raises:
+        ValueError: `num_queries` does not divide `embed_dim`.
+    """
+    pool = AttentivePool(embed_dim, num_queries)
+    return nn.Sequential(OrderedDict([("pool", pool), *probe_head(embed_dim, num_classes).named_children()]))
+
+
+def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
+    """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
+
+    Raises:
+        ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
+    """
+    if isinstance(spec.probe, str) and spec.probe not in PROBE_CHOICES:  # True: linear, of an earlier version
+        raise ValueError(f"the probe {spec.probe!r} is unknown; this version has {', '.join(PROBE_CHOICES)}")
+    model.head_pools = spec.probe == ATTENTIVE
+    if not model.head_pools:
+        model.head = probe_head(model.embed_dim, spec.nb_classes)
+        return
+    if model.global_pool:
+        raise ValueError(
+            "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
+            "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
+        )
+    model.head = attentive_head(model.embed_dim, spec.nb_classes, spec.num_queries or NUM_QUERIES)
+
+
+def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
+    """Freezes everything below the last `num_blocks` blocks (section 4.3, "Partial fine-tuning").
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    if not 0 <= num_blocks <= len(model.blocks):
+        raise ValueError(
+            f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
+            f"or all"
+        )
+    model.requires_grad_(False)
+    top = [model.head, model.fc_norm if model.global_pool else model.norm]
+    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:
+        module.requires_grad_(True)
+
+
+def set_grad_checkpointing(model: nn.Module) -> set[str]:
+    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations.
+
+    Returns:
+        The class names of the blocks of encoder and decoder that do not support it.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.grad_checkpointing = True
+    return {
+        type(block).__name__
+        for block in blocks_of(model)
+        if not isinstance(block, Block) or type(block).forward is not Block.forward
+    }
+
+
+def _set_options(model: Model, spec: ModelSpec) -> Model:
+    if spec.grad_checkpointing and (others := set_grad_checkpointing(model)):
+        logger.warning(
+            f"--grad_checkpointing has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
+            f"models_vit.Block, and override compute instead of forward"
+        )
+    return model
+
+
+def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
+    """Returns the entry of SIZES, with the image size, channels and patch size of a run, and arguments of a mix-in."""
+    shape: dict[str, Any] = {
+        "img_size": image.input_size,
+        "in_chans": image.in_chans,
+        "num_cls_tokens": spec.num_cls_tokens,
+    }
+    if spec.patch_size is not None:
+        shape["patch_size"] = spec.patch_size
+    if spec.layer_norm_eps:
+        shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
+    of_block = {name: getattr(spec, name) for name in names_where(lambda one: one["of_block"])}
+    if any(of_block.values()):
+        block = (encoder or Encoder).block
+        parameters = inspect.signature(block).parameters
+        for name, value in of_block.items():
+            if value and name not in parameters:
+                raise ValueError(f"--{name} {value}: the blocks of --encoder {spec.encoder} lack it; omit the flag")
+        shape["block"] = partial(block, **of_block)
+    return {**SIZES[size_of(spec.model)], **shape, **encoder_arguments(spec, encoder)}

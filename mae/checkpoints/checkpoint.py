@@ -1,0 +1,318 @@
+"""The format of checkpoints: written atomically, verified when read.
+
+A checkpoint contains {model, optimizer, epoch, scaler, args} as in the published code, and `progress`, `rng`, `digest`,
+and `callbacks` if there are any. It consists of dicts, lists, tensors and plain values. The checkpoint of a sharded run
+is a folder (`mae.checkpoints.sharded`); `state.pth` in it has this format, without tensors.
+"""
+
+import argparse
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae.cli.advice import AdvisedError, Remedy
+from mae.files import atomic
+from mae.files.untrusted import open_file, printable
+
+logger = logging.getLogger(__name__)
+
+MAX_PARTS = 1_000_000  # largest number of parts of a state; a part that is referenced twice counts twice
+MAX_DEPTH = 30
+PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
+LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
+STATE = "state.pth"  # in the folder of a sharded checkpoint
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of the file
+# torch.load accepts instances of these types, but not of all their subclasses (weights_only).
+PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
+
+
+class CheckpointError(AdvisedError):
+    """A file can't be used. The message has the reason. Text from the file is made printable."""
+
+    def __init__(self, message: str, *remedies: Remedy, about: Mapping[str, Any] | None = None) -> None:
+        super().__init__(printable(message), *remedies, about=about)
+
+
+def compute_digest(state: Any) -> str:
+    """Returns the SHA-256 of the names, types, shapes and values in a nested state, in their order."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            sha.update(f"dict {len(value)} ".encode())
+            for key, item in value.items():
+                sha.update(f"{key!r}: ".encode())
+                feed(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"{type(value).__name__} {len(value)} ".encode())
+            for item in value:
+                feed(item)
+        else:
+            sha.update(f"{value!r} ".encode())
+
+    feed(state)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def require_plain(value: Any, name: str) -> None:
+    """Checks that `read` will accept a state: tensors and plain values only.
+
+    Args:
+        name: name of the state, for the message.
+
+    Raises:
+        ValueError: the state contains another object, such as a Path or a NumPy number.
+    """
+    if isinstance(value, torch.Tensor):
+        return
+    if type(value) not in PLAIN:
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, and checkpoints contain tensors and plain values only: convert it to "
+            f"a tensor, number, text, list or dict"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        require_plain(key, f"a key of {name}")
+        require_plain(item, f"{name}.{key}")
+
+
+def write(state: dict[str, Any], path: Path, *also: Path) -> None:
+    """Writes a state and its digest atomically: the previous file survives a crash.
+
+    Args:
+        state: tensors on the host (`snapshot`). It is not copied and must not change during the call.
+        also: further paths of the same file, in the same folder.
+
+    Raises:
+        ValueError: `read` would not accept the state (`require_plain`).
+        OSError: the disk is full, or the folder can't be written to. The previous file is unchanged.
+    """
+    for key, value in state.items():
+        require_plain(value, key)
+    state = {**state, "digest": compute_digest(state)}
+    with atomic.replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+        for other in also:
+            with atomic.replacing(other) as name:
+                link(temporary, name)
+
+
+def link(source: Path | str, path: Path | str) -> None:
+    """Makes a hard link, or a copy if the file system does not support links."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
+    """Checks that weights are finite.
+
+    Args:
+        tensors: the weights by name.
+        source: the file, for the message.
+        remedy: the end of the message.
+
+    Raises:
+        CheckpointError: a tensor contains NaN or infinity.
+    """
+    bad = [
+        name for name, value in tensors.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+    ]  # fmt: skip
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{source}: NaN or infinite values in {bad[0]}{more}: {remedy}")
+
+
+def snapshot(value: Any) -> Any:
+    """Copies a nested state to the host. Later changes of the state do not affect the copy."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint without executing code from it. If it contains a digest, the content must match.
+
+    Files of the published code are supported; their `args` are an argparse.Namespace. The tensors of a sharded
+    checkpoint are not read; the entry `folder` is its path.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
+    """
+    path = Path(path)
+    refuse_run_directory(path)
+    state = _load(path / STATE if path.is_dir() else path)
+    digest = state.pop("digest", None)
+    if digest is not None and digest != compute_digest(state):
+        raise CheckpointError(f"{path} is damaged: the content does not match the digest")
+    return {**state, "folder": str(path)} if path.is_dir() else state
+
+
+def refuse_run_directory(path: Path) -> None:
+    """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
+    if path.is_dir() and not (path / STATE).is_file() and (files := newest_first(path)):
+        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {files[0]}")
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Lists the readable checkpoints in a folder, in descending order of their progress.
+
+    File times are ignored, because copying a folder changes them.
+    """
+    positions = []
+    for path in checkpoints(folder):
+        try:
+            positions.append((position(path), path))
+        except CheckpointError as error:
+            logger.warning(f"--resume auto skips {path.name}: {error}")
+    return [path for _, path in sorted(positions, reverse=True)]
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Reads the names and plain values of a checkpoint; its tensors stay in the file, and are not verified.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    return _load(path / STATE if path.is_dir() else path, mmap=True)
+
+
+def position(path: Path) -> tuple[int, int]:
+    """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read.
+    """
+    state = read_plain(path)
+    try:
+        progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
+        return progress["epoch"], progress["images_done"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Lists the checkpoints in a run directory: files, and folders of sharded runs."""
+    paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
+    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # left by a crash
+
+
+def milestone(epoch: int) -> str:
+    """Returns the file name of the state after an epoch."""
+    return f"{PREFIX}{epoch}.pth"
+
+
+def milestones(folder: Path) -> list[Path]:
+    """Lists the milestones of a run, oldest first."""
+    numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
+    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
+
+
+def refuse_text(path: Path) -> None:
+    """Raises CheckpointError if a download has left a text in place of a file of weights."""
+    with open_file(path) as file:
+        start = file.read(len(LFS_POINTER)).lower()
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its folder")
+    if start.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights: download it again, by the link of the file itself")
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        refuse_text(path)
+        is_zip = _check_names(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        _check_parts(state)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        # PyTorch raises the same error for other objects and for damage.
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        if match and match[1].startswith("numpy"):
+            raise CheckpointError(
+                f"{path} contains numbers or arrays of NumPy ({match[1]}), perhaps an accuracy beside the weights, and "
+                f"tensors and plain values are read only. If you trust the file, save its weights alone: "
+                f"torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, 'weights.pth')"
+            ) from error
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or it contains objects other than tensors and plain values"
+            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed. "
+            f"Write its weights alone with the library that saved it (mmengine: publish_model.py)"
+        ) from error
+    except Exception as error:  # the zip and pickle readers raise any exception
+        if isinstance(error, OSError) and error.errno in NO_ACCESS:
+            raise OSError(f"{path} can't be read ({error.strerror}): restore access to it") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is damaged (an incomplete download or copy?): {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} contains a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _check_parts(state: Any) -> None:
+    """Raises ValueError if a small file expands to a large state, or a tensor has fewer values than its shape."""
+    waiting, parts = [(state, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts += 1
+        if parts > MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("it contains too many or too deeply nested lists")
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for item in value.items() for part in item]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                raise ValueError("a tensor is sparse, quantized or without data; save it as a dense tensor")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(
+                    f"a tensor of shape {tuple(value.shape)} has fewer values in the file; save its clone()"
+                )
+
+
+def _check_names(path: Path) -> bool:
+    """Verifies the checksum of names and plain values. torch.load does not.
+
+    Without this check, damage could rename the key `digest`, and the digest would not be verified.
+
+    Returns:
+        Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                archive.read(name)
+    return True

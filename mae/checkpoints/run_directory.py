@@ -1,0 +1,210 @@
+"""The run directory. It must not contain another run, and only one run at a time writes to it."""
+
+import contextlib
+import gzip
+import logging
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.files import atomic, locks
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
+RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
+IMAGES = "train_images.gz"  # the names of the training images, each followed by a zero byte
+LAUNCHED = ".launched"  # contains the launchers of the last process that was accepted, whose restarts resume the run
+
+
+def chosen(output_dir: Path, resume: str) -> str:
+    """Returns the checkpoint to resume from: a path, "auto" for the newest checkpoint in `output_dir`, or "".
+
+    A run that has resumed from a file and has no checkpoint of its own yet resumes from this file again.
+    """
+    if not _continues(output_dir, resume):
+        return resume
+    return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
+
+
+def source(output_dir: Path, resume: str) -> Path | None:
+    """Returns the checkpoint from which a run starts; None: it starts anew."""
+    which = chosen(output_dir, resume)
+    if which == "auto":
+        return next(iter(checkpoint.newest_first(output_dir)), None)
+    return Path(which) if which else None
+
+
+def _continues(output_dir: Path, resume: str) -> bool:
+    """Whether a run continues the run in its directory: --resume auto, or the command that started it is repeated.
+
+    A person who names a file of the directory wants this file, and a launcher repeats what was accepted before.
+    """
+    is_restart = parallel.restarted(_content(output_dir / LAUNCHED).splitlines())
+    if resume in ("", "auto"):
+        return resume == "auto" or is_restart
+    is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
+    return is_source and (is_restart or not _is_inside(output_dir, resume))
+
+
+def _content(path: Path) -> str:
+    """Returns the content of a file in the run directory, or "" if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return path.read_text(encoding="utf-8")
+    return ""
+
+
+def _is_inside(output_dir: Path, resume: str) -> bool:
+    return bool(resume) and Path(resume).resolve().parent == output_dir.resolve()
+
+
+def prepare(output_dir: Path, resume: str) -> None:
+    """Creates the run directory.
+
+    Raises:
+        ValueError: the run would overwrite a run in the directory: its checkpoints, or those after `resume`.
+        OSError: the directory can't be created.
+    """
+    _require_unused(output_dir, resume)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
+        ) from error
+
+
+def _require_unused(output_dir: Path, resume: str) -> None:
+    if not parallel.is_main() or _continues(output_dir, resume):
+        return
+    if _is_inside(output_dir, resume):
+        if later := _later(output_dir, Path(resume)):
+            raise ValueError(
+                f"--resume {resume}: --output_dir {output_dir} contains later checkpoints ({', '.join(later[:3])}): "
+                f"give another --output_dir, or continue the run with --resume auto"
+            )
+        return
+    files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
+    existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
+    if existing:
+        raise ValueError(
+            f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
+            f"--resume auto, or give another --output_dir"
+        )
+
+
+def _later(output_dir: Path, file: Path) -> list[str]:
+    """Returns the names of the checkpoints after `file`; none if the file can't be read, which ends the run later."""
+    with contextlib.suppress(checkpoint.CheckpointError):
+        position = checkpoint.position(file)
+        return sorted(p.name for p in checkpoint.newest_first(output_dir) if checkpoint.position(p) > position)
+    return []
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
+    """Context manager that locks a run directory. The system releases the lock when the process ends for any reason.
+
+    Args:
+        resume: as in `prepare`, whose check is repeated: another run may have ended in the meantime.
+
+    Raises:
+        ValueError: another run has locked the directory, or has trained in it; or the processes have different
+            directories of this path.
+        OSError: the directory can't be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        if parallel.is_main():
+            try:
+                file = stack.enter_context((output_dir / LOCK).open("a+", encoding="utf-8"))
+                _take(file, output_dir)
+                stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
+                _require_unused(output_dir, resume)
+                if not (_continues(output_dir, resume) or _is_inside(output_dir, resume)):
+                    (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
+                atomic.write_text(output_dir / LAUNCHED, "\n".join(parallel.launches()))
+            except OSError as error:
+                raise OSError(
+                    f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
+                    f"give another --output_dir"
+                ) from error
+        _require_shared(output_dir)
+        yield
+
+
+def _require_shared(output_dir: Path) -> None:
+    """Raises ValueError if a process does not find the lock file of rank 0: it would resume without its checkpoints."""
+    expected = parallel.gather(_content(output_dir / LOCK) if parallel.is_main() else "")[0]
+    ends = time.monotonic() + SHARED_SECONDS
+    while not (found := _content(output_dir / LOCK) == expected) and time.monotonic() < ends:
+        time.sleep(0.2)
+    hosts = parallel.gather("" if found else socket.gethostname())
+    if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
+        raise ValueError(
+            f"--output_dir {output_dir} of {others[0]} is another directory than that of process 0: give a directory "
+            f"that all machines share"
+        )
+
+
+def _take(file: IO[str], output_dir: Path) -> None:
+    file.seek(0)
+    holder = file.read()
+    if not locks.acquire(file, output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
+            f"another --output_dir"
+        )
+    if holder:
+        logger.info(f"the previous run ({holder}) was killed")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    os.fsync(file.fileno())  # with NFS, other machines see it
+
+
+def record_source(output_dir: Path, resumed: Path) -> None:
+    """Records the checkpoint from which the run has resumed, so that the same command continues the run.
+
+    Raises:
+        OSError: the record can't be written.
+    """
+    atomic.write_text(output_dir / RESUMED, str(resumed.resolve()))
+
+
+def record_images(output_dir: Path, names: bytes) -> None:
+    """Records the names of the training images for `interrupted_images`, unless they are empty. Rank 0 writes them.
+
+    Raises:
+        OSError: the record can't be written.
+    """
+    if not names or not parallel.is_main():
+        return
+    with atomic.replacing(output_dir / IMAGES) as temporary:
+        temporary.write_bytes(gzip.compress(names, compresslevel=1))
+
+
+def interrupted_images(output_dir: Path, resume: str) -> list[str]:
+    """Returns the names of the training images of a run that resumes within an epoch; none if they are not recorded.
+
+    Args:
+        resume: as in `prepare`.
+    """
+    file = source(output_dir, resume)
+    with contextlib.suppress(checkpoint.CheckpointError):  # of the file, which ends the run later
+        if file and (file.parent / IMAGES).is_file() and checkpoint.position(file)[1]:
+            return _read_names(file.parent / IMAGES)
+    return []
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        return os.fsdecode(gzip.decompress(file.read_bytes())).split("\0")[:-1]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it") from error

@@ -1,0 +1,515 @@
+"""Collects and restores the state of a run. `saver.py` writes it to files."""
+
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mae import parallel
+from mae import settings as settings_of
+from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.cli import entry_point
+from mae.cli.advice import Remedy, arguments
+from mae.cli.choices import published_crop_pct
+from mae.cli.flags import runs_code
+from mae.cli.user_code import DATASET
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
+logger = logging.getLogger(__name__)
+
+# A resumed run has the same settings of FIXED, or is an error, and may change settings of FREE without a warning.
+FIXED = settings_of.names_where(lambda one: one["resumed"] == settings_of.FIXED)
+FREE = {
+    *settings_of.names_where(lambda one: one["resumed"] == settings_of.FREE),
+    "distributed",
+    "gpu",
+    "rank",
+}  # published
+
+# Entries of a parameter group that depend on the schedule, the flags and the machine of this start
+OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
+
+BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
+
+ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
+
+ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
+
+
+class Progress:
+    """The position of a run: epoch, and iterations of that epoch.
+
+    Args:
+        effective_batch_size: images per update: batch size per process x accum_iter x processes.
+        global_batch_size: images per iteration: batch size per process x processes.
+        num_images: images of an epoch, including repetitions.
+    """
+
+    def __init__(
+        self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0, num_images: int | None = None
+    ) -> None:
+        self.num_images = num_images
+        self.effective_batch_size = effective_batch_size
+        self.global_batch_size = global_batch_size
+        self.epoch = start_epoch
+        self.first_iteration = 0
+        self.meters: dict[str, Any] = {}  # state of `meters.Meters`
+        self.best_accuracy = -math.inf  # best score of the epochs so far
+
+    def next_epoch(self) -> None:
+        """Moves to the start of the next epoch."""
+        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
+
+    def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
+        """Returns the entry `progress` of a checkpoint, which `restore` reads.
+
+        Args:
+            iterations: number of iterations of the epoch whose gradients are in the weights.
+            meters: state of `meters.Meters`, the sums of the epoch so far.
+        """
+        return {
+            "epoch": epoch,
+            "images_done": iterations * self.global_batch_size,
+            "effective_batch_size": self.effective_batch_size,
+            "meters": meters,
+            "best_accuracy": self.best_accuracy,
+            "num_images": self.num_images,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restores the position of a checkpoint. Files of the published code are at the end of their epoch.
+
+        Raises:
+            CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
+        """
+        saved = state.get("progress")
+        factors: list[Any] = [_args_of(state).get(name) for name in BATCH_FACTORS]
+        published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+        batch = saved["effective_batch_size"] if saved else published
+        if batch not in (None, self.effective_batch_size):
+            raise CheckpointError(
+                f"the checkpoint was trained with an effective batch size of {batch} (--batch_size x --accum_iter x "
+                f"processes), and this run has {self.effective_batch_size}: give {self._split_of(batch)}"
+            )
+        if saved is None:
+            self.epoch = state["epoch"] + 1
+            return
+        num_images, images_done = saved.get("num_images"), saved["images_done"]
+        if images_done % self.effective_batch_size:
+            raise CheckpointError(
+                f"the checkpoint is {images_done} images into its epoch, within an update of "
+                f"{self.effective_batch_size}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
+            )
+        if None not in (num_images, self.num_images) and num_images != self.num_images:
+            if images_done:
+                remedies = [Remedy({}, f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}")]
+                if self.num_images < num_images:
+                    skips = "give {} if images have disappeared from a folder and the run has train_images.gz"
+                    remedies.append(Remedy({"on_bad_image": "skip"}, skips))
+                raise CheckpointError(
+                    f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
+                    f"{self.num_images}",
+                    *remedies,
+                )
+            logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
+        self.best_accuracy = saved.get("best_accuracy", -math.inf)
+        self.epoch = saved["epoch"]
+        self.first_iteration = images_done // self.global_batch_size
+        self.meters = saved["meters"]
+
+    def _split_of(self, effective_batch_size: int) -> str:
+        """Returns flags for an effective batch size with the same number of processes and no larger batch size."""
+        per_process, rest = divmod(effective_batch_size, parallel.world_size())
+        if rest:
+            return f"a number of processes that divides {effective_batch_size}"
+        largest = min(per_process, self.global_batch_size // parallel.world_size())
+        batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
+        return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
+
+
+def collect(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict,
+    callbacks: Sequence["Stateful"] = (),
+) -> dict[str, Any]:
+    """Returns the state of a run without its position."""
+    is_sharded = parallel.is_sharded(model)
+    rng = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        rng["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "model": model.state_dict(),
+        "optimizer": sharded.optimizer_state(model, optimizer) if is_sharded else optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "args": settings,
+        "rng": rng,
+        **({"callbacks": [callback.state_dict() for callback in callbacks]} if callbacks else {}),
+    }
+
+
+def with_recorded_settings(args: Namespace, script: str) -> Namespace:
+    """Returns the settings of a run: explicit flags, else the settings of the checkpoint from which it resumes.
+
+    The settings of a start (`of_start`) are not taken from a file. Of a file of the published code, only those of the
+    model and the optimization are taken.
+
+    Args:
+        script: name of the script, which checkpoints record.
+
+    Raises:
+        CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
+    """
+    args = entry_point.changed(args, {"script": script})
+    which = "" if getattr(args, "eval", False) else args.resume
+    recorded = parallel.from_rank_0(lambda: _recorded(Path(args.output_dir), which, script))
+    if not recorded:
+        return args
+    file, saved, is_ours = recorded
+    taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
+    taken -= {*settings_of.names_where(lambda one: one["of_start"])}
+    if not is_ours:
+        taken &= {*settings_of.REBUILDS, *settings_of.names_where(lambda one: one["optimizes"])}
+    if "blr" in entry_point.explicit(args):
+        taken -= {"lr"}  # it would take precedence
+    changed = {name: saved[name] for name in sorted(taken) if _differs(name, saved, vars(args))}
+    for name, value in changed.items():
+        _require_setting(file, name, value, getattr(args, name))
+    if changed:
+        logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
+    args = entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
+    # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
+    args.precision = str(saved.get("precision", ""))
+    if saved.get("layer_norm_eps"):
+        _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"], None)
+        args.layer_norm_eps = saved["layer_norm_eps"]
+    return args
+
+
+def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
+    """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
+    which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
+    if not file:
+        return None
+    checkpoint.refuse_run_directory(file)
+    state = checkpoint.read_plain(file)
+    saved = _args_of(state)
+    if saved.get("script", script) != script:
+        remedies = _start_from(which)
+        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
+            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
+        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+    return str(file), saved, "progress" in state
+
+
+def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
+    """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
+    first = default[0] if isinstance(default, list) and default else default
+    of_default = (bool, str, *settings_of.NUMBER) if first is None else type(first)
+    kind = settings_of.KINDS.get(name, settings_of.NUMBER if of_default in settings_of.NUMBER else of_default)
+    if value is not None and not settings_of.fits(value, kind):
+        raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
+    if name == "dataset" and runs_code(str(value)):
+        in_python = " (or source= in Python)" * value.startswith(DATASET)
+        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'{in_python}")
+
+
+def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
+    """Compares the settings of the processes. Each applies its own learning rate, and draws its own order of images.
+
+    Args:
+        num_images: images of an epoch.
+
+    Raises:
+        ValueError: a process has other settings or another number of images than process 0.
+    """
+    own = {name: settings[name] for name in settings.keys() - FREE} | {"images of an epoch": num_images}
+    own |= {name: settings[name] for name in ("batch_size", "accum_iter")}
+    first = parallel.from_rank_0(lambda: own)
+    names = sorted(first.keys() | own.keys())
+    different = [name for name in names if settings_of.differs(name, first.get(name), own.get(name))]
+    texts = parallel.gather(", ".join(f"{name} {own.get(name)} instead of {first.get(name)}" for name in different))
+    for rank, text in enumerate(texts):
+        if text:
+            raise ValueError(
+                f"process {rank} has {text[:200]}: start all processes with the same command, code and images"
+            )
+
+
+def resume(
+    which: str,
+    output_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict[str, Any],
+    progress: Progress,
+    callbacks: Sequence["Stateful"] = (),
+) -> None:
+    """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
+
+    Args:
+        which: the path of a checkpoint, "auto" for the newest checkpoint in `output_dir`, if any, or "" for none.
+        settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
+
+    Raises:
+        CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
+            size, or meaning of the data or the task.
+    """
+    which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
+    state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
+    if state is not None:
+        missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
+        if missing:
+            is_same = model.state_dict().keys() <= state.get("model", {}).keys()
+            evaluated = [Remedy({"eval": True}, "{} evaluates it")] * is_same
+            what = " and no ".join(sorted(missing))
+            raise CheckpointError(f"--resume {which}: the file contains no {what}", *_start_from(which), *evaluated)
+        if "folder" in state:
+            state = sharded.fill(state, model, optimizer)
+        else:
+            remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
+            checkpoint.require_finite(state["model"], f"--resume {which}", remedy_text)
+        restore_model(model, state, settings, which)
+        _require_same_meaning(_args_of(state), settings)
+        _require_same_parameters(optimizer, state, settings, which)
+        require_same_optimizer(optimizer, state)
+        progress.restore(state)
+        _require_same_processes(state, settings)
+        restore_optimizer(optimizer, state["optimizer"])
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        _restore_callbacks(callbacks, state.get("callbacks", []))
+        _restore_rng(state.get("rng", {}))
+        _warn_of_changes(_args_of(state), settings)
+    if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
+        raise CheckpointError(
+            f"--resume {which}: the processes found different checkpoints; give all of them the same file"
+        )
+    if which not in ("", "auto") and parallel.is_main():  # after all processes have accepted the checkpoint
+        run_directory.record_source(output_dir, Path(which))
+    parallel.barrier()
+
+
+def read_newest(output_dir: Path) -> dict[str, Any] | None:
+    """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them can be read.
+        OSError: the system can't read a checkpoint.
+    """
+    paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
+        lambda: (checkpoint.newest_first(output_dir), [path.name for path in checkpoint.checkpoints(output_dir)])
+    )
+    for path in paths:
+        try:
+            state = sharded.read(path)
+        except CheckpointError as error:
+            if parallel.is_main():  # the error is the same in all processes
+                logger.warning(f"--resume auto skips {path.name}: {error}")
+            continue
+        logger.info(f"resuming from {path}")
+        return state
+    if names:
+        raise CheckpointError(
+            f"--resume auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read: "
+            f"restore them, or give another --output_dir"
+        )
+    logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
+    return None
+
+
+def _start_from(file: str) -> list[Remedy]:
+    """Returns remedies for a checkpoint that can't be resumed. The script has one of the flags."""
+    if file == "auto":
+        return [ANOTHER_FOLDER]
+    return [
+        Remedy({flag: file}, "{} instead of --resume starts from its weights") for flag in ("finetune", "init_from")
+    ]
+
+
+def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
+    """Loads all weights of a checkpoint.
+
+    Args:
+        settings: settings of this run. The error message names those that differ from the checkpoint.
+        which: as in `resume`.
+
+    Raises:
+        CheckpointError: the checkpoint has another architecture.
+    """
+    weights: dict[str, torch.Tensor] = state["model"]
+    ours = model.state_dict()
+    differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
+    differing += [n for n in weights if n not in ours]
+    if differing:
+        saved = _args_of(state)
+        _require_same_data(saved, settings)
+        of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
+        of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
+        differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
+        is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
+        raise CheckpointError(
+            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
+            f"such as {', '.join(differing[:3])}",
+            *([Remedy(differing_settings)] if is_known else _start_from(which)),
+        )
+    model.load_state_dict({name: parallel.placed_as(weights[name], like) for name, like in ours.items()})
+
+
+def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    different = {name: saved[name] for name in FIXED if _differs(name, saved, settings)}
+    if different:
+        before, now = (
+            " ".join(arguments({name: values[name] for name in different})) or "the defaults"
+            for values in (saved, settings)
+        )
+        raise CheckpointError(
+            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task",
+            Remedy(different),
+        )
+    _require_same_data(saved, settings)
+    updates = saved.get("updates_per_epoch")
+    if updates != settings.get("updates_per_epoch"):
+        length = f"{updates} updates" if updates else "one pass over the images"
+        raise CheckpointError(
+            f"an epoch of the resumed run is {length}, and its position counts such epochs",
+            Remedy(_differing({"updates_per_epoch": updates}, settings)),
+        )
+
+
+def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in ("classes", "colors", "train_images", "held_out_images"):
+        if _differs(name, saved, settings):
+            chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
+            remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
+            if not any(remedies[0].settings):
+                started = Remedy({"finetune": "FILE"}, "{} starts from its weights")
+                remedies = [Remedy({}, "give the data of that run"), started]
+            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}", *remedies)
+
+
+def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a setting that both have differs."""
+    return name in saved and name in settings and settings_of.differs(name, saved[name], settings[name])
+
+
+def _require_same_parameters(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any], which: str = "auto"
+) -> None:
+    saved, ours = ([len(group["params"]) for group in groups]
+                   for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
+    if saved != ours and sum(saved) == sum(ours):
+        raise CheckpointError(
+            f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
+            f"{_listed(saved)}: build the groups as before",
+            *_start_from(which),
+        )
+    if saved != ours:
+        args = _args_of(state)
+        chosen = {
+            "unfreeze_blocks": args.get("unfreeze_blocks"),
+            "learned_pos_embed": args.get("learned_pos_embed", False),
+        }
+        raise CheckpointError(
+            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}",
+            Remedy(_differing(chosen, settings)),
+        )
+
+
+def _listed(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:6])) + ", ..." * (len(counts) > 6)
+
+
+def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Checkpoints do not record the class of the optimizer. The settings of Adam and of SGD or LARS differ."""
+    for name in ("betas", "momentum"):
+        saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
+        if saved != ours:
+            raise CheckpointError(
+                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set",
+                ANOTHER_FOLDER,
+            )
+
+
+def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
+    saved, position = _args_of(state), state.get("progress") or {}
+    if not (settings.get("cache_features") and position.get("images_done")):
+        return
+    before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), parallel.world_size()
+    if before != now:
+        raise CheckpointError(
+            f"the checkpoint is in the middle of an epoch on stored features, each process has its own part of them, "
+            f"and there were {before} processes and are {now} now: start {before}, or resume from the checkpoint of a "
+            f"complete epoch {ELSEWHERE}"
+        )
+
+
+def _differing(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the checkpoint that differ from those of this run."""
+    return {name: value for name, value in saved.items() if _differs(name, saved, settings)}
+
+
+def _args_of(state: dict[str, Any]) -> dict[str, Any]:
+    args = state.get("args") or {}
+    args = args if isinstance(args, dict) else vars(args)
+    if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
+        args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
+    return args
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads the state of an optimizer and the entries of its groups. OF_THIS_START keep the values of this start."""
+    groups = [
+        {**ours, **{name: value for name, value in group.items() if name not in OF_THIS_START}}
+        for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(value: Any, parameter: torch.Tensor) -> Any:
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return parallel.placed_as(value, parameter) if is_moment else value
+
+    state = {
+        number: {name: place(value, parameters[number]) for name, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
+    if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
+        return
+    if len(callbacks) != len(states):
+        raise CheckpointError(
+            f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}: resume "
+            f"with the same callbacks"
+        )
+    for callback, state in zip(callbacks, states, strict=True):
+        callback.load_state_dict(state)
+
+
+def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
+    if "cpu" in rng:
+        torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() & settings.keys() - FREE):
+        if _differs(name, saved, settings):
+            logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")
+    unknown = sorted(saved.keys() - settings.keys() - FREE)
+    if unknown:
+        names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)
+        logger.warning(f"the checkpoint has settings that this script does not know, and they have no effect: {names}")

@@ -1,0 +1,39 @@
+"""Groups of flags, and choices and defaults that other packages also use."""
+
+from mae.positions import Size, to_pair
+
+# The groups of --help.
+DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
+    "data", "augmentation", "model", "optimization", "evaluation", "run"
+)  # fmt: skip
+DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
+AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
+ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
+LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
+CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
+REGRESSION_LOSSES = ("l1", "l2", "huber")
+METRICS = {  # of --metric, by task
+    CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1", "kappa", "auroc", "average_precision"),
+    MULTILABEL: ("average_precision", "auroc", "macro_f1"),
+    REGRESSION: ("r2", "mae", "spearman"),
+}
+DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
+METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
+DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
+SHORT_SIDE = 256  # pixels, default of --short_side of util.resize
+NUM_QUERIES = 32  # default of --num_queries
+NO_CROP = "none"  # the value of --crop for whole images
+CROP_CHOICES = ("random", NO_CROP)
+HEAD_CHOICES = ("linear", "dpt")  # of segmentation
+SMALL = 112  # pixels: for inputs with a shorter side below, the default evaluation crops nothing
+
+
+def default_crop_pct(input_size: Size) -> float:
+    """Returns the published crop ratio; 1 if the shorter side is below SMALL, where it would crop what matters."""
+    return 1.0 if min(to_pair(input_size)) < SMALL else published_crop_pct(input_size)
+
+
+def published_crop_pct(input_size: Size) -> float:
+    """Returns the published crop ratio: 0.875, and 1 for squares above 224 pixels."""
+    height, width = to_pair(input_size)
+    return 1.0 if height == width > 224 else 0.875

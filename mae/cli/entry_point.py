@@ -1,0 +1,318 @@
+"""The command line: `--config` recipes, and error messages in one line. `mae/cli/flag_table.py` defines the flags."""
+
+import argparse
+import copy
+import logging
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from mae import parallel
+from mae.cli.advice import AdvisedError, arguments, did_you_mean
+from mae.cli.flags import is_refused_in_recipes, warn_without_crops
+from mae.cli.user_code import import_object, name_of
+from mae.files.untrusted import printable, recipe_problem
+from mae.interrupts import Interrupted
+
+logger = logging.getLogger(__name__)
+
+FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows defaults as they are typed. The help text of a flag with the default None explains the default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool) or action.required:
+            return str(action.help)
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})".replace("%%", "%").replace("%", "%%")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, followed by a line of usage."""
+
+    recipe = ""  # prefix of error messages for flags in a recipe
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # The pattern of Python 3.11 has no exponents: -1e-4 would be a flag.
+        self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+
+    def format_usage(self) -> str:
+        """Returns the usage in one line, with the required arguments only; --help lists the flags."""
+        formatter = self._get_formatter()
+        formatter.add_usage(None, [action for action in self._actions if action.required], [])
+        return " ".join(formatter.format_help().split()) + " [FLAGS]"
+
+    def format_help(self) -> str:
+        """Returns the help of argparse, below a usage line without the optional flags."""
+        self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and the usage, and exits with code 2."""
+        text = printable(self.recipe + message)
+        self.exit(2, f"{self.prog}: error: {text}\n{self.format_usage()}; --help explains the flags\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses like argparse, but reports unknown flags first, with the most similar known flag."""
+        args = sys.argv[1:] if args is None else list(args)
+        unknown = [flag for flag in _flags_in(args) if flag not in self._option_string_actions]
+        if unknown:
+            near = did_you_mean(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return super().parse_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Loads plain values only. A date stays a string."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser for a script. It has no --help, so that it can be a parent of another parser; `run` adds it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    prog = f"python -m {module.name}" if module and module.origin == sys.argv[0] else None  # None: the file's name
+    return _Parser(prog=prog, description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
+
+
+class _Args(argparse.Namespace):
+    """Settings, and the names of those that are set explicitly. `vars` returns the settings only."""
+
+    __slots__ = ("explicit",)
+    explicit: frozenset[str]
+
+
+def explicit(args: argparse.Namespace) -> frozenset[str]:
+    """Returns the names of the settings that the command line or the recipe of `--config` sets.
+
+    All settings of a plain Namespace count, because a program that does not use `parse` has no defaults.
+    """
+    return args.explicit if isinstance(args, _Args) else frozenset(vars(args))
+
+
+def changed(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.Namespace:
+    """Returns a copy of the settings with other values, which count as explicit."""
+    before, args = explicit(args), copy.copy(args)
+    vars(args).update(settings)
+    if isinstance(args, _Args):
+        args.explicit = before | settings.keys()
+    return args
+
+
+def with_own(args: argparse.Namespace, flag: str, given: Any) -> tuple[argparse.Namespace, Any]:
+    """Imports the class or function of the user's code that a flag names, or records the name of `given`.
+
+    Args:
+        args: the settings of the command, before a file adds its own: what a file names is not imported.
+        flag: its name, such as encoder.
+
+    Raises:
+        ValueError: it can't be imported.
+    """
+    if given is not None:
+        return changed(args, {flag: name_of(given)}), given
+    name = getattr(args, flag)
+    return args, import_object(f"--{flag} ", name) if name else None
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line. Flags override the recipe of `--config`, and the recipe overrides defaults.
+
+    The entries of a recipe are parsed like flags, with the same checks. `explicit` returns the names of the settings
+    that are not defaults.
+    """
+    assert isinstance(parser, _Parser), "made by `entry_point.parser`"
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
+    required = [action for action in parser._actions if action.required and action.option_strings]
+    for action in required if "--config" in _flags_in(argv) else ():
+        action.required = False  # the recipe may set it
+    args = parser.parse_args(argv, _Args())
+    _refuse_urls(parser, args)
+    in_command = {parser._option_string_actions[flag].dest for flag in _flags_in(argv)}
+    in_command |= {a.dest for a in parser._actions if not a.option_strings and getattr(args, a.dest) != a.default}
+    recipe = _read_recipe(parser, Path(args.config)) if getattr(args, "config", None) else argparse.Namespace()
+    _refuse_urls(parser, recipe)
+    vars(args).update((name, value) for name, value in vars(recipe).items() if name not in in_command)
+    args.explicit = frozenset(in_command | vars(recipe).keys())
+    if missing := [a.option_strings[0] for a in required if a.dest not in args.explicit]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if "lr" in args and "blr" in in_command and "lr" not in in_command:
+        args.lr = None  # of the recipe; it would take precedence over the --blr of the command line
+    if "log_dir" in args and "log_dir" not in args.explicit:
+        args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
+    if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
+        logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
+    warn_without_crops(args, args.explicit)
+    return args
+
+
+def _flags_in(argv: Sequence[str]) -> list[str]:
+    """Returns the flags of a command line, without their values."""
+    return [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
+
+
+def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for action in parser._actions:
+        if isinstance(action.metavar, str) and set(action.metavar.split("|")) & FILES:
+            value_or_list = getattr(args, action.dest, None)
+            for value in value_or_list if isinstance(value_or_list, list) else [value_or_list]:
+                if re.match(r"\w{2,}:/", str(value)):  # Path("a://b") has one slash
+                    flag = "/".join(action.option_strings) or action.metavar
+                    parser.error(f"{flag} {value} is a URL: download the file, and give its path")
+
+
+def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
+    """Returns the settings of a recipe. Each entry is parsed alone, so that an error names the recipe."""
+    if not path.is_file():
+        parser.error(f"--config: there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if problem := recipe_problem(text):
+            parser.error(f"--config {path} {problem}")
+        recipe = _RecipeLoader(text).get_single_data()
+    except OSError as error:
+        parser.error(f"--config {path} can't be read: {error.strerror}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid number
+        parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"--config {path} must be a list of `flag: value` lines")
+    by_flag = parser._option_string_actions
+    known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
+    settings = argparse.Namespace()
+    parser = copy.deepcopy(parser)
+    parser.recipe = f"--config {path}: "
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    for key, value in recipe.items():
+        if key not in known or key == "config":
+            parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")
+        unknown = parser.parse_known_args(_entry_flags(parser, key, value), settings)[1]
+        if unknown:
+            parser.error(f"{key} takes no value {' '.join(unknown)}")
+    return settings
+
+
+def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
+    """Returns an entry of a recipe as flags; None means the default."""
+    if is_refused_in_recipes(parser._option_string_actions[f"--{key}"], value):
+        text = shlex.join(arguments({key: value}))
+        parser.error(f"a recipe must not set {key}, because recipes may be untrusted: give {text} on the command line")
+    if isinstance(value, bool):
+        switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
+        if not switches:
+            parser.error(f"{key} takes a value, not {value}; YAML reads on, off, yes and no so: write them in quotes")
+        return [switches[value]] if value in switches else []
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if isinstance(one, str) and not one.isprintable():
+            parser.error(f"{key} contains a control character: {one}")
+    if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
+        parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [] if value is None else [f"--{key}={value}"]
+
+
+def _open_streams() -> None:
+    """Opens standard streams that are closed (2>&-): errors go to stdout then.
+
+    Progress bars need a stream, and a file of the run would get the descriptor, to which libraries write messages.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = sys.stdout
+        try:
+            os.fstat(2)
+        except OSError:
+            os.dup2(sys.stdout.fileno(), 2)
+
+
+def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line and runs `main`. An error prints one line and exits with a code above 0.
+
+    The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
+    """
+    _open_streams()
+    args = parse(parser)
+    trains = "resume" in args and not getattr(args, "eval", False)
+    same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
+    resume = f"; {same} resumes from the newest checkpoint" if trains else ""
+    try:
+        main(args)
+        parallel.teardown()  # not after an error, because the processes would wait for each other
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _fail(parser, args, error, _out_of_memory(args), 1)
+    except RuntimeError as error:
+        # PyTorch raises RuntimeError for a failed allocation on the CPU, and for a killed worker process.
+        if "allocate memory" in str(error):
+            _fail(parser, args, error, _out_of_memory(args), 1)
+        elif "DataLoader worker" in str(error) and "Original Traceback" not in str(error):  # no error of the dataset
+            reason = str(error).partition(". ")[0].strip()
+            remedy = f"{same} resumes the run" if trains else "try again"
+            _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)
+        elif lost := parallel.lost_process(error):
+            _fail(parser, args, error, lost + resume, 1)
+        raise
+    except (ValueError, OSError, ArithmeticError) as error:
+        _fail(parser, args, error, _message(parser, error), 1)
+    except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
+        reason = f"{error}, the state is saved; {same} resumes the run"
+        _fail(parser, args, error, reason, 128 + error.signum)
+    except KeyboardInterrupt as error:
+        _fail(parser, args, error, f"interrupted{resume}", 130)
+
+
+def _fail(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, message: str, code: int
+) -> None:
+    if "debug" in args and args.debug:
+        traceback.print_exception(error)
+    print(f"{parser.prog}: error: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _out_of_memory(args: argparse.Namespace) -> str:
+    if "batch_size" not in args:
+        return "out of memory: give fewer or smaller images, or a smaller model"
+    remedy = " and double --accum_iter" if "accum_iter" in args else ""
+    return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
+
+
+def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
+    """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
+    if isinstance(error, AdvisedError):
+        positional = {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
+        return error.describe({flag.removeprefix("--") for flag in parser._option_string_actions}, positional)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the error number
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

@@ -1,0 +1,120 @@
+"""Types of flag values, with error messages for argparse."""
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+from mae.cli.user_code import DATASET
+
+logger = logging.getLogger(__name__)
+
+# Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
+SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
+
+
+def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    def kind(text: str) -> Any:
+        value = convert(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {requirement}, got {text}")
+        return value
+
+    kind.__name__ = convert.__name__  # argparse names it in the error for a text that is not a number
+    return kind
+
+
+positive_int = _kind(int, lambda value: value >= 1, "at least 1")
+count = _kind(int, lambda value: value >= 0, "at least 0")
+non_negative = _kind(float, lambda value: value >= 0, "at least 0")
+positive = _kind(float, lambda value: value > 0, "above 0")
+share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
+ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
+jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
+job_id = _kind(str, str.isdecimal, "a job id, which is a number")
+seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
+
+
+def count_or_all(text: str) -> int | str:
+    """The type of a number of blocks: at least 0, or "all"."""
+    return text if text == "all" else count(text)
+
+
+def nodata(text: str) -> float | str:
+    """The type of a pixel value: a number; NaN remains the text "nan", which equals itself."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or nan, got {text}") from None
+    return "nan" if value != value else value
+
+
+def new_file(*suffixes: str) -> Callable[[str], Path]:
+    """Returns the type of an output file: a path in an existing folder, with one of the suffixes, if any are given."""
+
+    def path(text: str) -> Path:
+        file = Path(text)
+        if suffixes and file.suffix.lower() not in suffixes:
+            endings = " or ".join(suffixes[:4]) + " or another suffix of images" * (len(suffixes) > 4)
+            raise argparse.ArgumentTypeError(f"{text}: its name must end in {endings}")
+        if file.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder: give a file name")
+        if not file.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}; create it first")
+        return file
+
+    return path
+
+
+class Size(argparse.Action):
+    """Stores one number (a square) as a number, and two numbers (height, width) as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"takes one or two numbers (height, width), got {len(values)}")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
+
+
+class Range(argparse.Action):
+    """Stores two numbers, of which the first is below the second."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if not values[0] < values[1]:
+            raise argparse.ArgumentError(self, f"MIN must be below MAX, got {values[0]:g} {values[1]:g}")
+        setattr(namespace, self.dest, values)
+
+
+def not_in_recipes(flag: argparse.Action, values: Callable[[str], bool] = lambda value: True) -> argparse.Action:
+    """Declares that a recipe must not set a flag, because its value may run code or connect to other machines.
+
+    Recipes may come from others. A flag that names code, a command or an address has this declaration where it is
+    added.
+
+    Args:
+        values: whether a recipe must not set this value. Default: no value is accepted.
+    """
+    flag.refused_in_recipes = values  # type: ignore[attr-defined]
+    return flag
+
+
+def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
+    """Whether `not_in_recipes` declares that a recipe must not set this value. None and False set nothing."""
+    values = value if isinstance(value, list) else [value]
+    refused = getattr(flag, "refused_in_recipes", None)
+    return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
+
+
+def warn_without_crops(args: argparse.Namespace, explicit: Set[str]) -> None:
+    """Logs a warning for explicit flags about crops if there are no crops."""
+    unused = sorted(explicit & {"crop_scale", "crop_ratio", "crop_pct"})
+    if unused and getattr(args, "crop", None) == "none":
+        flags = " and ".join(f"--{name}" for name in unused)
+        logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
+
+
+def runs_code(dataset: str) -> bool:
+    """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
+    return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))

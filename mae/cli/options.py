@@ -1,0 +1,291 @@
+"""Adds flags to parsers. A script calls the functions that it needs and sets the defaults of its task.
+
+A function may add flags to several groups of --help. GROUPS is their order.
+"""
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+from mae.cli.advice import OFF
+from mae.cli.choices import METRIC_CHOICES
+from mae.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
+from mae.cli.flags import count_or_all, not_in_recipes, positive, runs_code
+from mae.cli.user_code import import_object
+
+GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
+# The flags that name code, a command or an address, and the values that a recipe must not set.
+REFUSED = {
+    "dataset": runs_code,
+    **dict.fromkeys(
+        ("download", "encoder", "model_class", "optimizer", "lr_schedule", "dist_backend", "dist_url"),
+        lambda value: True,
+    ),
+}
+CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
+EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
+COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
+RUN_FLAGS = (
+    "config", "output_dir", "log_dir", "resume", "start_epoch", "save_every", "keep_last", "save_minutes",
+    *COMPUTE_FLAGS, "compile",
+)  # fmt: skip
+
+
+def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Returns the group with this title. The first call adds all groups; --help omits groups without flags."""
+    if not any(group.title == title for group in parser._action_groups):
+        for name in GROUPS:
+            parser.add_argument_group(name)
+    return next(group for group in parser._action_groups if group.title == title)
+
+
+def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Adds rows of the table of flags to their groups, as `add_to` does."""
+    for name in names:
+        add_to(group_of(parser, FLAGS[name]["group"]), name, **changes)
+
+
+def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Adds rows of the table of flags to a group, or to a parser without groups.
+
+    Args:
+        changes: arguments of `add_argument` that replace the arguments of the rows.
+    """
+    for name in names:
+        row = {key: value for key, value in (FLAGS[name] | changes).items() if key != "group"}
+        if "switch" in row:  # two flags, so that the command line can override a recipe in both directions
+            on, off = (" (default)" * (row["switch"] is value) for value in (True, False))
+            group.add_argument(f"--{name}", action="store_true", default=row["switch"], help=row["help"] + on)
+            group.add_argument(
+                OFF.get(name, f"--no_{name}"), action="store_false", dest=name, default=row["switch"],
+                help=row.get("off", f"disable --{name}") + off,
+            )  # fmt: skip
+        else:
+            flag = group.add_argument(f"--{name}", **row)
+            if name in REFUSED:
+                not_in_recipes(flag, REFUSED[name])
+
+
+def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rereads: bool = False) -> None:
+    """Adds the flags of the dataset and the image size.
+
+    Args:
+        labels: the images need labels, whose meaning is a flag.
+        rereads: the script reads each image several times.
+    """
+    layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
+    if labels:
+        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+    add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
+    add_source_options(group_of(parser, DATA), labels)
+    add_input_options(parser, "image size")
+    add(parser, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
+
+
+def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the flags of the input of the model; `what` is the meaning of its size."""
+    add(parser, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
+    add(parser, "mean", "std")
+    add_exif(group_of(parser, DATA), "not applied")
+    add(parser, "nodata", "value_range", "channels_last", "pin_mem")
+
+
+def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
+    """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
+    entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
+    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist")
+    add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
+    add_to(group, "extras")
+    add_to(group, "download", help="download a --dataset of torchvision to --data_path")
+    add_to(group, "in_chans", "num_workers")
+
+
+def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place: str = "--data_path") -> None:
+    """Adds the flag of datasets that are no folders.
+
+    Args:
+        also: end of the help text: other values.
+        place: the argument with the folder of torchvision's files.
+    """
+    add_to(
+        group, "dataset",
+        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
+        f"{place}; hf:NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible; or "
+        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (DATASETS.md){also}",
+    )  # fmt: skip
+
+
+def add_exif(group: argparse._ActionsContainer, default: str) -> None:
+    """Adds the flags of the orientation of photographs; `default` describes the default."""
+    add_to(
+        group, "exif",
+        help="apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
+        f"(default: the choice of the model's run, else {default})",
+    )  # fmt: skip
+
+
+def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
+    """Adds the flags of the architecture."""
+    group_of(parser, MODEL).add_argument(
+        "--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}"
+    )
+    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
+
+
+def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
+    """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
+    add(parser, "val_list", "crop_pct", "val_fraction", "nb_classes", "train_per_class", "finetune", "adapt_input")
+    add(parser, "global_pool", switch=global_pool)
+
+
+def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False, lr: float | None = None) -> None:
+    """Adds the flags of batch size, epochs, learning rate, regularization, non-finite gradients and bad images.
+
+    Args:
+        several_blr: --blr takes several values.
+        lr: default of --lr for a script without --blr, whose learning rate does not depend on the batch size and has a
+            polynomial decay.
+    """
+    add(parser, "batch_size", "accum_iter", "epochs", "warmup_epochs")
+    decay = ", then a cosine (default: computed from --blr)" * (lr is None)
+    add(parser, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
+    if lr is not None:
+        add(parser, "poly_power")
+    elif several_blr:
+        text = f"{FLAGS['blr']['help']}. Several values train one head each"
+        add(parser, "blr", default=[0.1], type=positive, nargs="+", help=text)
+    else:
+        add(parser, "blr")
+    if not several_blr:
+        add(parser, "optimizer")
+    add(parser, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
+    text = "if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch"
+    add(parser, "on_bad_image", help=text)
+
+
+def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
+    """Adds the flag of the metrics.
+
+    Args:
+        selects: what the first metric selects.
+    """
+    add(
+        parser, "metric",
+        help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
+        "top-1 accuracy; multilabel: average_precision; regression: r2 and mae). They are fractions, and mae has the "
+        "units of the labels; kappa has quadratic weights; auroc and average_precision are means over the classes, one "
+        "against the others",
+    )  # fmt: skip
+
+
+def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:
+    """Adds the flags of main_compare.py."""
+    add(parser, "encoders")
+    add(parser, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
+    add(parser, "labels", "draws", "budget")
+    add_to(
+        group_of(parser, EVALUATION), "blr", nargs="+", type=positive, default=None,
+        help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
+        "is used (default: the rate of the recipe)",
+    )  # fmt: skip
+    add(parser, "recipes")
+    add(
+        parser, "output_dir", default="runs/compare",
+        help="folder of table, plot and runs. Results in it are reused if the command and the files that it names are "
+        "the same",
+    )  # fmt: skip
+    add(parser, "jobs", "keep_checkpoints", "device", "debug", "amp")
+
+
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of images with segmentation masks, of the crop and of channels."""
+    add(
+        parser, "data_path",
+        help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
+        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
+    )  # fmt: skip
+    for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
+        group_of(parser, DATA).add_argument(
+            flag, nargs=2, metavar=("IMAGES", "MASKS"),
+            help=f"the folders of the {what} images and of their masks. File names are equal except for suffixes",
+        )  # fmt: skip
+    for name, what in (("train_list", "training"), ("val_list", "validation")):
+        add(parser, name, help=f"CSV file with a row `image,mask` for each {what} image")
+    add(
+        parser, "dataset",
+        help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
+        "function(split, data_path) that returns a dataset of images and masks (DATASETS.md)",
+    )  # fmt: skip
+    add(parser, "download", help="download --dataset to --data_path")
+    add(
+        parser, "nb_classes",
+        help="number of classes. The values in masks are 0 to N - 1; 255 is ignored (default: number in --palette)",
+    )  # fmt: skip
+    add(parser, "reduce_zero_label", "palette")
+    add_input_options(parser, "crop and window size")
+    add(parser, "short_side", "in_chans", "num_workers")
+
+
+def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the head, the encoder and the augmentation of segmentation."""
+    add(parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
+    add(
+        parser, "unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
+        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
+    )  # fmt: skip
+
+
+def add_inference_options(
+    parser: argparse.ArgumentParser, images: bool = True, example: str = "mae_finetuned_vit_base", also: str = "",
+    amp: str = "off",
+) -> None:  # fmt: skip
+    """Adds the flags of a command that uses a trained model.
+
+    Args:
+        images: add the image files as arguments.
+        example: a published name that the command accepts; "" if it accepts checkpoint files only.
+        also: end of the help text of --model: other values that the command accepts.
+        amp: default of --amp, of a command with image files.
+    """
+    published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
+    if images:
+        parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+        add_exif(parser, "applied to single photographs")
+        add_to(parser, "nodata", "value_range", "channels_last")
+        text = "precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. tf32: fp32, but matrix products on CUDA "
+        text += "round their factors to 10 bits of mantissa, a relative error of up to 5e-4 each. off: fp32"
+        add_to(parser, "amp", default=amp, help=text)
+    parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
+    add_to(parser, "encoder", "encoder_args", "device", "debug")
+
+
+def add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of batches and precision of a command that uses a trained model."""
+    add_to(parser, "batch_size", default=128)
+    add_to(parser, "num_workers")
+    add_exif(parser, "not applied to datasets")
+    add_to(parser, "fast_jpeg", "amp", "compile")
+
+
+def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, Any]:
+    """Returns the arguments of `get_model` that the command line has: about the encoder, and about reading images.
+
+    Args:
+        reads: include those about reading images.
+
+    Raises:
+        ValueError: the class of --encoder can't be imported.
+    """
+    names = ("encoder_args", *(("exif", "nodata", "value_range", "channels_last") if reads else ()))
+    settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return settings | ({"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {})
+
+
+def add_distributed_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
+    add(parser, "dist_backend", "dist_timeout", "dist_url", "world_size")
+    group_of(parser, DISTRIBUTED).add_argument(
+        "--local_rank", "--local-rank", default=-1, type=int, metavar="N",
+        help="accepted but ignored: the launcher sets it",
+    )  # fmt: skip
+    add(parser, "dist_on_itp")

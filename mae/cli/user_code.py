@@ -1,0 +1,69 @@
+"""The user's code, named by a flag as `package.module:name`. Files and recipes can't make a program import it."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mae.cli.advice import did_you_mean
+
+DATASET = "py:"  # before the name of a function, as a value of --dataset
+
+
+def import_object(flag: str, text: str) -> Any:
+    """Imports an object from a module on Python's path or in the working directory.
+
+    Args:
+        flag: the flag and its prefix, for the error.
+        text: `package.module:name`.
+
+    Raises:
+        ValueError: there is no such module, a module that it imports is missing, or it has no such name.
+        RuntimeError: as in `call`.
+    """
+    module, _, name = text.partition(":")
+    if not (name and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+        raise ValueError(f"{flag}{text}: give package.module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = call(f"{flag}{text}", importlib.import_module, module)
+    except ModuleNotFoundError as error:
+        is_it = module == error.name or module.startswith(f"{error.name}.")
+        where = f"there is no module {error.name} on Python's path or in {os.getcwd()}"
+        reason = where if is_it else f"{module} needs the module {error.name}, which is not installed"
+        raise ValueError(f"{flag}{text}: {reason}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{flag}{text}: {module} has no {part}{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def name_of(kind: Any) -> str:
+    """Returns the name of a class or function, or of the function of a `partial`, as `import_object` takes it."""
+    kind = getattr(kind, "func", kind)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:
+    """Calls a function of the user's code. Its mistakes keep their traceback.
+
+    Scripts print a ValueError or an ArithmeticError in one line, which does not say where the user's code raised it. A
+    StopIteration would end an epoch silently.
+
+    Args:
+        origin: what the function belongs to, for the error.
+        expected: a further error that is no mistake.
+
+    Raises:
+        OSError: a file can't be read.
+        RuntimeError: the function raised one of these exceptions.
+    """
+    try:
+        return function(*arguments)
+    except (OSError, expected):
+        raise
+    except (ValueError, ArithmeticError, StopIteration) as error:
+        raise RuntimeError(f"{origin}: the code raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,295 @@
+"""The images of one tar or zip file, read in place with random access."""
+
+import logging
+import os
+import posixpath
+import stat
+import struct
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mae.cli.advice import AdvisedError
+from mae.data.decode import BadImage
+from mae.data.sources import (
+    KINDS,
+    Strings,
+    check_split_names,
+    classes_of,
+    is_hidden,
+    is_image,
+    log_listing,
+    no_split,
+    version_of,
+    warn_of_inner_splits,
+)
+from mae.files.untrusted import MAX_BYTES, printable
+
+logger = logging.getLogger(__name__)
+
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+MAX_LINK = 4096  # bytes of the target of a link, the limit of Linux
+HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+MAX_HEADER = 1 << 20  # bytes of long names and attributes in a tar file
+# Values of `method` for members that can't be read.
+ENCRYPTED, LOST = -1, -2
+PROBLEMS = {ENCRYPTED: "it is encrypted", LOST: "it is a link to a file that is not in the archive"}
+
+
+class Place(NamedTuple):
+    """The position of a member: of its data in a tar file, of its header in a zip file."""
+
+    start: int
+    size: int  # bytes in the archive
+    method: int = STORED
+    unpacked: int = 0  # uncompressed bytes (zip)
+    checksum: int = 0  # CRC-32 (zip)
+
+
+class Archive:
+    """The images of one tar or zip file. The list of members is read once.
+
+    The layout equals the layout of an unpacked dataset: enclosing folders are skipped, and the folders below `split`
+    are the classes. An archive without splits contributes all of its images.
+
+    Args:
+        path: the archive.
+        split: "train" or "val"; None: all images.
+        enclosing: keep enclosing folders in the names, if `split` is None.
+        kind: what the files are, for the log.
+        whole: as in `dataset_kinds.open_source`.
+
+    Raises:
+        ValueError: the archive can't be read in place, is damaged, or contains no image.
+    """
+
+    def __init__(
+        self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
+    ) -> None:
+        started = time.perf_counter()
+        self.is_zip, members, others = find_members(path)
+        names = sorted(_below(members, split, path, enclosing, whole).items())
+        if not names:
+            raise AdvisedError(f"there are no images in it (looked for {KINDS})", about={"data_path": path})
+        self.path = str(path)
+        self.names = Strings([name for name, _ in names])
+        self.places = np.array([members[member] for _, member in names], dtype=np.int64)
+        self.classes, self.labels = classes_of([name for name, _ in names])
+        self.file: tuple[int, int] | None = None  # process id and file descriptor
+        folder = _normal(names[0][1]).removesuffix(names[0][0])
+        beside = [name for name in others if _normal(name).startswith(folder)]
+        text = f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
+        log_listing(text, len(self), beside)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __del__(self) -> None:
+        process, file = getattr(self, "file", None) or (0, 0)
+        if process == os.getpid():
+            os.close(file)
+
+    def name(self, index: int) -> str:
+        """Returns the paths of the archive and of the member."""
+        return printable(f"{self.path}: {self.names[index]}")
+
+    def version(self, index: int) -> str:
+        """Returns the version of the archive."""
+        return version_of(self.path)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        place, label = Place(*self.places[index].tolist()), int(self.labels[index])
+        if self.file is None or self.file[0] != os.getpid():  # each process opens the file itself
+            self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        file = self.file[1]
+        if place.method not in (STORED, DEFLATED):
+            other = f"it is compressed with method {place.method}, and only deflate is supported"
+            raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
+        check_size(max(place.size, place.unpacked))
+        if not self.is_zip:
+            return _read_at(file, place.start, place.size), label
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
+        data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
+        try:
+            if place.method == DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
+        except zlib.error as error:
+            raise BadImage(f"the archive is damaged here: {error}") from error
+        if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
+            raise BadImage("the archive is damaged here: the checksum does not match")
+        return data, label
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """A header with checked sizes: not negative, and limited for names and attributes, which tarfile reads at once."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedTarInfo":
+        """Like the method of tarfile; raises ReadError for an impossible size."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in HEADERS and header.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header states {header.size:,} bytes")
+        return header
+
+
+def check_size(size: int) -> None:
+    """Raises BadImage if an unpacked file is too large. Without a limit, a small archive could fill the memory."""
+    if size > MAX_BYTES:
+        raise BadImage(f"it has {size:,} bytes when unpacked, more than the limit of {MAX_BYTES:,}")
+
+
+def _read_at(file: int, start: int, size: int) -> bytes:
+    if start + size > os.fstat(file).st_size:  # checked before memory is allocated
+        raise BadImage("the archive ends within this member")
+    data = os.pread(file, size, start)
+    while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
+        data += more
+    if len(data) < size:
+        raise BadImage("the archive ends within this member")
+    return data
+
+
+def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
+    """Lists the images of an archive.
+
+    Returns:
+        True for a zip file, False for a tar file; the position of every image by its name; and the names of the other
+        files.
+
+    Raises:
+        ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
+    """
+    if path.suffix.lower() == ".npz":  # a zip file, of arrays instead of images
+        raise ValueError(f"{path} is a file of NumPy arrays, not an archive of images: save each image as a file")
+    try:
+        archive = tarfile.open(path, "r:", tarinfo=BoundedTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
+    except tarfile.TarError:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is neither a zip file nor an uncompressed tar file, and can't be read in place; unpack it, or "
+                f"pack its files as zip or uncompressed tar"
+            ) from None
+        return True, *_zip_members(path)
+    with archive:
+        return False, *_tar_members(archive, path)
+
+
+def _tar_members(archive: tarfile.TarFile, path: Path) -> tuple[dict[str, Place], list[str]]:
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    last = "the beginning"
+    try:
+        for member in archive:
+            last = printable(member.name)
+            if member.size < 0:
+                raise tarfile.ReadError(f"its size is {member.size}")
+            if member.issparse() and _is_image(member.name):
+                raise ValueError(f"{path}: {last} is a sparse file (tar -S); pack the files again without -S")
+            if member.isreg():
+                places[member.name] = Place(member.offset_data, member.size)
+            elif member.islnk():
+                links[member.name] = member.linkname
+            elif member.issym():
+                links[member.name] = posixpath.join(posixpath.dirname(member.name), member.linkname)
+        with path.open("rb") as file:
+            file.seek(archive.offset)
+            ends_with_zeros = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged or truncated after {last}: {error}") from error
+    if not ends_with_zeros:  # tarfile takes an invalid header for the end of the archive
+        raise ValueError(f"{path} is damaged or truncated after {last}")
+    return _images_of(places, links), _others_of([*places, *links])
+
+
+def _zip_members(path: Path) -> tuple[dict[str, Place], list[str]]:
+    others: list[str] = []
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
+                if member.is_dir():
+                    continue
+                if not _is_image(name):
+                    others.append(name)
+                    continue
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))
+                    continue
+                method = ENCRYPTED if member.flag_bits & 1 else member.compress_type
+                # A damaged header may state any size, also one of more than 64 bits.
+                stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
+                places[name] = Place(member.header_offset, stored, method, unpacked, member.CRC)
+    except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged, or a zip file of a kind that can't be read: {error}") from error
+    if places and not any(place.method in (STORED, DEFLATED) for place in places.values()):
+        raise ValueError(
+            f"{path}: all images, such as {printable(next(iter(places)))}, are encrypted or not compressed with "
+            f"deflate; pack the files again with deflate and without encryption"
+        )
+    return _images_of(places, links), _others_of(others)
+
+
+def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
+    """The target of a link; an empty string if it can't be read."""
+    try:
+        return archive.read(member).decode() if member.file_size <= MAX_LINK else ""
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, zlib.error):
+        return ""
+
+
+def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Place]:
+    """The images, and the links to files. A broken link is an image that can't be read, as in a folder."""
+    normal = {posixpath.normpath(name): place for name, place in places.items()}
+    images = {name: place for name, place in places.items() if _is_image(name)}
+    lost = Place(0, 0, LOST)
+    return images | {n: normal.get(posixpath.normpath(links[n]), lost) for n in links if _is_image(n)}
+
+
+def _others_of(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not is_image(name) and not is_ignored(name)]
+
+
+def _is_image(name: str) -> bool:
+    return is_image(name) and not is_ignored(name)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a member or one of its folders is hidden."""
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
+def _normal(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")  # tar -P stores absolute names
+
+
+def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool, whole: bool) -> dict[str, str]:
+    """Maps names relative to the folder of a split to members. A `whole` archive without splits contributes all."""
+    names = {_normal(member): member for member in members}
+    while names and not enclosing:
+        tops = {name.partition("/")[0] if "/" in name else "" for name in names}
+        if split in tops:
+            return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
+        check_split_names(tops, split, path)
+        if split and ((split != "train" and "train" in tops) or "val" in tops):  # never the images of the other split
+            raise no_split(path, split, "train" in tops)
+        if len(tops) != 1 or "" in tops:
+            break
+        names = {name.partition("/")[2]: member for name, member in names.items()}
+    if names and split and (split != "train" or not whole):
+        raise no_split(path, split, False)
+    warn_of_inner_splits(names if split else (), path)
+    return names

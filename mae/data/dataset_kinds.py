@@ -1,0 +1,114 @@
+"""Opens a dataset of any kind."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mae import parallel
+from mae.cli.advice import AdvisedError, Remedy
+from mae.cli.choices import CLASSIFICATION
+from mae.data.archives import Archive
+from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
+from mae.data.lists import read_list
+from mae.data.sources import Files, Source, Strings, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.target_sets import TargetSet
+from mae.data.user_sets import OpenDataset, UserSet
+from mae.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(
+    split: str, data_path: str | None = None, file_list: str | None = None, dataset: str | None = None, *,
+    download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
+    task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
+    whole: bool = True,
+) -> Source | Shards:  # fmt: skip
+    """Opens a dataset of any kind.
+
+    All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
+
+    Args:
+        split: "train", "val", or the name of another split.
+        data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
+            `file_list`, the folder of its relative paths. With a dataset of torchvision, the folder with its files.
+        file_list: a list of image files.
+        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS, or py:MODULE:FUNCTION.
+        download: download the files of a torchvision dataset.
+        num_images: number of images in shards, instead of counting them.
+        function: the function of py:, instead of importing it.
+        task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
+            not read.
+        label_columns, extras: the columns of `file_list` with the labels, and with extra inputs.
+        whole: take all images of a folder or archive without splits for training. False: they are an error, because a
+            list of validation images may name some of them.
+
+    Raises:
+        ValueError: no dataset is given, the dataset does not exist, or it has no images.
+    """
+    root = Path(data_path) if data_path else None
+    kind, _, name = (dataset or "").partition(":")
+    if file_list and dataset:
+        raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
+    for flag, value, counts in (
+        ("--download", download, dataset and kind not in ("hf", "wds", "py")),
+        ("--num_images", num_images, kind == "wds"),
+        ("--data_path", data_path, kind not in ("hf", "wds")),
+        ("--label_columns", label_columns, bool(file_list)),
+        ("--extras", extras, bool(file_list)),
+    ):
+        if value and not counts:
+            logger.warning(f"{flag} has no effect with this dataset")
+    if dataset:
+        if kind == "hf":
+            return HuggingFaceSet(name, split)
+        if kind == "py":
+            if task in (None, CLASSIFICATION):
+                return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
+            return TargetSet(function, split, data_path, dataset, task)
+        if kind == "wds":
+            return parallel.from_rank_0(lambda: Shards(name, num_images), Shards)
+        return TorchvisionSet(dataset, split, data_path, download)
+    if file_list:
+        # With an archive, paths are relative to the folder of the list.
+        below = None if root and root.is_file() else root
+        flag = f"--{split}_list"
+        return parallel.from_rank_0(
+            lambda: read_list(Path(file_list), below, flag, task, label_columns, extras), Files, Strings
+        )
+    if root is None:
+        raise ValueError(
+            "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
+            "(or give --train_list or --dataset)"
+        )
+    if root.is_file():
+        return parallel.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)
+    if not root.is_dir():
+        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
+    return parallel.from_rank_0(lambda: _open_folder(root, split, whole), Files, Strings)
+
+
+def _open_folder(root: Path, split: str, whole: bool) -> Files:
+    name, folder = dataset_in(root) or ("", root)
+    try:
+        files = _files_of_split(root, split, whole)
+    except AdvisedError as error:
+        stored = Remedy({"dataset": name}, "give {}" + f" and its folder {folder}" * (folder != root))
+        raise AdvisedError(error.message, *error.remedies, *[stored] * bool(name), about=error.about) from None
+    if name:
+        logger.warning(
+            f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
+        )
+    return files
+
+
+def _files_of_split(root: Path, split: str, whole: bool) -> Files:
+    if (root / split).is_dir():
+        return find_files(root / split)
+    check_split_names(os.listdir(root), split, root)
+    if split != "train" or (root / "val").is_dir() or not whole:  # never the images of the other split
+        raise no_split(root, split, (root / "train").is_dir())
+    files = find_files(root)
+    warn_of_inner_splits(files.names, root)
+    return files

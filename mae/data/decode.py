@@ -1,0 +1,509 @@
+"""Decodes the bytes of image files.
+
+An image with 8 bits and one or three channels becomes a Pillow image, so that transforms of Pillow apply bit for bit.
+Any other image becomes a tensor (c, H, W), uint8 or float32. 16-bit values are scaled to the range 0 to 1, and float
+values are unchanged, unless `PixelValues` says otherwise. An image with invalid pixels becomes a float tensor in which
+these are NaN. Crops, flips and scaling preserve NaN: a scaled pixel is valid only if all pixels of its kernel are.
+"""
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from tifffile import EXTRASAMPLE, PHOTOMETRIC
+from torch import Tensor
+
+from mae.data import jpeg, tiff_bounds
+from mae.files.untrusted import printable
+
+Picture = Image.Image | Tensor
+
+# Supported formats, by their names in Pillow. Pillow has more formats, and starts external programs for some of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+            ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
+MODES = {1: "L", 3: "RGB"}
+SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
+MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
+VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
+MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
+ORIENTATION = 0x0112  # the tag of TIFF and EXIF
+ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by the TIFF tag Orientation, as in Pillow
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged files are raised instead
+
+
+class BadImage(ValueError):
+    """A sample of a dataset can't be decoded to an image with the requested number of channels.
+
+    Args:
+        remedy: flags with which the sample can be read; only some scripts have them. "" if the reason names the flags,
+            None if there are none.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+class PixelValues(NamedTuple):
+    """The meaning of the values in image files and arrays.
+
+    Args:
+        nodata: the value of invalid pixels, a number or "nan". None: all pixels are valid, and NaN is an error.
+        value_range: the values that become 0 and 1; values outside are not clipped. None: unsigned values of 8 and 16
+            bits are scaled to 0 to 1, float values are unchanged, and other integers are an error.
+        channels_last: whether arrays are (H, W, c) or (c, H, W). None: the sizes of their axes determine it.
+    """
+
+    nodata: float | str | None = None
+    value_range: Sequence[float] | None = None
+    channels_last: bool | None = None
+
+    def to_float(self, pixels: np.ndarray, highest: int | None = None) -> np.ndarray:
+        """Converts values of a file to float32. Invalid values become NaN.
+
+        Args:
+            highest: the value that becomes 1 without `value_range`. None: the range of integers is unknown.
+
+        Raises:
+            BadImage: the range is unknown, or a valid value is not finite.
+        """
+        kind = pixels.dtype.kind
+        if kind not in "fiu" or (kind != "f" and not self.value_range and not highest):
+            ends = f"{pixels.min()} {pixels.max()}" if kind in "iu" and pixels.min() < pixels.max() else "MIN MAX"
+            raise BadImage(
+                f"the range of its {pixels.dtype} pixels is unknown; save it as uint8, uint16 or float32",
+                f"give --value_range {ends}" if kind in "iu" else None,
+            )
+        with np.errstate(over="ignore"):  # float64 values that are infinite in float32
+            if self.value_range:
+                low, high = self.value_range
+                values: np.ndarray = ((pixels.astype(np.float64) - low) / (high - low)).astype(np.float32)
+            else:
+                values = pixels.astype(np.float32) / highest if highest else pixels.astype(np.float32)
+            nodata = None if self.nodata is None else float(self.nodata)
+            is_known = np.isfinite(values)
+            if nodata is not None:
+                value = pixels.dtype.type(nodata) if kind == "f" else nodata
+                invalid = np.isnan(pixels) if np.isnan(nodata) else pixels == value
+                is_known |= invalid
+                values[invalid] = np.nan
+        if not is_known.all():
+            remedy = "give --nodata nan" if nodata is None and np.isnan(pixels).any() else None
+            raise BadImage("it contains values that are not finite", remedy)
+        return values
+
+
+AS_STORED = PixelValues()
+
+
+class Masked(NamedTuple):
+    """An image as `decode` takes it, and its valid pixels, bool (H, W) in the size of the decoded image."""
+
+    image: Any
+    valid: np.ndarray
+
+
+def decode(
+    data: bytes | Picture | np.ndarray | Masked,
+    in_chans: int,
+    upright: bool = False,
+    fast_jpeg: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    values: PixelValues = AS_STORED,
+) -> Picture:
+    """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
+
+    Gray is repeated to color, and color is converted to gray by luminance. Transparent images are composited over
+    white. Pillow converts CMYK. For any other number of channels, the file must have this number. The first frame of an
+    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels; another
+    number of equal pages is no image.
+
+    Args:
+        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W); or one of these with its valid pixels.
+        in_chans: number of channels.
+        upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
+            image that was rotated, cropped or converted since are unchanged.
+        fast_jpeg: decode color JPEG files to a tensor with `mae.data.jpeg`, and return tensors of color bytes
+            unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
+        max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
+        values: the meaning of the values, and the value of invalid pixels.
+
+    Raises:
+        BadImage: the data are not an image, are damaged or too large, or have another number of channels; or the mask
+            of valid pixels has another size.
+    """
+    image, valid = data if isinstance(data, Masked) else (data, None)
+    return with_invalid(_decode(image, in_chans, upright, fast_jpeg, max_pixels, values), values, valid)
+
+
+def _decode(
+    data: bytes | Picture | np.ndarray, in_chans: int, upright: bool, fast_jpeg: bool, max_pixels: int,
+    values: PixelValues,
+) -> Picture:  # fmt: skip
+    if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
+        return data
+    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
+        pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
+        if has_bytes(pixels) and len(pixels) == 3:
+            return pixels
+    try:
+        picture = read(data, in_chans, max_pixels, values)
+        # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
+        is_file = isinstance(data, bytes | ImageFile.ImageFile)
+        if upright and is_file and isinstance(picture, Image.Image):
+            picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+            picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
+        return fit_channels(picture, in_chans, values)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise any exception on damaged bytes
+        reason = printable(" ".join(str(error).split()))
+        raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
+
+
+def is_turned(picture: Picture | bytes) -> bool:
+    """Returns whether the EXIF data of a picture or a file have an orientation that its pixels do not have."""
+    try:
+        picture = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+        return isinstance(picture, Image.Image) and picture.getexif().get(ORIENTATION, 1) in TURNS
+    except Exception:  # the decoder refuses the file; damaged EXIF data do not make the pixels unusable
+        return False
+
+
+def with_invalid(picture: Picture, values: PixelValues, valid: np.ndarray | None = None) -> Picture:
+    """Sets invalid pixels of a picture to NaN. A pixel is invalid if any of its channels is.
+
+    Pictures of 8 bits with invalid pixels, or with a range of values, become float tensors.
+
+    Args:
+        picture: with the channels of the model; float values are those of `PixelValues.to_float`.
+        valid: bool (H, W); other pixels are invalid.
+
+    Raises:
+        BadImage: `valid` has another size.
+    """
+    if valid is None and values.nodata is None and values.value_range is None:
+        return picture
+    if valid is not None:
+        require_size(picture, valid.shape, "mask of valid pixels")
+    pixels = to_tensor(picture)
+    is_float = pixels.is_floating_point()
+    pixels = pixels if is_float else torch.from_numpy(values.to_float(pixels.numpy(), 255))
+    invalid = pixels.isnan().any(dim=0)
+    if valid is not None:
+        invalid |= ~torch.from_numpy(valid)
+    if not invalid.any():
+        return pixels if is_float or values.value_range else picture
+    return pixels.masked_fill(invalid, torch.nan)
+
+
+def read(
+    data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS, values: PixelValues = AS_STORED
+) -> Picture:
+    """Returns the picture of the data of `decode`, with its own channels.
+
+    Args:
+        in_chans: determines whether the pages of a TIFF file, or the first axis of an array, are the channels.
+
+    Raises:
+        Exception: any exception of the decoder.
+    """
+    if isinstance(data, Tensor) and data.ndim == 3 and data.dtype != torch.uint8:
+        return _tensor(_values(data.detach().cpu().permute(1, 2, 0).numpy(), values))
+    if isinstance(data, np.ndarray):
+        axis = _channel_axis(data.shape, in_chans, values.channels_last)
+        return _tensor(_values(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2), values))
+    if not isinstance(data, bytes):
+        if isinstance(data, Image.Image) and data.mode == "F":
+            return _tensor(_values(np.array(data)[:, :, None], values))
+        return _with_all_bits(data, values) if isinstance(data, Image.Image) else data
+    if data.startswith(b"\x93NUMPY"):
+        return _read_npy(data, in_chans, max_pixels, values)
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return _read_tiff(data, in_chans, max_pixels, values)
+    return _read_with_pillow(data, max_pixels, values)
+
+
+def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORED) -> Picture:
+    """Converts a picture to the given number of channels, as in `decode`.
+
+    Raises:
+        BadImage: the conversion is not supported, or changes the values that `values` is about.
+    """
+    if isinstance(picture, Tensor):
+        return _fit_tensor(picture, in_chans)
+    if values.nodata not in (None, "nan") and (picture.has_transparency_data or picture.mode in ("P", "PA")):
+        raise BadImage(
+            f"its {picture.mode} pixels are converted, and --nodata is about the values in the file; save it without a "
+            f"palette and without an alpha channel"
+        )
+    if in_chans in MODES:
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert(MODES[in_chans])
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode in ("P", "PA", "CMYK"):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    return _fit_tensor(_tensor(np.atleast_3d(np.asarray(picture))), in_chans)
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Returns (height, width)."""
+    return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+
+
+def require_size(picture: Picture, shape: Sequence[int], what: str) -> None:
+    """Raises BadImage if the shape of a mask or map of a picture is not its (height, width)."""
+    if tuple(shape) != size_of(picture):
+        raise BadImage("its {} has {} x {} pixels (height x width), and the image {} x {}".format(
+            what, *shape, *size_of(picture)))  # fmt: skip
+
+
+def has_bytes(data: Any) -> TypeGuard[Tensor]:
+    """Whether data is a tensor of gray or color bytes, as `mae.data.jpeg` and `mae.data.image_cache` return."""
+    return isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and len(data) in MODES
+
+
+def to_pillow(picture: Picture) -> Picture:
+    """Converts a tensor of bytes to a Pillow image, for transforms that compute other pixels for tensors."""
+    if not has_bytes(picture):
+        return picture
+    pixels = picture.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if len(picture) == 1 else pixels)
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """Converts a decoded picture to a tensor (c, H, W), channels last in memory. Values are not scaled."""
+    if isinstance(picture, Tensor):
+        return picture
+    return torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+
+
+def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
+    if picture.ndim != 3:
+        raise BadImage(f"it is a tensor of shape {tuple(picture.shape)}: give (channels, height, width)")
+    own = len(picture)
+    _check_channels(own, in_chans)
+    if has_bytes(picture):
+        return fit_channels(to_pillow(picture), in_chans)
+    if (own, in_chans) == (3, 1):
+        return (picture * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(dim=0, keepdim=True)
+    return picture.expand(in_chans, -1, -1)
+
+
+def _check_size(height: int, width: int, channels: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage(f"its {width} x {height} pixels are more than the limit of {max_pixels:,}; scale it down")
+    max_values = VALUES_PER_PIXEL * max_pixels
+    if height * width * channels > max_values:
+        raise BadImage(
+            f"its {channels} channels of {width} x {height} pixels exceed the limit of {max_values:,} values"
+        )
+
+
+def _check_channels(own: int, in_chans: int) -> None:
+    """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
+    if own != in_chans and not (own in MODES and in_chans in MODES):
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}", f"give --in_chans {own}")
+
+
+def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Picture:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage("the file is not an image of a known format" if data else "the file is empty") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large to decode: {error}") from None
+    _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
+    if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
+        raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
+    return _with_all_bits(picture, values, data)
+
+
+def is_rescaled(picture: Image.Image, data: bytes = b"") -> bool:
+    """Whether Pillow scales the values of a file to 8 or 16 bits. False if the picture has been decoded before."""
+    tiles = getattr(picture, "tile", None)  # of a file that is not decoded yet
+    if picture.mode in ("P", "PA", "F") or not tiles:
+        return False
+    codec, *_, arguments = tiles[0]
+    if codec in ("ppm", "ppm_plain"):
+        return arguments[1] != (65535 if picture.mode == "I" else 255)
+    if codec == "jpeg2k":
+        start = data.find(b"\xff\x4f\xff\x51")  # the codestream; 42 bytes later are the bits of the first channel
+        return start >= 0 and (data[start + 42] & 127) + 1 != (16 if picture.mode.startswith("I") else 8)
+    stored = str(arguments[0] if isinstance(arguments, tuple) else arguments)  # such as RGB;16B
+    has_bits = not stored.startswith("I") and stored.partition(";")[2][:1].isdigit()
+    return has_bits or picture.mode == "1" or picture.format == "AVIF"  # AVIF may have 10 or 12 bits
+
+
+def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"") -> Picture:
+    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits.
+
+    Args:
+        data: the bytes of its file, if they are known.
+
+    Raises:
+        BadImage: Pillow scales the values that `values` is about, or their range is unknown.
+    """
+    if (values.value_range or values.nodata not in (None, "nan")) and is_rescaled(picture, data):
+        raise BadImage("its values are scaled to 8 or 16 bits, and --value_range and --nodata are about the values in "
+                       "the file; save it as .npy")  # fmt: skip
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
+        pixels = np.array(picture, dtype=np.uint16)
+        if picture.info.get("transparency", values.nodata) != values.nodata:  # one gray value
+            pixels[pixels == picture.info["transparency"]] = 65535
+        return _tensor(_values(pixels[:, :, None], values))
+    if picture.mode == "I" and values.value_range:
+        return _tensor(_values(np.array(picture)[:, :, None], values))
+    if picture.mode in ("I", "F"):
+        raise BadImage("it has 32-bit pixels of unknown range; save it as float32 in a .npy or TIFF file")
+    return picture
+
+
+def _channel_axis(shape: tuple[int, ...], in_chans: int, channels_last: bool | None) -> int | None:
+    """Returns the axis of the channels: the last or first with `in_chans`, else 1 or 3 entries. None for (H, W).
+
+    Raises:
+        BadImage: the shape is not that of an image, or does not say which axis it is, and `channels_last` is None.
+    """
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImage(f"an array of shape {shape} is no image: the shape must be (H, W), (H, W, c) or (c, H, W)")
+    if len(shape) == 2:
+        return None
+    if channels_last is not None:
+        return 2 if channels_last else 0
+    for sizes in ((in_chans,), MODES):
+        fitting = [axis for axis in (2, 0) if shape[axis] in sizes]
+        if len(fitting) > 1:
+            raise BadImage(
+                f"the channels of an array of shape {shape} may be its last or its first axis: channels_last=True or "
+                f"channels_last=False says which",
+                "give --channels_last or --channels_first",
+            )
+        if fitting:
+            return fitting[0]
+    own = min(shape[0], shape[2])
+    raise BadImage(
+        f"an array of shape {shape} does not have {in_chans} channels on its last or first axis",
+        f"give --in_chans {own}",
+    )
+
+
+def _read_npy(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Tensor:
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise BadImage(f"version {version} of .npy files is not supported")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = header(stream)
+    if dtype.hasobject:
+        raise BadImage("an array of Python objects is no image")
+    axis = _channel_axis(shape, in_chans, values.channels_last)
+    height, width = (size for a, size in enumerate(shape) if a != axis)
+    _check_size(height, width, 1 if axis is None else shape[axis], max_pixels)
+    count = int(np.prod(shape, dtype=object))
+    if stream.tell() + count * dtype.itemsize > len(data):
+        raise BadImage("the file is truncated")
+    array = np.frombuffer(data, dtype, count, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
+    return _tensor(_values(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2), values))
+
+
+def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Picture:
+    """Reads 8-bit images with Pillow if it has their mode, and other images, which it would reduce, with tifffile."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        channels, bits = page.samplesperpixel, page.bitspersample
+        _check_size(page.imagelength, page.imagewidth, channels, max_pixels)
+        if page.imagedepth > 1:
+            raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
+        plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
+        if problem := tiff_bounds.tiles_problem(page):
+            raise BadImage(problem)
+        pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
+        if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
+            pages = [page]  # the other pages are smaller copies of the first one
+        if len(pages) == 1 and _is_stack(file.pages):
+            count = len(file.pages)
+            remedy = f"give --in_chans {count}" if channels == 1 else "save each page as a file"
+            raise BadImage(f"it has {count} pages of equal size, and is not one image", remedy)
+        if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
+            raise BadImage("its value 0 is white, so --nodata has two meanings; save it with 0 as black")
+        of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
+        if not plain or bits < 8 or (of_pillow and len(pages) == 1):
+            return _read_with_pillow(data, max_pixels, values)
+        has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
+        if len(pages) == 1:  # checked before many channels are decoded
+            _check_channels(channels - has_alpha, in_chans)
+        for p in pages:
+            if problem := tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data):
+                raise BadImage(problem)
+        picture = _tensor(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
+    return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
+
+
+def _is_stack(pages: Any) -> bool:
+    """Whether the second page of a TIFF file has the size and channels of the first, and is no reduced copy or mask."""
+    if len(pages) == 1:
+        return False
+    first, second = ((p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages[:2])
+    return first == second and not (pages[1].is_reduced or pages[1].subfiletype & 4)
+
+
+def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:
+    """Decodes a page to (H, W, c), turned upright, uint8 or float32; 9 to 16 bits become floats from 0 to 1."""
+    try:
+        pixels = page.asarray()
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) or "imagecodecs" in str(error):
+            raise BadImage('its compression requires the package imagecodecs: pip install ".[tiff]"') from error
+        raise
+    inverted = page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind != "f"
+    pixels = _values(pixels, values, 2**page.bitspersample - 1)
+    if inverted:
+        pixels = (255 if pixels.dtype == np.uint8 else 1) - pixels
+    pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    turn = TURNS.get(page.tags.valueof("Orientation", 1))
+    return turn(pixels) if turn else pixels
+
+
+def _over_white(picture: Tensor, kind: int) -> Tensor:
+    """Composites a picture over white; its last channel is alpha."""
+    color, alpha = picture[:-1], picture[-1:]
+    if picture.dtype == torch.uint8 or ((alpha < 0) | (alpha > 1)).any():
+        raise BadImage("its alpha channel is not in the range 0 to 1")
+    return (color if kind == EXTRASAMPLE.ASSOCALPHA else color * alpha) + (1 - alpha)
+
+
+def _values(pixels: np.ndarray, values: PixelValues, highest: int = 65535) -> np.ndarray:
+    """Returns bytes unchanged, and other values as float32.
+
+    Args:
+        highest: the value of 16 bits that becomes 1.
+    """
+    is_deep = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2  # in either byte order
+    return pixels if pixels.dtype == np.uint8 else values.to_float(pixels, highest if is_deep else None)
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """Array (H, W, c), uint8 or float32 -> tensor (c, H, W)."""
+    return torch.from_numpy(np.array(np.moveaxis(pixels, 2, 0), order="C"))

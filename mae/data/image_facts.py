@@ -1,0 +1,194 @@
+"""Facts of the images of a dataset: sizes, channels, statistics, and which can't be read."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from mae import parallel
+from mae.data import extras
+from mae.data.batches import Batches, up_to_cores
+from mae.data.decode import (
+    AS_STORED,
+    BadImage,
+    Masked,
+    Picture,
+    PixelValues,
+    fit_channels,
+    is_turned,
+    read,
+    size_of,
+    with_invalid,
+)
+from mae.data.generators import preserve_generators
+from mae.data.labels import Subset
+from mae.data.loader import MAX_BAD_SHARE
+from mae.data.sources import Source
+from mae.data.transforms import Normalize, to_tensor, to_unit_range
+from mae.data.webdataset_shards import Shards
+from mae.files.untrusted import printable
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 8  # images that `check_statistics` reads
+
+
+class ImageFacts(NamedTuple):
+    """Size, channels and statistics of one image, or the reason why it can't be read."""
+
+    label: int
+    size: tuple[int, int] = (0, 0)  # height, width
+    channels: int = 0  # number of channels in the file
+    deep: bool = False  # more than 8 bits
+    sums: np.ndarray | None = None  # (2, in_chans): sums of the valid values, in 0 to 1, and of their squares
+    valid: int = 0  # number of valid pixels
+    unreadable: tuple[str, str] | None = None  # name and reason
+    turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
+    remedy: str | None = None  # flags with which an unreadable image can be read
+
+
+class FactsDataset(Dataset):
+    """The facts of each image of a source."""
+
+    def __init__(self, source: Source, in_chans: int, values: PixelValues = AS_STORED) -> None:
+        self.source = source
+        self.in_chans = in_chans
+        self.values = values
+
+    def __getitem__(self, index: int) -> ImageFacts:
+        try:
+            data, label = self.source[index]
+            data, _ = extras.split(data)
+        except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
+            return _unreadable(self.source.name(index), error)
+        try:
+            return image_facts(data, label, self.in_chans, self.values)
+        except Exception as error:  # decoders raise any exception on damaged bytes
+            return _unreadable(self.source.name(index), error)
+
+
+def _unreadable(name: str, error: Exception) -> ImageFacts:
+    reason = printable(" ".join(str(error).split()))
+    return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
+
+
+def image_facts(
+    data: bytes | Picture | np.ndarray | Masked, label: int, in_chans: int, values: PixelValues = AS_STORED
+) -> ImageFacts:
+    """Decodes an image and collects its facts.
+
+    Raises:
+        Exception: any exception of the decoder.
+    """
+    image, mask = data if isinstance(data, Masked) else (data, None)
+    own = read(image, in_chans, values=values)
+    picture = with_invalid(fit_channels(own, in_chans, values), values, mask)
+    pixels = to_unit_range(to_tensor(picture)).double().flatten(1)
+    valid = pixels.shape[1] - int(pixels[0].isnan().sum())
+    pixels = pixels.nan_to_num(0)
+    sums = torch.stack([pixels.sum(dim=1), pixels.square().sum(dim=1)]).numpy()
+    channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
+    deep = isinstance(own, torch.Tensor) and own.is_floating_point()
+    return ImageFacts(label, size_of(own), channels, deep, sums, valid, turned=is_turned(own))
+
+
+def all_facts(
+    source: Source | Shards, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED
+) -> Iterator[ImageFacts]:
+    """Yields the facts of the images at `indices`; of a stream, the facts of the first len(indices) images."""
+    if isinstance(source, Shards):
+        unreadable: list[ImageFacts] = []
+
+        def report(name: str, error: Exception) -> None:
+            unreadable.append(_unreadable(name, error))
+
+        for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
+            try:
+                yield image_facts(data, label, in_chans, values)
+            except Exception as error:
+                report(name, error)
+        yield from unreadable
+    else:
+        dataset = FactsDataset(source, in_chans, values)
+        for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
+            yield from batch
+
+
+def readable(
+    source: Source, in_chans: int, num_workers: int, values: PixelValues = AS_STORED, total: int | None = None
+) -> Source:
+    """Returns a dataset without the images that can't be read, and logs them. All processes call it.
+
+    Args:
+        total: number of images of which the source is a part. Default: those of the source.
+
+    Raises:
+        BadImage: more than `loader.MAX_BAD_SHARE` of `total` can't be read, or all images of the source.
+    """
+    own = list(range(parallel.rank(), len(source), parallel.world_size()))
+    with preserve_generators():
+        facts = all_facts(source, in_chans, own, up_to_cores(num_workers), values)
+        bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if parallel.is_main() else True)
+        bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
+    bad = {index: why for part in parallel.gather(bad) for index, why in part.items()}
+    for name, reason in bad.values():
+        logger.warning(f"{name}: {reason}; it is excluded")
+    if len(bad) > MAX_BAD_SHARE * (total or len(source)) or len(bad) == len(source):
+        raise BadImage(
+            f"{len(bad):,} of {len(source):,} images can't be read, more than {MAX_BAD_SHARE:.0%}; one of them: "
+            f"{': '.join(bad[min(bad)])}"
+        )
+    return Subset(source, np.delete(np.arange(len(source)), list(bad)))
+
+
+def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
+    """Returns mean and standard deviation of each channel over the valid pixels, as arguments of --mean and --std."""
+    pixels = max(1, sum(fact.valid for fact in good))
+    mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    std = np.where(std > 0, std, 1)  # a constant channel has std 0
+    # Without exponents, because argparse parses -1e-05 as a flag.
+    texts = [
+        " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
+        for values in (mean, std)
+    ]
+    return texts[0], texts[1]
+
+
+def check_statistics(
+    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None,
+    normalize: Normalize, values: PixelValues = AS_STORED,
+) -> None:  # fmt: skip
+    """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
+
+    Float images are not scaled, and the statistics of ImageNet may not fit their range. The suggested values are the
+    statistics of EXAMPLES images.
+
+    Raises:
+        ValueError: EXAMPLES images have 8 bits or values from 0 to 1, and the mean is not between 0 and 1. Not all
+            images of 8 bits are bytes when they are normalized: they are floats beside maps, and with invalid pixels.
+    """
+    if isinstance(source, Shards) or (normalize.fits_bytes and ((mean and std) or not parallel.is_main())):
+        return
+    facts = FactsDataset(source, in_chans, values)
+    few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
+    good = [fact for fact in few if fact.sums is not None]
+    if not good:
+        return
+    if not values.value_range and not any(fact.deep for fact in good):
+        normalize.require_fit_to_bytes()
+    suggestion = f"{len(good)} images suggest " + "--mean {} --std {}".format(*statistics_of(good))
+    sums, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0)
+    if not normalize.fits_bytes and sums.any() and (squares <= sums).all():  # as of values from 0 to 1
+        text = " ".join(f"{value:g}" for value in mean or ())
+        raise ValueError(f"--mean {text}: pixels are from 0 to 1 when they are normalized; {suggestion}")
+    if any(fact.deep for fact in good) and not (mean and std) and parallel.is_main():
+        logger.warning(
+            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
+            f"them; {suggestion} (python -m util.datasets reads all images)"
+        )

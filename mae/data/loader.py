@@ -1,0 +1,327 @@
+"""The order of samples, the batches of training and evaluation, and the count of images that can't be read.
+
+An epoch is floor(images / effective batch size) updates, or a given number of updates. The samples of an update depend
+on (seed, epoch) and on the effective batch size, not on the number of workers, the number of processes or the
+accumulation. The random numbers of a batch depend on (seed, epoch, iteration, rank). Streamed shards are an exception:
+each sample is the same, but the composition of the batches depends on the number of workers and processes. So are
+stored features, whose order depends on the number of processes.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from mae import parallel
+from mae.cli.choices import SHORT_SIDE
+from mae.data.batches import Batch, Batches, require_space, up_to_cores
+from mae.data.decode import BadImage
+from mae.data.extras import original
+from mae.data.generators import seed_generators
+from mae.data.samples import Bad, Sample, Samples, StreamedSamples
+from mae.data.sources import Files
+from mae.data.transforms import of_one_range
+from mae.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share indicates another problem
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+MAX_LEFT_OUT = 0.1  # fraction of the images of an epoch that may be left out without a warning
+
+
+def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
+    """floor(images / effective batch size): the same for every split of the effective batch size.
+
+    Args:
+        num_images: images of an epoch, including repetitions.
+        batch_size: batch size per process.
+
+    Raises:
+        ValueError: the images do not fill one effective batch.
+    """
+    processes = parallel.world_size()
+    effective_batch_size = batch_size * accum_iter * processes
+    updates, left_out = divmod(num_images, effective_batch_size)
+    if not updates:
+        fitting = num_images // (batch_size * processes)
+        even = num_images // processes // 2 * 2 or 1  # mixup mixes pairs
+        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {even} --accum_iter 1"
+        if num_images < processes:
+            remedy = f"at most {num_images} processes"
+        raise ValueError(
+            f"an epoch has {num_images:,} images, fewer than one effective batch of {effective_batch_size:,} "
+            f"(--batch_size {batch_size} x --accum_iter {accum_iter} x {processes} processes): give {remedy}"
+        )
+    if left_out > MAX_LEFT_OUT * num_images and parallel.is_main():
+        logger.warning(
+            f"each epoch leaves out {left_out:,} of {num_images:,} images, which do not fill an effective batch of "
+            f"{effective_batch_size:,}; they differ from epoch to epoch"
+        )
+    return updates
+
+
+class Epochs:
+    """Epochs of complete updates, and the position in them: the epoch and the first batch of the next iteration.
+
+    Args:
+        num_images: images of the dataset in all processes, including repetitions.
+        updates: updates of an epoch. Default: those of one pass over the images.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, accum_iter: int, updates: int | None = None
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = self.first_iteration = 0
+        self.num_batches = accum_iter * (updates or updates_per_epoch(num_images, batch_size, accum_iter))
+
+    @property
+    def images_per_iteration(self) -> int:
+        """Images in the batches of all processes together."""
+        return self.batch_size * parallel.world_size()
+
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
+        """Sets the epoch and the first batch of the next iteration over this object."""
+        self.epoch, self.first_iteration = epoch, first_iteration
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+class EpochBatches(Epochs, Sampler[list[tuple[int, int]]]):
+    """Batches of (pass, index) for this process. `seek` sets the epoch and the first batch.
+
+    With `repeats`, every image occurs `repeats` times in a row and is decoded once, and an epoch is `repeats` times as
+    long (repeated sampling, Hoffer et al. 2020).
+
+    Every pass is a permutation of the dataset that depends on (seed, pass). Consecutive images form the batches of
+    all processes, and `accum_iter` consecutive batches form an update. Every split of the effective batch size into
+    batches, accumulation and processes therefore uses the same images in the same update. Every
+    epoch is a pass, and leaves out the images that do not fill its last update; they differ from epoch to epoch. With
+    `updates`, an epoch continues where the epoch before it ended, and passes leave out nothing.
+
+    Raises:
+        ValueError: the images do not fill one effective batch, or `batch_size` is not a multiple of `repeats`.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        accum_iter: int = 1,
+        updates: int | None = None,
+    ) -> None:
+        if batch_size % repeats:
+            raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
+        super().__init__(num_images * repeats, batch_size, seed, accum_iter, updates)
+        self.repeats = repeats
+        self.continues = updates is not None
+
+    def images_before(self, iteration: int) -> int:
+        """Returns the number of images of all passes before an iteration of the epoch, without repetitions."""
+        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
+        return self.epoch * (count * len(self) if self.continues else num_images) + iteration * count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
+        lap, order = -1, np.arange(0)
+        for iteration in range(self.first_iteration, len(self)):
+            batch: list[tuple[int, int]] = []
+            first = self.images_before(iteration)
+            for position in range(first + parallel.rank(), first + count, parallel.world_size()):
+                if position // num_images != lap:
+                    lap = position // num_images
+                    order = np.random.default_rng([self.seed, lap]).permutation(num_images)
+                batch += [(lap, int(order[position % num_images]))] * self.repeats
+            yield batch
+
+
+class TrainLoader:
+    """Batches for `loop.run_epoch`.
+
+    It logs each image that can't be read once, and their number at the end of the epoch.
+
+    Raises (also while iterating):
+        BadImage: more than MAX_BAD_SHARE of an epoch's images can't be read.
+        ValueError: the images do not fill one effective batch.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        repeats: int = 1,
+        accum_iter: int = 1,
+        updates: int | None = None,
+    ) -> None:
+        self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter, updates)
+        self.num_images = self.order.num_images  # images of the dataset, including repetitions
+        self.images_per_iteration = self.order.images_per_iteration
+        self.source = original(samples.source)
+        self.named: set[str] = set()
+        self.num_bad = 0  # in the last epoch
+        workers = up_to_cores(num_workers)
+        options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
+        self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
+        if self.stream:
+            if workers:  # persistent worker processes read the place of the next pass from it
+                require_space(workers)
+                self.stream.place.share_memory_()
+            self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
+        else:
+            self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
+
+    def image_names(self) -> bytes:
+        """Returns the names of image files, each followed by a zero byte; nothing for other datasets."""
+        return self.source.names.joined() if isinstance(self.source, Files) else b""
+
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
+        """Sets the epoch and the first batch of the next iteration over this object."""
+        self.order.seek(epoch, first_iteration)
+        if self.stream:
+            start = self.order.images_before(first_iteration)
+            self.stream.seek(start, len(self) - first_iteration, self.order.batch_size)
+
+    def seed_iteration(self, iteration: int) -> None:
+        """Seeds the random numbers of a batch, such as the numbers of drop path and mixup.
+
+        A run that resumes within an epoch uses the same numbers as a run without interruption.
+        """
+        torch.manual_seed(seed_generators(self.order.seed, self.order.epoch, iteration, parallel.rank()))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        failures: dict[str, str] = {}
+        for batch, bad in self.batches:
+            for name, reason in bad:
+                failures[name] = reason
+                if name not in self.named:
+                    self.named.add(name)
+                    logger.warning(f"{name}: {reason}; another image replaces it", extra={"every_rank": True})
+            self._limit(failures)
+            yield batch
+        # All processes exchange their failures, so that no image is logged twice and all apply the limit equally.
+        failures = {name: reason for part in parallel.gather(failures) for name, reason in part.items()}
+        self.named |= failures.keys()
+        self.num_bad = len(failures)
+        self._limit(failures)
+        if failures:
+            num_read = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
+            logger.warning(
+                f"{self.num_bad:,} of {num_read:,} images since the start or resume of this epoch can't be read"
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Returns the entries of the last epoch in log.txt."""
+        return {"bad_images": self.num_bad} if self.num_bad else {}
+
+    def remedies(self, record: Mapping[str, Any]) -> list[str]:
+        """Returns the flags and the command that would load the images of a run faster.
+
+        Args:
+            record: the settings of the run.
+        """
+        cores, source = parallel.cores_of_process(), self.source
+        found = [f"--num_workers {cores}"] if self.batches.num_workers < cores else []
+        if record.get("cache_images"):
+            return found
+        name = source.name(0) if hasattr(source, "name") else ""
+        if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
+            found.append("--fast_jpeg")
+        if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
+            found.append("python -m util.resize")
+        return found
+
+    def _limit(self, failures: dict[str, str]) -> None:
+        num_images = len(self) * self.images_per_iteration // self.order.repeats
+        if len(failures) > MAX_BAD_SHARE * num_images:
+            name, reason = next(iter(failures.items()))
+            raise BadImage(
+                f"{len(failures):,} of the {num_images:,} images of an epoch can't be read, more than "
+                f"{MAX_BAD_SHARE:.0%}; one of them: {name}: {reason}"
+            )
+
+
+def _short_side(file: str) -> int:
+    """Returns the short side of an image in pixels; 0 if it can't be read."""
+    try:
+        with Image.open(file) as picture:
+            return min(picture.size)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return 0
+
+
+def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes."""
+    mine = [(0, index) for index in range(parallel.rank(), len(samples), parallel.world_size())]
+    return Batches(
+        samples, up_to_cores(num_workers), batch_size=batch_size, sampler=mine, collate_fn=_collate_good,
+        pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def examples(samples: Samples, count: int) -> Batch:
+    """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
+    if isinstance(samples.source, Shards):
+        stream = StreamedSamples(samples, samples.source)
+        stream.seek(0, 1, min(count, len(samples)))
+        chosen = list(stream)
+    else:
+        chosen = [samples[0, index] for index in _evenly_spaced(len(samples), count)]
+    return _collate_good(chosen)
+
+
+def example_names(samples: Samples, count: int) -> list[str]:
+    """Returns the file names of `examples`; of a stream, none."""
+    if isinstance(samples.source, Shards):
+        return []
+    return [Path(samples.source.name(index)).name for index in _evenly_spaced(len(samples), count)]
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
+
+
+def _collate_good(samples: list[Sample]) -> Batch:
+    return _collate(samples)[0]
+
+
+def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
+    """Returns a batch, and the images that can't be read.
+
+    If the samples have noise and invalid pixels, the valid pixels, bool (B, H, W), are among the extra inputs.
+    """
+    images = of_one_range([sample.image for sample in samples])  # files with 8 and with 16 bits
+    labels = default_collate([sample.label for sample in samples])
+    noise = torch.stack([sample.noise for sample in samples])
+    extras = default_collate([sample.extras for sample in samples]) if samples[0].extras else {}
+    if noise.shape[1] and images[0].is_floating_point():
+        valid = torch.stack([~image.isnan().any(dim=0) for image in images])
+        extras |= {} if valid.all() else {"valid": valid}
+    return Batch(_stack(images), labels, noise, extras), [bad for sample in samples for bad in sample.bad]
+
+
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
+    """Stacks images to (B, c, H, W).
+
+    The memory format of the images, usually channels last, is preserved, because a conversion takes longer than all
+    other operations here. In a worker process, `default_collate` allocates the batch in shared memory.
+    """
+    if all(image.stride(0) == 1 for image in images):
+        return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return default_collate(images)

@@ -1,0 +1,181 @@
+"""The datasets of a run and their batches, from its settings."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mae import parallel
+from mae.data import extras, image_cache, image_facts, labels, loader, transforms
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import PixelValues
+from mae.data.samples import Samples
+from mae.data.sources import Files, Source, with_missing
+from mae.data.user_sets import OpenDataset
+from mae.data.webdataset_shards import Shards
+from mae.settings import DataSpec, ImageSpec
+
+logger = logging.getLogger(__name__)
+
+
+class RunData:
+    """The datasets of a run, their batches for this process, and the normalization of images on the device.
+
+    Args:
+        images: how a picture becomes the input of the model.
+        data: the datasets, and how they are read.
+        device: the device of the model.
+        source: the function of the dataset, if the caller gives one instead of its name.
+        interrupted_images: returns the names of the training images of a run that resumes within an epoch. With
+            `on_bad_image` "skip", those that have disappeared from their folder since are images that can't be read.
+    """
+
+    def __init__(
+        self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None,
+        interrupted_images: Callable[[], list[str]] = list,
+    ) -> None:  # fmt: skip
+        self.images = images
+        self.data = data
+        self.source = source
+        self.interrupted_images = interrupted_images
+        self.values = PixelValues(images.nodata, images.value_range, images.channels_last)
+        self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
+        self.normalize = transforms.Normalize(*self.statistics).to(device)
+        self.pin_memory = data.pin_mem and device.type == "cuda"
+
+    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Shards:
+        """Opens the dataset of a split, "train" or "val".
+
+        Args:
+            num_images: number of images in shards, instead of counting them.
+            reads_labels: read the labels of lists and of datasets of the user's code.
+
+        Raises:
+            ValueError: no dataset is given, the dataset does not exist, or it has no images.
+        """
+        data = self.data
+        file_list = data.train_list if split == "train" else data.val_list
+        found = open_source(
+            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
+            function=self.source, task=self.images.task if reads_labels else None, extras=data.extras,
+            label_columns=self.images.label_columns, whole=not data.val_list or bool(data.val_fraction),
+        )  # fmt: skip
+        if split == "train" and data.on_bad_image == "skip" and isinstance(found, Files) and not file_list:
+            return with_missing(found, parallel.from_rank_0(self.interrupted_images))
+        return found
+
+    def check_statistics(self, source: Source | Shards) -> None:
+        """Checks --mean and --std against some images, as `image_facts.check_statistics`."""
+        images = self.images
+        image_facts.check_statistics(source, images.in_chans, images.mean, images.std, self.normalize, self.values)
+
+    def open_pair(
+        self, nb_classes: int | None = None, reads_in_order: bool = False
+    ) -> tuple[Source, Source, dict[str, str]]:
+        """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
+
+        With `on_bad_image` "skip", images that can't be read are excluded where no other image may replace them. The
+        split does not depend on them.
+
+        Args:
+            nb_classes: the expected number of classes; None: any number.
+            reads_in_order: features of the training images are stored, or some of the images are held out later.
+
+        Returns:
+            The sets, and `labels.identity` of the images that were chosen at random, by the names of settings.
+
+        Raises:
+            ValueError: a set can't be opened or has no labels, or their classes differ.
+            BadImage: more than `loader.MAX_BAD_SHARE` of the training images, or all held-out images, can't be read.
+        """
+        data, holds_out = self.data, bool(self.data.val_fraction)
+        if holds_out and data.val_list:
+            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
+        train, val = labels.open_pair(
+            self.open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
+            seed=data.seed, validation=not holds_out,
+        )  # fmt: skip
+        self.check_statistics(train)
+        chosen = {"train_images": labels.identity(train, len(train))} if data.train_per_class else {}
+        if data.val_fraction:
+            train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
+            chosen["held_out_images"] = labels.identity(val, len(train) + len(val))
+            val = self.readable(val, len(train) + len(val))
+        if reads_in_order:
+            train = self.readable(train)
+        return train, val, chosen
+
+    def readable(self, source: Source, total: int | None = None) -> Source:
+        """Returns a dataset; with `on_bad_image` "skip", without the images that can't be read.
+
+        Args:
+            total: as in `image_facts.readable`.
+        """
+        if self.data.on_bad_image != "skip":
+            return source
+        return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values, total)
+
+    def open_val(self) -> tuple[Source, dict[str, str]]:
+        """Opens the validation set; with `val_fraction`, the held-out training images. Returns as `open_pair`."""
+        if self.data.val_fraction:
+            return self.open_pair()[1:]
+        val = labels.require(self.open_split("val"), "val", self.images.task)
+        self.check_statistics(val)
+        return val, {}
+
+    def cached(self, *sources: Any) -> Sequence[Any]:
+        """Returns the datasets; with --cache_images, with their decoded images in memory.
+
+        Raises:
+            BadImage: an image can't be read, and is not skipped.
+            ValueError: the images take too much memory, or a dataset of the user's code augments them.
+        """
+        data = self.data
+        if not data.cache_images:
+            return sources
+        if any(map(extras.shapes_of, sources)):
+            logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
+            return sources
+        return image_cache.cached(
+            list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
+            num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,
+        )  # fmt: skip
+
+    def samples(
+        self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
+        draw_noise: Callable[[], torch.Tensor] | None = None,
+    ) -> Samples:  # fmt: skip
+        """Returns the decoded and transformed samples of a dataset. The arguments are as in `Samples`."""
+        return Samples(
+            source, transform, in_chans=self.images.in_chans, seed=self.data.seed, draw_noise=draw_noise,
+            on_bad_image=on_bad_image, fast_jpeg=self.data.fast_jpeg, exif=bool(self.images.exif),
+            values=self.values,
+        )  # fmt: skip
+
+    def train_batches(
+        self, source: Source, transform: transforms.Transform, batch_size: int, accum_iter: int
+    ) -> loader.TrainLoader:
+        """Returns the augmented batches of a training set for this process."""
+        samples = self.samples(source, transform, self.data.on_bad_image)
+        return loader.TrainLoader(
+            samples, batch_size, self.data.seed, self.data.num_workers, self.pin_memory, accum_iter=accum_iter
+        )
+
+    def eval_batches(
+        self, source: Source, batch_size: int, on_bad_image: str | None = None,
+        transform: transforms.Transform | None = None,
+    ) -> torch.utils.data.DataLoader:  # fmt: skip
+        """Returns the batches of a dataset for this process, resized and cropped for an evaluation.
+
+        Args:
+            on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
+            transform: default: `transforms.eval_transform`.
+        """
+        if transform is None:
+            images = self.images
+            transform = transforms.keeps_label(
+                transforms.eval_transform(images.input_size, images.crop_pct, images.crop)
+            )
+        samples = self.samples(source, transform, on_bad_image)
+        return loader.eval_loader(samples, batch_size, self.data.num_workers, self.pin_memory)

@@ -1,0 +1,232 @@
+"""Decoding and augmentation of samples in worker processes, and the treatment of images that can't be read.
+
+The random numbers of a sample (crop, flip, mask) depend on (seed, epoch, index) only, and with repeated sampling also
+on the number of the repetition. They do not depend on the number of workers or processes.
+"""
+
+import contextlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from mae import parallel
+from mae.data import extras as extra_inputs
+from mae.data import jpeg
+from mae.data.decode import (
+    AS_STORED,
+    MAX_BAD_IN_A_ROW,
+    BadImage,
+    Picture,
+    PixelValues,
+    decode,
+)
+from mae.data.generators import preserve_generators, seed_generators
+from mae.data.sources import Source
+from mae.data.transforms import Transform, split_maps, with_maps
+from mae.data.user_sets import UserSet
+from mae.data.webdataset_shards import Shards
+
+OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
+Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
+
+
+class Sample(NamedTuple):
+    """One augmented sample, before it is collated to a batch."""
+
+    image: Tensor  # uint8 or float (c, H, W)
+    label: Any  # the class, or the classes of the pixels (H, W)
+    noise: Tensor  # (N,); (0,) if there is none
+    extras: dict[str, Tensor]  # extra inputs of the model
+    bad: list[Bad]  # images that can't be read, which this sample replaces
+
+
+class Samples(Dataset):
+    """Decoded and augmented samples of a source, indexed by (epoch, index).
+
+    Args:
+        draw_noise: returns the noise of a sample, from PyTorch's default generator. In pre-training, `masking.sampler`
+            returns this function, and the noise determines the masked patches.
+        on_bad_image: "error", or "skip": a random image, chosen by (seed, epoch, index), replaces a bad image. None for
+            scripts without the flag: an error.
+        fast_jpeg: as in `decode`.
+        exif: apply the orientation in the EXIF data of files.
+        values: as in `decode`.
+
+    Raises:
+        ValueError: `fast_jpeg` needs a package that is not installed.
+    """
+
+    def __init__(
+        self,
+        source: Source | Shards,
+        transform: Transform,
+        *,
+        in_chans: int,
+        seed: int,
+        draw_noise: Callable[[], Tensor] | None = None,
+        on_bad_image: str | None = None,
+        fast_jpeg: bool = False,
+        exif: bool = False,
+        values: PixelValues = AS_STORED,
+    ) -> None:
+        self.source = source
+        self.runs_code = isinstance(extra_inputs.original(source), UserSet)
+        self.maps: tuple[str, ...] = getattr(extra_inputs.original(source), "maps", ())
+        self.transform = transform
+        self.seed = seed
+        self.draw_noise = draw_noise or partial(torch.rand, 0)
+        self.on_bad_image = on_bad_image
+        if fast_jpeg:
+            jpeg.decoder()  # raises here if a package is missing, and not in a worker process
+        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif, values=values)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
+        """Returns the samples of a batch. A place that is repeated consecutively is read once and augmented anew."""
+        samples: list[Sample] = []
+        with preserve_generators():
+            for (epoch, index), same in itertools.groupby(places):
+                samples += self._augmented(epoch, index, sum(1 for _ in same))
+        return samples
+
+    def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any, dict[str, Tensor]]:
+        """Returns the decoded picture of a sample, its label, and its extra inputs.
+
+        A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only,
+        and differ from those of the mask and the transform.
+
+        Raises:
+            OSError, BadImage: the sample can't be read.
+        """
+        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        if self.runs_code:
+            seed_generators(self.seed, epoch, index, OF_DATASET)
+        data, label = self.source[index]
+        data, extras = extra_inputs.split(data)
+        return self.decode(data), label, extras
+
+    def finish(
+        self, picture: Picture, label: Any, extras: dict[str, Tensor], bad: list[Bad], epoch: int, number: int,
+        repeats: int,
+    ) -> list[Sample]:  # fmt: skip
+        """Returns `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number).
+
+        Raises:
+            BadImage: the transform can't be applied to the picture.
+        """
+        samples = []
+        for repeat in range(repeats):
+            seed_generators(self.seed, epoch, number, *[repeat] * (repeat > 0))
+            noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
+            image, target, inputs = self._transformed(picture, label, extras)
+            samples.append(Sample(image, target, noise, inputs, [] if repeat else bad))
+        return samples
+
+    def _transformed(
+        self, picture: Picture, label: Any, extras: dict[str, Tensor]
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """Applies the transform to a picture and its maps, which are further channels meanwhile.
+
+        Raises:
+            BadImage: the transform can't be applied, or a map has another size than the picture.
+        """
+        if not self.maps:
+            return *self.transform(picture, label), extras
+        image, label = self.transform(with_maps(picture, {name: extras[name] for name in self.maps}), label)
+        image, maps = split_maps(image, self.maps)
+        return image, label, extras | maps
+
+    def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
+        """Records a sample that can't be read.
+
+        Raises:
+            BadImage: `on_bad_image` is not "skip", or MAX_BAD_IN_A_ROW images in a row can't be read.
+        """
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        remedy = getattr(error, "remedy", None)
+        if self.on_bad_image != "skip":
+            hint = remedy or ""
+            if self.on_bad_image:  # else the script does not have the flag
+                skips = "--on_bad_image skip excludes such images from training" * (remedy != "")
+                hint = f"{remedy} if all images are like this one; {skips}" if remedy else skips
+            raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint)) from error
+        bad.append((name, reason))
+        if len(bad) >= MAX_BAD_IN_A_ROW:
+            raise BadImage(
+                f"{len(bad)} images in a row can't be read; the last is {name}: {reason}"
+                + f" ({remedy})" * bool(remedy)
+            ) from error
+
+    def _augmented(self, epoch: int, index: int, repeats: int) -> list[Sample]:
+        """Returns the samples of an image, or of the first of random replacements that can be read."""
+        bad: list[Bad] = []
+        chosen, generator = index, None
+        while True:
+            try:
+                return self.finish(*self.read(chosen, epoch), bad, epoch, index, repeats)
+            except (BadImage, OSError) as error:
+                self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
+            generator = generator or np.random.default_rng([self.seed, epoch, index])
+            chosen = int(generator.integers(len(self.source)))
+
+
+class StreamedSamples(IterableDataset):
+    """Samples of streamed shards. Every worker process reads its own shards and yields complete batches.
+
+    Args:
+        samples: decodes and augments the images, and handles bad images.
+        repeats: number of consecutive samples of each image.
+    """
+
+    def __init__(self, samples: Samples, shards: Shards, repeats: int = 1) -> None:
+        self.samples = samples
+        self.shards = shards
+        self.repeats = repeats
+        self.place = torch.zeros(5, dtype=torch.int64)  # the arguments of `seek`, rank and number of processes
+
+    def seek(self, start: int, num_batches: int, batch_size: int) -> None:
+        """Sets the next pass over this object.
+
+        Args:
+            start: number of images that all processes together have read before.
+            num_batches: number of batches of this process.
+        """
+        # Rank and world size are set here because worker processes of a fork server do not know them.
+        self.place.copy_(torch.tensor([start, num_batches, batch_size, parallel.rank(), parallel.world_size()]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        start, num_batches, batch_size, rank, world_size = self.place.tolist()
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        batches = len(range(worker, num_batches, workers))  # workers take turns
+        stream = self._stream(start, rank * workers + worker, world_size * workers)
+        yield from itertools.islice(stream, batches * batch_size)
+
+    def _stream(self, start: int, part: int, parts: int) -> Iterator[Sample]:
+        bad: list[Bad] = []
+
+        def report(name: str, error: Exception) -> None:
+            self.samples.refuse(name, error, bad)
+
+        for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
+            try:
+                with contextlib.nullcontext() if get_worker_info() else preserve_generators():
+                    picture = self.samples.decode(data)
+                    finished = self.samples.finish(picture, label, {}, bad, lap, zlib.crc32(data), self.repeats)
+            except BadImage as error:
+                self.samples.refuse(name, error, bad)
+                continue
+            yield from finished
+            bad = []

@@ -1,0 +1,464 @@
+"""Images with segmentation masks: pairs of files in a folder, an archive, two folders or a CSV file, and VOC.
+
+A mask is an image with one value per pixel: the index of a class, or IGNORED.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mae.cli.advice import AdvisedError, Remedy
+from mae.cli.user_code import DATASET
+from mae.data import decode
+from mae.data.archives import Archive
+from mae.data.decode import BadImage
+from mae.data.generators import preserve_generators
+from mae.data.library_sets import TorchvisionSet
+from mae.data.lists import read_pairs
+from mae.data.sources import Files, Source, StoredImage, files_below, find_files, first_few
+from mae.data.user_sets import OpenDataset, UserSet, read_named
+from mae.files.untrusted import printable, read_file
+
+logger = logging.getLogger(__name__)
+
+IGNORED = 255  # the value of pixels without a class
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
+MOST_CLASSES = 255
+MASKS_READ = 200  # in search of a second class
+RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
+# Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
+IMAGE_FOLDERS = ("images", "img_dir", "images_png")
+MASK_FOLDERS = ("annotations", "ann_dir", "masks_png", "masks", "labels")
+LAYOUT = "images/training and annotations/training, or train/images and train/masks"
+
+Color = tuple[int, int, int]
+VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class Palette(NamedTuple):
+    """Names and colors of classes."""
+
+    names: list[str]
+    colors: list[Color]
+
+
+def read_palette(path: Path) -> Palette:
+    """Reads a text file with a line `R G B NAME` for each class, in the order of the classes. # starts a comment.
+
+    Raises:
+        ValueError: the file does not exist, or a line has another format.
+    """
+    if not path.is_file():
+        raise ValueError(f"--palette: there is no file {path}")
+    names, colors = [], []
+    for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)", line.strip())
+        if not match or max(map(int, match.groups()[:3])) > 255:
+            raise ValueError(
+                f"--palette {path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME, such as "
+                f"'255 0 0 building'"
+            )
+        red, green, blue, name = match.groups()
+        colors.append((int(red), int(green), int(blue)))
+        names.append(printable(name))
+    if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names) or len(set(colors)) < len(colors):
+        raise ValueError(
+            f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
+        )
+    return Palette(names, colors)
+
+
+def default_colors(count: int) -> list[Color]:
+    """Returns the colors of VOC's masks: the bits of a class, spread over the channels from their highest bit."""
+    numbers = np.arange(count)[:, None]
+    bits = numbers >> np.arange(0, 24, 3)  # (count, 8): three bits of the number for each bit of a channel
+    return [
+        tuple(int(((row >> channel & 1) << np.arange(7, -1, -1)).sum()) for channel in range(3))  # type: ignore[misc]
+        for row in bits
+    ]
+
+
+@dataclass(frozen=True)
+class MaskFormat:
+    """Decodes masks: indexed and gray images of 8 bits, and color images with the colors of a palette.
+
+    With a palette, an indexed image that has the colors of the palette in a different order is a color image.
+
+    Args:
+        num_classes: number of classes.
+        reduce_zero_label: the value 0 is ignored, and the classes start at 1.
+        colors: the colors of the classes in color images. Pixels of other colors are ignored.
+    """
+
+    num_classes: int
+    reduce_zero_label: bool = False
+    colors: Sequence[Sequence[int]] | None = None
+
+    def decode(self, data: bytes | Any) -> Tensor:
+        """Returns the classes of the pixels of a mask, uint8 (H, W).
+
+        Args:
+            data: the bytes of an image file, a Pillow image, or an array or tensor (H, W) of integers.
+
+        Raises:
+            BadImage: the file can't be decoded, or has a value that is not a class.
+        """
+        is_file = isinstance(data, bytes)
+        if is_file and data.startswith(JPEG):
+            raise BadImage("it is a JPEG file, whose compression changes the values: give masks as PNG files")
+        try:
+            picture = decode.read(data if is_file or isinstance(data, Image.Image) else _bytes_of(data), 1)
+        except Exception as error:  # decoders raise any exception on damaged bytes
+            raise BadImage(printable(" ".join(str(error).split()))) from error
+        if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
+            return self._of_colors(np.asarray(picture.convert("RGB")))
+        if isinstance(picture, Tensor) and len(picture) > 1:
+            raise BadImage(f"it has {len(picture)} channels: give masks of one channel, with the indices of classes")
+        values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+        if values.dtype == bool and self.num_classes == 2 and not self.reduce_zero_label:
+            values = values.astype(np.uint8)  # the usual format of two classes
+        elif values.dtype == bool or (is_file and data.startswith(PNG) and data[24] < 8 and not data[25]):  # 0: gray
+            raise BadImage(
+                "it is a gray image of less than 8 bits, whose white is 1 for some programs and 255 for others: save "
+                "it with 8 bits"
+            )
+        if values.dtype != np.uint8 or values.ndim != 2:
+            raise BadImage("it is neither an indexed nor a gray image of 8 bits: convert it to one")
+        if self.reduce_zero_label:
+            values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
+        if self.colors and not isinstance(picture, Tensor) and picture.mode == "P":
+            values = self._of_palette(picture, np.asarray(picture), values)
+        classes = values[values != IGNORED]
+        if classes.size and classes.max() >= self.num_classes:
+            first = int(self.reduce_zero_label)
+            remedy = "correct --palette" if self.colors else f"give --nb_classes {classes.max() + 1}"
+            if classes.max() == self.num_classes and not self.reduce_zero_label:
+                remedy += ", or --reduce_zero_label if 0 is no class"
+            raise BadImage(
+                f"it has the value {classes.max() + first}, and the {self.num_classes} classes are {first} to "
+                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): {remedy}",
+                remedy="",  # without the image, the mistake would remain
+            )
+        return torch.from_numpy(values.copy())
+
+    @cached_property  # it has 16 MB
+    def _class_of_color(self) -> np.ndarray:
+        assert self.colors
+        table = np.full(1 << 24, IGNORED, dtype=np.uint8)
+        table[np.asarray(self.colors) @ RGB_WEIGHTS] = np.arange(len(self.colors))
+        return table
+
+    def _of_colors(self, pixels: np.ndarray) -> Tensor:
+        if self.colors is None:
+            raise BadImage("it is a color image: give --palette with the colors of the classes")
+        values = pixels @ RGB_WEIGHTS
+        classes = self._class_of_color[values]
+        unknown = classes == IGNORED  # a single color may mark ignored pixels
+        if np.unique(values[unknown]).size > 1:
+            color = " ".join(map(str, pixels[unknown][0]))
+            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct --palette")
+        return torch.from_numpy(classes)
+
+    def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Returns the classes of an indexed image by color, or `values` if its indices are the classes.
+
+        Programs that optimize color images number their colors in any order.
+        """
+        own = np.array(picture.getpalette()).reshape(-1, 3)
+        of_index = np.full(256, IGNORED, dtype=np.uint8)
+        of_index[: len(own)] = self._class_of_color[own @ RGB_WEIGHTS]
+        classes = of_index[indices]
+        used = indices != IGNORED
+        if self.reduce_zero_label:
+            used &= (indices != 0) | (classes != IGNORED)  # an index 0 with the color of a class is this class
+        known = classes[used] != IGNORED
+        if not known.any() or (classes[used] == values[used]).all():
+            return values
+        if known.all():
+            return classes
+        index = indices[used][~known][0]
+        raise BadImage(
+            f"it is an indexed image, and only some of its colors are in the palette (that of index {index} is not): "
+            f"correct --palette, or save it as RGB if its colors are the classes, as gray if its indices are"
+        )
+
+
+def _bytes_of(mask: Any) -> np.ndarray:
+    """Returns an array or tensor (H, W) of integers as an array of bytes."""
+    values = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if values.ndim != 2 or values.dtype.kind not in "iub":
+        raise BadImage(f"it is {values.dtype} of shape {values.shape}: give integers (H, W)")
+    if values.size and not 0 <= values.min() <= values.max() <= IGNORED:
+        raise BadImage(f"its values are {values.min()} to {values.max()}: give 0 to {IGNORED} ({IGNORED} is ignored)")
+    return values.astype(np.uint8)
+
+
+class UserPairs(UserSet):
+    """Images and masks of a dataset of the user's code: the label of an item is a mask, or its path.
+
+    Args:
+        classes: names of the classes.
+        mask_format: decodes the masks.
+    """
+
+    def __init__(
+        self, function: OpenDataset | None, split: str, data_path: str | None, name: str, classes: list[str],
+        mask_format: MaskFormat,
+    ) -> None:  # fmt: skip
+        self.mask_format = mask_format
+        super().__init__(function, split, data_path, name)
+        if self.maps:
+            raise ValueError(f"{self.flag}: its maps {', '.join(self.maps)} do not follow the crops of segmentation")
+        self.classes, self.labels = classes, np.full(len(self), -1)  # the images have no label as a whole
+
+    def label_of(self, index: int, label: Any) -> Tensor:
+        """Returns the mask of an item, uint8 (H, W).
+
+        Raises:
+            BadImage: the mask can't be read, or has a value that is not a class.
+        """
+        try:
+            return self.mask_format.decode(read_named(label) if isinstance(label, str | Path) else label)
+        except BadImage as error:
+            raise BadImage(f"its mask: {error}", error.remedy) from error
+
+
+class Pairs:
+    """Images and their masks, of one source or two.
+
+    Args:
+        images: the images.
+        masks: the masks.
+        places: (n, 2), the indices of each pair in `images` and `masks`.
+        classes: names of the classes.
+        mask_format: decodes the masks.
+    """
+
+    def __init__(
+        self, images: Files | Archive, masks: Files | Archive, places: np.ndarray, classes: list[str],
+        mask_format: MaskFormat,
+    ) -> None:  # fmt: skip
+        self.images = images
+        self.masks = masks
+        self.places = places
+        self.classes = classes
+        self.labels = np.full(len(places), -1)  # the images have no label as a whole
+        self.mask_format = mask_format
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[StoredImage, Tensor]:
+        """Returns the image file of a pair and its mask, uint8 (H, W).
+
+        Raises:
+            OSError: the image can't be read.
+            BadImage: the mask can't be read, or has a value that is not a class.
+        """
+        data, _ = self.images[self.places[index, 0]]
+        try:
+            return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
+        except (BadImage, OSError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            mask = self.masks.name(self.places[index, 1])
+            raise BadImage(f"its mask {mask}: {reason}", getattr(error, "remedy", None)) from error
+
+    def name(self, index: int) -> str:
+        """Returns the name of the image."""
+        return self.images.name(self.places[index, 0])
+
+    def version(self, index: int) -> str:
+        """Returns the versions of image and mask."""
+        return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+
+
+def first_classes(pairs: Source) -> list[int]:
+    """Returns the classes in evenly spaced masks, until there are two or more, or MASKS_READ masks have been read."""
+    found: set[int] = set()
+    with preserve_generators():  # a dataset of the user's code may use them
+        for index in np.unique(np.linspace(0, len(pairs) - 1, MASKS_READ, dtype=int)).tolist():
+            with suppress(BadImage, OSError):  # training reports or skips it
+                found.update(pairs[index][1].unique().tolist())
+            if len(found - {IGNORED}) > 1:
+                break
+    return sorted(found - {IGNORED})
+
+
+def open_pairs(
+    split: str,
+    classes: list[str],
+    mask_format: MaskFormat,
+    *,
+    data_path: str | None = None,
+    file_list: str | None = None,
+    folders: Sequence[str] | None = None,
+    dataset: str | None = None,
+    download: bool = False,
+    function: OpenDataset | None = None,
+) -> Pairs | UserPairs:
+    """Opens images with masks.
+
+    Args:
+        split: "train" or "val".
+        classes: names of the classes.
+        mask_format: decodes the masks.
+        data_path: a folder, or a tar or zip file, with the layout of ADE20K, mmsegmentation or LoveDA: folders in each
+            path name the split (SPLITS) and the kind (IMAGE_FOLDERS, MASK_FOLDERS). Else the start of these paths:
+        file_list: a CSV file with a row `image,mask` for each pair.
+        folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
+        dataset: a dataset of torchvision with lists of image and mask files, or py:MODULE:FUNCTION.
+        download: download the dataset of torchvision.
+        function: the function of py:, instead of importing it.
+
+    Raises:
+        ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
+    """
+    root = Path(data_path) if data_path else None
+    if sum(map(bool, (file_list, folders, dataset))) > 1:
+        raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
+    if dataset and dataset.startswith(DATASET):
+        return UserPairs(function, split, data_path, dataset, classes, mask_format)
+    if dataset:
+        opened = TorchvisionSet(dataset, split, data_path, download).images
+        if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):
+            raise ValueError(f"--dataset {dataset}: torchvision has no mask files for it; VOCSegmentation has")
+        return _listed(Path(), opened.images, opened.masks, classes, mask_format)
+    if file_list:
+        return _in_list(Path(file_list), root, split, classes, mask_format)
+    if folders:
+        images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
+        return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
+    if root is None:
+        raise ValueError(
+            f"--data_path is needed: a folder or an archive with {LAYOUT} (or give --{split}_folders IMAGES MASKS, "
+            f"--{split}_list CSV or --dataset)"
+        )
+    if not root.exists():
+        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
+    kind = "images and masks"
+    files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
+    by_key = _by_folder(files, split)
+    if outside := [name for name in map(printable, files.names) if _is_outside(name)]:
+        logger.warning(
+            f"{len(outside):,} of {len(files):,} files are not used, because no folder names their split and whether "
+            f"they are images or masks ({LAYOUT}): {first_few(outside)}"
+        )
+    if not by_key[0]:
+        given = [Remedy({f"{split}_folders": ["IMAGES", "MASKS"]}), Remedy({f"{split}_list": "CSV"})]
+        raise AdvisedError(
+            f"there are no images for {split} in it (looked for {LAYOUT})", *given, about={"data_path": root}
+        )
+    place = f"in a folder {', '.join(MASK_FOLDERS)}"
+    return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)
+
+
+def _listed(root: Path, images: list[str], masks: list[str], classes: list[str], mask_format: MaskFormat) -> Pairs:
+    nothing = np.full(len(images), -1)
+    places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
+    return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+
+
+def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
+    images, masks = read_pairs(file_list, f"--{split}_list")
+    # With an archive, paths are relative to the folder of the list, as in util.datasets.
+    start = root if root and not root.is_file() else file_list.parent
+    for name in (images[0], masks[0]):
+        if not (start / name).is_file():
+            raise ValueError(
+                f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
+                f"exist; paths are relative to --data_path, or to the folder of the list"
+            )
+    return _listed(start, images, masks, classes, mask_format)
+
+
+def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Files, Files, np.ndarray]:
+    """Returns the images, the masks, and the indices of the pairs (n, 2)."""
+    for folder in (images_folder, masks_folder):
+        if not folder.is_dir():
+            raise ValueError(f"--{split}_folders: there is no folder {folder}")
+        if not files_below(str(folder))[0]:
+            raise ValueError(f"--{split}_folders: there are no images in {folder}")
+    images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
+    of_images, of_masks = (
+        _by_key(((name.rpartition(".")[0], index) for index, name in enumerate(one.names)), one, split)
+        for one in (images, masks)
+    )
+    return images, masks, _matched(of_images, of_masks, images, f"in {masks_folder}", split)
+
+
+def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the indices of the images and of the masks of a split, by the rest of their path."""
+    of_splits = {name for names in SPLITS.values() for name in names}
+    images: list[tuple[str, int]] = []
+    masks: list[tuple[str, int]] = []
+    for index, name in enumerate(files.names):
+        *folders, file = name.split("/")
+        lower = [folder.lower() for folder in folders]
+        splits = [place for place, folder in enumerate(lower) if folder in of_splits]
+        kinds = [place for place, folder in enumerate(lower) if folder in IMAGE_FOLDERS + MASK_FOLDERS]
+        if splits and kinds and lower[splits[0]] in SPLITS[split]:  # the first one: a subfolder may have any name
+            named = splits[0], kinds[0]
+            key = "/".join(
+                [*(folder for place, folder in enumerate(folders) if place not in named), file.rpartition(".")[0]]
+            )
+            (images if lower[kinds[0]] in IMAGE_FOLDERS else masks).append((key, index))
+    return _by_key(images, files, split), _by_key(masks, files, split)
+
+
+def _is_outside(name: str) -> bool:
+    """Whether the folders of a file do not belong to a layout. The split test has no masks, and need not."""
+    folders = {folder.lower() for folder in name.split("/")[:-1]}
+    splits = {"test", "testing"}.union(*SPLITS.values())
+    return folders.isdisjoint(splits) or folders.isdisjoint(IMAGE_FOLDERS + MASK_FOLDERS)
+
+
+def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: str) -> dict[str, int]:
+    """Returns the indices by key.
+
+    Raises:
+        ValueError: two files have the same key.
+    """
+    index_of: dict[str, int] = {}
+    for key, index in entries:
+        if key in index_of:
+            raise ValueError(
+                f"{files.name(index_of[key])} and {files.name(index)} have the same name except for the suffix: remove "
+                f"one, or list the pairs in a CSV file (--{split}_list)"
+            )
+        index_of[key] = index
+    return index_of
+
+
+def _matched(
+    images: Mapping[str, int], masks: Mapping[str, int], source: Files | Archive, place: str, split: str
+) -> np.ndarray:
+    """Returns the indices of the images and of their masks, (n, 2).
+
+    Raises:
+        ValueError: an image has no mask.
+    """
+    if unused := [printable(key) for key in masks if key not in images]:
+        logger.warning(f"{len(unused):,} masks for {split} have no image of the same name: {first_few(unused)}")
+    missing = [key for key in images if key not in masks]
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of {len(images):,} images have no mask of the same name {place}, such as "
+            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (--{split}_list)"
+        )
+    return np.array([(index, masks[key]) for key, index in images.items()])

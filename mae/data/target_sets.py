@@ -1,0 +1,77 @@
+"""Datasets of the user's code whose labels are vectors: --task multilabel and regression."""
+
+import logging
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mae.cli.choices import MULTILABEL
+from mae.data.user_sets import OpenDataset, UserSet
+from mae.files.untrusted import printable
+
+logger = logging.getLogger(__name__)
+
+
+class TargetSet(UserSet):
+    """A map-style dataset of the user's code, as `UserSet`.
+
+    A label is a number, or a sequence, an array or a tensor (C,). For `multilabel`, its values are 0 or 1. The optional
+    attribute `labels` of the dataset is (n,) or (n, C), and `classes` has the C names.
+
+    Args:
+        task: MULTILABEL or REGRESSION.
+        others: as in `UserSet`.
+    """
+
+    def __init__(self, function: OpenDataset | None, split: str, data_path: str | None, name: str, task: str) -> None:
+        self.task = task
+        super().__init__(function, split, data_path, name)
+
+    def label_of(self, index: int, label: Any) -> Any:
+        """Returns the label of an item, (C,).
+
+        Raises:
+            ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
+        """
+        vector = self._vectors(label, self._place(index), "its label is").reshape(-1)
+        self._require_known(index, vector)
+        return vector
+
+    def _vectors(self, value: Any, place: str, what: str) -> np.ndarray:
+        try:
+            found = np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
+        except (TypeError, ValueError):
+            found = np.array(np.nan)
+        wrong = ~np.isfinite(found) if self.task != MULTILABEL else ~np.isin(found, (0, 1))
+        if wrong.any():
+            kind = "0 or 1 for each class" if self.task == MULTILABEL else "finite numbers"
+            shown = value if found.ndim == 0 else found[wrong][0]
+            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: --task {self.task} needs {kind}")
+        return found
+
+    @cached_property
+    def _listed(self) -> np.ndarray | None:
+        """The attribute `labels` of the dataset, (n, C)."""
+        listed = getattr(self.images, "labels", None)
+        if listed is None:
+            return None
+        labels = self._vectors(listed, self.flag, "its labels have").reshape(len(listed), -1)
+        if len(labels) != self.count:
+            raise ValueError(f"{self.flag}: it has {self.count} samples and {len(labels)} labels: give equally many")
+        return labels
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of all samples, (n, C). If the dataset does not list them, all samples are read once."""
+        if self._listed is not None:
+            return self._listed
+        logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
+        labels = [self.label_of(index, self._item(index).label) for index in range(len(self))]
+        if wrong := [index for index, one in enumerate(labels) if len(one) != len(labels[0])]:
+            raise ValueError(
+                f"{self._place(wrong[0])}: its label has {len(labels[wrong[0]])} numbers, and that of sample 0 "
+                f"{len(labels[0])}: give equally many"
+            )
+        return np.stack(labels)

@@ -1,0 +1,332 @@
+"""Transforms of decoded pictures: augmentation, evaluation crops, and normalization on the device.
+
+torchvision and timm are imported inside functions, because importing them takes as long as importing PyTorch.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from mae.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
+from mae.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
+from mae.positions import Size, to_pair
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BEYOND = 2.0  # no pixel from 0 to 1; bicubic scaling exceeds 1 slightly
+CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
+
+MAX_CROPS = 10  # of an image, until one has enough valid patches
+
+ImageTransform = Callable[[Picture], Tensor]
+Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
+
+
+def keeps_label(transform: ImageTransform) -> Transform:
+    """Returns the transform of a picture and its label that does not change the label."""
+    return partial(_keep_label, transform)
+
+
+def _keep_label(transform: ImageTransform, picture: Picture, label: Any) -> tuple[Tensor, Any]:
+    return transform(picture), label
+
+
+def channel_statistics(
+    in_chans: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Returns mean and std of each channel, for pixels from 0 to 1.
+
+    Default: the statistics of ImageNet. If `in_chans` is not 3, every channel has their average.
+
+    Raises:
+        ValueError: `mean` or `std` does not have one value per channel.
+    """
+
+    def choose(flag: str, values: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
+        if values is None:
+            return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
+        if len(values) != in_chans:
+            raise ValueError(
+                f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel, or --in_chans "
+                f"{len(values)}"
+            )
+        return list(values)
+
+    return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
+
+
+def to_unit_range(imgs: Tensor) -> Tensor:
+    """Scales uint8 images to the range 0 to 1. Float images (more than 8 bits) are unchanged."""
+    return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
+
+
+def of_one_range(images: list[Tensor]) -> list[Tensor]:
+    """Scales images to the range 0 to 1 if some are bytes and some are not."""
+    return [to_unit_range(image) for image in images] if len({image.dtype for image in images}) > 1 else images
+
+
+def with_maps(picture: Picture, maps: Mapping[str, Tensor]) -> Tensor:
+    """Returns a picture with its maps (H, W) as further channels, to which a transform is applied.
+
+    Raises:
+        BadImage: a map has another size than the picture.
+    """
+    for name, values in maps.items():
+        require_size(picture, values.shape, f"map {name}")
+    return torch.cat([to_unit_range(to_tensor(picture)), *(values[None] for values in maps.values())])
+
+
+def split_maps(image: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the channels of the picture, and its maps, which are 0 where the transform has no pixels."""
+    channels, *parts = image.split([len(image) - len(names), *[1] * len(names)])
+    return channels, {name: part[0].nan_to_num(0) for name, part in zip(names, parts, strict=True)}
+
+
+class Normalize(nn.Module):
+    """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1.
+
+    Invalid pixels, which are NaN in float images, become 0, the mean. If mean and std are of pixels from 0 to 1, float
+    images of another range have one warning. On a GPU, the first batch only is checked, because the host waits for it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.fits_bytes = all(0 <= value <= 1 for value in mean)
+        pairs = list(zip(mean, std, strict=True))
+        # The std of values from 0 to 1 with mean m is at most that of black and white pixels, (m (1 - m))^0.5.
+        self.checks_range = all(0 < m < 1 and 0 < s**2 <= 1.01 * m * (1 - m) for m, s in pairs)
+        self.highest = max((BEYOND - m) / s for m, s in pairs) if self.checks_range else float("inf")  # normalized
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Normalize":
+        # half() and to(torch.bfloat16) of a model would round mean and std: the mean 4005 to 4000 in bf16.
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        if imgs.dtype == torch.uint8:
+            self.require_fit_to_bytes()
+        elif self._may_check(imgs) and (imgs > BEYOND).any():
+            self._warn_of_range(imgs, "scale the images to 0 to 1, or give their own --mean and --std")
+        normalized = (to_unit_range(imgs) - self.mean) / self.std
+        return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
+
+    def check_input(self, imgs: Tensor) -> None:
+        """Logs one warning if the values of the input of a model are those of images that were not normalized."""
+        if self._may_check(imgs) and ((imgs > self.highest).any() or (imgs.min() >= 0 and 0.5 < imgs.max() <= 1)):
+            self._warn_of_range(imgs, "normalize float tensors (model.normalize), or give uint8 tensors")
+
+    def _may_check(self, imgs: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not self.checks_range:
+            return False
+        self.checks_range = imgs.device.type == "cpu"
+        return True
+
+    def _warn_of_range(self, imgs: Tensor, remedy: str) -> None:
+        self.checks_range, values = False, imgs[imgs.isfinite()]
+        logger.warning(
+            f"float images have values from {float(values.min()):.4g} to {float(values.max()):.4g}, and mean and std "
+            f"are those of pixels from 0 to 1: {remedy}"
+        )
+
+    def require_fit_to_bytes(self) -> None:
+        """Raises ValueError if the mean is not one of 8-bit pixels."""
+        if not self.fits_bytes:
+            mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
+
+    def inverse(self, imgs: Tensor) -> Tensor:
+        """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
+        if not self.fits_bytes:  # the range is unknown: 2.5 standard deviations to either side
+            return (imgs / 5 + 0.5).clamp(0, 1)
+        return (imgs * self.std + self.mean).clamp(0, 1)
+
+
+def with_valid_patches(
+    picture: Picture, transform: ImageTransform, patch_size: tuple[int, int], min_valid: float, num_visible: int
+) -> Tensor:
+    """Applies a transform such that enough patches are valid for pre-training.
+
+    All pixels of a patch with few valid pixels become invalid (NaN), except those of maps, which are finite. If an
+    image has too few valid patches left, the transform is applied again, up to MAX_CROPS times, because another crop
+    may have more.
+
+    Args:
+        transform: a picture -> image (c, H, W).
+        patch_size: (rows, columns) of pixels in a patch.
+        min_valid: minimum share of valid pixels of a patch.
+        num_visible: minimum number of valid patches of an image.
+
+    Raises:
+        BadImage: no result of the transform has enough valid patches.
+    """
+    for _ in range(MAX_CROPS):
+        image = transform(picture)
+        if not (image.is_floating_point() and (invalid := image[0].isnan()).any()):  # NaN in all channels
+            return image
+        shares = nn.functional.avg_pool2d((~invalid)[None].double(), patch_size)
+        patches = shares >= min_valid
+        count = int(patches.sum())
+        if count >= num_visible:
+            rows, columns = patch_size
+            invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+            return image.masked_fill(invalid & image.isnan().flatten(1).any(1)[:, None, None], torch.nan)
+    raise BadImage(
+        f"{count} of its {patches.numel()} patches have valid pixels (at least {min_valid:.0%}), and "
+        f"{num_visible} are visible to the encoder"
+    )
+
+
+def pretrain_transform(
+    input_size: Size,
+    crop_scale: Sequence[float] = (0.2, 1.0),
+    hflip: float = 0.5,
+    *,
+    crop: str = "random",
+    crop_ratio: Sequence[float] = CROP_RATIO,
+    vflip: float = 0.0,
+    rotate90: bool = False,
+) -> ImageTransform:
+    """The augmentation of pre-training: random resized crop and horizontal flip (He et al. 2021, appendix A.1).
+
+    Args:
+        crop_scale: minimum and maximum area of a crop, as a fraction of the image.
+        hflip: probability of a horizontal flip.
+        crop: "random"; or "none", the whole image, scaled to `input_size`.
+        crop_ratio: minimum and maximum aspect ratio of a crop, relative to the aspect ratio of `input_size`.
+        vflip: probability of a vertical flip.
+        rotate90: rotate by a random multiple of 90 degrees.
+
+    Raises:
+        ValueError: `crop_scale` or `crop_ratio` is not a range, or `rotate90` is set and `input_size` is not a square.
+    """
+    from mae.data import crops
+
+    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
+    flips = [crops.T.RandomHorizontalFlip(hflip), *crops.flip_and_rotate(input_size, vflip, rotate90)]
+    return crops.T.Compose([first, *flips, to_tensor])
+
+
+def finetune_transform(
+    input_size: Size,
+    mean: Sequence[float],
+    aa: str | None = None,
+    color_jitter: float | None = None,
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    hflip: float = 0.5,
+    *,
+    crop: str = "random",
+    crop_ratio: Sequence[float] = CROP_RATIO,
+    vflip: float = 0.0,
+    rotate90: bool = False,
+) -> ImageTransform:
+    """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
+
+    Random erasing is applied later, on the device, after normalization.
+
+    Args:
+        mean: mean of each channel; fills the areas that shifts and rotations of the policy leave empty.
+        aa: name of an augmentation policy of timm, such as rand-m9-mstd0.5-inc1; None or "none": no policy.
+        color_jitter: strength of random brightness, contrast and saturation; has no effect with `aa`.
+        crop_scale, hflip, crop, crop_ratio, vflip, rotate90: as in `pretrain_transform`.
+
+    Raises:
+        ValueError: timm has no such policy, or as in `pretrain_transform`.
+    """
+    from timm.data import auto_augment, create_transform
+
+    from mae.data import crops
+
+    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
+    # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
+    auto_augment.NAME_TO_OP.update(
+        {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
+    )
+    try:
+        stages = create_transform(
+            (len(mean), *to_pair(input_size)),
+            is_training=True,
+            scale=(crop_scale[0], crop_scale[1]),
+            ratio=(crop_ratio[0], crop_ratio[1]),
+            hflip=hflip,
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
+            auto_augment=None if aa in (None, "", "none") else aa,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=(1.0,) * len(mean),
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"--aa {aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
+        ) from error
+    (resized, *flip), change = stages[0].transforms, stages[1]
+    height, width = to_pair(input_size)
+    if crop != NO_CROP and height == width:  # else, timm samples empty crops of signals with one row
+        first = partial(crops.random_crop, crop=resized)
+    policies = [partial(_change_bytes, change=change)] if change.transforms else []
+    return crops.T.Compose([first, *flip, *policies, *crops.flip_and_rotate(input_size, vflip, rotate90), to_tensor])
+
+
+def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    picture = to_pillow(picture)
+    if isinstance(picture, Tensor):
+        raise ValueError(
+            "--aa and --color_jitter support 8-bit images with 1 or 3 channels only; give --aa none and omit "
+            "--color_jitter"
+        )
+    return change(picture)
+
+
+def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keeps the highest bits of each value; with 0 bits the picture is black."""
+    return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
+
+
+def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) -> ImageTransform:
+    """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip.
+
+    A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
+    square, the crop is sampled as in pre-training.
+    """
+    from mae.data import crops
+
+    height, width = to_pair(input_size)
+    kind = crops.CropOnce if height == width else crops.T.RandomResizedCrop
+    first = crops.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, kind)
+    return crops.T.Compose([first, crops.T.RandomHorizontalFlip(hflip), to_tensor])
+
+
+def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:
+    """Scales the picture to cover input_size / crop_pct and crops its center.
+
+    Args:
+        crop_pct: crop ratio. Default: `default_crop_pct`.
+        crop: "none" for the whole picture, scaled to `input_size`; None or "random" for the center.
+
+    Raises:
+        ValueError: `crop` has another value.
+    """
+    from mae.data import crops
+
+    if crop not in (None, *CROP_CHOICES):
+        raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
+    height, width = to_pair(input_size)
+    if crop == NO_CROP:
+        return crops.T.Compose([partial(crops.scaled, size=(height, width)), to_tensor])
+    crop_pct = crop_pct or default_crop_pct(input_size)
+    scaled = (int(height / crop_pct), int(width / crop_pct))
+    return crops.T.Compose([partial(crops.cover, size=scaled), crops.T.CenterCrop((height, width)), to_tensor])

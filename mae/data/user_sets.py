@@ -1,0 +1,392 @@
+"""Datasets of the user's code: --dataset py:package.module:function, or `main(args, source=function)`."""
+
+import contextlib
+import inspect
+import logging
+import operator
+import os
+import secrets
+import sys
+import weakref
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from mae.cli import entry_point
+from mae.cli.user_code import DATASET, call, import_object
+from mae.data import decode
+from mae.data import extras as extra_inputs
+from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
+from mae.data.generators import preserve_generators, seed_generators
+from mae.data.library_sets import LibrarySet
+from mae.data.sources import StoredImage, first_few, version_of
+from mae.files.untrusted import printable, read_file
+
+logger = logging.getLogger(__name__)
+
+MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
+
+OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
+
+
+def with_source(args: Namespace, source: OpenDataset | None) -> Namespace:
+    """Records the name of the function `source` in the settings of a run as --dataset.
+
+    Raises:
+        ValueError: the settings have a different dataset.
+    """
+    if source is None:
+        return args
+    named = source if hasattr(source, "__qualname__") else type(source)
+    name = f"{DATASET}{named.__module__}:{named.__qualname__}"
+    if args.dataset not in (None, name):
+        raise ValueError(f"--dataset {args.dataset} and source= ({name}) exclude each other; give one of them")
+    return entry_point.changed(args, {"dataset": name})
+
+
+class Item(NamedTuple):
+    """An item of the user's dataset."""
+
+    image: Any
+    label: Any
+    extras: Mapping[str, Any]
+    valid: Any = None  # the valid pixels
+
+
+class UserSet(LibrarySet):
+    """A map-style dataset of the user's code.
+
+    Every process that reads samples calls the function, with the same random numbers for each call and each split.
+    Before a fork, the dataset is deleted: its open files do not have to survive the fork.
+
+    Items are (image, label), (image, label, extras), or a dict with the keys image, label and valid (booleans (H, W),
+    True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal in names and shapes for
+    all items: inputs of the model besides the image. In a dict, they are the other keys. Extras that the attribute
+    `maps` of the dataset names are maps of the image (H, W), which follow its crops and flips.
+    An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
+    (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
+    `maps`, `name(index)`, `version(index)`.
+
+    Args:
+        function: returns the dataset of a split. None: it is imported.
+        split: "train" or "val".
+        data_path: the second argument of the function.
+        name: the value of --dataset.
+        reads_labels: else all labels are -1, and none is checked.
+
+    Raises:
+        ValueError: the function does not exist or does not return a dataset, or the first item is no sample.
+        OSError: the function can't read a file.
+        RuntimeError: as in `user_code.call`.
+    """
+
+    def __init__(
+        self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
+    ) -> None:
+        self.reads_labels = reads_labels
+        self.title, self.flag = f"{name} {split}", f"--dataset {name}"
+        self.split, self.data_path = split, data_path
+        self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
+        self.opened = self._open()
+        self.count = len(self.opened)
+        self.maps = tuple(getattr(self.opened, "maps", ()))
+        self.start = secrets.token_hex(8)
+        _SETS.add(self)
+        if not self.count:
+            raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
+        self.extra_shapes: dict[str, str] | None = None  # of the first sample that can be read
+        for index in range(min(self.count, MAX_BAD_IN_A_ROW)):
+            with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
+                image, extras = extra_inputs.split(self[index][0])
+                self.extra_shapes = {name: self._shape(name, value) for name, value in extras.items()}
+                self._warn_of_maps(image, extras)
+                break
+
+    @property
+    def images(self) -> Any:
+        """The dataset of this process."""
+        if self.opened is None:
+            self.opened = self._open()
+            if len(self.opened) != self.count:
+                raise ValueError(
+                    f"{self.flag}: the dataset of the split {self.split} had {self.count} samples, and has "
+                    f"{len(self.opened)} when it is opened again: return the same dataset in each process"
+                )
+        return self.opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "opened": None}
+
+    def _open(self) -> Any:
+        if not callable(self.function):
+            raise ValueError(f"{self.flag} is {_kind(self.function)}: give a function(split, data_path)")
+        try:
+            inspect.signature(self.function).bind(self.split, self.data_path)
+        except TypeError as error:
+            raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
+        try:
+            with preserve_generators():
+                seed_generators(0)
+                opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        except (OSError, RuntimeError) as error:
+            if self.data_path is not None or "None" not in str(error):
+                raise
+            kind = ValueError if isinstance(error, OSError) else RuntimeError  # a mistake of the code has a traceback
+            raise kind(f"{self.flag}: {error}; the function got data_path=None: give --data_path") from error
+        if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
+            raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
+        return opened
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
+        item = self._item(index)
+        image = item.image
+        if isinstance(image, str | Path):
+            image = read_named(image)
+        elif isinstance(image, bytearray | memoryview):
+            image = bytes(image)
+        elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
+            raise ValueError(
+                f"{self._place(index)}: its image is {_kind(image)}: return a path, bytes, a Pillow image, an array or "
+                f"a tensor"
+            )
+        if item.valid is not None:
+            valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
+            if valid.ndim != 2 or valid.dtype.kind not in "biu":
+                raise ValueError(
+                    f"{self._place(index)}: valid is {valid.dtype} of shape {valid.shape}: give booleans (H, W), True "
+                    f"for valid pixels"
+                )
+            image = Masked(image, valid != 0)
+        extras = self._extras(index, item.extras)
+        return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
+
+    def _place(self, index: int) -> str:
+        return f"{self.flag}: {self.split}[{index}]"
+
+    def _item(self, index: int) -> Item:
+        """Returns an item as the dataset returns it."""
+        item = call(self._place(index), operator.getitem, self.images, index, expected=BadImage)
+        if isinstance(item, Mapping) and "image" in item:
+            extras = {name: value for name, value in item.items() if name not in ("image", "label", "valid")}
+            return Item(item["image"], item.get("label"), extras, item.get("valid"))
+        if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+            raise ValueError(
+                f"{self._place(index)} is {_kind(item)}: return (image, label), (image, label, extras), or a "
+                f"dict with the keys image and label"
+            )
+        extras = item[2] if len(item) == 3 and item[2] is not None else {}
+        if not isinstance(extras, Mapping):
+            raise ValueError(f"{self._place(index)}: its extras are {_kind(extras)}: give a dict of numbers and arrays")
+        return Item(item[0], item[1], extras)
+
+    def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns the extra inputs of an item.
+
+        Raises:
+            ValueError: an extra input is no number, or its names or shapes are not those of the others.
+        """
+        tensors = {}
+        for name, value in extras.items():
+            if not extra_inputs.can_name(name):
+                raise ValueError(f"{self._place(index)}: an extra input can't have the name {name!r}: rename it")
+            try:
+                tensors[str(name)] = extra_inputs.to_tensor(value)
+            except ValueError as error:
+                raise ValueError(f"{self._place(index)}: its {name} ({_kind(value)}) {error}") from error
+            shape = tuple(tensors[str(name)].shape)
+            if name in self.maps and len(shape) != 2:
+                raise ValueError(f"{self._place(index)}: its map {name} has the shape {shape}: give (H, W)")
+        if missing := [name for name in self.maps if name not in tensors]:
+            raise ValueError(f"{self._place(index)} lacks the map {missing[0]}, which the attribute maps names")
+        shapes = {name: self._shape(name, value) for name, value in tensors.items()}
+        if shapes != (self.extra_shapes if self.extra_shapes is not None else shapes):
+            raise ValueError(
+                f"{self._place(index)}: its extra inputs have the shapes {shapes}, and those of the first sample "
+                f"{self.extra_shapes}: give the same for each sample"
+            )
+        return tensors
+
+    def _warn_of_maps(self, image: StoredImage, extras: Mapping[str, Tensor]) -> None:
+        """Logs a warning if an extra input has the size of the image, and is not declared as a map."""
+        sizes = _sizes_of(image)
+        for name, value in extras.items():
+            shape = tuple(value.shape)
+            if name not in self.maps and len(shape) > 1 and not sizes.isdisjoint((shape[:2], shape[-2:])):
+                logger.warning(
+                    f"{self.flag}: its extra input {name} has the size of the image, and does not follow its crops and "
+                    f"flips: name it in the attribute maps of the dataset, such as maps = ({name!r},), or make it a "
+                    f"channel of the image"
+                )
+
+    def _shape(self, name: str, value: Tensor) -> str:
+        return "(H, W)" if name in self.maps else str(tuple(value.shape))
+
+    def label_of(self, index: int, label: Any) -> Any:
+        """Returns the label of an item, converted to the number of a class; -1 for None.
+
+        It is also -1 for vectors and floats. Pre-training does not use them, and `labels` refuses them.
+
+        Raises:
+            ValueError: the label differs from the attribute `labels`, or from the label that `labels` has read.
+        """
+        if not self.reads_labels:
+            return -1
+        value = np.asarray(-1 if label is None else label)
+        if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
+            return -1
+        self._require_known(index, value)
+        return int(value)
+
+    def _require_known(self, index: int, label: np.ndarray) -> None:
+        """Raises ValueError if a label differs from the attribute `labels`, or from the label that was read before."""
+        known, remedy = self._listed, ""
+        if known is None and "labels" in vars(self) and (self.labels.ndim > 1 or self.labels[index] != -1):
+            known, remedy = self.labels, ": return the same dataset in each process"
+        if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
+            raise ValueError(
+                f"{self._place(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
+            )
+
+    @cached_property
+    def _listed(self) -> np.ndarray | None:
+        """The attribute `labels` of the dataset, (n,) if it has class numbers."""
+        listed = getattr(self.images, "labels", None)
+        if listed is None:
+            return None
+        labels = np.asarray(listed.cpu() if isinstance(listed, Tensor) else listed)
+        return labels.astype(np.int64) if self._are_classes(labels) else labels
+
+    def _are_classes(self, labels: np.ndarray) -> bool:
+        return labels.shape == (self.count,) and labels.dtype.kind in "iu"
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
+        if not self.reads_labels:
+            return np.full(len(self), -1)
+        if self._listed is not None:
+            if not self._are_classes(self._listed):
+                raise ValueError(
+                    f"{self.flag}: its labels are {self._listed.dtype} of shape {self._listed.shape}: give "
+                    f"{self.count} class numbers"
+                )
+            return self._listed
+        logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
+        labels, unreadable = np.full(len(self), -1), list[str]()
+        for index in range(len(self)):
+            try:
+                labels[index] = self._class_of(index, self._item(index).label)
+            except (BadImage, OSError) as error:
+                unreadable.append(f"{self.name(index)} ({error})")
+        if unreadable:
+            logger.warning(
+                f"{first_few(unreadable)} can't be read, and without the attribute labels of the dataset, they have "
+                f"no label"
+            )
+        return labels
+
+    def _class_of(self, index: int, label: Any) -> int:
+        """Returns the class of a label, -1 for None. Raises ValueError if the label is no number of a class."""
+        value = np.asarray(-1 if label is None else label)
+        if value.ndim or value.dtype.kind not in "iub":
+            kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
+            raise ValueError(
+                f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
+                f"and numbers are for main_finetune.py --task)"
+            )
+        return int(value)
+
+    @property
+    def has_ids(self) -> bool:
+        """As in `Source`."""
+        return getattr(self.images, "classes", None) is None
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
+        are_vectors, own = self.labels.ndim > 1, getattr(self.images, "classes", None)
+        count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
+        if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
+            raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
+        if own is None and count > MOST_CLASSES:
+            raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
+        names = list(map(str, range(count) if own is None else own))
+        if count > len(names) or (are_vectors and count < len(names)) or len(set(names)) < len(names):
+            labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
+            raise ValueError(
+                f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
+                f"{labels}: give one name for each"
+            )
+        return names
+
+    def name(self, index: int) -> str:
+        """Returns `name(index)` of the dataset; default: its name and the number of the sample."""
+        own = getattr(self.images, "name", None)
+        return printable(str(own(index))) if callable(own) else super().name(index)
+
+    def version(self, index: int) -> str:
+        """Returns `version(index)` of the dataset; default: the version of the files in `data_path` and of the code."""
+        own = getattr(self.images, "version", None)
+        return str(own(index)) if callable(own) else self.files_version
+
+    @cached_property
+    def files_version(self) -> str:
+        """The version of `data_path` and of the code. Without `data_path`, it is new for each start."""
+        modules = {getattr(one, "__module__", "") for one in (self.function, type(self.images))}
+        files = sorted(getattr(sys.modules.get(name), "__file__", None) or "" for name in modules)
+        code = " ".join(version_of(file) for file in files if file)
+        if self.data_path:
+            return f"{code} {version_of(self.data_path)}"
+        logger.warning(
+            f"{self.flag} has neither --data_path nor version(index), which would show whether its samples have "
+            f"changed: a resumed run computes stored features again"
+        )
+        return f"{code} {self.start}"
+
+
+def _sizes_of(image: Any) -> set[tuple[int, ...]]:
+    """Returns the (height, width) that an image may have: the model determines which axis of an array has channels."""
+    image = image.image if isinstance(image, Masked) else image
+    with contextlib.suppress(Exception):  # decoders raise any exception; the script reports it when it reads the image
+        picture: Any = decode.read(image, 3) if isinstance(image, bytes) else image
+        if isinstance(picture, Image.Image):
+            return {decode.size_of(picture)}
+        return {tuple(picture.shape[:2]), tuple(picture.shape[-2:])}
+    return set()
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def read_named(path: str | Path) -> bytes:
+    """Reads a file that an item of a dataset names.
+
+    Raises:
+        BadImage: the file can't be read; the message has its path.
+    """
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise BadImage(f"{printable(str(path))}: {error.strerror or error}") from error
+
+
+_SETS: weakref.WeakSet[UserSet] = weakref.WeakSet()  # of this process
+
+
+def _close_all() -> None:
+    """Deletes the datasets of this process. The next access opens them again."""
+    for one in list(_SETS):
+        one.opened = None
+
+
+os.register_at_fork(before=_close_all)

@@ -1,0 +1,74 @@
+"""Baselines without an encoder: logistic regression and an RBF-SVM of scikit-learn on raw pixels."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae.data import loader, transforms
+from mae.data.decode import PixelValues
+from mae.data.samples import Samples
+from mae.data.sources import Source
+from mae.positions import to_pair
+from mae.settings import ImageSpec
+
+SIDE = 32  # images are resized to at most this many pixels per side
+STRENGTHS = {"logistic regression": [0.01, 0.1, 1.0], "RBF-SVM": [1.0, 10.0, 100.0]}  # C
+MOST = 10_000  # images on which C is chosen
+
+
+def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
+    """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation.
+
+    Invalid pixels have the mean of the image.
+    """
+    height, width = to_pair(images.input_size)
+    scale = min(1.0, SIDE / max(height, width))
+    crop_pct = images.crop_pct or transforms.default_crop_pct(images.input_size)
+    transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, images.crop)
+    samples = Samples(
+        source, transforms.keeps_label(transform), in_chans=images.in_chans, seed=0, exif=bool(images.exif),
+        values=PixelValues(images.nodata, images.value_range, images.channels_last),
+    )  # fmt: skip
+    parts = [transforms.to_unit_range(batch) for batch, *_ in loader.eval_loader(samples, 256, num_workers, False)]
+    filled = [part.where(~part.isnan(), part.nanmean(dim=(2, 3), keepdim=True)) for part in parts]
+    return torch.cat(filled).flatten(1).nan_to_num(0).numpy()  # 0: no pixel of an image is valid
+
+
+def evaluate(
+    name: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int
+) -> tuple[float, str]:
+    """Fits a baseline.
+
+    A fifth of the training images (at most MOST are used for this) is held out to choose C. With fewer than five images
+    of a class among them, the middle value is used.
+
+    Args:
+        name: a key of STRENGTHS.
+
+    Returns:
+        The test accuracy in percent, and the chosen C.
+
+    Raises:
+        ValueError: the training images have one class.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+    from sklearn.svm import SVC
+    from threadpoolctl import threadpool_limits
+
+    if (labels == labels[0]).all():
+        raise ValueError(
+            "--encoders pixels: the training images have only one class; give images of two classes, or omit pixels"
+        )
+    model: Any = SVC(gamma="scale") if name == "RBF-SVM" else LogisticRegression(max_iter=300)
+    strength = STRENGTHS[name][1]
+    some = np.random.default_rng(seed).permutation(len(labels))[:MOST]
+    # The products are small. Waiting for other threads takes longer, above all if other processes use the cores.
+    with threadpool_limits(1):
+        if np.bincount(labels[some], minlength=labels.max() + 1).min() >= 5:
+            split = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
+            search = GridSearchCV(model, {"C": STRENGTHS[name]}, cv=split, refit=False)
+            strength = search.fit(train[some], labels[some]).best_params_["C"]
+        model.set_params(C=strength)
+        return 100 * model.fit(train, labels).score(test, test_labels), f"C {strength:g}"

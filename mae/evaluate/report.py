@@ -1,0 +1,157 @@
+"""Writes the scores per class or target of an evaluation as CSV files and a picture."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae.cli.choices import METRICS, MULTILABEL, REGRESSION
+from mae.evaluate import metrics, tables
+from mae.files import atomic
+from mae.files.untrusted import escape_dollars
+
+logger = logging.getLogger(__name__)
+
+MOST_PAIRED = 10_000  # classes in a confusion matrix, which has 800 MB
+NAMED = 40  # largest number of classes with names at the axes of the picture
+
+
+def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
+    """Writes the report of a classifier, as `write_matrix` does.
+
+    Of more than MOST_PAIRED classes, it has those that are true or predicted; if these are too many, there is none.
+
+    Args:
+        labels: (n,), indices into `classes`.
+        predictions: (n,), indices into `classes`.
+    """
+    if len(classes) > MOST_PAIRED:
+        used, both = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
+        classes, (labels, predictions) = [classes[number] for number in used], np.split(both, 2)
+    if len(classes) > MOST_PAIRED:
+        logger.warning(f"--report: there is none, as its matrix has all pairs of the {len(classes):,} classes")
+        return
+    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    write_matrix(folder, classes, matrix)
+
+
+def write_matrix(
+    folder: Path,
+    classes: Sequence[str],
+    matrix: np.ndarray,
+    unit: str = "images",
+    scores: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes classes.csv, confusion.csv (rows: true classes, columns: predicted classes) and confusion.png.
+
+    Args:
+        matrix: (classes, classes), the counts of confusion.csv.
+        unit: what is counted.
+        scores: further columns of classes.csv, (classes,) in percent; NaN is an empty cell.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written to. Its files are unchanged.
+    """
+    images, right = matrix.sum(axis=1), matrix.diagonal()
+    rows: list[list[Any]] = [["class", unit, "right", "accuracy", *(scores or {}), "most often taken for"]]
+    for number, name in enumerate(classes):
+        wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
+        other = classes[int(wrong.argmax())] if wrong.any() else ""
+        share = f"{right[number] / images[number]:.4f}" if images[number] else ""
+        columns = [column[number] for column in (scores or {}).values()]
+        own = ["" if np.isnan(value) else f"{value / 100:.4f}" for value in columns]
+        rows.append([name, images[number], right[number], share, *own, other])
+    counts = [[name, *row] for name, row in zip(classes, matrix.tolist(), strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(folder) as written:
+        written.mkdir()
+        tables.write_csv(written / "classes.csv", rows)
+        tables.write_csv(written / "confusion.csv", [["true \\ predicted", *classes], *counts])
+        _draw(written / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
+
+
+def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
+    """Writes the report of a model of several classes or of numbers.
+
+    classes.csv and curves.png (ROC and precision-recall curves), or targets.csv and predicted.png (predicted against
+    true values).
+
+    Args:
+        labels: (n, C); integers 0 and 1 for classes.
+        predictions: (n, C): probabilities, or numbers.
+
+    Raises:
+        OSError: as in `write_matrix`.
+    """
+    has_classes = labels.dtype.kind == "i"
+    used = METRICS[MULTILABEL if has_classes else REGRESSION]
+    rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
+    for number, name in enumerate(names):
+        truth, own = labels[:, [number]], predictions[:, [number]]
+        values = [metrics.compute(one, truth, own, own, 1) for one in used]
+        count = int(truth.sum()) if has_classes else len(truth)
+        rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(folder) as written:
+        written.mkdir()
+        tables.write_csv(written / ("classes.csv" if has_classes else "targets.csv"), rows)
+        draw = _draw_curves if has_classes else _draw_scatter
+        draw(written / ("curves.png" if has_classes else "predicted.png"), names, labels, predictions)
+
+
+def _draw_curves(path: Path, names: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> None:
+    """Draws ROC and precision-recall curves of up to NAMED classes that have both values."""
+    from sklearn.metrics import precision_recall_curve, roc_curve  # takes a second
+
+    figure = tables.new_figure(10, 4.5)
+    roc, pr = figure.subplots(1, 2)
+    drawn = [number for number in range(len(names)) if 0 < labels[:, number].sum() < len(labels)][:NAMED]
+    for number in drawn:
+        false, true, _ = roc_curve(labels[:, number], scores[:, number])
+        precision, recall, _ = precision_recall_curve(labels[:, number], scores[:, number])
+        roc.plot(false, true, label=escape_dollars(names[number]))
+        pr.step(recall, precision, where="post")
+    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    pr.set(xlabel="recall", ylabel="precision", title="precision and recall", ylim=(0, 1.05))
+    if drawn:
+        figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    tables.save(figure, path)
+
+
+def _draw_scatter(path: Path, names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
+    """Draws predicted against true values of up to NAMED targets."""
+    count = min(len(names), NAMED)
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = tables.new_figure(3.6 * columns + 0.4, 3.6 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, name, truth, own in zip(panels, names, labels.T, predictions.T, strict=False):
+        axes.set_visible(True)
+        axes.scatter(truth, own, s=6, alpha=0.5)
+        axes.axline((truth.mean(), truth.mean()), slope=1, color="0.5", linewidth=1)
+        axes.set(xlabel="true", ylabel="predicted", title=escape_dollars(name))
+    tables.save(figure, path)
+
+
+def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
+    side = min(12.0, 3.0 + 0.35 * len(classes))
+    figure = tables.new_figure(side + 1, side)
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= NAMED:
+        names = [escape_dollars(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), names)
+        for (row, column), value in np.ndenumerate(shares):
+            if value >= 0.005:
+                color = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=color)
+    axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
+    figure.colorbar(picture, shrink=0.8)
+    tables.save(figure, path)

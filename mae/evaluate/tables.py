@@ -1,0 +1,40 @@
+"""Tables in Markdown and CSV, and figures: written completely or not at all."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mae.files import atomic
+from mae.files.untrusted import csv_row
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table.
+
+    Args:
+        titles: titles of the columns.
+        rows: texts of the cells. A text may contain several cells, separated by ` | `.
+    """
+    header = "|" + "|".join(f" {title} " if title else " " for title in titles) + "|"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([header, "|---" * len(titles) + "|", *lines])
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a CSV file. Texts in it are no formulas of a spreadsheet."""
+    with atomic.replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(map(csv_row, rows))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Returns an empty figure of a size in inches, with 100 pixels per inch."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    return Figure((width, height), dpi=100, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure in the format of the file's suffix."""
+    with atomic.replacing(path) as written:
+        figure.savefig(written)

@@ -1,0 +1,150 @@
+"""Exports a model to other libraries.
+
+    python -m mae.inference.export --model runs/tuned/checkpoint-best.pth --to onnx --out model.onnx
+    python -m mae.inference.export --model runs/mine/checkpoint-last.pth --to transformers --out folder
+
+| --to | output | read by |
+|---|---|---|
+| reference | .pth, {model: ...} | the published code, this library |
+| safetensors | .safetensors | this library |
+| timm | a folder; or a state dict, .pth or .safetensors | timm.create_model("local-dir:FOLDER", pretrained=True) |
+| transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification, PixioModel |
+| mmpretrain | .pth, {state_dict: ...} | mmpretrain, mmselfsup |
+| onnx | .onnx of any batch size | onnxruntime and others |
+| torch_export | .pt2 of any batch size | torch.export.load |
+
+Graphs take pixels of 0 to 1 and normalize them. Models of float data in their own units take values in these units.
+Graphs of classifiers and segmentation models return logits, graphs of encoders return features, and graphs of
+autoencoders return the prediction of normalized pixels and the mask, from images and noise. Their metadata (the extra
+file "settings" of a .pt2) has shape, order of the channels, units, crop, mean, std and class names, as JSON. The inputs
+of the function in a .pt2 are positional: torch.export.load("model.pt2").module()(images).
+
+The other formats are weights for normalized images. The file or folder has mean, std, crop and class names. A log line
+names the settings that the other library does not read from it. timm has no decoder, so that the encoder is exported.
+--encoder_only exports the encoder of any model.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mae.cli import entry_point, options
+from mae.cli.choices import CLASSIFICATION
+from mae.files import atomic
+from mae.inference.graphs import write_onnx, write_torch_export
+from mae.inference.model import Classifier, Model, Segmenter, get_model
+from mae.inference.state_dicts import (
+    FOR_ALL,
+    encoder_of,
+    write_mmpretrain,
+    write_reference,
+    write_safetensors,
+    write_timm,
+    write_transformers,
+)
+from mae.settings import names_where
+from mae.training.run_log import start_logging
+
+logger = logging.getLogger(__name__)
+
+# The suffixes of the files of each format; "" is a folder.
+SUFFIXES = {
+    "reference": (".pth",), "safetensors": (".safetensors",), "timm": ("", ".pth", ".safetensors"),
+    "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
+}  # fmt: skip
+KEEP_TASK = ("reference", "safetensors")  # formats that record the meaning of the outputs
+WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Exports a model to other libraries.")
+    options.add_inference_options(parser, images=False)
+    parser.add_argument(
+        "--to", required=True, choices=sorted(WRITERS), metavar="FORMAT", help=", ".join(sorted(WRITERS))
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="output file; a folder for transformers, and for timm if PATH has no suffix",
+    )
+    parser.add_argument("--encoder_only", action="store_true", help="export the encoder only, without decoder or head")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Exports the model."""
+    start_logging()
+    check_suffix(args.to, args.out)
+    model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
+    if args.encoder_only:
+        model = encoder_of(model)
+    export(model, args.to, args.out)
+    logger.info(f"{args.out}: {model.settings['model']} for {args.to}")
+
+
+def export(model: Model, to: str, out: Path) -> None:
+    """Exports a model. The file or folder is written atomically.
+
+    Args:
+        to: one of WRITERS.
+        out: output path.
+
+    Raises:
+        ValueError: the format does not support this model or the suffix of `out`, or its library is not installed.
+        OSError: the disk is full, or the folder can't be written to.
+    """
+    pools_patches = isinstance(model, Classifier) and model.global_pool
+    if model.num_prefix_tokens > 1 and (to == "mmpretrain" or (to == "timm" and not pools_patches)):
+        raise ValueError(
+            f"--to {to}: {to} uses a single class token, and this model the mean of {model.num_prefix_tokens}; give "
+            f"--to transformers, safetensors, onnx or torch_export"
+        )
+    if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
+        head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
+        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder_only, or {FOR_ALL}")
+    if model.encoder_name and to in (*WITHOUT_OTHER_HEADS, "reference"):
+        raise ValueError(f"--to {to}: {to} does not have the encoder {model.encoder_name}; give {FOR_ALL}")
+    if to in ("onnx", "torch_export") and (needed := sorted(model.extras_taken(needed=True))):
+        raise ValueError(f"--to {to}: its graphs have no extra inputs, such as {needed[0]}; give --to safetensors")
+    for name in names_where(lambda one: one["of_block"]):
+        if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
+            raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")
+    task = model.settings.get("task", CLASSIFICATION)
+    if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
+        raise ValueError(
+            f"--to {to}: {to} does not know the outputs of --task {task}; give "
+            f"--to {' or '.join(KEEP_TASK)}, or --encoder_only"
+        )
+    check_suffix(to, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with model.evaluating(), atomic.replacing(out) as written:
+        WRITERS[to](model, written)
+
+
+def check_suffix(to: str, out: Path) -> None:
+    """Raises ValueError if the name of an output file or folder has another suffix than those of its format."""
+    suffixes = SUFFIXES[to]
+    others = {suffix for known in SUFFIXES.values() for suffix in known} - {""}
+    if out.suffix not in suffixes and (suffixes != ("",) or out.suffix in others):  # a folder may be named v1.5
+        kind = "a folder" if suffixes == ("",) else " or ".join(suffix or "a folder" for suffix in suffixes)
+        raise ValueError(f"--out {out}: --to {to} writes {kind}; give --out {out.with_suffix(suffixes[0])}")
+
+
+WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    "reference": write_reference,
+    "safetensors": write_safetensors,
+    "timm": write_timm,
+    "transformers": write_transformers,
+    "mmpretrain": write_mmpretrain,
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+}
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

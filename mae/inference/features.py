@@ -1,0 +1,198 @@
+"""Computes the features of all images in a folder and writes them to a file.
+
+    python -m mae.inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
+
+The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. Labels of the
+user's code that are numbers or vectors (`--dataset py:`) are `labels` (n, C), with their names in `classes`. The same
+command resumes an interrupted run. With other weights, settings or images, it starts from the beginning; names, sizes
+and modification times of the files are compared. An image that can't be read ends the command; with
+`--on_bad_image skip`, the file has no row for such images.
+
+The orientation in EXIF data is ignored, as in training and evaluation. `extract_feat` applies it to image files.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from mae import parallel
+from mae.checkpoints import checkpoint
+from mae.cli import entry_point, flags, options
+from mae.cli.choices import REGRESSION
+from mae.data import extras, loader, transforms
+from mae.data.batches import Batch
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage
+from mae.data.image_facts import readable
+from mae.data.samples import Samples
+from mae.data.sources import Source, versions
+from mae.data.user_sets import UserSet
+from mae.data.webdataset_shards import Shards
+from mae.files import atomic
+from mae.inference.classes import NOT_IN_FEATURES
+from mae.inference.model import Model, get_model
+from mae.training import feature_files
+from mae.training.compiling import compile_model, padded
+from mae.training.precision import Precision
+from mae.training.run_log import start_logging
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser(
+        "Computes the features of all images in a folder or a dataset. The same command resumes an interrupted run."
+    )
+    parser.add_argument(
+        "data_path", nargs="?", metavar="FOLDER",
+        help="folder of images, flat or nested, or a tar or zip file of such a folder",
+    )  # fmt: skip
+    options.add_dataset_option(parser, place="FOLDER")
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    parser.add_argument(
+        "--out",
+        type=flags.new_file(".npz", ".safetensors"),
+        required=True,
+        metavar="FILE",
+        help="output file: .npz or .safetensors",
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
+    parser.add_argument(
+        "--pool", choices=("cls", "avg", "tokens"),
+        help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
+    )  # fmt: skip
+    options.add_extraction_options(parser)
+    options.add_to(parser, "nodata", "value_range", "channels_last")
+    text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
+    options.add_to(parser, "on_bad_image", help=text)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Computes the features and writes the file."""
+    start_logging()
+    device = parallel.choose_device(args.device)
+    source = open_labelled(args)  # first, because a large model takes long
+    if isinstance(source, Shards):
+        raise ValueError(
+            f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
+        )
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
+    precision = Precision(args.amp, device)
+    if args.on_bad_image == "skip":
+        source = readable(source, model.in_chans, args.num_workers, model.values)
+    extras.require_fitting(model, source, steps=("tokenize",))
+    names = [source.name(index) for index in range(len(source))]
+    partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
+    extractor = Extractor(model, args.pool)
+    if args.compile:
+        compile_model(extractor, device, freeze_weights=True)
+    try:
+        rows = extract(
+            extractor, source, partial, row_settings(model, source, args, precision), args.batch_size,
+            args.num_workers, precision, args.fast_jpeg, bool(model.settings.get("exif")),
+        )  # fmt: skip
+    except BadImage:
+        shutil.rmtree(partial)  # it is of these files: a run without the image, or with another file, starts anew
+        raise
+    content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
+    with atomic.replacing(args.out) as written:
+        if args.out.suffix.lower() == ".npz":
+            content |= {"classes": np.array(source.classes)} if source.classes else {}
+            with written.open("wb") as file:  # numpy would append .npz to .NPZ
+                np.savez(file, names=np.array(names), **content)  # type: ignore[arg-type]
+        else:
+            texts = {"names": json.dumps(names), "classes": json.dumps(source.classes)}
+            save_file({name: np.ascontiguousarray(value) for name, value in content.items()}, written, metadata=texts)
+    shutil.rmtree(partial)
+    logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
+
+
+def open_labelled(args: argparse.Namespace) -> Source | Shards:
+    """Opens the dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
+    source = open_source(args.split, args.data_path, dataset=args.dataset)
+    if isinstance(source, UserSet):
+        try:
+            source.labels  # noqa: B018
+        except ValueError:
+            return open_source(args.split, args.data_path, dataset=args.dataset, task=REGRESSION)
+    return source
+
+
+def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """Returns all settings that the features depend on, as plain values. Runs with other settings are not resumed."""
+    of_labels = ("classes", "label_names")
+    return json.loads(json.dumps({
+        **{name: value for name, value in model.settings.items() if name not in of_labels},
+        "weights": checkpoint.compute_digest(model.state_dict()), "pool": args.pool, "precision": precision.name,
+        "folder": args.data_path, "dataset": args.dataset, "split": args.split, "fast_jpeg": args.fast_jpeg,
+        "images": checkpoint.compute_digest(versions(source)),
+    }))  # fmt: skip
+
+
+class Extractor(torch.nn.Module):
+    """Normalized images (B, c, H, W) -> features, as a module, which can be compiled.
+
+    Args:
+        pool: as in `ModelMixin.extract_feat`.
+    """
+
+    def __init__(self, model: Model, pool: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.pool = pool
+
+    def forward(self, imgs: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
+        return self.model.compute_features(imgs, self.pool, **extras)
+
+
+def extract(
+    extractor: Extractor,
+    source: Source,
+    folder: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    num_workers: int,
+    precision: Precision,
+    fast_jpeg: bool = False,
+    exif: bool = False,
+) -> np.ndarray:
+    """Computes features (n, D), or (n, T + N, D) for tokens, in fp32, in a file that is mapped into memory.
+
+    Args:
+        folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
+        settings: from `row_settings`.
+        fast_jpeg: as in `decode`.
+        exif: as in `Samples`.
+
+    Raises:
+        OSError: the disk is full. The same command resumes the run.
+        BadImage: an image can't be read.
+    """
+    model = extractor.model
+
+    def encode(rest: Source) -> Iterator[Batch]:
+        samples = Samples(
+            rest, transforms.keeps_label(model.transform), in_chans=model.in_chans, seed=0, on_bad_image="error",
+            fast_jpeg=fast_jpeg, exif=exif, values=model.values,
+        )  # fmt: skip
+        batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
+        return feature_files.encode(
+            padded(extractor, extractor), batches, normalize=model.normalize, precision=precision
+        )
+
+    with model.evaluating(*NOT_IN_FEATURES):
+        return feature_files.extract(encode, source, folder, settings)[0].numpy()
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

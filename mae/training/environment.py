@@ -1,0 +1,79 @@
+"""What a run was started with: a line of environment.jsonl in its directory for each start."""
+
+import json
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae import parallel
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" if files differ from it; None without git or outside a clone."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():  # it may be installed below another repository
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
+            cwd=folder, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Returns the command line, versions, commit, device and processes of this program, as plain values."""
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        # None: Pillow may be installed under the name of a fork.
+        **{name: next((one.version for one in metadata.distributions(name=name)), None) for name in PACKAGES},
+        **(describe_gpu(device) if device.type == "cuda" else {"device": f"{device} ({platform.machine()})"}),
+        "processes": parallel.world_size(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Returns the name of a GPU, and the versions of its driver and libraries, as plain values."""
+    driver = Path("/proc/driver/nvidia/version")
+    triton = next((one.version for one in metadata.distributions(name="triton")), None)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
+        "triton": triton,
+    }
+
+
+def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) -> None:
+    """Appends a line about this start to environment.jsonl in a run directory, and logs where it is.
+
+    Args:
+        settings: the settings of the run, plain values. Checkpoints have the names of the classes, too.
+    """
+    path = output_dir / "environment.jsonl"
+    own = {name: settings[name] for name in sorted(settings) if name != "classes"}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**describe(device), "settings": own}) + "\n")
+    logger.info(f"settings and versions: {path}")

@@ -1,0 +1,255 @@
+"""The training loop. All engines use it, and add the loss of a batch."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mae import parallel
+from mae.data.batches import prefetch
+from mae.data.loader import TrainLoader
+from mae.interrupts import Interrupted
+from mae.training.feature_files import FeatureBatches
+from mae.training.meters import Meters, Stopwatch
+from mae.training.nonfinite import NonFiniteGuard, NonFiniteLoss
+from mae.training.precision import Precision
+from mae.training.run_log import NullLog
+from mae.training.saver import NullSaver, Request
+
+Loader = TrainLoader | FeatureBatches
+Loss = Tensor | Mapping[str, Tensor]  # (), or its terms by name
+RESERVED = {"loss", "lr"}  # train_NAME in log.txt
+UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
+
+
+class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
+    """Runs after every update, in every process. Checkpoints contain its state, and a resumed run restores it.
+
+    The state is a dict of tensors and plain values. The state of rank 0 is saved. A method `after_epoch(model, epoch,
+    log)` is optional. It is called after every epoch and its evaluation, and returns new entries of log.txt. Those
+    whose names start with test_ are also in TensorBoard. A run that stops meanwhile repeats the call, which must not
+    change the state.
+    """
+
+    def after_update(self, model: nn.Module, epoch: float) -> None:
+        """Called after the optimizer step; `epoch` is fractional: 1.5 is the middle of the second epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state that a checkpoint contains."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class EpochOptions:
+    """Arguments of `run_epoch` that do not depend on the engine."""
+
+    epoch: int
+    schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
+    precision: Precision
+    guard: NonFiniteGuard  # handles updates with a loss or gradient that is not finite
+    log: NullLog
+    saver: NullSaver
+    meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
+    first_iteration: int = 0  # iterations of this epoch that an earlier run completed; a multiple of `accum_iter`
+    accum_iter: int = 1  # iterations per update; divides the iterations of an epoch
+    clip_grad: float | None = None  # maximum global norm of the gradient
+    after_update: Callable[[float], None] = lambda epoch: None  # called with the fractional epoch
+
+
+def run_epoch(
+    compute_loss: Callable[[Any], Loss], model: nn.Module, loader: Loader, optimizer: Optimizer, options: EpochOptions
+) -> None:
+    """Trains for an epoch, or for the rest of an epoch. It waits for the device only to save a state.
+
+    Args:
+        compute_loss: returns the loss () of a batch on the device, or its terms by name, whose sum is the loss.
+        model: the module whose gradients are averaged over the processes.
+        loader: the batches.
+        optimizer: any; the host waits for the gradients of one that does not support `found_inf` (`Precision`).
+
+    Raises:
+        ValueError: as in `_forward_backward`.
+        NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
+        Interrupted: a signal stopped the run, and its state is saved.
+    """
+    epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
+    num_iterations = len(loader)
+    num_updates, rest = divmod(num_iterations, accum_iter)
+    assert not rest, "an epoch is a whole number of updates"
+    updates, in_optimizer_step = options.first_iteration // accum_iter, False  # completed optimizer steps of this epoch
+    buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
+    stopwatch, pending = Stopwatch(precision.device), PendingUpdates(options)
+    losses: dict[str, Tensor] = {}  # of the update
+    model.train()
+
+    def save(alone: bool = False) -> None:
+        saver.save(epoch, updates * accum_iter, pending.drain(), alone)
+
+    try:
+        loader.seek(epoch, options.first_iteration)
+        options.log.begin_epoch(epoch, options.first_iteration, num_iterations, loader.images_per_iteration, stopwatch)
+        batches = stopwatch.watch(prefetch(loader, precision.device))
+        for iteration, batch in enumerate(batches, start=options.first_iteration):
+            if iteration % accum_iter == 0:
+                lr = options.schedule(epoch + updates / num_updates)
+                losses, buffers = {}, [buffer.clone() for buffer in model.buffers()]
+            loader.seed_iteration(iteration)
+            is_last = (iteration + 1) % accum_iter == 0
+            parts = _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
+            losses |= {name: losses.get(name, 0) + part for name, part in parts.items()}
+            if not is_last:
+                continue
+            request = saver.request()
+            means_and_requests = share_requests(torch.stack([*losses.values()]), request)
+            in_optimizer_step = True  # the weights are between two updates
+            grad_norm = precision.step(optimizer, options.clip_grad)
+            _restore_buffers(model, buffers, ~(grad_norm + means_and_requests[0]).isfinite())
+            options.after_update(epoch + (updates + 1) / num_updates)
+            pending.push(iteration + 1, lr, [*losses], torch.cat([grad_norm[None], means_and_requests]))
+            updates, in_optimizer_step, buffers = updates + 1, False, []
+            is_heard = request and parallel.world_size() == 1  # without the delay
+            shared_request = pending.read(0 if is_heard else UPDATES_IN_FLIGHT, iteration + 1)
+            if shared_request:
+                save()
+            if shared_request is Request.STOP:
+                saver.stop()
+        shared_request = pending.read(0, num_iterations)  # waits for the device
+        stopwatch.stop()
+        if shared_request:
+            save()
+    except (NonFiniteLoss, Interrupted):  # the state is saved
+        raise
+    except Exception as error:  # for example a bad image, a killed worker process, or out of memory
+        _restore_buffers(model, buffers, torch.ones((), dtype=torch.bool, device=precision.device))
+        if not in_optimizer_step and (epoch or updates):
+            save(alone=True)
+        saver.raise_if_stopping(error)
+        raise
+
+
+def _restore_buffers(model: nn.Module, before: list[Tensor], is_skipped: Tensor) -> None:
+    """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
+    for buffer, value in zip(model.buffers() if before else (), before, strict=True):
+        buffer.copy_(torch.where(is_skipped, value, buffer))
+
+
+def share_requests(losses: Tensor, request: Request) -> Tensor:
+    """Averages the losses (n,) of an update over the processes, and shares their requests in the same operation.
+
+    It precedes the optimizer step. If a process has ended, this raises an error before the weights change.
+
+    Returns:
+        (n + len(Request),): the mean losses, and for each request the fraction of processes that make it.
+    """
+    return parallel.mean_over_processes(torch.cat([losses, _one_hot_requests(losses.device)[request]]))
+
+
+@cache
+def _one_hot_requests(device: torch.device) -> Tensor:
+    """Returns a matrix whose row r encodes request r. It is cached, and not created in every update."""
+    return torch.eye(len(Request), device=device)
+
+
+def _forward_backward(
+    compute_loss: Callable[[Any], Loss],
+    batch: Any,
+    accum_iter: int,
+    model: nn.Module,
+    precision: Precision,
+    is_last: bool,
+) -> dict[str, Tensor]:
+    """Runs an iteration, and returns its part of the loss of the update, and of the terms of the loss.
+
+    The last iteration of an update averages the gradients over the processes.
+
+    Raises:
+        TypeError: the loss or a term is not a tensor of shape ().
+        ValueError: a term has the name of another entry, or a parameter has no gradient (several processes).
+    """
+    with parallel.gradient_sync(model, enabled=is_last):
+        with precision.autocast():
+            result = compute_loss(batch)
+        terms = result if isinstance(result, Mapping) else {"loss": result}
+        for loss in terms.values():
+            if not isinstance(loss, Tensor) or loss.ndim:
+                kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
+        if terms is result:
+            if taken := RESERVED & terms.keys():
+                raise ValueError(
+                    f"the loss has a term {min(taken)}, which is another entry of log.txt: rename the term"
+                )
+            terms = {"loss": torch.stack([*terms.values()]).sum(), **terms}
+        parts = {name: loss / accum_iter for name, loss in terms.items()}
+        precision.backward(parts["loss"])
+    if is_last:
+        parallel.require_gradients(model)
+    return {name: part.detach() for name, part in parts.items()}
+
+
+class PendingUpdates:
+    """Losses, gradient norms and requests that are copied from the device and read some updates later."""
+
+    def __init__(self, options: EpochOptions) -> None:
+        self.options = options
+        self.queue: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, iterations: int, lr: float, names: list[str], values: Tensor) -> None:
+        """Starts the copy of the gradient norm, the losses and the requests of an update to the host.
+
+        Args:
+            iterations: number of iterations of the epoch, up to the end of the update.
+            names: "loss", and the names of its terms.
+        """
+        copied = None
+        if values.is_cuda:
+            values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)  # waiting for it takes no core from the worker processes
+            copied.record()
+        self.queue.append((iterations, lr, names, values, copied))
+
+    def read(self, max_pending: int, iterations: int) -> Request:
+        """Logs the oldest updates until `max_pending` remain, and returns the greatest request among them.
+
+        If there is a request, no update remains, so that the guard has seen all updates of a state that is saved.
+
+        Args:
+            iterations: number of iterations of the epoch whose gradients are in the weights.
+        """
+        shared_request = Request.NONE
+        while len(self.queue) > (0 if shared_request else max_pending):
+            batch, lr = self.queue[0][0] - 1, self.queue[0][1]
+            grad_norm, loss, *shares = self._pop()
+            shared_request = max(shared_request, *(request for request in Request if shares[request] > 0))
+            if not self.options.guard.accepts(loss, grad_norm):
+                place = f"epoch {self.options.epoch}, batch {batch}"
+                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3g}"
+                self.options.guard.react(
+                    what, lambda: self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())
+                )
+        return shared_request
+
+    def drain(self) -> dict[str, Any]:
+        """Logs all updates, and returns the sums of the epoch. A resumed run does not log these updates again."""
+        while self.queue:
+            self._pop()
+        self.options.log.flush()
+        return self.options.meters.state_dict()
+
+    def _pop(self) -> list[float]:
+        iterations, lr, names, values, copied = self.queue.popleft()
+        if copied is not None:
+            copied.synchronize()
+        grad_norm, *numbers = values.tolist()
+        losses, shares = dict(zip(names, numbers, strict=False)), numbers[len(names) :]
+        loss = losses.pop("loss")
+        self.options.meters.add(loss, grad_norm, lr, losses)
+        self.options.log.update(iterations, lr, loss, grad_norm, losses)
+        return [grad_norm, loss, *shares]

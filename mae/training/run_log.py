@@ -1,0 +1,278 @@
+"""The log of a run: a progress bar or lines, log.txt and TensorBoard. Only rank 0 writes it."""
+
+import json
+import logging
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mae import parallel
+from mae.files import atomic, results
+from mae.files.untrusted import printable
+from mae.training import costs
+from mae.training.meters import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+# Entries of log.txt that the log itself adds.
+OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait", "tflops", "mfu", "peak_memory_gb")
+MAX_LOADING = 0.05  # of the time; more slows the run down
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
+
+
+class LineHandler(logging.StreamHandler):
+    """Writes above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            text = "\n".join(printable(line) for line in self.format(record).split("\n"))
+            tqdm.write(prefix + text, file=sys.stdout)
+        except Exception:  # a failing log, for example a closed pipe, must not end a run
+            self.handleError(record)
+
+
+def _print_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Prints a traceback, except for the thread of TensorBoard: `log_files.Events` logs its error in one line."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
+
+
+def start_logging() -> None:
+    """Starts logging to stdout, on rank 0 from level INFO.
+
+    The other ranks log errors, and warnings with `extra={"every_rank": True}`, with their rank as a prefix.
+    """
+    handler = LineHandler()
+    handler.addFilter(
+        lambda record: parallel.is_main() or record.levelno > logging.WARNING or hasattr(record, "every_rank")
+    )
+    logging.basicConfig(
+        level=logging.INFO if parallel.is_main() else logging.WARNING,
+        format="%(message)s" if parallel.is_main() else f"[rank {parallel.rank()}] %(message)s",
+        handlers=[handler],
+        force=True,
+    )
+    logging.captureWarnings(True)
+    threading.excepthook = _print_thread_error
+
+
+class NullLog:
+    """The log of processes other than rank 0, which logs nothing."""
+
+    def begin_epoch(
+        self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
+    ) -> None:
+        """Starts an epoch, at one of its iterations."""
+
+    def update(
+        self, iterations: int, lr: float, loss: float, grad_norm: float, terms: Mapping[str, float] | None = None
+    ) -> None:
+        """Logs the numbers of an update. They reach the host some updates later.
+
+        Args:
+            iterations: number of iterations of the epoch, up to the end of the update.
+            terms: terms of the loss by name; TensorBoard and log.txt have them as train_NAME.
+        """
+
+    def end_epoch(self, stats: dict[str, Any]) -> None:
+        """Adds the entries of an epoch to log.txt."""
+
+    def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
+        """Adds a uint8 image (H, W, c) to TensorBoard."""
+
+    def flush(self) -> None:
+        """Writes buffered data, before a state is saved whose updates are not logged again."""
+
+    def close(self) -> None:
+        """Writes buffered data for the last time."""
+
+
+class RunLog(NullLog):
+    """The log of rank 0.
+
+    Args:
+        output_dir: folder of log.txt, which has one JSON object per epoch. Undefined values are null.
+        log_dir: folder of the files of TensorBoard.
+        epochs: number of epochs of the run, for the remaining time.
+        first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
+        first_x: the same for TensorBoard, in thousandths of an epoch.
+        loss_tag: name of the loss in TensorBoard.
+        measure_costs: returns further entries of log.txt for a throughput, as `costs.of_epoch`.
+        remedies: returns flags and commands that make data loading faster. The log names them after the first epoch if
+            the device waits for more than MAX_LOADING of the time.
+
+    Raises:
+        OSError: log.txt can't be written when the log is closed, or the files of TensorBoard when it is opened. In
+            between, the lines of log.txt stay in memory.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        log_dir: Path,
+        epochs: int,
+        first_epoch: int = 0,
+        first_x: int = 0,
+        loss_tag: str = "train_loss",
+        measure_costs: Callable[[float], dict[str, float]] = lambda images_per_s: {},
+        remedies: Callable[[], list[str]] = list,
+    ) -> None:
+        self.epochs, self.first_epoch = epochs, first_epoch
+        self.measure_costs, self.remedies = measure_costs, remedies
+        self.loss_tag = loss_tag
+        path = output_dir / "log.txt"
+        _drop_lines_from(path, first_epoch)
+        from mae.training import log_files  # imports TensorBoard
+
+        self.lines = log_files.GrowingFile(path)
+        self.events = log_files.Events(log_dir, first_x)
+        self.next_x = first_x
+        self.next_warning = 0.0
+        self.bar = tqdm(disable=True)
+
+    def begin_epoch(
+        self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
+    ) -> None:
+        self.epoch, self.num_iterations = epoch, num_iterations
+        self.images_per_iteration, self.watch = images_per_iteration, watch
+        self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
+        self.bar = tqdm(
+            total=num_iterations * images_per_iteration,
+            initial=first_iteration * images_per_iteration,
+            desc=f"epoch {epoch}/{self.epochs}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            disable=None,  # unless stderr is a terminal
+        )
+
+    def update(
+        self, iterations: int, lr: float, loss: float, grad_norm: float, terms: Mapping[str, float] | None = None
+    ) -> None:
+        x = x_of(self.epoch, iterations, self.num_iterations)
+        if x >= self.next_x:  # long epochs have several updates at each x
+            self.next_x = x + 1
+            own = {f"train_{name}": value for name, value in (terms or {}).items()}
+            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **own}, x)
+        watch = self.watch
+        left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
+        is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
+        if is_due:
+            self.last_line = watch.seconds
+            self.flush()
+        if not self.bar.disable:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {duration(left)}",
+                False,
+            )
+            self.bar.update(iterations * self.images_per_iteration - self.bar.n)
+        elif is_due:
+            total, rate = self.num_iterations, self.images_per_iteration / watch.seconds_per_iteration
+            logger.info(
+                f"epoch {self.epoch} [{iterations:>{len(str(total))}}/{total}]  loss {loss:.4f}  lr {lr:.2e}  "
+                f"grad {grad_norm:.3g}  {rate:,.0f} images/s  "
+                f"data loading {watch.loading_share:.0%}  left {duration(left)}"
+            )
+
+    def end_epoch(self, stats: dict[str, Any]) -> None:
+        self.bar.close()
+        watch = self.watch
+        rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
+        scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
+        speed = {"images_per_s": round(rate, 1), "data_wait": round(watch.loading_share, 4), **self.measure_costs(rate)}
+        self.events.scalars(scores | {f"perf/{name}": value for name, value in speed.items()}, x_of_epoch(self.epoch))
+        line = stats | {"epoch": self.epoch, "seconds": round(watch.seconds, 3)} | speed
+        self.lines.pending += (results.to_line(line) + "\n").encode()
+        self.flush()
+        loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
+        logger.info(
+            f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, "
+            f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}{costs.describe(speed)}"
+        )
+        if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
+            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (RUNS.md, Speed)")
+
+    def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
+        self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))
+        self.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.events.write(lambda writer: writer.close())
+        self.lines.close()
+
+    def flush(self) -> None:  # if it fails, the run continues
+        self.events.write(lambda writer: writer.flush())
+        try:
+            self.lines.flush()
+        except OSError as error:
+            if time.monotonic() >= self.next_warning:
+                self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
+                logger.warning(f"{error}. The run continues and tries again later.")
+
+
+def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
+    """Returns the x of an update in TensorBoard: thousandths of an epoch, the axis of the published code.
+
+    Args:
+        iterations: number of iterations of the epoch, up to the end of the update.
+        num_iterations: number of iterations of a complete epoch.
+    """
+    return math.floor(1000 * (epoch + (iterations - 1) / num_iterations))
+
+
+def x_of_epoch(epoch: int) -> int:
+    """Returns the x of the results of an epoch in TensorBoard: the last of the epoch.
+
+    TensorBoard hides events from one x on, so a run that resumes within the epoch hides earlier results of it.
+    """
+    return 1000 * epoch + 999
+
+
+def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
+    """Returns the x from which a run logs in TensorBoard if it resumes after a number of iterations of an epoch."""
+    last, first = (x_of(epoch, number, num_iterations) for number in (iterations, iterations + 1))
+    return min(max(last + 1, first), x_of_epoch(epoch))
+
+
+def read(output_dir: Path) -> list[dict[str, Any]]:
+    """Returns the entries of log.txt, one per completed epoch. Undefined values, which are null, become NaN."""
+    return [results.from_line(line) for line in (output_dir / "log.txt").read_text(encoding="utf-8").splitlines()]
+
+
+def _drop_lines_from(path: Path, first_epoch: int) -> None:
+    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again.
+
+    Raises:
+        ValueError: the file is not text. It may be another one, so it is not replaced.
+    """
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text, so the run can't add to it: rename it") from error
+    lines = []
+    for line in text.splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # a crash truncated the line
+            continue
+    atomic.write_text(path, "".join(lines))
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as hours:minutes:seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
