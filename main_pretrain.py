@@ -266,7 +266,7 @@ def check_targets(model: models_mae.MaskedAutoencoderViT, samples: Samples, data
         logger.warning(
             f"--norm_pix_loss hardly scores these images: the normalized pixels of a patch have a standard deviation "
             f"of {std:.1g}, and the loss adds {models_mae.TARGET_EPS:g} to its square; give --value_range MIN MAX, or "
-            f"--mean and --std of these images, which util.datasets prints"
+            f"--mean and --std of these images, which mae.data prints"
         )
 
 

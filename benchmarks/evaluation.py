@@ -44,6 +44,7 @@ from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
 from mae.cli import entry_point, flags
 from mae.data import loader, transforms
+from mae.data.dataset_kinds import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Source
 from mae.evaluate import knn
@@ -51,7 +52,6 @@ from mae.inference import features, get_model
 from mae.parallel import choose_device
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
-from util.datasets import open_source
 
 IMAGENET = {"bank": 1_281_167, "queries": 50_000}
 WIDTH = 768

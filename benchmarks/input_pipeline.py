@@ -4,8 +4,8 @@
 
 The classic pipeline is Pillow with torchvision's RandomResizedCrop (bicubic), RandomHorizontalFlip, ToTensor and
 Normalize. The files have 500 x 375 pixels and JPEG quality 95; they are crops of photographs of scikit-image and
-scikit-learn. `python -m util.resize --short_side 256` writes the resized copy. All pipelines take turns, first in one
-process and then in a DataLoader with one worker process per core.
+scikit-learn. `python -m mae.data.resize --short_side 256` writes the resized copy. All pipelines take turns, first in
+one process and then in a DataLoader with one worker process per core.
 """
 
 import argparse
@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine, scripts
 from mae.cli import entry_point
 from mae.data import loader, transforms
+from mae.data.dataset_kinds import open_source
 from mae.data.decode import MAX_PIXELS
 from mae.data.jpeg import decode_rgb
 from mae.data.samples import Samples
 from mae.evaluate.tables import markdown
-from util.datasets import open_source
 
 BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder, copy = Path(root, "originals"), Path(root, "copy")
         write_photographs(folder, args.images)
-        scripts.run("-m", "util.resize", folder, copy, "--short_side", 256)
+        scripts.run("-m", "mae.data.resize", folder, copy, "--short_side", 256)
         ways: dict[str, Callable[[int], Callable[[], Iterator[Any]]]] = {
             "classic": partial(classic, folder),
             "ours": partial(ours, folder),

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
 from mae.cli import entry_point, flags
+from mae.data.dataset_kinds import open_source
 from mae.evaluate.tables import markdown
-from util.datasets import open_source
 
 CLASSES = 1_000
 FOLDER, LIST, TORCHVISION = "folder", "list", "torchvision"

@@ -19,10 +19,10 @@ from test_decode import saved
 
 from mae.data import transforms
 from mae.data.archives import Archive
+from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
 from mae.data.samples import Samples
 from mae.data.sources import find_files
-from util.datasets import open_source
 
 
 def zip_of(path, names, **options):

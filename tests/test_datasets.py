@@ -15,10 +15,10 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae import parallel, plain_data
+from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
 from mae.data.sources import Files
 from util import datasets
-from util.datasets import open_source
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):
@@ -76,7 +76,7 @@ def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
 
 
 def test_the_check_reports_good_images(pictures, tmp_path):
-    text = forks.run("util/datasets.py", [pictures, "--num_workers", 1], tmp_path / "output")
+    text = forks.run("mae/data/__main__.py", [pictures, "--num_workers", 1], tmp_path / "output")
     output = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
     expected = {"images": "24", "classes": "2, of 12 to 12 images", "unreadable": "0"}
     assert {name: output[name] for name in expected} == expected

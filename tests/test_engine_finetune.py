@@ -19,6 +19,7 @@ from engine_finetune import encode, evaluate
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
+from mae.data.dataset_kinds import open_source
 from mae.data.labels import Subset
 from mae.data.run_data import RunData
 from mae.inference import features
@@ -26,7 +27,6 @@ from mae.settings import DataSpec, ImageSpec
 from mae.training import feature_files
 from mae.training.precision import Precision
 from models_vit import vit_mini_patch4
-from util.datasets import open_source
 
 
 def test_evaluation_equals_scikit_learn(pictures):

@@ -14,10 +14,10 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
+from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
 from mae.data.transforms import to_tensor
 from mae.data.webdataset_shards import Shards
-from util.datasets import open_source
 
 OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
 
@@ -133,7 +133,7 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypat
         patch.setattr(image_cache, "CAN_SHARE", False)  # each process has its own images
         image_cache.cached([source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (2 * 300 * 39) - 2)
-    with pytest.raises(ValueError, match=r"--cache_images: 39 images .*util.resize"):
+    with pytest.raises(ValueError, match=r"--cache_images: 39 images .*mae.data.resize"):
         image_cache.cached([source, source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 300 * 39)
     monkeypatch.setattr(image_cache, "SAMPLE", 10)

@@ -365,7 +365,7 @@ def test_statistics_exclude_invalid_pixels(tmp_path):
         pixels.append(((image + 500) / 2500)[(image != -9999).all(axis=2)])
         np.save(tmp_path / f"{number}.npy", image)
     flags = ["--in_chans", 2, "--nodata", -9999, "--num_workers", 1, "--value_range", -500, 2000]
-    output = forks.run("util/datasets.py", [tmp_path, *flags], tmp_path / "output")
+    output = forks.run("mae/data/__main__.py", [tmp_path, *flags], tmp_path / "output")
     report, pixels = {line.split()[0]: line.split()[1:] for line in output.splitlines()}, np.concatenate(pixels)
     np.testing.assert_allclose(np.float64(report["--mean"]), pixels.mean(axis=0), rtol=1e-3)
     np.testing.assert_allclose(np.float64(report["--std"]), pixels.std(axis=0), rtol=1e-3)

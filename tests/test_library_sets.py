@@ -28,11 +28,11 @@ import main_finetune
 import main_knn
 from mae import parallel
 from mae.data import library_sets, loader, transforms
+from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
 from mae.data.samples import Samples
 from mae.data.webdataset_shards import Shards
 from models_vit import vit_mini_patch4
-from util.datasets import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
 NUMBERS = {pixels.tobytes(): number for number, pixels in enumerate(PIXELS)}

@@ -1,4 +1,4 @@
-"""python -m util.resize: sizes, files that are copied, and resuming."""
+"""python -m mae.data.resize: sizes, files that are copied, and resuming."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def test_resize_scales_large_images_only(folder, tmp_path):
     copy = tmp_path / "copy"
-    output = forks.run("util/resize.py", [folder, copy, "--short_side", 100], tmp_path / "output")
+    output = forks.run("mae/data/resize.py", [folder, copy, "--short_side", 100], tmp_path / "output")
     assert "5 images: 3 scaled, 2 copied as they are" in output
     sizes = {str(f.relative_to(copy)): Image.open(f).size for f in copy.rglob("*.*") if f.suffix != ".npy"}
     assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/gray.jpg": (150, 100),

@@ -170,7 +170,7 @@ def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictu
 
 def test_the_command_converts_to_a_file(shards, single, tmp_path):
     file = tmp_path / "plain.pth"
-    output = forks.run("util/sharded.py", [shards / "checkpoint-29", file], tmp_path / "output")
+    output = forks.run("mae/checkpoints/sharded.py", [shards / "checkpoint-29", file], tmp_path / "output")
     assert output.startswith(f"{file}: resume it with --resume")
     assert len(output.splitlines()) == 1
     state, reference = checkpoint.read(file), checkpoint.read(single / "checkpoint-29.pth")
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path)
     for name in ("pipe", "zero", "link"):
         rewritten(folder, files=files | {name: "0"})
         output = tmp_path / f"{name}.output"
-        assert forks.Forks("util/sharded.py", [folder, tmp_path / "a.pth"], output).wait(60) == [1]
+        assert forks.Forks("mae/checkpoints/sharded.py", [folder, tmp_path / "a.pth"], output).wait(60) == [1]
         (line,) = output.read_text().splitlines()
         assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", line), line
 

@@ -22,8 +22,8 @@ import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.cli.advice import AdvisedError
+from mae.data.dataset_kinds import open_source
 from mae.inference import export, get_model
-from util.datasets import open_source
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
 SMALL = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu", "amp": "off"}

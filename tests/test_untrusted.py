@@ -47,7 +47,7 @@ def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
         file.truncate(MAX_BYTES + 1)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
-        assert forks.Forks("util/datasets.py", [folder, "--num_workers", 0], tmp_path / "output").wait(120) == [1]
+        assert forks.Forks("mae/data/__main__.py", [folder, "--num_workers", 0], tmp_path / "output").wait(120) == [1]
     output = (tmp_path / "output").read_text()
     assert "unreadable  5" in output
     assert output.count("not a regular file") == 2

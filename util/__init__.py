@@ -1,1 +1,1 @@
-"""The library of the scripts and engines: one package per subject."""
+"""The modules of the published code under their names, for scripts that import them. The library is `mae`."""

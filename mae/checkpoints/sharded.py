@@ -1,6 +1,6 @@
 """Checkpoints of sharded runs (`--fsdp`): folders, to which each process writes its shards.
 
-    python -m util.sharded runs/giant/checkpoint-799 giant.pth        # converts to a plain checkpoint
+    python -m mae.checkpoints.sharded runs/giant/checkpoint-799 giant.pth        # converts to a plain checkpoint
 
 The tensors are written and read by torch.distributed.checkpoint, by any number of processes. The file
 `state.pth` contains everything else, and the digest of every file. Folders are written atomically.
@@ -279,3 +279,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="output file, such as giant.pth")
     return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -97,7 +97,8 @@ class _RecipeLoader(yaml.SafeLoader):
 def parser(description: str) -> argparse.ArgumentParser:
     """Returns a parser for a script. It has no --help, so that it can be a parent of another parser; `run` adds it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    prog = f"python -m {module.name}" if module and module.origin == sys.argv[0] else None  # None: the file's name
+    name = module.name.removesuffix(".__main__") if module and module.origin == sys.argv[0] else None
+    prog = name and f"python -m {name}"  # None: the file's name
     return _Parser(prog=prog, description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 

@@ -190,5 +190,5 @@ def check_statistics(
     if any(fact.deep for fact in good) and not (mean and std) and parallel.is_main():
         logger.warning(
             f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
-            f"them; {suggestion} (python -m util.datasets reads all images)"
+            f"them; {suggestion} (python -m mae.data reads all images)"
         )

@@ -244,7 +244,7 @@ class TrainLoader:
         if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
             found.append("--fast_jpeg")
         if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
-            found.append("python -m util.resize")
+            found.append("python -m mae.data.resize")
         return found
 
     def _limit(self, failures: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""python -m util.resize FOLDER COPY: copies a folder of images and scales their short sides to 256 pixels.
+"""python -m mae.data.resize FOLDER COPY: copies a folder of images and scales their short sides to 256 pixels.
 
 Smaller files help if the CPU cores decode images more slowly than the GPU trains. Training scales crops to 224 pixels
 and discards most pixels of a photograph. Crops of the copy are slightly less sharp than crops of the original.
@@ -147,3 +147,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy does not contain them")
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -376,7 +376,7 @@ def _listed(root: Path, images: list[str], masks: list[str], classes: list[str],
 
 def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
     images, masks = read_pairs(file_list, f"--{split}_list")
-    # With an archive, paths are relative to the folder of the list, as in util.datasets.
+    # With an archive, paths are relative to the folder of the list, as in mae.data.
     start = root if root and not root.is_file() else file_list.parent
     for name in (images[0], masks[0]):
         if not (start / name).is_file():

@@ -1,0 +1,127 @@
+"""util/: a training script in the style of the published code, with its own loop, imports and runs."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import forks
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from util import datasets, misc
+from util.lr_sched import adjust_learning_rate
+from util.pos_embed import get_2d_sincos_pos_embed, get_2d_sincos_pos_embed_from_grid
+
+SCRIPT = """
+import argparse
+import sys
+
+import torch
+from torchvision import datasets, transforms
+
+import models_mae
+import util.lr_sched as lr_sched
+import util.misc as misc
+from util.misc import NativeScalerWithGradNormCount as NativeScaler
+from util.pos_embed import get_2d_sincos_pos_embed
+
+
+def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, args):
+    model.train(True)
+    metric_logger = misc.MetricLogger(delimiter="  ")
+    metric_logger.add_meter("lr", misc.SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    optimizer.zero_grad()
+    for step, (samples, _) in enumerate(metric_logger.log_every(data_loader, 1, f"Epoch: [{epoch}]")):
+        if step % args.accum_iter == 0:
+            lr_sched.adjust_learning_rate(optimizer, step / len(data_loader) + epoch, args)
+        loss, _, _ = model(samples.to(device), mask_ratio=0.75)
+        value = loss.item()
+        updates = (step + 1) % args.accum_iter == 0
+        loss_scaler(loss / args.accum_iter, optimizer, parameters=model.parameters(), update_grad=updates)
+        if updates:
+            optimizer.zero_grad()
+        metric_logger.update(loss=value)
+        metric_logger.update(lr=optimizer.param_groups[0]["lr"])
+        mean = misc.all_reduce_mean(value)
+    metric_logger.synchronize_between_processes()
+    print("Averaged stats:", metric_logger)
+    return {name: meter.global_avg for name, meter in metric_logger.meters.items()}
+
+
+args = argparse.Namespace(
+    lr=1e-3, min_lr=0.0, epochs=2, warmup_epochs=1, accum_iter=2, device="cpu", dist_url="env://", start_epoch=0,
+    data_path=sys.argv[1], output_dir=sys.argv[2], resume=sys.argv[3], batch_size=2,
+)
+misc.init_distributed_mode(args)
+torch.manual_seed(misc.get_rank())
+transform = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
+pictures = datasets.ImageFolder(args.data_path, transform)
+sampler = torch.utils.data.DistributedSampler(pictures, misc.get_world_size(), misc.get_rank())
+loader = torch.utils.data.DataLoader(pictures, sampler=sampler, batch_size=args.batch_size, drop_last=True)
+model = models_mae.mae_vit_mini_patch4(img_size=16)
+assert get_2d_sincos_pos_embed(128, 4, cls_token=True).shape == (17, 128)
+model_without_ddp = model
+if args.distributed:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(model_without_ddp.parameters(), lr=args.lr, betas=(0.9, 0.95))
+loss_scaler = NativeScaler()
+misc.load_model(args=args, model_without_ddp=model_without_ddp, optimizer=optimizer, loss_scaler=loss_scaler)
+for epoch in range(args.start_epoch, args.epochs):
+    stats = train_one_epoch(model, loader, optimizer, "cpu", epoch, loss_scaler, args)
+    misc.save_model(args=args, model=model, model_without_ddp=model_without_ddp, optimizer=optimizer,
+                    loss_scaler=loss_scaler, epoch=epoch)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_script_of_a_fork_trains_saves_and_resumes(labelled, tmp_path, processes):
+    (tmp_path / "fork.py").write_text(SCRIPT)
+    (tmp_path / "out").mkdir()
+
+    def losses(output, resume=""):
+        argv = [labelled / "train", tmp_path / "out", resume]
+        text = forks.run(tmp_path / "fork.py", argv, tmp_path / output, processes)
+        return sorted({float(value) for value in re.findall(r"Averaged stats: .*?loss: \S+ \((\S+)\)", text)})
+
+    last, first = losses("whole")  # all processes print the mean over all
+    assert last < first / 2
+    assert losses("resumed", tmp_path / "out/checkpoint-0.pth") == [pytest.approx(last, rel=0.1)]  # other masks
+
+
+def test_meters_have_the_median_and_the_means():
+    meter = misc.SmoothedValue(window_size=2, fmt="{median} {avg} {global_avg} {max} {value}")
+    for value in (1.0, 2.0, 6.0):
+        meter.update(value)
+    assert str(meter) == "2.0 4.0 3.0 6.0 6.0"
+
+
+def test_the_schedule_needs_four_settings():
+    optimizer = torch.optim.SGD([{"params": torch.zeros(1), "lr_scale": 0.5}], lr=0)
+    args = SimpleNamespace(lr=2.0, min_lr=1.0, epochs=3, warmup_epochs=1)
+    assert [adjust_learning_rate(optimizer, epoch, args) for epoch in (0.5, 1, 2, 3)] == [1.0, 2.0, 1.5, 1.0]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_tables_of_positions_agree():
+    grid = np.stack(np.meshgrid(np.arange(3.0), np.arange(2.0))).reshape(2, 1, 2, 3)
+    table = get_2d_sincos_pos_embed_from_grid(8, grid)
+    assert table.shape == (6, 8)
+    assert np.array_equal(table, get_2d_sincos_pos_embed(8, (2, 3)))
+
+
+def test_folders_of_classes_are_augmented_in_training_only(labelled):
+    args = SimpleNamespace(data_path=labelled, input_size=16, color_jitter=None, aa="rand-m9-mstd0.5-inc1", reprob=0.25,
+                           remode="pixel", recount=1)  # fmt: skip
+    training, validation = (datasets.build_dataset(is_train, args) for is_train in (True, False))
+    assert training.classes == validation.classes
+    assert training[0][0].shape == validation[0][0].shape == (3, 16, 16)
+    assert torch.equal(validation[0][0], validation[0][0])
+    assert not torch.equal(training[0][0], training[0][0])
+
+
+def test_the_packages_do_not_import_util():
+    code = "import sys, main_pretrain, main_finetune, mae.inference; sys.exit('util' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
