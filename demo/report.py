@@ -21,13 +21,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
+from mae.data.dataset_kinds import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label, to_tensor
 from mae.evaluate import comparison, knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
 from mae.training import run_log
-from util import datasets
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
@@ -47,7 +47,7 @@ FEW_LABELS = {  # row of main_compare.py -> its title here
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     # Without a transform: the images have the size of the model, and a center crop would remove their borders.
-    samples = Samples(datasets.open_source(split, data_path), keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
+    samples = Samples(open_source(split, data_path), keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
 

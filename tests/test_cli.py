@@ -22,12 +22,12 @@ import main_pretrain
 import main_segment
 from mae.cli import entry_point, flags
 from mae.cli.advice import AdvisedError, Remedy
+from mae.data import __main__ as datasets
 from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted
 from mae.jobs import submit
 from models_mae import mae_vit_mini_patch4
-from util import datasets
 
 
 def parse(*argv):

@@ -15,10 +15,10 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae import parallel, plain_data
+from mae.data import __main__ as datasets
 from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
 from mae.data.sources import Files
-from util import datasets
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):

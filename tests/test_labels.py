@@ -16,13 +16,13 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
+from mae.data import __main__ as datasets
 from mae.data import labels
 from mae.data.dataset_kinds import open_source
 from mae.data.sources import find_files
 from mae.data.webdataset_shards import Shards
 from mae.inference import get_model
 from models_vit import vit_mini_patch4
-from util import datasets
 
 
 def folders(root, **counts):

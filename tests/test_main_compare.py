@@ -28,13 +28,13 @@ import main_compare
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint, run_directory
+from mae.data.dataset_kinds import open_source
 from mae.data.labels import hold_out, some_of_each_class
 from mae.evaluate import comparison, pixel_baselines
 from mae.evaluate.comparison import Result
 from mae.inference import get_model
 from mae.jobs.commands import Commands
 from mae.settings import ImageSpec
-from util import datasets
 
 pytestmark = pytest.mark.usefixtures("forked")
 SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
@@ -122,7 +122,7 @@ def pixels_of(source):
 @pytest.fixture(scope="module")
 def draws(blobs):
     """The training images of the two draws, and the validation images."""
-    train, val = (datasets.open_source(split, str(blobs), str(blobs / f"{split}.csv")) for split in ("train", "val"))
+    train, val = (open_source(split, str(blobs), str(blobs / f"{split}.csv")) for split in ("train", "val"))
     return [some_of_each_class(train, 10, draw) for draw in (0, 1)], val
 
 
@@ -547,7 +547,7 @@ def test_pixels_of_the_baselines(labelled, tmp_path):
     """They have at most 32 rows, the default crop of the input size, and one range for files of 8 and 16 bits."""
 
     def read(path, *spec, **options):
-        return pixel_baselines.read(datasets.open_source("val", str(path)), ImageSpec(*spec, **options), 0)
+        return pixel_baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
 
     assert np.array_equal(read(labelled, 256, 1), read(labelled, 256, 1, crop_pct=1.0))
     pixels = read(labelled, (64, 32), 1, crop_pct=1)

@@ -20,9 +20,9 @@ import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point
+from mae.data import __main__ as datasets
 from mae.data.decode import BadImage
 from mae.inference import features
-from util import datasets
 
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}

@@ -26,11 +26,11 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
+from mae.data import __main__ as datasets
 from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label
-from util import datasets
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "

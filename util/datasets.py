@@ -22,7 +22,7 @@ def build_transform(is_train: bool, args: Namespace) -> Callable[[Any], Any]:
     Args:
         args: has `input_size`; for training also `color_jitter`, `aa`, `reprob`, `remode` and `recount`.
     """
-    statistics = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    statistics: dict[str, Any] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     if is_train:
         return create_transform(
             input_size=args.input_size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
