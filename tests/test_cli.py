@@ -22,7 +22,7 @@ import main_pretrain
 import main_segment
 from mae.cli import entry_point, flags
 from mae.cli.advice import AdvisedError, Remedy
-from mae.data import __main__ as datasets
+from mae.data import check as datasets
 from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted

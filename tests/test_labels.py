@@ -16,7 +16,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.data import __main__ as datasets
+from mae.data import check as datasets
 from mae.data import labels
 from mae.data.dataset_kinds import open_source
 from mae.data.sources import find_files

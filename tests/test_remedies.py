@@ -20,7 +20,7 @@ import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point
-from mae.data import __main__ as datasets
+from mae.data import check as datasets
 from mae.data.decode import BadImage
 from mae.inference import features
 

@@ -26,7 +26,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
-from mae.data import __main__ as datasets
+from mae.data import check as datasets
 from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode, to_tensor
 from mae.data.samples import Samples

@@ -1,0 +1,141 @@
+"""Checks a dataset before training. `open_source` opens a dataset of any kind.
+
+    python -m mae.data IMAGES
+    python -m mae.data IMAGES.zip --in_chans 1
+
+The command prints the number of images, their sizes, channels and classes, the unreadable images with the reason, the
+mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from mae.cli import entry_point, flags, options
+from mae.data.batches import up_to_cores
+from mae.data.dataset_kinds import open_source
+from mae.data.decode import BadImage, PixelValues
+from mae.data.image_facts import ImageFacts, all_facts, statistics_of
+from mae.data.labels import has_ids
+from mae.data.loader import MAX_BAD_SHARE
+from mae.data.sources import Source
+from mae.data.user_sets import OpenDataset, UserSet, with_source
+from mae.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 20  # unreadable images that are listed
+
+
+def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) -> list[str]:
+    """Returns the lines of the report.
+
+    Args:
+        facts: the facts of the images that were read.
+        seconds: the duration of reading them.
+    """
+    good = [fact for fact in facts if fact.sums is not None]
+    bad = [fact.unreadable for fact in facts if fact.unreadable]
+    lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
+    counts = Counter(fact.label for fact in good if fact.label >= 0)
+    if counts and _have_classes(source):
+        every = counts if has_ids(source) else range(max(len(source.classes), max(counts) + 1))
+        of_each = [counts[label] for label in every]
+        lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
+    else:
+        lines.append("classes     none: pre-training needs no labels")
+    listed = "".join(f"\n            {name}: {why}" for name, why in bad[:MAX_LISTED])
+    more = f"\n            and {len(bad) - MAX_LISTED:,} more" * (len(bad) > MAX_LISTED)
+    lines.append(f"unreadable  {len(bad):,}{listed}{more}")
+    if good:
+        heights, widths = np.array([fact.size for fact in good]).T
+        spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
+        (size, most), *others = Counter(fact.size for fact in good).most_common()
+        channels = Counter(fact.channels for fact in good).most_common()
+        mean, std = statistics_of(good)
+        pixels, valid = int((heights * widths).sum()), sum(fact.valid for fact in good)
+        lines += [
+            f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
+            "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
+            f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            *[f"invalid     {1 - valid / pixels:.2%} of the pixels"] * (valid < pixels),
+            f"rotated     {sum(fact.turned for fact in good):,} images by EXIF data, which is ignored in training",
+            f"--mean      {mean}",
+            f"--std       {std}",
+        ]
+    lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
+    return lines
+
+
+def _have_classes(source: Source | Shards) -> bool:
+    """Whether labels are class numbers. Labels of the user's code may be other numbers, for main_finetune.py --task."""
+    if isinstance(source, UserSet):
+        try:
+            source.labels  # noqa: B018
+        except ValueError:
+            return False
+    return True
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
+    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
+    options.add_source_options(parser)
+    options.add_to(parser, "nodata", "value_range", "channels_last", "num_images")
+    parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
+    parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
+    parser.add_argument(
+        "--limit", type=flags.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
+    """Prints the report.
+
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+
+    Raises:
+        ValueError: the dataset can't be opened.
+        BadImage: an image can't be read.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    file_list = args.train_list if args.split == "train" else args.val_list
+    args = with_source(args, source)
+    how = {"download": args.download, "num_images": args.num_images, "function": source, "extras": args.extras}
+    try:
+        images = open_source(args.split, args.data_path, file_list, args.dataset, **how)
+    except ValueError as error:
+        if not file_list:
+            raise
+        images = open_source(args.split, args.data_path, file_list, args.dataset, **how, task=None)
+        logger.warning(f"{error}. Pre-training does not read the labels")
+    indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
+    workers = up_to_cores(args.num_workers)
+    values = PixelValues(args.nodata, args.value_range, args.channels_last)
+    facts_of = all_facts(images, args.in_chans, indices, workers, values)
+    started = time.perf_counter()
+    facts = list(tqdm(facts_of, total=len(indices), disable=None))
+    print("\n".join(report_on(images, facts, time.perf_counter() - started)))
+    bad = [fact for fact in facts if fact.unreadable]
+    if bad:
+        raise BadImage(f"{len(bad):,} of {len(facts):,} images can't be read: {_remedy_of(bad, len(facts))}")
+
+
+def _remedy_of(bad: list[ImageFacts], count: int) -> str:
+    """Returns the remedy for the unreadable among `count` images."""
+    (remedy, shared), *_ = Counter(fact.remedy for fact in bad).most_common()
+    if remedy and shared > count / 2:
+        return remedy
+    if len(bad) <= MAX_BAD_SHARE * count:
+        return f"main_pretrain.py --on_bad_image skip excludes them, up to {MAX_BAD_SHARE:.0%} of an epoch"
+    return (
+        f"replace or remove them; main_pretrain.py --on_bad_image skip excludes up to {MAX_BAD_SHARE:.0%} of an epoch"
+    )
