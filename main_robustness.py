@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 main_robustness.py --suite imagenet-c --data_path ImageNet-C \\
         --model runs/base_finetuned/checkpoint-99.pth --output_dir runs/robustness
 
-RESULTS.md has the sources of the images and the results of the paper. The same command resumes an interrupted suite.
-"""
+docs/results.md has the sources of the images and the results of the paper. The same command resumes an interrupted
+suite. """
 
 import json
 import logging

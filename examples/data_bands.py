@@ -1,6 +1,6 @@
 """Images of four bands with clouds, whose masks are files next to the images: NAME.npy and NAME_clouds.npy.
 
-python examples/data_bands.py FOLDER generates images of four classes; DATA.md has the commands that train.
+python examples/data_bands.py FOLDER generates images of four classes; docs/data.md has the commands that train.
 """
 
 import sys

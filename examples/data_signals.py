@@ -1,6 +1,6 @@
 """Signals of several leads, such as an ECG, from arrays: SPLIT.npy (signals, LEADS, SAMPLES), and SPLIT_labels.npy.
 
-python examples/data_signals.py FOLDER generates signals of four classes; DATA.md has the commands that train.
+python examples/data_signals.py FOLDER generates signals of four classes; docs/data.md has the commands that train.
 """
 
 import sys

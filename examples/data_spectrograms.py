@@ -1,6 +1,6 @@
 """Sounds as images: log-power spectrograms of WAV files in train/CLASS/ and val/CLASS/ (pip install scipy).
 
-python examples/data_spectrograms.py FOLDER generates sounds of four classes; DATA.md has the commands that train.
+python examples/data_spectrograms.py FOLDER generates sounds of four classes; docs/data.md has the commands that train.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The commands of DATA.md for kinds of data: pre-training is better than random weights by the margin of the page."""
+"""The commands of docs/data.md: pre-training is better than random weights by the margin of the page."""
 
 import re
 

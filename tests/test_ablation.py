@@ -129,7 +129,7 @@ def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
 
 
 def test_the_document_has_the_losses_of_the_runs():
-    page = (ROOT / "SMALL_DATA.md").read_text().splitlines()
+    page = (ROOT / "docs/small_data.md").read_text().splitlines()
     (header,) = (line for line in page if line.startswith("| images | epoch 0 |"))
     epochs = [text.strip().removeprefix("epoch ") for text in header.split("|")[2:-1]]
     names = ("1000-images", "1000-images-epochs-1000", "base", "epochs-80")

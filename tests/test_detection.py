@@ -15,7 +15,7 @@ from mae.inference import export, get_model
 
 @pytest.mark.parametrize(("source", "size"), [("mae", (56, 56)), ("encoder", (40, 96)), ("classifier", (56, 56))])
 def test_an_exported_encoder_has_the_layout_and_features_of_vitdet(tmp_path, source, size):
-    """The command of SEGMENTATION.md, for a checkpoint of pre-training, an encoder and a classifier.
+    """The command of docs/segmentation.md, for a checkpoint of pre-training, an encoder and a classifier.
 
     VitDet of transformers is a port of detectron2's backbone, and interpolates positions itself.
     """

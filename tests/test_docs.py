@@ -25,7 +25,7 @@ from mae.weights import model_zoo
 
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "demo/**/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "demo/**/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
     if path.name != "table.md" and "output" not in path.parts  # tables are written by the studies
 )
@@ -73,9 +73,10 @@ def script_commands() -> list[tuple[str, list[str]]]:
         lines += [line for line in commands(docstring) if line.strip().startswith("python ")]
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
     scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
-    modules = r"mae\.inference\.\w+|util\.(?:datasets|resize|sharded)"
+    modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
-    found = [(call[1], shlex.split(call[2] or "", comments=True)) for call in calls if call]
+    commands_of = {"mae.data": "mae.data.check"}  # packages
+    found = [(commands_of.get(call[1], call[1]), shlex.split(call[2] or "", comments=True)) for call in calls if call]
     assert len(found) >= 150
     return found
 
@@ -101,13 +102,13 @@ def known_flags():
 def test_scripts_and_flags_of_a_document_exist(path, known_flags):
     """Every file that a command runs, every file and directory of this repository and every flag that a page names."""
     text = path.read_text(encoding="utf-8")
-    ours = text.partition("## mmpretrain")[0]  # the rest of MIGRATING.md quotes other libraries
-    folders = r"(?:recipes|benchmarks|util|inference|demo/(?!output)|tests)"
+    ours = text.partition("## mmpretrain")[0]  # the rest of docs/migrating.md quotes other libraries
+    folders = r"(?:recipes|benchmarks|docs|util|mae|demo/(?!output)|tests)"
     files = re.findall(r"python ([\w/]+\.py)", ours) + re.findall(rf"(?<![\w/.-])({folders}/?\w[\w/]*\.\w+)", text)
     assert [file for file in files if "/" in file and not (ROOT / file).exists()] == []
     tasks = set(re.findall(r"^([a-z-]+)\(\) \{", RUN, re.MULTILINE))
     assert set(re.findall(r"(?:`|^ *)\./run ([a-z][a-z-]*)", text, re.MULTILINE)) <= tasks
-    if path.name != "MIGRATING.md":
+    if path.name != "migrating.md":
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
         assert named - known_flags - OTHER_FLAGS == set()
 
@@ -143,7 +144,7 @@ def test_the_python_of_documents_runs(run_python):
     assert run_python("README.md")["features"].shape == (2, 768)
     classifier = get_model("vit_mini_patch4", nb_classes=3, crop_pct=0.875)
     export.export(classifier, "onnx", Path("classifier.onnx"))
-    names = run_python("ZOO.md")
+    names = run_python("docs/zoo.md")
     scores = torch.from_numpy(names["logits"]).softmax(1)[0].numpy()
     assert scores == pytest.approx(classifier.predict("demo/photos/coffee.jpg")["pred_scores"], abs=1e-5)
     assert names["features"].shape == (2, 768)
@@ -151,7 +152,7 @@ def test_the_python_of_documents_runs(run_python):
     assert names["mask"].shape == (2, 196)
     assert names["tokens"].shape == (2, 197, 768)
     assert names["reconstruction"].pasted.shape == names["images"].shape
-    names = run_python("SEGMENTATION.md", "mae.inference.maps import dense")
+    names = run_python("docs/segmentation.md", "mae.inference.maps import dense")
     assert names["features"].shape == (2, 4 * 768, 32, 32)
     assert names["complete"].shape == (1, 4 * 768, 25, 38)  # of 400 x 600 pixels
 
@@ -175,7 +176,7 @@ def test_links_lead_to_files_and_headings(path):
 
 
 def test_the_model_zoo_names_every_model():
-    text = (ROOT / "ZOO.md").read_text()
+    text = (ROOT / "docs/zoo.md").read_text()
     assert [name for name in models_mae.MODELS if name not in text and not name.endswith("dec512d8b")] == []
 
 
@@ -199,7 +200,7 @@ def test_tables_are_those_of_their_sources():
 
 
 def test_results_md_has_the_published_robustness():
-    text = (ROOT / "RESULTS.md").read_text()
+    text = (ROOT / "docs/results.md").read_text()
     titles = {"imagenet-c": "ImageNet-C, mCE", "imagenet-a": "ImageNet-A", "imagenet-r": "ImageNet-R",
               "imagenet-sketch": "ImageNet-Sketch"}  # fmt: skip
     for suite, published in robustness.PUBLISHED.items():

@@ -64,7 +64,7 @@ def test_a_run_resumes_with_other_numbers_of_processes(own_module, pictures, tmp
 
 
 def test_the_security_page_agrees_with_the_code():
-    assert f"{MAX_PIXELS:,}" in (ROOT / "SECURITY.md").read_text()
+    assert f"{MAX_PIXELS:,}" in (ROOT / "docs/security.md").read_text()
     folders = ("", "mae/*/", "mae/")
     code = "\n".join(path.read_text() for folder in folders for path in ROOT.glob(f"{folder}*.py"))
     assert not re.search(r"pickle\.load|yaml\.load\(|extractall", code)

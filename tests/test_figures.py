@@ -36,7 +36,7 @@ def row(document, name):
 @pytest.mark.parametrize("name", RESULTS)
 def test_the_papers_table(name):
     start = f"{name} | {RESULTS[name].split()[0]}"  # another table names the same data sets
-    assert " ".join(row("RESULTS.md", start)[:4]).strip() == RESULTS[name]
+    assert " ".join(row("docs/results.md", start)[:4]).strip() == RESULTS[name]
 
 
 def test_the_published_recipes():
@@ -46,9 +46,9 @@ def test_the_published_recipes():
         ("FINETUNE.md", "hardware and time", ["32 V100, 7 h 11 min", "32 V100, 8 h 52 min", "64 V100, 13 h 09 min"]),
         ("PRETRAIN.md", "published top-1", ["83.6 / 67.8", "85.9 / 76.0", "86.9 / 77.2"]),
         # ViT-S of a third party, ViT-B and ViT-L.
-        ("RESULTS.md", "nearest neighbors |", ["18.0", "35.6", "48.1"]),
-        ("RESULTS.md", "linear probe |", ["47.1", "67.8", "76.0"]),
-        ("RESULTS.md", "attentive probe |", ["64.6", "75.5", "79.5"]),
+        ("docs/results.md", "nearest neighbors |", ["18.0", "35.6", "48.1"]),
+        ("docs/results.md", "linear probe |", ["47.1", "67.8", "76.0"]),
+        ("docs/results.md", "attentive probe |", ["64.6", "75.5", "79.5"]),
     ):
         assert row(document, name)[: len(cells)] == cells
     for name, epochs in (("fine-tuning (", (100, 50, 50)), ("linear probing (", (90, 50, 50))):
@@ -110,11 +110,11 @@ def zoo_table(document):
 
 def test_the_model_zoo_has_every_released_file():
     released = {name for name, row in model_zoo.TABLE.items() if row.url}
-    assert zoo_table("ZOO.md") == {name: zoo_row(name) for name in released}
+    assert zoo_table("docs/zoo.md") == {name: zoo_row(name) for name in released}
 
 
 def test_the_rows_of_the_readme_are_those_of_the_model_zoo():
-    table, zoo = zoo_table("README.md"), zoo_table("ZOO.md")
+    table, zoo = zoo_table("README.md"), zoo_table("docs/zoo.md")
     assert len(table) == 4
     assert {name: zoo[name] for name in table} == table
 

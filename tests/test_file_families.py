@@ -1,4 +1,4 @@
-"""Weights in the wild: files in the layouts of MIGRATING.md's table are read with their settings, or refused."""
+"""Weights in the wild: files in the layouts of docs/migrating.md's table are read with their settings, or refused."""
 
 import argparse
 import json

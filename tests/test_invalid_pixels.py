@@ -373,7 +373,7 @@ def test_statistics_exclude_invalid_pixels(tmp_path):
 
 
 def test_the_commands_of_the_document_run(tmp_path):
-    assert "invalid     23.44%" in run_section("DATA.md", "## Invalid pixels", tmp_path)
+    assert "invalid     23.44%" in run_section("docs/data.md", "## Invalid pixels", tmp_path)
     assert np.isfinite(lines(tmp_path / "runs/nodata")[-1]["train_loss"])
 
 

@@ -230,7 +230,7 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
 
 
 def test_the_section_of_the_page_runs(tmp_path):
-    assert "10-NN Acc@1" in run_section("METHOD.md", "## Your encoder", tmp_path)
+    assert "10-NN Acc@1" in run_section("docs/method.md", "## Your encoder", tmp_path)
 
 
 def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pretrain, labelled, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "download": flag(DATA, action="store_true"),
     "extras": flag(DATA, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
-        "besides the image, by name (DATASETS.md)"),
+        "besides the image, by name (docs/datasets.md)"),
     "num_images": flag(DATA, type=positive_int, metavar="N",
         help="number of images in the shards of wds: (default: counted, which needs local files)"),
     "task": flag(DATA, default=choices.CLASSIFICATION, choices=choices.TASK_CHOICES,
@@ -150,7 +150,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "encoder_args": flag(MODEL, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --encoder, such as groups=3 (default: as in the loaded weights)"),
     "model_class": flag(MODEL, metavar="MODULE:CLASS",
-        help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
+        help="your own method: a class derived from models_mae.MaskedAutoencoderViT (docs/method.md). Files record its "
         "name, and do not import it"),
     "model_args": flag(MODEL, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --model_class, such as bins=9"),

@@ -199,7 +199,7 @@ class RunLog(NullLog):
             f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}{costs.describe(speed)}"
         )
         if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
-            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (RUNS.md, Speed)")
+            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (docs/runs.md, Speed)")
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))
