@@ -211,7 +211,7 @@ def test_results_md_has_the_published_robustness():
 
 @pytest.mark.parametrize(
     ("page", "section", "study"),
-    [("SMALL_DATA", "## Settings", "small_data/table"), ("SMALL_DATA", "## Digits", "small_data/digits"),
+    [("docs/small_data", "## Settings", "small_data/table"), ("docs/small_data", "## Digits", "small_data/digits"),
      ("benchmarks/fashion_mnist/README", "## Accuracy", "fashion_mnist/table"),
      ("README", "## What is measured", "fashion_mnist/table")],
 )  # fmt: skip

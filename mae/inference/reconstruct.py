@@ -1,7 +1,7 @@
 """Masks parts of photographs and reconstructs them with a masked autoencoder.
 
 python -m mae.inference.reconstruct demo/photos/*.jpg --model mae_visualize_vit_large --out grid.png
-python -m mae.inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --mask_box 40 60 200 120
+python -m mae.inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --mask_box 40 60 200 120 --out a.png
 """
 
 import argparse
