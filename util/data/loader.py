@@ -230,13 +230,16 @@ class TrainLoader:
         """Returns the entries of the last epoch in log.txt."""
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
-    def remedies(self, record: Mapping[str, Any]) -> list[str]:
+    def remedies(self, record: Mapping[str, Any], device: torch.device) -> list[str]:
         """Returns the flags and the command that would load the images of a run faster.
 
         Args:
             record: the settings of the run.
+            device: the device of the model.
         """
-        cores, source = dist.cores_of_process(), self.source
+        source, cores = self.source, dist.cores_of_process()
+        if device.type == "cpu":
+            cores -= torch.get_num_threads()  # which compute
         found = [f"--num_workers {cores}"] if self.batches.num_workers < cores else []
         if record.get("cache_images"):
             return found

@@ -62,7 +62,7 @@ class FeatureBatches(Epochs):
         """Returns no counts: no images are read."""
         return {}
 
-    def remedies(self, record: Mapping[str, Any]) -> list[str]:
+    def remedies(self, record: Mapping[str, Any], device: torch.device) -> list[str]:
         """Returns no remedies: no images are read."""
         return []
 
