@@ -140,7 +140,8 @@ def run(
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = _open_log(spec, task.loss_tag, progress, len(batches), measure_costs, partial(batches.remedies, record, precision.device))
+        remedies = partial(batches.remedies, record, precision.device)
+        log = _open_log(spec, task.loss_tag, progress, len(batches), measure_costs, remedies)
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
