@@ -50,9 +50,8 @@ STEPS = {
     "equality": Step("gpu_correct:equality", 200, is_alone=False),
     "numerics": Step("gpu_correct:numerics", 120, is_alone=False),
     "ceilings": Step("gpu_speed:ceilings", 40, is_prepared=True),
-    "variants": Step(
-        "gpu_training:variants", 50, is_prepared=True
-    ),  # its models leave the memory before the largest batch
+    # Before the largest batches: its models leave the memory first.
+    "variants": Step("gpu_training:variants", 50, is_prepared=True),
     "base": Step("gpu_training:training", 70, is_prepared=True),
     "huge": Step("gpu_training:training", 80, is_prepared=True),
     "large": Step("gpu_training:training", 70, is_prepared=True),

@@ -20,6 +20,7 @@ from util.pos_embed import to_pair
 from util.settings import RunSpec
 from util.training import costs, environment, run_log
 from util.training.compiling import compile_model
+from util.training.loading_advice import faster_loading
 from util.training.loop import Callback, EpochOptions, Loader
 from util.training.meters import Meters
 from util.training.nonfinite import NonFiniteGuard
@@ -179,7 +180,7 @@ def _open_log(
     return run_log.RunLog(
         Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
         first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
-        measure_costs=measure_costs, remedies=partial(batches.remedies, record, device),
+        measure_costs=measure_costs, remedies=partial(faster_loading, batches, record, device),
     )  # fmt: skip
 
 
