@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from mae.cli import entry_point
 from mae.evaluate.tables import markdown
 from mae.training.costs import PEAK_TFLOPS
 
@@ -114,13 +115,18 @@ def table(machine: Results, results: Results) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def main(args: argparse.Namespace) -> None:
+    """Prints the tables of a file."""
+    results = json.loads(args.file.read_text())
+    print(table(results["machine"], results))
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = entry_point.parser("The tables of a gpu_check.json, in Markdown.")
     parser.add_argument("file", type=Path, metavar="FILE", help="gpu_check.json")
     return parser
 
 
 if __name__ == "__main__":
-    results = json.loads(get_args_parser().parse_args().file.read_text())
-    print(table(results["machine"], results))
+    entry_point.run(main, get_args_parser())

@@ -111,7 +111,7 @@ def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypa
     advice = re.findall(r"^data loading limits.*", capsys.readouterr().out, re.MULTILINE)
     assert len(advice) == 1
     assert {name for name in ("--num_workers", "--fast_jpeg", "mae.data.resize") if name in advice[0]} == remedies
-    assert "--num_workers 7" in advice[0]
+    assert f"--num_workers {7 - torch.get_num_threads()}" in advice[0]  # on a CPU, the other cores compute
 
 
 def products(tokens, width, depth):

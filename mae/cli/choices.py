@@ -8,6 +8,10 @@ DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
 )  # fmt: skip
 DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
 AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
+TF32 = (  # in the help of --amp
+    "tf32: fp32, but matrix products on CUDA round their factors to 10 bits of mantissa, a relative error of up to "
+    "5e-4 each"
+)
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")

@@ -286,9 +286,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "debug": flag(RUN, action="store_true", help="print the traceback of an error"),
     "amp": flag(RUN, default="auto", choices=choices.AMP_CHOICES,
         help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), and for training on CPUs with AVX512-BF16 or "
-        "AMX; else off. tf32: fp32, but matrix products on CUDA round their factors to 10 bits of mantissa, a relative "
-        "error of up to 5e-4 each; bf16 and fp16 do so for the products that remain in fp32. off: fp32. A resumed run "
-        "has the precision of its checkpoint"),
+        f"AMX; else off. {choices.TF32}; bf16 and fp16 do so for the products that remain in fp32. off: fp32. A "
+        "resumed run has the precision of its checkpoint"),
     "compile": flag(RUN, action="store_true",
         help="compile the model with torch.compile: higher throughput, after up to a minute of compilation"),
     "jobs": flag(RUN, type=positive_int, default=1, metavar="N",

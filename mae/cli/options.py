@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mae.cli.advice import OFF
-from mae.cli.choices import METRIC_CHOICES
+from mae.cli.choices import METRIC_CHOICES, TF32
 from mae.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
 from mae.cli.flags import count_or_all, not_in_recipes, positive, runs_code
 from mae.cli.user_code import import_object
@@ -252,8 +252,7 @@ def add_inference_options(
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
         add_exif(parser, "applied to single photographs")
         add_to(parser, "nodata", "value_range", "channels_last")
-        text = "precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. tf32: fp32, but matrix products on CUDA "
-        text += "round their factors to 10 bits of mantissa, a relative error of up to 5e-4 each. off: fp32"
+        text = f"precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. {TF32}. off: fp32"
         add_to(parser, "amp", default=amp, help=text)
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     add_to(parser, "encoder", "encoder_args", "device", "debug")

@@ -8,17 +8,15 @@ stored features, whose order depends on the number of processes.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from mae import parallel
-from mae.cli.choices import SHORT_SIDE
 from mae.data.batches import Batch, Batches, require_space, up_to_cores
 from mae.data.decode import BadImage
 from mae.data.extras import original
@@ -31,7 +29,6 @@ from mae.data.webdataset_shards import Shards
 logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share indicates another problem
-JPEG_SUFFIXES = (".jpg", ".jpeg")
 MAX_LEFT_OUT = 0.1  # fraction of the images of an epoch that may be left out without a warning
 
 
@@ -230,23 +227,6 @@ class TrainLoader:
         """Returns the entries of the last epoch in log.txt."""
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
-    def remedies(self, record: Mapping[str, Any]) -> list[str]:
-        """Returns the flags and the command that would load the images of a run faster.
-
-        Args:
-            record: the settings of the run.
-        """
-        cores, source = parallel.cores_of_process(), self.source
-        found = [f"--num_workers {cores}"] if self.batches.num_workers < cores else []
-        if record.get("cache_images"):
-            return found
-        name = source.name(0) if hasattr(source, "name") else ""
-        if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
-            found.append("--fast_jpeg")
-        if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
-            found.append("python -m mae.data.resize")
-        return found
-
     def _limit(self, failures: dict[str, str]) -> None:
         num_images = len(self) * self.images_per_iteration // self.order.repeats
         if len(failures) > MAX_BAD_SHARE * num_images:
@@ -255,15 +235,6 @@ class TrainLoader:
                 f"{len(failures):,} of the {num_images:,} images of an epoch can't be read, more than "
                 f"{MAX_BAD_SHARE:.0%}; one of them: {name}: {reason}"
             )
-
-
-def _short_side(file: str) -> int:
-    """Returns the short side of an image in pixels; 0 if it can't be read."""
-    try:
-        with Image.open(file) as picture:
-            return min(picture.size)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return 0
 
 
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -91,10 +91,9 @@ class ModelMixin(PyTorchModelHubMixin):
         """The context of a forward pass in a precision.
 
         Args:
-            amp: bf16, fp16, off (fp32), tf32 (fp32, but matrix products on CUDA round their factors to 10 bits of
-                mantissa, a relative error of up to 5e-4 each), or auto (bf16 on CUDA, fp16 on older GPUs). None, and
-                auto on other devices, in an autocast context and for weights of another type than fp32: the precision
-                of the caller.
+            amp: as --amp: bf16, fp16, tf32, off (fp32), or auto (bf16 on CUDA, fp16 on older GPUs). None, and auto on
+                other devices, in an autocast context and for weights of another type than fp32: the precision of the
+                caller.
 
         Raises:
             ValueError: `amp` is unknown, or the device does not support it.

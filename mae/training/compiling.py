@@ -40,12 +40,13 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
         model.forward = config.patch(freezing=True)(torch.compile(model.forward, fullgraph=True, dynamic=False))
     else:
         units = blocks_of(model)
+        settings: Any = torch._dynamo.config
         if 2 * sum(map(_num_weights, units)) < _num_weights(model):  # its blocks may have another name
             units = [model]
-        settings: Any = torch._dynamo.config
+        else:
+            settings.optimize_ddp = False  # it would split the graph of a block with more than 25 MiB of weights
         # Blocks of a user may have a constant each, in training and evaluation, for two batch sizes. The default is 8.
         settings.recompile_limit = max(settings.recompile_limit, 4 * len(units))
-        settings.optimize_ddp = False  # it would split the graph of a block with more than 25 MiB of weights
         for unit in units:
             _compile_method(unit, "forward")
         if hasattr(model, "forward_loss"):
@@ -69,6 +70,11 @@ def _compile_method(module: torch.nn.Module, name: str) -> None:
     setattr(module, name, MethodType(compiled, module) if is_bound else compiled)
 
 
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `compile_model`, or its user, has compiled a module. torch.compile marks its functions."""
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def padded(
     forward: Callable[..., Tensor], model: torch.nn.Module, size_of: Callable[[int], int] | None = None
 ) -> Callable[..., Tensor]:
@@ -81,7 +87,7 @@ def padded(
     Returns:
         A function like `forward`; for a model that is not compiled, `forward`.
     """
-    if not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules()):
+    if not any(map(_is_compiled, model.modules())):
         return forward
     largest = 0
 

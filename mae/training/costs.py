@@ -41,7 +41,7 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
 
     Args:
         model: not compiled. It is in evaluation mode afterwards.
-        forward: calls the model with one image. Buffers that it changes are restored.
+        forward: calls the model with one image.
 
     Returns:
         None if they are unknown: weights are frozen, or the model needs more than an image.

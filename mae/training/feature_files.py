@@ -62,10 +62,6 @@ class FeatureBatches(Epochs):
         """Returns no counts: no images are read."""
         return {}
 
-    def remedies(self, record: Mapping[str, Any]) -> list[str]:
-        """Returns no remedies: no images are read."""
-        return []
-
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors
 def encode(

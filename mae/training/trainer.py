@@ -20,6 +20,7 @@ from mae.positions import to_pair
 from mae.settings import RunSpec
 from mae.training import costs, environment, lr_sched, run_log
 from mae.training.compiling import compile_model
+from mae.training.loading_advice import faster_loading
 from mae.training.loop import Callback, EpochOptions, Loader
 from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
@@ -140,7 +141,7 @@ def run(
         train = partial(task.train_one_epoch, parallel.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = _open_log(spec, task.loss_tag, progress, len(batches), measure_costs, partial(batches.remedies, record))
+        log = _open_log(spec, task.loss_tag, progress, batches, measure_costs, record, precision.device)
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
@@ -169,16 +170,17 @@ def _open_log(
     spec: RunSpec,
     loss_tag: str,
     progress: run_state.Progress,
-    num_iterations: int,
+    batches: Any,
     measure_costs: Callable[[float], dict[str, float]],
-    remedies: Callable[[], list[str]],
+    record: Mapping[str, Any],
+    device: torch.device,
 ) -> run_log.NullLog:
     if not parallel.is_main():
         return run_log.NullLog()
     return run_log.RunLog(
         Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
-        first_x=run_log.next_x(progress.epoch, progress.first_iteration, num_iterations),
-        measure_costs=measure_costs, remedies=remedies,
+        first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
+        measure_costs=measure_costs, remedies=partial(faster_loading, batches, record, device),
     )  # fmt: skip
 
 
