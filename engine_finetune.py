@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mae import parallel, settings
 from mae.checkpoints import run_directory
-from mae.cli.choices import CLASSIFICATION, REGRESSION
 from mae.data import extras, labels
 from mae.data.batches import Batch, prefetch
 from mae.data.run_data import RunData
@@ -19,6 +18,7 @@ from mae.data.sources import Source
 from mae.evaluate import report, tasks
 from mae.evaluate.robustness import synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
+from mae.settings.choices import CLASSIFICATION, REGRESSION
 from mae.training import feature_files, loop
 from mae.training.compiling import padded
 from mae.training.precision import Precision

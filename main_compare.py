@@ -40,7 +40,6 @@ import models_vit
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.cli.advice import arguments, did_you_mean
-from mae.cli.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.cli.user_code import DATASET
 from mae.data.dataset_kinds import open_source
 from mae.data.labels import open_pair, some_of_each_class
@@ -52,7 +51,9 @@ from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tasks import best_of
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
-from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
+from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, names_of, names_with
+from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
+from mae.settings.fields import HEAD, LABELS
 from mae.training import run_log
 from mae.weights import reading
 
@@ -72,7 +73,7 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     FINETUNE: (main_finetune, {"batch_size": 128}),
 }  # fmt: skip
 # Flags that all scripts share; the comparison passes those that are given.
-SHARED = [*names_where(lambda one: True, ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
+SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 OF_ENCODER = {"model", "encoder", "encoder_args"}  # those of SHARED that a file of --encoders replaces
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
@@ -278,12 +279,12 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
             recorded["crop_pct"] = reading.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
-        known = {key: recorded[key] for key in names_where(lambda one: not one["of_task"], ModelSpec, ImageSpec)
-                 if key in args and recorded.get(key) is not None}  # fmt: skip
+        of_encoder = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS)]
+        known = {name: recorded[name] for name in of_encoder if name in args and recorded.get(name) is not None}
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         # The scripts read these from the file of an encoder.
-        unnamed = {key: weights.settings.get(key) for key in names_where(lambda one: one["of_training"])}
+        unnamed = {name: weights.settings.get(name) for name in EXPORTED if name not in REBUILDS}
         of_first = of_first or {key: value for key, value in (known | unnamed).items() if key not in also or value != 1}
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
@@ -292,7 +293,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         )
     architecture = of_first or own_model
     if "model" in entry_point.explicit(args):  # the images are those of the first file
-        of_images = names_where(lambda one: True, ImageSpec)
+        of_images = names_of(ImageSpec)
         architecture = own_model | {key: value for key, value in of_first.items() if key in of_images}
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
 
@@ -374,7 +375,7 @@ class Runs:
         own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
         settings = self._settings(task, own)
-        of_recipe = entry_point.explicit(settings) & {*names_where(lambda one: True, ImageSpec)}
+        of_recipe = entry_point.explicit(settings) & {*names_of(ImageSpec)}
         encoder = {
             name: value for name, value in task.encoder.flags.items() if name in settings and name not in of_recipe
         }

@@ -35,7 +35,6 @@ from engine_finetune import (
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.cli.advice import AdvisedError, Remedy
-from mae.cli.choices import CLASSIFICATION
 from mae.data import extras, transforms
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
@@ -43,6 +42,7 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.lr_decay import param_groups_lrd
 from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback

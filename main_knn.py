@@ -29,7 +29,8 @@ from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown
 from mae.files import results
-from mae.settings import DataSpec, ImageSpec, names_where, specs
+from mae.settings import DataSpec, ImageSpec, names_with, specs
+from mae.settings.fields import LABELS
 from mae.training import feature_files, trainer
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
@@ -46,7 +47,7 @@ def get_args_parser() -> ArgumentParser:
     options.add(parser, "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
     options.add(parser, "config", *options.COMPUTE_FLAGS)
-    options.add_to(options.group_of(parser, options.DATA), "batch_size", default=256)
+    options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
     options.add_distributed_options(parser)
     return parser
 
@@ -64,7 +65,7 @@ def main(
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
-    recorded, of_labels = mae.build.classifier_settings(file), names_where(lambda one: one["of_labels"])
+    recorded, of_labels = mae.build.classifier_settings(file), names_with(LABELS)
     args = with_recorded_settings(args, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
     train, val, statistics = open_labelled(data, args.nb_classes)

@@ -46,14 +46,14 @@ from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
-from mae.cli.choices import ATTENTIVE
 from mae.data import extras, labels, loader, transforms
 from mae.data.batches import Batch
 from mae.data.run_data import RunData
 from mae.data.sources import Source, versions
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
-from mae.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
+from mae.settings import REBUILDS, DataSpec, ImageSpec, RunSpec, names_of, specs
+from mae.settings.choices import ATTENTIVE, LINEAR
 from mae.training import feature_files, run_log, trainer
 from mae.training.loop import Callback
 from mae.training.precision import Precision
@@ -73,7 +73,9 @@ def get_args_parser() -> ArgumentParser:
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
-    options.add(parser, *options.EVALUATION_FLAGS, "probe", "num_queries", "cache_features", "held_out", "hflip")
+    options.add(parser, *options.EVALUATION_FLAGS)
+    options.add(parser, "probe", default=LINEAR)
+    options.add(parser, "num_queries", "cache_features", "held_out", "hflip")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
     options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
@@ -291,8 +293,8 @@ class Features:
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.args, self.data.statistics
-        names = ("model", "patch_size", *names_where(lambda one: one["rebuilds"], ImageSpec), "fast_jpeg", "dataset")
-        names += ("encoder", "encoder_args")
+        of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
+        names = ("model", "patch_size", *of_images, "fast_jpeg", "dataset", "encoder", "encoder_args")
         return {
             **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
             "mean": list(mean), "std": list(std),

@@ -22,8 +22,7 @@ from tqdm import tqdm
 from engine_finetune import evaluate
 from mae import parallel
 from mae.checkpoints import checkpoint
-from mae.cli import entry_point, flags, options
-from mae.cli.choices import NO_CROP
+from mae.cli import entry_point, options
 from mae.data import loader, transforms
 from mae.data.samples import Samples
 from mae.evaluate import robustness, robustness_report
@@ -31,6 +30,8 @@ from mae.evaluate.tasks import Evaluation
 from mae.files import locks
 from mae.files.results import Results
 from mae.inference.imagenet import TIMM, RestrictedClassifier, load
+from mae.settings import types
+from mae.settings.choices import NO_CROP
 from mae.training import run_log
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
@@ -58,12 +59,12 @@ def get_args_parser() -> ArgumentParser:
     )
     group.add_argument(
         "--subset",
-        type=flags.positive_int,
+        type=types.positive_int,
         metavar="N",
         help="evaluate N evenly spaced images per test set (default: all)",
     )
     group.add_argument(
-        "--crop_pct", type=flags.positive_share, metavar="S",
+        "--crop_pct", type=types.positive_share, metavar="S",
         help="side of the center crop, as a fraction of the resized image (default: the model's; 1 for imagenet-c, "
         "whose images are center crops)",
     )  # fmt: skip

@@ -42,7 +42,7 @@ import models_vit
 from benchmarks import machine, model_table, peers, train_step
 from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
-from mae.cli import entry_point, flags
+from mae.cli import entry_point
 from mae.data import loader, transforms
 from mae.data.dataset_kinds import open_source
 from mae.data.samples import Samples
@@ -50,6 +50,7 @@ from mae.data.sources import Source
 from mae.evaluate import knn
 from mae.inference import features, get_model
 from mae.parallel import choose_device
+from mae.settings import types
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 
@@ -246,8 +247,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", nargs="+", default=["eval", "features"], choices=("eval", "features", "knn"), help="measurements"
     )
-    parser.add_argument("--images", default=192, type=flags.positive_int, metavar="N", help="number of image files")
-    parser.add_argument("--num_workers", default=1, type=flags.count, metavar="N", help="worker processes of all")
+    parser.add_argument("--images", default=192, type=types.positive_int, metavar="N", help="number of image files")
+    parser.add_argument("--num_workers", default=1, type=types.count, metavar="N", help="worker processes of all")
     machine.add_rounds(parser)
     return parser
 

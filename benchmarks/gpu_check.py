@@ -32,8 +32,9 @@ import torch
 from benchmarks import gpu_table, listed_packages, machine
 from benchmarks.gpu_task import last_line
 from benchmarks.scripts import ROOT
-from mae.cli import entry_point, flags
+from mae.cli import entry_point
 from mae.files import atomic
+from mae.settings import types
 
 
 class Step(NamedTuple):
@@ -220,7 +221,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Checks and measurements on a machine with a GPU; on a CPU, a rehearsal of them.")
     parser.add_argument("--out", default=Path("runs/gpu_check"), type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
-        "--seconds", default=440, type=flags.positive, metavar="S", help="seconds of all steps together"
+        "--seconds", default=440, type=types.positive, metavar="S", help="seconds of all steps together"
     )
     parser.add_argument("--only", nargs="+", default=[*STEPS], metavar="STEP", help="steps (default: all)")
     parser.add_argument(

@@ -24,9 +24,10 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
-from mae.cli import entry_point, flags
+from mae.cli import entry_point
 from mae.data.dataset_kinds import open_source
 from mae.evaluate.tables import markdown
+from mae.settings import types
 
 CLASSES = 1_000
 FOLDER, LIST, TORCHVISION = "folder", "list", "torchvision"
@@ -89,9 +90,9 @@ def main(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Measures the time and memory to open a dataset of many images.")
-    parser.add_argument("--images", default=1_280_000, type=flags.positive_int, metavar="N", help="number of images")
+    parser.add_argument("--images", default=1_280_000, type=types.positive_int, metavar="N", help="number of images")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="K", help=f"of {', '.join(KINDS)}")
-    parser.add_argument("--rounds", default=3, type=flags.positive_int, metavar="N", help="measurements of each kind")
+    parser.add_argument("--rounds", default=3, type=types.positive_int, metavar="N", help="measurements of each kind")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for the files (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from mae.cli import entry_point, flags
-from mae.cli.choices import AMP_CHOICES
+from mae.cli import entry_point
 from mae.files import atomic
+from mae.settings import types
+from mae.settings.choices import AMP_CHOICES
 from mae.training.environment import commit, describe_gpu
 from models_vit import SIZES
 
@@ -26,7 +27,7 @@ def model_parser(description: str, amp: Iterable[str] = AMP_CHOICES) -> argparse
     """Returns a parser with the flags of measurements of a model; `amp` are the choices of --amp."""
     parser = entry_point.parser(description)
     parser.add_argument("--size", default="base_patch16", choices=SIZES, metavar="SIZE", help="a size of models_vit")
-    parser.add_argument("--batch_size", default=16, type=flags.positive_int, metavar="N", help="batch size")
+    parser.add_argument("--batch_size", default=16, type=types.positive_int, metavar="N", help="batch size")
     parser.add_argument("--amp", default="bf16", choices=amp, help="precision; off is fp32")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
@@ -36,7 +37,7 @@ def model_parser(description: str, amp: Iterable[str] = AMP_CHOICES) -> argparse
 def add_rounds(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of measurements that compare implementations."""
     parser.add_argument(
-        "--rounds", default=5, type=flags.positive_int, metavar="N",
+        "--rounds", default=5, type=types.positive_int, metavar="N",
         help="repetitions; each measures every implementation once",
     )  # fmt: skip
     parser.add_argument(

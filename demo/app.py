@@ -25,11 +25,12 @@ except ImportError:
 
 from demo import outputs
 from mae import parallel
-from mae.cli import entry_point, flags, options
-from mae.cli.choices import REGRESSION
+from mae.cli import entry_point, options
 from mae.data.decode import SUFFIXES
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from mae.masking import num_visible
+from mae.settings import types
+from mae.settings.choices import REGRESSION
 
 FOLDER = Path(__file__).parent
 SAMPLES = {1: FOLDER / "clothes", 3: FOLDER / "photos"}  # examples for models with this number of channels
@@ -88,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
     )
-    parser.add_argument("--port", default=7860, type=flags.positive_int, metavar="N", help="network port")
+    parser.add_argument("--port", default=7860, type=types.positive_int, metavar="N", help="network port")
     parser.add_argument(
         "--samples", type=Path, metavar="FOLDER",
         help="folder of example images, with its subfolders (default: clothes for a model with one channel, photographs"

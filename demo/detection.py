@@ -25,9 +25,10 @@ from torchvision.ops import masks_to_boxes
 
 from demo.segmentation import ARCHIVE, SIDE, make_pictures, make_textures
 from mae import parallel
-from mae.cli import entry_point, flags, options
+from mae.cli import entry_point, options
 from mae.inference.export import encoder_of
 from mae.inference.model import ARCHITECTURES, Autoencoder, Model, get_model
+from mae.settings import types
 
 CELLS, GARMENTS = 3, 3  # cells along a side of a picture; garments in a picture
 BATCH = 2  # pictures of an update
@@ -116,7 +117,7 @@ def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Trains a detector with the encoder of a model on generated pictures.")
     options.add_inference_options(parser, images=False, also=", or vit_tiny_patch16 and others with random weights")
-    parser.add_argument("--updates", default=10, type=flags.positive_int, metavar="N", help="number of updates")
+    parser.add_argument("--updates", default=10, type=types.positive_int, metavar="N", help="number of updates")
     return parser
 
 

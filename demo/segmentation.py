@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
 from mae.checkpoints import checkpoint
-from mae.cli import entry_point, flags, options
+from mae.cli import entry_point, options
 from mae.data.segmentation_masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
 from mae.files import atomic
 from mae.inference.model import get_model
 from mae.jobs.commands import Commands
+from mae.settings import types
 from mae.training import run_log
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +127,7 @@ def get_args_parser() -> ArgumentParser:
         ("--seeds", 3, "number of runs of each encoder, with the seeds 0, 1, ..."),
         ("--jobs", 2, "runs at a time"),
     ):
-        parser.add_argument(flag, default=default, type=flags.positive_int, metavar="N", help=text)
+        parser.add_argument(flag, default=default, type=types.positive_int, metavar="N", help=text)
     parser.add_argument(
         "--out", default="demo/output/segmentation", type=Path, metavar="DIR", help="folder of pictures, runs and table"
     )

@@ -18,8 +18,10 @@ import models_vit
 from mae.blocks import blocks_of
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli import user_code
-from mae.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
-from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
+from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_with
+from mae.settings.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
+from mae.settings.fields import HEAD, LABELS
+from mae.settings.model import BLOCK_ARGUMENTS
 from mae.weights import shapes
 from mae.weights.loading import Weights
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
@@ -203,7 +205,7 @@ def classifier_settings(file: Weights | None) -> dict[str, Any]:
     except CheckpointError:
         return {}
     if file.kind not in (CLASSIFIER, SEGMENTER):  # shapes do not determine the head; recorded settings may
-        of_task = names_where(lambda one: one["of_task"], ModelSpec)
+        of_task = names_with(HEAD, LABELS)
         settings = {name: settings[name] for name in settings if name in file.settings or name not in of_task}
     result = {name: settings[name] for name in REBUILDS if name in settings}
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
@@ -292,7 +294,7 @@ def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encode
         raise ValueError(f"{spec.model} is not a classifier")
     return {
         **_shape(spec, image, encoder),
-        "num_classes": spec.nb_classes,
+        "num_classes": spec.nb_classes or 0,
         "drop_path_rate": spec.drop_path,
         "global_pool": spec.global_pool,
     }
@@ -376,14 +378,14 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
         raise ValueError(f"the probe {spec.probe!r} is unknown; this version has {', '.join(PROBE_CHOICES)}")
     model.head_pools = spec.probe == ATTENTIVE
     if not model.head_pools:
-        model.head = probe_head(model.embed_dim, spec.nb_classes)
+        model.head = probe_head(model.embed_dim, spec.nb_classes or 0)
         return
     if model.global_pool:
         raise ValueError(
             "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
             "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
         )
-    model.head = attentive_head(model.embed_dim, spec.nb_classes, spec.num_queries or NUM_QUERIES)
+    model.head = attentive_head(model.embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)
 
 
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
@@ -433,13 +435,13 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
     shape: dict[str, Any] = {
         "img_size": image.input_size,
         "in_chans": image.in_chans,
-        "num_cls_tokens": spec.num_cls_tokens,
+        "num_cls_tokens": spec.num_cls_tokens or 1,
     }
     if spec.patch_size is not None:
         shape["patch_size"] = spec.patch_size
     if spec.layer_norm_eps:
         shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
-    of_block = {name: getattr(spec, name) for name in names_where(lambda one: one["of_block"])}
+    of_block = {name: getattr(spec, name) for name in BLOCK_ARGUMENTS}
     if any(of_block.values()):
         block = (encoder or Encoder).block
         parameters = inspect.signature(block).parameters

@@ -29,12 +29,12 @@ import models_mae
 import models_vit
 from mae.checkpoints import checkpoint, sharded
 from mae.cli import entry_point
-from mae.cli.choices import ADAPT_CHOICES
 from mae.data import jpeg
 from mae.data.archives import Archive
 from mae.data.decode import decode
 from mae.data.lists import read_list
 from mae.data.webdataset_shards import read_shards
+from mae.settings.choices import ADAPT_CHOICES
 from mae.weights import loading, model_zoo, reading
 
 

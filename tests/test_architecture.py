@@ -12,7 +12,7 @@ PACKAGES = {
     "files": "files", "cli": "files", "data": "cli|files", "evaluate": "data|cli|files", "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files", "training": "evaluate|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"mae\.(blocks|interrupts|masking|parallel|positions|settings)"
+SHARED = r"mae\.(blocks|interrupts|masking|parallel|positions|settings(\.\w+)?)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
@@ -30,13 +30,13 @@ ARROWS = {
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|models_\w+|mae\..+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+|util\.datasets",
     r"util\.\w+": r"mae\..+",  # the names of the paper's code
-    r"mae\.build": r"models_\w+|mae\.(blocks|settings|weights\.\w+|checkpoints\.checkpoint|cli\.(choices|user_code))",
+    r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|cli\.user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
+    r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.parallel": r"mae\.plain_data",
     r"mae\.plain_data": r"mae\.cli\.advice",
-    r"mae\.settings": r"mae\.positions",
     r"mae\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.

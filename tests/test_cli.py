@@ -20,13 +20,14 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-from mae.cli import entry_point, flags
+from mae.cli import entry_point
 from mae.cli.advice import AdvisedError, Remedy
 from mae.data import check as datasets
 from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted
 from mae.jobs import submit
+from mae.settings import types
 from models_mae import mae_vit_mini_patch4
 
 
@@ -82,16 +83,16 @@ def test_every_published_flag_takes_a_value(script):
 
 
 LIMITS = [  # type, valid values, invalid values
-    (flags.positive_int, ["1", "7"], ["0", "-1", "1.5"]),
-    (flags.count, ["0", "7"], ["-1"]),
-    (flags.non_negative, ["0", "0.5"], ["-0.1", "nan"]),
-    (flags.positive, ["1e-9"], ["0", "-1", "nan"]),
-    (flags.share, ["0", "1"], ["-0.1", "1.01"]),
-    (flags.positive_share, ["0.1", "1"], ["0", "1.01"]),
-    (flags.ratio, ["0", "0.99"], ["1", "-0.1"]),
-    (flags.jpeg_quality, ["1", "100"], ["0", "101"]),
-    (flags.count_or_all, ["0", "3", "all"], ["-1", "some"]),
-    (flags.seed, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
+    (types.positive_int, ["1", "7"], ["0", "-1", "1.5"]),
+    (types.count, ["0", "7"], ["-1"]),
+    (types.non_negative, ["0", "0.5"], ["-0.1", "nan"]),
+    (types.positive, ["1e-9"], ["0", "-1", "nan"]),
+    (types.share, ["0", "1"], ["-0.1", "1.01"]),
+    (types.positive_share, ["0.1", "1"], ["0", "1.01"]),
+    (types.ratio, ["0", "0.99"], ["1", "-0.1"]),
+    (types.jpeg_quality, ["1", "100"], ["0", "101"]),
+    (types.count_or_all, ["0", "3", "all"], ["-1", "some"]),
+    (types.seed, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
 ]
 
 

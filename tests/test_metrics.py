@@ -17,9 +17,9 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.cli.choices import CLASSIFICATION, METRICS
 from mae.evaluate.metrics import compute
 from mae.inference import get_model
+from mae.settings.choices import CLASSIFICATION, METRICS
 
 NAMES = METRICS[CLASSIFICATION]
 

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae import settings as settings_of
 from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli import entry_point
 from mae.cli.advice import Remedy, arguments
-from mae.cli.choices import published_crop_pct
 from mae.cli.flags import runs_code
 from mae.cli.user_code import DATASET
+from mae.settings import REBUILDS, ModelSpec, differs, fits, names_of, names_with
+from mae.settings import fields as roles
+from mae.settings.choices import published_crop_pct
+from mae.settings.resolve import names_resumed
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # A resumed run has the same settings of FIXED, or is an error, and may change settings of FREE without a warning.
-FIXED = settings_of.names_where(lambda one: one["resumed"] == settings_of.FIXED)
+FIXED = names_resumed(roles.FIXED)
 FREE = {
-    *settings_of.names_where(lambda one: one["resumed"] == settings_of.FREE),
+    *names_resumed(roles.FREE),
     "distributed",
     "gpu",
     "rank",
@@ -175,21 +177,21 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
         return args
     file, saved, is_ours = recorded
     taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
-    taken -= {*settings_of.names_where(lambda one: one["of_start"])}
+    taken -= {*names_with(roles.MACHINE)}
     if not is_ours:
-        taken &= {*settings_of.REBUILDS, *settings_of.names_where(lambda one: one["optimizes"])}
+        taken &= {*REBUILDS, *names_with(roles.OPTIM)}
     if "blr" in entry_point.explicit(args):
         taken -= {"lr"}  # it would take precedence
     changed = {name: saved[name] for name in sorted(taken) if _differs(name, saved, vars(args))}
     for name, value in changed.items():
-        _require_setting(file, name, value, getattr(args, name))
+        _require_setting(file, name, value)
     if changed:
         logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
     args = entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
     # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
     args.precision = str(saved.get("precision", ""))
     if saved.get("layer_norm_eps"):
-        _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"], None)
+        _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"])
         args.layer_norm_eps = saved["layer_norm_eps"]
     return args
 
@@ -210,12 +212,9 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     return str(file), saved, "progress" in state
 
 
-def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
+def _require_setting(file: str, name: str, value: Any) -> None:
     """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
-    first = default[0] if isinstance(default, list) and default else default
-    of_default = (bool, str, *settings_of.NUMBER) if first is None else type(first)
-    kind = settings_of.KINDS.get(name, settings_of.NUMBER if of_default in settings_of.NUMBER else of_default)
-    if value is not None and not settings_of.fits(value, kind):
+    if value is not None and not fits(name, value):
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_code(str(value)):
         in_python = " (or source= in Python)" * value.startswith(DATASET)
@@ -235,7 +234,7 @@ def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
     own |= {name: settings[name] for name in ("batch_size", "accum_iter")}
     first = parallel.from_rank_0(lambda: own)
     names = sorted(first.keys() | own.keys())
-    different = [name for name in names if settings_of.differs(name, first.get(name), own.get(name))]
+    different = [name for name in names if differs(name, first.get(name), own.get(name))]
     texts = parallel.gather(", ".join(f"{name} {own.get(name)} instead of {first.get(name)}" for name in different))
     for rank, text in enumerate(texts):
         if text:
@@ -353,7 +352,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
     if differing:
         saved = _args_of(state)
         _require_same_data(saved, settings)
-        of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
+        of_model = [*(name for name in names_of(ModelSpec) if name in REBUILDS), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
@@ -399,7 +398,7 @@ def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a setting that both have differs."""
-    return name in saved and name in settings and settings_of.differs(name, saved[name], settings[name])
+    return name in saved and name in settings and differs(name, saved[name], settings[name])
 
 
 def _require_same_parameters(

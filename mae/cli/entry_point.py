@@ -1,4 +1,4 @@
-"""The command line: `--config` recipes, and error messages in one line. `mae/cli/flag_table.py` defines the flags."""
+"""The command line: `--config` recipes, and error messages in one line. The fields of `mae/settings` define the flags."""
 
 import argparse
 import copy
@@ -18,10 +18,11 @@ import yaml
 
 from mae import parallel
 from mae.cli.advice import AdvisedError, arguments, did_you_mean
-from mae.cli.flags import is_refused_in_recipes, warn_without_crops
+from mae.cli.flags import Range, Size, is_refused_in_recipes, warn_without_crops
 from mae.cli.user_code import import_object, name_of
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
+from mae.settings.types import InvalidValue
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         # The pattern of Python 3.11 has no exponents: -1e-4 would be a flag.
+        self.register("action", "size", Size)
+        self.register("action", "range", Range)
         self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
 
     def format_usage(self) -> str:
@@ -76,6 +79,14 @@ class _Parser(argparse.ArgumentParser):
             near = did_you_mean(unknown[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return super().parse_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, InvalidValue):  # it says more than the name of the type
+                error.message = str(error.__context__)
+            raise
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

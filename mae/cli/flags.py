@@ -1,4 +1,4 @@
-"""Types of flag values, with error messages for argparse."""
+"""What only a command line knows of flags: types of output files, actions, and what a recipe must not set."""
 
 import argparse
 import logging
@@ -13,43 +13,6 @@ logger = logging.getLogger(__name__)
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
-
-
-def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    def kind(text: str) -> Any:
-        value = convert(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {requirement}, got {text}")
-        return value
-
-    kind.__name__ = convert.__name__  # argparse names it in the error for a text that is not a number
-    return kind
-
-
-positive_int = _kind(int, lambda value: value >= 1, "at least 1")
-count = _kind(int, lambda value: value >= 0, "at least 0")
-non_negative = _kind(float, lambda value: value >= 0, "at least 0")
-positive = _kind(float, lambda value: value > 0, "above 0")
-share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
-positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
-ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
-jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
-job_id = _kind(str, str.isdecimal, "a job id, which is a number")
-seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
-
-
-def count_or_all(text: str) -> int | str:
-    """The type of a number of blocks: at least 0, or "all"."""
-    return text if text == "all" else count(text)
-
-
-def nodata(text: str) -> float | str:
-    """The type of a pixel value: a number; NaN remains the text "nan", which equals itself."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or nan, got {text}") from None
-    return "nan" if value != value else value
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
@@ -72,6 +35,9 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
 class Size(argparse.Action):
     """Stores one number (a square) as a number, and two numbers (height, width) as a list."""
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(nargs="+", **arguments)
+
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if len(values) > 2:
             raise argparse.ArgumentError(self, f"takes one or two numbers (height, width), got {len(values)}")
@@ -80,6 +46,9 @@ class Size(argparse.Action):
 
 class Range(argparse.Action):
     """Stores two numbers, of which the first is below the second."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(nargs=2, **arguments)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if not values[0] < values[1]:

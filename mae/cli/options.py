@@ -8,12 +8,15 @@ from collections.abc import Collection
 from typing import Any
 
 from mae.cli.advice import OFF
-from mae.cli.choices import METRIC_CHOICES, TF32
-from mae.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
-from mae.cli.flags import count_or_all, not_in_recipes, positive, runs_code
+from mae.cli.flags import not_in_recipes, runs_code
 from mae.cli.user_code import import_object
+from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
+from mae.settings.fields import default_of
+from mae.settings.resolve import FIELDS
+from mae.settings.types import count_or_all, positive
 
-GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
+GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
+GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.py)"}
 # The flags that name code, a command or an address, and the values that a recipe must not set.
 REFUSED = {
     "dataset": runs_code,
@@ -31,39 +34,47 @@ RUN_FLAGS = (
 )  # fmt: skip
 
 
-def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Returns the group with this title. The first call adds all groups; --help omits groups without flags."""
+def group_of(parser: argparse.ArgumentParser, name: str) -> argparse._ArgumentGroup:
+    """Returns a group of --help. The first call adds all groups; --help omits groups without flags."""
+    title = GROUPS[name]
     if not any(group.title == title for group in parser._action_groups):
-        for name in GROUPS:
-            parser.add_argument_group(name)
+        for each in GROUPS.values():
+            parser.add_argument_group(each)
     return next(group for group in parser._action_groups if group.title == title)
 
 
 def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
-    """Adds rows of the table of flags to their groups, as `add_to` does."""
+    """Adds the flags of settings to their groups, as `add_to` does."""
     for name in names:
-        add_to(group_of(parser, FLAGS[name]["group"]), name, **changes)
+        kind, one = FIELDS[name]
+        add_to(group_of(parser, one.metadata["flag"]["group"] or kind.group), name, **changes)
 
 
 def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
-    """Adds rows of the table of flags to a group, or to a parser without groups.
+    """Adds the flags of settings to a group, or to a parser without groups.
 
     Args:
-        changes: arguments of `add_argument` that replace the arguments of the rows.
+        changes: a default, a type, a help text or another argument of `add_argument` that differs in this script.
     """
     for name in names:
-        row = {key: value for key, value in (FLAGS[name] | changes).items() if key != "group"}
-        if "switch" in row:  # two flags, so that the command line can override a recipe in both directions
-            on, off = (" (default)" * (row["switch"] is value) for value in (True, False))
-            group.add_argument(f"--{name}", action="store_true", default=row["switch"], help=row["help"] + on)
-            group.add_argument(
-                OFF.get(name, f"--no_{name}"), action="store_false", dest=name, default=row["switch"],
-                help=row.get("off", f"disable --{name}") + off,
-            )  # fmt: skip
-        else:
-            flag = group.add_argument(f"--{name}", **row)
-            if name in REFUSED:
-                not_in_recipes(flag, REFUSED[name])
+        one = FIELDS[name][1]
+        argument = {"default": default_of(one), **one.metadata["flag"], **changes}
+        flags = [f"--{name}", *argument.pop("aliases")]
+        off = argument.pop("off")
+        argument = {key: value for key, value in argument.items() if key != "group" and (key, value) != ("type", None)}
+        if argument.get("action") == "switch":
+            _add_switch(group, name, argument["default"], argument["help"], off or f"disable --{name}")
+            continue
+        flag = group.add_argument(*flags, **argument)
+        if name in REFUSED:
+            not_in_recipes(flag, REFUSED[name])
+
+
+def _add_switch(group: argparse._ActionsContainer, name: str, default: bool | None, on: str, off: str) -> None:
+    """Adds two flags, so that the command line can override a recipe in both directions."""
+    for flag, value, text in ((f"--{name}", True, on), (OFF.get(name, f"--no_{name}"), False, off)):
+        text += " (default)" * (default is value)
+        group.add_argument(flag, action=f"store_{str(value).lower()}", dest=name, default=default, help=text)
 
 
 def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rereads: bool = False) -> None:
@@ -77,7 +88,7 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
     if labels:
         layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
     add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
-    add_source_options(group_of(parser, DATA), labels)
+    add_source_options(group_of(parser, "data"), labels)
     add_input_options(parser, "image size")
     add(parser, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
 
@@ -86,7 +97,7 @@ def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds the flags of the input of the model; `what` is the meaning of its size."""
     add(parser, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
     add(parser, "mean", "std")
-    add_exif(group_of(parser, DATA), "not applied")
+    add_exif(group_of(parser, "data"), "not applied")
     add(parser, "nodata", "value_range", "channels_last", "pin_mem")
 
 
@@ -126,16 +137,14 @@ def add_exif(group: argparse._ActionsContainer, default: str) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
     """Adds the flags of the architecture."""
-    group_of(parser, MODEL).add_argument(
-        "--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}"
-    )
+    add(parser, "model", default=default, choices=models, help=f"one of {', '.join(models)}")
     add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
     """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
     add(parser, "val_list", "crop_pct", "val_fraction", "nb_classes", "train_per_class", "finetune", "adapt_input")
-    add(parser, "global_pool", switch=global_pool)
+    add(parser, "global_pool", default=global_pool)
 
 
 def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False, lr: float | None = None) -> None:
@@ -150,9 +159,9 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
     decay = ", then a cosine (default: computed from --blr)" * (lr is None)
     add(parser, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
     if lr is not None:
-        add(parser, "poly_power")
+        add(parser, "poly_power", default=0.9)
     elif several_blr:
-        text = f"{FLAGS['blr']['help']}. Several values train one head each"
+        text = f"{FIELDS['blr'][1].metadata['flag']['help']}. Several values train one head each"
         add(parser, "blr", default=[0.1], type=positive, nargs="+", help=text)
     else:
         add(parser, "blr")
@@ -184,7 +193,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     add(parser, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
     add(parser, "labels", "draws", "budget")
     add_to(
-        group_of(parser, EVALUATION), "blr", nargs="+", type=positive, default=None,
+        group_of(parser, "evaluation"), "blr", nargs="+", type=positive, default=None,
         help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
         "is used (default: the rate of the recipe)",
     )  # fmt: skip
@@ -204,11 +213,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
         help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
         "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
     )  # fmt: skip
-    for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
-        group_of(parser, DATA).add_argument(
-            flag, nargs=2, metavar=("IMAGES", "MASKS"),
-            help=f"the folders of the {what} images and of their masks. File names are equal except for suffixes",
-        )  # fmt: skip
+    add(parser, "train_folders", "val_folders")
     for name, what in (("train_list", "training"), ("val_list", "validation")):
         add(parser, name, help=f"CSV file with a row `image,mask` for each {what} image")
     add(
@@ -228,7 +233,8 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
 
 def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the head, the encoder and the augmentation of segmentation."""
-    add(parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
+    add(parser, "head", default=HEAD_CHOICES[0])
+    add(parser, "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
     add(
         parser, "unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
         help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
@@ -282,9 +288,4 @@ def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, A
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
-    add(parser, "dist_backend", "dist_timeout", "dist_url", "world_size")
-    group_of(parser, DISTRIBUTED).add_argument(
-        "--local_rank", "--local-rank", default=-1, type=int, metavar="N",
-        help="accepted but ignored: the launcher sets it",
-    )  # fmt: skip
-    add(parser, "dist_on_itp")
+    add(parser, "dist_backend", "dist_timeout", "dist_url", "world_size", "local_rank", "dist_on_itp")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from mae import interrupts, parallel
-from mae.cli.choices import DEFAULT_WORKERS
+from mae.settings.choices import DEFAULT_WORKERS
 
 logger = logging.getLogger(__name__)
 

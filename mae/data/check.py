@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from mae.cli import entry_point, flags, options
+from mae.cli import entry_point, options
 from mae.data.batches import up_to_cores
 from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, PixelValues
@@ -26,6 +26,7 @@ from mae.data.loader import MAX_BAD_SHARE
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, UserSet, with_source
 from mae.data.webdataset_shards import Shards
+from mae.settings import types
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
-        "--limit", type=flags.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
+        "--limit", type=types.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
     )
     return parser
 

@@ -15,10 +15,10 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-from mae.cli.choices import NO_CROP
 from mae.data.bicubic_weights import BITS, pixel_weights
 from mae.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow, to_tensor
 from mae.positions import Size, to_pair
+from mae.settings.choices import NO_CROP
 
 
 def scale(picture: Picture, height: int, width: int) -> Picture:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mae import parallel
 from mae.cli.advice import AdvisedError, Remedy
-from mae.cli.choices import CLASSIFICATION
 from mae.data.archives import Archive
 from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from mae.data.lists import read_list
@@ -15,6 +14,7 @@ from mae.data.sources import Files, Source, Strings, check_split_names, find_fil
 from mae.data.target_sets import TargetSet
 from mae.data.user_sets import OpenDataset, UserSet
 from mae.data.webdataset_shards import Shards
+from mae.settings.choices import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 from mae.data import extras
 from mae.data.sources import Files, Source, StoredImage, first_few, strays_of
 from mae.data.webdataset_shards import Shards
+from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
 

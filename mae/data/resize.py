@@ -17,8 +17,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from mae.cli import entry_point, flags
-from mae.cli.choices import DEFAULT_WORKERS, SHORT_SIDE
+from mae.cli import entry_point
 from mae.data.batches import up_to_cores
 from mae.data.decode import BadImage, is_rescaled, read
 from mae.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
@@ -26,6 +25,8 @@ from mae.data.sources import files_below, log_listing
 from mae.files import atomic, locks
 from mae.files.untrusted import printable, read_file
 from mae.interrupts import end_with_parent
+from mae.settings import types
+from mae.settings.choices import DEFAULT_WORKERS, SHORT_SIDE
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "copy", type=Path, metavar="COPY", help="output folder, with the same subfolders and file names"
     )
     parser.add_argument(
-        "--short_side", default=SHORT_SIDE, type=flags.positive_int, metavar="S", help="largest short side, in pixels"
+        "--short_side", default=SHORT_SIDE, type=types.positive_int, metavar="S", help="largest short side, in pixels"
     )
-    parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="quality of JPEG files")
+    parser.add_argument("--quality", default=90, type=types.jpeg_quality, metavar="Q", help="quality of JPEG files")
     parser.add_argument(
-        "--num_workers", default=DEFAULT_WORKERS, type=flags.positive_int, metavar="N",
+        "--num_workers", default=DEFAULT_WORKERS, type=types.positive_int, metavar="N",
         help="worker processes, at most one per CPU core",
     )  # fmt: skip
     return parser

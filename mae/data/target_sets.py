@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mae.cli.choices import MULTILABEL
 from mae.data.user_sets import OpenDataset, UserSet
 from mae.files.untrusted import printable
+from mae.settings.choices import MULTILABEL
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mae.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 from mae.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
 from mae.positions import Size, to_pair
+from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 
 logger = logging.getLogger(__name__)
 

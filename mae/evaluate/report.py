@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.choices import METRICS, MULTILABEL, REGRESSION
 from mae.evaluate import metrics, tables
 from mae.files import atomic
 from mae.files.untrusted import escape_dollars
+from mae.settings.choices import METRICS, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae import parallel
-from mae.cli.choices import DEFAULT_METRICS, METRICS, MULTILABEL, REGRESSION
 from mae.data import labels
 from mae.data.sources import Source, first_few
 from mae.evaluate import metrics
 from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.settings.choices import DEFAULT_METRICS, METRICS, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import models_mae
 import models_segment
 import models_vit
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.choices import CLASSIFICATION, MULTILABEL
 from mae.data import extras as extra_inputs
 from mae.data import transforms
 from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
@@ -29,6 +28,7 @@ from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
 from mae.positions import to_pair
 from mae.settings import specs
+from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision
 from mae.weights.reading import some
 

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from mae.cli import entry_point, options
-from mae.cli.choices import CLASSIFICATION
 from mae.files import atomic
 from mae.inference.graphs import write_onnx, write_torch_export
 from mae.inference.model import Classifier, Model, Segmenter, get_model
@@ -44,7 +43,8 @@ from mae.inference.state_dicts import (
     write_timm,
     write_transformers,
 )
-from mae.settings import names_where
+from mae.settings.choices import CLASSIFICATION
+from mae.settings.model import BLOCK_ARGUMENTS
 from mae.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def export(model: Model, to: str, out: Path) -> None:
         raise ValueError(f"--to {to}: {to} does not have the encoder {model.encoder_name}; give {FOR_ALL}")
     if to in ("onnx", "torch_export") and (needed := sorted(model.extras_taken(needed=True))):
         raise ValueError(f"--to {to}: its graphs have no extra inputs, such as {needed[0]}; give --to safetensors")
-    for name in names_where(lambda one: one["of_block"]):
+    for name in BLOCK_ARGUMENTS:
         if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
             raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")
     task = model.settings.get("task", CLASSIFICATION)

@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
-from mae.cli.choices import REGRESSION
 from mae.data import extras, loader, transforms
 from mae.data.batches import Batch
 from mae.data.dataset_kinds import open_source
@@ -39,6 +38,7 @@ from mae.data.webdataset_shards import Shards
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model
+from mae.settings.choices import REGRESSION
 from mae.training import feature_files
 from mae.training.compiling import compile_model, padded
 from mae.training.precision import Precision

@@ -20,10 +20,10 @@ import models_mae
 import models_vit
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli import user_code
-from mae.cli.choices import LINEAR
 from mae.data import transforms
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
+from mae.settings.choices import LINEAR
 from mae.weights import loading, model_zoo, reading
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
 from mae.files.untrusted import escape_dollars, printable, require_files
 from mae.inference.model import get_model, picture_of
+from mae.settings import types
 
 FORMATS = (
     ".png",
@@ -34,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Classifies photographs and prints the most likely classes.")
     options.add_inference_options(parser)
-    parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="number of classes per image")
+    parser.add_argument("--topk", default=5, type=types.positive_int, metavar="K", help="number of classes per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of a table")
     parser.add_argument(
         "--out",

@@ -21,6 +21,7 @@ from mae.files import atomic
 from mae.files.untrusted import require_files
 from mae.inference.classes import Autoencoder, ImageLike, Model
 from mae.inference.model import get_model
+from mae.settings import types
 from mae.training.run_log import start_logging
 from models_mae import Reconstruction
 
@@ -45,11 +46,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="output picture, with one row per image",
     )
     parser.add_argument(
-        "--mask_ratio", default=0.75, type=flags.ratio, metavar="R",
+        "--mask_ratio", default=0.75, type=types.ratio, metavar="R",
         help="fraction of masked patches, or of masked blocks if the model was pre-trained with main_pretrain.py "
         "--mask_block",
     )  # fmt: skip
-    parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
+    parser.add_argument("--seed", default=0, type=types.seed, metavar="N", help="random seed of the mask")
     parser.add_argument(
         "--mask_box", "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
         help="mask the patches that this rectangle touches, instead of random patches: left, top, width, height in "
@@ -57,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--short_side",
-        type=flags.positive_int,
+        type=types.positive_int,
         metavar="S",
         help="scale images to this short side, in pixels (default: the input size of the model)",
     )

@@ -19,6 +19,7 @@ from mae.files import atomic
 from mae.files.untrusted import escape_dollars, printable, require_files
 from mae.inference.model import Segmenter, get_model, picture_of
 from mae.inference.predict import FORMATS
+from mae.settings import types
 
 MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 
@@ -34,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="output picture: each image, and the classes over it",
     )
     parser.add_argument(
-        "--opacity", default=0.6, type=flags.share, metavar="A", help="opacity of the classes over the image"
+        "--opacity", default=0.6, type=types.share, metavar="A", help="opacity of the classes over the image"
     )
     parser.add_argument(
         "--masks",

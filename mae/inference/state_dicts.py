@@ -13,11 +13,13 @@ from mae.cli.advice import arguments
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
-from mae.settings import ImageSpec, ModelSpec, names_where
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
 
 logger = logging.getLogger(__name__)
+
+# Settings of images and model that no format of other libraries has
+ONLY_OURS = ("learned_pos_embed", "mask_block", "exif", "hflip", "nodata", "value_range", "channels_last")
 
 TIMM_EPS = 1e-6
 FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
@@ -234,8 +236,7 @@ def write_transformers(model: Model, out: Path) -> None:
         if model.in_chans == 1:
             logger.info(GRAY.format(folder=out.name))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
-    only_ours = names_where(lambda one: one["only_ours"], ModelSpec, ImageSpec)
-    theirs.config.settings = {name: settings[name] for name in only_ours if settings.get(name) is not None}
+    theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
     theirs.save_pretrained(out)
     _log_of_pixels(model, "transformers")
     if model.in_chans not in (1, 3):

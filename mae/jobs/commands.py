@@ -21,13 +21,12 @@ from mae.cli.user_code import DATASET
 from mae.files import atomic
 from mae.files.results import Results
 from mae.interrupts import end_with_parent
-from mae.settings import names_where
 
 Scores = dict[str, Any]
 T = TypeVar("T")
 
 # Flags that do not change a result. A moved folder of results is complete.
-WITHOUT_EFFECT = {*names_where(lambda one: not one["in_result"])}
+WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir", "precision"}
 # Flags whose files are not compared: images may have hundreds of gigabytes, and runs write the others.
 NOT_COMPARED = WITHOUT_EFFECT | {"data_path"}
 LISTS = {"train_list", "val_list"}

@@ -30,9 +30,10 @@ from submitit.core.job_environment import SignalHandler
 from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from mae.cli.flags import job_id, not_in_recipes, positive_int
+from mae.cli.flags import not_in_recipes
 from mae.interrupts import SIGNALS, Interrupted
 from mae.jobs import code_copy, slurm_settings, waiting
+from mae.settings.types import job_id, positive_int
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from mae import parallel
-from mae.cli.choices import SHORT_SIDE
 from mae.data.loader import TrainLoader
 from mae.data.sources import Files
+from mae.settings.choices import SHORT_SIDE
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mae.cli.choices import AMP_CHOICES
+from mae.settings.choices import AMP_CHOICES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": None, "fp32": None}  # of autocast; None: no autocast
 

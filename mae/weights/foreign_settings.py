@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mae.cli.choices import MULTILABEL, REGRESSION
 from mae.files.untrusted import read_file
 from mae.positions import to_pair
+from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli.advice import Remedy
-from mae.cli.choices import CLASSIFICATION
 from mae.positions import interpolate_pos_embed, sincos_table, to_pair
+from mae.settings.choices import CLASSIFICATION
 from mae.weights import model_zoo, shapes
 from mae.weights.candidates import some
 from mae.weights.reading import Weights, read

@@ -20,11 +20,11 @@ from torch import Tensor
 from mae import parallel
 from mae.checkpoints import checkpoint, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.choices import TASK_CHOICES, default_crop_pct, published_crop_pct
 from mae.data.transforms import channel_statistics
 from mae.files.untrusted import open_file, read_file
 from mae.positions import Size, to_pair
-from mae.settings import KINDS, SIZES, fits
+from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
+from mae.settings.choices import TASK_CHOICES, default_crop_pct, published_crop_pct
 from mae.weights import candidates, foreign_settings, model_zoo, shapes
 from mae.weights.candidates import some
 from mae.weights.conversion import to_ours
@@ -201,11 +201,11 @@ def warn_once(message: str) -> None:
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raises CheckpointError if a setting that is used has a wrong type."""
-    for name, kind in KINDS.items():
+    for name in names_of(ModelSpec, ImageSpec):
         value = settings.get(name)
         sides = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (
-            fits(value, kind) and (name not in SIZES or (len(sides) in (1, 2) and min(sides) > 0))
+            fits(name, value) and (name not in SIZES or (len(sides) in (1, 2) and min(sides) > 0))
         ):
             raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
 

@@ -9,6 +9,7 @@ from mae import settings
 from mae.cli import advice, entry_point
 from mae.cli.flags import runs_code, warn_without_crops
 from mae.data import transforms
+from mae.settings.fields import HEAD, LABELS, SPLIT
 from mae.weights import reading
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,14 @@ def with_recorded_settings(
 
 def with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
     """Returns settings as `with_recorded_settings`, without those that the model of a classifier determines."""
-    also = settings.names_where(lambda one: one["of_training"]) if trains else []
+    also = ["hflip"] if trains else []
     if getattr(args, "eval", False) and getattr(args, "val_fraction", None) and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
-        also = settings.names_where(lambda one: one["splits"]) if file.settings["val_fraction"] else ["val_fraction"]
+        also = settings.names_with(SPLIT) if file.settings["val_fraction"] else ["val_fraction"]
     recorded = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     if trains:
-        names -= {*settings.names_where(lambda one: one["of_task"])}
+        names -= {*settings.names_with(HEAD, LABELS)}
         names -= set() if "model" in file.settings else {"crop", "crop_pct"}
     warn_of_changes(file.source, args, names, recorded)
     taken = {name: recorded[name] for name in sorted(names - entry_point.explicit(args))}

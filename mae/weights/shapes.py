@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mae.cli.choices import ATTENTIVE, LINEAR
+from mae.settings.choices import ATTENTIVE, LINEAR
 
 # The weights of the head of a classifier, of a probe (`mae.build.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
