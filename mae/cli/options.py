@@ -169,7 +169,7 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         add(parser, "optimizer")
     add(parser, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
     text = "if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch"
-    add(parser, "on_bad_image", help=text)
+    add(parser, "on_bad_image", default="error", help=text)
 
 
 def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:

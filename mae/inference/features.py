@@ -73,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_extraction_options(parser)
     options.add_to(parser, "nodata", "value_range", "channels_last")
     text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
-    options.add_to(parser, "on_bad_image", help=text)
+    options.add_to(parser, "on_bad_image", default="error", help=text)
     return parser
 
 

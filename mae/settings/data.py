@@ -34,7 +34,7 @@ class DataSpec(Values, group="data", role=DATA):
     held_out_images: str | None = fact(None, resumed=FREE)  # the same
     held_out: float = setting(0.1, ratio, group="evaluation", resumed=FIXED, metavar="R",
         help="fraction of the training set that is held out to choose among several --blr")
-    on_bad_image: str = setting("error", resumed=FREE, choices=("error", "skip"))
+    on_bad_image: str | None = setting(None, resumed=FREE, choices=("error", "skip"))
     fast_jpeg: bool = setting(False, resumed=FREE, action="switch",
         help="decode color JPEG files with torchcodec, or else torchvision, and scale them with compiled code "
         "(numba): the same pixels at up to twice the throughput. Pillow decodes other files, and computes "
