@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import mae.build
 from demo import app, outputs, unpack_data
+from mae import build
 from mae.data.joint_transforms import fitted
 from mae.data.transforms import to_tensor
 from mae.inference import get_model, maps, reconstruct
@@ -113,7 +113,7 @@ def attentive_probe(file, side, channels):
     """A probe with random queries, from a file."""
     settings = {"model": "vit_mini_patch4", "input_size": side, "patch_size": 4, "in_chans": channels,
                 "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
-    probe = mae.build.probe(*specs(settings))
+    probe = build.probe(*specs(settings))
     torch.nn.init.normal_(probe.head.pool.queries)
     torch.save({"model": probe.state_dict(), "args": settings}, file)
     return get_model(file)
@@ -144,7 +144,7 @@ def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_
 def test_the_page_segments_like_the_model(tmp_path):
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 3, "nb_classes": 3,
                 "head": "linear", "short_side": 32, "classes": ["sky", "<b>", "cat"]}  # fmt: skip
-    own = mae.build.segmenter(*specs(settings))
+    own = build.segmenter(*specs(settings))
     torch.nn.init.normal_(own.head.classifier.weight)
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "segmenter.pth")
     model = get_model(tmp_path / "segmenter.pth")

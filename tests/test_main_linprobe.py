@@ -14,11 +14,10 @@ from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_
 from PIL import Image
 from torch.nn import functional as F
 
-import mae.build
 import main_finetune
 import main_linprobe
 import models_vit
-from mae import parallel
+from mae import build, parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.decode import BadImage
@@ -44,7 +43,7 @@ def evaluated(capsys, labelled):
 def mae(tmp_path, labelled):
     """A file with a random encoder, whose tokens have a norm."""
     torch.manual_seed(5)
-    model = mae.build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
+    model = build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
     torch.save({"model": model.state_dict()}, tmp_path / "encoder.pth")
     return tmp_path / "encoder.pth"
 
@@ -92,7 +91,7 @@ def test_few_updates_warn(epochs, warns, probe, capsys):
 
 
 def test_the_trunk_is_in_evaluation_mode():
-    model = mae.build.probe(*specs({"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3})).train()
+    model = build.probe(*specs({"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3})).train()
     assert model.training and model.head[0].training
     assert not any(module.training for module in model.blocks.modules())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.1.weight", "head.1.bias"]
@@ -272,7 +271,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), torch.device("cpu"))
-    model = mae.build.probe(*specs({**vars(args), "nb_classes": 6}))
+    model = build.probe(*specs({**vars(args), "nb_classes": 6}))
     train, *_ = data.open_pair()
     features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")

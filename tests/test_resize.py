@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forks
 import numpy as np
 import pytest
 import skimage.data
@@ -36,8 +35,9 @@ def folder(tmp_path):
 
 def test_resize_scales_large_images_only(folder, tmp_path):
     copy = tmp_path / "copy"
-    output = forks.run("mae/data/resize.py", [folder, copy, "--short_side", 100], tmp_path / "output")
-    assert "5 images: 3 scaled, 2 copied as they are" in output
+    command = [sys.executable, "-m", "mae.data.resize", folder, copy, "--short_side", "100"]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "5 images: 3 scaled, 2 copied as they are" in output.stdout
     sizes = {str(f.relative_to(copy)): Image.open(f).size for f in copy.rglob("*.*") if f.suffix != ".npy"}
     assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/gray.jpg": (150, 100),
                      "train/dog/small.jpg": (80, 60)}  # fmt: skip
