@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "download": flag(DATA, action="store_true"),
     "extras": flag(DATA, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
-        "besides the image, by name (docs/datasets.md)"),
+        "besides the image, by name (docs/data.md)"),
     "num_images": flag(DATA, type=positive_int, metavar="N",
         help="number of images in the shards of wds: (default: counted, which needs local files)"),
     "task": flag(DATA, default=choices.CLASSIFICATION, choices=choices.TASK_CHOICES,
