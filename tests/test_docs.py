@@ -203,6 +203,18 @@ def test_pages_that_the_code_names_exist():
     assert [page for page in sorted(named) if not (ROOT / page).exists()] == []
 
 
+def test_functions_and_classes_that_contributing_names_exist():
+    """`NAME`, `NAME` in `FILE.py`"""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.findall(r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text)
+    assert len(found) > 15
+    for names, file in found:
+        nodes = [*ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))]
+        known = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert set(re.findall(r"`(\w+)`", names)) - known == set(), file
+
+
 def test_the_model_zoo_names_every_model():
     text = (ROOT / "docs/zoo.md").read_text()
     assert [name for name in models_mae.MODELS if name not in text and not name.endswith("dec512d8b")] == []
