@@ -3,7 +3,7 @@
     python examples/averaged_weights.py --config recipes/pretrain_fashion_mnist.yaml --output_dir runs/averaged
 
 The script takes the flags of main_pretrain.py. Checkpoints contain the average, so that a resumed run continues it.
-average.pth of the run directory has the average as its weights, for --finetune of all scripts and for `inference`.
+average.pth of the run directory has the average as its weights, for --finetune of all scripts and for `mae.inference`.
 """
 
 import sys

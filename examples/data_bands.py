@@ -1,6 +1,19 @@
-"""Images of four bands with clouds, whose masks are files next to the images: NAME.npy and NAME_clouds.npy.
+r"""Images of four bands with clouds, whose masks are files next to the images: NAME.npy and NAME_clouds.npy.
 
-python examples/data_bands.py FOLDER generates images of four classes; docs/data.md has the commands that train.
+These commands generate images of four classes, pre-train on them, evaluate the features and those of random weights,
+and draw the figure of docs/data.md:
+
+    python examples/data_bands.py data/bands
+    python main_pretrain.py --dataset py:examples.data_bands:open_dataset --data_path data/bands \
+        --in_chans 4 --input_size 32 --mean .12 .14 .1 .33 --std .05 .04 .04 .11 --value_range 0 10000 --crop none \
+        --model mae_vit_mini_patch4 --batch_size 20 --blr 1e-2 --epochs 10 --warmup_epochs 2 --output_dir runs/bands
+    python main_knn.py --dataset py:examples.data_bands:open_dataset --data_path data/bands --k 10 \
+        --finetune runs/bands/checkpoint-9.pth
+    python main_knn.py --dataset py:examples.data_bands:open_dataset --data_path data/bands --k 10 \
+        --in_chans 4 --input_size 32 --mean .12 .14 .1 .33 --std .05 .04 .04 .11 --value_range 0 10000 --crop none \
+        --model vit_mini_patch4
+    python examples/reconstructions.py --dataset py:examples.data_bands:open_dataset --data_path data/bands \
+        --model runs/bands/checkpoint-9.pth --out bands.png
 """
 
 import sys

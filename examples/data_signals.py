@@ -1,6 +1,19 @@
-"""Signals of several leads, such as an ECG, from arrays: SPLIT.npy (signals, LEADS, SAMPLES), and SPLIT_labels.npy.
+r"""Signals of several leads, such as an ECG, from arrays: SPLIT.npy (signals, LEADS, SAMPLES), and SPLIT_labels.npy.
 
-python examples/data_signals.py FOLDER generates signals of four classes; docs/data.md has the commands that train.
+These commands generate signals of four classes, pre-train on them, evaluate the features and those of random weights,
+and draw the figure of docs/data.md:
+
+    python examples/data_signals.py data/signals
+    python main_pretrain.py --dataset py:examples.data_signals:open_dataset --data_path data/signals \
+        --in_chans 1 --input_size 8 64 --patch_size 1 8 --mean .06 --std .3 --crop none \
+        --model mae_vit_mini_patch4 --hflip 0 --batch_size 20 --blr 1e-2 --epochs 10 --warmup_epochs 2 \
+        --output_dir runs/signals
+    python main_knn.py --dataset py:examples.data_signals:open_dataset --data_path data/signals --k 10 \
+        --finetune runs/signals/checkpoint-9.pth
+    python main_knn.py --dataset py:examples.data_signals:open_dataset --data_path data/signals --k 10 \
+        --in_chans 1 --input_size 8 64 --patch_size 1 8 --mean .06 --std .3 --crop none --model vit_mini_patch4
+    python examples/reconstructions.py --dataset py:examples.data_signals:open_dataset --data_path data/signals \
+        --model runs/signals/checkpoint-9.pth --out signals.png
 """
 
 import sys

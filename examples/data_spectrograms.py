@@ -1,6 +1,19 @@
-"""Sounds as images: log-power spectrograms of WAV files in train/CLASS/ and val/CLASS/ (pip install scipy).
+r"""Sounds as images: log-power spectrograms of WAV files in train/CLASS/ and val/CLASS/ (pip install scipy).
 
-python examples/data_spectrograms.py FOLDER generates sounds of four classes; docs/data.md has the commands that train.
+These commands generate sounds of four classes, pre-train on them, evaluate the features and those of random weights,
+and draw the figure of docs/data.md:
+
+    python examples/data_spectrograms.py data/sounds
+    python main_pretrain.py --dataset py:examples.data_spectrograms:open_dataset --data_path data/sounds \
+        --in_chans 1 --input_size 32 64 --patch_size 8 4 --mean -1.43 --std .63 --crop none \
+        --model mae_vit_mini_patch4 --hflip 0 --norm_pix_loss --batch_size 20 --blr 1e-2 --epochs 10 --warmup_epochs 2 \
+        --output_dir runs/sounds
+    python main_knn.py --dataset py:examples.data_spectrograms:open_dataset --data_path data/sounds --k 10 \
+        --finetune runs/sounds/checkpoint-9.pth
+    python main_knn.py --dataset py:examples.data_spectrograms:open_dataset --data_path data/sounds --k 10 \
+        --in_chans 1 --input_size 32 64 --patch_size 8 4 --mean -1.43 --std .63 --crop none --model vit_mini_patch4
+    python examples/reconstructions.py --dataset py:examples.data_spectrograms:open_dataset --data_path data/sounds \
+        --model runs/sounds/checkpoint-9.pth --out sounds.png
 """
 
 import sys

@@ -174,7 +174,7 @@ def test_invalid_flags_are_errors(argv, message, refused):
 
 
 def test_usage_names_the_module_of_python_m(monkeypatch):
-    spec = SimpleNamespace(name="mae.inference.predict", origin="/clone/inference/predict.py")
+    spec = SimpleNamespace(name="mae.inference.predict", origin="/clone/mae/inference/predict.py")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", [spec.origin])
     assert predict.get_args_parser().format_usage().startswith("usage: python -m mae.inference.predict --model FILE")

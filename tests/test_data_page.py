@@ -1,4 +1,4 @@
-"""The short commands of docs/data.md and docs/datasets.md. tests/demo_data_page.py runs the long ones."""
+"""The short commands of docs/data.md. tests/demo_data_page.py runs the long ones."""
 
 import re
 import shlex
@@ -14,8 +14,8 @@ from mains import call, lines, run_section
 def read(heading: str) -> tuple[str, list[str]]:
     """A section of the page on one line, and its commands."""
     section = (ROOT / "docs/data.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
-    return section.replace("\n", " "), block.splitlines()
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    return section.replace("\n", " "), block[1].replace("\\\n", " ").splitlines() if block else []
 
 
 def run(command: str) -> Any:
@@ -32,7 +32,7 @@ def run(command: str) -> Any:
 def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     monkeypatch.chdir(tmp_path)
-    for command in read("Kinds of data")[1]:
+    for command in read("Files and tables")[1]:
         run(command)
     assert "test_mae" in lines(tmp_path / "runs/weights")[-1]
     for name in ("photos", "clothes"):
@@ -41,4 +41,4 @@ def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
 
 
 def test_an_extra_input_trains(tmp_path):
-    assert "checkpoint-1.pth" in run_section("docs/datasets.md", "## An extra input", tmp_path)
+    assert "checkpoint-1.pth" in run_section("docs/data.md", "## An extra input", tmp_path)

@@ -1,7 +1,8 @@
 """The documents are correct: code is run and commands are parsed. demo_readme.py runs the README's commands."""
 
 import ast
-import importlib
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -29,6 +30,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if path.name != "table.md" and "output" not in path.parts  # tables are written by the studies
 )
+NOTEBOOK = ROOT / "demo/mae_visualize.ipynb"
 RUN = (ROOT / "run").read_text()
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, Docker, Slurm and tests/golden_settings.py
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
@@ -68,9 +70,10 @@ def script_commands() -> list[tuple[str, list[str]]]:
         lines += bash_blocks(path) + commands("\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE)))
         inline = re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", text)
         lines += [" ".join(command.split()) for command in inline]  # in the text, where they may wrap
-    for path in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
+    for path in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines += [line for line in commands(docstring) if line.strip().startswith("python ")]
+        complete = [line for line in commands(docstring) if not line.endswith("...")]
+        lines += [line for line in complete if line.strip().startswith("python ")]
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
     scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
@@ -163,16 +166,53 @@ def anchors(path: Path, level: str = "#+") -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def broken_links(text: str, path: Path) -> list[str]:
+    """The relative links and pictures of a page whose file or heading does not exist."""
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        page = path.parent / target if target else path
+        if not page.exists() or (anchor and anchor not in anchors(page)):
+            broken.append(f"{target}#{anchor}")
+    return broken
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(path):
     """A long page begins with a link to every section."""
     text = path.read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
-        page = path.parent / target if target else path
-        assert page.exists(), target
-        assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
+    assert broken_links(text, path) == []
     if text.count("\n") > 100 and path.name not in ("CHANGELOG.md", "CONTRIBUTING.md", "SCALING.md"):
         assert set(re.findall(r"\(#([^)]*)\)", text[: text.index("\n## ")])) == anchors(path, "##")
+
+
+def test_links_and_imports_of_the_notebook_resolve():
+    texts = {"markdown": "", "code": ""}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        texts[cell["cell_type"]] += "".join(cell["source"]) + "\n"
+    assert broken_links(texts["markdown"], NOTEBOOK) == []
+    modules = [node.module for node in ast.walk(ast.parse(texts["code"])) if isinstance(node, ast.ImportFrom)]
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_pages_that_the_code_names_exist():
+    """In help texts, error messages, comments and recipes."""
+    command = ["git", "ls-files", "*.py", "*.yaml", "*.toml", "run"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    named = set(re.findall(r"(?<![\w/])(?:docs|demo|benchmarks)/[\w/]+\.md", text))
+    assert [page for page in sorted(named) if not (ROOT / page).exists()] == []
+
+
+def test_functions_and_classes_that_contributing_names_exist():
+    """`NAME`, `NAME` in `FILE.py`"""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.findall(r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text)
+    assert len(found) > 15
+    for names, file in found:
+        nodes = [*ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))]
+        known = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert set(re.findall(r"`(\w+)`", names)) - known == set(), file
 
 
 def test_the_model_zoo_names_every_model():

@@ -1,6 +1,9 @@
 """util/: a training script in the style of the published code, with its own loop, imports and runs."""
 
+import importlib
+import inspect
 import re
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mains import assert_equal
+from timm.optim import param_groups_weight_decay as timm_groups
 
+import engine_pretrain
+import models_mae
+from mae.inference import get_model
+from mae.lr_decay import param_groups_weight_decay
 from util import datasets, misc
 from util.lr_sched import adjust_learning_rate
 from util.pos_embed import get_2d_sincos_pos_embed, get_2d_sincos_pos_embed_from_grid
@@ -89,6 +98,40 @@ def test_a_script_of_a_fork_trains_saves_and_resumes(labelled, tmp_path, process
     last, first = losses("whole")  # all processes print the mean over all
     assert last < first / 2
     assert losses("resumed", tmp_path / "out/checkpoint-0.pth") == [pytest.approx(last, rel=0.1)]  # other masks
+    file = tmp_path / "out/checkpoint-1.pth"
+    model = get_model(str(file), norm_pix_loss=False)
+    assert_equal(model.state_dict(), torch.load(file, weights_only=False)["model"])
+
+
+def test_the_page_names_every_module_and_function():
+    """The table of docs/migrating.md, and the signature that differs from the paper's code."""
+    page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8").partition("## Scripts of a fork")[2]
+    rows = dict(re.findall(r"^\| `util\.(\w+)` \| (.*) \|$", page, re.MULTILINE))
+    assert set(rows) == {file.stem for file in ROOT.glob("util/*.py")} - {"__init__"}
+    for name, row in rows.items():
+        module = importlib.import_module(f"util.{name}")
+        public = getattr(module, "__all__", ["build_dataset", "build_transform"])
+        assert set(re.findall(r"`(\w+)`", row)) - {"args", "lr", "min_lr", "epochs", "warmup_epochs"} == set(public)
+        assert [function for function in public if not hasattr(module, function)] == []
+    (named,) = re.findall(r"`train_one_epoch\((.*?)\)`", page, re.DOTALL)
+    parameters = inspect.signature(engine_pretrain.train_one_epoch).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    assert [name for name in re.findall(r"[\w*]+", named) if name != "*"] == required
+
+
+def test_util_datasets_is_the_command_of_mae_data(labelled, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["datasets.py", str(labelled), "--num_workers", "0"])
+    runpy.run_path(str(ROOT / "util/datasets.py"), run_name="__main__")
+    assert "images      48" in capsys.readouterr().out
+
+
+def test_weight_decay_groups_are_those_of_timm():
+    model = models_mae.mae_vit_mini_patch4(img_size=16)
+    groups, expected = param_groups_weight_decay(model, 0.05), timm_groups(model, 0.05)
+    decays = [
+        {id(p): group["weight_decay"] for group in found for p in group["params"]} for found in (groups, expected)
+    ]
+    assert decays[0] == decays[1]
 
 
 def test_meters_have_the_median_and_the_means():

@@ -163,7 +163,7 @@ def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
 
 
 def test_the_page_runs_in_a_working_directory(tmp_path, classify, monkeypatch):
-    assert "images      300\nclasses     3" in run_section("docs/datasets.md", "## Your own dataset", tmp_path)
+    assert "images      300\nclasses     3" in run_section("docs/data.md", "## Your own dataset", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     out = classify(main_finetune, dataset="py:blobs:open_dataset", input_size=32, batch_size=20, epochs=3, lr=2e-3,
                    hflip=0, aa="none", crop_scale="0.9 1", reprob=0, layer_decay=1, num_workers=1)  # fmt: skip

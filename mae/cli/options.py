@@ -122,7 +122,7 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
         group, "dataset",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
         f"{place}; hf:NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible; or "
-        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (docs/datasets.md){also}",
+        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (docs/data.md){also}",
     )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(
         parser, "dataset",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
-        "function(split, data_path) that returns a dataset of images and masks (docs/datasets.md)",
+        "function(split, data_path) that returns a dataset of images and masks (docs/data.md)",
     )  # fmt: skip
     add(parser, "download", help="download --dataset to --data_path")
     add(

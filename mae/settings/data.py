@@ -23,7 +23,7 @@ class DataSpec(Values, group="data", role=DATA):
         help="the folders of the validation images and of their masks. File names are equal except for suffixes")
     extras: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
-        "besides the image, by name (docs/datasets.md)")
+        "besides the image, by name (docs/data.md)")
     download: bool = setting(False, role=MACHINE, action="store_true")
     train_per_class: int | None = setting(None, positive_int, role=SPLIT, metavar="N",
         help="train on N images of each class, chosen by --seed (default: all images)")
