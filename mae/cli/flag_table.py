@@ -17,6 +17,7 @@ from mae.cli.flags import (
     seed,
     share,
 )
+from mae.files import recipes
 from mae.masking import MASKING_CHOICES
 from mae.parallel import BACKENDS
 
@@ -264,9 +265,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes"),
     "recipes": flag(EVALUATION, nargs="+", default=[], metavar="P=YAML",
-        help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead of "
+        help="a recipe for the script of a protocol, such as finetune=finetune_fashion_mnist, instead of "
         "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record"),
-    "config": flag(RUN, metavar="YAML", help="recipe: a file of `flag: value` lines; flags override it"),
+    "config": flag(RUN, type=recipes.find, metavar="YAML",
+        help="recipe: a file of `flag: value` lines, or the name of one in recipes/; flags override it"),
     "output_dir": flag(RUN, default="./output_dir", metavar="DIR", help="run directory: checkpoints, log.txt"),
     "log_dir": flag(RUN, default="./output_dir", metavar="DIR",
         help="folder of TensorBoard events; --output_dir if only that is set"),
