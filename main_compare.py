@@ -49,6 +49,7 @@ from mae.evaluate import comparison, pixel_baselines
 from mae.evaluate.comparison import ACCURACY, PIXELS, Result
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tasks import best_of
+from mae.files import recipes
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
 from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, names_of, names_with
@@ -354,7 +355,8 @@ class Runs:
         self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args) - OF_ENCODER}
         self.recipes: dict[str, str] = {}
         for text in args.recipes:
-            protocol, _, recipe = text.partition("=")
+            protocol, _, name = text.partition("=")
+            recipe = recipes.find(name)
             if protocol not in args.protocols or protocol in self.recipes or not recipe:
                 raise ValueError(f"--recipes {text}: give PROTOCOL=YAML once for each of {', '.join(args.protocols)}")
             if not Path(recipe).is_file():

@@ -44,6 +44,7 @@ from mae.data.segmentation_masks import (
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate.segmentation import Scores
+from mae.files import recipes
 from mae.lr_decay import param_groups_lrd
 from mae.positions import to_pair
 from mae.settings import DataSpec, ImageSpec, RunSpec, specs
@@ -179,7 +180,7 @@ def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mappi
     """
     classes, colors = recorded.get("classes") or [], recorded.get("colors")
     if args.palette:
-        palette = read_palette(Path(args.palette))
+        palette = read_palette(Path(recipes.find(args.palette, ".txt")))
         if classes not in ([], palette.names) and classes != [str(number) for number in range(len(classes))]:
             raise ValueError(
                 f"--palette {args.palette} has the classes {', '.join(palette.names)}: give them the names and the "

@@ -108,7 +108,7 @@ def test_the_first_cell_clones_the_repository(tmp_path):
     """As on Colab: an empty folder, and the address of the repository; packages are here already."""
     cell = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
     cell = cell.replace('REPOSITORY = ""', f"REPOSITORY = {str(ROOT)!r}").replace('"--depth", "1", ', "")
-    script = f"{cell}\nfrom mae.inference import list_models\nprint(os.getcwd(), len(list_models()))"
+    script = f"{cell}\nfrom mae import list_models\nprint(os.getcwd(), len(list_models()))"
     script = script.replace('[sys.executable, "-m", "pip", "install"', '["echo", "pip", "install"')
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"{tmp_path}/masked-autoencoders" in done.stdout

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,7 +34,7 @@ ARROWS = {
     r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|cli\.user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
-    r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|settings\.\w+)",
+    r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|files\.recipes|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.parallel": r"mae\.plain_data",
     r"mae\.plain_data": r"mae\.cli\.advice",
@@ -72,6 +73,15 @@ def test_imports_point_down_only():
         wrong += [f"{name} -> {target}" for target in sorted(targets) if not re.fullmatch(allowed, target)]
     assert wrong == []
     list(TopologicalSorter(graph).static_order())  # raises on a cycle
+
+
+def test_everything_but_util_is_installed():
+    """The lists of pyproject.toml are complete; ARROWS let nothing that is installed import `util`."""
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    own = {name for name in modules() if re.fullmatch(r"(engine|main|models|submitit)_\w+", name)}
+    assert {*installed["py-modules"]} == own
+    packages = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("mae/**/__init__.py")}
+    assert {*installed["packages"]} == packages | {"mae.recipes"}
 
 
 def test_optional_packages_have_one_home():

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,7 @@ def test_help_explains_every_flag(capsys):
     ("--vis_every -1", "--vis_every: must be at least 0"),
     ("--start_epoch -1", "--start_epoch: must be at least 0"),
     ("--config nowhere.yaml", "there is no file nowhere.yaml"),
+    ("--config pretrain_vit_bas", "there is no file pretrain_vit_bas; did you mean pretrain_vit_base[?]$"),
     ("--config https://a.org/b.yaml", "--config https://a.org/b.yaml is a URL: download the file"),
     ("--resume s3://a/b.pth", "--resume s3://a/b.pth is a URL: download the file"),
     ("--data_path http://a.org/b.zip", "--data_path http://a.org/b.zip is a URL"),
@@ -215,6 +217,16 @@ def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     assert (args.norm_pix_loss, args.pin_mem, args.lr, args.output_dir) == (True, False, None, "2024-01-31")
     assert parse("--epochs", "9", f"--config={path}").epochs == 9
     assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
+
+
+def test_a_name_is_a_recipe_of_the_project_unless_there_is_such_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain_vit_base").mkdir()
+    args = parse("--config", "pretrain_vit_base")
+    assert Path(args.config) == ROOT / "recipes/pretrain_vit_base.yaml"
+    assert args.model == "mae_vit_base_patch16"
+    (tmp_path / "pretrain_vit_large").write_text("epochs: 3\n")
+    assert (parse("--config", "pretrain_vit_large").epochs, parse().epochs) == (3, 400)
 
 
 def test_repeated_lists_of_names_are_one_list_and_replace_the_list_of_a_recipe(tmp_path):

@@ -18,9 +18,14 @@ SLOW = ("torchvision", "timm", "torch._dynamo", "torch.distributed.fsdp", "torch
 
 
 def test_scripts_and_models_import_slow_packages_at_their_use():
-    """torchvision is imported for the crops of a run, FSDP for --fsdp, timm for fine-tuning."""
+    """torchvision is imported for the crops of a run, FSDP for --fsdp, timm for fine-tuning. Training does not import
+    the functions of `mae`.
+    """
     code = f"""
 import json, sys
+import main_pretrain, main_finetune, main_linprobe, main_segment
+assert "mae.inference" not in sys.modules
+from mae import get_model, inference_model, list_models
 import models_mae, models_vit, {", ".join(SCRIPTS)}
 main_pretrain.get_args_parser(), main_finetune.get_args_parser()
 models_mae.mae_vit_mini_patch4(), models_vit.vit_mini_patch4()

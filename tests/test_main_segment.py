@@ -10,7 +10,6 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mains import argv_of, assert_same_run, call, lines, parse, stop_and_resume, weights
 from PIL import Image
 from segments import make_scenes
@@ -257,9 +256,10 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
 
 
 @pytest.mark.parametrize("name", ["ade20k_vit_huge", "voc_vit_huge", "loveda_vit_huge", "ade20k_vit_base_finetune"])
-def test_recipes_build_their_models(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args = parse(main_segment, config=f"recipes/segment_{name}.yaml")
+def test_recipes_build_their_models(name, tmp_path, monkeypatch):
+    """By their names, in any folder; one of them names a palette of recipes/."""
+    monkeypatch.chdir(tmp_path)
+    args = parse(main_segment, config=f"segment_{name}")
     size, classes = args.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
     with torch.device("meta"):
         settings = {**vars(args), **main_segment.pair_settings(args, None, {})}

@@ -1,4 +1,4 @@
-"""The command line: `--config` recipes, and error messages in one line. The fields of `mae/settings` define the flags."""
+"""The command line: `--config` recipes, and error messages in one line. `mae/settings` defines the flags."""
 
 import argparse
 import copy
@@ -20,6 +20,7 @@ from mae import parallel
 from mae.cli.advice import AdvisedError, arguments, did_you_mean
 from mae.cli.flags import Range, Size, is_refused_in_recipes, warn_without_crops
 from mae.cli.user_code import import_object, name_of
+from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
 from mae.settings.types import InvalidValue
@@ -203,7 +204,7 @@ def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
     """Returns the settings of a recipe. Each entry is parsed alone, so that an error names the recipe."""
     if not path.is_file():
-        parser.error(f"--config: there is no file {path}")
+        parser.error(f"--config: there is no file {path}{did_you_mean(str(path), recipes.names())}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if problem := recipe_problem(text):

@@ -1,7 +1,7 @@
 """Loads models by a name or from a file, with their preprocessing and class names.
 
 >>> import torch
->>> from mae.inference import get_model
+>>> from mae import get_model
 >>> model = get_model("vit_mini_patch4", nb_classes=10)
 >>> model.predict(torch.zeros(3, 40, 40, dtype=torch.uint8))["pred_scores"].shape
 (10,)

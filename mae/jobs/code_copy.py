@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +20,7 @@ def make(folder: Path, config: str | None) -> tuple[Path, Path | None]:
     Returns:
         The folder of the copy, and the path of the recipe in it.
     """
-    files = {path.relative_to(ROOT): path.read_bytes() for path in _sources(ROOT)}
+    files = {path.relative_to(ROOT): path.read_bytes() for path in _project()}
     recipe = Path("submitted.yaml")
     if config:
         files[recipe] = Path(config).read_bytes()
@@ -41,10 +42,23 @@ def make(folder: Path, config: str | None) -> tuple[Path, Path | None]:
     return copy, copy / recipe if config else None
 
 
+def _project() -> list[Path]:
+    """Returns the files of this project: those of the clone, or those that pip installed beside other packages."""
+    installed = next(ROOT.glob("masked_autoencoders-*.dist-info"), None)
+    if installed is None:
+        return list(_sources(ROOT))
+    files = Distribution.at(installed).files or []
+    return [ROOT / file for file in files if _is_source(Path(file))]
+
+
+def _is_source(file: Path) -> bool:
+    return file.suffix in (".py", ".yaml") or file.match("recipes/*.txt")
+
+
 def _sources(folder: Path) -> Iterator[Path]:
-    """Yields the Python and YAML files of a folder, and of subfolders that directly contain such files."""
+    """Yields the source files of a folder, and of subfolders that directly contain Python or YAML files."""
     for entry in sorted(folder.iterdir()):
-        if entry.is_file() and entry.suffix in (".py", ".yaml"):
+        if entry.is_file() and _is_source(entry):
             yield entry
         elif entry.is_dir() and not entry.name.startswith((".", "_")):
             around = folder.resolve().is_relative_to(entry.resolve())  # a link upwards

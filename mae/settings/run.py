@@ -3,6 +3,7 @@
 # fmt: off
 from dataclasses import dataclass
 
+from mae.files import recipes
 from mae.parallel import BACKENDS
 from mae.settings.choices import AMP_CHOICES, METRIC_CHOICES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
@@ -110,7 +111,8 @@ class MachineSpec(Values, group="run", role=MACHINE):
     fsdp: bool = setting(False, group="distributed", action="store_true",
         help="shard weights, gradients and optimizer states over the processes (FSDP2)")
     device: str = setting("auto", metavar="NAME", help="cpu, cuda, cuda:N, mps, or auto: cuda, else mps, else cpu")
-    config: str | None = setting(None, metavar="YAML", help="recipe: a file of `flag: value` lines; flags override it")
+    config: str | None = setting(None, recipes.find, metavar="YAML",
+        help="recipe: a file of `flag: value` lines, or the name of one in recipes/; flags override it")
     debug: bool = setting(False, action="store_true", help="print the traceback of an error")
     dist_backend: str = setting("auto", group="distributed", choices=BACKENDS,
         help="communication backend; auto: nccl for GPUs, else gloo")
@@ -147,9 +149,8 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
         help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes")
     recipes: list[str] = setting([], nargs="+", metavar="P=YAML",
-        help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead "
-        "of the settings of this script. Its flags for images (crop, input_size, ...) replace those that "
-        "encoders record")
+        help="a recipe for the script of a protocol, such as finetune=finetune_fashion_mnist, instead of "
+        "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record")
     jobs: int = setting(1, positive_int, group="run", metavar="N",
         help="number of runs at a time, which share the CPU cores or the GPU")
     keep_checkpoints: bool = setting(False, group="run", action="switch", help="keep the checkpoints of completed runs")

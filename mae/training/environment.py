@@ -22,10 +22,13 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def commit() -> str | None:
-    """Returns the commit of this code, with "+changes" if files differ from it; None without git or outside a clone."""
+    """Returns the commit of this code, with "+changes" if files differ from it.
+
+    None without git, and if the code comes neither from a clone nor from a git address.
+    """
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():  # it may be installed below another repository
-        return None
+        return _installed_commit(folder)
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
@@ -34,6 +37,14 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
+
+
+def _installed_commit(folder: Path) -> str | None:
+    """Returns the commit of the git address from which pip or uv installed this code (PEP 610)."""
+    for file in folder.glob("masked_autoencoders-*.dist-info/direct_url.json"):
+        commit = json.loads(file.read_text(encoding="utf-8")).get("vcs_info", {}).get("commit_id")
+        return commit and str(commit)[:12]
+    return None
 
 
 def describe(device: torch.device) -> dict[str, Any]:
