@@ -12,7 +12,7 @@ from mae.settings.data import DataSpec
 from mae.settings.fields import Values, element_types
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
-from mae.settings.run import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
+from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
 
 SIZES = ("input_size", "patch_size")  # one number is the size of a square
 DATASETS = ("data_path", "dataset", "train_list", "val_list", "train_folders", "val_folders")  # each names a dataset

@@ -1,156 +1,86 @@
-"""Settings of optimization, evaluation, and of the machine and the files of a run."""
+"""All settings of a run as one value: the explicit ones, those that files record, and the defaults."""
 
-# fmt: off
-from dataclasses import dataclass
+from __future__ import annotations
 
-from mae.files import recipes
-from mae.parallel import BACKENDS
-from mae.settings.choices import AMP_CHOICES, METRIC_CHOICES, TF32
-from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
-from mae.settings.types import count, non_negative, positive, positive_int, ratio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-
-@dataclass(frozen=True)
-class OptimSpec(Values, group="optimization", role=OPTIM):
-    """Length and optimization of a training."""
-
-    epochs: int = setting(400, positive_int, metavar="N", help="number of epochs")
-    # the effective batch size must be the same
-    batch_size: int = setting(64, positive_int, resumed=FREE, metavar="N",
-        help="batch size per process (GPU)")
-    accum_iter: int = setting(1, positive_int, resumed=FREE, metavar="N",
-        help="iterations per update (optimizer step). Effective batch size = batch_size x accum_iter x processes")
-    lr: float | None = setting(None, non_negative, metavar="LR")  # None: computed from blr
-    blr: float | list[float] | None = setting(1e-3, non_negative, metavar="LR",
-        help="base learning rate: lr = blr x effective batch size / 256")
-    min_lr: float = setting(0.0, non_negative, metavar="LR", help="learning rate at the end of the decay")
-    warmup_epochs: float = setting(40, non_negative, metavar="N", help="epochs of linear warm-up, then the decay")
-    # None: a cosine
-    poly_power: float | None = setting(None, positive, metavar="P",
-        help="power of the polynomial decay: the rate is proportional to (1 - progress)^P")
-    weight_decay: float = setting(0.05, non_negative, metavar="W",
-        help="weight decay; biases and other one-dimensional parameters have none")
-    layer_decay: float = setting(0.75, positive, metavar="D",
-        help="layer-wise learning rate decay: the factor from each layer to the layer below")
-    smoothing: float = setting(0.1, ratio, metavar="S", help="label smoothing")
-    clip_grad: float | None = setting(None, positive, metavar="NORM",
-        help="clip the gradient to this norm (default: no clipping)")
-    optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
-        help="your own optimizer: function(model, groups) returns it for groups of parameters. Files record its "
-        "name, and do not import it (default: AdamW)")
-    lr_schedule: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
-        help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
-        "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)")
-    class_weight: str | None = setting(None, role=TRAINING, choices=["balanced"],
-        help="balanced: the loss of an image is divided by the share of its class in the training set, so that small "
-        "and large classes count equally (default: all images count equally)")
-    on_nonfinite: str = setting("abort", role=TRAINING, choices=("abort", "skip"),
-        help="if a loss or gradient is not finite: abort after saving a checkpoint, or skip the update")
-    updates_per_epoch: int | None = setting(None, positive_int, role=TRAINING, metavar="N",
-        help="number of updates per epoch; the next epoch continues where this one ended, and the data are "
-        "reshuffled after each pass (default: one pass)")
+from mae.settings.data import DataSpec
+from mae.settings.images import AugmentationSpec, ImageSpec
+from mae.settings.model import ModelSpec
+from mae.settings.resolve import FIELDS
+from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
 
 
 @dataclass(frozen=True)
-class EvaluationSpec(Values, group="evaluation", role=TRAINING):
-    """What is evaluated, and when."""
+class Run:
+    """The settings of a run, by what they are about.
 
-    # None: top-1 accuracy
-    metric: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", choices=METRIC_CHOICES,
-        metavar="NAME")
-    eval_every: int = setting(1, positive_int, metavar="N", help="evaluate every N epochs, and after the last one")
-    vis_every: int = setting(20, count, resumed=FREE, metavar="N",
-        help="log reconstructions to TensorBoard every N epochs; 0: never")
-    probe_every: int = setting(0, count, resumed=FREE, metavar="N",
-        help="every N epochs, log the k-NN accuracy and the effective rank (RankMe) of the class token of unmasked "
-        "images; the training stays the same; 0: never")
-    probe_path: str | None = setting(None, resumed=FREE, metavar="PATH",
-        help="labelled dataset of --probe_every, with class folders in train/ and val/ (default: the training "
-        "images, of which a tenth is classified by the others)")
-    report: str | None = setting(None, resumed=FREE, metavar="DIR",
-        help="folder for the scores per class and the confusion matrix (CSV and picture)")
-    eval: bool = setting(False, role=MACHINE, action="store_true",
-        help="evaluate the weights of --resume or --finetune on the validation set, and exit")
-    dist_eval: bool = setting(False, role=MACHINE, action="store_true",
-        help="accepted but ignored: the evaluation is always distributed, and exact")
-    k: list[int] = setting([10, 20, 100], positive_int, nargs="+", metavar="K", help="numbers of neighbors")
-    temperature: list[float] = setting([0.07], positive, nargs="+", metavar="T",
-        help="temperature T of the weight of a neighbor, exp(cosine similarity / T). Several values print a table of "
-        "all combinations with --k; the best of them is optimistic, because the validation set selects it")
+    Args:
+        names: the settings that the script has, and those that the run has determined. `record` contains them.
+        explicit: those that a command line, a recipe or a program has set, and that no file replaces.
+        script: name of the script, such as "main_pretrain".
+    """
 
+    model: ModelSpec
+    images: ImageSpec
+    augmentation: AugmentationSpec
+    data: DataSpec
+    optim: OptimSpec
+    evaluation: EvaluationSpec
+    machine: MachineSpec
+    comparison: ComparisonSpec
+    names: frozenset[str]
+    explicit: frozenset[str] = frozenset()
+    script: str = ""
 
-@dataclass(frozen=True)
-class MachineSpec(Values, group="run", role=MACHINE):
-    """Files, precision and processes of a run."""
+    @classmethod
+    def of(cls, settings: Any, explicit: Collection[str] | None = None) -> Run:
+        """Returns the run of settings by their names.
 
-    start_epoch: int = setting(0, count, metavar="N", help="first epoch of a run that is not resumed")
-    finetune: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE|NAME",
-        help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base (default: "
-        "random weights)")
-    init_from: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE",
-        help="start at epoch 0 from the weights and settings in this file (default: random weights)")
-    output_dir: str = setting("./output_dir", metavar="DIR", help="run directory: checkpoints, log.txt")
-    log_dir: str = setting("./output_dir", metavar="DIR",
-        help="folder of TensorBoard events; --output_dir if only that is set")
-    resume: str = setting("", metavar="FILE|auto",
-        help="resume from this checkpoint, which must be the newest one if it is in --output_dir; auto: from the "
-        "newest valid one in --output_dir, if any (default: start a new run)")
-    save_every: int = setting(20, positive_int, role=TRAINING, resumed=FREE, metavar="N",
-        help="save a checkpoint every N epochs")
-    save_minutes: float = setting(15.0, non_negative, role=TRAINING, resumed=FREE, metavar="M",
-        help="minutes between writes of checkpoint-last.pth, also within an epoch")
-    keep_last: int | None = setting(None, positive_int, role=TRAINING, resumed=FREE, metavar="K",
-        help="keep only the newest K of these checkpoints (default: all)")
-    amp: str = setting("auto", role=TRAINING, choices=AMP_CHOICES,
-        help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), and for training on CPUs with AVX512-BF16 or "
-        f"AMX; else off. {TF32}; bf16 and fp16 do so for the products that remain in fp32. off: fp32. A "
-        "resumed run has the precision of its checkpoint")
-    precision: str | None = fact(None, role=TRAINING)  # what `auto` chose at the start of the run; no flag
-    compile: bool = setting(False, action="store_true",
-        help="compile the model with torch.compile: higher throughput, after up to a minute of compilation")
-    fsdp: bool = setting(False, group="distributed", action="store_true",
-        help="shard weights, gradients and optimizer states over the processes (FSDP2)")
-    device: str = setting("auto", metavar="NAME", help="cpu, cuda, cuda:N, mps, or auto: cuda, else mps, else cpu")
-    config: str | None = setting(None, recipes.find, metavar="YAML",
-        help="recipe: a file of `flag: value` lines, or the name of one in recipes/; flags override it")
-    debug: bool = setting(False, action="store_true", help="print the traceback of an error")
-    dist_backend: str = setting("auto", group="distributed", choices=BACKENDS,
-        help="communication backend; auto: nccl for GPUs, else gloo")
-    dist_url: str = setting("env://", group="distributed", metavar="URL", help="address at which the processes connect")
-    dist_timeout: float = setting(600, positive, group="distributed", metavar="S",
-        help="seconds to wait for another process before the run fails")
-    dist_on_itp: bool = setting(False, group="distributed", action="store_true", help="accepted but ignored")
-    world_size: int = setting(1, int, group="distributed", metavar="N",
-        help="accepted but ignored: the launcher sets it")
-    local_rank: int = setting(-1, int, aliases=("--local-rank",), metavar="N", group="distributed",
-        help="accepted but ignored: the launcher sets it")
+        Args:
+            settings: a mapping, a Namespace, or a run.
+            explicit: names of the explicit settings. Default: all, because a program has no other settings.
+        """
+        if isinstance(settings, Run):
+            return settings
+        values: Mapping[str, Any] = settings if isinstance(settings, Mapping) else vars(settings)
+        parts: dict[str, Any] = {part: kind.of(values) for part, kind in PARTS.items()}
+        names = frozenset(values)
+        return cls(**parts, names=names, explicit=names if explicit is None else frozenset(explicit))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(getattr(self, PART_OF[name]), name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns a setting by its name; the default, if the script does not have it."""
+        return self[name] if name in self.names else default
+
+    def record(self) -> dict[str, Any]:
+        """Returns the settings by their names, as plain values."""
+        own = {"script": self.script} if self.script else {}
+        return own | {name: self[name] for name in PART_OF if name in self.names}
+
+    def changed(self, settings: Mapping[str, Any], explicit: bool = False) -> Run:
+        """Returns a run with other values of settings, which are recorded.
+
+        Args:
+            explicit: no file replaces them.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            parts.setdefault(PART_OF[name], {})[name] = value
+        new: dict[str, Any] = {part: replace(getattr(self, part), **values) for part, values in parts.items()}
+        fixed = self.explicit | settings.keys() if explicit else self.explicit
+        return replace(self, **new, names=self.names | settings.keys(), explicit=fixed)
 
 
-@dataclass(frozen=True)
-class RunSpec(OptimSpec, EvaluationSpec, MachineSpec):
-    """Length, optimization, evaluation, files and processes of a run."""
-
-
-@dataclass(frozen=True)
-class ComparisonSpec(Values, group="evaluation", role=TRAINING):
-    """The settings of main_compare.py alone."""
-
-    encoders: list[str] | None = setting(None, required=True, nargs="+", metavar="[NAME=]ENCODER",
-        help="checkpoint files, published names, timm:MODEL (a Vision Transformer of timm with its weights), scratch "
-        "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and "
-        "an RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)")
-    protocols: list[str] | None = setting(None, nargs="+", metavar="P")
-    labels: list[str] = setting(["all"], nargs="+", metavar="N",
-        help="numbers of labeled training images, equally many of each class; all: the whole training set")
-    draws: list[int] = setting([3], positive_int, nargs="+", metavar="N",
-        help="number of random subsets of each number of labels; all labels are a single one. One value, or one for "
-        "each of --labels")
-    budget: list[int] = setting([50], positive_int, nargs="+", metavar="N",
-        help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
-        "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes")
-    recipes: list[str] = setting([], nargs="+", metavar="P=YAML",
-        help="a recipe for the script of a protocol, such as finetune=finetune_fashion_mnist, instead of "
-        "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record")
-    jobs: int = setting(1, positive_int, group="run", metavar="N",
-        help="number of runs at a time, which share the CPU cores or the GPU")
-    keep_checkpoints: bool = setting(False, group="run", action="switch", help="keep the checkpoints of completed runs")
+PARTS = {"model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec,
+         "optim": OptimSpec, "evaluation": EvaluationSpec, "machine": MachineSpec,
+         "comparison": ComparisonSpec}  # fmt: skip
+PART_OF = {name: next(part for part, kind in PARTS.items() if kind is FIELDS[name][0]) for name in FIELDS}
+assert len(PART_OF) == sum(len(fields(kind)) for kind in PARTS.values()), "a setting has two homes"
