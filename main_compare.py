@@ -54,7 +54,7 @@ from mae.files.results import from_line
 from mae.jobs.commands import Commands
 from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from mae.training import run_log
-from mae.weights import reading
+from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if recorded.get("crop_pct") is None and args.crop_pct is None:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
-            recorded["crop_pct"] = reading.crop_pct_of_earlier_version(weights, size)
+            recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         known = {key: recorded[key] for key in names_where(lambda one: not one["of_task"], ModelSpec, ImageSpec)
                  if key in args and recorded.get(key) is not None}  # fmt: skip

@@ -18,6 +18,8 @@ from mae.cli.advice import Remedy, arguments
 from mae.cli.choices import published_crop_pct
 from mae.cli.flags import runs_code
 from mae.cli.user_code import DATASET
+from mae.weights.fitting import fit
+from mae.weights.reading import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -199,7 +201,8 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
     if not file:
         return None
-    checkpoint.refuse_run_directory(file)
+    if file.is_dir():
+        checkpoint.refuse_run_directory(file)
     state = checkpoint.read_plain(file)
     saved = _args_of(state)
     if saved.get("script", script) != script:
@@ -346,12 +349,10 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    weights: dict[str, torch.Tensor] = state["model"]
-    ours = model.state_dict()
-    differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
-    differing += [n for n in weights if n not in ours]
+    saved = _args_of(state)
+    fitted = fit(model, Weights(state["model"], saved, "", which), exact=True)
+    differing = sorted(fitted.missing | fitted.unexpected)
     if differing:
-        saved = _args_of(state)
         _require_same_data(saved, settings)
         of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
@@ -362,7 +363,6 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
             f"such as {', '.join(differing[:3])}",
             *([Remedy(differing_settings)] if is_known else _start_from(which)),
         )
-    model.load_state_dict({name: parallel.placed_as(weights[name], like) for name, like in ours.items()})
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:

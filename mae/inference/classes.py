@@ -30,7 +30,7 @@ from mae.files.untrusted import read_file
 from mae.positions import to_pair
 from mae.settings import specs
 from mae.training.precision import Precision
-from mae.weights.reading import some
+from mae.weights.candidates import some
 
 logger = logging.getLogger(__name__)
 
