@@ -184,8 +184,9 @@ def load_for_evaluation(
         classes = names
     if flags["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
-    if task == REGRESSION and "target_mean" not in file.settings:
-        raise ValueError(f"{file.origin} predicts numbers, and does not record their mean and std: train a head")
+    if task == REGRESSION:
+        units = ("target_mean", "target_std")
+        reading.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
     if not classes and task == CLASSIFICATION and labels.has_ids(val):
         classes = labels.outputs(num_classes)
     if not classes and len(val.classes) != num_classes:

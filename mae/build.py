@@ -23,6 +23,7 @@ from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from mae.weights import shapes
 from mae.weights.loading import Weights
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
+from mae.weights.reading import require_settings
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
@@ -231,7 +232,7 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     if size not in SIZES:
         size = _size_with_shapes(file)
     # Most published models that do not record it were trained with norm_pix_loss.
-    determined = file.shapes
+    determined = shapes.determined(file.tensors)
     if "norm_pix_loss" not in file.settings:
         determined["norm_pix_loss"] = not (row := row_of(file.origin)) or row.norm_pix_loss
     recorded = {**file.settings, **shapes.certain(determined)}
@@ -250,10 +251,13 @@ def _size_with_shapes(file: Weights) -> str:
     if not sizes:
         raise CheckpointError(f"{file.origin}: no model here is {width} wide and {depth} deep")
     if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
-        raise CheckpointError(
-            f"{file.origin} records no model, and {' and '.join(sizes)} have its shapes: use "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"), or another of these names'
+        known = {**shapes.determined(file.tensors), **file.settings, "model": None}
+        size = "" if known.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
+        remedy = (
+            f"{' and '.join(sizes)} have its shapes; use "
+            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
         )
+        require_settings(known, ("model", "input_size"), file.origin, remedy)
     return sizes[0]
 
 

@@ -304,7 +304,7 @@ def test_heads_of_other_tasks(imgs, tmp_path):
     number = get_model(tmp_path / "number")
     assert_same(number(imgs), theirs(imgs).logits)
     assert number.extract_feat(imgs, "cls").shape == (len(imgs), 128)
-    with pytest.raises(ValueError, match="does not record the mean and std"):
+    with pytest.raises(ValueError, match="records no target_mean and no target_std"):
         number.predict(list(imgs))
 
 
@@ -318,7 +318,7 @@ def test_heads_of_other_tasks_are_evaluated_if_their_outputs_are_known(task, cou
     flags = {"val_list": tmp_path / "val.csv", "label_columns": columns, "num_workers": 0, "device": "cpu"}
     flags |= {"eval": True, "resume": tmp_path / "folder"}
     if task == "regression":
-        with pytest.raises(ValueError, match="predicts numbers, and does not record their mean and std"):
+        with pytest.raises(ValueError, match="records no target_mean and no target_std"):
             call(main_finetune, **flags)
         return
     call(main_finetune, **flags)

@@ -77,7 +77,9 @@ def fit(
             resized |= _adapt_input(weights, tensors, channels[1], adapt_input)
         resized |= _adapt_positions(model, weights, tensors)
     loaded = {name: tensors[name] for name in ours.keys() & tensors.keys() if tensors[name].shape == ours[name].shape}
-    model.load_state_dict({name: parallel.placed_as(t, ours[name]) for name, t in loaded.items()}, strict=False)
+    if parallel.is_sharded(model):
+        loaded = {name: parallel.placed_as(tensor, ours[name]) for name, tensor in loaded.items()}
+    model.load_state_dict(loaded, strict=False)
     return Fit(ours.keys() - loaded.keys(), tensors.keys() - loaded.keys(), resized)
 
 
@@ -129,55 +131,64 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     is_autoencoder = hasattr(model, "learned_pos_embed")
     if is_autoencoder and weights.learned_pos_embed and not model.learned_pos_embed:
         raise CheckpointError(f"{weights.origin} has learned positions", Remedy({"learned_pos_embed": True}))
-    grid, size = weights.grid_size, weights.settings.get("input_size")
+    recorded, size = weights.grid_size, weights.settings.get("input_size")
     if model.encoder_name and weights.settings.get("encoder") and size:  # the user's code determines its grid
         grid = model.patch_embed.grid_of(*to_pair(size))
+    else:
+        grid = recorded
     if is_autoencoder and not model.learned_pos_embed:
-        for name, table in before.items():
-            _adapt_fixed_table(model, weights, tensors, name, grid or _assumed_grid(table, ours[name].shape, model))
-        return {name for name, table in before.items() if tensors.get(name) is not table}
-    if not is_autoencoder and _lacks_class_positions(model, weights):
-        zeros = torch.zeros_like(before["pos_embed"][:, : weights.num_cls_tokens])
-        before["pos_embed"] = tensors["pos_embed"] = torch.cat([zeros, before["pos_embed"]], dim=1)
+        return {name for name in before if _adapt_fixed_table(model, weights, tensors, name, grid)}
+    if not is_autoencoder:
+        table, count = before["pos_embed"], model.num_prefix_tokens
+        expected = count + math.prod(recorded) if recorded else model.pos_embed.shape[1]
+        if table.shape[1] != expected and _lacks_class_positions(model, weights):
+            table = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
+            before["pos_embed"] = tensors["pos_embed"] = table
     for name in before:
         interpolate_pos_embed(model, tensors, grid, name)
     return {name for name, table in before.items() if tensors[name] is not table}
 
 
 def _lacks_class_positions(model: Any, weights: Weights) -> bool:
-    """Whether a position table has no positions of the class tokens, as with no_embed_class of timm.
+    """Whether a position table of another length than that of the model has no positions of the class tokens.
+
+    timm writes such tables with no_embed_class.
 
     Raises:
         CheckpointError: the table fits two grids, and the file does not record its own.
     """
-    length, count = weights.tensors["pos_embed"].shape[1], weights.num_cls_tokens
     if weights.grid_size is not None:
-        return math.prod(weights.grid_size) == length
-    expected = model.pos_embed.shape[1]
-    if length == expected:
-        return False
+        return True
+    length, count = weights.tensors["pos_embed"].shape[1], model.num_prefix_tokens
     has_square_of_rest = _is_square(length - count)
-    if length == expected - count and length > count and has_square_of_rest:
+    if length != model.pos_embed.shape[1] - count:
+        return _is_square(length) and not has_square_of_rest
+    if has_square_of_rest and length > count:
         side, (rows, columns) = math.isqrt(length - count), model.patch_embed.grid_size
         raise CheckpointError(
             f"{weights.origin} records no input_size: its {length} positions are of {side} x {side} patches and class "
             f"tokens, or of {rows} x {columns} patches alone; save it with its size: "
             "torch.save({'model': weights, 'args': {'input_size': [HEIGHT, WIDTH]}}, FILE)"
         )
-    return length == expected - count or (_is_square(length) and not has_square_of_rest)
+    return True
 
 
 def _adapt_fixed_table(
-    model: Any, weights: Weights, tensors: dict[str, Tensor], name: str, grid: tuple[int, int]
-) -> None:
-    """Adapts a table of fixed positions in place. A table that does not fit its grid is removed."""
+    model: Any, weights: Weights, tensors: dict[str, Tensor], name: str, grid: tuple[int, int] | None
+) -> bool:
+    """Adapts a table of fixed positions in place, and returns whether its grid was another.
+
+    A table that does not fit its grid is removed: the model computes its own.
+    """
     table, ours = tensors[name], model.state_dict()[name]
-    length = ours.shape[1] if grid == model.grid_size else weights.num_cls_tokens + math.prod(grid)
+    grid = grid or _assumed_grid(table, ours.shape, model)
+    length = ours.shape[1] if grid == model.grid_size else model.num_prefix_tokens + math.prod(grid)
     if table.shape == (1, length, ours.shape[2]) and min(grid) > 0:
         tensors[name] = model.resized(table.to(ours.dtype), model.grid_size, grid)
-    else:
-        logger.warning(f"{weights.origin}: its {name} {tuple(table.shape)} is not read, but computed")
-        del tensors[name]
+        return grid != model.grid_size
+    logger.warning(f"{weights.origin}: its {name} {tuple(table.shape)} is not read, but computed")
+    del tensors[name]
+    return False
 
 
 def _assumed_grid(table: Tensor, shape: torch.Size, model: Any) -> tuple[int, int]:

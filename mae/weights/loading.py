@@ -216,7 +216,7 @@ def _warn_of_user_code(weights: Weights, new: set[str], dropped: set[str]) -> No
 
 def _differing(weights: Weights, ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
-    theirs, expected = weights.shapes, shapes.determined(ours)
+    theirs, expected = shapes.determined(weights.tensors), shapes.determined(ours)
     names = [name for name in theirs if name not in NOT_OF_MODEL and expected.get(name) is not None]
     different = {name: theirs[name] for name in names if theirs[name] not in (None, expected[name])}
     width, depth = shapes.width_and_depth(weights.tensors)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mae.cli.choices import default_crop_pct, published_crop_pct
 from mae.data.transforms import channel_statistics
 from mae.positions import Size
+from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.model_zoo import CLASSIFIER, SEGMENTER
 from mae.weights.reading import Weights
@@ -21,7 +22,7 @@ def statistics(
     A warning names each value that differs from the value of that run.
     """
     records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
-    theirs_in_chans = {**file.settings, **file.shapes}.get("in_chans") if file else None
+    theirs_in_chans = {**file.settings, **shapes.determined(file.tensors)}.get("in_chans") if file else None
     if not file or not records or theirs_in_chans != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
