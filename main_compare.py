@@ -282,9 +282,11 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
                  if key in args and recorded.get(key) is not None}  # fmt: skip
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        # The scripts read these from the file of an encoder.
-        unnamed = {key: weights.settings.get(key) for key in names_where(lambda one: one["of_training"])}
-        of_first = of_first or {key: value for key, value in (known | unnamed).items() if key not in also or value != 1}
+        if not of_first:  # what the scripts read from the file of an encoder
+            trained = {key: weights.settings.get(key) for key in names_where(lambda one: one["of_training"])}
+            of_first = known | trained
+            if of_first.get("num_cls_tokens") == 1:  # the default
+                del of_first["num_cls_tokens"]
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(

@@ -144,8 +144,9 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
         if table.shape[1] != expected and _lacks_class_positions(model, weights):
             table = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
             before["pos_embed"] = tensors["pos_embed"] = table
-    for name in before:
-        interpolate_pos_embed(model, tensors, grid, name)
+    if grid != model.patch_embed.grid_size:
+        for name in before:
+            interpolate_pos_embed(model, tensors, grid, name)
     return {name for name, table in before.items() if tensors[name] is not table}
 
 
