@@ -22,7 +22,7 @@ from mae.evaluate.tasks import Classification, TargetEvaluation
 from mae.training import feature_files, loop
 from mae.training.compiling import padded
 from mae.training.precision import Precision
-from mae.weights import loading, reading
+from mae.weights import loading, reading, shapes
 from mae.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def load_for_evaluation(
         raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
     if task == REGRESSION:
         units = ("target_mean", "target_std")
-        reading.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
+        shapes.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
     if not classes and task == CLASSIFICATION and labels.has_ids(val):
         classes = labels.outputs(num_classes)
     if not classes and len(val.classes) != num_classes:

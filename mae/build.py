@@ -23,7 +23,6 @@ from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from mae.weights import shapes
 from mae.weights.loading import Weights
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
-from mae.weights.reading import require_settings
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
@@ -257,7 +256,7 @@ def _size_with_shapes(file: Weights) -> str:
             f"{' and '.join(sizes)} have its shapes; use "
             f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
         )
-        require_settings(known, ("model", "input_size"), file.origin, remedy)
+        shapes.require_settings(known, ("model", "input_size"), file.origin, remedy)
     return sizes[0]
 
 

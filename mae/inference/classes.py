@@ -31,7 +31,7 @@ from mae.positions import to_pair
 from mae.settings import specs
 from mae.training.precision import Precision
 from mae.weights.candidates import some
-from mae.weights.reading import require_settings
+from mae.weights.shapes import require_settings
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,21 +148,6 @@ def read(name: Path | str) -> Weights:
     if missing and path == file:  # the settings of published files are known
         warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
-
-
-def require_settings(settings: Mapping[str, Any], names: Sequence[str], origin: str, remedy: str) -> None:
-    """Requires the settings that a task needs.
-
-    Args:
-        settings: the settings of a file, and those that its shapes determine.
-        origin: the file, for the message.
-        remedy: the end of the message.
-
-    Raises:
-        CheckpointError: settings have no value. It names all of them.
-    """
-    if missing := [name for name in names if settings.get(name) is None]:
-        raise CheckpointError(f"{origin} records no {' and no '.join(missing)}: {remedy}")
 
 
 def path_and_model(name: Path | str) -> tuple[Path, str]:

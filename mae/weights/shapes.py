@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli.choices import ATTENTIVE, LINEAR
 
 # The weights of the head of a classifier, of a probe (`mae.build.probe_head`), and of the first of several probes.
@@ -60,3 +61,18 @@ def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 def _depth(names: Iterable[str], blocks: str) -> int:
     return 1 + max((int(match[1]) for name in names if (match := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+
+
+def require_settings(settings: Mapping[str, Any], names: Sequence[str], origin: str, remedy: str) -> None:
+    """Requires the settings that a task needs.
+
+    Args:
+        settings: the settings of a file, and those that its shapes determine.
+        origin: the file, for the message.
+        remedy: the end of the message.
+
+    Raises:
+        CheckpointError: settings have no value. It names all of them.
+    """
+    if missing := [name for name in names if settings.get(name) is None]:
+        raise CheckpointError(f"{origin} records no {' and no '.join(missing)}: {remedy}")
