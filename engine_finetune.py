@@ -22,7 +22,7 @@ from mae.settings.choices import CLASSIFICATION, REGRESSION
 from mae.training import feature_files, loop
 from mae.training.compiling import padded
 from mae.training.precision import Precision
-from mae.weights import loading, reading
+from mae.weights import loading, reading, shapes
 from mae.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
@@ -173,27 +173,28 @@ def load_for_evaluation(
     recorded, current = (found.get("held_out_images") for found in (file.settings, chosen))
     if current and recorded not in (None, current):
         logger.warning(
-            f"the training of {file.source} held out {recorded}, and now these are {current}: images that it was "
+            f"the training of {file.origin} held out {recorded}, and now these are {current}: images that it was "
             f"trained on may be among them"
         )
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)
-        raise ValueError(f"--task {task}: {file.source} was trained with --task {recorded}; omit --task")
+        raise ValueError(f"--task {task}: {file.origin} was trained with --task {recorded}; omit --task")
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
     if flags["nb_classes"] not in (None, num_classes):
-        raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
-    if task == REGRESSION and "target_mean" not in file.settings:
-        raise ValueError(f"{file.source} predicts numbers, and does not record their mean and std: train a head")
+        raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
+    if task == REGRESSION:
+        units = ("target_mean", "target_std")
+        shapes.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
     if not classes and task == CLASSIFICATION and labels.has_ids(val):
         classes = labels.outputs(num_classes)
     if not classes and len(val.classes) != num_classes:
-        raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
+        raise ValueError(f"{file.origin} has {num_classes} classes, and the validation set has {len(val.classes)}")
     if not classes and names and val.classes != synsets():
         ours, theirs = next(pair for pair in zip(val.classes, names, strict=True) if pair[0] != pair[1])
         logger.warning(
-            f"{file.source} has other names of classes: its labels are taken in the order of the validation set, such "
+            f"{file.origin} has other names of classes: its labels are taken in the order of the validation set, such "
             f"as {theirs!r} for {ours!r}"
         )
     val = labels.counted_as(val, classes or val.classes, task)

@@ -56,7 +56,7 @@ from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, nam
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
 from mae.training import run_log
-from mae.weights import reading
+from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
 
@@ -278,15 +278,17 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if recorded.get("crop_pct") is None and args.crop_pct is None:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
-            recorded["crop_pct"] = reading.crop_pct_of_earlier_version(weights, size)
+            recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         of_encoder = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS)]
         known = {name: recorded[name] for name in of_encoder if name in args and recorded.get(name) is not None}
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        # The scripts read these from the file of an encoder.
-        unnamed = {name: weights.settings.get(name) for name in EXPORTED if name not in REBUILDS}
-        of_first = of_first or {key: value for key, value in (known | unnamed).items() if key not in also or value != 1}
+        if not of_first:  # what the scripts read from the file of an encoder
+            trained = {name: weights.settings.get(name) for name in EXPORTED if name not in REBUILDS}
+            of_first = known | trained
+            if of_first.get("num_cls_tokens") == 1:  # the default
+                del of_first["num_cls_tokens"]
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(

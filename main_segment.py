@@ -164,7 +164,7 @@ def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:
     """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to `norm`, the norm of all tokens."""
     if file is None or "fc_norm.weight" not in file.tensors:
         return file
-    logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
+    logger.info(f"{file.origin} pools patch tokens: its norm after pooling normalizes the tokens of the head")
     return file._replace(tensors={name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()})
 
 
@@ -197,7 +197,7 @@ def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mappi
             "--palette FILE with a line `R G B NAME` for each class"
         )
     origin = f"--palette {args.palette}" if args.palette else "the dataset"
-    count, source = (file.num_classes, file.source) if file else (len(classes), origin)
+    count, source = (file.num_classes, file.origin) if file else (len(classes), origin)
     if count > MOST_CLASSES:
         raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
     if args.nb_classes not in (None, count):

@@ -233,10 +233,10 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     if size not in SIZES:
         size = _size_with_shapes(file)
     # Most published models that do not record it were trained with norm_pix_loss.
-    norm_pix_loss = not (row := row_of(file.source)) or row.norm_pix_loss
-    determined = {"norm_pix_loss": norm_pix_loss, "learned_pos_embed": file.learned_pos_embed}
-    determined |= shapes.determined(file.tensors)
-    recorded = {**file.settings, **shapes.certain(file.tensors)}  # earlier versions recorded other values
+    determined = shapes.determined(file.tensors)
+    if "norm_pix_loss" not in file.settings:
+        determined["norm_pix_loss"] = not (row := row_of(file.origin)) or row.norm_pix_loss
+    recorded = {**file.settings, **shapes.certain(determined)}
     settings = chosen({}, recorded, determined, {})
     if settings.get("patch_size") == SIZES[size]["patch_size"]:
         settings["patch_size"] = None  # that in the name of the model, as the flag has it
@@ -250,12 +250,15 @@ def _size_with_shapes(file: Weights) -> str:
     side = file.tensors["patch_embed.proj.weight"].shape[-1]
     sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
     if not sizes:
-        raise CheckpointError(f"{file.source}: no model here is {width} wide and {depth} deep")
+        raise CheckpointError(f"{file.origin}: no model here is {width} wide and {depth} deep")
     if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
-        raise CheckpointError(
-            f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: use "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or another of these names'
+        known = {**shapes.determined(file.tensors), **file.settings, "model": None}
+        size = "" if known.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
+        remedy = (
+            f"{' and '.join(sizes)} have its shapes; use "
+            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
         )
+        shapes.require_settings(known, ("model", "input_size"), file.origin, remedy)
     return sizes[0]
 
 

@@ -35,7 +35,7 @@ from mae.data.decode import decode
 from mae.data.lists import read_list
 from mae.data.webdataset_shards import read_shards
 from mae.settings.choices import ADAPT_CHOICES
-from mae.weights import loading, model_zoo, reading
+from mae.weights import loading, model_zoo, preprocessing, reading
 
 
 class Door(NamedTuple):
@@ -301,7 +301,7 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
         loading.load_classifier(vit, file)
     else:
         loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))
-    reading.statistics(file, 3, None, None)
+    preprocessing.statistics(file, 3, None, None)
 
 
 def _sharded(folder: Path) -> list[dict[str, bytes]]:

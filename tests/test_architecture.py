@@ -34,6 +34,7 @@ ARROWS = {
     r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|cli\.user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
+    r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|cli|files)\.\w+|{SHARED}",  # a resumed run fits weights
     r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|files\.recipes|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.parallel": r"mae\.plain_data",

@@ -19,7 +19,7 @@ import main_finetune
 import main_knn
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
-from mae.weights import foreign_settings, loading, reading
+from mae.weights import foreign_settings, loading, preprocessing
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 
@@ -304,7 +304,7 @@ def test_heads_of_other_tasks(imgs, tmp_path):
     number = get_model(tmp_path / "number")
     assert_same(number(imgs), theirs(imgs).logits)
     assert number.extract_feat(imgs, "cls").shape == (len(imgs), 128)
-    with pytest.raises(ValueError, match="does not record the mean and std"):
+    with pytest.raises(ValueError, match="records no target_mean and no target_std"):
         number.predict(list(imgs))
 
 
@@ -318,7 +318,7 @@ def test_heads_of_other_tasks_are_evaluated_if_their_outputs_are_known(task, cou
     flags = {"val_list": tmp_path / "val.csv", "label_columns": columns, "num_workers": 0, "device": "cpu"}
     flags |= {"eval": True, "resume": tmp_path / "folder"}
     if task == "regression":
-        with pytest.raises(ValueError, match="predicts numbers, and does not record their mean and std"):
+        with pytest.raises(ValueError, match="records no target_mean and no target_std"):
             call(main_finetune, **flags)
         return
     call(main_finetune, **flags)
@@ -418,9 +418,9 @@ def test_label_names_of_timm_are_those_of_their_numbers(third, tmp_path):
 def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):
     settings = {"mean": [0.5] * 3, "std": [0.2] * 3}
     file = loading.Weights(vit_mini_patch4(img_size=16).state_dict(), settings, "", "m.pth")
-    assert reading.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
-    assert reading.statistics(file, 1, None, None) == (None, None)
-    assert reading.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
+    assert preprocessing.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
+    assert preprocessing.statistics(file, 1, None, None) == (None, None)
+    assert preprocessing.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
     assert not caplog.text  # the statistics of a file that records none are not known
 
 

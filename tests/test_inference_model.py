@@ -414,10 +414,13 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
         assert torch.equal(again(imgs), model(imgs))
     saved(model, tmp_path / "bare.pth")
     remedy = f'use get_model("vit_mini_patch4", pretrained="{tmp_path}/bare.pth"), or another'
-    with pytest.raises(CheckpointError, match=r"records no model, and mini_patch4 and heads8_patch4 .*") as error:
+    with pytest.raises(CheckpointError, match=r"records no model: mini_patch4 and heads8_patch4 .*") as error:
         get_model(tmp_path / "bare.pth")
     assert remedy in str(error.value)
     assert torch.equal(get_model("vit_mini_patch4", pretrained=tmp_path / "bare.pth", nb_classes=5)(imgs), model(imgs))
+    flat = mae.build.classifier(*specs({**settings, "model": "vit_mini_patch4", "input_size": [32, 20]}))
+    with pytest.raises(CheckpointError, match=r"records no model and no input_size: .*, input_size="):
+        get_model(saved(flat, tmp_path / "flat.pth"))
 
 
 @pytest.mark.parametrize("fast", [[], ["--fast_jpeg"]])

@@ -127,7 +127,7 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
     assert evaluated(capsys, finetune, resume="auto", output_dir=tuned.parent, finetune=other) == expected
     assert not (tmp_path / "nothing").exists()
     finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
-    assert re.search(r"bare.pth is for images of 16 patches, .* 64: .* interpolated", capsys.readouterr().out)
+    assert re.search(r"bare.pth records no input_size, .* interpolated to the 64 patches", capsys.readouterr().out)
 
 
 TELLING = """

@@ -40,7 +40,7 @@ def evaluated(capsys, labelled):
 
 
 @pytest.fixture
-def mae(tmp_path, labelled):
+def pretrained(tmp_path, labelled):
     """A file with a random encoder, whose tokens have a norm."""
     torch.manual_seed(5)
     model = build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
@@ -98,18 +98,18 @@ def test_the_trunk_is_in_evaluation_mode():
     assert not model.forward_features(torch.rand(2, 3, 16, 16)).requires_grad
 
 
-def test_a_probe_does_not_start_from_the_head_of_another(probe, mae):
-    trained = probe("trained", finetune=mae, epochs=1, blr=9, warmup_epochs=0) / "checkpoint-0.pth"
+def test_a_probe_does_not_start_from_the_head_of_another(probe, pretrained):
+    trained = probe("trained", finetune=pretrained, epochs=1, blr=9, warmup_epochs=0) / "checkpoint-0.pth"
     fresh, again = (weights(probe(file.parent.name + "2", finetune=file, epochs=1, lr=0), "checkpoint-0.pth")
-                    for file in (mae, trained))  # fmt: skip
+                    for file in (pretrained, trained))  # fmt: skip
     assert torch.equal(fresh["head.1.weight"], again["head.1.weight"])
 
 
 @CACHED
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
-def test_the_best_of_several_rates_is_selected(probe, tuned, mae, evaluated, cached, kind, capsys):
+def test_the_best_of_several_rates_is_selected(probe, tuned, pretrained, evaluated, cached, kind, capsys):
     """Its probe is saved, and its rate and loss are logged."""
-    encoder = tuned / "checkpoint-19.pth" if kind == "linear" else mae
+    encoder = tuned / "checkpoint-19.pth" if kind == "linear" else pretrained
     out = probe(probe=kind, blr="1 30 100", finetune=encoder, epochs=3, **cached)
     output, last = capsys.readouterr().out, lines(out)[-1]
     loss, written = f"{last['train_loss']:.4f}", checkpoint.read(out / "probe.pth")
@@ -224,14 +224,14 @@ def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
 
 
 @CACHED
-def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, labelled, evaluated, capsys, cached):
-    out = probe(finetune=mae, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **cached)
+def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, pretrained, labelled, evaluated, capsys, cached):
+    out = probe(finetune=pretrained, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **cached)
     output, last = capsys.readouterr().out, lines(out)[-1]
     assert ("the tokens of 71 images take 0 MB in " in output) == bool(cached)
     assert last["test_acc1"] > 70
     assert last["n_parameters"] == 8 * 128 + 128 * 128 + 6 * 128 + 6
     file = out / "checkpoint-11.pth"
-    state, encoder = checkpoint.read(file)["model"], checkpoint.read(mae)["model"]
+    state, encoder = checkpoint.read(file)["model"], checkpoint.read(pretrained)["model"]
     assert all(torch.equal(state[name], encoder[name]) for name in encoder)
     output = evaluated(file)
     assert scores_of(out).rpartition(" ")[0] in output and "warning" not in output
@@ -246,10 +246,10 @@ def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, label
 
 
 @pytest.mark.parametrize("resume", ["auto", ""])
-def test_tokens_are_those_of_the_present_images(probe, mae, labelled, tmp_path, resume):
+def test_tokens_are_those_of_the_present_images(probe, pretrained, labelled, tmp_path, resume):
     """Images that are replaced under their names get new tokens. A run without --resume does not use existing ones."""
     folder = shutil.copytree(labelled, tmp_path / "images")
-    flags = {"data_path": folder, "finetune": mae, "probe": "attentive", "epochs": 1, "cache_features": True}
+    flags = {"data_path": folder, "finetune": pretrained, "probe": "attentive", "epochs": 1, "cache_features": True}
     out = probe("run", **flags)
     for name in ("checkpoint-0.pth", "checkpoint-best.pth", "log.txt"):
         (out / name).unlink()  # as if the run had been killed while it stored tokens
@@ -266,7 +266,7 @@ def test_tokens_are_those_of_the_present_images(probe, mae, labelled, tmp_path, 
         assert ours == expected
 
 
-def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path, monkeypatch):
+def test_each_process_stores_its_own_tokens_and_resumes(pretrained, labelled, tmp_path, monkeypatch):
     """The second of two processes is interrupted after two batches."""
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
@@ -306,8 +306,8 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     assert not torch.equal(other, own)  # other weights, other tokens
 
 
-def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(probe, mae, monkeypatch, tmp_path):
-    flags = {"finetune": mae, "probe": "attentive", "epochs": 1, "cache_features": True}
+def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(probe, pretrained, monkeypatch, tmp_path):
+    flags = {"finetune": pretrained, "probe": "attentive", "epochs": 1, "cache_features": True}
 
     def free(size):
         monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
@@ -355,10 +355,10 @@ def damaged(labelled, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"cache_features": True}, {"cache_features": True, "probe": "attentive"},
                                    {"blr": "1 10", "held_out": 0.5}])  # fmt: skip
-def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags):
+def test_bad_training_images_are_excluded_before_their_features(probe, pretrained, damaged, capsys, flags):
     """A bad validation image is an error."""
     cached, held_out = "cache_features" in flags, 24  # of 47
-    flags = {"finetune": mae, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
+    flags = {"finetune": pretrained, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if cached:
         with pytest.raises(BadImage, match=r"01.png: .*\(--on_bad_image skip"):
             probe("error", **flags)
@@ -407,16 +407,16 @@ def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, f
     assert_same_run(whole, parts, "checkpoint-3.pth")
 
 
-def test_a_resumed_run_with_another_probe_is_an_error(probe, mae):
-    probe(finetune=mae, probe="attentive", epochs=1, warmup_epochs=0)
+def test_a_resumed_run_with_another_probe_is_an_error(probe, pretrained):
+    probe(finetune=pretrained, probe="attentive", epochs=1, warmup_epochs=0)
     for changed, right in (({"probe": "linear"}, "--probe attentive"), ({"num_queries": 16}, "--num_queries 32")):
         with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
             probe(**{"probe": "attentive", **changed}, resume="auto")
 
 
-def test_the_run_directory_is_locked_while_features_are_stored(probe, mae, monkeypatch):
+def test_the_run_directory_is_locked_while_features_are_stored(probe, pretrained, monkeypatch):
     """A second run would write to the files of the first."""
-    out = probe("run", finetune=mae, probe="attentive", epochs=1, cache_features=True)
+    out = probe("run", finetune=pretrained, probe="attentive", epochs=1, cache_features=True)
     monkeypatch.setattr(feature_files, "extract", None)  # is not called
     with run_directory.locked(out), pytest.raises(ValueError, match="is being written to by another run"):
-        probe("run", finetune=mae, probe="attentive", epochs=2, cache_features=True, resume="auto")
+        probe("run", finetune=pretrained, probe="attentive", epochs=2, cache_features=True, resume="auto")

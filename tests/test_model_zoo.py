@@ -9,7 +9,7 @@ import torch
 import models_mae
 import models_vit
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.weights import loading, model_zoo
+from mae.weights import loading, model_zoo, reading
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_the_other_processes_wait_for_a_download_as_long_as_it_takes(monkeypatch
     """Each exchange of `from_rank_0` ends before --dist_timeout. A plain barrier does not."""
     calls = []
     torch.save(models_vit.vit_mini_patch4(img_size=16, num_classes=0).state_dict(), tmp_path / "m.pth")
-    monkeypatch.setattr(loading.parallel, "from_rank_0", lambda compute: calls.append(compute()))
+    monkeypatch.setattr(reading.parallel, "from_rank_0", lambda compute: calls.append(compute()))
     monkeypatch.setattr(model_zoo, "fetch", lambda name: tmp_path / "m.pth")
     loading.read("mae_pretrain_vit_base")
     assert calls == [tmp_path / "m.pth"]

@@ -162,7 +162,8 @@ def read(path: Path | str) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
     """
     path = Path(path)
-    refuse_run_directory(path)
+    if path.is_dir():
+        refuse_run_directory(path)
     state = _load(path / STATE if path.is_dir() else path)
     digest = state.pop("digest", None)
     if digest is not None and digest != compute_digest(state):
@@ -171,8 +172,8 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def refuse_run_directory(path: Path) -> None:
-    """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
-    if path.is_dir() and not (path / STATE).is_file() and (files := newest_first(path)):
+    """Raises CheckpointError if a folder is a run directory. The message names its newest checkpoint."""
+    if not (path / STATE).is_file() and (files := newest_first(path)):
         raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {files[0]}")
 
 
@@ -230,22 +231,43 @@ def milestones(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
 
 
-def refuse_text(path: Path) -> None:
-    """Raises CheckpointError if a download has left a text in place of a file of weights."""
+def check_file(path: Path) -> bool:
+    """Checks what the readers of files of weights do not check.
+
+    A download may have left a text in place of the weights. torch.load does not verify the checksum of names and plain
+    values; without it, damage could rename the key `digest`, and the digest would not be verified.
+
+    Returns:
+        Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
+
+    Raises:
+        CheckpointError: the file is a text.
+        OSError, ValueError, zipfile.BadZipFile: it is not a regular file, or is damaged.
+    """
     with open_file(path) as file:
         start = file.read(len(LFS_POINTER)).lower()
-    if start == LFS_POINTER:
-        raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its folder")
-    if start.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights: download it again, by the link of the file itself")
+        if start == LFS_POINTER:
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its folder")
+        if start.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
+            raise CheckpointError(
+                f"{path} is a web page, not weights: download it again, by the link of the file itself"
+            )
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    archive.read(name)
+    return True
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        refuse_text(path)
-        is_zip = _check_names(path)
+        is_zip = check_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
         _check_parts(state)
@@ -297,22 +319,3 @@ def _check_parts(state: Any) -> None:
                 raise ValueError(
                     f"a tensor of shape {tuple(value.shape)} has fewer values in the file; save its clone()"
                 )
-
-
-def _check_names(path: Path) -> bool:
-    """Verifies the checksum of names and plain values. torch.load does not.
-
-    Without this check, damage could rename the key `digest`, and the digest would not be verified.
-
-    Returns:
-        Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
-        for name in archive.namelist():
-            if name.endswith("data.pkl"):
-                archive.read(name)
-    return True

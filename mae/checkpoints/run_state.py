@@ -20,6 +20,8 @@ from mae.settings import REBUILDS, ModelSpec, differs, fits, names_of, names_wit
 from mae.settings import fields as roles
 from mae.settings.choices import published_crop_pct
 from mae.settings.resolve import names_resumed
+from mae.weights.fitting import fit
+from mae.weights.reading import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -201,7 +203,8 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
     if not file:
         return None
-    checkpoint.refuse_run_directory(file)
+    if file.is_dir():
+        checkpoint.refuse_run_directory(file)
     state = checkpoint.read_plain(file)
     saved = _args_of(state)
     if saved.get("script", script) != script:
@@ -345,12 +348,10 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    weights: dict[str, torch.Tensor] = state["model"]
-    ours = model.state_dict()
-    differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
-    differing += [n for n in weights if n not in ours]
+    saved = _args_of(state)
+    fitted = fit(model, Weights(state["model"], saved, "", which), exact=True)
+    differing = sorted(fitted.missing | fitted.unexpected)
     if differing:
-        saved = _args_of(state)
         _require_same_data(saved, settings)
         of_model = [*(name for name in names_of(ModelSpec) if name in REBUILDS), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
@@ -361,7 +362,6 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
             f"such as {', '.join(differing[:3])}",
             *([Remedy(differing_settings)] if is_known else _start_from(which)),
         )
-    model.load_state_dict({name: parallel.placed_as(weights[name], like) for name, like in ours.items()})
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ from mae.positions import to_pair
 from mae.settings import specs
 from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision
-from mae.weights.reading import some
+from mae.weights.candidates import some
+from mae.weights.shapes import require_settings
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +259,8 @@ class ModelMixin(PyTorchModelHubMixin):
                 one |= {"pred_classes": [self._class_name(label) for label in one["pred_labels"]]}
                 del one["pred_label"], one["pred_class"], one["pred_score"]
         else:
-            if not self.settings.get("target_std"):
-                raise ValueError("the file of the model does not record the mean and std of its numbers: train a head")
+            units = ("target_mean", "target_std")
+            require_settings(self.settings, units, "the file of the model", "it predicts numbers; train a head")
             values = outputs.double().numpy() * self.settings["target_std"] + self.settings["target_mean"]
             names = [self._class_name(number) for number in range(values.shape[1])]
             predictions = [

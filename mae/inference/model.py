@@ -24,7 +24,8 @@ from mae.data import transforms
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
 from mae.settings.choices import LINEAR
-from mae.weights import loading, model_zoo, reading
+from mae.weights import loading, model_zoo, preprocessing, reading
+from mae.weights.candidates import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _load(
 ) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
     recorded = mae.build.file_settings(file, architecture)
-    recorded |= {name: value for name, value in row_settings(file.source).items() if name not in file.settings}
+    recorded |= {name: value for name, value in row_settings(file.origin).items() if name not in file.settings}
     architecture = recorded["model"]
     if (
         file.kind == model_zoo.CLASSIFIER
@@ -194,24 +195,24 @@ def _load(
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
-        merged["crop_pct"] = reading.crop_pct_of_earlier_version(file, merged["input_size"])
+        merged["crop_pct"] = preprocessing.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == model_zoo.SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
     model: Model = kind(merged)
     if isinstance(model, Autoencoder):
         if file.kind != model_zoo.FULL:
             raise CheckpointError(
-                f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
+                f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
-        if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.source)}:
-            reading.warn_once(f"{file.source} does not record norm_pix_loss, and it is assumed. If its reconstructions "
+        if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.origin)}:
+            warn_once(f"{file.origin} does not record norm_pix_loss, and it is assumed. If its reconstructions "
                               f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip
         loading.init_mae(model, file)
     elif (segments or file.kind == model_zoo.CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
         if file.kind == model_zoo.CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:
             raise CheckpointError(
-                f"{file.source}: {len(model.classes)} names of classes for a head of {merged['nb_classes']} classes: "
+                f"{file.origin}: {len(model.classes)} names of classes for a head of {merged['nb_classes']} classes: "
                 f"give classes, a list of {merged['nb_classes']} names"
             )
         loading.load_classifier(model, file)

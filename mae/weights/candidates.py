@@ -4,12 +4,19 @@ A file may have several models, such as the trained weights and their average, o
 by the path of its entry and its prefix: `model_ema`, `teacher.backbone`, `state_dict.net`, or "" if there is neither.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mae.checkpoints.checkpoint import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+USUAL = ("", "model", "state_dict")  # names of the weights in published files
 # In the order of preference. The published code writes `model`; timm reads its average first, and DINO the teacher.
 PREFERRED = ("model", "state_dict_ema", "state_dict", "model_state_dict", "module", "teacher")
 # Prefixes of torch.compile, of checkpointing, of FSDP, and of DistributedDataParallel or an average of PyTorch.
@@ -33,40 +40,78 @@ def some(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterator[Found]:
-    """Yields all models in a nested state.
+@cache  # some scripts read a file twice
+def warn_once(message: str) -> None:
+    """Logs a warning, unless it was logged before."""
+    logger.warning(message)
+
+
+def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: bool) -> dict[str, Tensor]:
+    """Returns the weights of a model in the content of a file. Lines name other models and what is not read.
 
     Args:
+        origin: path of the file, for messages.
+        name: name of the model; "" for the first, by `PREFERRED`.
         keeps_names: whether prefixes have a meaning, as in a model with modules of the user's code.
+
+    Raises:
+        CheckpointError: no model has the name.
+    """
+    found = list(models(content, keeps_names))
+    names = [model.name for model in found]
+    number = choose(names, name)
+    if number is None and name:
+        raise CheckpointError(
+            f"{origin} has no weights named {name}; it has {', '.join(filter(None, names)) or 'none'}"
+        )
+    if number is None:  # `reading.read` names what is missing
+        inner = next((content[key] for key in PREFERRED if isinstance(content.get(key), dict)), content)
+        return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
+    model = found[number]
+    if model.wrappers or model.name not in USUAL:
+        without = f", without {', '.join(model.wrappers)} in their names" if model.wrappers else ""
+        logger.info(f"{origin}: its weights {model.name or 'at the top'} are read{without}")
+    others = [f"{origin}#{other}" for other in names if other != model.name]
+    if others and not name:
+        warn_once(
+            f"{origin} has several models; {model.name or 'that at the top'} is read. For another, give "
+            f"{' or '.join(others)}"
+        )
+    if model.unread:
+        count = f"{len(model.unread)} tensors beside {model.name}"
+        warn_once(f"{origin}: {count} are not read ({some(model.unread)})")
+    return model.tensors
+
+
+def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterator[Found]:
+    """Yields all models in a nested state: those in its tensors, then those in its entries.
+
+    Args:
+        keeps_names: as in `weights_of`.
     """
     items = list(state.items() if isinstance(state, dict) else enumerate(state))
     direct = {key: value for key, value in items if isinstance(value, Tensor) and isinstance(key, str)}
     direct.pop(COUNTER, None)
-    if direct:
-        yield from _models_of(direct, keeps_names, path)
-    for key, value in items:
-        if isinstance(value, dict | list):
-            yield from models(value, keeps_names, (*path, str(key)))
-
-
-def _models_of(direct: dict[str, Tensor], keeps_names: bool, path: tuple[str, ...]) -> Iterator[Found]:
-    """Yields the models in a dict of tensors."""
     anywhere = f"^{WRAPPERS}" if keeps_names else rf"(?<![^.]){WRAPPERS}"
     tensors = {re.sub(anywhere, "", name): value for name, value in direct.items()}
     wrappers = sorted({match[0] for name in direct for match in re.finditer(anywhere, name)})
     if len(tensors) < len(direct):  # names with and without a wrapper are two models
         tensors, wrappers = direct, []
-    prefixes = [prefix for prefix in _prefixes(tensors) if not (prefix and keeps_names)]
+    prefixes = [prefix for prefix in _prefixes(tensors.keys()) if not (prefix and keeps_names)]
     unread = [name for name in tensors if not name.startswith(tuple(prefixes))]
     for prefix in prefixes:
         inner = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
         names = [name for name in tensors if name.startswith(prefix) and not name.startswith(inner)]
         weights = {name.removeprefix(prefix): tensors[name] for name in names}
         yield Found(".".join([*path, prefix]).rstrip("."), weights, wrappers, unread)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from models(value, keeps_names, (*path, str(key)))
 
 
-def _prefixes(names: Mapping[str, Tensor]) -> list[str]:
+def _prefixes(names: Iterable[str]) -> list[str]:
     """Returns the prefixes of the models in a state dict, in the order of the names; "" is no prefix."""
+    names = dict.fromkeys(names)
     found = dict[str, None]()
     for name in names:
         if not re.fullmatch(rf"(.*\.)?{CLASS_TOKEN}", name):
@@ -79,13 +124,13 @@ def _prefixes(names: Mapping[str, Tensor]) -> list[str]:
     return list(found)
 
 
-def choose(found: list[Found], name: str) -> Found | None:
-    """Returns the model with a name, or whose name begins with it; of several, the first by `PREFERRED`, then by order.
+def choose(names: Sequence[str], name: str) -> int | None:
+    """Returns the index of the model with a name, or whose name begins with it; of several, the first by `PREFERRED`.
 
     Without a name, all models are considered. None: there is none.
     """
-    fitting = [model for model in found if not name or f"{model.name}.".startswith(f"{name}.")]
-    return min(fitting, key=lambda model: _rank(model.name), default=None)
+    fitting = [number for number, other in enumerate(names) if not name or f"{other}.".startswith(f"{name}.")]
+    return min(fitting, key=lambda number: _rank(names[number]), default=None)
 
 
 def _rank(name: str) -> list[int]:

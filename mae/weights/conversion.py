@@ -87,7 +87,7 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         # The features do not depend on the pooler.
         weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
         return _joined(_renamed(weights, ((theirs, ours) for rows in TRANSFORMERS for ours, theirs in rows)))
-    return _with_registers(weights)
+    return _with_registers(weights) if "reg_token" in weights else weights
 
 
 def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dic
 
 def _with_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Appends the register tokens of timm to the class tokens, if the head pools patches and uses neither."""
-    if "reg_token" not in weights or "fc_norm.weight" not in weights:
+    if "fc_norm.weight" not in weights:
         return weights
     tokens = [weights[name] for name in ("cls_token", "reg_token") if name in weights]
     rest = {name: value for name, value in weights.items() if name != "reg_token"}

@@ -1,5 +1,7 @@
 """Reads weights: from a checkpoint file of any known format, or by a published name.
 
+`read` finds the file, takes one of its models (`candidates`), gives the tensors our names (`conversion`), and checks
+them.
 The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, a classifier, or a
 segmentation model.
 """
@@ -9,8 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,12 @@ from torch import Tensor
 from mae import parallel
 from mae.checkpoints import checkpoint, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.data.transforms import channel_statistics
 from mae.files.untrusted import open_file, read_file
-from mae.positions import Size, to_pair
+from mae.positions import to_pair
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
-from mae.settings.choices import TASK_CHOICES, default_crop_pct, published_crop_pct
+from mae.settings.choices import TASK_CHOICES
 from mae.weights import candidates, foreign_settings, model_zoo, shapes
-from mae.weights.candidates import some
+from mae.weights.candidates import some, warn_once
 from mae.weights.conversion import to_ours
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
@@ -34,14 +34,13 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
-USUAL = ("", "model", "state_dict")  # names of the weights in published files
 CONFIG = "config.json"  # of a folder of transformers or timm
-BARE = "bare"  # entry in the settings of a file of another library: what it does not record, a key of ASSUMED
-PIXELS = "mean and std"
-ASSUMED = {
-    "settings": "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean "
-    "of the patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A "
-    f"folder with {CONFIG} records them",
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL, PIXELS = "settings", "mean and std"  # what a file may record; the names are those of the warning
+ASSUMED = {  # for files of other libraries that do not record it
+    MODEL: "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean of the "
+    "patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A folder with "
+    f"{CONFIG} records them",
     PIXELS: "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them",
 }
 # Tensors of models that this library does not have, as patterns of their names.
@@ -60,7 +59,7 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
-    source: str  # path or published name, for messages
+    origin: str  # path or published name, for messages
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
@@ -72,8 +71,9 @@ class Weights(NamedTuple):
             return None
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors[shapes.PATCHES].shape[2:]
-        length, grid = self.tensors["pos_embed"].shape[1], (height // p, width // q)
-        return grid if math.prod(grid) in (length, length - self.num_cls_tokens) else None
+        length, count = self.tensors["pos_embed"].shape[1], self.tensors["cls_token"].shape[1]
+        grid = height // p, width // q
+        return grid if math.prod(grid) in (length, length - count) else None
 
     @property
     def num_cls_tokens(self) -> int:
@@ -91,6 +91,14 @@ class Weights(NamedTuple):
         return shapes.determined(self.tensors)["nb_classes"]
 
 
+class Content(NamedTuple):
+    """What a file contains."""
+
+    tensors: dict[str, Any]  # in nested dicts and lists, under the names of the library that wrote the file
+    settings: dict[str, Any]
+    records: set[str]  # MODEL and PIXELS, unless the settings of another library have to be assumed
+
+
 def read(name: Path | str) -> Weights:
     """Reads weights.
 
@@ -103,33 +111,27 @@ def read(name: Path | str) -> Weights:
         CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
         ValueError: the file or name does not exist, or can't be downloaded.
     """
-    file, model = path_and_model(name)
-    path = file
-    if not path.exists():
-        if path.suffix or len(path.parts) > 1:
-            raise CheckpointError(f"there is no file {name}{model_zoo.advice(str(name))}")
-        parallel.from_rank_0(lambda: model_zoo.fetch(str(file)))  # a download may take longer than --dist_timeout
-        path = model_zoo.fetch(str(file))
-    content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
-    if settings.get(BARE) and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
-        content, settings = _read_folder(path.parent, path)
-    missing = settings.pop(BARE, None)
-    has_own_encoder = settings.get("encoder") is not None  # which `mae.build` requires
-    has_own_code = has_own_encoder or settings.get("model_class") is not None
-    content = _weights_of(content, file, model, has_own_code)
+    file, model = path_and_model(name) if "#" in str(name) else (Path(name), "")
+    path = file if file.exists() else _download(str(name), file)
+    content = _content(path)
+    settings = content.settings
+    # The user's code, which `mae.build` requires, may have any tensors.
+    has_encoder = settings.get("encoder") is not None
+    has_class = settings.get("model_class") is not None
+    found = candidates.weights_of(content.tensors, str(file), model, has_encoder or has_class)
     try:
-        tensors = to_ours(content)
+        tensors = to_ours(found)
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings and not has_own_encoder else ():
+    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings and not has_encoder else ():
         if names := [name for name in tensors if re.fullmatch(pattern, name)]:
             raise CheckpointError(f"{path} has {part} ({names[0]}), which this library does not support")
-    if not has_own_encoder and not {shapes.PATCHES, "blocks.0.norm1.weight"} <= tensors.keys():
-        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {some(map(str, content))}")
-    for key in ("cls_token",) if has_own_encoder else ("cls_token", "pos_embed"):
+    if not has_encoder and not {shapes.PATCHES, "blocks.0.norm1.weight"} <= tensors.keys():
+        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {some(map(str, found))}")
+    for key in ("cls_token",) if has_encoder else ("cls_token", "pos_embed"):
         if key not in tensors:
             raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    of_patches = {} if has_own_encoder else {shapes.PATCHES: 4, "pos_embed": 3, "decoder_pos_embed": 3}
+    of_patches = {} if has_encoder else {shapes.PATCHES: 4, "pos_embed": 3, "decoder_pos_embed": 3}
     for key, axes in {"cls_token": 3, **of_patches}.items():
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
@@ -139,8 +141,10 @@ def read(name: Path | str) -> Weights:
     size = settings.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
-    _check_settings(path, settings)
+    if invalid := _first_invalid(settings):
+        raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
+    missing = next((what for what in (MODEL, PIXELS) if what not in content.records), None)
     if missing and path == file:  # the settings of published files are known
         warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
@@ -152,27 +156,22 @@ def path_and_model(name: Path | str) -> tuple[Path, str]:
     return (Path(text), model) if is_split and text and not Path(name).exists() else (Path(name), "")
 
 
-def _weights_of(content: dict[str, Any], file: Path, model: str, keeps_names: bool) -> dict[str, Tensor]:
-    """Returns the weights of a model in a file. Lines name other models, what is not read, and changed names."""
-    found = list(candidates.models(content, keeps_names))
-    chosen = candidates.choose(found, model)
-    names = ", ".join(other.name for other in found if other.name) or "none"
-    if model and not chosen:
-        raise CheckpointError(f"{file} has no weights named {model}; it has {names}")
-    if not chosen:  # `read` names what is missing
-        inner = next((content[key] for key in candidates.PREFERRED if isinstance(content.get(key), dict)), content)
-        return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
-    if chosen.wrappers or chosen.name not in USUAL:
-        without = f", without {', '.join(chosen.wrappers)} in their names" if chosen.wrappers else ""
-        logger.info(f"{file}: its weights {chosen.name or 'at the top'} are read{without}")
-    others = [f"{file}#{other.name}" for other in found if other.name != chosen.name]
-    if others and not model:
-        warn_once(f"{file} has several models; {chosen.name or 'that at the top'} is read. For another, give "
-                  f"{' or '.join(others)}")  # fmt: skip
-    if chosen.unread:
-        count = f"{len(chosen.unread)} tensors beside {chosen.name}"
-        warn_once(f"{file}: {count} are not read ({some(chosen.unread)})")
-    return chosen.tensors
+def _download(name: str, file: Path) -> Path:
+    if file.suffix or len(file.parts) > 1:
+        raise CheckpointError(f"there is no file {name}{model_zoo.advice(name)}")
+    parallel.from_rank_0(lambda: model_zoo.fetch(str(file)))  # a download may take longer than --dist_timeout
+    return model_zoo.fetch(str(file))
+
+
+def _content(path: Path) -> Content:
+    """Reads a file or folder. The folder of a file from the Hugging Face Hub has its settings."""
+    if path.is_dir():
+        return _read_folder(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    is_incomplete = not {MODEL, PIXELS} <= content.records
+    if is_incomplete and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
+        return _read_folder(path.parent, path)
+    return content
 
 
 def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -193,71 +192,68 @@ def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[
     return tensors, settings | {name: settings[name][::-1] for name in ("mean", "std")}
 
 
-@cache  # some scripts read a file twice
-def warn_once(message: str) -> None:
-    """Logs a warning, unless it was logged before."""
-    logger.warning(message)
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises CheckpointError if a setting that is used has a wrong type."""
+def _first_invalid(settings: Mapping[str, Any]) -> str | None:
+    """Returns the name of a setting that is used and has a wrong type."""
     for name in names_of(ModelSpec, ImageSpec):
         value = settings.get(name)
         sides = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (
             fits(name, value) and (name not in SIZES or (len(sides) in (1, 2) and min(sides) > 0))
         ):
-            raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
+            return name
+    return None
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the content of a file, with its tensors under their own names, and the settings that it records."""
-    if path.suffix == ".safetensors":
-        try:
-            checkpoint.refuse_text(path)
-            with open_file(path) as header:  # of a regular file only
-                size = int.from_bytes(header.read(8), "little")
-            if size > MAX_HEADER:
-                raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
-            with safetensors.safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-                if not isinstance(settings, dict):
-                    raise ValueError(f"its settings are {settings!r}")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, settings or {BARE: "settings"}
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+def _read_safetensors(path: Path) -> Content:
+    try:
+        checkpoint.check_file(path)
+        with open_file(path) as header:  # of a regular file only
+            size = int.from_bytes(header.read(8), "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
+        with safetensors.safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"its settings are {settings!r}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    return Content(tensors, settings, {MODEL, PIXELS} if settings else set())
+
+
+def _read_pickle(path: Path) -> Content:
+    """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
     state = checkpoint.read(path)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    settings = settings if isinstance(settings, dict) else {}
+    settings = dict(settings) if isinstance(settings, dict) else {}
     if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
-        settings = {name: value for name, value in settings.items() if name != "task"}
+        del settings["task"]
     try:
-        settings = {**settings, **foreign_settings.of_timm_run(settings)}
+        settings |= foreign_settings.of_timm_run(settings)
         if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
             settings = foreign_settings.of_mmpretrain(state["meta"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # Files with "model" have the layout of the published code, whose models this library has.
-    is_foreign, is_bare = not isinstance(state.get("model"), dict), not settings.keys() - {"label_names"}
-    missing = "settings" if is_bare else PIXELS if settings.get("mean") is None else None
-    return state, {**settings, **({BARE: missing} if is_foreign and missing else {})}
+    if isinstance(state.get("model"), dict):  # the layout of the published code, whose models this library has
+        return Content(state, settings, {MODEL, PIXELS})
+    records = {MODEL} if settings.keys() - {"label_names"} else set()
+    return Content(state, settings, records | ({PIXELS} if settings.get("mean") is not None else set()))
 
 
-def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
+def _read_folder(path: Path, file: Path | None = None) -> Content:
+    """Reads a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
 
     Args:
         file: the file with the weights. A file that contains a part of them stands for all parts.
     """
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
-        return {"model": state["model"]}, state["args"] if isinstance(state.get("args"), dict) else {}
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    present = [path / name for name in names if (path / name).is_file()]
+        settings = state["args"] if isinstance(state.get("args"), dict) else {}
+        return Content({"model": state["model"]}, settings, {MODEL, PIXELS})
+    present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
     file = file or next(iter(present), None)
@@ -269,16 +265,16 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
         splits = (sorted(set(json.loads(read_file(index))["weight_map"].values())) for index in indices)
         parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
         files = [path / Path(name).name for name in parts]
-        recorded = foreign_settings.read_folder(path)
+        settings = foreign_settings.read_folder(path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration is not that of transformers or timm: {error}") from error
-    content: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for file in files:
-        tensors, own = _read_file(file)
-        content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
-    return content, {**recorded, **({} if recorded.get("mean") or "model" in recorded else {BARE: PIXELS})}
+        content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        tensors, settings = tensors | content.tensors, settings | content.settings
+    return Content(tensors, settings, {MODEL, PIXELS} if settings.get("mean") or "model" in settings else {MODEL})
 
 
 def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
@@ -290,37 +286,3 @@ def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
     width = len(tensors.get("decoder_pred.weight", ()))
     expected = width if settings.get("encoder") or shapes.PATCHES not in tensors else tensors[shapes.PATCHES][0].numel()
     return FULL if settings.get("predicts_pixels") is not False and width and width == expected else ENCODER
-
-
-def statistics(
-    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Returns `mean` and `std`. If one is None, it is taken from the run of a file with the same number of channels.
-
-    A warning names each value that differs from the value of that run.
-    """
-    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
-    theirs_in_chans = shapes.in_chans(file.tensors, file.settings) if file else None
-    if not file or not records or theirs_in_chans != in_chans:
-        return mean, std
-    theirs = file.settings.get("mean"), file.settings.get("std")
-    chosen = mean or theirs[0], std or theirs[1]
-    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
-    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
-        if used != recorded:
-            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
-            logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
-    return chosen
-
-
-def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:
-    """Returns the crop ratio of the evaluation of a trained head whose file records none: the published default.
-
-    For other files it returns None. A file is named once, if the default has changed since.
-    """
-    if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
-        return None
-    crop_pct = published_crop_pct(input_size)
-    if crop_pct != default_crop_pct(input_size):
-        warn_once(f"{file.source} records no crop ratio, and {crop_pct} is used, the default of its time")
-    return crop_pct

@@ -10,7 +10,7 @@ from mae.cli import advice, entry_point
 from mae.cli.flags import runs_code, warn_without_crops
 from mae.data import transforms
 from mae.settings.fields import HEAD, LABELS, SPLIT
-from mae.weights import reading
+from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def with_recorded_settings(
         dataset = str(file.settings.get("dataset"))
         if runs_code(dataset) and not any(getattr(args, name, None) for name in settings.DATASETS):
             raise ValueError(
-                f"{file.source} records a --dataset that runs code: give --dataset '{dataset}', or other data"
+                f"{file.origin} records a --dataset that runs code: give --dataset '{dataset}', or other data"
             )
         args = with_settings_of(file, args, recorded, trains)
     crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
@@ -52,7 +52,7 @@ def with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[s
     if trains:
         names -= {*settings.names_with(HEAD, LABELS)}
         names -= set() if "model" in file.settings else {"crop", "crop_pct"}
-    warn_of_changes(file.source, args, names, recorded)
+    warn_of_changes(file.origin, args, names, recorded)
     taken = {name: recorded[name] for name in sorted(names - entry_point.explicit(args))}
     default = {**settings.ModelSpec().record(), **settings.ImageSpec().record()}  # of the flags whose default is None
     changed = {
@@ -61,15 +61,15 @@ def with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[s
         if settings.differs(name, value, default.get(name) if getattr(args, name) is None else getattr(args, name))
     }
     if changed:
-        logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
+        logger.info(f"settings of {file.origin}: {' '.join(advice.arguments(changed))}")
     if "crop" in changed:
         warn_without_crops(Namespace(**taken), entry_point.explicit(args))
     args = entry_point.changed(args, taken)
     if not trains and "crop_pct" in args and args.crop_pct is None:
-        args.crop_pct = reading.crop_pct_of_earlier_version(file, args.input_size)
+        args.crop_pct = preprocessing.crop_pct_of_earlier_version(file, args.input_size)
     if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
         args.layer_norm_eps = recorded["layer_norm_eps"]
-    mean, std = reading.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = preprocessing.statistics(file, args.in_chans, args.mean, args.std)
     return entry_point.changed(args, {"mean": mean, "std": std})
 
 

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings.choices import ATTENTIVE, LINEAR
 
 # The weights of the head of a classifier, of a probe (`mae.build.probe_head`), and of the first of several probes.
@@ -16,33 +17,27 @@ QUERIES = "head.pool.queries"  # of an attentive probe
 PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
 
-def certain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the settings that hold for the tensors, whatever a file records."""
-    settings: dict[str, Any] = {"num_cls_tokens": tensors["cls_token"].shape[1]}
-    if PROBE_HEAD not in tensors:
-        settings["probe"] = None
-    elif QUERIES in tensors:
+def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns all settings that the tensors determine; images are assumed to be squares."""
+    count = tensors["cls_token"].shape[1]
+    settings: dict[str, Any] = {
+        "num_cls_tokens": count,
+        "learned_pos_embed": count > 1,  # as in published autoencoders
+        "probe": LINEAR if PROBE_HEAD in tensors else None,
+        "global_pool": "fc_norm.weight" in tensors,
+        "nb_classes": next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0),
+        "decoder_depth": _depth(tensors.keys(), "decoder_blocks") or None,
+    }
+    if PROBE_HEAD in tensors and QUERIES in tensors:
         settings |= {"probe": ATTENTIVE, "num_queries": len(tensors[QUERIES])}
     if PIXEL_HEAD in tensors:
         settings["head"] = "dpt" if DPT_HEAD in tensors else "linear"
-    return settings
-
-
-def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns all settings that the tensors determine; images are assumed to be squares."""
-    settings: dict[str, Any] = {
-        "probe": LINEAR,  # unless the file records another probe with the same tensors
-        **certain(tensors),
-        "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0),
-        "decoder_depth": _depth(tensors, "decoder_blocks") or None,
-    }
     if PATCHES not in tensors or "pos_embed" not in tensors:  # of an encoder of the user's code
-        return settings
+        return settings | ({"in_chans": tensors[PATCHES].shape[1]} if PATCHES in tensors else {})
     _, channels, *patch = tensors[PATCHES].shape
     is_square = patch[0] == patch[1]
     settings |= {"patch_size": patch[0] if is_square else patch, "in_chans": channels}
-    length, count = tensors["pos_embed"].shape[1], settings["num_cls_tokens"]
+    length = tensors["pos_embed"].shape[1]
     # The class tokens have positions, except in timm's models with no_embed_class.
     side = next((math.isqrt(n) for n in (length - count, length) if math.isqrt(max(n, 0)) ** 2 == n), None)
     if side:
@@ -50,15 +45,34 @@ def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
-def in_chans(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> int | None:
-    """Returns the number of channels of the images: of the patch projection, else the recorded one."""
-    return tensors[PATCHES].shape[1] if PATCHES in tensors else settings.get("in_chans")
+def certain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the `determined` settings that hold whatever a file records; earlier versions recorded others.
+
+    A file may record another probe than a linear one with the same tensors.
+    """
+    names = ["num_cls_tokens", "num_queries", "head"] + (["probe"] if settings["probe"] != LINEAR else [])
+    return {name: settings[name] for name in names if name in settings}
 
 
 def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Returns the channels of a token of the encoder, and the number of its blocks."""
-    return tensors["cls_token"].shape[2], _depth(tensors, "blocks")
+    return tensors["cls_token"].shape[2], _depth(tensors.keys(), "blocks")
 
 
-def _depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+def _depth(names: Iterable[str], blocks: str) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+
+
+def require_settings(settings: Mapping[str, Any], names: Sequence[str], origin: str, remedy: str) -> None:
+    """Requires the settings that a task needs.
+
+    Args:
+        settings: the settings of a file, and those that its shapes determine.
+        origin: the file, for the message.
+        remedy: the end of the message.
+
+    Raises:
+        CheckpointError: settings have no value. It names all of them.
+    """
+    if missing := [name for name in names if settings.get(name) is None]:
+        raise CheckpointError(f"{origin} records no {' and no '.join(missing)}: {remedy}")

@@ -1,0 +1,48 @@
+"""Preprocessing of images by the settings of a file."""
+
+import logging
+from collections.abc import Sequence
+
+from mae.data.transforms import channel_statistics
+from mae.positions import Size
+from mae.settings.choices import default_crop_pct, published_crop_pct
+from mae.weights import shapes
+from mae.weights.candidates import warn_once
+from mae.weights.model_zoo import CLASSIFIER, SEGMENTER
+from mae.weights.reading import Weights
+
+logger = logging.getLogger(__name__)
+
+
+def statistics(
+    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Returns `mean` and `std`. If one is None, it is taken from the run of a file with the same number of channels.
+
+    A warning names each value that differs from the value of that run.
+    """
+    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
+    theirs_in_chans = {**file.settings, **shapes.determined(file.tensors)}.get("in_chans") if file else None
+    if not file or not records or theirs_in_chans != in_chans:
+        return mean, std
+    theirs = file.settings.get("mean"), file.settings.get("std")
+    chosen = mean or theirs[0], std or theirs[1]
+    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
+    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+        if used != recorded:
+            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
+            logger.warning(f"{flag} {now} is used, and {file.origin} was made with {flag} {then}")
+    return chosen
+
+
+def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:
+    """Returns the crop ratio of the evaluation of a trained head whose file records none: the published default.
+
+    For other files it returns None. A file is named once, if the default has changed since.
+    """
+    if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
+        return None
+    crop_pct = published_crop_pct(input_size)
+    if crop_pct != default_crop_pct(input_size):
+        warn_once(f"{file.origin} records no crop ratio, and {crop_pct} is used, the default of its time")
+    return crop_pct
