@@ -12,7 +12,7 @@ PACKAGES = {
     "files": "files", "cli": "files", "data": "cli|files", "evaluate": "data|cli|files", "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files", "training": "evaluate|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"mae\.(blocks|interrupts|masking|parallel|positions|settings)"
+SHARED = r"mae\.(blocks|context|interrupts|masking|parallel|positions|settings)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
@@ -22,7 +22,7 @@ ARROWS = {
     r"engine_\w+": r"mae\..+",
     r"models_mae": r"models_vit|mae\.(positions|masking)",
     r"models_segment": r"models_vit",
-    r"models_vit": r"mae\.(positions|lr_decay|steps)",
+    r"models_vit": r"mae\.(context|positions|lr_decay)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"mae\.inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|models_\w+|mae\..+",
