@@ -111,8 +111,8 @@ def test_an_epoch_is_a_whole_number_of_updates():
 
 
 def test_gradients_are_averaged_in_the_last_iteration_of_an_update(monkeypatch):
-    synced, sync = [], loop.dist.gradient_sync
-    monkeypatch.setattr(loop.dist, "gradient_sync", lambda m, enabled: synced.append(enabled) or sync(m, enabled))
+    synced, sync = [], loop.parallel.gradient_sync
+    monkeypatch.setattr(loop.parallel, "gradient_sync", lambda m, enabled: synced.append(enabled) or sync(m, enabled))
     train(accum_iter=3)
     assert synced == [False, False, True] * 2
 
@@ -159,8 +159,8 @@ def test_an_error_after_a_signal_is_an_interruption():
 def test_the_strongest_request_applies_to_all_processes(monkeypatch):
     """One of two processes requests a save, the other nothing."""
     saver = Recorder()
-    monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: (value + torch.tensor([0, 0, 1, 0])) / 2)
+    monkeypatch.setattr(loop.parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(loop.parallel, "mean_over_processes", lambda value: (value + torch.tensor([0, 0, 1, 0])) / 2)
     train(saver=saver)
     # Three iterations of 8 images; they are read UPDATES_IN_FLIGHT later, here at the end of the epoch.
     assert saver.saved == [(3, 3, False)]
@@ -309,7 +309,7 @@ def test_a_lost_process_is_detected_before_the_update(monkeypatch):
 
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
-    monkeypatch.setattr(loop.dist, "mean_over_processes", gone)
+    monkeypatch.setattr(loop.parallel, "mean_over_processes", gone)
     with pytest.raises(RuntimeError, match="closed by peer"):
         loop.run_epoch(lambda batch: model(batch[0]).square().mean(), model, Numbers(4),
                        torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
