@@ -17,8 +17,6 @@ def train_one_epoch(
     *,
     mask_ratio: float,
     normalize: Normalize,
-    uses_noise: bool = True,
-    lack_of_valid: str = "",
 ) -> None:
     """Trains a masked autoencoder for an epoch.
 
@@ -27,17 +25,9 @@ def train_one_epoch(
         data_loader: batches, of which the labels are not used.
         mask_ratio: fraction of masked patches.
         normalize: images -> the input of the model, on the device.
-        uses_noise: pass the noise of the batches. Else the model draws its masks.
-        lack_of_valid: why the model can't exclude invalid pixels; "" if it can.
-
-    Raises:
-        ValueError: a batch has invalid pixels, and the model can't exclude them.
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        if "valid" in batch.extras and lack_of_valid:
-            raise ValueError(f"the images have invalid pixels, and {lack_of_valid}")
-        options = {"noise": batch.noise} if uses_noise else {}
-        return model(normalize(batch.images), mask_ratio, **options, **batch.extras)[0]
+        return model(normalize(batch.images), mask_ratio, noise=batch.noise, **batch.extras)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)

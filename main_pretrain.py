@@ -30,6 +30,7 @@ from mae.blocks import blocks_of
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.cli.user_code import import_object
+from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
 from mae.data.generators import preserve_generators
 from mae.data.run_data import RunData
@@ -106,7 +107,6 @@ def main(
     draw_noise, mask_ratio = masking.sampler(
         args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
     )
-    uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(precision.device)
 
     samples, full_images = open_samples(args, data, train, draw_noise, model, mask_ratio)
@@ -126,16 +126,13 @@ def main(
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or args.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
-            log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio, uses_noise), epoch)
+            log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio), epoch)
         if probe and ((epoch + 1) % args.probe_every == 0 or epoch == args.epochs - 1):
             return probe.scores(model)
         return {}
 
     task = trainer.Task(
-        train_one_epoch=partial(
-            train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize, uses_noise=uses_noise,
-            lack_of_valid=model.lack_of("valid"),
-        ),
+        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
         after_epoch=after_epoch,
         callbacks=callbacks, lr_schedule=lr_schedule,
         forward=lambda images: model(images, mask_ratio),
@@ -165,7 +162,7 @@ def build_model(
         The model, and the settings that checkpoints record.
 
     Raises:
-        ValueError: the run that is resumed has another class.
+        ValueError: the run that is resumed has another class, or a step of the model lacks the context.
     """
     is_base = model_class is models_mae.MaskedAutoencoderViT
     if args.model_class and is_base:  # recorded by the run that is resumed
@@ -175,6 +172,7 @@ def build_model(
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
         model = mae.build.autoencoder(*specs(settings), model_class, encoder)
+    require_context(type(model))  # the noise of the batches determines the masks
     log_sizes(model)
     if args.fsdp:
         from mae.training import fsdp  # takes a second
@@ -228,7 +226,7 @@ def open_samples(
     model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
-    extras.require_fitting(model, source)
+    extras.require_fitting(model, source, steps=STEPS)
     data.check_statistics(source)
     (source,) = data.cached(source)
     augment: transforms.ImageTransform = transforms.pretrain_transform(
@@ -271,13 +269,13 @@ def check_targets(model: models_mae.MaskedAutoencoderViT, samples: Samples, data
 
 
 def draw_examples(
-    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float, uses_noise: bool
+    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float
 ) -> np.ndarray:
     """Draws reconstructions of EXAMPLES samples, as in `pictures.reconstruction`."""
     batch = loader.examples(samples, EXAMPLES)
     names = loader.example_names(samples, EXAMPLES)
     return pictures.reconstruction(
-        model, batch.images, batch.noise if uses_noise else None, data.normalize, mask_ratio, labels=names,
+        model, batch.images, batch.noise, data.normalize, mask_ratio, labels=names,
         extras=batch.extras,
     )  # fmt: skip
 
@@ -301,23 +299,8 @@ def open_probe(
             f"with main_knn.py --finetune FILE"
         )
     probe = OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
-    extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
+    extras.require_fitting(model, probe.train, probe.val)
     return probe
-
-
-def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:
-    """Whether the masks of a run can be determined by the noise of its samples. A warning says that they can't.
-
-    Raises:
-        ValueError: an override lacks the argument, and the masking strategy needs it.
-    """
-    lack = model.lack_of("noise")
-    if lack and (masking != "random" or mask_block > 1):
-        flag = f"--masking {masking}" if masking != "random" else f"--mask_block {mask_block}"
-        raise ValueError(f"{flag}: {lack}")
-    if lack:
-        logger.warning(f"the masks depend on the number of processes, because {lack}")
-    return not lack
 
 
 def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:

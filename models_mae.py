@@ -11,14 +11,14 @@ patches, T class tokens, D channels of an encoder token, E channels of a decoder
 Parameters have the names of the published checkpoints.
 """
 
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mae.masking import noise_from_mask, num_visible, shuffle, take
+from mae.context import takes
+from mae.masking import exclude_patches, noise_from_mask, shuffle, take
 from mae.positions import Size, resize_pos_embed, sincos_table
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 
@@ -80,12 +80,6 @@ class MaskedAutoencoderViT(Encoder):
     """
 
     target_dim: int | None = None
-    used_steps = (*Encoder.own_parameters,)
-    arguments: ClassVar = {
-        "noise": ("forward", "forward_encoder", "random_masking"),
-        "grid_size": ("forward_decoder",),
-        "valid": ("forward", "forward_loss", "target"),
-    }
 
     def __init__(
         self,
@@ -109,6 +103,7 @@ class MaskedAutoencoderViT(Encoder):
     ) -> None:
         super().__init__()
         self.learned_pos_embed = learned_pos_embed
+        self.target_takes_valid = takes(type(self), "target", "valid")
         self.norm_pix_loss = norm_pix_loss
         self.in_chans = in_chans
         self.patch_embed = self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
@@ -188,9 +183,10 @@ class MaskedAutoencoderViT(Encoder):
 
     # --------------------------------------------------------------------------- the paper's three steps (figure 1)
     # Training, evaluation and visualization call these. Edit them here, or override them in a subclass.
+    # The context is that of `prepare_masking`. A step names what it uses, and passes all on.
 
     def random_masking(
-        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None, **context: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Selects the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
 
@@ -213,24 +209,19 @@ class MaskedAutoencoderViT(Encoder):
         mask = (ids_restore >= num_visible).to(torch.float32)
         return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
 
-    def forward_encoder(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None, **extras: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N).
-
-        Args:
-            noise: (B, N), as in `random_masking`.
-        """
-        x = self.tokenize(imgs, **self.extras_of("tokenize", extras))
-        masking = _given(noise=noise) | self.extras_of("random_masking", extras)
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, **masking)
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float, **context: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N)."""
+        x = self.tokenize(imgs, **context)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, **context)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         x, inputs = self.all_tokens(x, grid), self.block_inputs(grid, ids_restore, x.shape[1])
         for block in self.blocks:
             x = block(x, *inputs)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+    def forward_decoder(
+        self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None, **context: Any
+    ) -> Tensor:
         """Latent (B, T + K, D) -> predictions for all patches (B, N, P), in image order.
 
         Args:
@@ -246,9 +237,7 @@ class MaskedAutoencoderViT(Encoder):
             x = block(x)
         return self.patch_tokens(self.decoder_pred(self.decoder_norm(x)))
 
-    def forward_loss(
-        self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None, **extras: Any
-    ) -> Tensor:
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, **context: Any) -> Tensor:
         """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
 
         An override may return a dict of terms (), whose sum is trained. log.txt has each as train_NAME.
@@ -257,12 +246,12 @@ class MaskedAutoencoderViT(Encoder):
         no loss. Each image has the same weight, so that the loss does not depend on the split of a batch.
 
         Args:
-            valid: valid pixels, bool (B, H, W). Default: all.
+            context: may contain `valid`, the valid pixels, bool (B, H, W). Default: all.
 
         Raises:
             ValueError: the target has another shape than `pred`; the difference would be broadcast.
         """
-        target = self.target(imgs, **_given(valid=valid), **extras)
+        target, valid = self.target(imgs, **context), context.get("valid")
         if target.shape != pred.shape:
             raise ValueError(
                 f"the target is {tuple(target.shape)} and the prediction {tuple(pred.shape)}: both must be (B, N, "
@@ -278,7 +267,7 @@ class MaskedAutoencoderViT(Encoder):
         scored = mask * weight.any(dim=-1)
         return ((loss * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
 
-    def target(self, imgs: Tensor, valid: Tensor | None = None, **extras: Any) -> Tensor:
+    def target(self, imgs: Tensor, *, valid: Tensor | None = None, **context: Any) -> Tensor:
         """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalized per patch with `norm_pix_loss`.
 
         An override may return other features of the patches. The attribute `target_dim` sets their width.
@@ -314,14 +303,37 @@ class MaskedAutoencoderViT(Encoder):
     # -------------------------------------------------------------------------------------------- training and use
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
-        valid: Tensor | None = None, **extras: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, **context: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, c, H, W) -> loss (), predictions (B, N, P), mask (B, N).
 
-        An extra input of the images reaches the steps that have a parameter of its name (`own_parameters`).
+        Args:
+            mask_ratio: fraction of masked patches.
+            mask: as in `prepare_masking`.
+            context: `noise` and `valid`, as in `prepare_masking`, and the extra inputs of the images by name.
+
+        Raises:
+            ValueError: as in `prepare_masking`, or an override of `random_masking` ignores the mask.
+            RuntimeError: as in `prepare_masking`, or patches without valid pixels are visible.
+        """
+        imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, mask, **context)
+        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
+        self._check_masking(mask, latent, patch_mask, ids_restore, **context)
+        pred = self.forward_decoder(latent, ids_restore, **context)
+        loss = self.forward_loss(imgs, pred, patch_mask, **context)
+        return loss, pred, patch_mask
+
+    def prepare_masking(
+        self, imgs: Tensor, mask_ratio: float, mask: Tensor | None = None, noise: Tensor | None = None,
+        valid: Tensor | None = None, **context: Any,
+    ) -> tuple[Tensor, float, dict[str, Any]]:  # fmt: skip
+        """Returns the images, the mask ratio and the context of the steps.
+
+        The context contains `noise`, `valid` and the `grid_size` of images of another size than `img_size`, as far as
+        they are given, and the extra inputs. It is empty for images of `img_size` alone.
 
         Args:
+            imgs: (B, c, H, W).
             mask_ratio: fraction of masked patches.
             mask: patches to mask (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W); a patch with a
                 masked pixel is masked. It overrides `mask_ratio`. All images must have the same number of visible
@@ -332,24 +344,32 @@ class MaskedAutoencoderViT(Encoder):
                 Default: all.
 
         Raises:
-            ValueError: the sides of the images are not multiples of the patch size; mask, noise, valid or ratio is
-                invalid; or an override of a step does not accept an argument that the call needs (`lacking`), or
-                ignores the mask.
+            ValueError: the sides of the images are not multiples of the patch size; mask or valid is invalid; or as
+                in `check_extra_inputs`.
+            RuntimeError: an image has too few patches with valid pixels.
         """
-        self.check_extras(extras)
+        self.check_extra_inputs(context)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
         if valid is not None:
-            imgs, excluded = self._exclude(imgs, noise, valid, mask_ratio)
-            if mask is not None and noise is not None and not torch.equal(excluded > 0, noise > 0):
+            if not self.target_takes_valid:
+                raise ValueError(f"{type(self).__name__}.target would take invalid pixels for the mean: add valid=None")
+            if valid.shape != (imgs.shape[0], *imgs.shape[2:]):
+                raise ValueError(f"valid is {tuple(valid.shape)}, and the images {tuple(imgs.shape)}: give (B, H, W)")
+            has_valid = self._valid_values(valid, self.in_chans).any(dim=-1)
+            imgs, given = _without_invalid(imgs, valid), noise
+            noise = exclude_patches(given, has_valid, mask_ratio)
+            if mask is not None and given is not None and not torch.equal(noise > 0, given > 0):
                 raise ValueError("the mask leaves patches without valid pixels visible: mask them")
-            noise = excluded
-        options = {"noise": noise, "grid_size": None if grid == self.grid_size else grid, "valid": valid}
-        for argument in self.lacking:
-            if options[argument] is not None:
-                raise ValueError(self.lack_of(argument))
-        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise), **extras)
+        grid_size = None if grid == self.grid_size else grid
+        return imgs, mask_ratio, _given(noise=noise, valid=valid, grid_size=grid_size) | context
+
+    def _check_masking(
+        self, mask: Tensor | None, latent: Tensor, patch_mask: Tensor, ids_restore: Tensor,
+        noise: Tensor | None = None, valid: Tensor | None = None, **context: Any,
+    ) -> None:  # fmt: skip
+        """Checks that `forward_encoder` masks the patches of a given mask, and those without valid pixels."""
         if mask is not None and noise is not None and not torch.equal(patch_mask > 0, noise > 0):
             raise ValueError(
                 f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
@@ -358,37 +378,16 @@ class MaskedAutoencoderViT(Encoder):
             is_masked = ids_restore >= self.patch_tokens(latent).shape[1]
             message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
             torch._assert_async((is_masked | noise.isfinite()).all(), message)
-        pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
-        scored = self.extras_of("forward_loss", extras) | self.extras_of("target", extras)
-        return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid), **scored), pred, patch_mask
 
-    def _exclude(self, imgs: Tensor, noise: Tensor | None, valid: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-        """Returns images without the values of invalid pixels, and noise (B, N) that masks patches without valid ones.
-
-        Raises:
-            ValueError: `valid` has another size than the images.
-        """
-        if valid.shape != (imgs.shape[0], *imgs.shape[2:]):
-            raise ValueError(f"valid is {tuple(valid.shape)}, and the images {tuple(imgs.shape)}: give (B, H, W)")
-        patches = self._valid_values(valid, self.in_chans).any(dim=-1)
-        noise = torch.rand(patches.shape, device=imgs.device) if noise is None else noise
-        visible = num_visible(patches.shape[1], mask_ratio)
-        enough = (patches.sum(dim=1) >= visible).all()
-        torch._assert_async(enough, f"an image has fewer than {visible} patches with valid pixels")  # no wait for a GPU
-        return _without_invalid(imgs, valid), noise.masked_fill(~patches, math.inf)
-
-    def forward_features(self, imgs: Tensor, **extras: Any) -> Tensor:
+    def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
-        return self.get_intermediate_layers(imgs, **extras)[0]
+        return self.get_intermediate_layers(imgs, **context)[0]
 
     @torch.no_grad()
-    def reconstruct(
-        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
-        valid: Tensor | None = None, **extras: Any,
-    ) -> Reconstruction:  # fmt: skip
+    def reconstruct(self, imgs: Tensor, mask_ratio: float = 0.75, **context: Any) -> Reconstruction:
         """Masks patches of images (B, c, H, W) and reconstructs them in evaluation mode.
 
-        The arguments are as in `forward`.
+        The arguments are those of `forward`, also `mask`.
 
         A model trained with `norm_pix_loss` predicts normalized patches. They are scaled by the mean and standard
         deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.
@@ -399,10 +398,10 @@ class MaskedAutoencoderViT(Encoder):
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
-        options = {**_given(mask=mask, noise=noise, valid=valid), **extras}
+        context = _given(**context)
         with evaluation_mode(self):
-            _, pred, patch_mask = self.forward(imgs, mask_ratio, **options)[:3]
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+            _, pred, patch_mask = self.forward(imgs, mask_ratio, **context)[:3]
+        grid, valid = self.patch_embed.grid_of(*imgs.shape[-2:]), context.get("valid")
         imgs = imgs if valid is None else _without_invalid(imgs, valid)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
@@ -449,7 +448,7 @@ class MaskedAutoencoderViT(Encoder):
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """Returns the arguments that are not None. Overrides with the published signatures do not have the others."""
+    """Returns the arguments that are not None. An empty context passes nothing to overrides of published signatures."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -148,9 +148,9 @@ class Segmenter(VisionTransformer):
         self.layers = [depth * number // count - 1 for number in range(1, count + 1)]
         self.head = HEADS[head](self.embed_dim, num_classes)
 
-    def forward(self, imgs: Tensor, **extras: Any) -> Tensor:
+    def forward(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> logits (B, K, H, W)."""
-        layers = self.get_intermediate_layers(imgs, self.layers, **extras)
+        layers = self.get_intermediate_layers(imgs, self.layers, **context)
         size = (imgs.shape[2], imgs.shape[3])
         maps = [self.patch_maps(self.patch_tokens(tokens), *size) for tokens in layers]
         return resized(self.head(maps, self.class_features(layers[-1])), size)

@@ -9,7 +9,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels along the side o
 tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mae.context import extra_inputs, needed_inputs
 from mae.lr_decay import get_layer_id_for_vit
 from mae.positions import Size, resize_pos_embed, to_pair
-from mae.steps import Steps
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
@@ -257,7 +257,7 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
-class Encoder(Steps, nn.Module):
+class Encoder(nn.Module):
     """The encoder of autoencoder, classifier and segmenter: how an image becomes tokens, and their blocks.
 
     An idea about the encoder is written once, in a subclass of this class: a mix-in, which `combined` puts in front of
@@ -267,23 +267,25 @@ class Encoder(Steps, nn.Module):
     Attributes:
         block: class of the blocks of encoder and decoder, with the arguments of `Block`.
         encoder_name: `module:Class` of the mix-in; None without one.
+        extra_inputs: the extra inputs that the steps take by name.
+        needed_inputs: those without a default in `tokenize`.
     """
 
     block: ClassVar[Callable[..., nn.Module]] = Block
     encoder_name: ClassVar[str | None] = None
-    own_parameters: ClassVar = {
-        "tokenize": ("imgs",),
-        "random_masking": ("x", "mask_ratio"),
-        "forward_loss": ("imgs", "pred", "mask"),
-        "target": ("imgs",),
-    }
-    used_steps: ClassVar[tuple[str, ...]] = ("tokenize",)
+    extra_inputs: ClassVar[frozenset[str]] = frozenset()
+    needed_inputs: ClassVar[tuple[str, ...]] = ()
 
     blocks: nn.ModuleList
     norm: nn.Module
     patch_embed: PatchEmbed
     pos_embed: nn.Parameter  # (1, T + N, D)
     cls_token: nn.Parameter  # (1, T, D)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.extra_inputs = frozenset(extra_inputs(cls))
+        cls.needed_inputs = needed_inputs(cls, ["tokenize"])
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         # An AttributeError in a property ends here. nn.Module would raise another one, which names only the property.
@@ -332,10 +334,10 @@ class Encoder(Steps, nn.Module):
         )
         return nn.ModuleList([make(drop_path=rate) for rate in rates])
 
-    def tokenize(self, imgs: Tensor, **extras: Any) -> Tensor:
+    def tokenize(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> patch tokens with their positions (B, N, D), without class tokens.
 
-        An override names the extra inputs of an image that it takes, as parameters.
+        An override has a parameter for each extra input that it takes, and passes the other context on.
         """
         return self.patch_embed(imgs) + self.patch_tokens(self.positions(self.patch_embed.grid_of(*imgs.shape[-2:])))
 
@@ -376,10 +378,37 @@ class Encoder(Steps, nn.Module):
             )
         return tokens
 
-    def embed(self, imgs: Tensor, **extras: Any) -> Tensor:
-        """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first."""
-        self.check_extras(extras, ("tokenize",))
-        patches = self.tokenize(imgs, **self.extras_of("tokenize", extras))
+    def check_extra_inputs(self, names: Collection[str], needed: Collection[str] | None = None) -> None:
+        """Checks the names of extra inputs. One that no step takes would have no effect.
+
+        Args:
+            needed: the extra inputs that must be given. Default: `needed_inputs`.
+
+        Raises:
+            ValueError: no step takes an extra input, or one is missing.
+        """
+        for name in names:
+            if name not in self.extra_inputs:
+                raise ValueError(
+                    f"{type(self).__name__} takes no extra input {name}: it takes "
+                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}; omit it, or give a class of --encoder or "
+                    f"--model_class with a parameter of this name"
+                )
+        for name in self.needed_inputs if needed is None else needed:
+            if name not in names:
+                raise ValueError(
+                    f"{type(self).__name__} needs the extra input {name} of each image: give --extras {name} with a "
+                    f"list, or return it from your dataset; in Python, model.predict(images, {name}=...)"
+                )
+
+    def embed(self, imgs: Tensor, **context: Any) -> Tensor:
+        """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first.
+
+        Raises:
+            ValueError: as in `check_extra_inputs`.
+        """
+        self.check_extra_inputs(context)
+        patches = self.tokenize(imgs, **context)
         return self.all_tokens(patches, self.patch_embed.grid_of(*imgs.shape[-2:]))
 
     def layer_id(self, name: str) -> int:
@@ -394,8 +423,9 @@ class Encoder(Steps, nn.Module):
         return {"pos_embed", "cls_token"}
 
     def get_intermediate_layers(
-        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False, **extras: Any
-    ) -> Any:
+        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False,
+        **context: Any,
+    ) -> Any:  # fmt: skip
         """Returns the outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
         Args:
@@ -414,7 +444,7 @@ class Encoder(Steps, nn.Module):
         if missing := [index for index in indices if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
         chosen = {index % depth for index in indices}
-        x, inputs = self.embed(imgs, **extras), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
+        x, inputs = self.embed(imgs, **context), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
         block: Any
@@ -507,9 +537,9 @@ class VisionTransformer(Encoder):
         self.training = mode
         return self
 
-    def forward_features(self, imgs: Tensor, **extras: Any) -> Tensor:
+    def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
-        x, inputs = self.embed(imgs, **extras), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
+        x, inputs = self.embed(imgs, **context), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         for block in self.blocks:
             x = block(x, *inputs)
         if self.global_pool:
@@ -517,9 +547,9 @@ class VisionTransformer(Encoder):
         x = self.norm(x)
         return self.patch_tokens(x) if self.head_pools else self.class_features(x)
 
-    def forward(self, imgs: Tensor, **extras: Any) -> Tensor:
+    def forward(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> logits (B, num_classes)."""
-        return self.head(self.forward_features(imgs, **extras))
+        return self.head(self.forward_features(imgs, **context))
 
 
 def _factory(size: str) -> Callable[..., VisionTransformer]:

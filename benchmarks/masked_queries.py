@@ -47,7 +47,7 @@ class MaskedQueries(MaskedAutoencoderViT):
         self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor]:
         """Images (B, c, H, W) -> loss ()."""
-        latent, _, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        latent, _, ids_restore = self.forward_encoder(imgs, mask_ratio, noise=noise)
         tokens = self.decoder_embed(latent)
         visible = self.patch_tokens(tokens)
         masked = torch.argsort(ids_restore, dim=1)[:, visible.shape[1] :]  # (B, N - K)

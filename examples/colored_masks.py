@@ -44,7 +44,7 @@ class ColoredMasks(MaskedAutoencoderViT):
         self.color = color
 
     def random_masking(
-        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None, **context: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
         excluded = noise.isinf()  # patches without valid pixels
@@ -52,4 +52,5 @@ class ColoredMasks(MaskedAutoencoderViT):
         sigma, subtracted = SIGMAS[self.color]
         image = torch.erfinv((2 * noise - 1).clamp(-0.999, 0.999)).unflatten(1, self.grid_size).unsqueeze(1)  # Gaussian
         filtered = blurred(image, sigma) - (blurred(image, subtracted) if subtracted else 0)
-        return super().random_masking(x, mask_ratio, filtered.flatten(1).masked_fill(excluded, math.inf))
+        filtered = filtered.flatten(1).masked_fill(excluded, math.inf)
+        return super().random_masking(x, mask_ratio, filtered, **context)

@@ -48,12 +48,12 @@ class CrossDecoder(MaskedAutoencoderViT):
         self.initialize_weights()
 
     def random_masking(
-        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None, **context: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In training, the mask (B, N) has 1 for the patches that are predicted only."""
         if self.training and noise is not None:  # else the first masked patches are those of the upper rows
             require_random(noise, "CrossDecoder")
-        visible, mask, ids_restore = super().random_masking(x, mask_ratio, noise)
+        visible, mask, ids_restore = super().random_masking(x, mask_ratio, noise, **context)
         return visible, mask * (ids_restore < self.last(visible.shape[1], x.shape[1])), ids_restore
 
     def last(self, num_visible: int, num_patches: int) -> int:
@@ -61,7 +61,9 @@ class CrossDecoder(MaskedAutoencoderViT):
         count = max(1, round(self.predicted * num_patches)) if self.training else num_patches
         return min(num_patches, num_visible + count)
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+    def forward_decoder(
+        self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None, **context: Any
+    ) -> Tensor:
         tokens = self.decoder_embed(latent)
         num_visible, num_patches = self.patch_tokens(tokens).shape[1], ids_restore.shape[1]
         order = ids_restore.argsort(dim=1)[:, num_visible : self.last(num_visible, num_patches)]  # (B, M)

@@ -30,8 +30,10 @@ class DateAndPlace(Encoder):
         nn.init.zeros_(self.place_embed.weight)
         nn.init.zeros_(self.place_embed.bias)
 
-    def tokenize(self, imgs: Tensor, lat: Tensor, lon: Tensor, day: Tensor) -> Tensor:  # type: ignore[override]
+    def tokenize(  # type: ignore[override]
+        self, imgs: Tensor, lat: Tensor, lon: Tensor, day: Tensor, **context: Any
+    ) -> Tensor:
         angles = torch.stack([lat / 180, lon / 360, day / 365.25], dim=1) * (2 * math.pi)  # (B, 3)
         angles = angles.unsqueeze(2) * torch.arange(1, self.harmonics + 1, device=imgs.device)  # (B, 3, harmonics)
         waves = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
-        return super().tokenize(imgs) + self.place_embed(waves).unsqueeze(1)
+        return super().tokenize(imgs, **context) + self.place_embed(waves).unsqueeze(1)

@@ -41,7 +41,7 @@ class FrozenTeacher(MaskedAutoencoderViT):
         self.teacher = (model.eval().requires_grad_(False),)  # in a tuple: not a module of this one
 
     @torch.no_grad()
-    def target(self, imgs: Tensor) -> Tensor:  # type: ignore[override]
+    def target(self, imgs: Tensor, **context: Any) -> Tensor:
         teacher = self.teacher[0].to(imgs.device)
         features = teacher.forward_features(imgs)[:, teacher.num_prefix_tokens :]
         return F.layer_norm(features.float(), features.shape[-1:])

@@ -11,6 +11,8 @@ Scale-MAE multiplies the index of a patch by the meters of a pixel. Here, the po
 center to the first patch, divided by the patch size in pixels, which is the same number.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +30,9 @@ def encode(positions: Tensor, width: int) -> Tensor:
 class GroundPositions(Encoder):
     """Patch tokens whose positions are meters on the ground. The decoder has the positions of the grid."""
 
-    def tokenize(self, imgs: Tensor, east: Tensor, north: Tensor) -> Tensor:  # type: ignore[override]
+    def tokenize(  # type: ignore[override]
+        self, imgs: Tensor, east: Tensor, north: Tensor, **context: Any
+    ) -> Tensor:
         patches, encodings = self.patch_embed(imgs), []
         for coordinates, size in zip((east, north), reversed(self.patch_embed.patch_size), strict=True):
             centers = F.avg_pool2d(coordinates.unsqueeze(1), self.patch_embed.patch_size).flatten(1)  # (B, N)

@@ -5,6 +5,8 @@
 An override of one step of the method. The target of a patch is one histogram of `target_dim` orientations.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ class HOGTarget(MaskedAutoencoderViT):
 
     target_dim = 9
 
-    def target(self, imgs: Tensor) -> Tensor:  # type: ignore[override]
+    def target(self, imgs: Tensor, **context: Any) -> Tensor:
         gray = F.pad(imgs.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
         dx, dy = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2], gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
         angle = torch.atan2(dy, dx) % torch.pi  # (B, 1, H, W)

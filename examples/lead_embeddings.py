@@ -22,9 +22,9 @@ class LeadEmbeddings(Encoder):
         leads, width = self.patch_embed.grid_size[0], self.cls_token.shape[2]
         self.lead_embed = nn.Parameter(torch.empty(leads, 1, width).normal_(std=0.02))
 
-    def tokenize(self, imgs: Tensor) -> Tensor:  # type: ignore[override]
+    def tokenize(self, imgs: Tensor, **context: Any) -> Tensor:
         rows = self.patch_embed.grid_of(*imgs.shape[-2:])[0]
         if rows != len(self.lead_embed):
             raise ValueError(f"the images have {rows} leads, and the model {len(self.lead_embed)}")
-        leads = super().tokenize(imgs).unflatten(1, (rows, -1))  # (B, leads, columns, D)
+        leads = super().tokenize(imgs, **context).unflatten(1, (rows, -1))  # (B, leads, columns, D)
         return (leads + self.lead_embed).flatten(1, 2)

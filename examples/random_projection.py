@@ -29,6 +29,6 @@ class RandomProjection(MaskedAutoencoderViT):
         weights = torch.randn(self.values_per_patch, width, generator=torch.Generator().manual_seed(0))
         self.register_buffer("projection", weights / self.values_per_patch**0.5, persistent=False)
 
-    def target(self, imgs: Tensor) -> Tensor:  # type: ignore[override]
+    def target(self, imgs: Tensor, **context: Any) -> Tensor:
         patches = self.patchify(imgs)
         return torch.tanh(F.layer_norm(patches, patches.shape[-1:]) @ self.projection)

@@ -32,15 +32,14 @@ class TwoCrops(MaskedAutoencoderViT):
         # Names that start with decoder_: fine-tuning ignores these weights.
         self.decoder_head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 128))
 
-    def forward(  # type: ignore[override]
-        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
-    ) -> Any:
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75, **context: Any) -> Any:
         if not self.training:
-            return super().forward(imgs, mask_ratio, mask=mask, noise=noise)
-        latent, masked, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore)
-        terms = {"pixels": self.forward_loss(imgs, pred, masked), "contrast": self.weight * self.contrast(latent)}
-        return terms, pred, masked
+            return super().forward(imgs, mask_ratio, **context)
+        imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, **context)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
+        pred = self.forward_decoder(latent, ids_restore, **context)
+        pixels = self.forward_loss(imgs, pred, mask, **context)
+        return {"pixels": pixels, "contrast": self.weight * self.contrast(latent)}, pred, mask
 
     def contrast(self, latent: Tensor) -> Tensor:
         """Latent (2 B, T + K, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""

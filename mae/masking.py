@@ -87,6 +87,23 @@ def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[
     return torch.argsort(noise, dim=1, stable=True), visible
 
 
+def exclude_patches(noise: Tensor | None, has_valid: Tensor, mask_ratio: float) -> Tensor:
+    """Returns noise that masks the patches without valid pixels: it is infinite there.
+
+    Args:
+        noise: (B, N). Default: torch.rand.
+        has_valid: whether a patch has valid pixels, bool (B, N).
+
+    Raises:
+        RuntimeError: an image has too few patches with valid pixels.
+    """
+    noise = torch.rand(has_valid.shape, device=has_valid.device) if noise is None else noise
+    visible = num_visible(has_valid.shape[1], mask_ratio)
+    enough = (has_valid.sum(dim=1) >= visible).all()
+    torch._assert_async(enough, f"an image has fewer than {visible} patches with valid pixels")  # no wait for a GPU
+    return noise.masked_fill(~has_valid, math.inf)
+
+
 def block_mask(
     batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -13,7 +13,7 @@ PACKAGES = {
     "files": "files", "cli": "files", "data": "cli|files", "evaluate": "data|cli|files", "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files", "training": "evaluate|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"mae\.(blocks|interrupts|masking|parallel|positions|settings(\.\w+)?)"
+SHARED = r"mae\.(blocks|context|interrupts|masking|parallel|positions|settings(\.\w+)?)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
@@ -21,9 +21,9 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|mae\..+",
     r"main_\w+": r"engine_\w+|models_\w+|mae\..+",
     r"engine_\w+": r"mae\..+",
-    r"models_mae": r"models_vit|mae\.(positions|masking)",
+    r"models_mae": r"models_vit|mae\.(context|positions|masking)",
     r"models_segment": r"models_vit",
-    r"models_vit": r"mae\.(positions|lr_decay|steps)",
+    r"models_vit": r"mae\.(context|positions|lr_decay)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"mae\.inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|models_\w+|mae\..+",
@@ -34,7 +34,7 @@ ARROWS = {
     r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|cli\.user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
-    r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|cli|files)\.\w+|{SHARED}",  # a resumed run fits weights
+    r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|cli|files)\.\w+|{SHARED}",
     r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|files\.recipes|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.parallel": r"mae\.plain_data",

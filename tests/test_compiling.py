@@ -98,7 +98,7 @@ def test_functions_that_replace_a_method_are_compiled(monkeypatch):
 
     class PlainLoss(MaskedAutoencoderViT):
         @staticmethod
-        def forward_loss(imgs, pred, mask):
+        def forward_loss(imgs, pred, mask, **context):
             return pred.square().mean()
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -131,7 +131,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
 def test_methods_that_a_user_replaced_in_a_module_are_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
-    model.forward_loss = lambda imgs, pred, *given: pred.square().sum()
+    model.forward_loss = lambda imgs, pred, *given, **context: pred.square().sum()
     model.blocks[0].forward = lambda x: 2 * x
     expected = model(imgs, noise=noise)[0]
     compile_model(model, torch.device("cpu"))

@@ -295,7 +295,7 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
     autoencoder = kind(**sizes, num_cls_tokens=5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
     autoencoder.load_state_dict({**autoencoder.state_dict(), **of_dinov3(theirs.state_dict())})
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    latent, _, _ = autoencoder.forward_encoder(imgs, 0.0, noise)
+    latent, _, _ = autoencoder.forward_encoder(imgs, 0.0, noise=noise)
     (tokens,) = autoencoder.get_intermediate_layers(imgs)
     order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
     torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)

@@ -33,11 +33,11 @@ import torch
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
 class Level(Encoder):
-    def tokenize(self, imgs, level):
-        return super().tokenize(imgs) + 3 * level[:, None, None] * self.cls_token.detach().sign()
+    def tokenize(self, imgs, level, **context):
+        return super().tokenize(imgs, **context) + 3 * level[:, None, None] * self.cls_token.detach().sign()
 class LevelTarget(MaskedAutoencoderViT):
     target_dim = 1
-    def target(self, imgs, valid=None, level=None):
+    def target(self, imgs, level=None, **context):
         return level[:, None, None].expand(-1, self.num_patches, 1)
 def open_dataset(split, data_path):
     return Noise(split)
@@ -285,10 +285,10 @@ def test_the_statistics_of_bytes_are_refused_beside_maps(levels, pretrain):
 MAPS = """
 from torch.nn.functional import avg_pool2d
 class MapTokens(Encoder):
-    def tokenize(self, imgs, level):
-        return super().tokenize(imgs) + 3 * patches(level) * self.cls_token.detach().sign()
+    def tokenize(self, imgs, level, **context):
+        return super().tokenize(imgs, **context) + 3 * patches(level) * self.cls_token.detach().sign()
 class MapTarget(LevelTarget):
-    def target(self, imgs, valid=None, level=None):
+    def target(self, imgs, level=None, **context):
         return patches(level).mean(dim=1, keepdim=True).expand(-1, self.num_patches, 1)
 def patches(level):
     return avg_pool2d(level[:, None], 4).flatten(2).transpose(1, 2)

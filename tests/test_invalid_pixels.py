@@ -244,9 +244,10 @@ def test_the_loss_equals_arithmetic_by_hand(norm_pix_loss, cloudy):
                     pixels = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
                 patches.append(((pred[number, patch].reshape(16, 3).double().numpy()[inside] - pixels) ** 2).mean())
         losses.append(np.mean(patches))
-    assert float(model.forward_loss(images, pred, mask, valid)) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(model.forward_loss(images, pred, mask, valid=valid)) == pytest.approx(np.mean(losses), rel=1e-5)
     mask[:] = torch.arange(16) >= 4
-    everything, plain = (model.forward_loss(images, pred, mask, *given) for given in ([torch.ones_like(valid)], []))
+    everything = model.forward_loss(images, pred, mask, valid=torch.ones_like(valid))
+    plain = model.forward_loss(images, pred, mask)
     assert float(everything) == pytest.approx(float(plain), rel=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_given_masks(cloudy):
 
 
 class Reversed(MaskedAutoencoderViT):
-    def random_masking(self, x, mask_ratio, noise=None):
+    def random_masking(self, x, mask_ratio, noise=None, **context):
         return super().random_masking(x, mask_ratio, -noise)
 
 
@@ -284,20 +285,20 @@ def test_masks_that_ignore_invalid_patches_are_an_error(cloudy):
     assert cross(images, valid=valid)[0].isfinite()  # its mask has the predicted patches only
 
 
-class Published(MaskedAutoencoderViT):
-    """An override with the published signature."""
+class Brightness(MaskedAutoencoderViT):
+    """A target of its own, which does not know which pixels are valid."""
 
-    def forward_loss(self, imgs, pred, mask):
-        return super().forward_loss(imgs, pred, mask)
+    def target(self, imgs, **context):
+        return super().target(imgs).mean(dim=-1, keepdim=True).expand(-1, -1, 48)
 
 
-def test_published_overrides_work_where_nothing_is_invalid(tmp_path):
+def test_a_target_that_ignores_invalid_pixels_is_refused_where_there_are_any(tmp_path):
     items = [(np.random.default_rng(number).random((16, 16, 3), dtype=np.float32), 0) for number in range(8)]
     flags = {"nodata": 5, "mean": "0 0 0", "std": "1 1 1"}
-    assert np.isfinite(pretrained(tmp_path / "valid", items, Published, **flags)[0]["train_loss"])
+    assert np.isfinite(pretrained(tmp_path / "valid", items, Brightness, **flags)[0]["train_loss"])
     items[5][0][3:8] = 5
-    with pytest.raises(ValueError, match=r"invalid pixels, and Published.forward_loss has no argument valid: add"):
-        pretrained(tmp_path / "invalid", items, Published, **flags)
+    with pytest.raises(ValueError, match=r"Brightness.target .*valid=None"):
+        pretrained(tmp_path / "invalid", items, Brightness, **flags)
 
 
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}

@@ -271,8 +271,8 @@ def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
 def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
     forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
 
-    def spoiled(self, *given):
-        return forward_loss(self, *given) * (float("nan") if self.training and next(calls) == 3 else 1)
+    def spoiled(self, *given, **context):
+        return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
     with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*--blr"):
@@ -323,9 +323,9 @@ import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from mae import parallel; from mae.checkpoints import checkpoint; from mae.cli import entry_point
 forward_loss, write, calls = MaskedAutoencoderViT.forward_loss, checkpoint.write, iter(range(1000))
-def spoiled(self, *given):
+def spoiled(self, *given, **context):
     is_spoiled = self.training and next(calls) >= 2 and parallel.rank() == 1
-    return forward_loss(self, *given) * (float("nan") if is_spoiled else 1)
+    return forward_loss(self, *given, **context) * (float("nan") if is_spoiled else 1)
 def slowly(*given):
     time.sleep(3)
     write(*given)

@@ -310,8 +310,8 @@ class Gain(Encoder):
     def __init__(self, *, gain=1, **arguments):
         super().__init__(**arguments)
         self.gain = gain
-    def tokenize(self, imgs):
-        return self.gain * super().tokenize(imgs)
+    def tokenize(self, imgs, **context):
+        return self.gain * super().tokenize(imgs, **context)
 """,
     )
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)

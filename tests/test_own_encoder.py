@@ -51,11 +51,12 @@ class Leads(Encoder):
     def __init__(self, *, rows: int, scale: float = 1.0, **arguments):
         super().__init__(**arguments)
         self.lead_embed = nn.Parameter(torch.full((rows, 1, self.cls_token.shape[2]), float(scale)))
-    def tokenize(self, imgs):
-        return (super().tokenize(imgs).unflatten(1, (len(self.lead_embed), -1)) + self.lead_embed).flatten(1, 2)
+    def tokenize(self, imgs, **context):
+        tokens = super().tokenize(imgs, **context).unflatten(1, (len(self.lead_embed), -1))
+        return (tokens + self.lead_embed).flatten(1, 2)
 class Brighter(MaskedAutoencoderViT):
-    def target(self, imgs, valid=None):
-        return super().target(imgs) + 10
+    def target(self, imgs, **context):
+        return super().target(imgs, **context) + 10
 class Scaled(MaskedAutoencoderViT):
     def __init__(self, *, scale=1, **arguments):
         super().__init__(**arguments)
@@ -68,8 +69,8 @@ def leads(own_module):
 
 
 class Shifted(Encoder):
-    def tokenize(self, imgs, **extras):
-        return 2 * super().tokenize(imgs, **extras)
+    def tokenize(self, imgs, **context):
+        return 2 * super().tokenize(imgs, **context)
 
 
 MODELS = {"autoencoder": (MaskedAutoencoderViT, {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}),
@@ -91,7 +92,7 @@ def test_one_method_changes_the_tokens_of_all_models(name):
     assert (first - second).abs().max() > 1e-3
     if name == "autoencoder":  # also of visible patches
         noise = torch.rand(2, 16)
-        latents = [model.forward_encoder(imgs, 0.75, noise)[0] for model in (plain, shifted)]
+        latents = [model.forward_encoder(imgs, 0.75, noise=noise)[0] for model in (plain, shifted)]
         assert (latents[0] - latents[1]).abs().max() > 1e-3
 
 
@@ -414,10 +415,10 @@ def test_a_recipe_names_no_encoder(leads, pretrain, tmp_path, capsys):
 
 
 class Located(Encoder):
-    def tokenize(self, imgs, place, **extras):
-        return super().tokenize(imgs, **extras) * (1 + place[:, None, None])
+    def tokenize(self, imgs, place, **context):
+        return super().tokenize(imgs, **context) * (1 + place[:, None, None])
 
-    def random_masking(self, x, mask_ratio, noise=None, saliency=None):
+    def random_masking(self, x, mask_ratio, noise=None, saliency=None, **context):
         return super().random_masking(x, mask_ratio, noise=saliency)
 
 

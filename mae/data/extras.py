@@ -2,11 +2,13 @@
 
 import keyword
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from mae.context import extra_inputs, needed_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +71,13 @@ def shapes_of(source: Any) -> dict[str, str]:
     return getattr(original(source), "extra_shapes", None) or {}
 
 
-def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, ...] | None = None) -> None:
+def require_fitting(model: Any, train: Any, val: Any = None, steps: Iterable[str] = ("tokenize",)) -> None:
     """Checks that datasets have the extra inputs that a model takes. Those with a default may be missing.
 
     Args:
-        model: a model whose base is `Steps`.
+        model: a model whose base is `models_vit.Encoder`.
         val: a second dataset.
-        steps: as in `Steps.check_extras`.
+        steps: the steps that the images reach.
 
     Raises:
         ValueError: the model needs or the images have other extra inputs, or the datasets differ.
@@ -86,8 +88,8 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, .
             ", ".join(f"{name} {some[name]}" for name in sorted(some)) or "none" for some in (shapes, shapes_of(val))
         ]
         raise ValueError(f"the extra inputs of training images are {texts[0]}, and of validation images {texts[1]}")
-    model.check_extras(shapes, steps)
-    for name in sorted(model.extras_taken(steps) - shapes.keys()):
+    model.check_extra_inputs(shapes, needed_inputs(type(model), steps))
+    for name in sorted(extra_inputs(type(model), steps).keys() - shapes.keys()):
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 
 

@@ -109,8 +109,9 @@ def export(model: Model, to: str, out: Path) -> None:
         raise ValueError(f"--to {to}: {to} has no {head}; give --encoder_only, or {FOR_ALL}")
     if model.encoder_name and to in (*WITHOUT_OTHER_HEADS, "reference"):
         raise ValueError(f"--to {to}: {to} does not have the encoder {model.encoder_name}; give {FOR_ALL}")
-    if to in ("onnx", "torch_export") and (needed := sorted(model.extras_taken(needed=True))):
-        raise ValueError(f"--to {to}: its graphs have no extra inputs, such as {needed[0]}; give --to safetensors")
+    if to in ("onnx", "torch_export") and model.needed_inputs:
+        name = model.needed_inputs[0]
+        raise ValueError(f"--to {to}: its graphs have no extra inputs, such as {name}; give --to safetensors")
     for name in BLOCK_ARGUMENTS:
         if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
             raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     precision = Precision(args.amp, device)
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
-    extras.require_fitting(model, source, steps=("tokenize",))
+    extras.require_fitting(model, source)
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     extractor = Extractor(model, args.pool)

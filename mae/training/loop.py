@@ -79,65 +79,108 @@ def run_epoch(
         NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
         Interrupted: a signal stopped the run, and its state is saved.
     """
-    epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
-    num_iterations = len(loader)
-    num_updates, rest = divmod(num_iterations, accum_iter)
+    epoch, accum_iter, precision = options.epoch, options.accum_iter, options.precision
+    num_updates, rest = divmod(len(loader), accum_iter)
     assert not rest, "an epoch is a whole number of updates"
-    updates, in_optimizer_step = options.first_iteration // accum_iter, False  # completed optimizer steps of this epoch
-    buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
-    stopwatch, pending = Stopwatch(precision.device), PendingUpdates(options)
-    losses: dict[str, Tensor] = {}  # of the update
+    stopwatch = Stopwatch(precision.device)
     model.train()
-
-    def save(alone: bool = False) -> None:
-        saver.save(epoch, updates * accum_iter, pending.drain(), alone)
-
-    try:
+    with Transaction(model, options) as transaction:
         loader.seek(epoch, options.first_iteration)
-        options.log.begin_epoch(epoch, options.first_iteration, num_iterations, loader.images_per_iteration, stopwatch)
+        options.log.begin_epoch(epoch, options.first_iteration, len(loader), loader.images_per_iteration, stopwatch)
         batches = stopwatch.watch(prefetch(loader, precision.device))
         for iteration, batch in enumerate(batches, start=options.first_iteration):
-            if iteration % accum_iter == 0:
-                lr = options.schedule(epoch + updates / num_updates)
-                losses, buffers = {}, [buffer.clone() for buffer in model.buffers()]
+            update, position = divmod(iteration, accum_iter)
+            if position == 0:
+                lr = options.schedule(epoch + update / num_updates)
+                transaction.begin()
             loader.seed_iteration(iteration)
-            is_last = (iteration + 1) % accum_iter == 0
-            parts = _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
-            losses |= {name: losses.get(name, 0) + part for name, part in parts.items()}
-            if not is_last:
-                continue
-            request = saver.request()
-            means_and_requests = share_requests(torch.stack([*losses.values()]), request)
-            in_optimizer_step = True  # the weights are between two updates
-            grad_norm = precision.step(optimizer, options.clip_grad)
-            _restore_buffers(model, buffers, ~(grad_norm + means_and_requests[0]).isfinite())
-            options.after_update(epoch + (updates + 1) / num_updates)
-            pending.push(iteration + 1, lr, [*losses], torch.cat([grad_norm[None], means_and_requests]))
-            updates, in_optimizer_step, buffers = updates + 1, False, []
-            is_heard = request and parallel.world_size() == 1  # without the delay
-            shared_request = pending.read(0 if is_heard else UPDATES_IN_FLIGHT, iteration + 1)
-            if shared_request:
-                save()
-            if shared_request is Request.STOP:
-                saver.stop()
-        shared_request = pending.read(0, num_iterations)  # waits for the device
+            is_last = position + 1 == accum_iter
+            transaction.add(_forward_backward(compute_loss, batch, accum_iter, model, precision, is_last))
+            if is_last:
+                transaction.prepare()
+                grad_norm = precision.step(optimizer, options.clip_grad)
+                transaction.commit(grad_norm, lr, epoch + (update + 1) / num_updates)
+        transaction.finish(stopwatch)
+
+
+class Transaction:
+    """The context manager around the updates of an epoch: an update changes the state as a whole, or not at all.
+
+    A forward pass changes the statistics of batch norm, which are restored if the update is skipped. If a batch raises
+    an error, the state after the last update is saved. The processes share their losses and requests before the weights
+    change.
+    """
+
+    def __init__(self, model: nn.Module, options: EpochOptions) -> None:
+        self.model, self.options = model, options
+        self.completed = options.first_iteration // options.accum_iter  # updates of this epoch
+        self.pending = PendingUpdates(options)
+        self.losses: dict[str, Tensor] = {}  # of the update
+        self.shared = torch.zeros(0)  # as `share_requests` returns
+        self.request = Request.NONE
+        self.buffers: list[Tensor] = []  # copies from before the update
+        self.is_changing = False  # the weights are between two updates
+
+    def begin(self) -> None:
+        """Begins an update."""
+        self.losses, self.buffers = {}, [buffer.clone() for buffer in self.model.buffers()]
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Adds the parts of an iteration to the losses of the update."""
+        self.losses |= {name: self.losses.get(name, 0) + part for name, part in parts.items()}
+
+    def prepare(self) -> None:
+        """Shares losses and requests with the other processes. If one of them has ended, this raises an error."""
+        self.request = self.options.saver.request()
+        self.shared = share_requests(torch.stack([*self.losses.values()]), self.request)
+        self.is_changing = True
+
+    def commit(self, grad_norm: Tensor, lr: float, epoch: float) -> None:
+        """Completes an update after the optimizer step, and follows the requests of all processes.
+
+        Args:
+            grad_norm: () on the device; not finite if the weights did not change.
+            epoch: the fractional epoch after the update.
+        """
+        self._restore_buffers(~(grad_norm + self.shared[0]).isfinite())
+        self.options.after_update(epoch)
+        iterations = (self.completed + 1) * self.options.accum_iter
+        self.pending.push(iterations, lr, [*self.losses], torch.cat([grad_norm[None], self.shared]))
+        self.completed, self.is_changing, self.buffers = self.completed + 1, False, []
+        is_heard = self.request and parallel.world_size() == 1  # without the delay
+        request = self.pending.read(0 if is_heard else UPDATES_IN_FLIGHT, iterations)
+        if request:
+            self._save()
+        if request is Request.STOP:
+            self.options.saver.stop()
+
+    def finish(self, stopwatch: Stopwatch) -> None:
+        """Reads the numbers of the last updates, for which it waits, and ends the measurement of the time."""
+        request = self.pending.read(0, self.completed * self.options.accum_iter)
         stopwatch.stop()
-        if shared_request:
-            save()
-    except (NonFiniteLoss, Interrupted):  # the state is saved
-        raise
-    except Exception as error:  # for example a bad image, a killed worker process, or out of memory
-        _restore_buffers(model, buffers, torch.ones((), dtype=torch.bool, device=precision.device))
-        if not in_optimizer_step and (epoch or updates):
-            save(alone=True)
-        saver.raise_if_stopping(error)
-        raise
+        if request:
+            self._save()
 
+    def __enter__(self) -> "Transaction":
+        return self
 
-def _restore_buffers(model: nn.Module, before: list[Tensor], is_skipped: Tensor) -> None:
-    """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
-    for buffer, value in zip(model.buffers() if before else (), before, strict=True):
-        buffer.copy_(torch.where(is_skipped, value, buffer))
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, NonFiniteLoss | Interrupted):
+            return  # no error, or the state is saved
+        # For example a bad image, a killed worker process, or out of memory.
+        self._restore_buffers(torch.ones((), dtype=torch.bool, device=self.options.precision.device))
+        if not self.is_changing and (self.options.epoch or self.completed):
+            self._save(alone=True)
+        self.options.saver.raise_if_stopping(error)
+
+    def _save(self, alone: bool = False) -> None:
+        iterations = self.completed * self.options.accum_iter
+        self.options.saver.save(self.options.epoch, iterations, self.pending.drain(), alone)
+
+    def _restore_buffers(self, is_skipped: Tensor) -> None:
+        """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
+        for buffer, value in zip(self.model.buffers() if self.buffers else (), self.buffers, strict=True):
+            buffer.copy_(torch.where(is_skipped, value, buffer))
 
 
 def share_requests(losses: Tensor, request: Request) -> Tensor:

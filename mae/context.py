@@ -1,0 +1,61 @@
+"""The context of a model's steps: the arguments that each step takes by name, and passes on.
+
+It contains `noise`, `valid` and `grid_size` of the library, and the extra inputs of a dataset. A step takes an extra
+input by a parameter of its name.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+# The steps that subclasses override, and the number of their published arguments.
+STEPS = {
+    "forward": 2, "tokenize": 1, "forward_encoder": 2, "random_masking": 2, "forward_decoder": 2, "forward_loss": 3,
+    "target": 1,
+}  # fmt: skip
+OF_LIBRARY = ("mask", "noise", "valid", "grid_size")  # arguments of the steps that are not extra inputs
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _overrides(kind: type, steps: Iterable[str]) -> Iterator[tuple[type, str, list[inspect.Parameter]]]:
+    """Yields the methods of a class and its bases, base classes first: class, step, parameters after self."""
+    for base in reversed(kind.__mro__):
+        for step in steps:
+            if step in vars(base) and base is not nn.Module:
+                yield base, step, [*inspect.signature(vars(base)[step]).parameters.values()][1:]
+
+
+def extra_inputs(kind: type, steps: Iterable[str] = STEPS) -> dict[str, bool]:
+    """Returns the extra inputs that the steps of a model's class take by name, and whether they need them."""
+    return {
+        parameter.name: parameter.default is parameter.empty
+        for _, step, parameters in _overrides(kind, steps)
+        for parameter in parameters[STEPS[step] :]
+        if parameter.kind in NAMED and parameter.name not in OF_LIBRARY
+    }
+
+
+def needed_inputs(kind: type, steps: Iterable[str] = STEPS) -> tuple[str, ...]:
+    """Returns the extra inputs without a default."""
+    return tuple(name for name, is_needed in extra_inputs(kind, steps).items() if is_needed)
+
+
+def takes(kind: type, step: str, name: str) -> bool:
+    """Whether a step of a model's class takes an argument by name; **context alone does not count."""
+    return name in inspect.signature(getattr(kind, step)).parameters
+
+
+def require_context(kind: type) -> None:
+    """Checks that the overrides of a model's class take and pass on the context, as training requires.
+
+    Raises:
+        ValueError: an override has no parameter **context.
+    """
+    for base, step, parameters in _overrides(kind, STEPS):
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            names = ", ".join(["self", *(parameter.name for parameter in parameters), "**context"])
+            raise ValueError(
+                f"{base.__name__}.{step} lacks the context, such as the noise of the masks: write "
+                f"def {step}({names}), and pass **context on to the steps that it calls"
+            )
