@@ -1,7 +1,8 @@
 """The loss of a batch in supervised training, and evaluation of classifiers; for fine-tuning and probing."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae import parallel, settings
+from mae import parallel
 from mae.checkpoints import run_directory
 from mae.data import extras, labels
 from mae.data.batches import Batch, prefetch
@@ -18,6 +19,7 @@ from mae.data.sources import Source
 from mae.evaluate import report, tasks
 from mae.evaluate.robustness import synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
+from mae.settings import ImageSpec, ModelSpec, Run
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 from mae.training import feature_files, loop
 from mae.training.compiling import padded
@@ -116,7 +118,7 @@ def encode(
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
-def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.Weights | None:
+def open_weights(run: Run, kind: str = CLASSIFIER) -> reading.Weights | None:
     """Reads the weights of `--finetune`, unless the run resumes; with `--eval`, the classifier of `--resume` or
     `--finetune`.
 
@@ -126,12 +128,13 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.We
     Raises:
         ValueError: with `--eval`, neither names a file, or the file is of another kind.
     """
-    source = partial(run_directory.source, Path(flags["output_dir"]), flags["resume"])
-    if not flags["eval"]:
+    machine = run.machine
+    source = partial(run_directory.source, Path(machine.output_dir), machine.resume)
+    if not run.evaluation.eval:
         resumes = parallel.from_rank_0(lambda: source() is not None)
-        return loading.read(flags["finetune"]) if flags["finetune"] and not resumes else None
-    name = flags["resume"] or flags["finetune"]
-    if name == "auto" and (name := source() or flags["finetune"]):
+        return loading.read(machine.finetune) if machine.finetune and not resumes else None
+    name: Path | str = machine.resume or machine.finetune
+    if name == "auto" and (name := source() or machine.finetune):
         logger.info(f"--resume auto: evaluates {name}")
     if not name:
         raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
@@ -157,8 +160,8 @@ def open_labelled(
 
 
 def load_for_evaluation(
-    build: Callable[[settings.ModelSpec, settings.ImageSpec], nn.Module],
-    flags: Mapping[str, Any],
+    build: Callable[[ModelSpec, ImageSpec], nn.Module],
+    run: Run,
     file: reading.Weights,
     data: RunData,
 ) -> tuple[nn.Module, Source]:
@@ -169,7 +172,7 @@ def load_for_evaluation(
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
-    (val, chosen), num_classes, task = data.open_val(), file.num_classes, flags.get("task", CLASSIFICATION)
+    (val, chosen), num_classes, task = data.open_val(), file.num_classes, run.images.task
     recorded, current = (found.get("held_out_images") for found in (file.settings, chosen))
     if current and recorded not in (None, current):
         logger.warning(
@@ -182,8 +185,8 @@ def load_for_evaluation(
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
-    if flags["nb_classes"] not in (None, num_classes):
-        raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
+    if run.model.nb_classes not in (None, num_classes):
+        raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {run.model.nb_classes}")
     if task == REGRESSION:
         units = ("target_mean", "target_std")
         shapes.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
@@ -200,7 +203,7 @@ def load_for_evaluation(
     val = labels.counted_as(val, classes or val.classes, task)
     if task == REGRESSION:
         val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
-    model = build(*settings.specs({**flags, "nb_classes": num_classes}))
+    model = build(replace(run.model, nb_classes=num_classes), run.images)
     loading.load_classifier(model, file)
     extras.require_fitting(model, val)
     return model, val

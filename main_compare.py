@@ -38,7 +38,7 @@ import main_knn
 import main_linprobe
 import models_vit
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.cli.advice import arguments, did_you_mean
 from mae.cli.user_code import DATASET
 from mae.data.dataset_kinds import open_source
@@ -52,7 +52,7 @@ from mae.evaluate.tasks import best_of
 from mae.files import recipes
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
-from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, names_of, names_with
+from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
 from mae.training import run_log
@@ -116,7 +116,7 @@ class Task(NamedTuple):
         return f"{_directory(self.encoder.name)}/{_directory(self.protocol)}/{self.labels}/{self.draw}"
 
 
-def main(args: Namespace, source: OpenDataset | None = None) -> str:
+def main(args: Namespace | Run, source: OpenDataset | None = None) -> str:
     """Runs the scripts that have no result yet. Prints, writes and returns the table and the conclusion.
 
     Args:
@@ -126,36 +126,37 @@ def main(args: Namespace, source: OpenDataset | None = None) -> str:
         ValueError: the function has no name by which the scripts can import it.
     """
     run_log.start_logging()
-    args, _ = entry_point.with_own(with_source(args, source), "encoder", None)  # results depend on its module
-    if source and ("<" in args.dataset or args.dataset.startswith(f"{DATASET}__main__:")):
-        raise ValueError(f"source= ({args.dataset}): the scripts of a comparison import it: define it in a module")
-    out = Path(args.output_dir)
+    run, _ = user_code.with_objects(with_source(Run.of(args), source), encoder=None)  # results depend on its module
+    if source and ("<" in run.data.dataset or run.data.dataset.startswith(f"{DATASET}__main__:")):
+        raise ValueError(f"source= ({run.data.dataset}): the scripts of a comparison import it: define it in a module")
+    out = Path(run.machine.output_dir)
     run_directory.prepare(out, "auto")
     with run_directory.locked(out):
-        return _compare(args, out)
+        return _compare(run, out)
 
 
-def _compare(args: Namespace, out: Path) -> str:
-    encoders = _encoders(args, out / "encoders")
-    lists = {"train": args.train_list, "val": args.val_list}
+def _compare(run: Run, out: Path) -> str:
+    encoders = _encoders(run, out / "encoders")
+    lists = {"train": run.data.train_list, "val": run.data.val_list}
 
     def open_split(split: str) -> Any:
         return open_source(
-            split, args.data_path, lists[split], args.dataset, download=args.download, task=args.task,
-            label_columns=args.label_columns, extras=args.extras, whole=not args.val_list,
+            split, run.data.data_path, lists[split], run.data.dataset, download=run.data.download, task=run.images.task,
+            label_columns=run.images.label_columns, extras=run.data.extras, whole=not run.data.val_list,
         )  # fmt: skip
 
-    train, val = open_pair(open_split, args.task)
-    _require_comparable(args, encoders)
-    sizes = [_size(text, train) for text in args.labels]
+    train, val = open_pair(open_split, run.images.task)
+    _require_comparable(run, encoders)
+    sizes = [_size(text, train) for text in run.comparison.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):
         numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
         raise ValueError(
-            f"--labels {' '.join(args.labels)}: these are {numbers} images, equally many of each class; give each once"
+            f"--labels {' '.join(run.comparison.labels)}: these are {numbers} images, equally many of each class; give "
+            f"each once"
         )
     counts = [
         count if per_class else 1
-        for count, (_, per_class) in zip(_each("--draws", args.draws, len(sizes)), sizes, strict=True)
+        for count, (_, per_class) in zip(_each("--draws", run.comparison.draws, len(sizes)), sizes, strict=True)
     ]
     draws = [
         (*size, draw) for draw in range(max(counts)) for size, count in zip(sizes, counts, strict=True) if draw < count
@@ -164,10 +165,16 @@ def _compare(args: Namespace, out: Path) -> str:
         Task(encoder, protocol, *draw)
         for draw in draws
         for encoder in encoders
-        for protocol in (pixel_baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(args.protocols))
+        for protocol in (
+            pixel_baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols)
+        )
     ]
     runs = Runs(
-        args, Commands(out / "runs", out / "results.json", args.jobs), [labels for labels, _ in sizes], train, val
+        run,
+        Commands(out / "runs", out / "results.json", run.comparison.jobs),
+        [labels for labels, _ in sizes],
+        train,
+        val,
     )
     order = {(task.encoder.name, task.protocol): place for place, task in enumerate(tasks)}
     trained = [task for task in tasks if task.encoder.name != PIXELS]
@@ -186,7 +193,7 @@ def _compare(args: Namespace, out: Path) -> str:
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.text} ({result.seconds:.0f} s; about "
-                f"{run_log.duration(seconds_left(tasks, seconds) / args.jobs)} left)"
+                f"{run_log.duration(seconds_left(tasks, seconds) / run.comparison.jobs)} left)"
             )
     finally:
         if results:
@@ -195,14 +202,16 @@ def _compare(args: Namespace, out: Path) -> str:
     return text
 
 
-def _require_comparable(args: Namespace, encoders: Sequence[Encoder]) -> None:
+def _require_comparable(run: Run, encoders: Sequence[Encoder]) -> None:
     """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
-    if args.task != CLASSIFICATION and args.labels != ["all"]:
+    if run.images.task != CLASSIFICATION and run.comparison.labels != ["all"]:
         raise ValueError(
-            f"--labels {' '.join(args.labels)}: subsets have equally many images of each class, and --task {args.task} "
-            f"has no single class; give --labels all"
+            f"--labels {' '.join(run.comparison.labels)}: subsets have equally many images of each class, and --task "
+            f"{run.images.task} has no single class; give --labels all"
         )
-    if (args.metric or args.task != CLASSIFICATION) and any(encoder.name == PIXELS for encoder in encoders):
+    if (run.evaluation.metric or run.images.task != CLASSIFICATION) and any(
+        encoder.name == PIXELS for encoder in encoders
+    ):
         raise ValueError(f"--encoders {PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
 
 
@@ -255,15 +264,15 @@ def _size(text: str, train: Source) -> tuple[int, int | None]:
     return labels, per_class
 
 
-def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
+def _encoders(run: Run, folder: Path) -> list[Encoder]:
     """Opens the encoders, with the settings that their files record.
 
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
-    own_model = {name: getattr(args, name) for name in OF_ENCODER if getattr(args, name) is not None}
+    own_model = {name: run[name] for name in OF_ENCODER if run[name] is not None}
     encoders, of_first = [], dict[str, Any]()
-    for text in args.encoders:
+    for text in run.comparison.encoders:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
             continue
@@ -273,15 +282,15 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         recorded = mae.build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
-        if recorded.get("encoder") not in (None, args.encoder):  # a file can't make a program import code
+        if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code
             raise ValueError(f"--encoders {text}: it has an encoder of its own: give --encoder {recorded['encoder']}")
-        if recorded.get("crop_pct") is None and args.crop_pct is None:
-            is_explicit = "input_size" in entry_point.explicit(args)
-            size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
+        if recorded.get("crop_pct") is None and run.images.crop_pct is None:
+            is_explicit = "input_size" in run.explicit
+            size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
             recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         of_encoder = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS)]
-        known = {name: recorded[name] for name in of_encoder if name in args and recorded.get(name) is not None}
+        known = {name: recorded[name] for name in of_encoder if name in run and recorded.get(name) is not None}
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         if not of_first:  # what the scripts read from the file of an encoder
@@ -295,7 +304,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )
     architecture = of_first or own_model
-    if "model" in entry_point.explicit(args):  # the images are those of the first file
+    if "model" in run.explicit:  # the images are those of the first file
         of_images = names_of(ImageSpec)
         architecture = own_model | {key: value for key, value in of_first.items() if key in of_images}
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
@@ -352,22 +361,24 @@ class Runs:
         train, val: the data, for the baselines on raw pixels.
     """
 
-    def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
-        self.args, self.commands, self.train, self.val = args, commands, train, val
-        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args) - OF_ENCODER}
+    def __init__(self, run: Run, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
+        self.run, self.commands, self.train, self.val = run, commands, train, val
+        self.shared = {name: run[name] for name in SHARED if name in run.explicit - OF_ENCODER}
         self.recipes: dict[str, str] = {}
-        for text in args.recipes:
+        for text in run.comparison.recipes:
             protocol, _, name = text.partition("=")
             recipe = recipes.find(name)
-            if protocol not in args.protocols or protocol in self.recipes or not recipe:
-                raise ValueError(f"--recipes {text}: give PROTOCOL=YAML once for each of {', '.join(args.protocols)}")
+            if protocol not in run.comparison.protocols or protocol in self.recipes or not recipe:
+                raise ValueError(
+                    f"--recipes {text}: give PROTOCOL=YAML once for each of {', '.join(run.comparison.protocols)}"
+                )
             if not Path(recipe).is_file():
                 raise ValueError(f"--recipes {text}: there is no file {recipe}")
             self.recipes[protocol] = recipe
-        self.budgets = dict(zip(sizes, _each("--budget", args.budget, len(sizes)), strict=True))
+        self.budgets = dict(zip(sizes, _each("--budget", run.comparison.budget, len(sizes)), strict=True))
         self.chosen: dict[tuple[str, str, int], Flags] = {}
         self.notes: set[str] = set()
-        self.metric = next(iter(args.metric or DEFAULT_METRICS[args.task]), ACCURACY)
+        self.metric = next(iter(run.evaluation.metric or DEFAULT_METRICS[run.images.task]), ACCURACY)
 
     def flags(self, task: Task) -> Flags:
         """Returns the flags of a task, without those that `choose` returns.
@@ -379,7 +390,7 @@ class Runs:
         own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
         settings = self._settings(task, own)
-        of_recipe = entry_point.explicit(settings) & {*names_of(ImageSpec)}
+        of_recipe = settings.explicit & {*names_of(ImageSpec)}
         encoder = {
             name: value for name, value in task.encoder.flags.items() if name in settings and name not in of_recipe
         }
@@ -389,13 +400,17 @@ class Runs:
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
         # A probe that selects its rate needs two images for its batch norm, and one that selects.
-        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
+        if (
+            task.protocol in (LINEAR, ATTENTIVE)
+            and len(main_linprobe.rates_of(self._settings(task, flags))) > 1
+            and task.labels < 3
+        ):
             least = len(self.train.classes) * -(-3 // len(self.train.classes))
             raise ValueError(
                 f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
                 f"learning rate on another; give --labels {least} or more"
             )
-        if task.protocol == KNN and len(temperatures := self._settings(task, flags).temperature) > 1:
+        if task.protocol == KNN and len(temperatures := self._settings(task, flags).evaluation.temperature) > 1:
             values = " ".join(map(str, temperatures))
             raise ValueError(f"--recipes {KNN}={self.recipes[KNN]}: it has the temperatures {values}; give one")
         return {**flags, **self._smaller_batch(task, flags)}
@@ -407,13 +422,14 @@ class Runs:
         chosen: Flags = {}
         if task.protocol == KNN:
             most = min(round(task.labels * (1 - VAL_FRACTION)), task.labels - 1)
-            ks = [k for k in self._settings(task, flags).k if k <= most] or [1]
+            ks = [k for k in self._settings(task, flags).evaluation.k if k <= most] or [1]
             scores = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
             chosen["k"] = self._best(ks, [scores[f"knn_{self.metric}_k{k}"] for k in ks if scores])
         elif task.protocol == FINETUNE:
             epochs = self.budgets[task.labels]
             chosen = {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
-            rates = self.args.blr or []
+            rates = self.run.optim.blr or []
+            assert isinstance(rates, list), "the flag takes several"
             runs = [
                 self._run(f"choices/{task.name}/{rate}", task, {**held_out, **chosen, "blr": rate})
                 for rate in (rates if len(rates) > 1 else [])
@@ -441,12 +457,12 @@ class Runs:
         scored = (score, scores["chosen"], scores["seconds"], scores["command"], self.metric)
         return task, Result(task.encoder.name, title, task.labels, task.draw, *scored)
 
-    def _settings(self, task: Task, flags: Flags) -> Namespace:
+    def _settings(self, task: Task, flags: Flags) -> Run:
         return entry_point.parse(PROTOCOLS[task.protocol][0].get_args_parser(), arguments(flags))
 
     def _smaller_batch(self, task: Task, flags: Flags) -> Flags:
         """Returns a smaller batch size if the flags give fewer than LEAST_UPDATES updates per epoch."""
-        batch_size = self._settings(task, flags).batch_size
+        batch_size = self._settings(task, flags).optim.batch_size
         largest = 2 ** max(1, (task.labels // LEAST_UPDATES).bit_length() - 1)
         if task.protocol == KNN or batch_size <= largest:
             return {}
@@ -461,7 +477,7 @@ class Runs:
             return self._start(name, task, flags, lambda _, output: from_line(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
         scores = self._start(name, task, {**flags, "output_dir": out, "resume": "auto"}, last_line)
-        if not self.args.keep_checkpoints:
+        if not self.run.comparison.keep_checkpoints:
             remove_checkpoints(out)
         return scores
 
@@ -478,20 +494,20 @@ class Runs:
 
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
-        flags = {**vars(self.args), **task.encoder.flags, **self.shared}
+        flags = {**vars(self.run), **task.encoder.flags, **self.shared}
         images = ImageSpec.of(flags)
         settings = {name: value for name, value in images.record().items() if name in REBUILDS and name in flags}
 
         def compute(_: Path) -> dict[str, Any]:
             few = some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
             train, val = (
-                (pixel_baselines.read(source, images, self.args.num_workers), source.labels)
+                (pixel_baselines.read(source, images, self.run.data.num_workers), source.labels)
                 for source in (few, self.val)
             )
             accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        data = {name: getattr(self.args, name) for name in ("data_path", "dataset", "train_list", "val_list")}
+        data = {name: getattr(self.run, name) for name in ("data_path", "dataset", "train_list", "val_list")}
         words = shlex.join(arguments({**data, **settings, "seed": task.draw}))
         return self.commands.keep(
             task.name, f"{task.protocol} of scikit-learn on {task.labels} images: {words}", data, compute
@@ -512,4 +528,4 @@ def remove_checkpoints(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

@@ -14,7 +14,7 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from engine_finetune import (
     train_one_epoch,
 )
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.cli.advice import AdvisedError, Remedy
 from mae.data import extras, transforms
 from mae.data.labels import has_ids
@@ -41,7 +41,7 @@ from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.lr_decay import param_groups_lrd
-from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
@@ -75,15 +75,16 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace,
+    args: Namespace | Run,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
 ) -> tasks.Evaluation | None:
-    """Trains and evaluates a classifier for `args.epochs` epochs; with --eval, returns the result of one evaluation.
+    """Trains and evaluates a classifier for `--epochs` epochs; with --eval, returns the result of one evaluation.
 
     Args:
+        args: the settings: a `Run`, or a Namespace as the parser returns it, of which all are explicit.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
@@ -91,46 +92,49 @@ def main(
     """
     from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
-    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
-    args, precision = trainer.start(args, "main_finetune")
+    run = with_source(Run.of(args), source)
+    run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
+    run, precision = trainer.start(run, "main_finetune")
     device = precision.device
-    file = open_weights(vars(args))
-    args = with_recorded_settings(args, file, mae.build.classifier_settings(file), trains=not args.eval)
-    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
+    file = open_weights(run)
+    run = with_recorded_settings(
+        run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
+    )
+    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
+    data = RunData(run.images, run.data, device, source, images)
 
     build = partial(mae.build.classifier, encoder=encoder)
-    if args.eval and file:
-        return evaluate_file(args, data, file, precision, build)
+    if run.evaluation.eval and file:
+        return evaluate_file(run, data, file, precision, build)
 
-    run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val, statistics = open_labelled(data, args.nb_classes)
-    classes, smoothing = train.classes, smoothing_of(args)
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
-    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.shapes_of(train))
+    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
+    train, val, statistics = open_labelled(data, run.model.nb_classes)
+    classes = train.classes
+    run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
+    labels = tasks.task_of(run.record(), val, train)
+    mixup = mixing(run, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
-    model = build_model(args, build, settings, file, has_ids(train))
+    model = build_model(run, build, file, has_ids(train))
     extras.require_fitting(model, train, val)
     model.to(device)
 
-    augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
-    batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
-    erase = erasing(args, device)
-    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    built = optimizers.build(args.optimizer, optimizer, model, groups)
+    augment = transforms.keeps_label(augmentation(run, data.statistics[0]))
+    batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
+    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
+    erase = erasing(run, device)
+    groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
+    built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
 
     test = partial(
-        evaluate, data_loader=data.eval_batches(val, args.batch_size), normalize=data.normalize,
+        evaluate, data_loader=data.eval_batches(val, run.optim.batch_size), normalize=data.normalize,
         precision=precision.of_evaluation(), task=labels,
     )  # fmt: skip
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
-        report_scores(scores, classes, args.report)
+        report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     train_epoch = partial(train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
@@ -138,107 +142,115 @@ def main(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
         lower_is_better=labels.lower_is_better, callbacks=callbacks, forward=model,
     )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, run)
     return None
 
 
 def build_model(
-    args: Namespace,
+    run: Run,
     build: Callable[..., models_vit.VisionTransformer],
-    settings: Mapping[str, Any],
     file: loading.Weights | None,
     has_ids: bool = False,
 ) -> models_vit.VisionTransformer:
     """Builds the classifier of a run, with the encoder of a file, and freezes blocks (--unfreeze_blocks)."""
-    model = build(*specs(settings))
-    if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task, has_ids):
+    spec, task = run.model, run.images.task
+    model = build(spec, run.images)
+    if file and not loading.load_encoder(model, file, spec.adapt_input, spec.classes, task, has_ids):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
-    if args.unfreeze_blocks is not None:
-        mae.build.freeze_below(model, args.unfreeze_blocks)
+    if run.model.unfreeze_blocks is not None:
+        mae.build.freeze_below(model, int(run.model.unfreeze_blocks))
     return model
 
 
 def evaluate_file(
-    args: Namespace, data: RunData, file: loading.Weights, precision: Precision, build: Callable[..., nn.Module]
+    run: Run, data: RunData, file: loading.Weights, precision: Precision, build: Callable[..., nn.Module]
 ) -> tasks.Evaluation:
     """Evaluates the classifier of a file on the validation set."""
-    model, val = load_for_evaluation(build, vars(args), file, data)
+    model, val = load_for_evaluation(build, run, file, data)
     model.to(precision.device)
-    if args.compile:
+    if run.machine.compile:
         compile_model(model, precision.device, freeze_weights=True)
+    batches = data.eval_batches(val, run.optim.batch_size)
     scores = evaluate(
-        model, data.eval_batches(val, args.batch_size), normalize=data.normalize, precision=precision.of_evaluation(),
-        task=tasks.task_of(file.settings | vars(args), val),
+        model, batches, normalize=data.normalize, precision=precision.of_evaluation(),
+        task=tasks.task_of(file.settings | run.record(), val),
     )  # fmt: skip
-    report_scores(scores, val.classes, args.report)
+    report_scores(scores, val.classes, run.evaluation.report)
     return scores
 
 
-def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTransform:
+def augmentation(run: Run, mean: Sequence[float]) -> transforms.ImageTransform:
     """Returns the augmentation of the training images; `mean` fills areas that it leaves empty."""
+    images, changes = run.images, run.augmentation
     return transforms.finetune_transform(
-        args.input_size, mean, args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
-        crop_ratio=args.crop_ratio, vflip=args.vflip, rotate90=args.rotate90,
+        images.input_size, mean, changes.aa, changes.color_jitter, images.crop_scale, images.hflip, crop=images.crop,
+        crop_ratio=images.crop_ratio, vflip=changes.vflip, rotate90=changes.rotate90,
     )  # fmt: skip
 
 
-def smoothing_of(args: Namespace) -> float:
+def smoothing_of(run: Run) -> float:
     """Returns the label smoothing of the training; 0 if the labels are not classes.
 
     Raises:
         ValueError: it is given, and the labels are not classes.
     """
-    if args.task == CLASSIFICATION:
-        return args.smoothing
-    if args.smoothing and "smoothing" in entry_point.explicit(args):
+    if run.images.task == CLASSIFICATION:
+        return run.optim.smoothing
+    if run.optim.smoothing and "smoothing" in run.explicit:
         remedy = Remedy({"smoothing": 0})
-        raise AdvisedError(f"--task {args.task} has no label smoothing", remedy, about={"smoothing": args.smoothing})
+        raise AdvisedError(
+            f"--task {run.images.task} has no label smoothing", remedy, about={"smoothing": run.optim.smoothing}
+        )
     return 0.0
 
 
-def erasing(args: Namespace, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def erasing(run: Run, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Returns the random erasing of --reprob; None if it is 0."""
     from timm.data.random_erasing import RandomErasing
 
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
-    return erase if args.reprob else None
+    erase = RandomErasing(
+        run.augmentation.reprob, mode=run.augmentation.remode, max_count=run.augmentation.recount, device=str(device)
+    )
+    return erase if run.augmentation.reprob else None
 
 
-def mixing(args: Namespace, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
+def mixing(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
         ValueError: the classes have weights; the images have extra inputs, which are not mixed; the batch size is odd,
             and images are mixed in pairs; or the range of --cutmix_minmax is empty.
     """
-    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+    if not (run.augmentation.mixup or run.augmentation.cutmix or run.augmentation.cutmix_minmax):
         return None
-    if args.class_weight or args.task != CLASSIFICATION or extra_names:
+    if run.optim.class_weight or run.images.task != CLASSIFICATION or extra_names:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
-        disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
-        about = {name: getattr(args, name) for name in off if getattr(args, name)}
+        disabled = Remedy({name: off[name] for name in off if run[name]})
+        about = {name: run[name] for name in off if run[name]}
         if extra_names:
             names = ", ".join(sorted(extra_names))
             raise AdvisedError(f"images are mixed, and their extra inputs ({names}) are not", disabled, about=about)
-        about |= {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
+        about |= (
+            {"task": run.images.task} if run.images.task != CLASSIFICATION else {"class_weight": run.optim.class_weight}
+        )
         raise AdvisedError("mixed images have no single class", disabled, about=about)
-    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+    if run.augmentation.cutmix_minmax and run.augmentation.cutmix_minmax[0] >= run.augmentation.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")
-    if args.batch_size % 2:
-        raise ValueError(f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; give an even number")
+    if run.optim.batch_size % 2:
+        raise ValueError(f"--batch_size {run.optim.batch_size}: --mixup and --cutmix mix pairs; give an even number")
     from timm.data import Mixup
 
     return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
+        mixup_alpha=run.augmentation.mixup,
+        cutmix_alpha=run.augmentation.cutmix,
+        cutmix_minmax=run.augmentation.cutmix_minmax,
+        prob=run.augmentation.mixup_prob,
+        switch_prob=run.augmentation.mixup_switch_prob,
+        mode=run.augmentation.mixup_mode,
+        label_smoothing=run.optim.smoothing,
         num_classes=num_classes,
     )
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

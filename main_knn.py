@@ -15,13 +15,14 @@ On ImageNet, 8 GPUs of one machine:
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import mae.build
 import models_vit
 from engine_finetune import encode, load_frozen, open_labelled
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.data import extras
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
@@ -29,7 +30,7 @@ from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown
 from mae.files import results
-from mae.settings import DataSpec, ImageSpec, names_with, specs
+from mae.settings import Run, names_with
 from mae.settings.fields import LABELS
 from mae.training import feature_files, trainer
 from mae.weights import loading
@@ -53,7 +54,7 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None
+    args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None
 ) -> dict[tuple[int, float], float]:
     """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 
@@ -61,25 +62,25 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
-    args, precision = trainer.start(args)
+    run, encoder = user_code.with_objects(with_source(Run.of(args), source), encoder=encoder)
+    run, precision = trainer.start(run)
     device = precision.device
-    file = loading.read(args.finetune) if args.finetune else None
+    file = loading.read(run.machine.finetune) if run.machine.finetune else None
     recorded, of_labels = mae.build.classifier_settings(file), names_with(LABELS)
-    args = with_recorded_settings(args, file, {name: recorded[name] for name in recorded if name not in of_labels})
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
-    train, val, statistics = open_labelled(data, args.nb_classes)
-    task = tasks.task_of({**vars(args), **statistics}, val)
-    model = mae.build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
-    load_frozen(model, file, args.adapt_input)
+    run = with_recorded_settings(run, file, {name: recorded[name] for name in recorded if name not in of_labels})
+    data = RunData(run.images, run.data, device, source)
+    train, val, statistics = open_labelled(data, run.model.nb_classes)
+    task = tasks.task_of({**run.record(), **statistics}, val)
+    model = mae.build.classifier(replace(run.model, nb_classes=0), run.images, encoder)
+    load_frozen(model, file, run.model.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)
-    encode_set = partial(encode, data, model=model, batch_size=args.batch_size, precision=precision)
+    encode_set = partial(encode, data, model=model, batch_size=run.optim.batch_size, precision=precision)
     bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
     del model, encode_set  # to free its memory
     found = predict(
-        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=args.k,
-        temperatures=args.temperature, num_classes=len(train.classes), device=device,
+        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=run.evaluation.k,
+        temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=device,
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
     name, scores = task.selects.removeprefix("test_"), {pair: scores_of(own) for pair, own in evaluations.items()}
@@ -124,4 +125,4 @@ def report(scores: Mapping[tuple[int, float], Mapping[str, float]], best: tuple[
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

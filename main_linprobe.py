@@ -45,14 +45,14 @@ from engine_finetune import (
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.data import extras, labels, loader, transforms
 from mae.data.batches import Batch
 from mae.data.run_data import RunData
 from mae.data.sources import Source, versions
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
-from mae.settings import REBUILDS, DataSpec, ImageSpec, RunSpec, names_of, specs
+from mae.settings import EVALUATE, REBUILDS, TRAIN, ImageSpec, Run, names_of
 from mae.settings.choices import ATTENTIVE, LINEAR
 from mae.training import feature_files, run_log, trainer
 from mae.training.loop import Callback
@@ -84,59 +84,60 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace,
+    args: Namespace | Run,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None,
 ) -> None:
-    """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
+    """Trains for `--epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
-    args, precision = trainer.start(args, "main_linprobe", trains_encoder=False)
-    args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
+    run, encoder = user_code.with_objects(with_source(Run.of(args), source), encoder=encoder)
+    run, precision = trainer.start(run, "main_linprobe", trains_encoder=False)
     device = precision.device
-    file = open_encoder(args)
-    args = with_recorded_settings(args, file, mae.build.classifier_settings(file), trains=not args.eval)
-    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
+    file = open_encoder(run)
+    run = with_recorded_settings(
+        run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
+    )
+    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
+    data = RunData(run.images, run.data, device, source, images)
     build = partial(mae.build.probe, encoder=encoder)
-    if args.eval and file:
-        if args.compile:
+    if run.evaluation.eval and file:
+        if run.machine.compile:
             logger.warning("--compile has no effect with --eval")
-        probe, val = load_for_evaluation(build, vars(args), file, data)
-        encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
-        task = tasks.task_of(file.settings | vars(args), val)
+        probe, val = load_for_evaluation(build, run, file, data)
+        encoded = encode(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
+        task = tasks.task_of(file.settings | run.record(), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
-        report_scores(scores, val.classes, args.report)
+        report_scores(scores, val.classes, run.evaluation.report)
         return
 
-    run_directory.prepare(Path(args.output_dir), args.resume)
-    with run_directory.locked(Path(args.output_dir), args.resume):  # also while features are stored
-        train_probe(args, data, file, precision, callbacks, build)
+    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
+    with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
+        train_probe(run, data, file, precision, callbacks, build)
 
 
-def open_encoder(args: Namespace) -> loading.Weights | None:
+def open_encoder(run: Run) -> loading.Weights | None:
     """Reads the encoder: of the checkpoint from which the run resumes, else of `--finetune`. With --eval, a classifier.
 
     The features of a resumed run are computed before its state is loaded.
     """
-    if args.eval:
-        return open_weights(vars(args))
-    which = parallel.from_rank_0(lambda: run_directory.chosen(Path(args.output_dir), args.resume))
-    for path in checkpoint.newest_first(Path(args.output_dir)) if which == "auto" else []:
+    if run.evaluation.eval:
+        return open_weights(run)
+    which = parallel.from_rank_0(lambda: run_directory.chosen(Path(run.machine.output_dir), run.machine.resume))
+    for path in checkpoint.newest_first(Path(run.machine.output_dir)) if which == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             return loading.read(path)
-    name = args.finetune if which == "auto" else which or args.finetune
+    name = run.machine.finetune if which == "auto" else which or run.machine.finetune
     return loading.read(name) if name else None
 
 
 def train_probe(
-    args: Namespace, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
+    run: Run, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
     build: Callable[..., models_vit.VisionTransformer],
 ) -> None:  # fmt: skip
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
@@ -144,34 +145,35 @@ def train_probe(
     The run directory must be locked.
     """
     device = precision.device
-    several = len(args.blr) > 1
-    train, val, statistics = open_labelled(data, args.nb_classes, args.cache_features or several)
-    if not args.cache_features:
+    rates = rates_of(run)
+    several = len(rates) > 1
+    train, val, statistics = open_labelled(data, run.model.nb_classes, run.data.cache_features or several)
+    if not run.data.cache_features:
         train, val = data.cached(train, val)
-    elif args.cache_images:
+    elif run.data.cache_images:
         logger.warning("--cache_images has no effect with --cache_features, which reads each image once")
     classes = train.classes
-    settings = {**probe_settings(args, file), "nb_classes": len(classes), "classes": classes, **statistics}
-    model = build(*specs(settings))
-    load_frozen(model, file, args.adapt_input)
+    run = run.changed({**probe_settings(run, file), "nb_classes": len(classes), "classes": classes, **statistics})
+    model = build(run.model, run.images)
+    load_frozen(model, file, run.model.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)
-    heads, optimizer = make_heads(model, args.blr, args.weight_decay)
+    heads, optimizer = make_heads(model, rates, run.optim.weight_decay)
     sets = {"val": val}
     if several:
-        train, held_out = labels.hold_out(train, args.held_out, args.seed, f"--held_out {args.held_out:g}")
-        settings["train_images"] = labels.identity(train, len(train) + len(held_out))
+        train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"--held_out {run.data.held_out:g}")
+        run = run.changed({"train_images": labels.identity(train, len(train) + len(held_out))})
         sets = {"held_out": held_out, "val": val}
         model.head = mae.build.ParallelHeads(heads)
         logger.info(
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
-    labelled = tasks.task_of(settings, val, train)
+    labelled = tasks.task_of(run.record(), val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
-    features = Features(args, data, model, precision, {**sets, "train": train})
+    features = Features(run, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}
 
-    batches = open_batches(args, data, train, features)
+    batches = open_batches(run, data, train, features)
     if several and precision.overflow_is_normal:  # the hooks of `make_heads` hide overflows from the loss scaler
         precision = Precision("off", device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
@@ -182,61 +184,72 @@ def train_probe(
         if several:
             held_out = [scores.stats()[labelled.selects] for scores in test(heads, passes["held_out"]())]
             best = tasks.best_of(held_out, labelled.lower_is_better)
-            is_last = epoch + 1 == args.epochs
-            best_rate = report_best_rate(args.blr, best, labelled.title, held_out, *criterion.means(), is_last)
+            is_last = epoch + 1 == run.optim.epochs
+            best_rate = report_best_rate(rates, best, labelled.title, held_out, *criterion.means(), is_last)
         (scores,) = test([heads[best]], passes["val"]())
-        report_scores(scores, classes, args.report)
+        report_scores(scores, classes, run.evaluation.report)
         if several and parallel.is_main():
-            write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
+            write_probe(model, heads[best], {**run.record(), "blr": rates[best]}, epoch)
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
-    normalize = Tensor.float if args.cache_features else data.normalize
+    normalize = Tensor.float if run.data.cache_features else data.normalize
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, criterion=criterion, normalize=normalize),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
-        trained=model.head if args.cache_features else None,
+        trained=model.head if run.data.cache_features else None,
         evaluates=not features.are_stored,
         metric=labelled.selects,
         lower_is_better=labelled.lower_is_better,
         callbacks=[*callbacks, *[criterion] * several],
     )
-    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
+    trainer.run(model, optimizer, batches, precision, task, run, is_locked=True)
 
 
-def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, Any]:
-    """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
+def rates_of(run: Run) -> list[float]:
+    """Returns the base learning rates. Checkpoints record a single rate as a number."""
+    blr = run.optim.blr
+    assert blr is not None, "it has a default"
+    return blr if isinstance(blr, list) else [blr]
+
+
+def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
+    """Returns the settings that the probe of the encoder of a file determines, as checkpoints record them.
 
     Raises:
         ValueError: there are several rates, and a flag that is not about a single head; or a batch is one image.
     """
-    several = len(args.blr) > 1
+    rates = rates_of(run)
+    several = len(rates) > 1
     for flag in ("lr", "clip_grad", "min_lr"):  # --clip_grad: the norm of all heads; --min_lr: of the largest rate
-        if several and getattr(args, flag):
+        if several and run[flag]:
             raise ValueError(
-                f"--{flag} {getattr(args, flag):g} is for a single rate, and --blr has {len(args.blr)} values; omit "
-                f"--{flag}"
+                f"--{flag} {run[flag]:g} is for a single rate, and --blr has {len(rates)} values; omit --{flag}"
             )
-    if args.batch_size == 1:
+    if run.optim.batch_size == 1:
         raise ValueError("--batch_size 1: the batch norm of a probe needs several images; give --batch_size 2 or more")
-    settings = {**vars(args), "blr": args.blr if several else args.blr[0]}
-    if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
+    settings: dict[str, Any] = {"blr": rates if several else rates[0]}
+    if run.model.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     return settings
 
 
-def open_batches(args: Namespace, data: RunData, train: Any, features: "Features") -> Any:
+def open_batches(run: Run, data: RunData, train: Any, features: "Features") -> Any:
     """Returns the batches of stored features or of images, and warns if the run has fewer than MIN_UPDATES updates."""
-    updates = args.epochs * loader.updates_per_epoch(len(train), args.batch_size, args.accum_iter)
+    updates = run.optim.epochs * loader.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
     if updates < MIN_UPDATES:
         logger.warning(
-            f"{updates} updates are few for {args.epochs} epochs of {len(train):,} images, and the head may not learn: "
-            f"lower --batch_size {args.batch_size}, or increase --epochs"
+            f"{updates} updates are few for {run.optim.epochs} epochs of {len(train):,} images, and the head may not "
+            f"learn: lower --batch_size {run.optim.batch_size}, or increase --epochs"
         )
-    if args.cache_features:
-        return feature_files.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
-    augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop, args.hflip))
-    return data.train_batches(train, augment, args.batch_size, args.accum_iter)
+    if run.data.cache_features:
+        return feature_files.FeatureBatches(
+            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter
+        )
+    augment = transforms.keeps_label(
+        transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
+    )
+    return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
 
 
 class Features:
@@ -253,19 +266,19 @@ class Features:
     """
 
     def __init__(
-        self, args: Namespace, data: RunData, model: models_vit.VisionTransformer, precision: Precision,
+        self, run: Run, data: RunData, model: models_vit.VisionTransformer, precision: Precision,
         sets: Mapping[str, Source],
     ) -> None:  # fmt: skip
-        self.args = args
+        self.run = run
         self.data = data
         self.model = model
         self.precision = precision
         self.sets = sets
-        self.batch_size = min(args.batch_size, MAX_BATCH)
-        self.are_stored = args.cache_features or not model.head_pools
-        self.folder = Path(args.output_dir) / "tokens"
+        self.batch_size = min(run.optim.batch_size, MAX_BATCH)
+        self.are_stored = run.data.cache_features or not model.head_pools
+        self.folder = Path(run.machine.output_dir) / "tokens"
         if self.are_stored and model.head_pools:
-            if parallel.is_main() and not run_directory.chosen(Path(args.output_dir), args.resume):
+            if parallel.is_main() and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume):
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
@@ -292,11 +305,11 @@ class Features:
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
-        args, (mean, std) = self.args, self.data.statistics
+        run, (mean, std) = self.run, self.data.statistics
         of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
         names = ("model", "patch_size", *of_images, "fast_jpeg", "dataset", "encoder", "encoder_args")
         return {
-            **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
+            **{name: run[name] for name in (*names, "data_path") if name in run},
             "mean": list(mean), "std": list(std),
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
@@ -332,4 +345,4 @@ def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epo
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

@@ -28,7 +28,7 @@ from engine_pretrain import train_one_epoch
 from mae import masking, parallel
 from mae.blocks import blocks_of
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.cli.user_code import import_object
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
@@ -40,7 +40,7 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import pictures
 from mae.lr_decay import param_groups_weight_decay
-from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.settings import TRAIN, Run
 from mae.training import optimizers, run_log, trainer
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
@@ -73,7 +73,7 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace,
+    args: Namespace | Run,
     model_class: Callable[..., models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
     callbacks: Sequence[Callback] = (),
     source: OpenDataset | None = None,
@@ -81,9 +81,10 @@ def main(
     optimizer: optimizers.MakeOptimizer | None = None,
     lr_schedule: Schedule | None = None,
 ) -> None:
-    """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
+    """Trains for `--epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
+        args: the settings: a `Run`, or a Namespace as the parser returns it, of which all are explicit.
         model_class: class of the model, or a `partial` of it; a subclass changes the method. It is in place of
             --model_class MODULE:CLASS.
         callbacks: called after every update and every epoch.
@@ -93,41 +94,42 @@ def main(
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
             --lr_schedule MODULE:FUNCTION.
     """
-    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
-    args, lr_schedule = entry_point.with_own(args, "lr_schedule", lr_schedule)
-    args, model_class = chosen_class(args, model_class)
-    args, precision = trainer.start(args, "main_pretrain")
-    run_directory.prepare(Path(args.output_dir), args.resume)
+    run = with_source(Run.of(args), source)
+    run, encoder, optimizer, lr_schedule = user_code.with_objects(
+        run, encoder=encoder, optimizer=optimizer, lr_schedule=lr_schedule
+    )
+    run, model_class = chosen_class(run, model_class)
+    run, precision = trainer.start(run, "main_pretrain")
+    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
 
-    args, file = with_initial_weights(args)
-    data, train = open_images(args, precision.device, source)  # first, because a large model takes long
-    model, settings = build_model(args, file, model_class, encoder, precision)
+    run, file = with_initial_weights(run)
+    data, train = open_images(run, precision.device, source)  # first, because a large model takes long
+    model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
     draw_noise, mask_ratio = masking.sampler(
-        args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
+        run.model.masking, model.grid_size, run.model.mask_ratio, run.model.mask_block, model.patch_embed.patch_size
     )
     model.to(precision.device)
 
-    samples, full_images = open_samples(args, data, train, draw_noise, model, mask_ratio)
+    samples, full_images = open_samples(run, data, train, draw_noise, model, mask_ratio)
     check_targets(model, full_images, data)
     batches = loader.TrainLoader(
-        samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
-        args.updates_per_epoch,
+        samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
+        run.optim.accum_iter, run.optim.updates_per_epoch,
     )  # fmt: skip
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    built = optimizers.build(args.optimizer, optimizer, model, groups, betas=(0.9, 0.95))
+    groups = param_groups_weight_decay(model, run.optim.weight_decay)
+    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=(0.9, 0.95))
 
-    vis_every = args.vis_every if model.predicts_pixels else 0
-    probe = open_probe(args, data, full_images.source, precision, model)
+    vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
+    probe = open_probe(run, data, full_images.source, precision, model)
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
-        takes_part = parallel.is_main() or args.fsdp  # sharded weights need all processes
-        if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
+        takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
+        if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio), epoch)
-        if probe and ((epoch + 1) % args.probe_every == 0 or epoch == args.epochs - 1):
+        if probe and ((epoch + 1) % run.evaluation.probe_every == 0 or epoch == run.optim.epochs - 1):
             return probe.scores(model)
         return {}
 
@@ -137,114 +139,123 @@ def main(
         callbacks=callbacks, lr_schedule=lr_schedule,
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, run)
 
 
-def with_initial_weights(args: Namespace) -> tuple[Namespace, loading.Weights | None]:
+def with_initial_weights(run: Run) -> tuple[Run, loading.Weights | None]:
     """Returns the settings of a run, with those of the file of --init_from, and the file, unless the run resumes."""
-    resumes = parallel.from_rank_0(lambda: run_directory.source(Path(args.output_dir), args.resume) is not None)
-    file = loading.read(args.init_from) if args.init_from and not resumes else None
+    machine = run.machine
+    resumes = parallel.from_rank_0(lambda: run_directory.source(Path(machine.output_dir), machine.resume) is not None)
+    file = loading.read(machine.init_from) if machine.init_from and not resumes else None
     if file:
-        args = with_settings_of(file, args, mae.build.autoencoder_settings(file), trains=True)
-    return args, file
+        run = with_settings_of(file, run, mae.build.autoencoder_settings(file), TRAIN)
+    return run, file
 
 
 def build_model(
-    args: Namespace,
+    run: Run,
     file: loading.Weights | None,
     model_class: Callable[..., models_mae.MaskedAutoencoderViT],
     encoder: type[Encoder] | None,
     precision: Precision,
-) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
+) -> tuple[models_mae.MaskedAutoencoderViT, Run]:
     """Builds the model of a run, sharded with --fsdp, with the weights of a file.
 
     Returns:
-        The model, and the settings that checkpoints record.
+        The model, and the settings with what the model determines.
 
     Raises:
         ValueError: the run that is resumed has another class, or a step of the model lacks the context.
     """
     is_base = model_class is models_mae.MaskedAutoencoderViT
-    if args.model_class and is_base:  # recorded by the run that is resumed
-        remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
-        raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
-    settings = vars(args)
+    if run.model.model_class and is_base:  # recorded by the run that is resumed
+        remedy = (
+            f"give --model_class {run.model.model_class}"
+            if ":" in run.model.model_class
+            else "start it with its own script"
+        )
+        raise ValueError(f"--resume {run.machine.resume}: the run trains the class {run.model.model_class}; {remedy}")
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
-    with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
-        model = mae.build.autoencoder(*specs(settings), model_class, encoder)
+    with torch.device("meta" if run.machine.fsdp and is_base and not encoder else "cpu"):
+        model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
     require_context(type(model))  # the noise of the batches determines the masks
     log_sizes(model)
-    if args.fsdp:
+    if run.machine.fsdp:
         from mae.training import fsdp  # takes a second
 
         fsdp.shard(model, blocks_of(model), precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
-        settings = {**settings, "predicts_pixels": model.predicts_pixels}
+        run = run.changed({"predicts_pixels": model.predicts_pixels})
     if file:
         loading.init_mae(model, file)
-    return model, settings
+    return model, run
 
 
 def chosen_class(
-    args: Namespace, model_class: Callable[..., models_mae.MaskedAutoencoderViT]
-) -> tuple[Namespace, Callable[..., models_mae.MaskedAutoencoderViT]]:
+    run: Run, model_class: Callable[..., models_mae.MaskedAutoencoderViT]
+) -> tuple[Run, Callable[..., models_mae.MaskedAutoencoderViT]]:
     """Returns the settings with the name of the class, and the class: of --model_class, or else `model_class`.
 
     Raises:
         ValueError: both are given, or the class can't be imported or is no masked autoencoder.
     """
     if model_class is not models_mae.MaskedAutoencoderViT:
-        if args.model_class:
-            raise ValueError(f"--model_class {args.model_class} and model_class= exclude each other; give one of them")
+        if run.model.model_class:
+            raise ValueError(
+                f"--model_class {run.model.model_class} and model_class= exclude each other; give one of them"
+            )
         name = getattr(model_class, "func", model_class).__qualname__
-        return entry_point.changed(args, {"model_class": name}), model_class
-    if not args.model_class:
-        return args, model_class
-    found: Any = import_object("--model_class ", args.model_class)
+        return run.changed({"model_class": name}), model_class
+    if not run.model.model_class:
+        return run, model_class
+    found: Any = import_object("--model_class ", run.model.model_class)
     if not (isinstance(found, type) and issubclass(found, models_mae.MaskedAutoencoderViT)):
-        raise ValueError(f"--model_class {args.model_class}: derive it from models_mae.MaskedAutoencoderViT")
-    return args, found
+        raise ValueError(f"--model_class {run.model.model_class}: derive it from models_mae.MaskedAutoencoderViT")
+    return run, found
 
 
-def open_images(args: Namespace, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Shards]:
+def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Shards]:
     """Opens the training images. The random numbers, which the initial weights depend on, do not change.
 
     Raises:
         ValueError: they can't be opened, or there is no --probe_path.
     """
-    if args.probe_every and args.probe_path and not Path(args.probe_path).exists():
-        raise ValueError(f"--probe_path {args.probe_path}: there is no such folder or archive")
-    images = partial(run_directory.interrupted_images, Path(args.output_dir), args.resume)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source, images)
-    reads_labels = bool(args.probe_every and not args.probe_path)  # the probe classifies the training images
+    if run.evaluation.probe_every and run.evaluation.probe_path and not Path(run.evaluation.probe_path).exists():
+        raise ValueError(f"--probe_path {run.evaluation.probe_path}: there is no such folder or archive")
+    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
+    data = RunData(run.images, run.data, device, source, images)
+    reads_labels = bool(
+        run.evaluation.probe_every and not run.evaluation.probe_path
+    )  # the probe classifies the training images
     with preserve_generators():
-        return data, data.open_split("train", args.num_images, reads_labels)
+        return data, data.open_split("train", run.data.num_images, reads_labels)
 
 
 def open_samples(
-    args: Namespace, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
+    run: Run, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
     model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     extras.require_fitting(model, source, steps=STEPS)
     data.check_statistics(source)
     (source,) = data.cached(source)
+    images, changes = run.images, run.augmentation
     augment: transforms.ImageTransform = transforms.pretrain_transform(
-        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
-        rotate90=args.rotate90,
+        images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
+        vflip=changes.vflip, rotate90=changes.rotate90,
     )  # fmt: skip
     patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
     num_visible = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
-    whole = transforms.eval_transform(args.input_size, crop=args.crop)
+    whole = transforms.eval_transform(run.images.input_size, crop=run.images.crop)
     augment, whole = (
         partial(
-            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=args.min_valid,
+            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=run.images.min_valid,
             num_visible=num_visible,
         )
         for transform in (augment, whole)
     )  # fmt: skip
-    augmented = data.samples(source, transforms.keeps_label(augment), args.on_bad_image, draw_noise)
+    augmented = data.samples(source, transforms.keeps_label(augment), run.data.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)
 
@@ -281,7 +292,7 @@ def draw_examples(
 
 
 def open_probe(
-    args: Namespace, data: RunData, source: Source | Shards, precision: Precision,
+    run: Run, data: RunData, source: Source | Shards, precision: Precision,
     model: models_mae.MaskedAutoencoderViT,
 ) -> OnlineProbe | None:  # fmt: skip
     """Opens the data of --probe_every; None if it is 0.
@@ -289,16 +300,16 @@ def open_probe(
     Raises:
         ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
     """
-    if not args.probe_every:
-        if args.probe_path:
+    if not run.evaluation.probe_every:
+        if run.evaluation.probe_path:
             logger.warning("--probe_path has no effect without --probe_every")
         return None
-    if args.fsdp:
+    if run.machine.fsdp:
         raise ValueError(
-            f"--probe_every {args.probe_every}: --fsdp shards the weights; omit one of them, and evaluate checkpoints "
-            f"with main_knn.py --finetune FILE"
+            f"--probe_every {run.evaluation.probe_every}: --fsdp shards the weights; omit one of them, and evaluate "
+            f"checkpoints with main_knn.py --finetune FILE"
         )
-    probe = OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
+    probe = OnlineProbe(data, source, run.evaluation.probe_path, run.optim.batch_size, precision)
     extras.require_fitting(model, probe.train, probe.val)
     return probe
 
@@ -316,4 +327,4 @@ def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

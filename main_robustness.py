@@ -30,7 +30,7 @@ from mae.evaluate.tasks import Evaluation
 from mae.files import locks
 from mae.files.results import Results
 from mae.inference.imagenet import TIMM, RestrictedClassifier, load
-from mae.settings import types
+from mae.settings import Run, types
 from mae.settings.choices import NO_CROP
 from mae.training import run_log
 from mae.training.compiling import compile_model
@@ -97,7 +97,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     classifier = load(args.model, crop_pct, device, **options.chosen_settings(args, reads=False))
     if args.crop_pct and classifier.data_config.get("crop") == NO_CROP:
         raise ValueError(f"--crop_pct {args.crop_pct:g}: the model has --crop none, and sees whole images; omit it")
-    warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
+    given = {name: value for name in ("crop_pct", "exif") if (value := getattr(args, name)) is not None}
+    warn_of_changes(args.model, Run.of(given), classifier.recorded)
     exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)
     if args.compile:

@@ -28,7 +28,7 @@ from engine_finetune import load_frozen, open_weights, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
 from mae import parallel
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options
+from mae.cli import entry_point, options, user_code
 from mae.data import extras
 from mae.data.joint_transforms import scale_image, train_transform
 from mae.data.run_data import RunData
@@ -47,7 +47,7 @@ from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.lr_decay import param_groups_lrd
 from mae.positions import to_pair
-from mae.settings import DataSpec, ImageSpec, RunSpec, specs
+from mae.settings import EVALUATE, TRAIN, Run
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback
@@ -73,13 +73,13 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace,
+    args: Namespace | Run,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
 ) -> Scores | None:
-    """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
+    """Trains for `--epochs` epochs and evaluates the model every `--eval_every` epochs.
 
     With --eval, it evaluates a segmentation model once and returns the result.
 
@@ -89,68 +89,73 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    args, encoder = entry_point.with_own(with_source(args, source), "encoder", encoder)
-    args, optimizer = entry_point.with_own(args, "optimizer", optimizer)
-    args, precision = trainer.start(args, "main_segment")
+    run = with_source(Run.of(args), source)
+    run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
+    run, precision = trainer.start(run, "main_segment")
     device = precision.device
-    file = with_token_norm(open_weights(vars(args), SEGMENTER))
+    file = with_token_norm(open_weights(run, SEGMENTER))
     recorded = mae.build.classifier_settings(file)
-    args = with_recorded_settings(args, file, recorded, trains=not args.eval)
-    settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
-    data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source), settings["classes"]
+    run = with_recorded_settings(run, file, recorded, EVALUATE if run.evaluation.eval else TRAIN)
+    evaluated = file if run.evaluation.eval else None
+    run = run.changed(pair_settings(run, evaluated, recorded if evaluated else {}))
+    classes, images = run.model.classes, run.images
+    assert classes is not None and images.short_side is not None, "set by `pair_settings`"
+    data = RunData(images, run.data, device, source)
     evaluation = partial(
         evaluate, normalize=data.normalize, precision=precision.of_evaluation(), num_classes=len(classes),
-        window=to_pair(args.input_size), batch_size=args.batch_size,
+        window=to_pair(run.images.input_size), batch_size=run.optim.batch_size,
     )  # fmt: skip
 
-    if args.eval and file:
+    if run.evaluation.eval and file:
         val = open_split(data, "val", classes)  # first, because a large model takes long
-        model = mae.build.segmenter(*specs(settings), encoder)
-        return evaluate_file(args, data, file, model, device, val, evaluation)
+        model = mae.build.segmenter(run.model, run.images, encoder)
+        return evaluate_file(run, data, file, model, device, val, evaluation)
 
-    run_directory.prepare(Path(args.output_dir), args.resume)
+    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
     if parallel.is_main():
         warn_of_lacking_classes(first_classes(train), classes, f"{min(len(train), MASKS_READ)} training")
-    model = mae.build.segmenter(*specs(settings), encoder)
-    if file or not (args.finetune or args.unfreeze_blocks == "all"):
-        load_frozen(model, file, args.adapt_input, classes)
+    model = mae.build.segmenter(run.model, run.images, encoder)
+    if file or not (run.machine.finetune or run.model.unfreeze_blocks == "all"):
+        load_frozen(model, file, run.model.adapt_input, classes)
     extras.require_fitting(model, train, val)
     model.to(device)
-    augment = train_transform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
-    batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    built = optimizers.build(args.optimizer, optimizer, model, groups)
+    augment = train_transform(
+        images.input_size, images.short_side, run.augmentation.scale, images.hflip, data.statistics[0]
+    )
+    batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
+    groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
+    built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = eval_batches(data, val)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
-        report_scores(scores, classes, args.report)
+        report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     train_epoch = partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize)
     task = trainer.Task(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks, forward=model
     )
-    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, run)
     return None
 
 
 def evaluate_file(
-    args: Namespace, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, val: Source,
+    run: Run, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, val: Source,
     evaluation: Callable[..., Scores],
 ) -> Scores:  # fmt: skip
     """Evaluates the segmentation model of a file on the validation set."""
     loading.load_classifier(model, file)
     model.to(device)
-    if args.compile:
+    if run.machine.compile:
         compile_model(model, device, freeze_weights=True)
     extras.require_fitting(model, val)
     scores = evaluation(model, eval_batches(data, val))
-    report_scores(scores, val.classes, args.report)
+    report_scores(scores, val.classes, run.evaluation.report)
     return scores
 
 
@@ -168,7 +173,7 @@ def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:
     return file._replace(tensors={name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()})
 
 
-def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the classes of the masks, their colors, and the scale of the images, as checkpoints record them.
 
     Args:
@@ -179,32 +184,32 @@ def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mappi
         ValueError: the number of classes is unknown, or `--nb_classes` differs from the palette or the file.
     """
     classes, colors = recorded.get("classes") or [], recorded.get("colors")
-    if args.palette:
-        palette = read_palette(Path(recipes.find(args.palette, ".txt")))
+    if run.images.palette:
+        palette = read_palette(Path(recipes.find(run.images.palette, ".txt")))
         if classes not in ([], palette.names) and classes != [str(number) for number in range(len(classes))]:
             raise ValueError(
-                f"--palette {args.palette} has the classes {', '.join(palette.names)}: give them the names and the "
-                f"order of the model: {', '.join(classes)}"
+                f"--palette {run.images.palette} has the classes {', '.join(palette.names)}: give them the names and "
+                f"the order of the model: {', '.join(classes)}"
             )
         classes, colors = palette.names, [value for color in palette.colors for value in color]
-    elif not classes and (args.dataset or "").startswith("VOCSegmentation"):
+    elif not classes and (run.data.dataset or "").startswith("VOCSegmentation"):
         classes = list(VOC)
-    elif not classes and args.nb_classes:
-        classes = [str(number) for number in range(args.nb_classes)]
+    elif not classes and run.model.nb_classes:
+        classes = [str(number) for number in range(run.model.nb_classes)]
     if not classes:
         raise ValueError(
             "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
             "--palette FILE with a line `R G B NAME` for each class"
         )
-    origin = f"--palette {args.palette}" if args.palette else "the dataset"
+    origin = f"--palette {run.images.palette}" if run.images.palette else "the dataset"
     count, source = (file.num_classes, file.origin) if file else (len(classes), origin)
     if count > MOST_CLASSES:
         raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
-    if args.nb_classes not in (None, count):
-        raise ValueError(f"--nb_classes {args.nb_classes}: {source} has {count} classes; omit --nb_classes")
+    if run.model.nb_classes not in (None, count):
+        raise ValueError(f"--nb_classes {run.model.nb_classes}: {source} has {count} classes; omit --nb_classes")
     if len(classes) != count:
         raise ValueError(f"{origin} has {len(classes)} classes, and {source} has {count}")
-    short_side = min(to_pair(args.input_size)) if args.short_side is None else args.short_side
+    short_side = min(to_pair(run.images.input_size)) if run.images.short_side is None else run.images.short_side
     return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
 
 
@@ -226,4 +231,4 @@ def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run_script(main, get_args_parser())

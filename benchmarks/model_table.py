@@ -23,9 +23,9 @@ import mae.build
 import main_pretrain
 import models_mae
 import models_vit
-from mae.cli import entry_point
+from mae.cli import user_code
 from mae.evaluate.tables import markdown
-from mae.settings import specs
+from mae.settings import Run
 from mae.training.costs import count_flops
 
 ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
@@ -57,14 +57,14 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
         return count_flops(call) // 2 + 5 * sum(normalized)
 
 
-def pretraining_macs(args: argparse.Namespace) -> int:
+def pretraining_macs(run: Run) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
-    args, encoder = entry_point.with_own(args, "encoder", None)
-    args, model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
-    model = mae.build.autoencoder(*specs(vars(args)), model_class, encoder)
-    images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)
+    run, encoder = user_code.with_objects(run, encoder=None)
+    run, model_class = main_pretrain.chosen_class(run, models_mae.MaskedAutoencoderViT)
+    model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
+    images = torch.zeros(2, run.images.in_chans, *model.patch_embed.img_size)
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs
-        return count_macs(model, lambda: model(images, args.mask_ratio)) // len(images)
+        return count_macs(model, lambda: model(images, run.model.mask_ratio)) // len(images)
 
 
 def measure(size: str, pixels: int) -> dict[str, Any]:

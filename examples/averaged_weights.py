@@ -7,7 +7,6 @@ average.pth of the run directory has the average as its weights, for --finetune 
 """
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point
+from mae.settings import Run
 
 
 class EMA:
@@ -47,11 +47,11 @@ class EMA:
         self.state = state_dict
 
 
-def main(args: Namespace) -> None:
+def main(run: Run) -> None:
     """Trains, and writes the averaged weights of the last checkpoint."""
-    main_pretrain.main(args, callbacks=[EMA()])
+    main_pretrain.main(run, callbacks=[EMA()])
     if parallel.is_main():
-        output_dir = Path(args.output_dir)
+        output_dir = Path(run.machine.output_dir)
         state = checkpoint.read(next(iter(checkpoint.newest_first(output_dir))))
         average = state["callbacks"][0]
         weights = {name: average[f"module.{name}"] for name in state["model"]}
@@ -59,4 +59,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    entry_point.run(main, main_pretrain.get_args_parser())
+    entry_point.run_script(main, main_pretrain.get_args_parser())

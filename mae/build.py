@@ -18,7 +18,7 @@ import models_vit
 from mae.blocks import blocks_of
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli import user_code
-from mae.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_with
+from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, chosen, names_with
 from mae.settings.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.model import BLOCK_ARGUMENTS
@@ -438,7 +438,7 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
     shape: dict[str, Any] = {
         "img_size": image.input_size,
         "in_chans": image.in_chans,
-        "num_cls_tokens": spec.num_cls_tokens or 1,
+        "num_cls_tokens": spec.num_cls_tokens or UNSET["num_cls_tokens"],
     }
     if spec.patch_size is not None:
         shape["patch_size"] = spec.patch_size

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,14 @@ import torch
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli import entry_point
 from mae.cli.advice import Remedy, arguments
 from mae.cli.flags import runs_code
 from mae.cli.user_code import DATASET
-from mae.settings import REBUILDS, ModelSpec, differs, fits, names_of, names_with
+from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
 from mae.settings.choices import published_crop_pct
-from mae.settings.resolve import names_resumed
+from mae.settings.names import names_resumed
+from mae.settings.run import RESUME_PUBLISHED
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights
 
@@ -160,11 +160,11 @@ def collect(
     }
 
 
-def with_recorded_settings(args: Namespace, script: str) -> Namespace:
+def with_recorded_settings(run: Run, script: str) -> Run:
     """Returns the settings of a run: explicit flags, else the settings of the checkpoint from which it resumes.
 
-    The settings of a start (`of_start`) are not taken from a file. Of a file of the published code, only those of the
-    model and the optimization are taken.
+    The settings of a machine are not taken from a file. Of a file of the published code, only those of the model and
+    the optimization are taken.
 
     Args:
         script: name of the script, which checkpoints record.
@@ -172,30 +172,24 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
     Raises:
         CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
     """
-    args = entry_point.changed(args, {"script": script})
-    which = "" if getattr(args, "eval", False) else args.resume
-    recorded = parallel.from_rank_0(lambda: _recorded(Path(args.output_dir), which, script))
+    run = replace(run, script=script)
+    which = "" if run.evaluation.eval else run.machine.resume
+    recorded = parallel.from_rank_0(lambda: _recorded(Path(run.machine.output_dir), which, script))
     if not recorded:
-        return args
+        return run
     file, saved, is_ours = recorded
-    taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
-    taken -= {*names_with(roles.MACHINE)}
-    if not is_ours:
-        taken &= {*REBUILDS, *names_with(roles.OPTIM)}
-    if "blr" in entry_point.explicit(args):
-        taken -= {"lr"}  # it would take precedence
-    changed = {name: saved[name] for name in sorted(taken) if _differs(name, saved, vars(args))}
+    before, run = run, resolve(run, saved, RESUME if is_ours else RESUME_PUBLISHED)
+    changed = {name: run[name] for name in sorted(run.names) if differs(name, run[name], before[name])}
     for name, value in changed.items():
         _require_setting(file, name, value)
     if changed:
         logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
-    args = entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
     # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
-    args.precision = str(saved.get("precision", ""))
+    facts = {"precision": str(saved.get("precision", ""))}
     if saved.get("layer_norm_eps"):
         _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"])
-        args.layer_norm_eps = saved["layer_norm_eps"]
-    return args
+        facts["layer_norm_eps"] = saved["layer_norm_eps"]
+    return run.changed(facts)
 
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +19,10 @@ import yaml
 from mae import parallel
 from mae.cli.advice import AdvisedError, arguments, did_you_mean
 from mae.cli.flags import Range, Size, is_refused_in_recipes, warn_without_crops
-from mae.cli.user_code import import_object, name_of
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
+from mae.settings.run import Run
 from mae.settings.types import InvalidValue
 
 logger = logging.getLogger(__name__)
@@ -114,76 +114,44 @@ def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(prog=prog, description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 
-class _Args(argparse.Namespace):
-    """Settings, and the names of those that are set explicitly. `vars` returns the settings only."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Run:
+    """Parses the command line of a script. Returns its settings, and which of them are explicit.
 
-    __slots__ = ("explicit",)
-    explicit: frozenset[str]
-
-
-def explicit(args: argparse.Namespace) -> frozenset[str]:
-    """Returns the names of the settings that the command line or the recipe of `--config` sets.
-
-    All settings of a plain Namespace count, because a program that does not use `parse` has no defaults.
+    Flags override the recipe of `--config`, and the recipe overrides defaults. The entries of a recipe are parsed like
+    flags, with the same checks. Other settings than defaults are explicit.
     """
-    return args.explicit if isinstance(args, _Args) else frozenset(vars(args))
+    args, explicit = parse_command(parser, argv)
+    return Run.of(args, explicit)
 
 
-def changed(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.Namespace:
-    """Returns a copy of the settings with other values, which count as explicit."""
-    before, args = explicit(args), copy.copy(args)
-    vars(args).update(settings)
-    if isinstance(args, _Args):
-        args.explicit = before | settings.keys()
-    return args
-
-
-def with_own(args: argparse.Namespace, flag: str, given: Any) -> tuple[argparse.Namespace, Any]:
-    """Imports the class or function of the user's code that a flag names, or records the name of `given`.
-
-    Args:
-        args: the settings of the command, before a file adds its own: what a file names is not imported.
-        flag: its name, such as encoder.
-
-    Raises:
-        ValueError: it can't be imported.
-    """
-    if given is not None:
-        return changed(args, {flag: name_of(given)}), given
-    name = getattr(args, flag)
-    return args, import_object(f"--{flag} ", name) if name else None
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. Flags override the recipe of `--config`, and the recipe overrides defaults.
-
-    The entries of a recipe are parsed like flags, with the same checks. `explicit` returns the names of the settings
-    that are not defaults.
-    """
+def parse_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, frozenset[str]]:
+    """Parses the command line as `parse` does. Returns the arguments, and the names of those that are explicit."""
     assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
     required = [action for action in parser._actions if action.required and action.option_strings]
     for action in required if "--config" in _flags_in(argv) else ():
         action.required = False  # the recipe may set it
-    args = parser.parse_args(argv, _Args())
+    args = parser.parse_args(argv)
     _refuse_urls(parser, args)
     in_command = {parser._option_string_actions[flag].dest for flag in _flags_in(argv)}
     in_command |= {a.dest for a in parser._actions if not a.option_strings and getattr(args, a.dest) != a.default}
     recipe = _read_recipe(parser, Path(args.config)) if getattr(args, "config", None) else argparse.Namespace()
     _refuse_urls(parser, recipe)
     vars(args).update((name, value) for name, value in vars(recipe).items() if name not in in_command)
-    args.explicit = frozenset(in_command | vars(recipe).keys())
-    if missing := [a.option_strings[0] for a in required if a.dest not in args.explicit]:
+    explicit = frozenset(in_command | vars(recipe).keys())
+    if missing := [a.option_strings[0] for a in required if a.dest not in explicit]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if "lr" in args and "blr" in in_command and "lr" not in in_command:
         args.lr = None  # of the recipe; it would take precedence over the --blr of the command line
-    if "log_dir" in args and "log_dir" not in args.explicit:
+    if "log_dir" in args and "log_dir" not in explicit:
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
-    warn_without_crops(args, args.explicit)
-    return args
+    warn_without_crops(getattr(args, "crop", None), explicit)
+    return args, explicit
 
 
 def _flags_in(argv: Sequence[str]) -> list[str]:
@@ -269,18 +237,30 @@ def _open_streams() -> None:
             os.dup2(sys.stdout.fileno(), 2)
 
 
-def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
+def run_script(main: Callable[[Run], Any], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line of a script and runs `main` with its settings, as `run` does."""
+    run(main, parser, Run.of)
+
+
+def run(
+    main: Callable[[Any], Any],
+    parser: argparse.ArgumentParser,
+    convert: Callable[[argparse.Namespace, frozenset[str]], Any] = lambda args, explicit: args,
+) -> None:
     """Parses the command line and runs `main`. An error prints one line and exits with a code above 0.
 
     The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
+
+    Args:
+        convert: arguments, names of the explicit ones -> the argument of `main`. Default: the arguments.
     """
     _open_streams()
-    args = parse(parser)
+    args, explicit = parse_command(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
     same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
-        main(args)
+        main(convert(args, explicit))
         parallel.teardown()  # not after an error, because the processes would wait for each other
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)

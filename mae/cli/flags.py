@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.cli.user_code import DATASET
+from mae.settings.choices import NO_CROP
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,10 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
     return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
 
 
-def warn_without_crops(args: argparse.Namespace, explicit: Set[str]) -> None:
-    """Logs a warning for explicit flags about crops if there are no crops."""
+def warn_without_crops(crop: str | None, explicit: Set[str]) -> None:
+    """Logs a warning for explicit flags about crops if `crop` is none."""
     unused = sorted(explicit & {"crop_scale", "crop_ratio", "crop_pct"})
-    if unused and getattr(args, "crop", None) == "none":
+    if unused and crop == NO_CROP:
         flags = " and ".join(f"--{name}" for name in unused)
         logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
 

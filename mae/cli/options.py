@@ -12,7 +12,7 @@ from mae.cli.flags import not_in_recipes, runs_code
 from mae.cli.user_code import import_object
 from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
 from mae.settings.fields import default_of
-from mae.settings.resolve import FIELDS
+from mae.settings.names import FIELDS
 from mae.settings.types import count_or_all, positive
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help

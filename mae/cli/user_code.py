@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mae.cli.advice import did_you_mean
+from mae.settings.run import Run
 
 DATASET = "py:"  # before the name of a function, as a value of --dataset
 
@@ -45,6 +46,24 @@ def name_of(kind: Any) -> str:
     """Returns the name of a class or function, or of the function of a `partial`, as `import_object` takes it."""
     kind = getattr(kind, "func", kind)
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
+    """Returns the settings of a run, and the classes and functions of the user's code: given, or named by settings.
+
+    Args:
+        run: the settings of the command, before a file adds its own: what a file names is not imported.
+        given: by the names of the settings, such as encoder. None: import what the setting names, if any.
+
+    Raises:
+        ValueError: an object can't be imported.
+    """
+    found = []
+    for name, value in given.items():
+        if value is not None:
+            run = run.changed({name: name_of(value)})
+        found.append(import_object(f"--{name} ", run[name]) if value is None and run[name] else value)
+    return run, *found
 
 
 def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:

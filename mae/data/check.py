@@ -26,7 +26,7 @@ from mae.data.loader import MAX_BAD_SHARE
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, UserSet, with_source
 from mae.data.webdataset_shards import Shards
-from mae.settings import types
+from mae.settings import Run, types
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +109,14 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     file_list = args.train_list if args.split == "train" else args.val_list
-    args = with_source(args, source)
+    dataset = with_source(Run.of(args), source).data.dataset
     how = {"download": args.download, "num_images": args.num_images, "function": source, "extras": args.extras}
     try:
-        images = open_source(args.split, args.data_path, file_list, args.dataset, **how)
+        images = open_source(args.split, args.data_path, file_list, dataset, **how)
     except ValueError as error:
         if not file_list:
             raise
-        images = open_source(args.split, args.data_path, file_list, args.dataset, **how, task=None)
+        images = open_source(args.split, args.data_path, file_list, dataset, **how, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)

@@ -8,7 +8,6 @@ import os
 import secrets
 import sys
 import weakref
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mae.cli import entry_point
 from mae.cli.user_code import DATASET, call, import_object
 from mae.data import decode
 from mae.data import extras as extra_inputs
@@ -27,6 +25,7 @@ from mae.data.generators import preserve_generators, seed_generators
 from mae.data.library_sets import LibrarySet
 from mae.data.sources import StoredImage, first_few, version_of
 from mae.files.untrusted import printable, read_file
+from mae.settings import Run
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +34,19 @@ MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
 
-def with_source(args: Namespace, source: OpenDataset | None) -> Namespace:
+def with_source(run: Run, source: OpenDataset | None) -> Run:
     """Records the name of the function `source` in the settings of a run as --dataset.
 
     Raises:
         ValueError: the settings have a different dataset.
     """
     if source is None:
-        return args
+        return run
     named = source if hasattr(source, "__qualname__") else type(source)
     name = f"{DATASET}{named.__module__}:{named.__qualname__}"
-    if args.dataset not in (None, name):
-        raise ValueError(f"--dataset {args.dataset} and source= ({name}) exclude each other; give one of them")
-    return entry_point.changed(args, {"dataset": name})
+    if run.data.dataset not in (None, name):
+        raise ValueError(f"--dataset {run.data.dataset} and source= ({name}) exclude each other; give one of them")
+    return run.changed({"dataset": name})
 
 
 class Item(NamedTuple):

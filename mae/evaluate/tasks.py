@@ -16,6 +16,7 @@ from mae.data import labels
 from mae.data.sources import Source, first_few
 from mae.evaluate import metrics
 from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.settings import UNSET
 from mae.settings.choices import DEFAULT_METRICS, METRICS, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,12 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
                 f"--metric {' '.join(names)}: {first_few(constant)} is the same for all validation images; "
                 f"r2 (0 or undefined) and spearman (undefined) can't score it"
             )
-        return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
+        return Regression(
+            names,
+            str(flags.get("regression_loss") or UNSET["regression_loss"]),
+            flags["target_mean"],
+            flags["target_std"],
+        )
     _require_defined(names, np.asarray(val.labels), val.classes)
     if "kappa" in names and len(val.classes) > 2 and not _are_numbers(val.classes) and parallel.is_main():
         logger.warning(

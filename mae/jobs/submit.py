@@ -71,6 +71,7 @@ class Job:
             environment.export(set_cuda_visible_devices=False, overwrite=True)
         from mae import parallel
         from mae.cli import entry_point
+        from mae.settings import Run
 
         if restarted:
             parallel.record_restart()
@@ -79,13 +80,14 @@ class Job:
         stopped_by: list[int] = []
         failed = lost = False
 
-        def run(args: Namespace) -> None:
+        def settings_of(args: Namespace, explicit: frozenset[str]) -> Run:
+            return Run.of({name: value for name, value in vars(args).items() if name not in ours}, explicit)
+
+        def run(settings: Run) -> None:
             nonlocal failed, lost
-            for name in ours:
-                delattr(args, name)
             try:
                 os.chdir(self.folder)
-                importlib.import_module(self.main).main(args)
+                importlib.import_module(self.main).main(settings)
             except Interrupted as error:
                 if isinstance(error.__cause__, RuntimeError) and parallel.lost_process(error.__cause__):
                     failed = lost = True  # srun ends the job because of another process: it must not come back
@@ -96,7 +98,7 @@ class Job:
                 raise
 
         try:
-            entry_point.run(run, parser)
+            entry_point.run(run, parser, settings_of)
         except SystemExit as error:
             if not failed or job.cluster == "debug":
                 raise

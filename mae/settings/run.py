@@ -1,15 +1,16 @@
-"""All settings of a run as one value: the explicit ones, those that files record, and the defaults."""
+"""All settings of a run as one value, and the rule that says where each comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mae.settings.data import DataSpec
+from mae.settings.fields import HEAD, IMAGES, LABELS, MACHINE, MODEL, OPTIM, SPLIT, Values
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
-from mae.settings.resolve import FIELDS
+from mae.settings.names import FIELDS, names_of, names_with
 from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
 
 
@@ -19,6 +20,7 @@ class Run:
 
     Args:
         names: the settings that the script has, and those that the run has determined. `record` contains them.
+        others: entries of a Namespace that are no settings of this library. `record` contains them.
         explicit: those that a command line, a recipe or a program has set, and that no file replaces.
         script: name of the script, such as "main_pretrain".
     """
@@ -33,6 +35,7 @@ class Run:
     comparison: ComparisonSpec
     names: frozenset[str]
     explicit: frozenset[str] = frozenset()
+    others: Mapping[str, Any] = field(default_factory=dict)
     script: str = ""
 
     @classmethod
@@ -46,9 +49,10 @@ class Run:
         if isinstance(settings, Run):
             return settings
         values: Mapping[str, Any] = settings if isinstance(settings, Mapping) else vars(settings)
-        parts: dict[str, Any] = {part: kind.of(values) for part, kind in PARTS.items()}
-        names = frozenset(values)
-        return cls(**parts, names=names, explicit=names if explicit is None else frozenset(explicit))
+        parts: dict[str, Any] = {part: kind(**_of(kind, values)) for part, kind in PARTS.items()}
+        names = frozenset(values.keys() & PART_OF.keys())
+        others = {name: value for name, value in values.items() if name not in PART_OF}
+        return cls(**parts, names=names, explicit=names if explicit is None else frozenset(explicit), others=others)
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -62,25 +66,74 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Returns the settings by their names, as plain values."""
-        own = {"script": self.script} if self.script else {}
-        return own | {name: self[name] for name in PART_OF if name in self.names}
+        script = {"script": self.script} if self.script else {}
+        return {**self.others, **script, **{name: self[name] for name in PART_OF if name in self.names}}
 
-    def changed(self, settings: Mapping[str, Any], explicit: bool = False) -> Run:
-        """Returns a run with other values of settings, which are recorded.
-
-        Args:
-            explicit: no file replaces them.
-        """
+    def changed(self, settings: Mapping[str, Any]) -> Run:
+        """Returns a run with other values of settings, which are explicit and are recorded."""
         parts: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             parts.setdefault(PART_OF[name], {})[name] = value
         new: dict[str, Any] = {part: replace(getattr(self, part), **values) for part, values in parts.items()}
-        fixed = self.explicit | settings.keys() if explicit else self.explicit
-        return replace(self, **new, names=self.names | settings.keys(), explicit=fixed)
+        return replace(self, **new, names=self.names | settings.keys(), explicit=self.explicit | settings.keys())
 
 
-PARTS = {"model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec,
-         "optim": OptimSpec, "evaluation": EvaluationSpec, "machine": MachineSpec,
-         "comparison": ComparisonSpec}  # fmt: skip
+PARTS: dict[str, type[Values]] = {
+    "model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec, "optim": OptimSpec,
+    "evaluation": EvaluationSpec, "machine": MachineSpec, "comparison": ComparisonSpec,
+}  # fmt: skip
 PART_OF = {name: next(part for part, kind in PARTS.items() if kind is FIELDS[name][0]) for name in FIELDS}
 assert len(PART_OF) == sum(len(fields(kind)) for kind in PARTS.values()), "a setting has two homes"
+
+UNSET: dict[str, Any] = {
+    "num_cls_tokens": 1,
+    "regression_loss": "l1",
+}  # what None stands for, of settings that files determine
+
+# What a run does with a file -> the settings that it takes from the file.
+RESUME, RESUME_PUBLISHED, EVALUATE, TRAIN = "resume", "resume a published checkpoint", "evaluate", "train"
+TAKEN = {
+    RESUME: FIELDS.keys() - names_with(MACHINE),
+    RESUME_PUBLISHED: {*names_with(MODEL, HEAD, LABELS, IMAGES, OPTIM)},  # its other settings are of another program
+    EVALUATE: {*names_with(MODEL, HEAD, LABELS, IMAGES, SPLIT)},
+    TRAIN: {*names_with(MODEL, IMAGES), "hflip"},  # flips may change labels
+}
+
+
+def resolve(run: Run, recorded: Mapping[str, Any], purpose: str, determined: Mapping[str, Any] | None = None) -> Run:
+    """Returns the settings of a run that uses a file. It is the only place with this rule.
+
+    A setting is explicit, else what the file records, else what the shapes of its tensors determine, else the default.
+
+    Args:
+        run: the explicit settings and the defaults.
+        recorded: settings of the file. None counts as absent.
+        purpose: RESUME, RESUME_PUBLISHED, EVALUATE or TRAIN.
+        determined: settings that the shapes of the tensors of the file determine.
+    """
+    taken = TAKEN[purpose] & run.names - run.explicit
+    if "blr" in run.explicit:
+        taken -= {"lr"}  # it would take precedence
+    of_file = chosen({}, recorded, determined or {}, {})
+    return run.changed({name: value for name, value in of_file.items() if name in taken})
+
+
+def _of(kind: type[Values], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a class. None is a value, as a script may have it as its default."""
+    return {name: values[name] for name in names_of(kind) if name in values}
+
+
+def effective(run: Run, name: str) -> Any:
+    """Returns a setting; in place of None, the value that it stands for without a file."""
+    return UNSET.get(name) if run[name] is None else run[name]
+
+
+def chosen(
+    explicit: Mapping[str, Any], recorded: Mapping[str, Any], determined: Mapping[str, Any], default: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings by the rule of `resolve`. None counts as absent."""
+    return {**default, **_known(determined), **_known(recorded), **_known(explicit)}
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

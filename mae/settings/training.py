@@ -127,19 +127,14 @@ class MachineSpec(Values, group="run", role=MACHINE):
 
 
 @dataclass(frozen=True)
-class RunSpec(OptimSpec, EvaluationSpec, MachineSpec):
-    """Length, optimization, evaluation, files and processes of a run."""
-
-
-@dataclass(frozen=True)
 class ComparisonSpec(Values, group="evaluation", role=TRAINING):
     """The settings of main_compare.py alone."""
 
-    encoders: list[str] | None = setting(None, required=True, nargs="+", metavar="[NAME=]ENCODER",
+    encoders: list[str] = setting([], required=True, nargs="+", metavar="[NAME=]ENCODER",
         help="checkpoint files, published names, timm:MODEL (a Vision Transformer of timm with its weights), scratch "
         "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and "
         "an RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)")
-    protocols: list[str] | None = setting(None, nargs="+", metavar="P")
+    protocols: list[str] = setting([], nargs="+", metavar="P")
     labels: list[str] = setting(["all"], nargs="+", metavar="N",
         help="numbers of labeled training images, equally many of each class; all: the whole training set")
     draws: list[int] = setting([3], positive_int, nargs="+", metavar="N",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
-from mae.settings import RunSpec
+from mae.settings import OptimSpec
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
 
 
 def adjust_learning_rate(
-    optimizer: Optimizer, epoch: float, args: RunSpec | Namespace, schedule: Schedule | None = None
+    optimizer: Optimizer, epoch: float, args: OptimSpec | Namespace, schedule: Schedule | None = None
 ) -> float:
     """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 

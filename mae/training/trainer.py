@@ -1,7 +1,6 @@
 """Runs training from the first or the resumed epoch to the last: resume, train, evaluate, log, save."""
 
 import logging
-from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.cli.user_code import call
 from mae.interrupts import Interrupted, Interrupts
 from mae.positions import to_pair
-from mae.settings import RunSpec
+from mae.settings import ImageSpec, Run
 from mae.training import costs, environment, lr_sched, run_log
 from mae.training.compiling import compile_model
 from mae.training.loading_advice import faster_loading
@@ -30,7 +29,7 @@ from mae.training.saver import open_saver
 logger = logging.getLogger(__name__)
 
 
-def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tuple[Namespace, Precision]:
+def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run, Precision]:
     """Joins the process group, starts logging and seeds PyTorch, according to the flags of a script.
 
     Args:
@@ -41,17 +40,19 @@ def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tup
         The settings of the run, which may come from the checkpoint from which it resumes; the device of this process
         and its precision.
     """
-    is_sharded = getattr(args, "fsdp", False)
-    device = parallel.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend, needs_group=is_sharded)
+    machine = run.machine
+    device = parallel.init(
+        machine.device, machine.dist_url, machine.dist_timeout, machine.dist_backend, needs_group=machine.fsdp
+    )
     run_log.start_logging()
     if script:
-        args = run_state.with_recorded_settings(args, script)
-    torch.manual_seed(args.seed)
-    trains = bool(script) and trains_encoder and not getattr(args, "eval", False)
-    precision = Precision(args.amp, device, trains, getattr(args, "precision", None))
+        run = run_state.with_recorded_settings(run, script)
+    torch.manual_seed(run.data.seed)
+    trains = bool(script) and trains_encoder and not run.evaluation.eval
+    precision = Precision(machine.amp, device, trains, run.machine.precision)
     if script:
-        args.precision = precision.name
-    return args, precision
+        run = run.changed({"precision": precision.name})
+    return run, precision
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def run(
     batches: Any,
     precision: Precision,
     task: Task,
-    spec: RunSpec,
-    record: Mapping[str, Any],
+    run: Run,
     is_locked: bool = False,
 ) -> None:
     """Trains to the end of the last epoch.
@@ -101,7 +101,7 @@ def run(
     Args:
         optimizer: its learning rate is set before every update. A group may have an `lr_scale`.
         batches: a `loader.TrainLoader` or `feature_files.FeatureBatches`.
-        record: all settings of the run, which checkpoints contain as `args`.
+        run: the settings, which checkpoints contain as `args`.
         is_locked: the caller has locked the run directory.
 
     Raises:
@@ -109,78 +109,81 @@ def run(
             state of a callback is not a plain value; the settings of the processes differ; or the resumed run has a
             schedule that is not given, or that returns no number.
     """
+    record = run.record()
     _require_usable(model, record, task)
-    run_state.require_same_settings(dict(record), batches.num_images)
-    output_dir = Path(spec.output_dir)
-    global_batch_size = spec.batch_size * parallel.world_size()
+    run_state.require_same_settings(record, batches.num_images)
+    optim, machine, output_dir = run.optim, run.machine, Path(run.machine.output_dir)
+    global_batch_size = optim.batch_size * parallel.world_size()
     progress = run_state.Progress(
-        global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, batches.num_images
+        global_batch_size * optim.accum_iter, global_batch_size, machine.start_epoch, batches.num_images
     )
-    spec = replace(spec, lr=lr_sched.scaled_lr(spec.lr, spec.blr, progress.effective_batch_size))
-    lr_sched.check_warmup(spec.warmup_epochs, spec.epochs)
-    logger.info(f"{record['model']} on {precision.device} in {precision.name}, {parallel.world_size()} process(es)")
+    optim = replace(optim, lr=lr_sched.scaled_lr(optim.lr, optim.blr, progress.effective_batch_size))
+    lr_sched.check_warmup(optim.warmup_epochs, optim.epochs)
+    logger.info(f"{run.model.model} on {precision.device} in {precision.name}, {parallel.world_size()} process(es)")
     with ExitStack() as stack:
-        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, spec.resume))
+        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, machine.resume))
         if parallel.is_main():
             environment.record(output_dir, precision.device, record)
         run_state.resume(
-            spec.resume, output_dir, model, optimizer, precision.scaler, dict(record), progress, task.callbacks
+            machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, task.callbacks
         )
         run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
         saver = open_saver(
             interrupts, output_dir,
-            partial(run_state.collect, model, optimizer, precision.scaler, dict(record), task.callbacks),
-            progress, parallel.is_sharded(model),
-            epochs=spec.epochs, save_every=spec.save_every, save_minutes=spec.save_minutes, keep_last=spec.keep_last,
+            partial(run_state.collect, model, optimizer, precision.scaler, record, task.callbacks),
+            progress, parallel.is_sharded(model), epochs=optim.epochs,
+            save_every=machine.save_every, save_minutes=machine.save_minutes, keep_last=machine.keep_last,
         )  # fmt: skip
         trained = task.trained or model
-        measure_costs = partial(costs.of_epoch, precision, _flops(task, trained, precision, record))
-        if spec.compile:
+        measure_costs = partial(costs.of_epoch, precision, _flops(task, trained, precision, run.images))
+        if machine.compile:
             compile_model(trained, precision.device)
         train = partial(task.train_one_epoch, parallel.wrap(trained, precision.device), batches, optimizer)
-        if progress.epoch >= spec.epochs:
-            logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = _open_log(spec, task.loss_tag, progress, batches, measure_costs, record, precision.device)
+        if progress.epoch >= optim.epochs:
+            logger.info(f"nothing to do: the run has completed its {optim.epochs} epochs")
+        log = _open_log(run, task.loss_tag, progress, batches, measure_costs, precision.device)
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
-            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=spec, schedule=task.lr_schedule),
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=optim, schedule=task.lr_schedule),
             precision=precision,
-            guard=NonFiniteGuard(spec.on_nonfinite, precision.overflow_is_normal),
+            guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal),
             log=log,
             saver=saver,
-            accum_iter=spec.accum_iter,
-            clip_grad=spec.clip_grad,
+            accum_iter=optim.accum_iter,
+            clip_grad=optim.clip_grad,
             after_update=partial(_run_callbacks, task.callbacks, model),
         )
-        _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
+        _train_epochs(
+            train, options, task, optim.epochs, run.evaluation.eval_every, model, batches, progress, interrupts
+        )
 
 
-def _flops(task: Task, trained: nn.Module, precision: Precision, record: Mapping[str, Any]) -> int | None:
+def _flops(task: Task, trained: nn.Module, precision: Precision, images: ImageSpec) -> int | None:
     """Returns the FLOPs of an image, as `costs.training_flops`. The model is not compiled yet."""
     if task.forward is None:
         return None
-    image = torch.zeros(1, record["in_chans"], *to_pair(record["input_size"]), device=precision.device)
+    image = torch.zeros(1, images.in_chans, *to_pair(images.input_size), device=precision.device)
     return costs.training_flops(trained, partial(task.forward, image), precision)
 
 
 def _open_log(
-    spec: RunSpec,
+    run: Run,
     loss_tag: str,
     progress: run_state.Progress,
     batches: Any,
     measure_costs: Callable[[float], dict[str, float]],
-    record: Mapping[str, Any],
     device: torch.device,
 ) -> run_log.NullLog:
     if not parallel.is_main():
         return run_log.NullLog()
     return run_log.RunLog(
-        Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
+        Path(run.machine.output_dir), Path(run.machine.log_dir), run.optim.epochs, first_epoch=progress.epoch,
+        loss_tag=loss_tag,
         first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
-        measure_costs=measure_costs, remedies=partial(faster_loading, batches, record, device),
+        measure_costs=measure_costs, remedies=partial(faster_loading, batches, run.record(), device),
     )  # fmt: skip
 
 
@@ -244,21 +247,22 @@ def _train_epochs(
     train: Callable[[EpochOptions], None],
     options: EpochOptions,
     task: Task,
-    spec: RunSpec,
+    num_epochs: int,
+    eval_every: int,
     model: nn.Module,
     batches: Any,
     progress: run_state.Progress,
     interrupts: Interrupts,
 ) -> None:
     saver, log = options.saver, options.log
-    for epoch in range(progress.epoch, spec.epochs):
+    for epoch in range(progress.epoch, num_epochs):
         meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
             parallel.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
-            if (epoch + 1) % spec.eval_every == 0 or epoch + 1 == spec.epochs:
+            if (epoch + 1) % eval_every == 0 or epoch + 1 == num_epochs:
                 if task.evaluates:
                     log.flush()
                     saver.save(epoch, len(batches), meters.state_dict())
@@ -270,7 +274,7 @@ def _train_epochs(
             score = results.get(task.metric)
             saver.save_epoch(epoch, -score if score is not None and task.lower_is_better else score)
             # A signal may have arrived during the evaluation or a write in one process.
-            stops = epoch + 1 < spec.epochs and any(parallel.gather(interrupts.pending))
+            stops = epoch + 1 < num_epochs and any(parallel.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation
             raise
         except Exception as error:

@@ -1,6 +1,4 @@
-"""Which value a setting has. Each is an explicit flag, else what a file records, else what the shapes of its tensors
-determine, else the default of the script or of the field. `chosen` is this rule. None counts as absent.
-"""
+"""The settings by their names: their classes, their roles, and when two values are the same."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -48,17 +46,6 @@ def names_resumed(resumed: str) -> list[str]:
     free = names_with(roles.MACHINE)
     rules = {one.name: one.metadata["resumed"] for kind in SPECS for one in fields(kind)}
     return [name for name, rule in rules.items() if (roles.FREE if name in free else rule) == resumed]
-
-
-def chosen(
-    explicit: Mapping[str, Any], recorded: Mapping[str, Any], determined: Mapping[str, Any], default: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The rule: an explicit flag, else what a file records, else what its shapes determine, else the default."""
-    return {**default, **_known(determined), **_known(recorded), **_known(explicit)}
-
-
-def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def fits(name: str, value: Any) -> bool:
