@@ -182,7 +182,7 @@ def _read_recipe(data: bytes, folder: Path, generator: random.Random) -> None:
     except SystemExit as error:
         assert error.code == 2
     else:
-        assert "pipe:" not in str(args.dataset)
+        assert "pipe:" not in str(args.data.dataset)
 
 
 TENSORS = [

@@ -54,7 +54,7 @@ def recipe_settings(script: str, recipe: Path) -> dict[str, Any]:
     text = recipe.read_text(encoding="utf-8").replace("\\\n#", "")
     command = re.search(rf"nproc_per_node (\d+) {script}\.py (.*)", text)
     processes, flags = (int(command[1]), shlex.split(command[2])) if command else (1, ["--config", str(recipe)])
-    args, standard = vars(entry_point.parse(parser_of(script), flags)), defaults(script)
+    args, standard = vars(entry_point.parse_command(parser_of(script), flags)[0]), defaults(script)
     found = {name: value for name, value in sorted(args.items()) if value != standard[name] and name not in FILES}
     images = processes * args["batch_size"] * args["accum_iter"]
     blr = args.get("blr") if isinstance(args.get("blr", 0.0), float) else args["blr"][0]

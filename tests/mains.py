@@ -1,6 +1,5 @@
 """Helpers for runs of the scripts: several processes, interruption, comparison."""
 
-import argparse
 import json
 import os
 import re
@@ -26,8 +25,11 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def parse(script: Any, *argv: Any, **flags: Any) -> argparse.Namespace:
-    return entry_point.parse(script.get_args_parser(), [*map(str, argv), *argv_of(flags)])
+def parse(script: Any, *argv: Any, **flags: Any) -> Any:
+    """The settings of a script that trains or evaluates (a `Run`), or the arguments of another command."""
+    parser, words = script.get_args_parser(), [*map(str, argv), *argv_of(flags)]
+    is_run = script.__name__.startswith("main_") and script.__name__ != "main_robustness"
+    return entry_point.parse(parser, words) if is_run else entry_point.parse_command(parser, words)[0]
 
 
 def call(script: Any, *argv: Any, **flags: Any) -> Any:
@@ -46,7 +48,8 @@ def fails(capsys, monkeypatch, script, *argv) -> str:
     """Runs a script like the command line, which it refuses; returns the line of the error message."""
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        entry_point.run(script.main, script.get_args_parser())
+        is_run = script.__name__.startswith("main_") and script.__name__ != "main_robustness"
+        (entry_point.run_script if is_run else entry_point.run)(script.main, script.get_args_parser())
     output = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert "Traceback" not in output

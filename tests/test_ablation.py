@@ -81,7 +81,7 @@ def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
 
 def test_the_commands_parse_and_differ_in_one_setting():
     study = small_data.STUDY
-    settings = {name: vars(parse(main_pretrain, *arguments(study.flags(name)))) for name in study.runs}
+    settings = {name: parse(main_pretrain, *arguments(study.flags(name))).record() for name in study.runs}
     for name, own in settings.items():
         base = settings["1000-images" if name.startswith("1000-images") else "base"]
         changed = {flag for flag in own if own[flag] != base[flag]} - {"save_every", "warmup_epochs", "output_dir"}

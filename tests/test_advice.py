@@ -25,7 +25,7 @@ def test_settings_are_formatted_as_on_the_command_line():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
     assert str(Remedy(settings)) == f"give {typed}"
-    args = vars(entry_point.parse(main_finetune.get_args_parser(), typed.split()))
+    args = entry_point.parse(main_finetune.get_args_parser(), typed.split()).record()
     assert {name: args[name] for name in settings} == settings
     omitting = {"unfreeze_blocks": None, "norm_pix_loss": True}
     assert str(Remedy(omitting)) == "give --norm_pix_loss and omit --unfreeze_blocks"

@@ -1,5 +1,6 @@
 """Callbacks between updates: when they run, and their state in checkpoints."""
 
+from argparse import Namespace
 from collections import deque
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import assert_equal, in_processes, lines, stop_and_resume, weights
+from mains import assert_equal, in_processes, lines, parse, stop_and_resume, weights
 from segments import make_scenes
 
 import main_finetune
@@ -63,10 +64,12 @@ def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretra
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"teacher.*PosixPath"):
-        patch.setattr(main_pretrain, "vars", lambda args: {**args.__dict__, "teacher": Path("t.pth")}, raising=False)
-        pretrain()
+def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pictures, tmp_path):
+    flags = {"data_path": pictures, "output_dir": tmp_path / "out", "model": "mae_vit_mini_patch4", "input_size": 16,
+             "batch_size": 4}  # fmt: skip
+    settings = parse(main_pretrain, **flags, epochs=1, device="cpu", num_workers=0).record()
+    with pytest.raises(ValueError, match=r"teacher.*PosixPath"):
+        main_pretrain.main(Namespace(**settings, teacher=Path("t.pth")))
     assert not list(tmp_path.rglob("*.pth"))
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import json
 import pickle
 import re
@@ -28,12 +27,12 @@ from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted
 from mae.jobs import submit
-from mae.settings import types
+from mae.settings import Run, types
 from models_mae import mae_vit_mini_patch4
 
 
 def parse(*argv):
-    return entry_point.parse(main_pretrain.get_args_parser(), list(map(str, argv)))
+    return entry_point.parse_command(main_pretrain.get_args_parser(), list(map(str, argv)))[0]
 
 
 @pytest.fixture
@@ -238,16 +237,16 @@ def test_repeated_lists_of_names_are_one_list_and_replace_the_list_of_a_recipe(t
 
 def test_explicit_settings_are_recorded(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
-    args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
+    argv = ["--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0"]
+    run = entry_point.parse(main_pretrain.get_args_parser(), list(map(str, argv)))
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
-    assert entry_point.explicit(args) == typed | {"epochs", "pin_mem", "input_size"}
-    assert entry_point.explicit(parse()) == frozenset()
-    # The `args` of checkpoints do not contain it; copies, also those of submitit's jobs, do.
-    assert vars(args).keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
-    assert args == argparse.Namespace(**vars(args))
-    for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
-        assert (other, entry_point.explicit(other)) == (args, entry_point.explicit(args))
-    assert entry_point.explicit(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
+    assert run.explicit == typed | {"epochs", "pin_mem", "input_size"}
+    assert entry_point.parse(main_pretrain.get_args_parser(), []).explicit == frozenset()
+    # The `args` of checkpoints have the settings of the script only.
+    assert run.record().keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
+    assert run.record() == vars(parse(*argv))
+    assert pickle.loads(pickle.dumps(run)) == run
+    assert Run.of(argparse.Namespace(epochs=3, lr=None)).explicit == {"epochs", "lr"}
 
 
 def test_explicit_settings_with_required_flags_and_positionals(tmp_path):
@@ -256,9 +255,9 @@ def test_explicit_settings_with_required_flags_and_positionals(tmp_path):
     parser.add_argument("images", nargs="+")
     parser.add_argument("--model", required=True)
     parser.set_defaults(topk=5)
-    args = entry_point.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
+    args, explicit = entry_point.parse_command(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
     assert (args.images, args.model, args.topk) == (["a.png"], "x.pth", 5)
-    assert entry_point.explicit(args) == {"images", "config", "model"}
+    assert explicit == {"images", "config", "model"}
 
 
 def test_blr_on_the_command_line_replaces_the_rate_of_a_recipe(tmp_path):
@@ -425,7 +424,7 @@ def test_a_job_refuses_recipes_with_commands_or_with_folders_of_code(tmp_path, r
         error, _ = refused("--config", path, parser=submit.get_args_parser("main_pretrain")[0])
         assert f"--config {path}: " in error and f"--{key} {value} on the command line" in error
     parser, _ = submit.get_args_parser("main_pretrain")
-    assert entry_point.parse(parser, ["--config", recipe(tmp_path, "partition: gpu")]).partition == "gpu"
+    assert entry_point.parse_command(parser, ["--config", recipe(tmp_path, "partition: gpu")])[0].partition == "gpu"
 
 
 def test_recipes_restrict_shards_and_the_command_line_does_not(tmp_path):
@@ -436,5 +435,5 @@ def test_recipes_restrict_shards_and_the_command_line_does_not(tmp_path):
 
 
 def test_numbers_with_a_negative_exponent_are_values():
-    args = entry_point.parse(main_pretrain.get_args_parser(), ["--data_path", "x", "--value_range", "-1e-4", "1e-4"])
+    args = parse("--data_path", "x", "--value_range", "-1e-4", "1e-4")
     assert args.value_range == [-1e-4, 1e-4]

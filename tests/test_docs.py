@@ -56,7 +56,7 @@ def test_the_extras_of_the_readme_are_those_of_the_project():
 def parse(script: str, flags: list[str]) -> Namespace:
     parser = parser_of(script.removesuffix(".py").replace("/", "."))
     if isinstance(parser, type(entry_point.parser(""))):
-        return entry_point.parse(parser, flags)
+        return entry_point.parse_command(parser, flags)[0]
     return parser.parse_args(flags)
 
 

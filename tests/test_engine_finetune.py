@@ -23,7 +23,6 @@ from mae.data.dataset_kinds import open_source
 from mae.data.labels import Subset
 from mae.data.run_data import RunData
 from mae.inference import features
-from mae.settings import DataSpec, ImageSpec
 from mae.training import feature_files
 from mae.training.precision import Precision
 from models_vit import vit_mini_patch4
@@ -64,9 +63,9 @@ def test_a_compiled_evaluation_has_one_graph(classify, labelled, tmp_path, monke
 
 
 def test_features_are_those_of_evaluation_mode(labelled):
-    args = parse(main_knn, data_path=labelled, input_size=16)
+    run = parse(main_knn, data_path=labelled, input_size=16)
     device = torch.device("cpu")
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    data = RunData(run.images, run.data, device)
     precision = Precision("off", device)
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
     source, _ = data.open_val()

@@ -25,9 +25,9 @@ def test_its_commands_parse(name, monkeypatch):
     script = next(word for word in words if word in scripts)
     args = parse(scripts[script], *words[words.index(script) + 1 :])
     if name == "COMPARE":
-        assert len(args.labels) == len(args.draws) == len(args.budget) == 5
+        assert len(args["labels"]) == len(args["draws"]) == len(args["budget"]) == 5
     if name == "PRETRAIN":
-        assert args.epochs == study.EPOCHS  # the exported checkpoint is the last one
+        assert args["epochs"] == study.EPOCHS  # the exported checkpoint is the last one
 
 
 def test_the_data_are_unpacked_for_torchvision(tmp_path, monkeypatch):

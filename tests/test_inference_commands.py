@@ -24,7 +24,7 @@ PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
 
 def run(module, *argv):
-    return module.main(entry_point.parse(module.get_args_parser(), [str(part) for part in argv]))
+    return module.main(entry_point.parse_command(module.get_args_parser(), [str(part) for part in argv])[0])
 
 
 @pytest.fixture(scope="module")

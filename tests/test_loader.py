@@ -303,7 +303,7 @@ def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures, monkeyp
 def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     caplog.set_level("INFO")
-    assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).num_workers)] == [0, 2, 2]
+    assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).data.num_workers)] == [0, 2, 2]
     assert caplog.messages == []
     assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
@@ -322,7 +322,7 @@ def test_the_default_number_of_workers_is_the_number_of_cores_of_the_process(mon
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert up_to_cores(parse(main_pretrain).num_workers) == workers
+    assert up_to_cores(parse(main_pretrain).data.num_workers) == workers
 
 
 SMALL_SHM = f"""

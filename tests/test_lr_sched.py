@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from mae.settings import RunSpec
+from mae.settings import OptimSpec
 from mae.training.lr_sched import adjust_learning_rate, scaled_lr
 
 
@@ -17,7 +17,7 @@ def test_the_published_formula_and_polynomial_decay(settings, expected):
     groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.25}]
     optimizer = torch.optim.SGD(groups, lr=1.0)
     for epoch, lr in expected.items():
-        assert adjust_learning_rate(optimizer, epoch, RunSpec(lr=2.0, min_lr=0.5, **settings)) == pytest.approx(lr)
+        assert adjust_learning_rate(optimizer, epoch, OptimSpec(lr=2.0, min_lr=0.5, **settings)) == pytest.approx(lr)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 4])
 
 

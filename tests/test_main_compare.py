@@ -284,7 +284,7 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
              *(word for name, value in SHAPE.items() for word in (f"--{name}", value)))  # fmt: skip
     compare(pairs, tmp_path / "out", None, *flags)
     (row,) = rows(tmp_path / "out")
-    args = vars(parse(main_linprobe, *row["command"].split()[2:]))
+    args = parse(main_linprobe, *row["command"].split()[2:]).record()
     assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
     assert row["chosen"] in ("blr 1", "blr 10")
     assert list((tmp_path / "out").rglob("log.txt"))

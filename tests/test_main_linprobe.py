@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import forks
@@ -23,7 +24,7 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.decode import BadImage
 from mae.data.run_data import RunData
 from mae.inference import get_model
-from mae.settings import DataSpec, ImageSpec, specs
+from mae.settings import specs
 from mae.training import feature_files
 from mae.training.precision import Precision
 
@@ -268,12 +269,12 @@ def test_tokens_are_those_of_the_present_images(probe, pretrained, labelled, tmp
 
 def test_each_process_stores_its_own_tokens_and_resumes(pretrained, labelled, tmp_path, monkeypatch):
     """The second of two processes is interrupted after two batches."""
-    args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
-                 cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), torch.device("cpu"))
-    model = build.probe(*specs({**vars(args), "nb_classes": 6}))
+    run = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
+                cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
+    data = RunData(run.images, run.data, torch.device("cpu"))
+    model = build.probe(replace(run.model, nb_classes=6), run.images)
     train, *_ = data.open_pair()
-    features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
+    features = main_linprobe.Features(run, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
     (expected,) = (model.forward_features(data.normalize(images)) for images, *_ in data.eval_batches(train, 48))
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)

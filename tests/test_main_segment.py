@@ -24,7 +24,6 @@ from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import get_model
 from mae.inference import segment as inference_segment
-from mae.settings import specs
 from models_mae import mae_vit_mini_patch4
 
 
@@ -259,14 +258,14 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
 def test_recipes_build_their_models(name, tmp_path, monkeypatch):
     """By their names, in any folder; one of them names a palette of recipes/."""
     monkeypatch.chdir(tmp_path)
-    args = parse(main_segment, config=f"segment_{name}")
-    size, classes = args.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
+    run = parse(main_segment, config=f"segment_{name}")
+    size, classes = run.images.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
     with torch.device("meta"):
-        settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
-        model = mae.build.segmenter(*specs(settings))
+        run = run.changed(main_segment.pair_settings(run, None, {}))
+        model = mae.build.segmenter(run.model, run.images)
         assert model(torch.zeros(1, 3, size, size)).shape == (1, classes, size, size)
     assert (len(model.blocks), model.frozen) == ((32, True) if "huge" in name else (12, False))
-    assert "voc" not in name or settings["classes"][:2] == ["background", "aeroplane"]
+    assert "voc" not in name or run.model.classes[:2] == ["background", "aeroplane"]
 
 
 def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):

@@ -95,7 +95,7 @@ def sleep(*_, **__):
 
 resize.resize = sleep
 if __name__ == "__main__":
-    resize.main(entry_point.parse(resize.get_args_parser()))
+    resize.main(entry_point.parse_command(resize.get_args_parser())[0])
 """)
     process = subprocess.Popen([sys.executable, script, folder, tmp_path / "copy", "--num_workers", "1"])
     wait_until(lambda: pid.exists() and pid.read_text(), process)

@@ -145,17 +145,13 @@ def run(
         log = _open_log(run, task.loss_tag, progress, batches, measure_costs, precision.device)
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
+        schedule = partial(lr_sched.adjust_learning_rate, optimizer, args=optim, schedule=task.lr_schedule)
+        guard = NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal)
+        after_update = partial(_run_callbacks, task.callbacks, model)
         options = EpochOptions(
-            epoch=progress.epoch,
-            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=optim, schedule=task.lr_schedule),
-            precision=precision,
-            guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal),
-            log=log,
-            saver=saver,
-            accum_iter=optim.accum_iter,
-            clip_grad=optim.clip_grad,
-            after_update=partial(_run_callbacks, task.callbacks, model),
-        )
+            progress.epoch, schedule, precision, guard, log, saver, accum_iter=optim.accum_iter,
+            clip_grad=optim.clip_grad, after_update=after_update,
+        )  # fmt: skip
         _train_epochs(
             train, options, task, optim.epochs, run.evaluation.eval_every, model, batches, progress, interrupts
         )
