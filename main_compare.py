@@ -494,7 +494,7 @@ class Runs:
 
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
-        flags = {**vars(self.run), **task.encoder.flags, **self.shared}
+        flags = {**self.run.record(), **task.encoder.flags, **self.shared}
         images = ImageSpec.of(flags)
         settings = {name: value for name, value in images.record().items() if name in REBUILDS and name in flags}
 
@@ -507,7 +507,7 @@ class Runs:
             accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        data = {name: getattr(self.run, name) for name in ("data_path", "dataset", "train_list", "val_list")}
+        data = {name: self.run[name] for name in ("data_path", "dataset", "train_list", "val_list")}
         words = shlex.join(arguments({**data, **settings, "seed": task.draw}))
         return self.commands.keep(
             task.name, f"{task.protocol} of scikit-learn on {task.labels} images: {words}", data, compute

@@ -96,7 +96,7 @@ TAKEN = {
     RESUME: FIELDS.keys() - names_with(MACHINE),
     RESUME_PUBLISHED: {*names_with(MODEL, HEAD, LABELS, IMAGES, OPTIM)},  # its other settings are of another program
     EVALUATE: {*names_with(MODEL, HEAD, LABELS, IMAGES, SPLIT)},
-    TRAIN: {*names_with(MODEL, IMAGES), "hflip"},  # flips may change labels
+    TRAIN: {*names_with(MODEL, IMAGES), "hflip", "min_valid"},  # flips may change labels; min_valid belongs to nodata
 }
 
 
