@@ -37,10 +37,9 @@ import main_finetune
 import main_knn
 import main_linprobe
 import models_vit
+from mae import user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
-from mae.cli.advice import arguments, did_you_mean
-from mae.cli.user_code import DATASET
+from mae.cli import entry_point, options
 from mae.data.dataset_kinds import open_source
 from mae.data.labels import open_pair, some_of_each_class
 from mae.data.sources import Source
@@ -53,9 +52,12 @@ from mae.files import recipes
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
 from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings.arguments import arguments
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
+from mae.suggestions import did_you_mean
 from mae.training import run_log
+from mae.user_code import DATASET
 from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)

@@ -32,8 +32,9 @@ from engine_finetune import (
     report_scores,
     train_one_epoch,
 )
+from mae import user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
+from mae.cli import entry_point, options
 from mae.cli.advice import AdvisedError, Remedy
 from mae.data import extras, transforms
 from mae.data.labels import has_ids

@@ -22,7 +22,8 @@ from typing import Any
 import mae.build
 import models_vit
 from engine_finetune import encode, load_frozen, open_labelled
-from mae.cli import entry_point, options, user_code
+from mae import user_code
+from mae.cli import entry_point, options
 from mae.data import extras
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source

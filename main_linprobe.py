@@ -43,9 +43,9 @@ from engine_finetune import (
     train_one_epoch,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from mae import parallel
+from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
-from mae.cli import entry_point, options, user_code
+from mae.cli import entry_point, options
 from mae.data import extras, labels, loader, transforms
 from mae.data.batches import Batch
 from mae.data.run_data import RunData

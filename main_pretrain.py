@@ -25,11 +25,10 @@ import torch
 import mae.build
 import models_mae
 from engine_pretrain import train_one_epoch
-from mae import masking, parallel
+from mae import masking, parallel, user_code
 from mae.blocks import blocks_of
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
-from mae.cli.user_code import import_object
+from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
 from mae.data.generators import preserve_generators
@@ -46,6 +45,7 @@ from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.online_probe import OnlineProbe
 from mae.training.precision import Precision
+from mae.user_code import import_object
 from mae.weights import loading
 from mae.weights.recorded_settings import with_settings_of
 from models_vit import Encoder

@@ -26,9 +26,9 @@ import mae.build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
-from mae import parallel
+from mae import parallel, user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
+from mae.cli import entry_point, options
 from mae.data import extras
 from mae.data.joint_transforms import scale_image, train_transform
 from mae.data.run_data import RunData

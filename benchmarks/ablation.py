@@ -13,12 +13,12 @@ from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from mae.cli import entry_point
-from mae.cli.advice import arguments
 from mae.evaluate import comparison
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.files.results import Results
 from mae.jobs.commands import Commands
+from mae.settings.arguments import arguments
 from mae.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")

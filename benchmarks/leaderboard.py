@@ -34,10 +34,10 @@ from benchmarks.ablation import DATA, PRETRAIN
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
-from mae.cli.advice import arguments
 from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
 from mae.files import atomic
+from mae.settings.arguments import arguments
 from mae.settings.types import positive
 from mae.training import run_log
 from mae.training.environment import commit

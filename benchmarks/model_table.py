@@ -23,7 +23,7 @@ import mae.build
 import main_pretrain
 import models_mae
 import models_vit
-from mae.cli import user_code
+from mae import user_code
 from mae.evaluate.tables import markdown
 from mae.settings import Run
 from mae.training.costs import count_flops

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import models_mae
 import models_vit
+from mae import user_code
 from mae.blocks import blocks_of
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli import user_code
 from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, chosen, names_with
 from mae.settings.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
 from mae.settings.fields import HEAD, LABELS

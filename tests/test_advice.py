@@ -6,8 +6,9 @@ import pytest
 from golden_settings import SCRIPTS, parser_of
 
 import main_finetune
-from mae.cli import advice, entry_point
+from mae.cli import entry_point
 from mae.cli.advice import Remedy
+from mae.settings.arguments import arguments
 
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
 
@@ -31,4 +32,4 @@ def test_settings_are_formatted_as_on_the_command_line():
     assert str(Remedy(omitting)) == "give --norm_pix_loss and omit --unfreeze_blocks"
     assert str(Remedy({"unfreeze_blocks": None})) == "omit --unfreeze_blocks"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
-    assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]
+    assert arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]

@@ -13,7 +13,7 @@ PACKAGES = {
     "files": "files", "cli": "files", "data": "cli|files", "evaluate": "data|cli|files", "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files", "training": "evaluate|data|checkpoints|cli|files", "jobs": "cli|files",
 }  # fmt: skip
-SHARED = r"mae\.(blocks|context|interrupts|masking|parallel|positions|settings(\.\w+)?)"
+SHARED = r"mae\.(blocks|context|interrupts|masking|parallel|positions|settings(\.\w+)?|suggestions|user_code)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
@@ -31,12 +31,13 @@ ARROWS = {
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|models_\w+|mae\..+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+|util\.datasets",
     r"util\.\w+": r"mae\..+",  # the names of the paper's code
-    r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|cli\.user_code)",
+    r"mae\.build": r"models_\w+|mae\.(blocks|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
     r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|cli|files)\.\w+|{SHARED}",
     r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|files\.recipes|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
+    r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.parallel": r"mae\.plain_data",
     r"mae\.plain_data": r"mae\.cli\.advice",
     r"mae\.\w+": r"",  # the rest are leaves

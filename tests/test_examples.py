@@ -27,8 +27,8 @@ from examples.muon import muon_and_adamw
 from examples.two_crops import TwoCrops
 from examples.wide_decoder import WideDecoder
 from mae.checkpoints import checkpoint
-from mae.cli.user_code import import_object
 from mae.inference import get_model
+from mae.user_code import import_object
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 

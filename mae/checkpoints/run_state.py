@@ -12,14 +12,14 @@ import torch
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy, arguments
-from mae.cli.flags import runs_code
-from mae.cli.user_code import DATASET
+from mae.cli.advice import Remedy
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
+from mae.settings.arguments import arguments
 from mae.settings.choices import published_crop_pct
 from mae.settings.names import names_resumed
 from mae.settings.run import RESUME_PUBLISHED
+from mae.user_code import DATASET, runs_code
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights
 

@@ -1,28 +1,9 @@
-"""Errors with remedies, and suggestions of similar names."""
+"""Errors with remedies."""
 
-import difflib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-# Settings that a flag other than --no_NAME disables.
-OFF = {"global_pool": "--cls_token", "channels_last": "--channels_first"}
-
-
-def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """Returns the end of a message about an unknown name: the most similar known name, or "".
-
-    Args:
-        cutoff: minimum similarity, as in `difflib.get_close_matches`.
-    """
-    same = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), same, n=1, cutoff=cutoff)
-    return f"; did you mean {same[matches[0]]}?" if matches else ""
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Lists the settings of `after` that differ from `before`, for a message; "" if there are none."""
-    different = [key for key in after if before.get(key) != after[key]]
-    return "; ".join(f"{key} was {before.get(key)} and is {after[key]}" for key in different)
+from mae.settings.arguments import arguments
 
 
 class Remedy(NamedTuple):
@@ -77,14 +58,3 @@ class AdvisedError(ValueError):
         about = " ".join(f"{(names or {}).get(name, '--' + name)} {value}" for name, value in self.about.items())
         remedies = [str(one) for one in self.remedies if all(name in known for name in one.settings)]
         return f"{about}: " * bool(about) + self.message + f": {'; or '.join(remedies)}" * bool(remedies)
-
-
-def arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Returns settings as the arguments of a command; those that are None are left out."""
-    words: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else OFF.get(name, f"--no_{name}"))
-        elif value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return words

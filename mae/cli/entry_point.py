@@ -17,13 +17,16 @@ import torch
 import yaml
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, arguments, did_you_mean
-from mae.cli.flags import Range, Size, is_refused_in_recipes, warn_without_crops
+from mae.cli.advice import AdvisedError
+from mae.cli.flags import Range, Size, is_refused_in_recipes
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
+from mae.settings.arguments import arguments
+from mae.settings.images import unused_crops
 from mae.settings.run import Run
 from mae.settings.types import InvalidValue
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +153,8 @@ def parse_command(
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
-    warn_without_crops(getattr(args, "crop", None), explicit)
+    if unused := unused_crops(getattr(args, "crop", None), explicit):
+        logger.warning(f"no effect with --crop none: {' '.join(f'--{name}' for name in unused)}")
     return args, explicit
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, Remedy, did_you_mean
+from mae.cli.advice import AdvisedError, Remedy
 from mae.data.decode import BadImage, Picture
 from mae.data.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.sources import VALIDATION, first_few, names_of, version_of
 from mae.files.untrusted import read_file
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.advice import did_you_mean
 from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
 from mae.data.sources import Files
 from mae.files.untrusted import printable
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

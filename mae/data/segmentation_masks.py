@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from mae.cli.advice import AdvisedError, Remedy
-from mae.cli.user_code import DATASET
 from mae.data import decode
 from mae.data.archives import Archive
 from mae.data.decode import BadImage
@@ -28,6 +27,7 @@ from mae.data.lists import read_pairs
 from mae.data.sources import Files, Source, StoredImage, files_below, find_files, first_few
 from mae.data.user_sets import OpenDataset, UserSet, read_named
 from mae.files.untrusted import printable, read_file
+from mae.user_code import DATASET
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mae.cli.user_code import DATASET, call, import_object
 from mae.data import decode
 from mae.data import extras as extra_inputs
 from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
@@ -26,6 +25,7 @@ from mae.data.library_sets import LibrarySet
 from mae.data.sources import StoredImage, first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.settings import Run
+from mae.user_code import DATASET, call, import_object
 
 logger = logging.getLogger(__name__)
 

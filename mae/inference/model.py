@@ -18,8 +18,8 @@ import torch
 import mae.build
 import models_mae
 import models_vit
+from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli import user_code
 from mae.data import transforms
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import mae.build
-from mae.cli.advice import arguments
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
+from mae.settings.arguments import arguments
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
 

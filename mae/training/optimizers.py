@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mae.cli.user_code import call
+from mae.user_code import call
 
 # function(model, groups) -> optimizer. The groups are dicts with the keys params, weight_decay and perhaps lr_scale.
 MakeOptimizer = Callable[[nn.Module, list[dict[str, Any]]], Optimizer]

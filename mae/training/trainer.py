@@ -13,7 +13,6 @@ from torch import nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
-from mae.cli.user_code import call
 from mae.interrupts import Interrupted, Interrupts
 from mae.positions import to_pair
 from mae.settings import ImageSpec, Run
@@ -25,6 +24,7 @@ from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
 from mae.training.saver import open_saver
+from mae.user_code import call
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from mae.cli.advice import did_you_mean
 from mae.files import atomic
 from mae.files.untrusted import file_digest
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

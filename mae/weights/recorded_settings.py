@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mae import settings
-from mae.cli import advice
-from mae.cli.flags import runs_code, warn_without_crops
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
+from mae.settings.arguments import arguments
 from mae.settings.fields import HEAD, LABELS, SPLIT
+from mae.settings.images import unused_crops
+from mae.user_code import runs_code
 from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
         if settings.differs(name, run[name], settings.effective(before, name))
     }
     if changed:
-        logger.info(f"settings of {file.origin}: {' '.join(advice.arguments(changed))}")
-    if "crop" in changed:
-        warn_without_crops(run.images.crop, before.explicit)
+        logger.info(f"settings of {file.origin}: {' '.join(arguments(changed))}")
+    if "crop" in changed and (unused := unused_crops(run.images.crop, before.explicit)):
+        logger.warning(f"no effect with --crop none: {' '.join(f'--{name}' for name in unused)}")
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
         crop_pct = preprocessing.crop_pct_of_earlier_version(file, run.images.input_size)
         run = run.changed({"crop_pct": crop_pct})
@@ -78,6 +79,6 @@ def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
     for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
-            used, recorded_flag = (" ".join(advice.arguments({name: setting})) for setting in (current, value))
+            used, recorded_flag = (" ".join(arguments({name: setting})) for setting in (current, value))
             before = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
             logger.warning(f"{used} is used, and {origin} was made {before}")

@@ -2,13 +2,16 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from mae.cli.advice import did_you_mean
 from mae.settings.run import Run
+from mae.suggestions import did_you_mean
 
+# Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
+SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
 DATASET = "py:"  # before the name of a function, as a value of --dataset
 
 
@@ -86,3 +89,8 @@ def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: t
         raise
     except (ValueError, ArithmeticError, StopIteration) as error:
         raise RuntimeError(f"{origin}: the code raised {type(error).__name__}: {error}") from error
+
+
+def runs_code(dataset: str) -> bool:
+    """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
+    return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))

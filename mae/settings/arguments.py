@@ -1,0 +1,24 @@
+"""Settings as text: the arguments of a command, and what has changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Settings that a flag other than --no_NAME disables.
+OFF = {"global_pool": "--cls_token", "channels_last": "--channels_first"}
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Returns settings as the arguments of a command; those that are None are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else OFF.get(name, f"--no_{name}"))
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Lists the settings of `after` that differ from `before`, for a message; "" if there are none."""
+    different = [key for key in after if before.get(key) != after[key]]
+    return "; ".join(f"{key} was {before.get(key)} and is {after[key]}" for key in different)
