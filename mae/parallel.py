@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae import plain_data
 
-BACKENDS = ("auto", "nccl", "gloo")
 EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
 T = TypeVar("T")
 
@@ -152,7 +151,7 @@ def init(
         device_name: as in `choose_device`.
         dist_url: address at which the processes connect; env:// reads MASTER_ADDR and MASTER_PORT.
         timeout: seconds that a process waits for the other processes before it fails.
-        backend: one of BACKENDS; auto is nccl for GPUs, else gloo.
+        backend: nccl, gloo or auto; auto is nccl for GPUs, else gloo.
         needs_group: a single process has a process group, too, as FSDP2 requires.
 
     Raises:

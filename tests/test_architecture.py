@@ -35,7 +35,7 @@ ARROWS = {
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
     r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|cli|files)\.\w+|{SHARED}",
-    r"mae\.settings\.\w+": r"mae\.(positions|masking|parallel|files\.recipes|settings\.\w+)",
+    r"mae\.settings\.\w+": r"mae\.(positions|masking|files\.recipes|settings\.\w+)",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.parallel": r"mae\.plain_data",

@@ -7,6 +7,7 @@ DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
     "data", "augmentation", "model", "optimization", "evaluation", "run"
 )  # fmt: skip
 DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
+BACKENDS = ("auto", "nccl", "gloo")
 AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
 TF32 = (  # in the help of --amp
     "tf32: fp32, but matrix products on CUDA round their factors to 10 bits of mantissa, a relative error of up to "
