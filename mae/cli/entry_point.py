@@ -19,6 +19,7 @@ import yaml
 from mae import parallel
 from mae.cli.advice import AdvisedError
 from mae.cli.flags import Range, Size, is_refused_in_recipes
+from mae.cli.messages import log_flags, with_flags
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
@@ -260,6 +261,7 @@ def run(
     """
     _open_streams()
     args, explicit = parse_command(parser)
+    log_flags(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
     same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
@@ -312,4 +314,5 @@ def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    return with_flags(text, parser)
