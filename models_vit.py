@@ -374,7 +374,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}.with_class_tokens returns {tokens.shape[1]} tokens, and {expected} are "
                 f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too, or give "
-                f"--num_cls_tokens, which adds learned tokens"
+                f"`num_cls_tokens`, which adds learned tokens"
             )
         return tokens
 
@@ -391,13 +391,13 @@ class Encoder(nn.Module):
             if name not in self.extra_inputs:
                 raise ValueError(
                     f"{type(self).__name__} takes no extra input {name}: it takes "
-                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}; omit it, or give a class of --encoder or "
-                    f"--model_class with a parameter of this name"
+                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}; omit it, or give a class of `encoder` or "
+                    f"`model_class` with a parameter of this name"
                 )
         for name in self.needed_inputs if needed is None else needed:
             if name not in names:
                 raise ValueError(
-                    f"{type(self).__name__} needs the extra input {name} of each image: give --extras {name} with a "
+                    f"{type(self).__name__} needs the extra input {name} of each image: give extras={name} with a "
                     f"list, or return it from your dataset; in Python, model.predict(images, {name}=...)"
                 )
 

@@ -49,7 +49,7 @@ def _require_mix_in(name: str, encoder: Any) -> None:
     complete = (MaskedAutoencoderViT, VisionTransformer)
     if not (isinstance(encoder, type) and issubclass(encoder, Encoder)) or issubclass(encoder, complete):
         raise ValueError(
-            f"--encoder {name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
+            f"encoder={name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
         )
 
 
@@ -64,13 +64,13 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
             name = spec.encoder.rpartition(":")[2]
             raise ValueError(
                 f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
-                f"--encoder {spec.encoder}"
+                f"encoder={spec.encoder}"
             )
         if spec.encoder_args:
-            raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
+            raise ValueError("`encoder_args` are arguments of the class of `encoder`: give encoder=module:Class")
         return {}
     _require_mix_in(str(spec.encoder), encoder)
-    return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
+    return own_arguments(encoder, spec.encoder_args, f"encoder={spec.encoder}", "`encoder_args`")
 
 
 class _Values(yaml.SafeLoader):
@@ -151,7 +151,7 @@ def autoencoder(
         of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
-        raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
+        raise ValueError("`model_args` are arguments of the class of `model_class`: give model_class=module:Class")
     return _set_options(build(model_class, encoder, arguments), spec)
 
 
@@ -161,12 +161,12 @@ def _arguments_of_class(
     """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
     kind: Any = getattr(model_class, "func", model_class)
     keywords = getattr(model_class, "keywords", {})
-    origin = f"--model_class {user_code.name_of(kind)}"
+    origin = f"model_class={user_code.name_of(kind)}"
     if fixed := sorted(keywords.keys() & of_run):
         raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
-    own = own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
+    own = own_arguments(kind, texts, origin, "`model_args`", {*keywords, *of_run})
     if both := sorted(own.keys() & of_run):
-        raise ValueError(f"--model_args {both[0]}: the run or --encoder has an argument of this name, too; rename it")
+        raise ValueError(f"model_args={both[0]}: the run or `encoder` has an argument of this name, too; rename it")
     return keywords | own
 
 
@@ -329,7 +329,7 @@ class AttentivePool(nn.Module):
             above = min((count for count in range(num_queries, dim + 1) if dim % count == 0), default=below)
             fitting = f"{below} or {above}" if above > below else f"{below}"
             raise ValueError(
-                f"--num_queries {num_queries} does not divide the {dim} channels of a token: give {fitting}"
+                f"num_queries={num_queries} does not divide the {dim} channels of a token: give {fitting}"
             )
         self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
         self.value = nn.Linear(dim, dim, bias=False)
@@ -385,8 +385,8 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
         return
     if model.global_pool:
         raise ValueError(
-            "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
-            "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
+            "probe=attentive pools patch tokens after the norm of the encoder, which a classifier with `global_pool` "
+            "does not have: start from pre-trained weights without `global_pool`, or give probe=linear and `global_pool`"
         )
     model.head = attentive_head(model.embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)
 
@@ -399,7 +399,7 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
     """
     if not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(
-            f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
+            f"unfreeze_blocks={num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
             f"or all"
         )
     model.requires_grad_(False)
@@ -427,7 +427,7 @@ def set_grad_checkpointing(model: nn.Module) -> set[str]:
 def _set_options(model: Model, spec: ModelSpec) -> Model:
     if spec.grad_checkpointing and (others := set_grad_checkpointing(model)):
         logger.warning(
-            f"--grad_checkpointing has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
+            f"`grad_checkpointing` has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
             f"models_vit.Block, and override compute instead of forward"
         )
     return model
@@ -450,6 +450,6 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
         parameters = inspect.signature(block).parameters
         for name, value in of_block.items():
             if value and name not in parameters:
-                raise ValueError(f"--{name} {value}: the blocks of --encoder {spec.encoder} lack it; omit the flag")
+                raise ValueError(f"{name}={value}: the blocks of encoder={spec.encoder} lack it; omit it")
         shape["block"] = partial(block, **of_block)
     return {**SIZES[size_of(spec.model)], **shape, **encoder_arguments(spec, encoder)}

@@ -179,7 +179,7 @@ def ratio_of_patches(block_noise: Tensor, mask_ratio: float) -> float:
     num_blocks = int(block_noise.max()) + 1
     visible = num_visible(num_blocks, mask_ratio)
     if not visible:
-        raise ValueError(f"--mask_ratio {mask_ratio:g} leaves none of the {num_blocks} patches or blocks visible")
+        raise ValueError(f"mask_ratio={mask_ratio:g} leaves none of the {num_blocks} patches or blocks visible")
     return _ratio_of(int((block_noise < visible).sum()), len(block_noise))
 
 
@@ -220,15 +220,15 @@ def sampler(
     if masking == "block":
         return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
     if masking != "grid":
-        raise ValueError(f"--masking {masking}: give one of {', '.join(MASKING_CHOICES)}")
+        raise ValueError(f"masking={masking}: give one of {', '.join(MASKING_CHOICES)}")
     if mask_ratio != GRID_RATIO:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g}: --masking grid masks 3 of every 2x2 patches; give --mask_ratio {GRID_RATIO}"
+            f"mask_ratio={mask_ratio:g}: masking=grid masks 3 of every 2x2 patches; give mask_ratio={GRID_RATIO}"
         )
     if min(grid_size) < 2:
         raise ValueError(
-            f"--masking grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}: give "
-            f"--masking random"
+            f"masking=grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}: give "
+            f"masking=random"
         )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
@@ -247,7 +247,7 @@ def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Te
 
 def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_size: tuple[int, int]) -> None:
     if masking != "random":
-        raise ValueError(f"--mask_block {side} is for --masking random: give --mask_block 1, or --masking random")
+        raise ValueError(f"mask_block={side} is for masking=random: give mask_block=1, or masking=random")
     if not any(length % side for length in grid_size):
         return
     sizes = [[round_to(length / side) * side * p for length, p in zip(grid_size, patch_size, strict=True)]
@@ -255,8 +255,8 @@ def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_siz
     fitting = [" ".join(map(str, size[:1] if size[0] == size[1] else size)) for size in sizes if all(size)]
     divisors = [n for n in range(2, side) if not any(length % n for length in grid_size)]
     raise ValueError(
-        f"--mask_block {side} does not divide the {grid_size[0]}x{grid_size[1]} patches of an image: give --input_size "
-        f"{' or '.join(fitting)}" + (f", or --mask_block {divisors[-1]}" if divisors else "")
+        f"mask_block={side} does not divide the {grid_size[0]}x{grid_size[1]} patches of an image: give `input_size` "
+        f"{' or '.join(fitting)}" + (f", or mask_block={divisors[-1]}" if divisors else "")
     )
 
 
@@ -270,19 +270,19 @@ def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> N
         ValueError: all or none of the patches would be masked.
     """
     if num_patches < 2 and what == "patches":
-        raise ValueError("the images have a single patch: give a larger --input_size, or a smaller --patch_size")
+        raise ValueError("the images have a single patch: give a larger `input_size`, or a smaller `patch_size`")
     if num_patches < 2:
-        raise ValueError("the images have a single block of patches: give a smaller --mask_block")
+        raise ValueError("the images have a single block of patches: give a smaller `mask_block`")
     visible = num_visible(num_patches, mask_ratio)
     most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))
     if visible == num_patches:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} {what}, and only masked patches have a "
-            f"loss; give --mask_ratio {min(0.75, most):g}"
+            f"mask_ratio={mask_ratio:g} masks none of the {num_patches} {what}, and only masked patches have a "
+            f"loss; give mask_ratio={min(0.75, most):g}"
         )
     if visible == 0:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} {what} visible: give --mask_ratio {most:g} "
+            f"mask_ratio={mask_ratio:g} leaves none of the {num_patches} {what} visible: give mask_ratio={most:g} "
             f"or less"
         )
 
@@ -297,4 +297,4 @@ def require_random(noise: Tensor, method: str) -> None:
         RuntimeError: it does not. On a GPU, a later operation raises the error, so that models can be compiled.
     """
     is_random = noise.masked_fill(noise.isinf(), 0).frac().any()  # infinite for patches without valid pixels
-    torch._assert_async(is_random, f"{method}: give --masking random, --mask_block 1, and no mask")
+    torch._assert_async(is_random, f"{method}: give masking=random, mask_block=1, and no mask")

@@ -41,9 +41,9 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind in exists if exists[kind])
     kind, _, index = name.partition(":")
     if kind not in exists or (index and not index.isdecimal()):
-        raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
+        raise ValueError(f"device={name}: give auto, cpu, cuda, cuda:N or mps")
     if not exists[kind]:
-        raise ValueError(f"--device {name}: PyTorch finds no {kind.upper()} device; give --device cpu or auto")
+        raise ValueError(f"device={name}: PyTorch finds no {kind.upper()} device; give device=cpu or auto")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
     if number >= count:
         raise ValueError(
             f"this process needs CUDA device {number}, and this machine has {count}: start fewer processes on it "
-            f"(torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give --device cuda:0 if each process "
+            f"(torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give `device` cuda:0 if each process "
             f"has a GPU of its own"
         )
     return torch.device("cuda", number)
@@ -161,7 +161,7 @@ def init(
     translate_srun()
     device = choose_device(device_name)
     if backend == "nccl" and device.type != "cuda":
-        raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")
+        raise ValueError(f"dist_backend=nccl connects GPUs, and the device is {device.type}: give gloo or auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
     world_size = _launched("WORLD_SIZE", 1)
@@ -208,7 +208,7 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
         if "EADDRINUSE" in reason:
             raise ValueError(f"{where} is in use: give torchrun another --master_port, or set MASTER_PORT") from error
         raise ValueError(
-            f"process {number} of {world_size} did not reach all others at {where} within --dist_timeout {timeout:g} "
+            f"process {number} of {world_size} did not reach all others at {where} within dist_timeout={timeout:g} "
             f"seconds ({reason}): start all processes, with the same address, and check firewalls"
         ) from error
 

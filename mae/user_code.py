@@ -65,7 +65,7 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     for name, value in given.items():
         if value is not None:
             run = run.changed({name: name_of(value)})
-        found.append(import_object(f"--{name} ", run[name]) if value is None and run[name] else value)
+        found.append(import_object(f"{name}=", run[name]) if value is None and run[name] else value)
     return run, *found
 
 

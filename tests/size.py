@@ -25,7 +25,8 @@ def sources(root: Path = ROOT) -> dict[str, ast.Module]:
 
 def is_command(tree: ast.Module) -> bool:
     """Whether a module has a command line of its own."""
-    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+    parsers = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} & {"get_args_parser"}
+    return bool(parsers) or any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
 
 
 def imports_of_the_roof(trees: dict[str, ast.Module]) -> list[str]:

@@ -187,7 +187,7 @@ def newest_first(folder: Path) -> list[Path]:
         try:
             positions.append((position(path), path))
         except CheckpointError as error:
-            logger.warning(f"--resume auto skips {path.name}: {error}")
+            logger.warning(f"resume=auto skips {path.name}: {error}")
     return [path for _, path in sorted(positions, reverse=True)]
 
 

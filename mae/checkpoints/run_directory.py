@@ -77,7 +77,7 @@ def prepare(output_dir: Path, resume: str) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
+            f"output_dir={output_dir} can't be created ({error.strerror}): give another `output_dir`"
         ) from error
 
 
@@ -87,16 +87,16 @@ def _require_unused(output_dir: Path, resume: str) -> None:
     if _is_inside(output_dir, resume):
         if later := _later(output_dir, Path(resume)):
             raise ValueError(
-                f"--resume {resume}: --output_dir {output_dir} contains later checkpoints ({', '.join(later[:3])}): "
-                f"give another --output_dir, or continue the run with --resume auto"
+                f"resume={resume}: output_dir={output_dir} contains later checkpoints ({', '.join(later[:3])}): "
+                f"give another `output_dir`, or continue the run with resume=auto"
             )
         return
     files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
     existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
     if existing:
         raise ValueError(
-            f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
-            f"--resume auto, or give another --output_dir"
+            f"output_dir={output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
+            f"resume=auto, or give another `output_dir`"
         )
 
 
@@ -132,8 +132,8 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                 atomic.write_text(output_dir / LAUNCHED, "\n".join(parallel.launches()))
             except OSError as error:
                 raise OSError(
-                    f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
-                    f"give another --output_dir"
+                    f"output_dir={output_dir} can't be written to ({error.strerror or error}): free space there, or "
+                    f"give another `output_dir`"
                 ) from error
         _require_shared(output_dir)
         yield
@@ -148,7 +148,7 @@ def _require_shared(output_dir: Path) -> None:
     hosts = parallel.gather("" if found else socket.gethostname())
     if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
         raise ValueError(
-            f"--output_dir {output_dir} of {others[0]} is another directory than that of process 0: give a directory "
+            f"output_dir={output_dir} of {others[0]} is another directory than that of process 0: give a directory "
             f"that all machines share"
         )
 
@@ -158,8 +158,8 @@ def _take(file: IO[str], output_dir: Path) -> None:
     holder = file.read()
     if not locks.acquire(file, output_dir):
         raise ValueError(
-            f"--output_dir {output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
-            f"another --output_dir"
+            f"output_dir={output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
+            f"another `output_dir`"
         )
     if holder:
         logger.info(f"the previous run ({holder}) was killed")

@@ -42,7 +42,7 @@ OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturab
 
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
-ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
+ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 
 ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
 
@@ -99,7 +99,7 @@ class Progress:
         batch = saved["effective_batch_size"] if saved else published
         if batch not in (None, self.effective_batch_size):
             raise CheckpointError(
-                f"the checkpoint was trained with an effective batch size of {batch} (--batch_size x --accum_iter x "
+                f"the checkpoint was trained with an effective batch size of {batch} (`batch_size` x `accum_iter` x "
                 f"processes), and this run has {self.effective_batch_size}: give {self._split_of(batch)}"
             )
         if saved is None:
@@ -135,7 +135,7 @@ class Progress:
             return f"a number of processes that divides {effective_batch_size}"
         largest = min(per_process, self.global_batch_size // parallel.world_size())
         batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
-        return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
+        return f"batch_size={batch_size} accum_iter={per_process // batch_size}"
 
 
 def collect(
@@ -205,7 +205,7 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
         remedies = _start_from(which)
         if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
             remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
-        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
     return str(file), saved, "progress" in state
 
 
@@ -215,7 +215,7 @@ def _require_setting(file: str, name: str, value: Any) -> None:
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_code(str(value)):
         in_python = " (or source= in Python)" * value.startswith(DATASET)
-        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'{in_python}")
+        raise CheckpointError(f"{file} records a `dataset` that runs code: give dataset='{value}'{in_python}")
 
 
 def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
@@ -268,12 +268,12 @@ def resume(
             is_same = model.state_dict().keys() <= state.get("model", {}).keys()
             evaluated = [Remedy({"eval": True}, "{} evaluates it")] * is_same
             what = " and no ".join(sorted(missing))
-            raise CheckpointError(f"--resume {which}: the file contains no {what}", *_start_from(which), *evaluated)
+            raise CheckpointError(f"resume={which}: the file contains no {what}", *_start_from(which), *evaluated)
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
             remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
-            checkpoint.require_finite(state["model"], f"--resume {which}", remedy_text)
+            checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
         restore_model(model, state, settings, which)
         _require_same_meaning(_args_of(state), settings)
         _require_same_parameters(optimizer, state, settings, which)
@@ -288,7 +288,7 @@ def resume(
         _warn_of_changes(_args_of(state), settings)
     if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
         raise CheckpointError(
-            f"--resume {which}: the processes found different checkpoints; give all of them the same file"
+            f"resume={which}: the processes found different checkpoints; give all of them the same file"
         )
     if which not in ("", "auto") and parallel.is_main():  # after all processes have accepted the checkpoint
         run_directory.record_source(output_dir, Path(which))
@@ -310,16 +310,16 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
             state = sharded.read(path)
         except CheckpointError as error:
             if parallel.is_main():  # the error is the same in all processes
-                logger.warning(f"--resume auto skips {path.name}: {error}")
+                logger.warning(f"resume=auto skips {path.name}: {error}")
             continue
         logger.info(f"resuming from {path}")
         return state
     if names:
         raise CheckpointError(
-            f"--resume auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read: "
-            f"restore them, or give another --output_dir"
+            f"resume=auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read: "
+            f"restore them, or give another `output_dir`"
         )
-    logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
+    logger.info(f"resume=auto: no checkpoint in {output_dir}, starting from the beginning")
     return None
 
 
@@ -328,7 +328,7 @@ def _start_from(file: str) -> list[Remedy]:
     if file == "auto":
         return [ANOTHER_FOLDER]
     return [
-        Remedy({flag: file}, "{} instead of --resume starts from its weights") for flag in ("finetune", "init_from")
+        Remedy({flag: file}, "{} instead of `resume` starts from its weights") for flag in ("finetune", "init_from")
     ]
 
 
@@ -501,7 +501,7 @@ def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE):
         if _differs(name, saved, settings):
-            logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")
+            logger.warning(f"`{name}` was {saved[name]} in the resumed run, and is {settings[name]} from now on")
     unknown = sorted(saved.keys() - settings.keys() - FREE)
     if unknown:
         names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)

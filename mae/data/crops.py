@@ -97,10 +97,10 @@ def first_stage(
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(
-            f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
+            f"crop_scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum area, above 0 and up to 1"
         )
     if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
+        raise ValueError(f"crop_ratio=[{ratio[0]}, {ratio[1]}]: give the minimum and the maximum, above 0")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
         return partial(scaled, size=(height, width))
@@ -138,7 +138,7 @@ def flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Call
     """
     height, width = to_pair(input_size)
     if rotate90 and height != width:
-        raise ValueError(f"--rotate90: --input_size {height} {width} is not a square; omit --rotate90")
+        raise ValueError(f"`rotate90`: input_size=[{height}, {width}] is not a square; omit `rotate90`")
     return [T.RandomVerticalFlip(vflip)] * (vflip > 0) + [_rotate90] * rotate90
 
 

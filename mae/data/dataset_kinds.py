@@ -50,13 +50,13 @@ def open_source(
     root = Path(data_path) if data_path else None
     kind, _, name = (dataset or "").partition(":")
     if file_list and dataset:
-        raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
+        raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
     for flag, value, counts in (
-        ("--download", download, dataset and kind not in ("hf", "wds", "py")),
-        ("--num_images", num_images, kind == "wds"),
-        ("--data_path", data_path, kind not in ("hf", "wds")),
-        ("--label_columns", label_columns, bool(file_list)),
-        ("--extras", extras, bool(file_list)),
+        ("`download`", download, dataset and kind not in ("hf", "wds", "py")),
+        ("`num_images`", num_images, kind == "wds"),
+        ("`data_path`", data_path, kind not in ("hf", "wds")),
+        ("`label_columns`", label_columns, bool(file_list)),
+        ("`extras`", extras, bool(file_list)),
     ):
         if value and not counts:
             logger.warning(f"{flag} has no effect with this dataset")
@@ -73,14 +73,14 @@ def open_source(
     if file_list:
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
-        flag = f"--{split}_list"
+        flag = f"`{split}_list`"
         return parallel.from_rank_0(
             lambda: read_list(Path(file_list), below, flag, task, label_columns, extras), Files, Strings
         )
     if root is None:
         raise ValueError(
-            "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
-            "(or give --train_list or --dataset)"
+            "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
+            "(or give `train_list` or `dataset`)"
         )
     if root.is_file():
         return parallel.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)

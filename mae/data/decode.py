@@ -89,7 +89,7 @@ class PixelValues(NamedTuple):
             ends = f"{pixels.min()} {pixels.max()}" if kind in "iu" and pixels.min() < pixels.max() else "MIN MAX"
             raise BadImage(
                 f"the range of its {pixels.dtype} pixels is unknown; save it as uint8, uint16 or float32",
-                f"give --value_range {ends}" if kind in "iu" else None,
+                f"give value_range={ends}" if kind in "iu" else None,
             )
         with np.errstate(over="ignore"):  # float64 values that are infinite in float32
             if self.value_range:
@@ -105,7 +105,7 @@ class PixelValues(NamedTuple):
                 is_known |= invalid
                 values[invalid] = np.nan
         if not is_known.all():
-            remedy = "give --nodata nan" if nodata is None and np.isnan(pixels).any() else None
+            remedy = "give nodata=nan" if nodata is None and np.isnan(pixels).any() else None
             raise BadImage("it contains values that are not finite", remedy)
         return values
 
@@ -251,7 +251,7 @@ def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORE
         return _fit_tensor(picture, in_chans)
     if values.nodata not in (None, "nan") and (picture.has_transparency_data or picture.mode in ("P", "PA")):
         raise BadImage(
-            f"its {picture.mode} pixels are converted, and --nodata is about the values in the file; save it without a "
+            f"its {picture.mode} pixels are converted, and `nodata` is about the values in the file; save it without a "
             f"palette and without an alpha channel"
         )
     if in_chans in MODES:
@@ -323,7 +323,7 @@ def _check_size(height: int, width: int, channels: int, max_pixels: int) -> None
 def _check_channels(own: int, in_chans: int) -> None:
     """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
-        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}", f"give --in_chans {own}")
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}", f"give in_chans={own}")
 
 
 def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Picture:
@@ -365,7 +365,7 @@ def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"")
         BadImage: Pillow scales the values that `values` is about, or their range is unknown.
     """
     if (values.value_range or values.nodata not in (None, "nan")) and is_rescaled(picture, data):
-        raise BadImage("its values are scaled to 8 or 16 bits, and --value_range and --nodata are about the values in "
+        raise BadImage("its values are scaled to 8 or 16 bits, and `value_range` and `nodata` are about the values in "
                        "the file; save it as .npy")  # fmt: skip
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
@@ -397,14 +397,14 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int, channels_last: bool | N
             raise BadImage(
                 f"the channels of an array of shape {shape} may be its last or its first axis: channels_last=True or "
                 f"channels_last=False says which",
-                "give --channels_last or --channels_first",
+                "give `channels_last` or channels_last=False",
             )
         if fitting:
             return fitting[0]
     own = min(shape[0], shape[2])
     raise BadImage(
         f"an array of shape {shape} does not have {in_chans} channels on its last or first axis",
-        f"give --in_chans {own}",
+        f"give in_chans={own}",
     )
 
 
@@ -443,10 +443,10 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
             pages = [page]  # the other pages are smaller copies of the first one
         if len(pages) == 1 and _is_stack(file.pages):
             count = len(file.pages)
-            remedy = f"give --in_chans {count}" if channels == 1 else "save each page as a file"
+            remedy = f"give in_chans={count}" if channels == 1 else "save each page as a file"
             raise BadImage(f"it has {count} pages of equal size, and is not one image", remedy)
         if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
-            raise BadImage("its value 0 is white, so --nodata has two meanings; save it with 0 as black")
+            raise BadImage("its value 0 is white, so `nodata` has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
             return _read_with_pillow(data, max_pixels, values)

@@ -97,7 +97,7 @@ class ImageCache:
                 estimate = num_bytes * len(source) / num_images
                 if num_images >= min(SAMPLE, len(source)) // processes and estimate > limit:
                     raise ValueError(
-                        f"--cache_images: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
+                        f"`cache_images`: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
                         f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
                         f"images with python -m mae.data.resize"
                     )
@@ -105,7 +105,7 @@ class ImageCache:
         by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}
         parts = [by_number[number] for number in sorted(by_number)]
         if len(parts) < count:
-            raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
+            raise ValueError("`cache_images`: the processes of this machine can't open each other's memory; omit it")
         self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
         self.num_bytes = sum(map(len, self.parts))
         self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
@@ -192,7 +192,7 @@ def cached(
     caches: list[ImageCache] = []
     for source, on_bad in zip_longest(sources, on_bad_image):
         if isinstance(source, Shards):
-            raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
+            raise ValueError("`cache_images`: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
         caches.append(
             ImageCache(
@@ -201,7 +201,7 @@ def cached(
             )
         )  # fmt: skip
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
-    logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
+    logger.info(f"`cache_images`: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
     return caches
 
 
@@ -251,8 +251,8 @@ class _Decoded(Dataset):
             return nothing, label_at(self.source.labels, index)
         if not torch.equal(pixels, again):
             raise ValueError(
-                f"--cache_images: the dataset returns another image {self.source.name(index)} in each epoch, and all "
-                f"epochs would have the first; omit --cache_images"
+                f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "
+                f"epochs would have the first; omit `cache_images`"
             )
         return pixels, label
 

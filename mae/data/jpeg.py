@@ -50,7 +50,7 @@ def decoder() -> Any:
         return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f'--fast_jpeg needs more packages: pip install ".[fast]" ({reason})') from error
+        raise ValueError(f'`fast_jpeg` needs more packages: pip install ".[fast]" ({reason})') from error
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:

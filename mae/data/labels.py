@@ -97,8 +97,8 @@ def open_pair(
     is_classification = task == CLASSIFICATION
     if train_per_class and not is_classification:
         raise ValueError(
-            f"--train_per_class {train_per_class}: an image has no single class with --task {task}; omit "
-            f"--train_per_class"
+            f"train_per_class={train_per_class}: an image has no single class with task={task}; omit "
+            f"`train_per_class`"
         )
     train = require(open_split("train"), "train", task)
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
@@ -111,15 +111,15 @@ def open_pair(
             + "; ".join(
                 f"only {side}: {first_few(own)}" for side, own in (("train", only_train), ("val", only_val)) if own
             )
-            + "; --task multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
-            + "; --task regression takes numbers" * all(map(_is_decimal, only_train + only_val))
+            + "; task=multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
+            + "; task=regression takes numbers" * all(map(_is_decimal, only_train + only_val))
         )
     count = len(train.classes)
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
-        raise ValueError(f"the data has {count} {unit}, and --nb_classes is {nb_classes}; omit --nb_classes")
+        raise ValueError(f"the data has {count} {unit}, and `nb_classes` is {nb_classes}; omit `nb_classes`")
     if not count:
-        raise ValueError(f"--task {task}: no training image has a label: give labels")
+        raise ValueError(f"task={task}: no training image has a label: give labels")
     if is_classification and parallel.is_main():
         _warn_of_imbalance(train, train.classes)
     chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
@@ -178,12 +178,12 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         reason = f", because these are in no class folder: {strays}; move or remove them" if strays else ""
         raise ValueError(
             f"the {split} images have no classes{reason}. Supervised training and evaluation need them: give class "
-            f"folders ({split}/CLASS/IMAGE), a --{split}_list with labels, or a --dataset with labels"
+            f"folders ({split}/CLASS/IMAGE), a `{split}_list` with labels, or a `dataset` with labels"
         )
     if task != CLASSIFICATION and np.asarray(source.labels).ndim < 2:
         raise ValueError(
-            f"--task {task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
-            f"--train_list and --val_list with labels, or vectors of a --dataset py:MODULE:FUNCTION"
+            f"task={task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
+            f"`train_list` and `val_list` with labels, or vectors of a `dataset` py:MODULE:FUNCTION"
         )
     if task == CLASSIFICATION and has_ids(source) and len(there := np.unique(source.labels)) < len(source.classes):
         numbers = np.full(len(source.classes), -1)
@@ -216,7 +216,7 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
     if task != CLASSIFICATION:
         if unknown or (task == REGRESSION and len(source.classes) < len(classes)):
             raise ValueError(
-                f"--task {task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
+                f"task={task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
                 f"training images or of the model are {first_few(classes)}: give the same"
             )
         vectors = np.zeros((len(source), len(classes)))
@@ -250,7 +250,7 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
         if not len(samples) and has_ids(source):  # an output without images (--nb_classes)
             continue
         if len(samples) < count:
-            raise ValueError(f"--train_per_class {count}: the class {name} has {len(samples)} images")
+            raise ValueError(f"train_per_class={count}: the class {name} has {len(samples)} images")
         chosen.append(samples[:count])
     return Subset(source, np.sort(np.concatenate(chosen)))
 
@@ -303,7 +303,7 @@ def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:
     mean, std = source.labels.mean(axis=0), source.labels.std(axis=0)
     if not (std > 0).all():
         name = source.classes[int(np.argmin(std))]
-        raise ValueError(f"--task regression: {name} is the same for all training images: omit this label")
+        raise ValueError(f"task=regression: {name} is the same for all training images: omit this label")
     return mean.tolist(), std.tolist()
 
 

@@ -79,13 +79,13 @@ class TorchvisionSet(LibrarySet):
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
             near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
-            raise ValueError(f"--dataset {name}: torchvision has no dataset of this name{near}")
+            raise ValueError(f"dataset={name}: torchvision has no dataset of this name{near}")
         takes = _parameters(make)
         arguments: dict[str, Any] = {}
         if "root" in takes:
             if not root:
                 raise ValueError(
-                    f"--dataset {name} needs --data_path: the folder with its files, or for its files with --download"
+                    f"dataset={name} needs `data_path`: the folder with its files, or for its files with `download`"
                 )
             arguments["root"] = root
         if "small" in takes and any(Path(arguments["root"]).glob("*_256*")):  # Places365 of 256 pixels
@@ -114,7 +114,7 @@ class TorchvisionSet(LibrarySet):
         """Returns candidate arguments that select a split. The first that the class accepts is used."""
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
-            raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
+            raise ValueError(f"dataset={self.title}: {make.__name__} has no splits of its own")
         own = {chooser: part} if chooser and part else {}
         if "train" in takes and split in ("train", *VALIDATION):
             return [own | {"train": split == "train"}]
@@ -134,8 +134,8 @@ class TorchvisionSet(LibrarySet):
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # the class has no such split
                 raise ValueError(
-                    f"--dataset {self.title}: torchvision reports: {' '.join(str(error).split())} (--data_path is the "
-                    f"folder with the files, and --download downloads them to it)"
+                    f"dataset={self.title}: torchvision reports: {' '.join(str(error).split())} (`data_path` is the "
+                    f"folder with the files, and `download` downloads them to it)"
                 ) from error
             if part is not parts[0]:
                 used = ", ".join(part.values()) or "default split"
@@ -216,10 +216,10 @@ class HuggingFaceSet(LibrarySet):
         try:
             import datasets
         except ImportError as error:
-            raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
+            raise ValueError('`dataset` hf: needs the package datasets: pip install ".[hf]"') from error
         self.title = f"hf:{name}"
         if not name:
-            raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
+            raise ValueError("`dataset` hf: give hf:NAME or hf:FOLDER")
         self.path, _, columns = (name, "", "") if Path(name).exists() else name.partition("#")
         if parallel.is_main():
             self._load(datasets)  # the other processes use the prepared files
@@ -227,7 +227,7 @@ class HuggingFaceSet(LibrarySet):
         parts = self._load(datasets)
         available = [part for part in names_of(split) if part in parts]
         if not available:
-            raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
+            raise ValueError(f"dataset={self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]
         image, _, label = columns.partition(",")
         self.image = self._image_column(datasets, table.features, image)
@@ -252,11 +252,11 @@ class HuggingFaceSet(LibrarySet):
         """
         found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         if not found:
-            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(features)}")
+            raise ValueError(f"dataset={self.title}: no column contains images: {', '.join(features)}")
         if given in found or (not given and len(found) == 1):
             return given or found[0]
         problem = f"the column {given} contains no images" if given else "several columns contain images"
-        raise ValueError(f"--dataset {self.title}: {problem}; {self._remedy('NAME', found)}")
+        raise ValueError(f"dataset={self.title}: {problem}; {self._remedy('NAME', found)}")
 
     def _label_column(self, datasets: Any, features: Mapping[str, Any], given: str) -> tuple[str, str]:
         """Returns the column of the labels, or "" and the value of `no_labels`.
@@ -273,7 +273,7 @@ class HuggingFaceSet(LibrarySet):
         likely = found + [column for column in plain if column.lower() in LABELS]
         remedy = self._remedy(f"{self.image},NAME", likely or plain)
         if given and given not in found + plain:
-            raise ValueError(f"--dataset {self.title}: the column {given} contains no class labels; {remedy}")
+            raise ValueError(f"dataset={self.title}: the column {given} contains no class labels; {remedy}")
         if given or len(likely) == 1:
             return given or likely[0], ""
         if likely:
@@ -281,7 +281,7 @@ class HuggingFaceSet(LibrarySet):
         return "", f"no column is known to be the labels; {remedy}" if plain else ""
 
     def _remedy(self, columns: str, names: Sequence[str]) -> str:
-        return f"give --dataset hf:{self.path}#{columns} with one of the columns {first_few(names)}"
+        return f"give `dataset` hf:{self.path}#{columns} with one of the columns {first_few(names)}"
 
     def _load(self, datasets: Any) -> Any:
         name = self.path
@@ -293,7 +293,7 @@ class HuggingFaceSet(LibrarySet):
             return datasets.load_dataset(name)
         except Exception as error:  # the library raises any exception for files that it can't read
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-            raise ValueError(f"--dataset {self.title}: {reason}") from error
+            raise ValueError(f"dataset={self.title}: {reason}") from error
 
     def _read_labels(self, names: list[str] | None) -> tuple[list[str], np.ndarray]:
         """Returns the classes, and the labels (n,); -1 for rows without a label.

@@ -94,7 +94,7 @@ def read_list(
     files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
     if not os.path.exists(files.path(0)):
         raise ValueError(
-            f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
+            f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to `data_path`, or "
             f"to the folder of the list"
             + (f"; CSV has commas, and {CSV_HEADER} or no header" if path.suffix.lower() == ".csv" else "")
         )
@@ -197,15 +197,15 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
 def _extras(suffix: str, document: Any, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
     if refused := [name for name in columns if not extra_inputs.can_name(name)]:
-        raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
-    names, _, cells = _read_cells(suffix, document, columns, "--extras")
+        raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of `extras`")
+    names, _, cells = _read_cells(suffix, document, columns, "`extras`")
     values = np.array([[_value_of(cell, REGRESSION, False) for cell in row] for row in cells])
     with np.errstate(invalid="ignore", over="ignore"):
         wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
     for row, column in np.argwhere(wrong)[:1]:
         cell = printable(cells[row][column]) or "empty"
         raise LabelError(
-            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers in "
+            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; `extras` are finite numbers in "
             f"fp32, whose integers are exact up to 16,777,216: correct it, split it into columns, or omit the row"
         )
     return dict(zip(columns, values.T.astype("f4"), strict=True))
@@ -217,19 +217,19 @@ def _require_one_label(names: Sequence[str], labels: np.ndarray, inputs: Mapping
     for sample, label in zip(zip(names, *inputs.values(), strict=True), labels.tolist(), strict=True):
         if label_of.setdefault(sample, label) != label:
             raise LabelError(
-                f"{printable(sample[0])} is in several rows with different labels; give it one row (--task multilabel "
+                f"{printable(sample[0])} is in several rows with different labels; give it one row (task=multilabel "
                 f"takes a;b as two classes)"
             )
 
 
 def _read_cells(
-    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "--label_columns"
+    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "`label_columns`"
 ) -> tuple[list[str], list[str], list[list[str]]]:
     """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
     if not columns:
         rows = PARSERS.get(suffix, _text_rows)(document)
         if any(label is None for _, label in rows):
-            raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give --label_columns NAME ...")
+            raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
         return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
     if suffix == ".csv":
         lines = _csv_lines(document)
@@ -258,7 +258,7 @@ def _targets(
 ) -> tuple[list[str], np.ndarray]:
     """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
     if task == CLASSIFICATION and len(titles) > 1:
-        raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
+        raise LabelError(f"task=classification has one label column; give one of {', '.join(titles)}")
     has_names = task == CLASSIFICATION or (
         task == MULTILABEL and len(titles) == 1 and _are_names([row[0] for row in cells])
     )
@@ -267,7 +267,7 @@ def _targets(
         kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"
         cell = printable(cells[row][column]) or "empty"
         raise LabelError(
-            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; --task {task} needs {kind}: "
+            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; task={task} needs {kind}: "
             f"correct it, or omit the row"
         )
     if task == CLASSIFICATION:
@@ -337,7 +337,7 @@ def _column_of(header: Sequence[str], names: Sequence[str]) -> int:
     columns = [column for name in names for column, title in enumerate(header) if title == name]
     if len(columns) > 1:
         used, *others = (header[column] for column in columns)
-        remedy = "; give --label_columns NAME to read another" if names == LABEL_COLUMNS else ""
+        remedy = "; give label_columns=NAME to read another" if names == LABEL_COLUMNS else ""
         logger.warning(f"the list has the columns {used} and {', '.join(others)}, and {used} is read{remedy}")
     return columns[0] if columns else len(header)
 
@@ -446,7 +446,7 @@ def _warn_of_names(origin: str, classes: Sequence[str], task: str | None) -> Non
     if task == CLASSIFICATION and (separator := _separator_of(classes, ";|")):
         label = next(name for name in classes if separator in name)
         logger.warning(
-            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
+            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, task=multilabel takes "
             f"them separated by ;"
         )
     spellings: dict[Decimal, list[str]] = {}

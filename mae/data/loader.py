@@ -48,12 +48,12 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
     if not updates:
         fitting = num_images // (batch_size * processes)
         even = num_images // processes // 2 * 2 or 1  # mixup mixes pairs
-        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {even} --accum_iter 1"
+        remedy = f"accum_iter={fitting}" if fitting else f"batch_size={even} accum_iter=1"
         if num_images < processes:
             remedy = f"at most {num_images} processes"
         raise ValueError(
             f"an epoch has {num_images:,} images, fewer than one effective batch of {effective_batch_size:,} "
-            f"(--batch_size {batch_size} x --accum_iter {accum_iter} x {processes} processes): give {remedy}"
+            f"(batch_size={batch_size} x accum_iter={accum_iter} x {processes} processes): give {remedy}"
         )
     if left_out > MAX_LEFT_OUT * num_images and parallel.is_main():
         logger.warning(
@@ -119,7 +119,7 @@ class EpochBatches(Epochs, Sampler[list[tuple[int, int]]]):
         updates: int | None = None,
     ) -> None:
         if batch_size % repeats:
-            raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
+            raise ValueError(f"batch_size={batch_size} must be a multiple of repeated_sampling={repeats}")
         super().__init__(num_images * repeats, batch_size, seed, accum_iter, updates)
         self.repeats = repeats
         self.continues = updates is not None

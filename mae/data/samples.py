@@ -159,7 +159,7 @@ class Samples(Dataset):
         if self.on_bad_image != "skip":
             hint = remedy or ""
             if self.on_bad_image:  # else the script does not have the flag
-                skips = "--on_bad_image skip excludes such images from training" * (remedy != "")
+                skips = "on_bad_image=skip excludes such images from training" * (remedy != "")
                 hint = f"{remedy} if all images are like this one; {skips}" if remedy else skips
             raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint)) from error
         bad.append((name, reason))

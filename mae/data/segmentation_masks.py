@@ -63,7 +63,7 @@ def read_palette(path: Path) -> Palette:
         ValueError: the file does not exist, or a line has another format.
     """
     if not path.is_file():
-        raise ValueError(f"--palette: there is no file {path}")
+        raise ValueError(f"`palette`: there is no file {path}")
     names, colors = [], []
     for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
@@ -71,7 +71,7 @@ def read_palette(path: Path) -> Palette:
         match = re.fullmatch(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)", line.strip())
         if not match or max(map(int, match.groups()[:3])) > 255:
             raise ValueError(
-                f"--palette {path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME, such as "
+                f"palette={path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME, such as "
                 f"'255 0 0 building'"
             )
         red, green, blue, name = match.groups()
@@ -79,7 +79,7 @@ def read_palette(path: Path) -> Palette:
         names.append(printable(name))
     if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names) or len(set(colors)) < len(colors):
         raise ValueError(
-            f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
+            f"palette={path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
         )
     return Palette(names, colors)
 
@@ -147,9 +147,9 @@ class MaskFormat:
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
-            remedy = "correct --palette" if self.colors else f"give --nb_classes {classes.max() + 1}"
+            remedy = "correct `palette`" if self.colors else f"give nb_classes={classes.max() + 1}"
             if classes.max() == self.num_classes and not self.reduce_zero_label:
-                remedy += ", or --reduce_zero_label if 0 is no class"
+                remedy += ", or `reduce_zero_label` if 0 is no class"
             raise BadImage(
                 f"it has the value {classes.max() + first}, and the {self.num_classes} classes are {first} to "
                 f"{self.num_classes - 1 + first} ({IGNORED} is ignored): {remedy}",
@@ -166,13 +166,13 @@ class MaskFormat:
 
     def _of_colors(self, pixels: np.ndarray) -> Tensor:
         if self.colors is None:
-            raise BadImage("it is a color image: give --palette with the colors of the classes")
+            raise BadImage("it is a color image: give `palette` with the colors of the classes")
         values = pixels @ RGB_WEIGHTS
         classes = self._class_of_color[values]
         unknown = classes == IGNORED  # a single color may mark ignored pixels
         if np.unique(values[unknown]).size > 1:
             color = " ".join(map(str, pixels[unknown][0]))
-            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct --palette")
+            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct `palette`")
         return torch.from_numpy(classes)
 
     def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -195,7 +195,7 @@ class MaskFormat:
         index = indices[used][~known][0]
         raise BadImage(
             f"it is an indexed image, and only some of its colors are in the palette (that of index {index} is not): "
-            f"correct --palette, or save it as RGB if its colors are the classes, as gray if its indices are"
+            f"correct `palette`, or save it as RGB if its colors are the classes, as gray if its indices are"
         )
 
 
@@ -331,13 +331,13 @@ def open_pairs(
     """
     root = Path(data_path) if data_path else None
     if sum(map(bool, (file_list, folders, dataset))) > 1:
-        raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
+        raise ValueError(f"`{split}_list`, `{split}_folders` and `dataset` exclude each other; give one of them")
     if dataset and dataset.startswith(DATASET):
         return UserPairs(function, split, data_path, dataset, classes, mask_format)
     if dataset:
         opened = TorchvisionSet(dataset, split, data_path, download).images
         if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):
-            raise ValueError(f"--dataset {dataset}: torchvision has no mask files for it; VOCSegmentation has")
+            raise ValueError(f"dataset={dataset}: torchvision has no mask files for it; VOCSegmentation has")
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
         return _in_list(Path(file_list), root, split, classes, mask_format)
@@ -346,8 +346,8 @@ def open_pairs(
         return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
     if root is None:
         raise ValueError(
-            f"--data_path is needed: a folder or an archive with {LAYOUT} (or give --{split}_folders IMAGES MASKS, "
-            f"--{split}_list CSV or --dataset)"
+            f"`data_path` is needed: a folder or an archive with {LAYOUT} (or give `{split}_folders` IMAGES MASKS, "
+            f"`{split}_list` CSV or `dataset`)"
         )
     if not root.exists():
         raise AdvisedError("there is no such folder or archive", about={"data_path": root})
@@ -375,14 +375,14 @@ def _listed(root: Path, images: list[str], masks: list[str], classes: list[str],
 
 
 def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
-    images, masks = read_pairs(file_list, f"--{split}_list")
+    images, masks = read_pairs(file_list, f"`{split}_list`")
     # With an archive, paths are relative to the folder of the list, as in mae.data.
     start = root if root and not root.is_file() else file_list.parent
     for name in (images[0], masks[0]):
         if not (start / name).is_file():
             raise ValueError(
-                f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
-                f"exist; paths are relative to --data_path, or to the folder of the list"
+                f"{split}_list={file_list}: its first row names {printable(str(start / name))}, which does not "
+                f"exist; paths are relative to `data_path`, or to the folder of the list"
             )
     return _listed(start, images, masks, classes, mask_format)
 
@@ -391,9 +391,9 @@ def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Fi
     """Returns the images, the masks, and the indices of the pairs (n, 2)."""
     for folder in (images_folder, masks_folder):
         if not folder.is_dir():
-            raise ValueError(f"--{split}_folders: there is no folder {folder}")
+            raise ValueError(f"`{split}_folders`: there is no folder {folder}")
         if not files_below(str(folder))[0]:
-            raise ValueError(f"--{split}_folders: there are no images in {folder}")
+            raise ValueError(f"`{split}_folders`: there are no images in {folder}")
     images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
     of_images, of_masks = (
         _by_key(((name.rpartition(".")[0], index) for index, name in enumerate(one.names)), one, split)
@@ -439,7 +439,7 @@ def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: s
         if key in index_of:
             raise ValueError(
                 f"{files.name(index_of[key])} and {files.name(index)} have the same name except for the suffix: remove "
-                f"one, or list the pairs in a CSV file (--{split}_list)"
+                f"one, or list the pairs in a CSV file (`{split}_list`)"
             )
         index_of[key] = index
     return index_of
@@ -459,6 +459,6 @@ def _matched(
     if missing:
         raise ValueError(
             f"{len(missing):,} of {len(images):,} images have no mask of the same name {place}, such as "
-            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (--{split}_list)"
+            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (`{split}_list`)"
         )
     return np.array([(index, masks[key]) for key, index in images.items()])

@@ -48,7 +48,7 @@ class TargetSet(UserSet):
         if wrong.any():
             kind = "0 or 1 for each class" if self.task == MULTILABEL else "finite numbers"
             shown = value if found.ndim == 0 else found[wrong][0]
-            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: --task {self.task} needs {kind}")
+            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: task={self.task} needs {kind}")
         return found
 
     @cached_property

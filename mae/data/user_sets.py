@@ -45,7 +45,7 @@ def with_source(run: Run, source: OpenDataset | None) -> Run:
     named = source if hasattr(source, "__qualname__") else type(source)
     name = f"{DATASET}{named.__module__}:{named.__qualname__}"
     if run.data.dataset not in (None, name):
-        raise ValueError(f"--dataset {run.data.dataset} and source= ({name}) exclude each other; give one of them")
+        raise ValueError(f"dataset={run.data.dataset} and source= ({name}) exclude each other; give one of them")
     return run.changed({"dataset": name})
 
 
@@ -89,9 +89,9 @@ class UserSet(LibrarySet):
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
     ) -> None:
         self.reads_labels = reads_labels
-        self.title, self.flag = f"{name} {split}", f"--dataset {name}"
+        self.title, self.flag = f"{name} {split}", f"dataset={name}"
         self.split, self.data_path = split, data_path
-        self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
+        self.function = function or import_object(f"dataset={DATASET}", name.removeprefix(DATASET))
         self.opened = self._open()
         self.count = len(self.opened)
         self.maps = tuple(getattr(self.opened, "maps", ()))
@@ -137,7 +137,7 @@ class UserSet(LibrarySet):
             if self.data_path is not None or "None" not in str(error):
                 raise
             kind = ValueError if isinstance(error, OSError) else RuntimeError  # a mistake of the code has a traceback
-            raise kind(f"{self.flag}: {error}; the function got data_path=None: give --data_path") from error
+            raise kind(f"{self.flag}: {error}; the function got data_path=None: give `data_path`") from error
         if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
             raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
         return opened
@@ -300,7 +300,7 @@ class UserSet(LibrarySet):
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
             raise ValueError(
                 f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
-                f"and numbers are for main_finetune.py --task)"
+                f"and numbers are for main_finetune.py `task`)"
             )
         return int(value)
 
@@ -346,7 +346,7 @@ class UserSet(LibrarySet):
         if self.data_path:
             return f"{code} {version_of(self.data_path)}"
         logger.warning(
-            f"{self.flag} has neither --data_path nor version(index), which would show whether its samples have "
+            f"{self.flag} has neither `data_path` nor version(index), which would show whether its samples have "
             f"changed: a resumed run computes stored features again"
         )
         return f"{code} {self.start}"

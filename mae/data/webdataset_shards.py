@@ -46,7 +46,7 @@ class Shards:
         try:
             import webdataset
         except ImportError as error:
-            raise ValueError('--dataset wds: needs the package webdataset: pip install ".[wds]"') from error
+            raise ValueError('`dataset` wds: needs the package webdataset: pip install ".[wds]"') from error
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
@@ -58,14 +58,14 @@ class Shards:
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
-            raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
+            raise ValueError(f"dataset={self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
             raise AdvisedError(
                 "images at URLs can't be counted", Remedy({"num_images": "N"}), about={"dataset": self.title}
             )
         self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
-            raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")
+            raise ValueError(f"dataset={self.title}: no images in its {len(files)} shards")
         logger.info(f"{self.num_images:,} images in {len(self.urls)} shards, streamed: resuming is approximate")
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class Shards:
                     label = sample.get("cls", b"").decode("utf-8", "replace")
                     yield lap, name, sample[images[0]], int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
-                raise ValueError(f"--dataset {self.title}: no images in these shards")
+                raise ValueError(f"dataset={self.title}: no images in these shards")
 
 
 def _is_scheme(url: str) -> bool:

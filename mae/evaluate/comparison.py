@@ -160,7 +160,7 @@ def read(folder: Path) -> list[Result]:
     """
     path = folder / "results.csv"
     if not path.exists():
-        raise ValueError(f"{folder} has no results.csv: give the --output_dir of a finished main_compare.py")
+        raise ValueError(f"{folder} has no results.csv: give the `output_dir` of a finished main_compare.py")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kinds = get_type_hints(Result)

@@ -59,7 +59,7 @@ def evaluate(
 
     if (labels == labels[0]).all():
         raise ValueError(
-            "--encoders pixels: the training images have only one class; give images of two classes, or omit pixels"
+            "`encoders` pixels: the training images have only one class; give images of two classes, or omit pixels"
         )
     model: Any = SVC(gamma="scale") if name == "RBF-SVM" else LogisticRegression(max_iter=300)
     strength = STRENGTHS[name][1]

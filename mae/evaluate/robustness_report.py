@@ -31,7 +31,7 @@ def cells_of(results: Results, settings: Mapping[str, Any]) -> dict[str, Scores]
     state = results.read()
     before = {"exif": False, **state.get("settings", {})}  # earlier versions recorded it if it was set
     if state and (difference := changes(before, settings)):
-        raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another --output_dir")
+        raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another `output_dir`")
     return state.get("cells", {})
 
 

@@ -45,7 +45,7 @@ def query_attention(model: Model, images: Images) -> Tensor:
         ValueError: the model has no attentive probe.
     """
     if not model.head_pools:
-        raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
+        raise ValueError("the model has no queries: give a probe that main_linprobe.py probe=attentive has trained")
     x = model.prepare(images)
     head: Any = model.head
     with model.evaluating():

@@ -38,8 +38,8 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
     """Logs a warning if the warm-up is not shorter than the run."""
     if warmup_epochs >= epochs:
         logger.warning(
-            f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the learning "
-            f"rate only rises; give --warmup_epochs {epochs / 20:g}, a twentieth, or more --epochs"
+            f"warmup_epochs={warmup_epochs:g} is not shorter than the run of epochs={epochs}: the learning "
+            f"rate only rises; give warmup_epochs={epochs / 20:g}, a twentieth, or more `epochs`"
         )
 
 

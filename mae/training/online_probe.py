@@ -54,16 +54,16 @@ class OnlineProbe:
             try:
                 train, val, _ = data.open_pair()
             except ValueError as error:  # it names flags of a run
-                raise ValueError(f"--probe_path {path}: {getattr(error, 'message', error)}") from error
+                raise ValueError(f"probe_path={path}: {getattr(error, 'message', error)}") from error
         elif isinstance(source, Shards):
-            raise ValueError("--probe_every: the images of shards (wds:) are streamed; give --probe_path PATH")
+            raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
-            train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "--probe_every")
+            train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "`probe_every`")
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
         if not self.is_labelled:
-            logger.info("--probe_every: the images have no labels, so there is an effective rank and no accuracy")
+            logger.info("`probe_every`: the images have no labels, so there is an effective rank and no accuracy")
         self.encode = partial(_encode, data=data, batch_size=batch_size, precision=precision.of_evaluation())
         self.device = precision.device
 

@@ -49,13 +49,13 @@ def build(
     """
     if function is None:
         if name:  # recorded: a file can't make a program import code
-            raise ValueError(f"the resumed run has an optimizer of its own: give --optimizer {name}")
+            raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
         return AdamW(groups, lr=0.0, fused=True, **options)
     if isinstance(function, type):
-        raise ValueError(f"--optimizer {name} is a class: give a function(model, groups) that returns an optimizer")
-    found = call(f"--optimizer {name}", function, model, groups)
+        raise ValueError(f"optimizer={name} is a class: give a function(model, groups) that returns an optimizer")
+    found = call(f"optimizer={name}", function, model, groups)
     if not isinstance(found, Optimizer):
-        raise ValueError(f"--optimizer {name} returns {type(found).__name__}: return a torch.optim.Optimizer")
+        raise ValueError(f"optimizer={name} returns {type(found).__name__}: return a torch.optim.Optimizer")
     # A resumed run would have neither the state nor the learning rate of optimizers that another one contains.
     values = [
         part for value in vars(found).values() for part in (value if isinstance(value, list | tuple) else [value])
@@ -65,11 +65,11 @@ def build(
         any(isinstance(value, Optimizer) for value in values) or keys != {"state", "param_groups"}
     ):
         raise ValueError(
-            f"--optimizer {name} returns an optimizer that contains others: return "
+            f"optimizer={name} returns an optimizer that contains others: return "
             f"mae.training.optimizers.Joined([...]) of them"
         )
     trained = {id(parameter) for group in found.param_groups for parameter in group["params"]}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained:
-            raise ValueError(f"--optimizer {name} lacks {key}: add it to a group, or set its requires_grad to False")
+            raise ValueError(f"optimizer={name} lacks {key}: add it to a group, or set its requires_grad to False")
     return found

@@ -207,7 +207,7 @@ class Saver(NullSaver):
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
-                logger.warning(f"--keep_last {keep}: {path} can't be removed ({error.strerror})")
+                logger.warning(f"keep_last={keep}: {path} can't be removed ({error.strerror})")
 
     def _finish(self, otherwise: str) -> None:
         """Waits for the current write. If it fails, a warning ends with `otherwise`."""
@@ -248,7 +248,7 @@ class Saver(NullSaver):
                 checkpoint.write(state, *(place / path.name for path in paths))
         except OSError as error:
             return f"The state can't be written to the temporary folder either ({error})"
-        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes the run"
+        return f"The state is in {place}: move its files to {self.output_dir}, and resume=auto resumes the run"
 
 
 class ShardedSaver(Saver):

@@ -186,12 +186,12 @@ def _open_log(
 def _require_usable(model: nn.Module, record: Mapping[str, Any], task: Task) -> None:
     if name := record.get("lr_schedule"):
         if task.lr_schedule is None:  # recorded: a file can't make a program import code
-            raise ValueError(f"the resumed run has a schedule of its own: give --lr_schedule {name}")
-        factor = call(f"--lr_schedule {name}", task.lr_schedule, 0.0)
+            raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
+        factor = call(f"lr_schedule={name}", task.lr_schedule, 0.0)
         if not isinstance(factor, int | float):
-            raise ValueError(f"--lr_schedule {name} returns {type(factor).__name__}: return a number")
+            raise ValueError(f"lr_schedule={name} returns {type(factor).__name__}: return a number")
     if task.callbacks and parallel.is_sharded(model):
-        raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
+        raise ValueError("`fsdp` can't save the state of callbacks: omit `fsdp` or the callbacks")
     checkpoint.require_plain({**record}, "args")
     for callback in task.callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")

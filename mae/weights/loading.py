@@ -160,7 +160,7 @@ def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weigh
         model_zoo.SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
     }[kind]
     raise CheckpointError(
-        f"{name} contains {article} {weights.kind}, which has no {head} head: train a head (--finetune), or give "
+        f"{name} contains {article} {weights.kind}, which has no {head} head: train a head (`finetune`), or give "
         f"{example}"
     )
 

@@ -28,7 +28,7 @@ def statistics(
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
-    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+    for flag, (used, recorded) in zip(("`mean`", "`std`"), pairs, strict=True):
         if used != recorded:
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.origin} was made with {flag} {then}")

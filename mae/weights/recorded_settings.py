@@ -34,7 +34,7 @@ def with_recorded_settings(
         dataset = str(file.settings.get("dataset"))
         if runs_code(dataset) and not any(run[name] for name in settings.DATASETS):
             raise ValueError(
-                f"{file.origin} records a --dataset that runs code: give --dataset '{dataset}', or other data"
+                f"{file.origin} records a `dataset` that runs code: give dataset='{dataset}', or other data"
             )
         run = with_settings_of(file, run, recorded, purpose)
     crop_pct = run.images.crop_pct or transforms.default_crop_pct(run.images.input_size)
@@ -64,7 +64,7 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     if changed:
         logger.info(f"settings of {file.origin}: {' '.join(arguments(changed))}")
     if "crop" in changed and (unused := unused_crops(run.images.crop, before.explicit)):
-        logger.warning(f"no effect with --crop none: {' '.join(f'--{name}' for name in unused)}")
+        logger.warning(f"no effect with crop=none: {' '.join(f'`{name}`' for name in unused)}")
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
         crop_pct = preprocessing.crop_pct_of_earlier_version(file, run.images.input_size)
         run = run.changed({"crop_pct": crop_pct})
@@ -80,5 +80,5 @@ def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
             used, recorded_flag = (" ".join(arguments({name: setting})) for setting in (current, value))
-            before = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
+            before = f"with {recorded_flag}" if recorded_flag else f"without `{name}`"
             logger.warning(f"{used} is used, and {origin} was made {before}")
