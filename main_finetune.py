@@ -35,7 +35,6 @@ from engine_finetune import (
 from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data import extras, transforms
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
@@ -43,6 +42,7 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.lr_decay import param_groups_lrd
 from mae.settings import EVALUATE, TRAIN, Run
+from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
@@ -198,9 +198,8 @@ def smoothing_of(run: Run) -> float:
     if run.images.task == CLASSIFICATION:
         return run.optim.smoothing
     if run.optim.smoothing and "smoothing" in run.explicit:
-        remedy = Remedy({"smoothing": 0})
-        raise AdvisedError(
-            f"--task {run.images.task} has no label smoothing", remedy, about={"smoothing": run.optim.smoothing}
+        raise ValueError(
+            f"smoothing={run.optim.smoothing:g}: task={run.images.task} has no label smoothing: give smoothing=0"
         )
     return 0.0
 
@@ -226,15 +225,16 @@ def mixing(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Cal
         return None
     if run.optim.class_weight or run.images.task != CLASSIFICATION or extra_names:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
-        disabled = Remedy({name: off[name] for name in off if run[name]})
-        about = {name: run[name] for name in off if run[name]}
+        mixes = {name: run[name] for name in off if run[name]}
+        disabled = advice({name: off[name] for name in mixes})
         if extra_names:
             names = ", ".join(sorted(extra_names))
-            raise AdvisedError(f"images are mixed, and their extra inputs ({names}) are not", disabled, about=about)
-        about |= (
-            {"task": run.images.task} if run.images.task != CLASSIFICATION else {"class_weight": run.optim.class_weight}
-        )
-        raise AdvisedError("mixed images have no single class", disabled, about=about)
+            raise ValueError(
+                f"{in_words(mixes)}: images are mixed, and their extra inputs ({names}) are not: {disabled}"
+            )
+        classes = f"class_weight={run.optim.class_weight}" if run.images.task == CLASSIFICATION else ""
+        other = classes or f"task={run.images.task}"
+        raise ValueError(f"{in_words(mixes)} {other}: mixed images have no single class: {disabled}")
     if run.augmentation.cutmix_minmax and run.augmentation.cutmix_minmax[0] >= run.augmentation.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")
     if run.optim.batch_size % 2:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from mae.cli.advice import AdvisedError, Remedy
 from mae.files import atomic
 from mae.files.untrusted import open_file, printable
 
@@ -38,11 +37,11 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of the fi
 PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
 
 
-class CheckpointError(AdvisedError):
+class CheckpointError(ValueError):
     """A file can't be used. The message has the reason. Text from the file is made printable."""
 
-    def __init__(self, message: str, *remedies: Remedy, about: Mapping[str, Any] | None = None) -> None:
-        super().__init__(printable(message), *remedies, about=about)
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def compute_digest(state: Any) -> str:

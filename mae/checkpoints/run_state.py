@@ -12,10 +12,9 @@ import torch
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
-from mae.settings.arguments import arguments
+from mae.settings.arguments import advice, in_words
 from mae.settings.choices import published_crop_pct
 from mae.settings.names import names_resumed
 from mae.settings.run import RESUME_PUBLISHED
@@ -44,7 +43,7 @@ BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective b
 
 ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 
-ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
+ANOTHER_FOLDER = "give another output_dir=DIR"
 
 
 class Progress:
@@ -113,14 +112,13 @@ class Progress:
             )
         if None not in (num_images, self.num_images) and num_images != self.num_images:
             if images_done:
-                remedies = [Remedy({}, f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}")]
+                remedy = f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}"
                 if self.num_images < num_images:
-                    skips = "give {} if images have disappeared from a folder and the run has train_images.gz"
-                    remedies.append(Remedy({"on_bad_image": "skip"}, skips))
+                    remedy += "; or give on_bad_image=skip if images have disappeared from a folder and the run has "
+                    remedy += "train_images.gz"
                 raise CheckpointError(
                     f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
-                    f"{self.num_images}",
-                    *remedies,
+                    f"{self.num_images}: {remedy}"
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -math.inf)
@@ -183,7 +181,7 @@ def with_recorded_settings(run: Run, script: str) -> Run:
     for name, value in changed.items():
         _require_setting(file, name, value)
     if changed:
-        logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
+        logger.info(f"settings of {file}: {in_words(changed)}")
     # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
     facts = {"precision": str(saved.get("precision", ""))}
     if saved.get("layer_norm_eps"):
@@ -202,10 +200,10 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     state = checkpoint.read_plain(file)
     saved = _args_of(state)
     if saved.get("script", script) != script:
-        remedies = _start_from(which)
+        remedy = _start_from(which)
         if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
-            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
-        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+            remedy = f"give a checkpoint of {script}.py"
+        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
     return str(file), saved, "progress" in state
 
 
@@ -266,9 +264,9 @@ def resume(
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             is_same = model.state_dict().keys() <= state.get("model", {}).keys()
-            evaluated = [Remedy({"eval": True}, "{} evaluates it")] * is_same
+            evaluated = "; or `eval` evaluates it" * is_same
             what = " and no ".join(sorted(missing))
-            raise CheckpointError(f"resume={which}: the file contains no {what}", *_start_from(which), *evaluated)
+            raise CheckpointError(f"resume={which}: the file contains no {what}: {_start_from(which)}{evaluated}")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
@@ -323,13 +321,11 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _start_from(file: str) -> list[Remedy]:
-    """Returns remedies for a checkpoint that can't be resumed. The script has one of the flags."""
+def _start_from(file: str) -> str:
+    """Returns the remedy for a checkpoint that can't be resumed. The script has one of the two settings."""
     if file == "auto":
-        return [ANOTHER_FOLDER]
-    return [
-        Remedy({flag: file}, "{} instead of `resume` starts from its weights") for flag in ("finetune", "init_from")
-    ]
+        return ANOTHER_FOLDER
+    return f"finetune={file} or init_from={file} instead of `resume` starts from its weights"
 
 
 def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
@@ -353,8 +349,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
         raise CheckpointError(
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}",
-            *([Remedy(differing_settings)] if is_known else _start_from(which)),
+            f"such as {', '.join(differing[:3])}: {advice(differing_settings) if is_known else _start_from(which)}"
         )
 
 
@@ -362,20 +357,20 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
     different = {name: saved[name] for name in FIXED if _differs(name, saved, settings)}
     if different:
         before, now = (
-            " ".join(arguments({name: values[name] for name in different})) or "the defaults"
+            in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
             for values in (saved, settings)
         )
         raise CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task",
-            Remedy(different),
+            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task: "
+            f"{advice(different)}"
         )
     _require_same_data(saved, settings)
     updates = saved.get("updates_per_epoch")
     if updates != settings.get("updates_per_epoch"):
         length = f"{updates} updates" if updates else "one pass over the images"
         raise CheckpointError(
-            f"an epoch of the resumed run is {length}, and its position counts such epochs",
-            Remedy(_differing({"updates_per_epoch": updates}, settings)),
+            f"an epoch of the resumed run is {length}, and its position counts such epochs: "
+            f"{advice(_differing({'updates_per_epoch': updates}, settings))}"
         )
 
 
@@ -383,11 +378,9 @@ def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in ("classes", "colors", "train_images", "held_out_images"):
         if _differs(name, saved, settings):
             chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
-            remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
-            if not any(remedies[0].settings):
-                started = Remedy({"finetune": "FILE"}, "{} starts from its weights")
-                remedies = [Remedy({}, "give the data of that run"), started]
-            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}", *remedies)
+            remedy = advice(_differing(chosen, settings))  # of segmentation
+            remedy = remedy or "give the data of that run; or finetune=FILE starts from its weights"
+            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}: {remedy}")
 
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -403,8 +396,7 @@ def _require_same_parameters(
     if saved != ours and sum(saved) == sum(ours):
         raise CheckpointError(
             f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
-            f"{_listed(saved)}: build the groups as before",
-            *_start_from(which),
+            f"{_listed(saved)}: build the groups as before; or {_start_from(which)}"
         )
     if saved != ours:
         args = _args_of(state)
@@ -413,8 +405,8 @@ def _require_same_parameters(
             "learned_pos_embed": args.get("learned_pos_embed", False),
         }
         raise CheckpointError(
-            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}",
-            Remedy(_differing(chosen, settings)),
+            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}: "
+            f"{advice(_differing(chosen, settings))}"
         )
 
 
@@ -428,8 +420,8 @@ def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, An
         saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
         if saved != ours:
             raise CheckpointError(
-                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set",
-                ANOTHER_FOLDER,
+                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set: "
+                f"{ANOTHER_FOLDER}"
             )
 
 

@@ -17,9 +17,8 @@ import torch
 import yaml
 
 from mae import parallel
-from mae.cli.advice import AdvisedError
 from mae.cli.flags import Range, Size, is_refused_in_recipes
-from mae.cli.messages import log_flags, with_flags
+from mae.cli.messages import flags_in_log, with_flags
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
@@ -261,12 +260,12 @@ def run(
     """
     _open_streams()
     args, explicit = parse_command(parser)
-    log_flags(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
     same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
-        main(convert(args, explicit))
+        with flags_in_log(parser):
+            main(convert(args, explicit))
         parallel.teardown()  # not after an error, because the processes would wait for each other
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
@@ -308,9 +307,6 @@ def _out_of_memory(args: argparse.Namespace) -> str:
 
 def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
     """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
-    if isinstance(error, AdvisedError):
-        positional = {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
-        return error.describe({flag.removeprefix("--") for flag in parser._option_string_actions}, positional)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()

@@ -4,7 +4,8 @@ import argparse
 import ast
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mae.settings.arguments import arguments
@@ -50,9 +51,10 @@ def _value(text: str) -> Any:
     return text if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def log_flags(parser: argparse.ArgumentParser) -> None:
-    """Makes the log of this process name settings as flags, as `with_flags` does."""
-    create: Callable[..., logging.LogRecord] = logging.LogRecord
+@contextmanager
+def flags_in_log(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Makes the log of this library name settings as flags, as `with_flags` does."""
+    create: Callable[..., logging.LogRecord] = logging.getLogRecordFactory()
 
     def record(name: str, *arguments: Any, **options: Any) -> logging.LogRecord:
         found = create(name, *arguments, **options)
@@ -61,3 +63,7 @@ def log_flags(parser: argparse.ArgumentParser) -> None:
         return found
 
     logging.setLogRecordFactory(record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(create)

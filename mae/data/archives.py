@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae.cli.advice import AdvisedError
 from mae.data.decode import BadImage
 from mae.data.sources import (
     KINDS,
@@ -82,7 +81,7 @@ class Archive:
         self.is_zip, members, others = find_members(path)
         names = sorted(_below(members, split, path, enclosing, whole).items())
         if not names:
-            raise AdvisedError(f"there are no images in it (looked for {KINDS})", about={"data_path": path})
+            raise ValueError(f"data_path={path}: there are no images in it (looked for {KINDS})")
         self.path = str(path)
         self.names = Strings([name for name, _ in names])
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.archives import Archive
 from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from mae.data.lists import read_list
@@ -85,7 +84,7 @@ def open_source(
     if root.is_file():
         return parallel.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)
     if not root.is_dir():
-        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
+        raise ValueError(f"data_path={root}: there is no such folder or archive")
     return parallel.from_rank_0(lambda: _open_folder(root, split, whole), Files, Strings)
 
 
@@ -93,9 +92,11 @@ def _open_folder(root: Path, split: str, whole: bool) -> Files:
     name, folder = dataset_in(root) or ("", root)
     try:
         files = _files_of_split(root, split, whole)
-    except AdvisedError as error:
-        stored = Remedy({"dataset": name}, "give {}" + f" and its folder {folder}" * (folder != root))
-        raise AdvisedError(error.message, *error.remedies, *[stored] * bool(name), about=error.about) from None
+    except ValueError as error:
+        if not name:
+            raise
+        stored = f"give dataset={name}" + f" and its folder {folder}" * (folder != root)
+        raise ValueError(f"{error}; or {stored}") from None
     if name:
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"

@@ -97,8 +97,7 @@ def open_pair(
     is_classification = task == CLASSIFICATION
     if train_per_class and not is_classification:
         raise ValueError(
-            f"train_per_class={train_per_class}: an image has no single class with task={task}; omit "
-            f"`train_per_class`"
+            f"train_per_class={train_per_class}: an image has no single class with task={task}; omit `train_per_class`"
         )
     train = require(open_split("train"), "train", task)
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.decode import BadImage, Picture
 from mae.data.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.sources import VALIDATION, first_few, names_of, version_of
@@ -121,9 +120,7 @@ class TorchvisionSet(LibrarySet):
         if split == "train":  # "train" first, because the default split may include the images of "val"
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
-            raise AdvisedError(
-                f"torchvision has no {split} split of it", Remedy({"val_list": "FILE"}), about={"dataset": self.title}
-            )
+            raise ValueError(f"dataset={self.title}: torchvision has no {split} split of it: give val_list=FILE")
         return [{chooser: name} for name in names_of(split)]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data import decode
 from mae.data.archives import Archive
 from mae.data.decode import BadImage
@@ -350,7 +349,7 @@ def open_pairs(
             f"`{split}_list` CSV or `dataset`)"
         )
     if not root.exists():
-        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
+        raise ValueError(f"data_path={root}: there is no such folder or archive")
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     by_key = _by_folder(files, split)
@@ -360,9 +359,9 @@ def open_pairs(
             f"they are images or masks ({LAYOUT}): {first_few(outside)}"
         )
     if not by_key[0]:
-        given = [Remedy({f"{split}_folders": ["IMAGES", "MASKS"]}), Remedy({f"{split}_list": "CSV"})]
-        raise AdvisedError(
-            f"there are no images for {split} in it (looked for {LAYOUT})", *given, about={"data_path": root}
+        raise ValueError(
+            f"data_path={root}: there are no images for {split} in it (looked for {LAYOUT}): give "
+            f"{split}_folders=(IMAGES, MASKS) or {split}_list=CSV"
         )
     place = f"in a folder {', '.join(MASK_FOLDERS)}"
     return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)

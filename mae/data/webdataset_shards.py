@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
 from mae.data.decode import SUFFIXES, BadImage
 from mae.data.sources import first_few
@@ -60,9 +59,7 @@ class Shards:
         if missing or not self.urls:
             raise ValueError(f"dataset={self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
-            raise AdvisedError(
-                "images at URLs can't be counted", Remedy({"num_images": "N"}), about={"dataset": self.title}
-            )
+            raise ValueError(f"dataset={self.title}: images at URLs can't be counted: give num_images=N")
         self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
             raise ValueError(f"dataset={self.title}: no images in its {len(files)} shards")
@@ -173,8 +170,7 @@ def _count_samples(file: Path) -> int:
     try:
         _, members, _ = find_members(file)
     except ValueError as error:
-        streamed = Remedy({"num_images": "N"}, "give {} to stream it without counting its images")
-        raise AdvisedError(str(error), streamed) from error
+        raise ValueError(f"{error}; give num_images=N to stream it without counting its images") from error
     for key, images in itertools.groupby(map(base_plus_ext, members), key=lambda parts: parts[0]):
         require_one_image(printable(f"{file}: {key}"), [image for _, image in images])
     return len(members)

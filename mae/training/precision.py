@@ -33,9 +33,7 @@ def precision_name(amp: str, device: torch.device, trains: bool = False, recorde
         lacks_half = is_cpu and (recorded == "fp16" or (recorded == "bf16" and not _cpu_has_bf16()))
         if lacks_half or (recorded == "tf32" and not _has_tf32(device)):
             kind = "CPU" if is_cpu else "GPU"
-            raise ValueError(
-                f"amp=auto: the resumed run trained in {recorded}, which this {kind} lacks; give amp=off"
-            )
+            raise ValueError(f"amp=auto: the resumed run trained in {recorded}, which this {kind} lacks; give amp=off")
         return recorded
     if amp == "auto":
         if is_cpu:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy
 from mae.positions import interpolate_pos_embed, sincos_table, to_pair
 from mae.weights import shapes
 from mae.weights.reading import Weights
@@ -102,13 +101,10 @@ def _adapt_input(weights: Weights, tensors: dict[str, Tensor], channels: int, ho
     name = shapes.PATCHES
     projection = tensors[name]
     if how == "error":
-        choices = (
-            "choose {} (each channel starts from their mean), repeat (from their channels in turn) or skip (the patch "
-            "projection starts from random weights)"
-        )
         raise CheckpointError(
-            f"{weights.origin} is for images of {projection.shape[1]} channels, the model for {channels}",
-            Remedy({"adapt_input": "mean"}, choices),
+            f"{weights.origin} is for images of {projection.shape[1]} channels, the model for {channels}: choose "
+            f"adapt_input=mean (each channel starts from their mean), repeat (from their channels in turn) or skip "
+            f"(the patch projection starts from random weights)"
         )
     if how == "skip":
         del tensors[name], tensors["patch_embed.proj.bias"]
@@ -130,7 +126,7 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
         return set()
     is_autoencoder = hasattr(model, "learned_pos_embed")
     if is_autoencoder and weights.learned_pos_embed and not model.learned_pos_embed:
-        raise CheckpointError(f"{weights.origin} has learned positions", Remedy({"learned_pos_embed": True}))
+        raise CheckpointError(f"{weights.origin} has learned positions: give learned_pos_embed=True")
     recorded, size = weights.grid_size, weights.settings.get("input_size")
     if model.encoder_name and weights.settings.get("encoder") and size:  # the user's code determines its grid
         grid = model.patch_embed.grid_of(*to_pair(size))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy
+from mae.settings.arguments import advice
 from mae.settings.choices import CLASSIFICATION
 from mae.weights import model_zoo, shapes
 from mae.weights.candidates import some
@@ -50,9 +50,8 @@ def require_fit(model: nn.Module, weights: Weights, fitted: Fit, optional: Colle
                 differing.pop("global_pool", None)
             if not any(part_of(name) == HEAD for name in missing | unexpected):
                 differing.pop("head", None)
-            raise CheckpointError(
-                f"{weights.origin} ({weights.kind}): {count} {problem} ({some(names)})", Remedy(differing)
-            )
+            remedy = f": {advice(differing)}" if differing else ""
+            raise CheckpointError(f"{weights.origin} ({weights.kind}): {count} {problem} ({some(names)}){remedy}")
 
 
 def init_mae(model: Any, weights: Weights) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from mae import settings
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
-from mae.settings.arguments import arguments
+from mae.settings.arguments import in_words
 from mae.settings.fields import HEAD, LABELS, SPLIT
 from mae.settings.images import unused_crops
 from mae.user_code import runs_code
@@ -62,7 +62,7 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
         if settings.differs(name, run[name], settings.effective(before, name))
     }
     if changed:
-        logger.info(f"settings of {file.origin}: {' '.join(arguments(changed))}")
+        logger.info(f"settings of {file.origin}: {in_words(changed)}")
     if "crop" in changed and (unused := unused_crops(run.images.crop, before.explicit)):
         logger.warning(f"no effect with crop=none: {' '.join(f'`{name}`' for name in unused)}")
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
@@ -79,6 +79,5 @@ def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
     for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
-            used, recorded_flag = (" ".join(arguments({name: setting})) for setting in (current, value))
-            before = f"with {recorded_flag}" if recorded_flag else f"without `{name}`"
-            logger.warning(f"{used} is used, and {origin} was made {before}")
+            before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
+            logger.warning(f"{in_words({name: current})} is used, and {origin} was made {before}")
