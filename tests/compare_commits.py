@@ -89,7 +89,7 @@ def commands(tree: Path, data: Path, out: Path) -> Iterator[tuple[str, list[obje
         side = ["--input_size", 32] if script == "pretrain" else []  # recipes mask blocks of patches
         one = (
             ["--updates_per_epoch", 1] if script == "pretrain" else ["--adapt_input", "mean"]
-        )  # some are for gray images
+        )  # or gray
         small = [*SMALL, *side, *one, "--accum_iter", 1]
         start = [f"main_{script}.py", "--config", recipe.relative_to(tree), *inputs, *small]
         yield f"recipe_{recipe.stem}", [*start, "--epochs", 1, "--warmup_epochs", 0, "--output_dir"]
