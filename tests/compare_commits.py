@@ -87,9 +87,7 @@ def commands(tree: Path, data: Path, out: Path) -> Iterator[tuple[str, list[obje
         script = recipe.stem.partition("_")[0]
         inputs = {"pretrain": [*images, *model], "segment": [*scenes, *tuned]}.get(script, [*images, *tuned])
         side = ["--input_size", 32] if script == "pretrain" else []  # recipes mask blocks of patches
-        one = (
-            ["--updates_per_epoch", 1] if script == "pretrain" else ["--adapt_input", "mean"]
-        )  # or gray
+        one = ["--updates_per_epoch", 1] if script == "pretrain" else ["--adapt_input", "mean"]  # or gray
         small = [*SMALL, *side, *one, "--accum_iter", 1]
         start = [f"main_{script}.py", "--config", recipe.relative_to(tree), *inputs, *small]
         yield f"recipe_{recipe.stem}", [*start, "--epochs", 1, "--warmup_epochs", 0, "--output_dir"]
