@@ -24,7 +24,7 @@ from mae.data.sources import Files
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "set"), "zip", pictures)
     for path in (str(pictures), archive):
-        with pytest.raises(ValueError, match=r" val/ (.|\n)*--val_list FILE"):
+        with pytest.raises(ValueError, match=r" val/ (.|\n)*val_list=FILE"):
             open_source("val", path)
         with pytest.raises(ValueError, match=" test/ "):
             open_source("test", path)
@@ -32,7 +32,7 @@ def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
     with pytest.raises(ValueError, match=" train/ "):
         open_source("train", str(tmp_path / "only"))
-    with pytest.raises(ValueError, match=r"--val_list .*--dataset"):
+    with pytest.raises(ValueError, match=r"`val_list` .*`dataset`"):
         open_source("val", None, "list.txt", "CIFAR10")
 
 
@@ -94,7 +94,7 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"1 of 4 .*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"1 of 4 .*on_bad_image=skip"):
         call(datasets, tmp_path, "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
@@ -133,7 +133,7 @@ def test_the_check_reads_streams(tmp_path, capsys):
         for number in range(4):
             writer.write({"__key__": str(number), "png": saved(Image.new("L", (8, 6)), "PNG") if number else b""})
     with pytest.raises(BadImage, match=r"1 of 4 "):
-        call(datasets, "--dataset", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
+        call(datasets, "`dataset`", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert "sizes       6 x 8 (height x width): 3 images" in output
     assert f"unreadable  1\n            {tmp_path}/a.tar: 0: the file is empty" in output

@@ -28,7 +28,7 @@ def test_devices():
         with pytest.raises(ValueError, match="no MPS device"):
             parallel.choose_device("mps")
     assert parallel.init("cpu", backend="gloo") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
+    with pytest.raises(ValueError, match=r"dist_backend=nccl .*cpu"):
         parallel.init("cpu", backend="nccl")
 
 

@@ -93,7 +93,7 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
     imgs = torch.randn(2, 3, 64, 64)
     expected = nn.functional.layer_norm(model.forward_features(imgs)[:, 1:], (192,))
     torch.testing.assert_close(ours.target(imgs), expected)
-    with pytest.raises(ValueError, match=r"\(4, 4\) patches and the model \(8, 8\): give another --patch_size"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) patches and the model \(8, 8\): give another `patch_size`"):
         pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
 
 
@@ -150,7 +150,7 @@ def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():
     torch.testing.assert_close(all_of_them[mask.bool()], pred[mask.bool()])  # each is predicted alone
     errors = (pred - model.target(imgs)).square().mean(dim=2)
     torch.testing.assert_close(loss, errors[mask.bool()].mean())
-    with pytest.raises(RuntimeError, match="give --masking random"):
+    with pytest.raises(RuntimeError, match="give masking=random"):
         model.train()(imgs, noise=noise.round())
 
 
@@ -175,13 +175,13 @@ def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape(
     valid[:, :8] = False
     mask = model(imgs, valid=valid)[2].view(8, 2, 8)
     assert mask[:, 0].all() and len(mask[:, 1].unique(dim=0)) > 1
-    with pytest.raises(RuntimeError, match="give --masking random, --mask_block 1"):
+    with pytest.raises(RuntimeError, match="give masking=random, mask_block=1"):
         model(imgs, noise=torch.arange(16.0).expand(8, 16))
 
 
 @pytest.mark.parametrize("width", [16, 40])
 def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
-    with pytest.raises(ValueError, match=f"--model_args width={width}: give a multiple of 32"):
+    with pytest.raises(ValueError, match=f"`model_args` width={width}: give a multiple of 32"):
         WideDecoder(**SMALL, width=width)
 
 
@@ -321,5 +321,5 @@ def test_a_schedule_of_numpy_is_saved(own_module, pretrain):
 
 def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):
     own_module("own_schedule", "def nothing(progress):\n    pass\n")
-    with pytest.raises(ValueError, match="--lr_schedule own_schedule:nothing returns NoneType"):
+    with pytest.raises(ValueError, match="`lr_schedule` own_schedule:nothing returns NoneType"):
         pretrain(lr_schedule="own_schedule:nothing")

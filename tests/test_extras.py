@@ -278,7 +278,7 @@ def test_a_run_learns_from_maps_and_resumes(levels, pretrain, monkeypatch):
 def test_the_statistics_of_bytes_are_refused_beside_maps(levels, pretrain):
     """The images are floats then, and would be normalized without a word."""
     (levels / "levels.py").write_text(CODE + MAPS)
-    with pytest.raises(ValueError, match="--mean 124 116 104: 8-bit pixels are scaled to 0 to 1; divide"):
+    with pytest.raises(ValueError, match="mean=124 116 104: 8-bit pixels are scaled to 0 to 1; divide"):
         pretrain(dataset="py:levels:open_maps", encoder="levels:MapTokens", mean="124 116 104", std="58 57 57")
 
 

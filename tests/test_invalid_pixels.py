@@ -133,9 +133,9 @@ def test_bytes_with_invalid_pixels_become_floats():
         # 0 is white in this file, and black in the picture.
         (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "--nodata"),
         # Transparent pixels become white, and colors gray.
-        (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "--nodata .* without an alpha channel"),
-        (Image.new("LA", (4, 4)), PixelValues(nodata=0), "--nodata .* without an alpha channel"),
-        (Image.new("P", (4, 4)), PixelValues(nodata=0), "--nodata .* without a palette"),
+        (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),
+        (Image.new("LA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),
+        (Image.new("P", (4, 4)), PixelValues(nodata=0), "`nodata` .* without a palette"),
     ],
 )
 def test_other_values_are_one_line_errors(pixels, values, message):
@@ -319,7 +319,7 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
     settings = {"kind": "nan", "save_minutes": 0, "batch_size": 4, "min_valid": 0.7}
     parts = stop_and_resume(monkeypatch, clouds, 3, **settings)
     assert_equal(weights(clouds("whole", **settings), "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
-    with pytest.raises(ValueError, match="--nodata"):
+    with pytest.raises(ValueError, match="`nodata`"):
         clouds("parts", **{**settings, "kind": "value"}, resume="auto", epochs=2)
 
 

@@ -167,7 +167,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "mae.data.bicubic")
     jpeg.decoder.cache_clear()
-    with pytest.raises(ValueError, match=r"--fast_jpeg .*pip install .*numba"):
+    with pytest.raises(ValueError, match=r"`fast_jpeg` .*pip install .*numba"):
         jpeg.decoder()
     monkeypatch.undo()
     jpeg.decoder.cache_clear()

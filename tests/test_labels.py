@@ -41,7 +41,7 @@ def test_images_without_labels(tmp_path):
     folders(tmp_path / "flat", deep=2)
     Image.new("L", (4, 4)).save(tmp_path / "flat" / "1.png")
     flat = find_files(tmp_path / "flat")
-    with pytest.raises(ValueError, match=r"val/CLASS/IMAGE.*--val_list"):
+    with pytest.raises(ValueError, match=r"val/CLASS/IMAGE.*`val_list`"):
         labels.require(flat, "val")
     with pytest.raises(ValueError, match="pre-training only"):
         labels.require(Shards("https://example.org/{0..3}.tar", 10), "train")
@@ -72,7 +72,7 @@ def test_some_of_each_class_grow_with_their_number(tmp_path):
     assert np.bincount(few.labels).tolist() == [2, 2]
     assert np.bincount(more.labels).tolist() == [5, 5]
     assert set(names(few)) < set(names(more)) != set(names(other))
-    with pytest.raises(ValueError, match=r"--train_per_class 8: .*dog .*7"):
+    with pytest.raises(ValueError, match=r"train_per_class=8: .*dog .*7"):
         labels.some_of_each_class(source, 8, seed=0)
 
 
@@ -88,7 +88,7 @@ def test_held_out_images_are_in_no_other_part(tmp_path):
 def test_both_parts_have_images(tmp_path, count, share, expected):
     rest, held_out = labels.hold_out(folders(tmp_path, cat=count), share, seed=0, flag="--val_fraction")
     assert (len(rest), len(held_out)) == (count - expected, expected)
-    with pytest.raises(ValueError, match=r"--val_fraction 0.5 .*2 .*1"):
+    with pytest.raises(ValueError, match=r"val_fraction=0.5 .*2 .*1"):
         labels.hold_out(folders(tmp_path / "one", cat=1), 0.5, seed=0, flag="--val_fraction 0.5")
 
 
@@ -103,7 +103,7 @@ def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
     assert few.classes == tested.classes == ["cat", "dog"]
     assert [tested[index][1] for index in range(3)] == tested.labels.tolist() == [0, 0, 1]
     assert np.bincount(few.labels).tolist() == [4, 4]
-    with pytest.raises(ValueError, match=r"2 classes, .*--nb_classes is 3"):
+    with pytest.raises(ValueError, match=r"2 classes, .*`nb_classes` is 3"):
         labels.open_pair(lambda split: sets[split], **options | {"nb_classes": 3})
 
 

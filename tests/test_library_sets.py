@@ -127,9 +127,9 @@ def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypa
     ("CIFAR11", "here", "torchvision has no dataset of this name"),
     ("os", "here", "torchvision has no dataset of this name"),
     ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
-    ("CIFAR10", "here", "torchvision reports: Dataset not found.*--download downloads them to it"),
-    ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision reports: .*nowhere"),
-    ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
+    ("CIFAR10", "here", "torchvision reports: Dataset not found.*`download` downloads them to it"),
+    ("Food101:nowhere", "here", r"`dataset` Food101:nowhere: torchvision reports: .*nowhere"),
+    ("CIFAR10:extra", "here", "`dataset` CIFAR10:extra: CIFAR10 has no splits of its own"),
 ])  # fmt: skip
 def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -137,7 +137,7 @@ def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
 
 
 def test_a_dataset_without_validation_split_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"EuroSAT: (.|\n)*--val_list FILE"):
+    with pytest.raises(ValueError, match=r"EuroSAT: (.|\n)*val_list=FILE"):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
 
@@ -247,7 +247,7 @@ def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, 
     assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, (png(PIXELS[5]), 1))
     assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == (png(255 - PIXELS[5]), 0)
     for columns in ("photo", "picture,nothing", "fine,picture"):
-        with pytest.raises(ValueError, match="give --dataset hf:"):
+        with pytest.raises(ValueError, match="give `dataset` hf:"):
             open_source("train", dataset=f"{dataset}#{columns}")
 
 
@@ -402,7 +402,7 @@ def test_a_bad_image_and_a_damaged_shard_of_a_stream_are_named(shards, caplog):
     images_of(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image replaces it" in caplog.text
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
-    with pytest.raises(BadImage, match=r"set-001.tar: 017: .*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"set-001.tar: 017: .*on_bad_image=skip"):
         images_of(batches_of(shards, on_bad_image="error"), 0)
     batches, file = batches_of(shards), shards / "set-002.tar"
     os.truncate(file, file.stat().st_size // 2 + 100)
@@ -427,7 +427,7 @@ def test_samples_are_counted_as_in_webdataset(tmp_path):
     write_shard(tmp_path / "a.tar")
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match="give --num_images"):
+    with pytest.raises(ValueError, match="give `num_images`"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
 

@@ -64,7 +64,7 @@ def test_repeated_samples_stay_together():
     assert len(batches) == 6
     assert all(batch[::3] == batch[1::3] == batch[2::3] and len(set(batch)) == 4 for batch in batches)
     assert len({index for batch in batches for index in batch}) == 24
-    with pytest.raises(ValueError, match=r"--batch_size 8 .*--repeated_sampling 3"):
+    with pytest.raises(ValueError, match=r"batch_size=8 .*repeated_sampling=3"):
         EpochBatches(25, 8, seed=1, repeats=3)
 
 
@@ -94,7 +94,7 @@ def test_a_pass_may_be_shorter_than_a_batch():
 
 
 @pytest.mark.parametrize(("images", "batch_size", "accum_iter", "repeats", "processes", "message"), [
-    (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 6 --accum_iter 1$"),
+    (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give batch_size=6 accum_iter=1$"),
     (1, 8, 1, 1, 1, "give --batch_size 1 --accum_iter 1$"),
     (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
     (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
@@ -206,7 +206,7 @@ def test_bad_images_end_the_run_by_default(half_bad):
     training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
     messages = {7: "07.png: the file is empty", 11: "11.png: can't be read", 30: "30.png: No such file"}
     for index, message in messages.items():
-        with pytest.raises(BadImage, match=f"{message}.*--on_bad_image skip"):
+        with pytest.raises(BadImage, match=f"{message}.*on_bad_image=skip"):
             _ = training[0, index]
         with pytest.raises(BadImage, match=f"{message}[^-]*$"):
             _ = evaluation[0, index]

@@ -148,9 +148,9 @@ def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
     with pytest.raises(CheckpointError, match=r"missing \(blocks.2.norm1.weight"):
         loading.load_encoder(vit(), loading.read(lacking))
     pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
-    with pytest.raises(CheckpointError, match="--global_pool"):
+    with pytest.raises(CheckpointError, match="`global_pool`"):
         loading.load_encoder(vit(), loading.read(pooled))
-    with pytest.raises(CheckpointError, match="--cls_token"):
+    with pytest.raises(CheckpointError, match="global_pool=False"):
         loading.load_classifier(vit(global_pool=True), loading.read_classifier(saved(tmp_path / "cls.pth", vit())))
     with pytest.raises(CheckpointError, match="classification head"):
         loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
@@ -171,7 +171,7 @@ def test_other_channels_require_adapt_input(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
-    with pytest.raises(CheckpointError, match=r"3 channels.*: .*--adapt_input mean .*repeat .*skip"):
+    with pytest.raises(CheckpointError, match=r"3 channels.*: .*adapt_input=mean .*repeat .*skip"):
         loading.load_encoder(vit(in_chans=5), loading.read(path))
     mean, repeat, skip, gray = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()

@@ -289,7 +289,7 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
     assert row["chosen"] in ("blr 1", "blr 10")
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
-    with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
+    with pytest.raises(ValueError, match=r"labels=2: `protocols` linear trains .* give labels=4 or more"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: SCORES)
     (tmp_path / "linear.yaml").write_text("blr: [1]")
@@ -300,19 +300,19 @@ SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("--labels 5", r"--labels 5: give 6 \(one image of each class\) to 48"),
-    ("--labels 7000", r"--labels 7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
-    ("--draws 1 2", "--draws has 2 values: give one, or one for each of 1 --labels"),
-    ("--budget 1 2 3", "--budget has 3 values: give one, or one for each of 1 --labels"),
-    ("--labels 12 13", r"--labels 12 13: these are 12, 12 images"),
-    ("--recipes linear=x.yaml", "--recipes linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
-    ("--recipes finetune", "--recipes finetune: give PROTOCOL=YAML once for each of knn, finetune"),
-    (f"--recipes knn={RECIPE} knn={RECIPE}", "--recipes knn=.*: give PROTOCOL=YAML once for each of"),
-    ("--recipes finetune=x.yaml", "--recipes finetune=x.yaml: there is no file x.yaml"),
-    ("--encoders a=", "--encoders a=: give a file or a published name"),
-    ("--encoders timm:vit_base_patch16_223", r"--encoders timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
-    ("--encoders a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
-    ("--encoders pixels=a.pth", r"--encoders pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
+    ("--labels 5", r"labels=5: give 6 \(one image of each class\) to 48"),
+    ("--labels 7000", r"labels=7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
+    ("--draws 1 2", "`draws` has 2 values: give one, or one for each of 1 `labels`"),
+    ("--budget 1 2 3", "`budget` has 3 values: give one, or one for each of 1 `labels`"),
+    ("--labels 12 13", r"labels=12 13: these are 12, 12 images"),
+    ("--recipes linear=x.yaml", "`recipes` linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
+    ("--recipes finetune", "`recipes` finetune: give PROTOCOL=YAML once for each of knn, finetune"),
+    (f"--recipes knn={RECIPE} knn={RECIPE}", "`recipes` knn=.*: give PROTOCOL=YAML once for each of"),
+    ("--recipes finetune=x.yaml", "`recipes` finetune=x.yaml: there is no file x.yaml"),
+    ("--encoders a=", "`encoders` a=: give a file or a published name"),
+    ("--encoders timm:vit_base_patch16_223", r"`encoders` timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
+    ("`encoders` a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
+    ("--encoders pixels=a.pth", r"`encoders` pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
     ("--encoders choices.pth", "the name choices is reserved"),
 ])  # fmt: skip
 def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
@@ -323,7 +323,7 @@ def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
 def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
     """The table has one score per cell."""
     (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
-    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
+    with pytest.raises(ValueError, match=r"`recipes` knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
         compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
 
 
@@ -350,11 +350,11 @@ def test_names_of_encoders(tmp_path, monkeypatch):
 def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
     """Two encoders of one name would write to one folder of it."""
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OSError, match=r"--output_dir .*out can't be created"):
+    with pytest.raises(OSError, match=r"`output_dir` .*out can't be created"):
         compare(labelled, tmp_path / "out", encoder)
     with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
         compare(labelled, tmp_path, encoder)
-    with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
+    with pytest.raises(ValueError, match="`encoders`: two have the name a_b; give names, such as long="):
         compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
 
 
@@ -390,7 +390,7 @@ def test_a_result_belongs_to_the_code_of_a_dataset(tmp_path, own_module):
 @pytest.mark.parametrize(("recipe", "command", "resumes"), [
     ("epochs: 20", "run.py --seed 1", False),
     ("epochs: 1", "run.py --seed 2", False),
-    ("epochs: 1", "run.py --seed 1 --num_workers 2 --output_dir 'the place'", True),
+    ("epochs: 1", "run.py seed=1 num_workers=2 `output_dir` 'the place'", True),
 ])  # fmt: skip
 def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, recipe, command, resumes):
     def interrupt(out):
@@ -539,7 +539,7 @@ def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
     assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
     train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
     assert pixel_baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
-    with pytest.raises(ValueError, match="--encoders pixels: the training images have only one class"):
+    with pytest.raises(ValueError, match="`encoders` pixels: the training images have only one class"):
         pixel_baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
 
 
@@ -571,7 +571,7 @@ def test_an_error_is_the_last_line_of_its_output(tmp_path, end, message):
     script.write_text(f"import os, sys\nprint('warning: give --amp', flush=True)\n{end}\n")
     with pytest.raises(ValueError, match=message) as error:
         Commands(tmp_path / "runs", tmp_path / "results.json", 1).run("mine/linear", script, {}, lambda *_: {})
-    assert "--amp" not in str(error.value)
+    assert "`amp`" not in str(error.value)
 
 
 def test_an_error_ends_the_others(tmp_path):
@@ -605,7 +605,7 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path):
     damaged.write_bytes(b"")
     few = (tmp_path / "data", tmp_path / "out", encoder, "--encoders", encoder, "--protocols", "finetune",
            "--labels", "all", "--budget", "1")  # fmt: skip
-    with pytest.raises(ValueError, match=rf"{damaged.name}.*--on_bad_image skip.*--recipes finetune=YAML$"):
+    with pytest.raises(ValueError, match=rf"{damaged.name}.*on_bad_image=skip.*`recipes` finetune=YAML$"):
         compare(*few)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("on_bad_image: skip\nbatch_size: 16\n")

@@ -65,9 +65,9 @@ def test_accuracies_equal_those_of_scikit_learn(classify, noisy, tmp_path):
     assert len(set(found.values())) >= 3
     few = classify(main_knn, **flags, k="1 6", train_per_class=2)
     assert few.keys() == {(1, 0.07), (6, 0.07)}
-    with pytest.raises(ValueError, match="--k 7"):
+    with pytest.raises(ValueError, match="k=7"):
         classify(main_knn, **flags, k=7, train_per_class=2)
-    with pytest.raises(ValueError, match="--nb_classes is 4"):
+    with pytest.raises(ValueError, match="`nb_classes` is 4"):
         classify(main_knn, **flags, nb_classes=4)
 
 

@@ -78,7 +78,7 @@ def test_only_the_head_learns(probe, tuned, cached):
 def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(probe, tmp_path):
     pooling = models_vit.vit_mini_patch4(img_size=16, num_classes=3, global_pool=True)
     torch.save({"model": pooling.state_dict()}, tmp_path / "pooling.pth")
-    with pytest.raises(ValueError, match=r"--probe linear --global_pool$"):
+    with pytest.raises(ValueError, match=r"probe=linear `global_pool`$"):
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
@@ -153,13 +153,13 @@ def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
 
 def test_a_single_rate_and_several_exclude_each_other(probe):
     for flag in ("lr", "clip_grad", "min_lr"):
-        with pytest.raises(ValueError, match=rf"--{flag} 1 .*--blr .* omit --{flag}"):
+        with pytest.raises(ValueError, match=rf"--{flag} 1 .*`blr` .* omit --{flag}"):
             probe(blr="0.2 0.1", **{flag: 1})
 
 
 def test_batches_of_one_image_are_refused_by_the_name_of_the_flag(probe):
     """Batch norm needs two values."""
-    with pytest.raises(ValueError, match="--batch_size 1: "):
+    with pytest.raises(ValueError, match="batch_size=1: "):
         probe(batch_size=1)
 
 
@@ -314,7 +314,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match=r"--cache_features: .* 71 images .* another --output_dir"):
+    with pytest.raises(ValueError, match=r"`cache_features`: .* 71 images .* another `output_dir`"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
@@ -361,7 +361,7 @@ def test_bad_training_images_are_excluded_before_their_features(probe, pretraine
     cached, held_out = "cache_features" in flags, 24  # of 47
     flags = {"finetune": pretrained, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if cached:
-        with pytest.raises(BadImage, match=r"01.png: .*\(--on_bad_image skip"):
+        with pytest.raises(BadImage, match=r"01.png: .*\(on_bad_image=skip"):
             probe("error", **flags)
     out = probe("skip", **flags, on_bad_image="skip")
     assert checkpoint.read(out / "checkpoint-0.pth")["progress"]["num_images"] == 47 - (not cached) * held_out

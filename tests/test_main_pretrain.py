@@ -144,7 +144,7 @@ def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, monkeypa
     whole = pretrain("run", **settings)
     before = {path: path.read_bytes() for path in whole.iterdir()}
     back = {**settings, "resume": whole / "checkpoint-1.pth"}
-    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .* later checkpoints .*: give another --output_dir"):
+    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .* later checkpoints .*: give another `output_dir`"):
         pretrain("run", **back)
     for method, calls in (("request", 1), ("save", 2), ("save", 3)):  # the first is before a checkpoint is written
         with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -163,7 +163,7 @@ def test_a_rejected_checkpoint_changes_no_files(pretrain):
     state = checkpoint.read(out / "checkpoint-1.pth")
     state["model"]["cls_token"][0, 0, 3] = float("nan")
     checkpoint.write(state, out / "checkpoint-7.pth")
-    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token: .* earlier checkpoint with --resume FILE"):
+    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token: .* earlier checkpoint with resume=FILE"):
         pretrain("run", resume=out / "checkpoint-7.pth")
     pretrain("new", resume=out / "checkpoint-0.pth")  # the remedy
     (out / "checkpoint-7.pth").unlink()
@@ -275,7 +275,7 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
         return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
-    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*--blr"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*`blr`"):
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
     assert all(torch.isfinite(w).all() for w in state["model"].values())

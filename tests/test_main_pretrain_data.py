@@ -143,7 +143,7 @@ def test_an_epoch_resumes_without_an_image_that_has_disappeared(pretrain, pictur
         stop_after(patch, "save", 3)
         pretrain("parts", **flags)
     (lost / last).unlink()
-    with pytest.raises(CheckpointError, match="--on_bad_image skip"):
+    with pytest.raises(CheckpointError, match="on_bad_image=skip"):
         pretrain("parts", **flags, resume="auto")
     parts = pretrain("parts", **flags, resume="auto", on_bad_image="skip")
     assert_same_run(parts, pretrain("whole", data_path=damaged, on_bad_image="skip"))

@@ -167,7 +167,7 @@ def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
     assert len(evaluated) == 75
     assert capsys.readouterr().out.count("scores reused from") == 40
     for change, message in (("subset", "10 and is 1"), ("crop_pct", "1.0 and is 0.5")):
-        with pytest.raises(ValueError, match=rf"\({change} was {message}\); .*--output_dir"):
+        with pytest.raises(ValueError, match=rf"\({change} was {message}\); .*`output_dir`"):
             run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 10} | {change: message.split()[-1]}))
     for damage in ("{", '{"settings": [1], "cells": {}}'):
         (tmp_path / "out" / "imagenet-c.json").write_text(damage)
@@ -319,7 +319,7 @@ class Gain(Encoder):
     run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=1")
     with pytest.raises(ValueError, match=r"another run \(encoder_args was \['gain=1'\] and is \['gain=2'\]\)"):
         run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=2")
-    with pytest.raises(ValueError, match=r"--crop_pct 0.5: .* --crop none"):
+    with pytest.raises(ValueError, match=r"crop_pct=0.5: .* crop=none"):
         run("imagenet-r", data, tmp_path / "crop", file, crop_pct=0.5)
 
 

@@ -244,7 +244,7 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message) as error:
             segment(**flags)
-    assert "--eval" not in str(error.value)  # of the last one: it needs a segmentation model
+    assert "`eval`" not in str(error.value)  # of the last one: it needs a segmentation model
     with pytest.raises(CheckpointError, match="classification head"):
         classify(main_finetune, eval=True, resume=own)
     classify(main_finetune, "tuned", finetune=own, epochs=1, cls_token=True, batch_size=8)

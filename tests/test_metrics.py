@@ -129,7 +129,7 @@ def test_classes_without_images_are_named(classify, labelled, tmp_path, capsys):
     flags = {"data_path": tmp_path / "part", "eval": True, "resume": file}
     (tmp_path / "part/val").mkdir(parents=True)
     (tmp_path / "part/val/kind0").symlink_to(labelled / "val/kind0")
-    with pytest.raises(ValueError, match="--metric auroc: the validation images are of one class"):
+    with pytest.raises(ValueError, match="metric=auroc: the validation images are of one class"):
         classify(main_finetune, **flags, metric="auroc")
     for kind in ("kind1", "kind4"):
         (tmp_path / "part/val" / kind).symlink_to(labelled / "val" / kind)

@@ -130,7 +130,7 @@ def test_the_recorded_probe_takes_precedence_over_shapes():
 
 
 def test_an_attentive_probe_needs_a_norm_of_tokens():
-    with pytest.raises(ValueError, match="which a classifier with --global_pool does not have: start from"):
+    with pytest.raises(ValueError, match="which a classifier with `global_pool` does not have: start from"):
         mae.build.probe(*specs(MINI | {"probe": "attentive"}))
 
 
@@ -146,7 +146,7 @@ def test_partial_fine_tuning(global_pool):
         assert {name for name in trained if not name.startswith("blocks.")} == last
         assert sum(name.startswith("blocks.") for name in trained) == 6 * num_blocks
     for num_blocks in (-1, 5):
-        with pytest.raises(ValueError, match=rf"--unfreeze_blocks {num_blocks}: .*4 blocks"):
+        with pytest.raises(ValueError, match=rf"unfreeze_blocks={num_blocks}: .*4 blocks"):
             mae.build.freeze_below(model, num_blocks)
 
 

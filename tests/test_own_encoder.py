@@ -151,7 +151,7 @@ def test_an_override_that_adds_tokens_is_an_error(name):
             return torch.cat([super().with_class_tokens(patches, grid), patches[:, :2]], dim=1)
 
     kind, own = MODELS[name]
-    with pytest.raises(ValueError, match=r"with_class_tokens returns .* --num_cls_tokens"):
+    with pytest.raises(ValueError, match=r"with_class_tokens returns .* `num_cls_tokens`"):
         mae.build.combined(Registers, kind)(**SMALL, **own)(torch.rand(1, 3, 16, 16))
 
 
@@ -202,7 +202,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, t
 
 def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     file = pretrain(**GROUPS, epochs=1) / "checkpoint-0.pth"
-    with pytest.raises(ValueError, match=rf"get_model\(.*encoder=ChannelGroups\).*--encoder {GROUPS['encoder']}"):
+    with pytest.raises(ValueError, match=rf"get_model\(.*encoder=ChannelGroups\).*encoder={GROUPS['encoder']}"):
         get_model(file)
     model = get_model(file, encoder=ChannelGroups)
     pixels = torch.rand(2, 3, 16, 16)
@@ -240,7 +240,7 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pret
     own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
     flags = {"encoders": f"plain={plain} own={own}", "protocols": "knn", "data_path": labelled, "num_workers": 0,
              "device": "cpu", "output_dir": tmp_path / "compared"}  # fmt: skip
-    with pytest.raises(ValueError, match=r"own=.* give --encoder leads:Leads"):
+    with pytest.raises(ValueError, match=r"own=.* give `encoder` leads:Leads"):
         main_compare.main(parse(main_compare, **flags))
     table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
     assert "plain" in table and "own" in table
@@ -307,7 +307,7 @@ def test_the_figure_of_reconstructions_has_an_encoder(labelled, tmp_path):
 
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
-    with pytest.raises(ValueError, match=r"--model_args scale: .*--encoder has an argument of this name"):
+    with pytest.raises(ValueError, match=r"`model_args` scale: .*`encoder` has an argument of this name"):
         pretrain(**flags, model_args="scale=2")
 
 
@@ -328,7 +328,7 @@ class Shifted(Leads):
     assert found["cls_token"].float().mean().item() == pytest.approx(1e-3, rel=0.1)
     with pytest.raises(ValueError, match=r"wrong=1: Shifted takes rows=VALUE scale=VALUE shift=VALUE site=VALUE"):
         pretrain("wrong", **own | {"encoder_args": "wrong=1"})
-    with pytest.raises(ValueError, match="needs --encoder_args shift=VALUE"):
+    with pytest.raises(ValueError, match="needs `encoder_args` shift=VALUE"):
         pretrain("missing", encoder="leads:Shifted")
 
 

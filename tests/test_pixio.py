@@ -157,10 +157,10 @@ def test_maps_of_several_class_tokens(mae_file):
 
 def test_other_numbers_of_class_tokens_are_errors(mae_file):
     one = models_mae.mae_vit_mini_patch4(img_size=16)
-    with pytest.raises(CheckpointError, match=r"\(cls_token, .*\): give --num_cls_tokens 3"):
+    with pytest.raises(CheckpointError, match=r"\(cls_token, .*\): give num_cls_tokens=3"):
         loading.init_mae(one, loading.read(mae_file))
     fixed = models_mae.mae_vit_mini_patch4(img_size=16, num_cls_tokens=3)
-    with pytest.raises(CheckpointError, match="give --learned_pos_embed"):
+    with pytest.raises(CheckpointError, match="give `learned_pos_embed`"):
         loading.init_mae(fixed, loading.read(mae_file))
 
 
@@ -179,7 +179,7 @@ def test_a_run_records_what_rebuilds_its_model(run_dir, pretrain, tmp_path):
     pretrain("more", init_from=run_dir / "checkpoint-0.pth", num_cls_tokens=3, learned_pos_embed=True, epochs=1,
              warmup_epochs=0, blr=0)  # fmt: skip
     assert torch.equal(get_model(tmp_path / "more" / "checkpoint-0.pth").pos_embed, table)
-    with pytest.raises(CheckpointError, match="give --num_cls_tokens 3"):
+    with pytest.raises(CheckpointError, match="give num_cls_tokens=3"):
         pretrain("mae", resume="auto", epochs=2, num_cls_tokens=2)
 
 

@@ -179,7 +179,7 @@ def test_images_of_five_channels_need_in_chans_and_not_skip(tmp_path, call, caps
     for number in range(24):
         np.save(tmp_path / f"five/{number:02}.npy", np.full((5, 16, 16), number, dtype=np.uint8))
     alone = {"num_workers": 0}
-    with pytest.raises(BadImage, match=r"24 of 24.*give --in_chans 5") as error:
+    with pytest.raises(BadImage, match=r"24 of 24.*give in_chans=5") as error:
         mains.call(datasets, tmp_path / "five", num_workers=0)
     listed = capsys.readouterr().out
     assert "19.npy" in listed and "20.npy" not in listed and "and 4 more" in listed

@@ -61,8 +61,8 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     assert str(raised.value).endswith(": give --model x --in_chans 3")
 
 
-@pytest.mark.parametrize(("which", "remedy"), [("auto", "give another --output_dir"),
-                                               ("a.pth", "--finetune a.pth instead of --resume starts")])  # fmt: skip
+@pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),
+                                               ("a.pth", "`finetune` a.pth instead of `resume` starts")])  # fmt: skip
 def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
@@ -91,7 +91,7 @@ def test_checkpoints_that_can_not_be_read_are_not_trained_over(tmp_path, content
     path.write_bytes(content) if content else path.symlink_to("/nothing/checkpoint-3.pth")
     with pytest.raises(CheckpointError, match=r"contains checkpoint-3\.pth"):
         run_state.read_newest(tmp_path)
-    assert "--resume auto skips checkpoint-3.pth" in caplog.text
+    assert "resume=auto skips checkpoint-3.pth" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes the rights of another user")

@@ -76,9 +76,9 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
     """Pixels of a single such color are ignored."""
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
-    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
+    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
         of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
-    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
+    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
         of_colors.decode(png([[[200, 0, 0], [1, 2, 3], [4, 5, 6]]]))
     assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
     assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
@@ -95,13 +95,13 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
         assert of_colors.decode(png(indices, "P", optimized)).tolist() == expected
     of_indices = [9, 9, 9, *np.ravel(colors).tolist()]  # 0 is no class
     assert of_colors.decode(png([[0, 1, 3]], "P", of_indices)).tolist() == [[255, 0, 2]]
-    with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: give --nb_classes 4$"):
+    with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: give nb_classes=4$"):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 
 @pytest.mark.parametrize(("data", "reason"), [
     (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
-    (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
+    (png([[[1, 2, 3]]]), "it is a color image: give `palette` with the colors of the classes"),
     (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
     (b"no image", "not an image of a known format"),
     (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "it has 3 channels: give masks of one channel"),
@@ -209,7 +209,7 @@ def test_a_palette_names_and_colors_classes(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=problem):
             read_palette(file)
-    with pytest.raises(ValueError, match="--palette"):
+    with pytest.raises(ValueError, match="`palette`"):
         read_palette(tmp_path / "none.txt")
 
 
@@ -231,7 +231,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 3 images have no mask .*/01.jpg"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     folders = ["images/training", "annotations/training"]
-    with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(--train_list\)$"):
+    with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(`train_list`\)$"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=folders)
     rows = [f"images/training/0{n}.jpg,annotations/training/0{n}.png" for n in (0, 1)]
     (tmp_path / "list.csv").write_text("\n".join(rows))
@@ -285,7 +285,7 @@ def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
         extra = tmp_path / place / f"03.{suffix}"
         Image.new("L", (30, 24)).save(extra)
         for options in ({}, {"folders": ["images/training", "annotations/training"]}):
-            with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(--train_list\)"):
+            with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(`train_list`\)"):
                 open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), **options)
         extra.unlink()
     assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 12
@@ -342,7 +342,7 @@ def test_scales_are_relative_to_the_short_side():
     _, classes = joint_transforms.train_transform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
-    with pytest.raises(ValueError, match="--scale 2 1"):
+    with pytest.raises(ValueError, match="scale=2 1"):
         joint_transforms.train_transform(8, 0, (2, 1), 0, [0.5])
 
 

@@ -95,7 +95,7 @@ def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
     run_state.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), expected)
     state["optimizer"]["state"]["norm.weight"]["factors"] = [torch.zeros(2)]
-    with pytest.raises(ValueError, match=r"--fsdp can't save factors .* a list: omit --fsdp, or"):
+    with pytest.raises(ValueError, match=r"`fsdp` can't save factors .* a list: omit `fsdp`, or"):
         sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-1", group=None)
 
 
@@ -396,9 +396,9 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path, small_disk):
 
 
 def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"--fsdp .*--device cpu"):
+    with pytest.raises(ValueError, match=r"`fsdp` .*device=cpu"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("mps"), None, "reconstruct")
-    with pytest.raises(ValueError, match=r"--fsdp .*--amp bf16"):
+    with pytest.raises(ValueError, match=r"`fsdp` .*amp=bf16"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
     model = mae_vit_mini_patch4(img_size=32)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -309,19 +309,19 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "flags", "message"), [
-    ({5: "nan"}, {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
+    ({5: "nan"}, {}, r"`train_list` .*\.csv: the weight of .*train04\.png is nan; task=regression needs"),
     ({5: ""}, {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
-    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
-    ({5: "inf"}, {}, r"is inf; --task regression needs a finite number"),
+    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; task=regression needs a finite number"),
+    ({5: "inf"}, {}, r"is inf; task=regression needs a finite number"),
     ({5: ["71", "5"]}, {}, r"the row of .*train04\.png and the header have 7 and 6 cells; correct"),
     ({}, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
-    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
-    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
-    ({}, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
-    (dict.fromkeys(range(1, 51), "5"), {}, r"--task regression: weight is the same for all training images"),
-    ({}, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
-    ({}, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
-    ({}, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
+    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give `label_columns`"),
+    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; task=multilabel needs 0 or 1"),
+    ({}, {"task": "classification"}, r"task=classification has one label column; give one of weight, age"),
+    (dict.fromkeys(range(1, 51), "5"), {}, r"task=regression: weight is the same for all training images"),
+    ({}, {"train_per_class": 2}, r"train_per_class=2: an image has no single class with task=regression"),
+    ({}, {"class_weight": "balanced"}, r"class_weight=balanced: task=regression has no classes; omit"),
+    ({}, {"metric": "auroc"}, r"metric=auroc is not for task=regression: give r2, mae, spearman"),
     ({}, {"nb_classes": 3}, r"2 numbers .*--nb_classes is 3; omit --nb_classes"),
 ], ids=range(14))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
@@ -344,7 +344,7 @@ def test_a_mistake_in_a_column_of_0_and_1_is_no_class(tmp_path):
         return open_source("train", **flags).classes
 
     for mistake, said in (("", "empty"), ("?", r"\?"), ("2", "2")):
-        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; --task multilabel needs 0 or 1"):
+        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; task=multilabel needs 0 or 1"):
             classes("1", mistake, "0")
     assert classes("1", "0", "1") == ["tumor"]
     assert classes("cat", "", "cat;dog") == ["cat", "dog"]
@@ -392,7 +392,7 @@ def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 def test_class_folders_are_for_classification(task, main, classify):
-    with pytest.raises(ValueError, match=f"--task {task}: the train images are class numbers: give --train_list"):
+    with pytest.raises(ValueError, match=f"task={task}: the train images are class numbers: give `train_list`"):
         classify(main, task=task)
 
 
@@ -405,7 +405,7 @@ def test_mixed_and_smoothed_labels_are_for_classification(flag, value, tune):
 
 def test_a_file_has_one_task(tune, folder, classify, labelled):
     out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
-    with pytest.raises(ValueError, match=r"--task multilabel: .* was trained with --task regression; omit --task"):
+    with pytest.raises(ValueError, match=r"task=multilabel: .* was trained with task=regression; omit `task`"):
         tune(task="multilabel", label_columns="tags", eval=True, resume=out)
     assert isinstance(classify(main_finetune, "other", finetune=out, epochs=1).name, str)  # the head is a new one
     assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers

@@ -179,7 +179,7 @@ def test_a_function_in_place_of_its_name(tmp_path, samples):
              "epochs": 1, "warmup_epochs": 0, "num_workers": 1, "device": "cpu", "amp": "off"}  # fmt: skip
     main_pretrain.main(parse(main_pretrain, **flags), source=source)
     resumed = {"output_dir": tmp_path / "run", "resume": "auto", "epochs": 2}
-    with pytest.raises(ValueError, match=r"--dataset 'py:.*source"):  # which no flag can import
+    with pytest.raises(ValueError, match=r"`dataset` 'py:.*source"):  # which no flag can import
         main_pretrain.main(parse(main_pretrain, **resumed))
     main_pretrain.main(parse(main_pretrain, **resumed), source=source)
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1]
@@ -214,7 +214,7 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
 def test_names_that_can_not_be_imported(own_module, name, message):
     own_module("present", OWN + "return []\n")
     own_module("needs", "import absent_package\n")
-    with pytest.raises(ValueError, match=f"--dataset py:{name}.*{message}"):
+    with pytest.raises(ValueError, match=f"`dataset` py:{name}.*{message}"):
         open_source("train", dataset=f"py:{name}")
 
 
@@ -273,7 +273,7 @@ def test_labels_classes_and_names():
     ([(BLACK, 0)], {"classes": 3}, "classes are .*int"),
 ])  # fmt: skip
 def test_items_that_are_no_samples_are_one_line(images, attributes, message):
-    with pytest.raises(ValueError, match=f"^--dataset py:any:any.*{message}") as raised:
+    with pytest.raises(ValueError, match=f"^`dataset` py:any:any.*{message}") as raised:
         _ = opened(images, **attributes).classes
     assert "\n" not in str(raised.value)
 
@@ -296,7 +296,7 @@ def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys
     (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*--data_path"),
 ])  # fmt: skip
 def test_functions_that_return_no_dataset_are_one_line(function, message):
-    with pytest.raises(ValueError, match=f"^--dataset py:any:any:? {message}"):
+    with pytest.raises(ValueError, match=f"^`dataset` py:any:any:? {message}"):
         open_source("train", dataset="py:any:any", function=function)
 
 
@@ -314,7 +314,7 @@ def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1, "epochs": 1, "warmup_epochs": 0}
     for name, own in (("skip", {}), ("cached", {"cache_images": True})):
         assert lines(pretrain(name, **flags, **own, on_bad_image="skip"))[0]["bad_images"] == 1
-    with pytest.raises(BadImage, match=r"\[3\]: .*lost.*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"\[3\]: .*lost.*on_bad_image=skip"):
         pretrain("error", **flags)
     capsys.readouterr()
     unknown = "return" not in code
@@ -396,7 +396,7 @@ def test_images_in_memory_are_not_those_of_a_dataset_that_augments(pretrain, own
         "        return np.full((16, 16, 3), np.random.randint(256) * (index == 9), np.uint8), 0\n"
         "def open_dataset(split, data_path):\n    return Changing(range(16))\n",
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"--cache_images: the dataset returns another image .* omit --cache_images"):
+    with pytest.raises(ValueError, match=r"`cache_images`: the dataset returns another image .* omit `cache_images`"):
         pretrain(dataset="py:changing:open_dataset", cache_images=True)
 
 
@@ -424,13 +424,13 @@ def test_stored_features_notice_changed_samples(own_module, caplog):
 
     before = version()
     assert version() == before
-    assert "--data_path" not in caplog.text
+    assert "`data_path`" not in caplog.text
     (modules / "data/file").write_text("new")
     changed = version()
     assert changed != before
     os.utime(modules / "constant.py", (1, 1))
     assert version() != changed
     assert version(None) != version(None)
-    assert "--data_path" in caplog.text
+    assert "`data_path`" in caplog.text
     assert version(function=partial(lambda label, split, data_path: [(BLACK, label)], 0))  # without code of its own
     assert opened([(BLACK, 0)], version=lambda self, index: f"v{index}").version(7) == "v7"
