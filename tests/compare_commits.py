@@ -85,7 +85,8 @@ def commands(tree: Path, data: Path, out: Path) -> Iterator[tuple[str, list[obje
                      out / "export.safetensors"]  # fmt: skip
     for recipe in sorted((tree / "recipes").glob("*.yaml")):
         script = recipe.stem.partition("_")[0]
-        inputs = {"pretrain": [*images, *model], "segment": [*scenes, *tuned]}.get(script, [*images, *tuned])
+        masks = scenes[:2] if "palette:" in recipe.read_text() else scenes  # a palette has the number of classes
+        inputs = {"pretrain": [*images, *model], "segment": [*masks, *tuned]}.get(script, [*images, *tuned])
         side = ["--input_size", 32] if script == "pretrain" else []  # recipes mask blocks of patches
         one = ["--updates_per_epoch", 1] if script == "pretrain" else ["--adapt_input", "mean"]  # or gray
         small = [*SMALL, *side, *one, "--accum_iter", 1]
