@@ -111,7 +111,12 @@ def observe(tree: Path, data: Path, out: Path) -> dict[str, Any]:
         seen |= {f"help/{script.stem}/{flag}": text for flag, text in map(flag_and_help, entries[1:])}
     for name, command in commands(tree, data, out):
         folder = out / name
-        text = run(*command, *[folder] * (command[-1] == "--output_dir"))
+        try:
+            text = run(*command, *[folder] * (command[-1] == "--output_dir"))
+        except SystemExit as error:
+            if not name.startswith("recipe_"):  # a recipe may need data of its own
+                raise
+            text = str(error).splitlines()[-1]
         print(f"{tree.name}: {name}", flush=True)
         seen |= results_of(name, folder, text.replace(str(out), "").replace(str(tree), ""))
     features = np.load(out / "features.npz")
