@@ -53,8 +53,8 @@ def with_requirements(names: Iterable[str]) -> set[str]:
 
 
 def hidden_modules() -> list[str]:
-    """Returns the names of the installed top-level modules that belong to no listed package."""
-    kept = with_requirements(LISTED)
+    """Returns the names of the installed top-level modules that belong neither to a listed package nor to this one."""
+    kept = {"masked-autoencoders", *with_requirements(LISTED)}
     installed = metadata.packages_distributions()
     return sorted(name for name, owners in installed.items() if not kept & set(map(_normalized, owners)))
 

@@ -85,7 +85,8 @@ def commands(tree: Path, data: Path, out: Path) -> Iterator[tuple[str, list[obje
                      out / "export.safetensors"]  # fmt: skip
     for recipe in sorted((tree / "recipes").glob("*.yaml")):
         script = recipe.stem.partition("_")[0]
-        inputs = {"pretrain": [*images, *model], "segment": [*scenes, *tuned]}.get(script, [*images, *tuned])
+        masks = scenes[:2] if "palette:" in recipe.read_text() else scenes  # a palette has the number of classes
+        inputs = {"pretrain": [*images, *model], "segment": [*masks, *tuned]}.get(script, [*images, *tuned])
         side = ["--input_size", 32] if script == "pretrain" else []  # recipes mask blocks of patches
         one = ["--updates_per_epoch", 1] if script == "pretrain" else ["--adapt_input", "mean"]  # or gray
         small = [*SMALL, *side, *one, "--accum_iter", 1]
@@ -110,7 +111,12 @@ def observe(tree: Path, data: Path, out: Path) -> dict[str, Any]:
         seen |= {f"help/{script.stem}/{flag}": text for flag, text in map(flag_and_help, entries[1:])}
     for name, command in commands(tree, data, out):
         folder = out / name
-        text = run(*command, *[folder] * (command[-1] == "--output_dir"))
+        try:
+            text = run(*command, *[folder] * (command[-1] == "--output_dir"))
+        except SystemExit as error:
+            if not name.startswith("recipe_"):  # a recipe may need data of its own
+                raise
+            text = str(error).splitlines()[-1]
         print(f"{tree.name}: {name}", flush=True)
         seen |= results_of(name, folder, text.replace(str(out), "").replace(str(tree), ""))
     features = np.load(out / "features.npz")
