@@ -1,6 +1,6 @@
 """Entry points of torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
 
-Every architecture is an entry point, with the arguments of `mae.inference.get_model`. torch.hub ignores names with a
+Every architecture is an entry point, with the arguments of `mae.get_model`. torch.hub ignores names with a
 leading underscore.
 """
 

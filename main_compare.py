@@ -51,10 +51,11 @@ from mae.evaluate.tasks import best_of
 from mae.files import recipes
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
-from mae.settings import EXPORTED, REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.arguments import arguments
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
+from mae.settings.names import FLIPS
 from mae.suggestions import did_you_mean
 from mae.training import run_log
 from mae.user_code import DATASET
@@ -128,7 +129,8 @@ def main(args: Namespace | Run, source: OpenDataset | None = None) -> str:
         ValueError: the function has no name by which the scripts can import it.
     """
     run_log.start_logging()
-    run, _ = user_code.with_objects(with_source(Run.of(args), source), encoder=None)  # results depend on its module
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
+    run, _ = user_code.with_objects(run, encoder=None)  # results depend on its module
     if source and ("<" in run.data.dataset or run.data.dataset.startswith(f"{DATASET}__main__:")):
         raise ValueError(f"source= ({run.data.dataset}): the scripts of a comparison import it: define it in a module")
     out = Path(run.machine.output_dir)
@@ -296,7 +298,7 @@ def _encoders(run: Run, folder: Path) -> list[Encoder]:
         own = {key: value for key, value in known.items() if key not in also}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         if not of_first:  # what the scripts read from the file of an encoder
-            trained = {name: weights.settings.get(name) for name in EXPORTED if name not in REBUILDS}
+            trained = {name: weights.settings.get(name) for name in FLIPS}
             of_first = known | trained
             if of_first.get("num_cls_tokens") == 1:  # the default
                 del of_first["num_cls_tokens"]

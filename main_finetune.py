@@ -85,7 +85,7 @@ def main(
     """Trains and evaluates a classifier for `--epochs` epochs; with --eval, returns the result of one evaluation.
 
     Args:
-        args: the settings: a `Run`, or a Namespace as the parser returns it, of which all are explicit.
+        args: the settings: a `Run`, or a Namespace, whose entries are explicit. Others are the defaults of the script.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
@@ -93,7 +93,7 @@ def main(
     """
     from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
-    run = with_source(Run.of(args), source)
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
     run, precision = trainer.start(run, "main_finetune")
     device = precision.device
@@ -101,8 +101,7 @@ def main(
     run = with_recorded_settings(
         run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
-    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
-    data = RunData(run.images, run.data, device, source, images)
+    data = trainer.open_data(run, device, source)
 
     build = partial(mae.build.classifier, encoder=encoder)
     if run.evaluation.eval and file:

@@ -63,7 +63,8 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    run, encoder = user_code.with_objects(with_source(Run.of(args), source), encoder=encoder)
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
+    run, encoder = user_code.with_objects(run, encoder=encoder)
     run, precision = trainer.start(run)
     device = precision.device
     file = loading.read(run.machine.finetune) if run.machine.finetune else None

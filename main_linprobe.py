@@ -96,15 +96,15 @@ def main(
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    run, encoder = user_code.with_objects(with_source(Run.of(args), source), encoder=encoder)
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
+    run, encoder = user_code.with_objects(run, encoder=encoder)
     run, precision = trainer.start(run, "main_linprobe", trains_encoder=False)
     device = precision.device
     file = open_encoder(run)
     run = with_recorded_settings(
         run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
-    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
-    data = RunData(run.images, run.data, device, source, images)
+    data = trainer.open_data(run, device, source)
     build = partial(mae.build.probe, encoder=encoder)
     if run.evaluation.eval and file:
         if run.machine.compile:

@@ -84,7 +84,7 @@ def main(
     """Trains for `--epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
-        args: the settings: a `Run`, or a Namespace as the parser returns it, of which all are explicit.
+        args: the settings: a `Run`, or a Namespace, whose entries are explicit. Others are the defaults of the script.
         model_class: class of the model, or a `partial` of it; a subclass changes the method. It is in place of
             --model_class MODULE:CLASS.
         callbacks: called after every update and every epoch.
@@ -94,7 +94,7 @@ def main(
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
             --lr_schedule MODULE:FUNCTION.
     """
-    run = with_source(Run.of(args), source)
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder, optimizer, lr_schedule = user_code.with_objects(
         run, encoder=encoder, optimizer=optimizer, lr_schedule=lr_schedule
     )
@@ -222,8 +222,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
     """
     if run.evaluation.probe_every and run.evaluation.probe_path and not Path(run.evaluation.probe_path).exists():
         raise ValueError(f"--probe_path {run.evaluation.probe_path}: there is no such folder or archive")
-    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
-    data = RunData(run.images, run.data, device, source, images)
+    data = trainer.open_data(run, device, source)
     reads_labels = bool(
         run.evaluation.probe_every and not run.evaluation.probe_path
     )  # the probe classifies the training images

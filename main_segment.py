@@ -89,7 +89,7 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    run = with_source(Run.of(args), source)
+    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
     run, precision = trainer.start(run, "main_segment")
     device = precision.device

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from mae.cli.advice import AdvisedError, Remedy
 from mains import fails, small_run
 
 import main_compare
@@ -21,7 +22,6 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.cli import entry_point
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data import check as datasets
 from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment

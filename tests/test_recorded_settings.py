@@ -178,3 +178,16 @@ def test_the_order_of_the_axes_of_arrays_is_given_and_recorded(tmp_path, pretrai
     assert np.allclose(np.load(tmp_path / "rows.npz")["features"], expected.detach(), atol=1e-4)
     with pytest.raises(BadImage, match="channels_last"):
         get_model("mae_vit_mini_patch4", in_chans=16, input_size=16).prepare(arrays[0])
+
+
+def test_a_namespace_that_lacks_settings_has_the_defaults_of_the_script(labelled, tmp_path):
+    """Programs of forks do not have all flags. Fine-tuning has other defaults than pre-training."""
+    args = Namespace(
+        data_path=str(labelled), model="vit_mini_patch4", input_size=16, batch_size=4, epochs=1, device="cpu",
+        num_workers=0, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    main_finetune.main(args)
+    recorded = torch.load(tmp_path / "run" / "checkpoint-0.pth")["args"]
+    expected = {"drop_path": 0.1, "min_lr": 1e-6, "warmup_epochs": 5, "crop_scale": [0.08, 1.0], "global_pool": True}
+    assert {name: recorded[name] for name in expected} == expected
+    assert recorded["log_dir"] == recorded["output_dir"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mae.cli.advice import AdvisedError
 from mains import argv_of, assert_same_run, call, lines, stop_and_resume
 from PIL import Image
 from scipy import stats
@@ -21,7 +22,6 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.cli.advice import AdvisedError
 from mae.data.dataset_kinds import open_source
 from mae.inference import export, get_model
 

@@ -158,6 +158,23 @@ def parse_command(
     return args, explicit
 
 
+def settings_of(args: argparse.Namespace | Run, parser: argparse.ArgumentParser) -> Run:
+    """Returns the settings that `main(args)` of a script has.
+
+    All entries of a Namespace are explicit. Those that it lacks have the defaults of the script.
+
+    Args:
+        parser: that of the script.
+    """
+    if isinstance(args, Run):
+        return args
+    defaults = {action.dest: action.default for action in parser._actions}
+    given = vars(args)
+    if "log_dir" not in given and "output_dir" in given:
+        defaults["log_dir"] = given["output_dir"]  # as in `parse_command`
+    return Run.of({**defaults, **given}, given.keys())
+
+
 def _flags_in(argv: Sequence[str]) -> list[str]:
     """Returns the flags of a command line, without their values."""
     return [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]

@@ -128,7 +128,7 @@ class ModelMixin(PyTorchModelHubMixin):
             return super()._from_pretrained(**{"strict": True, **arguments})
         except RuntimeError as error:
             raise CheckpointError(
-                f"{arguments['model_id']} does not contain the weights of a {cls.__name__}: use inference.get_model, "
+                f"{arguments['model_id']} does not contain the weights of a {cls.__name__}: use mae.get_model, "
                 f"which loads any model of this library ({' '.join(str(error).split())})"
             ) from error
 

@@ -14,11 +14,12 @@ from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, O
 
 SIZES = ("input_size", "patch_size")  # one number is the size of a square
 DATASETS = ("data_path", "dataset", "train_list", "val_list", "train_folders", "val_folders")  # each names a dataset
-SPECS: tuple[type[Values], ...] = (
-    ModelSpec, ImageSpec, AugmentationSpec, DataSpec, OptimSpec, EvaluationSpec, MachineSpec, ComparisonSpec,
-)  # fmt: skip
-
-
+FLIPS = ("hflip",)  # they may change labels: a training that starts from a file takes them, and so do exports
+PARTS: dict[str, type[Values]] = {  # of a `Run`
+    "model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec, "optim": OptimSpec,
+    "evaluation": EvaluationSpec, "machine": MachineSpec, "comparison": ComparisonSpec,
+}  # fmt: skip
+SPECS = tuple(PARTS.values())
 FIELDS = {one.name: (kind, one) for kind in SPECS for one in fields(kind)}  # a setting -> its class and its field
 
 
@@ -66,5 +67,4 @@ def differs(name: str, first: Any, second: Any) -> bool:
 ELEMENT_TYPES = {name: kinds for kind in SPECS for name, kinds in element_types(kind).items()}
 # What rebuilds a model and its transform:
 REBUILDS = names_with(roles.MODEL, roles.HEAD, roles.LABELS, roles.IMAGES)
-# What files of other formats keep. Flips may change labels, so that a training which starts from a file takes them.
-EXPORTED = [*REBUILDS, "hflip"]
+EXPORTED = [*REBUILDS, *FLIPS]  # what files of other formats keep

@@ -10,7 +10,7 @@ from mae.settings.data import DataSpec
 from mae.settings.fields import HEAD, IMAGES, LABELS, MACHINE, MODEL, OPTIM, SPLIT, Values
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
-from mae.settings.names import FIELDS, names_of, names_with
+from mae.settings.names import FIELDS, FLIPS, PARTS, names_of, names_with
 from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
 
 
@@ -60,10 +60,6 @@ class Run:
     def __getitem__(self, name: str) -> Any:
         return getattr(getattr(self, PART_OF[name]), name)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns a setting by its name; the default, if the script does not have it."""
-        return self[name] if name in self.names else default
-
     def record(self) -> dict[str, Any]:
         """Returns the settings by their names, as plain values."""
         script = {"script": self.script} if self.script else {}
@@ -78,17 +74,11 @@ class Run:
         return replace(self, **new, names=self.names | settings.keys(), explicit=self.explicit | settings.keys())
 
 
-PARTS: dict[str, type[Values]] = {
-    "model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec, "optim": OptimSpec,
-    "evaluation": EvaluationSpec, "machine": MachineSpec, "comparison": ComparisonSpec,
-}  # fmt: skip
 PART_OF = {name: next(part for part, kind in PARTS.items() if kind is FIELDS[name][0]) for name in FIELDS}
 assert len(PART_OF) == sum(len(fields(kind)) for kind in PARTS.values()), "a setting has two homes"
 
-UNSET: dict[str, Any] = {
-    "num_cls_tokens": 1,
-    "regression_loss": "l1",
-}  # what None stands for, of settings that files determine
+# What None stands for, of settings that a file may determine.
+UNSET: dict[str, Any] = {"num_cls_tokens": 1, "regression_loss": "l1"}
 
 # What a run does with a file -> the settings that it takes from the file.
 RESUME, RESUME_PUBLISHED, EVALUATE, TRAIN = "resume", "resume a published checkpoint", "evaluate", "train"
@@ -96,26 +86,22 @@ TAKEN = {
     RESUME: FIELDS.keys() - names_with(MACHINE),
     RESUME_PUBLISHED: {*names_with(MODEL, HEAD, LABELS, IMAGES, OPTIM)},  # its other settings are of another program
     EVALUATE: {*names_with(MODEL, HEAD, LABELS, IMAGES, SPLIT)},
-    TRAIN: {*names_with(MODEL, IMAGES), "hflip", "min_valid"},  # flips may change labels; min_valid belongs to nodata
+    TRAIN: {*names_with(MODEL, IMAGES), *FLIPS, "min_valid"},  # min_valid gives nodata its meaning
 }
 
 
-def resolve(run: Run, recorded: Mapping[str, Any], purpose: str, determined: Mapping[str, Any] | None = None) -> Run:
-    """Returns the settings of a run that uses a file. It is the only place with this rule.
-
-    A setting is explicit, else what the file records, else what the shapes of its tensors determine, else the default.
+def resolve(run: Run, of_file: Mapping[str, Any], purpose: str) -> Run:
+    """Returns the settings of a run that uses a file: explicit ones, else those of the file, else the defaults.
 
     Args:
         run: the explicit settings and the defaults.
-        recorded: settings of the file. None counts as absent.
+        of_file: the settings of the file, by the rule of `chosen`. None counts as absent.
         purpose: RESUME, RESUME_PUBLISHED, EVALUATE or TRAIN.
-        determined: settings that the shapes of the tensors of the file determine.
     """
     taken = TAKEN[purpose] & run.names - run.explicit
     if "blr" in run.explicit:
         taken -= {"lr"}  # it would take precedence
-    of_file = chosen({}, recorded, determined or {}, {})
-    return run.changed({name: value for name, value in of_file.items() if name in taken})
+    return run.changed({name: value for name, value in _known(of_file).items() if name in taken})
 
 
 def _of(kind: type[Values], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +117,10 @@ def effective(run: Run, name: str) -> Any:
 def chosen(
     explicit: Mapping[str, Any], recorded: Mapping[str, Any], determined: Mapping[str, Any], default: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the settings by the rule of `resolve`. None counts as absent."""
+    """The rule: an explicit setting, else what a file records, else what its shapes determine, else the default.
+
+    None counts as absent.
+    """
     return {**default, **_known(determined), **_known(recorded), **_known(explicit)}
 
 

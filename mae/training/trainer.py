@@ -13,6 +13,8 @@ from torch import nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
+from mae.data.run_data import RunData
+from mae.data.user_sets import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.positions import to_pair
 from mae.settings import ImageSpec, Run
@@ -53,6 +55,16 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     if script:
         run = run.changed({"precision": precision.name})
     return run, precision
+
+
+def open_data(run: Run, device: torch.device, source: OpenDataset | None) -> RunData:
+    """Returns the data of a run. A run that resumes within an epoch has the images of its first start.
+
+    Args:
+        source: the dataset of the user's code, as in `main` of a script.
+    """
+    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
+    return RunData(run.images, run.data, device, source, images)
 
 
 @dataclass(frozen=True)

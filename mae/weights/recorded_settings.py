@@ -8,8 +8,10 @@ from mae import settings
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
-from mae.settings.fields import HEAD, LABELS, SPLIT
+from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
+from mae.settings.names import FLIPS
+from mae.settings.run import TAKEN
 from mae.user_code import runs_code
 from mae.weights import preprocessing, reading
 
@@ -44,16 +46,16 @@ def with_recorded_settings(
 
 def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any], purpose: str) -> Run:
     """Returns settings as `with_recorded_settings`, without those that the model of a classifier determines."""
-    also = ["hflip"] if purpose == TRAIN else []
+    also = [*FLIPS] if purpose == TRAIN else []
     if run.evaluation.eval and run.data.val_fraction and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
         also = settings.names_with(SPLIT) if file.settings["val_fraction"] else ["val_fraction"]
     left_out = {"nb_classes", "mean", "std"}
-    if purpose == TRAIN:
-        left_out |= {*settings.names_with(HEAD, LABELS)}
-        left_out |= set() if "model" in file.settings else {"crop", "crop_pct"}
+    if purpose == TRAIN and "model" not in file.settings:
+        left_out |= {"crop", "crop_pct"}
+    taken = TAKEN[purpose] & run.names - left_out
     of_file = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
-    of_file = {name: value for name, value in of_file.items() if name in run and name not in left_out}
+    of_file = {name: value for name, value in of_file.items() if name in taken}
     warn_of_changes(file.origin, run, of_file)
     before, run = run, settings.resolve(run, of_file, purpose)
     changed = {
