@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mae.cli.advice import AdvisedError
 from mains import argv_of, assert_same_run, call, lines, stop_and_resume
 from PIL import Image
 from scipy import stats
@@ -398,9 +397,8 @@ def test_class_folders_are_for_classification(task, main, classify):
 
 @pytest.mark.parametrize(("flag", "value"), [("mixup", 0.8), ("cutmix", 1), ("smoothing", 0.1)])
 def test_mixed_and_smoothed_labels_are_for_classification(flag, value, tune):
-    with pytest.raises(AdvisedError) as raised:
+    with pytest.raises(ValueError, match=f"give {flag}=0$"):
         tune(task="multilabel", label_columns="tags", **{flag: value})
-    assert [str(one) for one in raised.value.remedies] == [f"give --{flag} 0"]
 
 
 def test_a_file_has_one_task(tune, folder, classify, labelled):
