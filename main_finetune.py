@@ -40,13 +40,13 @@ from mae.data.labels import has_ids
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
-from mae.lr_decay import param_groups_lrd
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback
+from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings

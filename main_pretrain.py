@@ -38,12 +38,12 @@ from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import pictures
-from mae.lr_decay import param_groups_weight_decay
 from mae.settings import TRAIN, Run
 from mae.training import optimizers, run_log, trainer
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.online_probe import OnlineProbe
+from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.user_code import import_object
 from mae.weights import loading

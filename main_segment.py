@@ -45,12 +45,12 @@ from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
-from mae.lr_decay import param_groups_lrd
 from mae.positions import to_pair
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.training import optimizers, run_log, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback
+from mae.training.param_groups import param_groups_lrd
 from mae.weights import loading
 from mae.weights.model_zoo import SEGMENTER
 from mae.weights.recorded_settings import with_recorded_settings

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae.context import extra_inputs, needed_inputs
-from mae.lr_decay import get_layer_id_for_vit
 from mae.positions import Size, resize_pos_embed, to_pair
+from mae.training.param_groups import get_layer_id_for_vit
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)

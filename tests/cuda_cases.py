@@ -37,8 +37,8 @@ import models_vit
 from mae.data.batches import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
-from mae.lr_decay import param_groups_lrd, param_groups_weight_decay
 from mae.training import loop, optimizers
+from mae.training.param_groups import param_groups_lrd, param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
 from models_segment import Segmenter
