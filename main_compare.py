@@ -57,7 +57,7 @@ from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
 from mae.suggestions import did_you_mean
-from mae.training import run_log
+from mae.training import log
 from mae.user_code import DATASET
 from mae.weights import preprocessing, reading
 
@@ -128,7 +128,7 @@ def main(args: Namespace | Run, source: OpenDataset | None = None) -> str:
     Raises:
         ValueError: the function has no name by which the scripts can import it.
     """
-    run_log.start_logging()
+    log.start_logging()
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, _ = user_code.with_objects(run, encoder=None)  # results depend on its module
     if source and ("<" in run.data.dataset or run.data.dataset.startswith(f"{DATASET}__main__:")):
@@ -187,7 +187,7 @@ def _compare(run: Run, out: Path) -> str:
     begin, results = time.perf_counter(), list[tuple[int, Result]]()
     chosen = [partial(runs.choose, task) for task in trained if not task.draw]
     for number, _ in enumerate(runs.commands.each(chosen), start=1):
-        left = run_log.duration((time.perf_counter() - begin) / number * (len(chosen) - number))
+        left = log.duration((time.perf_counter() - begin) / number * (len(chosen) - number))
         logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen (about {left} left for these)")
     seconds: dict[str, float] = {}
     try:
@@ -197,7 +197,7 @@ def _compare(run: Run, out: Path) -> str:
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.text} ({result.seconds:.0f} s; about "
-                f"{run_log.duration(seconds_left(tasks, seconds) / run.comparison.jobs)} left)"
+                f"{log.duration(seconds_left(tasks, seconds) / run.comparison.jobs)} left)"
             )
     finally:
         if results:
@@ -520,7 +520,7 @@ class Runs:
 
 def last_line(out: Path, _: str) -> dict[str, Any]:
     """Returns the scores of a run directory."""
-    lines = run_log.read(out)
+    lines = log.read(out)
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
     return {**scores, "epochs": len(lines)}
 

@@ -43,7 +43,7 @@ from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
-from mae.training import optimizers, run_log, trainer
+from mae.training import log, optimizers, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
@@ -132,7 +132,7 @@ def main(
         precision=precision.of_evaluation(), task=labels,
     )  # fmt: skip
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
         scores = test(model)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}

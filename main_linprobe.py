@@ -54,7 +54,7 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, REBUILDS, TRAIN, ImageSpec, Run, names_of
 from mae.settings.choices import ATTENTIVE, LINEAR
-from mae.training import feature_files, run_log, trainer
+from mae.training import feature_files, log, trainer
 from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.weights import loading
@@ -178,7 +178,7 @@ def train_probe(
         precision = Precision("off", device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
         """Evaluates the head with the best score on the held-out images."""
         best, best_rate = 0, dict[str, float]()
         if several:

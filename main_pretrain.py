@@ -39,7 +39,7 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import pictures
 from mae.settings import TRAIN, Run
-from mae.training import optimizers, run_log, trainer
+from mae.training import log, optimizers, trainer
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.online_probe import OnlineProbe
@@ -125,7 +125,7 @@ def main(
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_probe(run, data, full_images.source, precision, model)
 
-    def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def after_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio), epoch)

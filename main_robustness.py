@@ -32,7 +32,7 @@ from mae.files.results import Results
 from mae.inference.imagenet import TIMM, RestrictedClassifier, load
 from mae.settings import Run, types
 from mae.settings.choices import NO_CROP
-from mae.training import run_log
+from mae.training import log
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 from mae.weights.recorded_settings import warn_of_changes
@@ -85,7 +85,7 @@ def main(args: Namespace) -> str:
         ValueError: another process evaluates the suite with the same output directory.
     """
     device = parallel.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
+    log.start_logging()
     with locks.locked(Path(args.output_dir), f"{args.suite}.lock") if parallel.is_main() else nullcontext():
         return _evaluate(args, device)
 

@@ -47,7 +47,7 @@ from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.positions import to_pair
 from mae.settings import EVALUATE, TRAIN, Run
-from mae.training import optimizers, run_log, trainer
+from mae.training import log, optimizers, trainer
 from mae.training.compiling import compile_model
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
@@ -131,7 +131,7 @@ def main(
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = eval_batches(data, val)
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}

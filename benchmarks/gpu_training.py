@@ -31,8 +31,8 @@ from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
 from mae.training import loop
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.precision import Precision
-from mae.training.run_log import NullLog
 from mae.training.saver import NullSaver
 from mae.weights import loading, reading
 

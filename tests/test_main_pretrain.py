@@ -24,7 +24,7 @@ from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader
 from mae.interrupts import Interrupted
-from mae.training import loop, run_log
+from mae.training import log, loop
 from models_mae import MaskedAutoencoderViT
 
 
@@ -87,7 +87,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
     assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
 
 
-@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (parallel, "gather")])
+@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (log.RunLog, "end_epoch"), (parallel, "gather")])
 def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     """PyTorch may report a killed worker process at any time, also between epochs."""
     settings = {"epochs": 4, "save_every": 1000}
@@ -109,7 +109,7 @@ def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
 @pytest.mark.parametrize(("epoch", "error"), [(1, None), (1, OSError("the disk is gone")), (3, None)])
 def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, error):
     """Also if an error follows the signal. A run whose last epoch is complete does not stop."""
-    settings, end_epoch = {"epochs": 4, "save_every": 1000}, run_log.RunLog.end_epoch
+    settings, end_epoch = {"epochs": 4, "save_every": 1000}, log.RunLog.end_epoch
     whole = pretrain("whole", **settings)
 
     def end(log, stats):
@@ -120,7 +120,7 @@ def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, e
                 raise error
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) if epoch < 3 else nullcontext():
-        patch.setattr(run_log.RunLog, "end_epoch", end)
+        patch.setattr(log.RunLog, "end_epoch", end)
         pretrain("parts", **settings)
     if epoch < 3:
         position = checkpoint.position(whole.parent / "parts/checkpoint-last.pth")

@@ -28,10 +28,10 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
-from mae.training import costs, log_files, run_log, trainer
+from mae.training import costs, log, log_files, trainer
+from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
-from mae.training.run_log import RunLog, start_logging
 
 
 def test_meters_are_means_over_updates():
@@ -184,7 +184,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from mae.training.meters import Stopwatch
-from mae.training.run_log import RunLog, next_x
+from mae.training.log import RunLog, next_x
 value, first, done, last = map(int, sys.argv[1:])
 log = RunLog(Path("."), Path("."), 9, first, next_x(first, done, 10))
 for epoch in range(first, last):
@@ -284,7 +284,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
 import time
 from pathlib import Path
 from mae.training.meters import Stopwatch
-from mae.training.run_log import RunLog
+from mae.training.log import RunLog
 log = RunLog(Path("."), Path("."), epochs=3)
 log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
 for step in range(1, 5):
@@ -332,7 +332,7 @@ def test_a_log_that_is_no_text_is_named(pretrain):
 
 
 def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):
-    class Full(run_log.NullLog):
+    class Full(log.NullLog):
         def close(self):
             raise OSError("the log is full")
 

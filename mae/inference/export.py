@@ -45,7 +45,7 @@ from mae.inference.state_dicts import (
 )
 from mae.settings.choices import CLASSIFICATION
 from mae.settings.model import BLOCK_ARGUMENTS
-from mae.training.run_log import start_logging
+from mae.training.log import start_logging
 
 logger = logging.getLogger(__name__)
 

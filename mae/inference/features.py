@@ -41,8 +41,8 @@ from mae.inference.model import Model, get_model
 from mae.settings.choices import REGRESSION
 from mae.training import feature_files
 from mae.training.compiling import compile_model, padded
+from mae.training.log import start_logging
 from mae.training.precision import Precision
-from mae.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from mae.files.untrusted import require_files
 from mae.inference.classes import Autoencoder, ImageLike, Model
 from mae.inference.model import get_model
 from mae.settings import types
-from mae.training.run_log import start_logging
+from mae.training.log import start_logging
 from models_mae import Reconstruction
 
 logger = logging.getLogger(__name__)
