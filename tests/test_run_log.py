@@ -28,7 +28,7 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
-from mae.training import costs, log, log_files, trainer
+from mae.training import costs, log, trainer
 from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
