@@ -42,9 +42,9 @@ from mae.settings import TRAIN, Run
 from mae.training import log, optimizers, trainer
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
-from mae.training.online_probe import OnlineProbe
 from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
+from mae.training.probe import OnlineProbe
 from mae.user_code import import_object
 from mae.weights import loading
 from mae.weights.recorded_settings import with_settings_of
