@@ -45,7 +45,7 @@ from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.training import log, optimizers, trainer
 from mae.training.compiling import compile_model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae.context import extra_inputs, needed_inputs
-from mae.positions import Size, resize_pos_embed, to_pair
+from mae.position_tables import Size, resize_pos_embed, to_pair
 from mae.training.param_groups import get_layer_id_for_vit
 
 NormLayer = Callable[[int], nn.Module]

@@ -23,7 +23,7 @@ from mae.data.decode import BadImage
 from mae.data.samples import Samples
 from mae.data.sources import versions
 from mae.inference import export, features, get_model
-from mae.positions import get_2d_sincos_pos_embed
+from mae.position_tables import get_2d_sincos_pos_embed
 from models_vit import Encoder, VisionTransformer
 
 # The pixels are noise. The target, and the class, is determined by the extra input `level` alone.

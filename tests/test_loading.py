@@ -9,7 +9,7 @@ import torch
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import get_model
-from mae.positions import resize_pos_embed
+from mae.position_tables import resize_pos_embed
 from mae.weights import loading
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4

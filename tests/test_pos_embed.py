@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models_vit
-from mae.positions import get_2d_sincos_pos_embed, interpolate_pos_embed, resize_pos_embed
+from mae.position_tables import get_2d_sincos_pos_embed, interpolate_pos_embed, resize_pos_embed
 
 
 def test_first_half_encodes_the_column():

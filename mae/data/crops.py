@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 
 from mae.data.bicubic_weights import BITS, pixel_weights
 from mae.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
 
 

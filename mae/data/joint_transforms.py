@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mae.data.decode import MAX_PIXELS, BadImage, Picture, require_size, size_of
 from mae.data.segmentation_masks import IGNORED
 from mae.data.transforms import Transform, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 
 
 def scaled(picture: Picture, height: int, width: int) -> Picture:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mae.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 
 logger = logging.getLogger(__name__)

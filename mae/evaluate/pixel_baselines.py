@@ -9,7 +9,7 @@ from mae.data import loader, transforms
 from mae.data.decode import PixelValues
 from mae.data.samples import Samples
 from mae.data.sources import Source
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import ImageSpec
 
 SIDE = 32  # images are resized to at most this many pixels per side

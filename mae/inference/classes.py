@@ -26,7 +26,7 @@ from mae.data.transforms import split_maps, with_maps
 from mae.evaluate.robustness import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import specs
 from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision

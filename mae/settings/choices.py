@@ -1,6 +1,6 @@
 """Groups of flags, and choices and defaults that other packages also use."""
 
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 
 # The groups of --help.
 DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (

@@ -4,7 +4,7 @@
 from collections.abc import Set
 from dataclasses import dataclass
 
-from mae.positions import Size
+from mae.position_tables import Size
 from mae.settings.choices import CLASSIFICATION, CROP_CHOICES, NO_CROP, TASK_CHOICES
 from mae.settings.fields import FIXED, HEAD, IMAGES, LABELS, TRAINING, Values, fact, setting
 from mae.settings.types import count, nodata, non_negative, positive, positive_int, positive_share, share

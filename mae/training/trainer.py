@@ -16,7 +16,7 @@ from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import ImageSpec, Run
 from mae.training import costs, environment, log, lr_sched
 from mae.training.compiling import compile_model

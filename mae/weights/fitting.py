@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.positions import interpolate_pos_embed, sincos_table, to_pair
+from mae.position_tables import interpolate_pos_embed, sincos_table, to_pair
 from mae.weights import shapes
 from mae.weights.reading import Weights
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.files.untrusted import read_file
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)

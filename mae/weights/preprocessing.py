@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from mae.data.transforms import channel_statistics
-from mae.positions import Size
+from mae.position_tables import Size
 from mae.settings.choices import default_crop_pct, published_crop_pct
 from mae.weights import shapes
 from mae.weights.candidates import warn_once

@@ -22,7 +22,7 @@ from mae import parallel
 from mae.checkpoints import checkpoint, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES
 from mae.weights import candidates, foreign_settings, model_zoo, shapes
