@@ -40,8 +40,8 @@ import models_vit
 from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
-from mae.data.dataset_kinds import open_source
 from mae.data.labels import open_pair, some_of_each_class
+from mae.data.open import open_source
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import comparison, pixel_baselines

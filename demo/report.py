@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label, to_tensor
 from mae.evaluate import comparison, knn, pictures, tables

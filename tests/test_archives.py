@@ -19,8 +19,8 @@ from test_decode import saved
 
 from mae.data import transforms
 from mae.data.archives import Archive
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import find_files
 

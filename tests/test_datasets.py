@@ -16,8 +16,8 @@ import main_knn
 import main_linprobe
 from mae import parallel, plain_data
 from mae.data import check as datasets
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
+from mae.data.open import open_source
 from mae.data.sources import Files
 
 

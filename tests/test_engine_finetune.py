@@ -19,8 +19,8 @@ from engine_finetune import encode, evaluate
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.labels import Subset
+from mae.data.open import open_source
 from mae.data.run_data import RunData
 from mae.inference import features
 from mae.training import feature_files

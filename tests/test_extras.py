@@ -18,8 +18,8 @@ import main_pretrain
 import main_segment
 from examples.ground_positions import GroundPositions
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import versions
 from mae.inference import export, features, get_model

@@ -14,8 +14,8 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.transforms import to_tensor
 from mae.data.webdataset_shards import Shards
 

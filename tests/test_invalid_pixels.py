@@ -18,8 +18,8 @@ import main_pretrain
 import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, Masked, PixelValues, decode
+from mae.data.open import open_source
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.evaluate import pixel_baselines
 from mae.inference.model import get_model

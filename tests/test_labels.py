@@ -18,7 +18,7 @@ import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.data import check as datasets
 from mae.data import labels
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.data.sources import find_files
 from mae.data.webdataset_shards import Shards
 from mae.inference import get_model

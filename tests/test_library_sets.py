@@ -28,8 +28,8 @@ import main_finetune
 import main_knn
 from mae import parallel
 from mae.data import library_sets, loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.webdataset_shards import Shards
 from models_vit import vit_mini_patch4

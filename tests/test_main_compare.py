@@ -28,8 +28,8 @@ import main_compare
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint, run_directory
-from mae.data.dataset_kinds import open_source
 from mae.data.labels import hold_out, some_of_each_class
+from mae.data.open import open_source
 from mae.evaluate import comparison, pixel_baselines
 from mae.evaluate.comparison import Result
 from mae.inference import get_model

@@ -11,7 +11,7 @@ from mains import assert_equal, assert_same_run, call, in_processes, lines, stop
 from PIL import Image
 
 import main_knn
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.inference import get_model
 from mae.training.probe import effective_rank
 

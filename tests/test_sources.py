@@ -14,8 +14,8 @@ from torchvision.datasets import ImageFolder
 
 from mae.data import labels
 from mae.data.archives import Archive
-from mae.data.dataset_kinds import open_source
 from mae.data.lists import read_list
+from mae.data.open import open_source
 from mae.data.sources import find_files, versions
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]

@@ -21,7 +21,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.inference import export, get_model
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]

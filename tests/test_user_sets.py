@@ -27,8 +27,8 @@ import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
 from mae.data import check as datasets
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode, to_tensor
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label
 

@@ -8,8 +8,8 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_cache, image_facts, labels, loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import PixelValues
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Files, Source, with_missing
 from mae.data.user_sets import OpenDataset

@@ -28,9 +28,9 @@ from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
 from mae.data import extras, loader, transforms
 from mae.data.batches import Batch
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
 from mae.data.image_facts import readable
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Source, versions
 from mae.data.user_sets import UserSet
