@@ -43,8 +43,9 @@ from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
-from mae.training import log, optimizers, trainer
+from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
@@ -132,7 +133,7 @@ def main(
         precision=precision.of_evaluation(), task=labels,
     )  # fmt: skip
 
-    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         scores = test(model)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}

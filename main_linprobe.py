@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import mae.build
+import mae.probes
 import models_vit
 from engine_finetune import (
     encode,
@@ -54,7 +55,8 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, REBUILDS, TRAIN, ImageSpec, Run, names_of
 from mae.settings.choices import ATTENTIVE, LINEAR
-from mae.training import feature_files, log, trainer
+from mae.training import feature_files, trainer
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.weights import loading
@@ -164,7 +166,7 @@ def train_probe(
         train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"--held_out {run.data.held_out:g}")
         run = run.changed({"train_images": labels.identity(train, len(train) + len(held_out))})
         sets = {"held_out": held_out, "val": val}
-        model.head = mae.build.ParallelHeads(heads)
+        model.head = mae.probes.ParallelHeads(heads)
         logger.info(
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
@@ -178,7 +180,7 @@ def train_probe(
         precision = Precision("off", device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
-    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         """Evaluates the head with the best score on the held-out images."""
         best, best_rate = 0, dict[str, float]()
         if several:

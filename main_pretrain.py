@@ -26,7 +26,7 @@ import mae.build
 import models_mae
 from engine_pretrain import train_one_epoch
 from mae import masking, parallel, user_code
-from mae.blocks import blocks_of
+from mae.build import blocks_of
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
@@ -39,7 +39,8 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import pictures
 from mae.settings import TRAIN, Run
-from mae.training import log, optimizers, trainer
+from mae.training import optimizers, trainer
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.param_groups import param_groups_weight_decay
@@ -53,6 +54,7 @@ from models_vit import Encoder
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # reconstructions in TensorBoard
+BETAS = (0.9, 0.95)  # of AdamW, as published
 
 
 def get_args_parser() -> ArgumentParser:
@@ -120,12 +122,12 @@ def main(
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
-    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=(0.9, 0.95))
+    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_probe(run, data, full_images.source, precision, model)
 
-    def after_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
+    def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio), epoch)

@@ -47,8 +47,9 @@ from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
 from mae.settings import EVALUATE, TRAIN, Run
-from mae.training import log, optimizers, trainer
+from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
 from mae.weights import loading
@@ -131,7 +132,7 @@ def main(
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = eval_batches(data, val)
 
-    def evaluate_epoch(epoch: int, log: log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}

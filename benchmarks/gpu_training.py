@@ -25,7 +25,7 @@ from benchmarks import model_table, peers, train_step
 from benchmarks.gpu_correct import KERNELS
 from benchmarks.gpu_task import TINY, Task
 from benchmarks.masked_queries import MaskedQueries
-from mae.blocks import blocks_of
+from mae.build import blocks_of
 from mae.data.batches import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts

@@ -18,10 +18,10 @@ from mains import parse, randomized
 from PIL import Image
 
 import hubconf
-from mae.build import probe_head
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model, graphs
 from mae.inference.model import ARCHITECTURES, Autoencoder, Classifier
+from mae.probes import probe_head
 from mae.weights import conversion, loading
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself

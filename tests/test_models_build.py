@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mae.build
+import mae.probes
 import models_vit
 from mae.settings import specs
 from mae.weights.loading import Weights
@@ -71,7 +72,7 @@ def test_grad_checkpointing_names_the_blocks_that_it_does_not_reach(block, caplo
 
 def test_an_attentive_head_against_the_papers_definition():
     torch.manual_seed(3)
-    head = mae.build.attentive_head(6, 4, num_queries=3).double().eval()
+    head = mae.probes.attentive_head(6, 4, num_queries=3).double().eval()
     with torch.no_grad():
         head.pool.queries.mul_(50)  # else all weights are almost equal
     head[1].running_mean.normal_()

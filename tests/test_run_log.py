@@ -28,7 +28,7 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
-from mae.training import costs, log, trainer
+from mae.training import costs, log, log_writers, trainer
 from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
@@ -232,7 +232,7 @@ def fill(file, size):
 def test_log_lines_are_written_after_a_full_disk_has_space(small_disk, caplog, capfd, monkeypatch):
     """Events of that time are lost. Later ones are written, a minute after the last attempt."""
     clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(log_files, "time", clock)
+    monkeypatch.setattr(log_writers, "time", clock)
     subprocess.run(["mount", "-o", "remount,size=256k", small_disk], check=True)
     start_logging()
     logging.getLogger().addHandler(caplog.handler)

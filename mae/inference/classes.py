@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import mae.build
+import mae.probes
 import models_mae
 import models_segment
 import models_vit
@@ -355,7 +356,7 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**mae.build.classifier_arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
-            mae.build.set_probe_head(self, specs(settings)[0])
+            mae.probes.set_probe_head(self, specs(settings)[0])
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae.blocks import blocks_of
+from mae.build import blocks_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from mae.data.user_sets import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
 from mae.settings import ImageSpec, Run
-from mae.training import costs, environment, log, lr_sched
+from mae.training import costs, environment, lr_sched
 from mae.training.compiling import compile_model
 from mae.training.loading_advice import faster_loading
+from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
 from mae.training.loop import Callback, EpochOptions, Loader
 from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
@@ -46,7 +47,7 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     device = parallel.init(
         machine.device, machine.dist_url, machine.dist_timeout, machine.dist_backend, needs_group=machine.fsdp
     )
-    log.start_logging()
+    start_logging()
     if script:
         run = run_state.with_recorded_settings(run, script)
     torch.manual_seed(run.data.seed)
@@ -88,7 +89,7 @@ class Task:
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
-    after_epoch: Callable[[int, log.NullLog], dict[str, Any]]
+    after_epoch: Callable[[int, NullLog], dict[str, Any]]
     loss_tag: str = "train_loss"
     trained: nn.Module | None = None
     evaluates: bool = False
@@ -184,13 +185,13 @@ def _open_log(
     batches: Any,
     measure_costs: Callable[[float], dict[str, float]],
     device: torch.device,
-) -> log.NullLog:
+) -> NullLog:
     if not parallel.is_main():
-        return log.NullLog()
-    return log.RunLog(
+        return NullLog()
+    return RunLog(
         Path(run.machine.output_dir), Path(run.machine.log_dir), run.optim.epochs, first_epoch=progress.epoch,
         loss_tag=loss_tag,
-        first_x=log.next_x(progress.epoch, progress.first_iteration, len(batches)),
+        first_x=next_x(progress.epoch, progress.first_iteration, len(batches)),
         measure_costs=measure_costs, remedies=partial(faster_loading, batches, run.record(), device),
     )  # fmt: skip
 
@@ -215,7 +216,7 @@ def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float
 
 
 def _entries_of(
-    callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: log.NullLog, others: Collection[str]
+    callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: NullLog, others: Collection[str]
 ) -> dict[str, Any]:
     """Calls the callbacks that have a method `after_epoch`, and returns their entries of log.txt.
 
@@ -229,7 +230,7 @@ def _entries_of(
     for callback in callbacks:
         found = callback.after_epoch(model, epoch, log) if hasattr(callback, "after_epoch") else {}
         own = {name: value.item() if hasattr(value, "item") else value for name, value in found.items()}
-        if twice := own.keys() & {*others, *entries, *log.OF_EPOCH}:
+        if twice := own.keys() & {*others, *entries, *OF_EPOCH}:
             raise ValueError(
                 f"{type(callback).__name__}.after_epoch returns {min(twice)}, which log.txt has: rename it"
             )
@@ -238,7 +239,7 @@ def _entries_of(
 
 
 @contextmanager
-def closing_log(log: log.NullLog) -> Iterator[None]:
+def closing_log(log: NullLog) -> Iterator[None]:
     """Closes a log. An error that ends the run takes precedence over an error of the log, which is logged instead."""
     try:
         yield

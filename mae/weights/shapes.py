@@ -10,7 +10,7 @@ from torch import Tensor
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings.choices import ATTENTIVE, LINEAR
 
-# The weights of the head of a classifier, of a probe (`mae.build.probe_head`), and of the first of several probes.
+# The weights of the head of a classifier, of a probe (`mae.probes.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
 PATCHES = "patch_embed.proj.weight"  # (D, c, p, q)
 QUERIES = "head.pool.queries"  # of an attentive probe
