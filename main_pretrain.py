@@ -111,7 +111,8 @@ def main(
     )
     model.to(precision.device)
 
-    samples, full_images = open_samples(run, data, train, draw_noise, model, mask_ratio)
+    num_visible = masking.num_visible(model.num_patches, mask_ratio)
+    samples, full_images = open_samples(run, data, train, draw_noise, model, num_visible)
     check_targets(model, loader.examples(full_images, EXAMPLES).images, data.normalize.std)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
@@ -203,7 +204,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
 
 def open_samples(
     run: Run, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
-    model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
+    model: models_mae.MaskedAutoencoderViT, num_visible: int,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     extras.require_fitting(model, source, steps=STEPS)
@@ -216,12 +217,12 @@ def open_samples(
     )  # fmt: skip
     patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
-    num_visible = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
+    visible_patches = math.ceil(num_visible * patches / tokens)
     whole = transforms.eval_transform(run.images.input_size, crop=run.images.crop)
     augment, whole = (
         partial(
             transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=run.images.min_valid,
-            num_visible=num_visible,
+            num_visible=visible_patches,
         )
         for transform in (augment, whole)
     )  # fmt: skip
