@@ -119,7 +119,7 @@ def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
     for file, message in (
         (shutil.make_archive(str(tmp_path / "set"), "gztar", pictures), r"set.tar.gz is neither"),
         (zip_of(tmp_path / "bz2.zip", ["1.png"], compression=zipfile.ZIP_BZIP2), r"bz2.zip: .* 1.png.* deflate"),
-        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"--data_path .*empty.zip: there are no images"),
+        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"data_path=.*empty.zip: there are no images"),
         (tmp_path / "images.npz", "NumPy"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -181,7 +181,7 @@ def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape(
 
 @pytest.mark.parametrize("width", [16, 40])
 def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
-    with pytest.raises(ValueError, match=f"`model_args` width={width}: give a multiple of 32"):
+    with pytest.raises(ValueError, match=f"--model_args width={width}: give a multiple of 32"):
         WideDecoder(**SMALL, width=width)
 
 

@@ -128,7 +128,7 @@ def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
     for column, message in (
-        ("level", rf"the level of 3.png is {said}; --extras are finite numbers"),
+        ("level", rf"the level of 3.png is {said}; `extras` are finite numbers"),
         ("depth", r"no column depth; give --extras of .*level"),
         ("noise", r"can't have the name noise; rename this column of --extras"),
     ):

@@ -229,7 +229,7 @@ def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
     pretrain("run", epochs=2)
     pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1, input_size="16 16")
     (warned,) = re.findall(r"^warning: .*", capsys.readouterr().out, re.MULTILINE)
-    assert re.search(r"--mask_ratio .*0\.75 .*0\.5 ", warned)
+    assert re.search(r"`mask_ratio` .*0\.75 .*0\.5 ", warned)
     state = checkpoint.read(tmp_path / "run/checkpoint-1.pth")
     state["args"] |= {"new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
     checkpoint.write(state, tmp_path / "run/checkpoint-1.pth")
@@ -397,7 +397,7 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
-    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give --updates_per_epoch 2"),
+    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give updates_per_epoch=2"),
                                 ("plain", {}, "omit --updates_per_epoch")):  # fmt: skip
         pretrain(name, **flags)
         with pytest.raises(CheckpointError, match=remedy):

@@ -217,7 +217,7 @@ def test_statistics_of_other_channel_counts():
     assert mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)
     assert std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
     assert transforms.channel_statistics(2, [0.1, 0.2], [1, 2]) == ([0.1, 0.2], [1, 2])
-    for wrong, message in (((3, [0.1, 0.2]), r"--mean has 2 values for 3 channels.*--in_chans 2"),
+    for wrong, message in (((3, [0.1, 0.2]), r"`mean` has 2 values for 3 channels.*in_chans=2"),
                            ((2, [0.1, 0.2], [1, 1, 1]), r"--std .*3 .*2 channels")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             transforms.channel_statistics(*wrong)
