@@ -321,5 +321,5 @@ def test_a_schedule_of_numpy_is_saved(own_module, pretrain):
 
 def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):
     own_module("own_schedule", "def nothing(progress):\n    pass\n")
-    with pytest.raises(ValueError, match="`lr_schedule` own_schedule:nothing returns NoneType"):
+    with pytest.raises(ValueError, match="lr_schedule=own_schedule:nothing returns NoneType"):
         pretrain(lr_schedule="own_schedule:nothing")

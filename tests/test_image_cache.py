@@ -175,7 +175,7 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
         stop_after(patch, "save", 3)
         pretrain("parts", **settings, cache_images=True, num_workers=1)
     said = capsys.readouterr().out
-    assert "--cache_images: 26 images are decoded and take" in said
+    assert "`cache_images`: 26 images are decoded and take" in said
     assert "text.jpg: the file is not an image" in said
     parts = pretrain("parts", **settings, resume="auto")
     assert_equal(weights(whole), weights(parts))

@@ -149,7 +149,7 @@ def test_the_remedies_of_errors_work():
     with pytest.raises(BadImage) as raised:
         decode(pixels, 1)
     flag, *limits = raised.value.remedy.removeprefix("give ").split()
-    assert flag == "--value_range"
+    assert flag == "`value_range`"
     assert decode(pixels, 1, values=PixelValues(None, tuple(map(float, limits)))).max() == 1
     with pytest.raises(BadImage) as raised:
         decode(np.full((4, 4), np.nan), 1)

@@ -254,7 +254,7 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert " is used, and " not in capsys.readouterr().out
     pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
     warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(warned) == ["--mask_ratio 0.75", "--mean 0.4"]
+    assert sorted(warned) == ["mask_ratio=0.75", "--mean 0.4"]
 
 
 def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
@@ -350,7 +350,7 @@ def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
 
 def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
     pretrain("all", epochs=1, warmup_epochs=1)
-    assert "warning: --warmup_epochs 1 is not shorter than the run of --epochs 1" in capsys.readouterr().out
+    assert "warning: warmup_epochs=1 is not shorter than the run of epochs=1" in capsys.readouterr().out
     pretrain("part", epochs=1, warmup_epochs=0.5)
     assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
 
@@ -398,7 +398,7 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give updates_per_epoch=2"),
-                                ("plain", {}, "omit --updates_per_epoch")):  # fmt: skip
+                                ("plain", {}, "omit `updates_per_epoch`")):  # fmt: skip
         pretrain(name, **flags)
         with pytest.raises(CheckpointError, match=remedy):
             pretrain(name, resume="auto", epochs=3, updates_per_epoch=3)

@@ -226,7 +226,7 @@ def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
 def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
     (tmp_path / "palette.txt").write_text("1 2 3 sky\n")
     own = segment(epochs=1) / "checkpoint-0.pth"
-    assert "no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
+    assert "no `finetune`: the features are from an untrained encoder" in capsys.readouterr().out
     segment("all", epochs=1, unfreeze_blocks="all")
     assert "no --finetune" not in capsys.readouterr().out
     for flags, message in (

@@ -307,7 +307,7 @@ def test_the_figure_of_reconstructions_has_an_encoder(labelled, tmp_path):
 
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
-    with pytest.raises(ValueError, match=r"`model_args` scale: .*`encoder` has an argument of this name"):
+    with pytest.raises(ValueError, match=r"model_args=scale: .*`encoder` has an argument of this name"):
         pretrain(**flags, model_args="scale=2")
 
 
@@ -363,7 +363,7 @@ def test_arguments_of_a_class_in_python(pretrain):
 def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
     for kind in (Explicit, type("Other", (Explicit,), {})):
         pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
-    assert re.search(r"--model_class .*Explicit .*Other", capsys.readouterr().out)
+    assert re.search(r"model_class=.*Explicit .*Other", capsys.readouterr().out)
 
 
 class Explicit(MaskedAutoencoderViT):

@@ -253,7 +253,7 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
     images, empty, *lists = (str(tmp_path / name) for name in ("images", "empty", "none.csv", "bad.csv", "short.csv"))
     for options, problem in (
         ({}, r"`data_path` is needed: .* \(or give `val_folders` IMAGES MASKS, `val_list` CSV or `dataset`\)"),
-        ({"data_path": "none"}, "--data_path none: "),
+        ({"data_path": "none"}, "data_path=none: "),
         ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
         ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
         ({"folders": [images, empty]}, "--val_folders: there are no images in .*empty"),

@@ -214,7 +214,7 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
 def test_names_that_can_not_be_imported(own_module, name, message):
     own_module("present", OWN + "return []\n")
     own_module("needs", "import absent_package\n")
-    with pytest.raises(ValueError, match=f"`dataset` py:{name}.*{message}"):
+    with pytest.raises(ValueError, match=f"dataset=py:{name}.*{message}"):
         open_source("train", dataset=f"py:{name}")
 
 
@@ -273,7 +273,7 @@ def test_labels_classes_and_names():
     ([(BLACK, 0)], {"classes": 3}, "classes are .*int"),
 ])  # fmt: skip
 def test_items_that_are_no_samples_are_one_line(images, attributes, message):
-    with pytest.raises(ValueError, match=f"^`dataset` py:any:any.*{message}") as raised:
+    with pytest.raises(ValueError, match=f"^dataset=py:any:any.*{message}") as raised:
         _ = opened(images, **attributes).classes
     assert "\n" not in str(raised.value)
 
@@ -296,7 +296,7 @@ def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys
     (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*--data_path"),
 ])  # fmt: skip
 def test_functions_that_return_no_dataset_are_one_line(function, message):
-    with pytest.raises(ValueError, match=f"^`dataset` py:any:any:? {message}"):
+    with pytest.raises(ValueError, match=f"^dataset=py:any:any:? {message}"):
         open_source("train", dataset="py:any:any", function=function)
 
 
