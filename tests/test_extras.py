@@ -130,7 +130,7 @@ def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     for column, message in (
         ("level", rf"the level of 3.png is {said}; `extras` are finite numbers"),
         ("depth", r"no column depth; give `extras` of .*level"),
-        ("noise", r"can't have the name noise; rename this column of --extras"),
+        ("noise", r"can't have the name noise; rename this column of `extras`"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source("train", file_list=str(listed), extras=[column])

@@ -354,7 +354,7 @@ def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
         compare(labelled, tmp_path / "out", encoder)
     with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
         compare(labelled, tmp_path, encoder)
-    with pytest.raises(ValueError, match="`encoders`: two have the name a_b; give names, such as long="):
+    with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
         compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
 
 

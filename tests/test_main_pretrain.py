@@ -254,7 +254,7 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert " is used, and " not in capsys.readouterr().out
     pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
     warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(warned) == ["mask_ratio=0.75", "--mean 0.4"]
+    assert sorted(warned) == ["mask_ratio=0.75", "mean=0.4"]
 
 
 def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):

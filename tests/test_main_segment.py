@@ -233,7 +233,7 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
         ({"nb_classes": None}, r"--nb_classes .* --palette FILE"),
         ({"palette": tmp_path / "palette.txt"}, r"--nb_classes 3: --palette .*palette.txt .*omit --nb_classes"),
         ({"nb_classes": 256}, r"--nb_classes 256: .*255"),
-        ({"eval": True}, r"--eval .*--resume .*--finetune: .*segmentation"),
+        ({"eval": True}, r"eval=.*--resume .*`finetune`: .*segmentation"),
         ({"eval": True, "resume": encoder}, "segmentation head"),
         ({"eval": True, "resume": own, "nb_classes": 7}, r"--nb_classes 7: .*checkpoint-0.pth .*omit --nb_classes"),
         ({"eval": True, "resume": own, "nb_classes": None, "palette": tmp_path / "palette.txt"},

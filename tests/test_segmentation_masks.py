@@ -255,7 +255,7 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
         ({}, r"`data_path` is needed: .* \(or give `val_folders` IMAGES MASKS, `val_list` CSV or `dataset`\)"),
         ({"data_path": "none"}, "data_path=none: "),
         ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
-        ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
+        ({"folders": ["a", "b"]}, "`val_folders`: there is no folder a"),
         ({"folders": [images, empty]}, "--val_folders: there are no images in .*empty"),
         ({"file_list": lists[0]}, "--val_list: there is no file"),
         ({"file_list": lists[1]}, "its first row names .*none.jpg, which does not exist"),

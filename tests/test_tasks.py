@@ -435,7 +435,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 
 def test_labels_of_a_dataset_are_checked(tune):
     for name, message in (
-        ("not_a_number", r"labels have nan: `task` regression needs finite numbers"),
+        ("not_a_number", r"labels have nan: task=regression needs finite numbers"),
         ("text", r"its label is heavy: --task regression needs finite numbers"),
         ("ragged", r"train\[1\]: its label has 2 numbers, and that of sample 0 1: give equally many"),
     ):
