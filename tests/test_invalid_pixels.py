@@ -1,6 +1,7 @@
 """Invalid pixels: --nodata, masks of a dataset object, --min_valid and --value_range, from files to losses."""
 
 import io
+import re
 import sys
 
 import forks

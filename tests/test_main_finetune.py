@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_statistics_of_its_encoder(finetune, tmp_path):
     torch.save(state, tmp_path / "encoder.pth")
     finetune(**PLAIN, finetune=tmp_path / "encoder.pth", epochs=1, warmup_epochs=0)
     again = {**PLAIN, "epochs": 2, "warmup_epochs": 0, "resume": "auto"}
-    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, "--mean 0.1 0.2 0.3"), ({"crop_pct": 0.5}, "--crop_pct 1.0")):
+    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, r"mean=\[0.1, 0.2, 0.3\]"), ({"crop_pct": 0.5}, "crop_pct=1.0")):
         with pytest.raises(CheckpointError, match=f": give {remedy}$"):
             finetune(**again, **changed)
     assert len(lines(finetune(**again))) == 2

@@ -314,7 +314,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match=r"`cache_features`: .* 71 images .* another `output_dir`"):
+    with pytest.raises(ValueError, match=r"--cache_features: .* 71 images .* another --output_dir"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
@@ -410,7 +410,7 @@ def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, f
 
 def test_a_resumed_run_with_another_probe_is_an_error(probe, pretrained):
     probe(finetune=pretrained, probe="attentive", epochs=1, warmup_epochs=0)
-    for changed, right in (({"probe": "linear"}, "--probe attentive"), ({"num_queries": 16}, "--num_queries 32")):
+    for changed, right in (({"probe": "linear"}, "probe=attentive"), ({"num_queries": 16}, "num_queries=32")):
         with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
             probe(**{"probe": "attentive", **changed}, resume="auto")
 

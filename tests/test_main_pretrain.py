@@ -22,6 +22,7 @@ import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.cli.messages import with_flags
 from mae.data import loader
 from mae.interrupts import Interrupted
 from mae.training import log, loop
@@ -220,7 +221,8 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
     with pytest.raises(CheckpointError) as raised:
         pretrain(**again)
-    note = str(raised.value).rpartition(": ")[2]
+    message = with_flags(str(raised.value), main_pretrain.get_args_parser())
+    note = message.rpartition(": ")[2]
     assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
     assert len(lines(pretrain(**typed(note, again)))) == 2
 

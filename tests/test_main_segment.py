@@ -98,9 +98,9 @@ def test_only_the_head_learns_and_its_file_needs_no_flags(
 
 
 @pytest.mark.parametrize(("changed", "remedy"), [
-    ({"short_side": 24}, "give --short_side 16"),
-    ({"reduce_zero_label": True}, "give --no_reduce_zero_label"),
-    ({"nb_classes": 4}, "give --nb_classes 3"),
+    ({"short_side": 24}, "give short_side=16"),
+    ({"reduce_zero_label": True}, "give reduce_zero_label=False"),
+    ({"nb_classes": 4}, "give nb_classes=3"),
 ])  # fmt: skip
 def test_a_resumed_run_with_other_masks_or_sizes_is_an_error(segment, changed, remedy):
     """The default of --short_side is recorded as the number of pixels."""

@@ -395,10 +395,10 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
     ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
     ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
     ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
-    ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
+    ({"encoder": "leads:Leads"}, "needs `encoder_args` rows=VALUE"),
     ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
     ({"encoder_args": "rows=4"}, "give encoder=module:Class"),
-    ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
+    ({"model_class": "leads:Leads"}, "derive it from MaskedAutoencoderViT")
 ])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):

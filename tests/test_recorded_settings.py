@@ -81,7 +81,7 @@ def test_a_checkpoint_never_runs_a_program_or_chooses_a_machine(mae):
 
     machine = {"device": "cuda:7", "dist_url": "tcp://192.0.2.1:1", "num_workers": 99}
     resume(**machine)
-    with pytest.raises(CheckpointError, match=r"`dataset` 'wds:pipe:touch proof"):
+    with pytest.raises(CheckpointError, match=r"dataset='wds:pipe:touch proof"):
         resume(**machine, dataset="wds:pipe:touch proof {000..001}")
     with pytest.raises(CheckpointError, match="recorded batch_size, many"):
         resume(**machine, batch_size="many")

@@ -62,7 +62,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
 
 
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),
-                                               ("a.pth", "`finetune` a.pth instead of `resume` starts")])  # fmt: skip
+                                               ("a.pth", "finetune=a.pth instead of `resume` starts")])  # fmt: skip
 def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}

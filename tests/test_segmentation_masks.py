@@ -257,7 +257,7 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
         ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
         ({"folders": ["a", "b"]}, "`val_folders`: there is no folder a"),
         ({"folders": [images, empty]}, "`val_folders`: there are no images in .*empty"),
-        ({"file_list": lists[0]}, "--val_list: there is no file"),
+        ({"file_list": lists[0]}, "`val_list`: there is no file"),
         ({"file_list": lists[1]}, "its first row names .*none.jpg, which does not exist"),
         ({"file_list": lists[2]}, "1 of its 2 rows have an image and a mask; give CSV with"),
         ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
@@ -342,7 +342,7 @@ def test_scales_are_relative_to_the_short_side():
     _, classes = joint_transforms.train_transform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
-    with pytest.raises(ValueError, match="scale=\[2, 1\]"):
+    with pytest.raises(ValueError, match=r"scale=\[2, 1\]"):
         joint_transforms.train_transform(8, 0, (2, 1), 0, [0.5])
 
 

@@ -192,7 +192,7 @@ def test_vertical_flips_and_rotations_of_images_without_an_upper_side(photo):
         assert torch.equal(make(vflip=1)(square), pixels.flip(-2))
         found = {tuple(make(rotate90=True)(square).flatten()[:200].tolist()) for _ in range(40)}
         assert found == {tuple(pixels.rot90(k, (1, 2)).flatten()[:200].tolist()) for k in range(4)}
-    with pytest.raises(ValueError, match="`rotate90`: input_size=\[32, 48\]"):
+    with pytest.raises(ValueError, match=r"`rotate90`: input_size=\[32, 48\]"):
         transforms.pretrain_transform((32, 48), rotate90=True)
 
 

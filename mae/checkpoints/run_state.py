@@ -43,7 +43,7 @@ BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective b
 
 ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 
-ANOTHER_FOLDER = "give another output_dir=DIR"
+ANOTHER_FOLDER = "give another `output_dir`"
 
 
 class Progress:
@@ -266,7 +266,8 @@ def resume(
             is_same = model.state_dict().keys() <= state.get("model", {}).keys()
             evaluated = "; or `eval` evaluates it" * is_same
             what = " and no ".join(sorted(missing))
-            raise CheckpointError(f"resume={which}: the file contains no {what}: {_start_from(which, settings.get('script', ''))}{evaluated}")
+            remedy = _start_from(which, settings.get("script", ""))
+            raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}{evaluated}")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
@@ -348,9 +349,10 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
+        remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
         raise CheckpointError(
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}: {advice(differing_settings) if is_known else _start_from(which, settings.get('script', ''))}"
+            f"such as {', '.join(differing[:3])}: {remedy}"
         )
 
 
