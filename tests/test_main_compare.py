@@ -390,7 +390,7 @@ def test_a_result_belongs_to_the_code_of_a_dataset(tmp_path, own_module):
 @pytest.mark.parametrize(("recipe", "command", "resumes"), [
     ("epochs: 20", "run.py --seed 1", False),
     ("epochs: 1", "run.py --seed 2", False),
-    ("epochs: 1", "run.py seed=1 num_workers=2 output_dir='the place'", True),
+    ("epochs: 1", "run.py --seed 1 --num_workers 2 --output_dir 'the place'", True),
 ])  # fmt: skip
 def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, recipe, command, resumes):
     def interrupt(out):

@@ -293,7 +293,7 @@ def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys
     (lambda split, data_path: 5, "returned .*int"),
     (lambda split: [], r"is called with \(split, data_path\)"),
     (7, "is .*int"),
-    (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*--data_path"),
+    (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*`data_path`"),
 ])  # fmt: skip
 def test_functions_that_return_no_dataset_are_one_line(function, message):
     with pytest.raises(ValueError, match=f"^dataset=py:any:any:? {message}"):
