@@ -1,7 +1,7 @@
 """The loss of a batch in supervised training, and evaluation of classifiers; for fine-tuning and probing."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from mae.evaluate.robustness import synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.settings.choices import CLASSIFICATION, REGRESSION
-from mae.training import feature_files, loop
+from mae.training import loop
 from mae.training.compiling import padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
@@ -107,15 +107,6 @@ def evaluate_heads(
         merged = [parallel.interleave(list(part)) for part in parts]
         evaluations.append(task.evaluation(merged, max(number for _, number in shards)))
     return evaluations
-
-
-def encode(
-    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-) -> Iterator[Batch]:
-    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
-    batches = data.eval_batches(source, batch_size, on_bad_image)
-    forward = padded(model.eval().forward_features, model)
-    return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
 def open_weights(run: Run, kind: str = CLASSIFIER) -> reading.Weights | None:

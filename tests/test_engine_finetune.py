@@ -15,7 +15,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import encode, evaluate
+from engine_finetune import evaluate
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
@@ -69,7 +69,7 @@ def test_features_are_those_of_evaluation_mode(labelled):
     precision = Precision("off", device)
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
     source, _ = data.open_val()
-    encode_set = partial(encode, data, model=model, batch_size=7, precision=precision)
+    encode_set = partial(encode_images, data, model=model, batch_size=7, precision=precision)
     features, labels = feature_files.extract(encode_set, source)
     with torch.no_grad():
         batches = data.eval_batches(source, 7)

@@ -26,6 +26,7 @@ from mae.data.run_data import RunData
 from mae.inference import get_model
 from mae.settings import specs
 from mae.training import feature_files
+from mae.training.frozen_features import FrozenFeatures
 from mae.training.precision import Precision
 
 
@@ -86,7 +87,7 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
 def test_few_updates_warn(epochs, warns, probe, capsys):
     probe(epochs=epochs, cache_features=True)
     output = capsys.readouterr().out
-    warnings = re.findall(r"^warning.* updates are few.*batch_size=8.*`epochs`.*$", output, re.M)
+    warnings = re.findall(r"^warning.* updates are few.*--batch_size 8.*--epochs.*$", output, re.M)
     assert bool(warnings) == warns
     assert output.count("warning: no `finetune`: the features are from an untrained encoder") == 1
 
@@ -274,7 +275,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(pretrained, labelled, tm
     data = RunData(run.images, run.data, torch.device("cpu"))
     model = build.probe(replace(run.model, nb_classes=6), run.images)
     train, *_ = data.open_pair()
-    features = main_linprobe.Features(run, data, model, Precision("off", torch.device("cpu")), {"train": train})
+    features = FrozenFeatures(run, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
     (expected,) = (model.forward_features(data.normalize(images)) for images, *_ in data.eval_batches(train, 48))
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)
@@ -314,7 +315,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match=r"--cache_features: .* 71 images .* another --output_dir"):
+    with pytest.raises(ValueError, match=r"`cache_features`: .* 71 images .* another `output_dir`"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
