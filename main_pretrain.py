@@ -42,9 +42,9 @@ from mae.training import optimizers, trainer
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
+from mae.training.online_probe import open_probe
 from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
-from mae.training.probe import open_probe
 from mae.weights import loading
 from mae.weights.recorded_settings import with_settings_of
 from models_vit import Encoder

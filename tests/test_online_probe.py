@@ -13,7 +13,7 @@ from PIL import Image
 import main_knn
 from mae.data.open import open_source
 from mae.inference import get_model
-from mae.training.probe import effective_rank
+from mae.training.online_probe import effective_rank
 
 NAMES = ("test_knn_acc1", "test_effective_rank")
 
