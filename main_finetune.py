@@ -41,10 +41,11 @@ from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import CLASSIFICATION
-from mae.training import mixup, optimizers, trainer
+from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
 from mae.training.log import NullLog
 from mae.training.loop import Callback
+from mae.training.mixup import make_erasing, make_mixup
 from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
 from mae.weights import loading
@@ -111,7 +112,7 @@ def main(
     classes = train.classes
     run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
     labels = tasks.task_of(run.record(), val, train)
-    mixup = mixup.mixup(run, len(classes), extras.shapes_of(train))
+    mixup = make_mixup(run, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
     model = build_model(run, build, file, has_ids(train))
     extras.require_fitting(model, train, val)
@@ -120,7 +121,7 @@ def main(
     augment = transforms.keeps_label(augmentation(run, data.statistics[0]))
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
-    erase = mixup.erasing(run.augmentation, device)
+    erase = make_erasing(run.augmentation, device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,6 +24,7 @@ from mae.data.open import open_source
 from mae.data.run_data import RunData
 from mae.inference import features
 from mae.training import feature_files
+from mae.training.frozen_features import encode_images
 from mae.training.precision import Precision
 from models_vit import vit_mini_patch4
 

@@ -55,7 +55,7 @@ class Source(Protocol):
         """Returns the number of samples."""
 
     def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
+        """Returns the image of a sample and its label; of `segmentation_masks.Pairs`, its mask.
 
         Raises:
             OSError, BadImage: the sample can't be read.

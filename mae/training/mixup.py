@@ -11,7 +11,7 @@ from mae.settings.choices import CLASSIFICATION
 from mae.settings.images import AugmentationSpec
 
 
-def erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def make_erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Returns the random erasing of `reprob`; None if it is 0."""
     if not changes.reprob:
         return None
@@ -20,7 +20,7 @@ def erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[torch.
     return RandomErasing(changes.reprob, mode=changes.remode, max_count=changes.recount, device=str(device))
 
 
-def mixup(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
+def make_mixup(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
