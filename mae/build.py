@@ -3,13 +3,13 @@
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import yaml
-from torch import nn
+from torch import Size, nn
 
 import models_mae
 import models_vit
@@ -227,10 +227,11 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         CheckpointError: no size or several sizes have these shapes.
     """
     size = size_of(model or str(file.settings.get("model")))
+    shape_of = {name: tensor.shape for name, tensor in file.tensors.items()}
+    determined = shapes.determined(shape_of)
     if size not in SIZES:
-        size = _size_with_shapes(file)
+        size = _size_with_shapes(shape_of, {**determined, **file.settings}, file.origin)
     # Most published models that do not record it were trained with norm_pix_loss.
-    determined = shapes.determined(file.tensors)
     if "norm_pix_loss" not in file.settings:
         determined["norm_pix_loss"] = not (row := row_of(file.origin)) or row.norm_pix_loss
     recorded = {**file.settings, **shapes.certain(determined)}
@@ -240,22 +241,21 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
-def _size_with_shapes(file: Weights) -> str:
-    width, depth = shapes.width_and_depth(file.tensors)
+def _size_with_shapes(shape_of: Mapping[str, Size], settings: Mapping[str, Any], origin: str) -> str:
+    width, depth = shapes.width_and_depth(shape_of)
     sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
-    sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
-    side = file.tensors["patch_embed.proj.weight"].shape[-1]
+    sizes = [name for name in sizes if settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    side = shape_of["patch_embed.proj.weight"][-1]
     sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
     if not sizes:
-        raise CheckpointError(f"{file.origin}: no model here is {width} wide and {depth} deep")
+        raise CheckpointError(f"{origin}: no model here is {width} wide and {depth} deep")
     if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
-        known = {**shapes.determined(file.tensors), **file.settings, "model": None}
-        size = "" if known.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
+        size = "" if settings.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
         remedy = (
             f"{' and '.join(sizes)} have its shapes; use "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
+            f'get_model("vit_{sizes[0]}", pretrained="{origin}"{size}), or another of these names'
         )
-        shapes.require_settings(known, ("model", "input_size"), file.origin, remedy)
+        shapes.require_settings({**settings, "model": None}, ("model", "input_size"), origin, remedy)
     return sizes[0]
 
 

@@ -65,7 +65,7 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
                    r"give (--patch_size 4)$"),
     "pooling": (main_finetune, {**VIT, "eval": True, "resume": "tuned"}, {"cls_token": True}, r"give (--global_pool)$"),
     "channels": (main_finetune, {**VIT, "finetune": "mae"}, {"in_chans": 1, "adapt_input": "error"},
-                 r"choose (--adapt_input mean) \("),
+                 r"give (--adapt_input mean),"),
     "another decoder": (
         main_pretrain, {**MAE, "init_from": "mae"}, {"decoder_depth": 2}, r"give (--decoder_depth 1)$"),
     "resuming with other channels": (main_pretrain, {**MAE, "resume": "mae"}, {"in_chans": 1}, r"give (--in_chans 3)$"),

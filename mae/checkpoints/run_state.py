@@ -197,7 +197,7 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
         return None
     if file.is_dir():
         checkpoint.refuse_run_directory(file)
-    state = checkpoint.read_plain(file)
+    state = checkpoint.read(file, verify=False)
     saved = _args_of(state)
     if saved.get("script", script) != script:
         remedy = _start_from(which)
