@@ -181,10 +181,7 @@ def _check(path: Path, digest: str | None) -> None:
         kind, _, prefix = digest.partition(":")
         digest = file_digest(path, kind)
         if not digest.startswith(prefix):
-            raise ValueError(
-                f"{path} is not the published file: its {kind} starts with {digest[: len(prefix)]} instead of {prefix}: "
-                f"delete it"
-            )
+            raise ValueError(f"{path} is not the published file: its {kind} does not start with {prefix}; delete it")
         return
     remembered = path.with_name(f"{path.name}.sha256")
     sha256 = file_digest(path)
