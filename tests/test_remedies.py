@@ -73,10 +73,6 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
         main_finetune, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
     "resuming probing from pre-training": (
         main_linprobe, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
-    "resuming other blocks": (
-        main_finetune, {**VIT, "resume": "part", "epochs": 2}, {"unfreeze_blocks": 2}, r"give (--unfreeze_blocks 1)$"),
-    "resuming another batch size": (
-        main_pretrain, {**MAE, "resume": "mae"}, {"batch_size": 4}, r"give (--batch_size 4 --accum_iter 2)\b"),
 }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
     run_state.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), expected)
     state["optimizer"]["state"]["norm.weight"]["factors"] = [torch.zeros(2)]
-    with pytest.raises(ValueError, match=r"`fsdp` can't save factors .* a list: omit `fsdp`, or"):
+    with pytest.raises(ValueError, match=r"`fsdp` can't save factors .* a list"):
         sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-1", group=None)
 
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path)
         output = tmp_path / f"{name}.output"
         assert forks.Forks("mae/checkpoints/sharded.py", [folder, tmp_path / "a.pth"], output).wait(60) == [1]
         (line,) = output.read_text().splitlines()
-        assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", line), line
+        assert re.search(rf"{folder} is refused, or is damaged: .*not a regular file", line), line
 
 
 class Call:
@@ -276,7 +276,7 @@ def test_metadata_of_older_pythons_are_read():
 def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
     rewritten(folder, optimizer=optimizer)
-    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: .*state\.pth"):
+    with pytest.raises(CheckpointError, match="checkpoint-0 is refused, or is damaged: "):
         sharded.gather(folder)
     (folder / "state.pth").unlink()
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
@@ -396,8 +396,6 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path, small_disk):
 
 
 def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"`fsdp` .*device=cpu"):
-        fsdp.shard(mae_vit_mini_patch4(), [], torch.device("mps"), None, "reconstruct")
     with pytest.raises(ValueError, match=r"`fsdp` .*amp=bf16"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
     model = mae_vit_mini_patch4(img_size=32)
