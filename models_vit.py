@@ -97,8 +97,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_norm: str | None = None) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels can't be divided among {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -309,15 +307,8 @@ class Encoder(nn.Module):
         """Patch tokens (B, N, D) of images (B, c, H, W) -> maps of the image (B, D, h, w).
 
         An encoder with several tokens per patch overrides it, and returns their mean.
-
-        Raises:
-            ValueError: there is not one token per patch.
         """
         rows, columns = (side // p for side, p in zip((height, width), self.patch_embed.patch_size, strict=True))
-        if patches.shape[1] != rows * columns:
-            raise ValueError(
-                f"{patches.shape[1]} tokens of {rows} x {columns} patches: the encoder needs a method patch_maps"
-            )
         return patches.transpose(1, 2).unflatten(2, (rows, columns))
 
     def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
@@ -373,8 +364,7 @@ class Encoder(nn.Module):
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"{type(self).__name__}.with_class_tokens returns {tokens.shape[1]} tokens, and {expected} are "
-                f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too, or give "
-                f"`num_cls_tokens`, which adds learned tokens"
+                f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too"
             )
         return tokens
 
@@ -391,14 +381,13 @@ class Encoder(nn.Module):
             if name not in self.extra_inputs:
                 raise ValueError(
                     f"{type(self).__name__} takes no extra input {name}: it takes "
-                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}; omit it, or give a class of `encoder` or "
-                    f"`model_class` with a parameter of this name"
+                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}"
                 )
         for name in self.needed_inputs if needed is None else needed:
             if name not in names:
                 raise ValueError(
                     f"{type(self).__name__} needs the extra input {name} of each image: give extras={name} with a "
-                    f"list, or return it from your dataset; in Python, model.predict(images, {name}=...)"
+                    f"list, or return it from your dataset"
                 )
 
     def embed(self, imgs: Tensor, **context: Any) -> Tensor:
@@ -437,7 +426,8 @@ class Encoder(nn.Module):
             A list of tokens (B, T + N, D), class tokens first; with `return_attention`, also the list of weights.
 
         Raises:
-            ValueError: there is no block with one of the indices, or a block of another class has no attention weights.
+            ValueError: there is no block with one of the indices.
+            AttributeError: a block of another class has no attention weights.
         """
         depth = len(self.blocks)
         indices = range(max(0, depth - n), depth) if isinstance(n, int) else n
@@ -451,8 +441,6 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.blocks):
             is_returned = number in chosen
             if is_returned and return_attention:
-                if not isinstance(block, Block):
-                    raise ValueError(f"blocks of class {type(block).__name__} return no attention weights")
                 maps.append(block.attn.maps(block.norm1(x), *inputs))
             x = block(x, *inputs)
             if is_returned:

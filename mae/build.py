@@ -3,16 +3,14 @@
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import yaml
-from torch import nn
+from torch import Size, nn
 
-import models_mae
-import models_vit
 from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.probes import set_probe_head
@@ -58,16 +56,12 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     """
     if encoder is None:
         if spec.encoder:  # recorded: a file can't make a program import code
-            name = spec.encoder.rpartition(":")[2]
-            raise ValueError(
-                f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
-                f"encoder={spec.encoder}"
-            )
+            raise ValueError(f"the model has an encoder of its own: give encoder={spec.encoder}")
         if spec.encoder_args:
-            raise ValueError("`encoder_args` are arguments of the class of `encoder`: give encoder=module:Class")
+            raise ValueError("`encoder_args` are arguments of the class of `encoder`, which is not given")
         return {}
     _require_mix_in(str(spec.encoder), encoder)
-    return own_arguments(encoder, spec.encoder_args, f"encoder={spec.encoder}", "`encoder_args`")
+    return own_arguments(encoder, spec.encoder_args, "`encoder_args`")
 
 
 class _Values(yaml.SafeLoader):
@@ -95,32 +89,23 @@ def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:
     return own
 
 
-def own_arguments(
-    kind: type, texts: Sequence[str] | None, origin: str, flag: str, given: Collection[str] = ()
-) -> dict[str, Any]:
+def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
     """Returns the arguments of the constructor of a class of the user's code: `name=value`, with a value of YAML.
 
     Args:
         kind: the class. Its own parameters are keyword-only.
         texts: the values of `flag`.
-        origin: the flag that names the class, for the error.
-        given: the arguments that have a value already.
 
     Raises:
-        ValueError: it has no such argument, or needs another one.
+        ValueError: it has no such argument, which may be an argument of the model.
     """
-    # The class itself may set the parameters of its base classes.
-    own, last = _own_parameters(kind), inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    own = _own_parameters(kind)
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
         if name not in own or not value:
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
-    arguments = {name: _Values(value).get_single_data() for name, value in pairs}
-    needed = {name for name, one in last.items() if name in own and one.default is one.empty}
-    if missing := sorted(needed - {*given, *arguments}):
-        raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
-    return arguments
+    return {name: _Values(value).get_single_data() for name, value in pairs}
 
 
 def build(model_class: Callable[..., Model], encoder: type[Encoder] | None, arguments: dict[str, Any]) -> Model:
@@ -151,7 +136,7 @@ def autoencoder(
         of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
-        raise ValueError("`model_args` are arguments of the class of `model_class`: give model_class=module:Class")
+        raise ValueError("`model_args` are arguments of the class of `model_class`, which is not given")
     return _set_options(build(model_class, encoder, arguments), spec)
 
 
@@ -184,13 +169,11 @@ def _arguments_of_class(
     """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
     kind: Any = getattr(model_class, "func", model_class)
     keywords = getattr(model_class, "keywords", {})
-    origin = f"model_class={user_code.name_of(kind)}"
-    if fixed := sorted(keywords.keys() & of_run):
-        raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
-    own = own_arguments(kind, texts, origin, "`model_args`", {*keywords, *of_run})
+    own = keywords | own_arguments(kind, texts, "`model_args`")
     if both := sorted(own.keys() & of_run):
-        raise ValueError(f"model_args={both[0]}: the run or `encoder` has an argument of this name, too; rename it")
-    return keywords | own
+        name = user_code.name_of(kind)
+        raise ValueError(f"model_class={name}: the run or `encoder` has an argument {both[0]}, too")
+    return own
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
@@ -253,10 +236,11 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         CheckpointError: no size or several sizes have these shapes.
     """
     size = size_of(model or str(file.settings.get("model")))
+    shape_of = {name: tensor.shape for name, tensor in file.tensors.items()}
+    determined = shapes.determined(shape_of)
     if size not in SIZES:
-        size = _size_with_shapes(file)
+        size = _size_with_shapes(shape_of, {**determined, **file.settings}, file.origin)
     # Most published models that do not record it were trained with norm_pix_loss.
-    determined = shapes.determined(file.tensors)
     if "norm_pix_loss" not in file.settings:
         determined["norm_pix_loss"] = not (row := row_of(file.origin)) or row.norm_pix_loss
     recorded = {**file.settings, **shapes.certain(determined)}
@@ -266,22 +250,21 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
-def _size_with_shapes(file: Weights) -> str:
-    width, depth = shapes.width_and_depth(file.tensors)
+def _size_with_shapes(shape_of: Mapping[str, Size], settings: Mapping[str, Any], origin: str) -> str:
+    width, depth = shapes.width_and_depth(shape_of)
     sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
-    sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
-    side = file.tensors["patch_embed.proj.weight"].shape[-1]
+    sizes = [name for name in sizes if settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    side = shape_of["patch_embed.proj.weight"][-1]
     sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
     if not sizes:
-        raise CheckpointError(f"{file.origin}: no model here is {width} wide and {depth} deep")
+        raise CheckpointError(f"{origin}: no model here is {width} wide and {depth} deep")
     if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
-        known = {**shapes.determined(file.tensors), **file.settings, "model": None}
-        size = "" if known.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
+        size = "" if settings.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
         remedy = (
             f"{' and '.join(sizes)} have its shapes; use "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
+            f'get_model("vit_{sizes[0]}", pretrained="{origin}"{size}), or another of these names'
         )
-        shapes.require_settings(known, ("model", "input_size"), file.origin, remedy)
+        shapes.require_settings({**settings, "model": None}, ("model", "input_size"), origin, remedy)
     return sizes[0]
 
 
@@ -294,10 +277,8 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encod
     """Returns the arguments of `MaskedAutoencoderViT` and of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a masked autoencoder; or as in `encoder_arguments`.
+        ValueError: as in `encoder_arguments`.
     """
-    if spec.model not in models_mae.MODELS:
-        raise ValueError(f"{spec.model} is not a masked autoencoder")
     decoder: dict[str, Any] = {**DECODERS[size_of(spec.model)]}
     if spec.decoder_depth:
         decoder["decoder_depth"] = spec.decoder_depth
@@ -314,10 +295,8 @@ def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encode
     """Returns the arguments of `VisionTransformer` and of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a classifier; or as in `encoder_arguments`.
+        ValueError: as in `encoder_arguments`.
     """
-    if spec.model not in models_vit.MODELS:
-        raise ValueError(f"{spec.model} is not a classifier")
     return {
         **_shape(spec, image, encoder),
         "num_classes": spec.nb_classes or 0,
@@ -339,10 +318,7 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         ValueError: the model has fewer blocks.
     """
     if not 0 <= num_blocks <= len(model.blocks):
-        raise ValueError(
-            f"unfreeze_blocks={num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
-            f"or all"
-        )
+        raise ValueError(f"unfreeze_blocks={num_blocks}: the model has {len(model.blocks)} blocks")
     model.requires_grad_(False)
     top = [model.head, model.fc_norm if model.global_pool else model.norm]
     for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:
@@ -406,10 +382,5 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
         shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
     of_block = {name: getattr(spec, name) for name in BLOCK_ARGUMENTS}
     if any(of_block.values()):
-        block = (encoder or Encoder).block
-        parameters = inspect.signature(block).parameters
-        for name, value in of_block.items():
-            if value and name not in parameters:
-                raise ValueError(f"{name}={value}: the blocks of encoder={spec.encoder} lack it; omit it")
-        shape["block"] = partial(block, **of_block)
+        shape["block"] = partial((encoder or Encoder).block, **of_block)
     return {**SIZES[size_of(spec.model)], **shape, **encoder_arguments(spec, encoder)}

@@ -26,10 +26,7 @@ class AttentivePool(nn.Module):
     def __init__(self, dim: int, num_queries: int) -> None:
         super().__init__()
         if dim % num_queries:
-            below = max(count for count in range(1, num_queries) if dim % count == 0)
-            above = min((count for count in range(num_queries, dim + 1) if dim % count == 0), default=below)
-            fitting = f"{below} or {above}" if above > below else f"{below}"
-            raise ValueError(f"num_queries={num_queries} does not divide the {dim} channels of a token: give {fitting}")
+            raise ValueError(f"num_queries={num_queries} does not divide the {dim} channels of a token")
         self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
         self.value = nn.Linear(dim, dim, bias=False)
 
@@ -85,7 +82,6 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
     if model.global_pool:
         raise ValueError(
             "probe=attentive pools patch tokens after the norm of the encoder, which a classifier with `global_pool` "
-            "does not have: start from pre-trained weights without `global_pool`, or give probe=linear and "
-            "`global_pool`"
+            "does not have"
         )
     model.head = attentive_head(model.embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)

@@ -1,6 +1,7 @@
 """The user's code, named by a flag as `package.module:name`. Files and recipes can't make a program import it."""
 
 import importlib
+import operator
 import os
 import re
 import sys
@@ -8,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from mae.settings.run import Run
-from mae.suggestions import did_you_mean
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
@@ -27,22 +27,18 @@ def import_object(flag: str, text: str) -> Any:
         RuntimeError: as in `call`.
     """
     module, _, name = text.partition(":")
-    if not (name and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+    if not name:
         raise ValueError(f"{flag}{text}: give package.module:name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found: Any = call(f"{flag}{text}", importlib.import_module, module)
     except ModuleNotFoundError as error:
-        is_it = module == error.name or module.startswith(f"{error.name}.")
-        where = f"there is no module {error.name} on Python's path or in {os.getcwd()}"
-        reason = where if is_it else f"{module} needs the module {error.name}, which is not installed"
-        raise ValueError(f"{flag}{text}: {reason}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{flag}{text}: {module} has no {part}{did_you_mean(part, dir(found))}")
-        found = getattr(found, part)
-    return found
+        raise ValueError(f"{flag}{text}: {error}") from error
+    try:
+        return operator.attrgetter(name)(found)
+    except AttributeError as error:
+        raise ValueError(f"{flag}{text}: {error}") from error
 
 
 def name_of(kind: Any) -> str:

@@ -302,7 +302,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
     unknown = shutil.copytree(labelled, tmp_path / "unknown")
     (unknown / "val/kind5").rename(unknown / "val/kind7")
     for flags, message in (
-        (f"--eval --resume {tmp_path}/mae.pth", "encoder and decoder, which has no classification head"),
+        (f"--eval --resume {tmp_path}/mae.pth", "no head of a classifier"),
         ("--eval", "--eval needs --resume or --finetune"),
         (f"--eval --resume {tmp_path}/9.pth", "has 9 classes, and the validation set has 6"),
         (f"--eval --resume {tuned} --nb_classes 7", "has 6 classes, and --nb_classes is 7"),

@@ -47,7 +47,7 @@ def test_the_lock_is_released_when_its_process_ends(tmp_path, caplog):
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"output_dir=.*file/run .*\(Not a directory\)"):
+    with pytest.raises(OSError, match=r"Not a directory: .*file/run"):
         run_directory.prepare(tmp_path / "file" / "run", "")
 
 
@@ -55,7 +55,7 @@ def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root ignores permissions, so the test uses an unprivileged user."""
     output = locks(tmp_path, user=65534)[1]
-    assert "can't be written to (Permission denied): free space there, or give another" in output
+    assert "can't be written to (Permission denied)" in output
 
 
 def write(folder, *names, epoch):

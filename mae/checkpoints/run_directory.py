@@ -73,12 +73,7 @@ def prepare(output_dir: Path, resume: str) -> None:
         OSError: the directory can't be created.
     """
     _require_unused(output_dir, resume)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"output_dir={output_dir} can't be created ({error.strerror}): give another `output_dir`"
-        ) from error
+    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _require_unused(output_dir: Path, resume: str) -> None:
@@ -131,10 +126,7 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                     (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
                 atomic.write_text(output_dir / LAUNCHED, "\n".join(parallel.launches()))
             except OSError as error:
-                raise OSError(
-                    f"output_dir={output_dir} can't be written to ({error.strerror or error}): free space there, or "
-                    f"give another `output_dir`"
-                ) from error
+                raise OSError(f"output_dir={output_dir} can't be written to ({error.strerror or error})") from error
         _require_shared(output_dir)
         yield
 
@@ -147,20 +139,14 @@ def _require_shared(output_dir: Path) -> None:
         time.sleep(0.2)
     hosts = parallel.gather("" if found else socket.gethostname())
     if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
-        raise ValueError(
-            f"output_dir={output_dir} of {others[0]} is another directory than that of process 0: give a directory "
-            f"that all machines share"
-        )
+        raise ValueError(f"output_dir={output_dir} of {others[0]} is another directory than that of process 0")
 
 
 def _take(file: IO[str], output_dir: Path) -> None:
     file.seek(0)
     holder = file.read()
     if not locks.acquire(file, output_dir):
-        raise ValueError(
-            f"output_dir={output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
-            f"another `output_dir`"
-        )
+        raise ValueError(f"output_dir={output_dir} is being written to by another run ({holder})")
     if holder:
         logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)

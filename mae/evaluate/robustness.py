@@ -138,8 +138,7 @@ def _variants(root: Path) -> dict[str, Path]:
     cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
     if not cells:
         raise ValueError(
-            f"data_path={root}: it contains no folder imagenetv2-{VARIANTS[0]}..., imagenetv2-{VARIANTS[1]}... or "
-            f"imagenetv2-{VARIANTS[2]}...; give the folder in which the archives of ImageNetV2 were unpacked"
+            f"data_path={root}: it contains no folder of an archive of ImageNetV2, such as imagenetv2-{VARIANTS[0]}"
         )
     return cells
 
@@ -177,16 +176,10 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
     unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
     if strays := strays_of(images.names):
         raise ValueError(f"data_path={path}: these images are in no class folder: {strays}; remove them")
-    if unknown or not there:
-        kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
-        problem = f"unknown class folders: {first_few(unknown)}" if unknown else "no images in class folders"
+    if unknown or missing:
         raise ValueError(
-            f"data_path={path}: {problem}; the {len(suite.folders)} class folders of {suite.name} are named by {kind}"
-        )
-    if missing:
-        raise ValueError(
-            f"data_path={path}: {len(missing)} of the {len(suite.folders)} class folders of {suite.name} are "
-            f"missing or empty: {first_few(missing)}"
+            f"data_path={path}: its class folders are not the {len(suite.folders)} of {suite.name}: unknown are "
+            f"{first_few(unknown) or 'none'}, and missing or empty {first_few(missing) or 'none'}"
         )
     number_of = {folder: number for number, folder in enumerate(suite.folders)}
     numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # -1: an empty folder, of any name
@@ -209,8 +202,6 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
             f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG; ReaL's labels need them"
         )
     chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
-    if not len(chosen):
-        raise ValueError(f"data_path={path}: none of its {len(files)} images has a ReaL label")
     images.classes = synsets()
     images.labels = np.array([(labels[name] or [0])[0] for name in files])
     return Cell(Subset(images, chosen), [labels[files[index]] for index in chosen])

@@ -64,8 +64,6 @@ def load(name: str, crop_pct: float | None, device: torch.device, **settings: An
 
 def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetClassifier:
     model = get_model(name, pretrained=True, **settings)
-    if model.in_chans != 3:
-        raise ValueError(f"model={name} has in_chans {model.in_chans}, and the images of the suites have 3 channels")
     classes = model.settings.get("classes") or model.settings.get("label_names")
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)

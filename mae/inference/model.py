@@ -201,10 +201,7 @@ def _load(
     model: Model = kind(merged)
     if isinstance(model, Autoencoder):
         if file.kind != model_zoo.FULL:
-            raise CheckpointError(
-                f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
-                f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
-            )
+            raise CheckpointError(f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind})")
         if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.origin)}:
             warn_once(f"{file.origin} does not record norm_pix_loss, and it is assumed. If its reconstructions "
                               f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip

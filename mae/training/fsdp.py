@@ -40,13 +40,10 @@ def shard(
         method: another method of the model, in addition to `forward`, that computes with its weights.
 
     Raises:
-        ValueError: the device is MPS, `dtype` is fp16, which needs a common loss scale, or a weight or buffer is not
-            initialized.
+        ValueError: `dtype` is fp16, which needs a common loss scale, or a weight or buffer is not initialized.
     """
     if dtype is torch.float16:
         raise ValueError("`fsdp` supports amp=bf16 and off, not fp16")
-    if device.type == "mps":
-        raise ValueError("`fsdp` supports CUDA and the CPU, not MPS: omit it, or give device=cpu")
     if parallel.world_size() == 1:
         logger.warning("`fsdp` shards nothing in a single process: start several processes with torchrun, or omit it")
     # The predictions are a part of the decoder's output. No code changes them in place.

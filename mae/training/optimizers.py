@@ -44,18 +44,14 @@ def build(
         options: of AdamW.
 
     Raises:
-        ValueError: the resumed run has an optimizer that is not given; the function is a class, or returns something
-            else or an optimizer that contains others; or its groups lack a parameter that requires gradients.
+        ValueError: the resumed run has an optimizer that is not given; the function returns an optimizer that contains
+            others; or its groups lack a parameter that requires gradients.
     """
     if function is None:
         if name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
         return AdamW(groups, lr=0.0, fused=True, **options)
-    if isinstance(function, type):
-        raise ValueError(f"optimizer={name} is a class: give a function(model, groups) that returns an optimizer")
     found = call(f"optimizer={name}", function, model, groups)
-    if not isinstance(found, Optimizer):
-        raise ValueError(f"optimizer={name} returns {type(found).__name__}: return a torch.optim.Optimizer")
     # A resumed run would have neither the state nor the learning rate of optimizers that another one contains.
     values = [
         part for value in vars(found).values() for part in (value if isinstance(value, list | tuple) else [value])

@@ -27,7 +27,6 @@ from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
 from mae.training.saver import open_saver
-from mae.user_code import call
 
 logger = logging.getLogger(__name__)
 
@@ -197,12 +196,8 @@ def _open_log(
 
 
 def _require_usable(model: nn.Module, record: Mapping[str, Any], task: Task) -> None:
-    if name := record.get("lr_schedule"):
-        if task.lr_schedule is None:  # recorded: a file can't make a program import code
-            raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
-        factor = call(f"lr_schedule={name}", task.lr_schedule, 0.0)
-        if not isinstance(factor, int | float):
-            raise ValueError(f"lr_schedule={name} returns {type(factor).__name__}: return a number")
+    if (name := record.get("lr_schedule")) and task.lr_schedule is None:  # a file can't make a program import code
+        raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
     if task.callbacks and parallel.is_sharded(model):
         raise ValueError("`fsdp` can't save the state of callbacks: omit `fsdp` or the callbacks")
     checkpoint.require_plain({**record}, "args")

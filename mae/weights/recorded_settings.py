@@ -1,7 +1,7 @@
 """Settings of a run that starts from a file of weights, or evaluates it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mae import settings
@@ -56,7 +56,8 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     taken = TAKEN[purpose] & run.names - left_out
     of_file = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
     of_file = {name: value for name, value in of_file.items() if name in taken}
-    warn_of_changes(file.origin, run, of_file)
+    for used, made in _changes(run, of_file):
+        logger.warning(f"{used} is used, and {file.origin} was made {made}")
     before, run = run, settings.resolve(run, of_file, purpose)
     changed = {
         name: run[name]
@@ -78,8 +79,13 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
 
 def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
     """Logs a warning for each explicit setting that differs from the recorded setting of a file."""
+    for used, made in _changes(run, recorded):
+        logger.warning(f"{used} is used, and {origin} was made {made}")
+
+
+def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
-            logger.warning(f"{in_words({name: current})} is used, and {origin} was made {before}")
+            yield in_words({name: current}), before
