@@ -240,7 +240,7 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pret
     own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
     flags = {"encoders": f"plain={plain} own={own}", "protocols": "knn", "data_path": labelled, "num_workers": 0,
              "device": "cpu", "output_dir": tmp_path / "compared"}  # fmt: skip
-    with pytest.raises(ValueError, match=r"own=.* give `encoder` leads:Leads"):
+    with pytest.raises(ValueError, match=r"own=.* give --encoder leads:Leads"):
         main_compare.main(parse(main_compare, **flags))
     table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
     assert "plain" in table and "own" in table
@@ -274,7 +274,7 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
     weights_of_head = maps.attention(model, images)
     assert weights_of_head.shape[2:] == (6, 4)
     monkeypatch.delattr(ChannelGroups, "patch_maps")
-    with pytest.raises(RuntimeError, match=r"\[6, 4\].* 72"):
+    with pytest.raises(RuntimeError, match=r"\[6, 4\].*72"):
         maps.dense(model, images)
 
 
@@ -343,7 +343,7 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     assert (recorded["model_class"], recorded["encoder"]) == ("leads:Brighter", "leads:Leads")
     flags = {"model_class": "leads:Brighter", "encoder": "leads:Leads"}  # the checkpoint has the arguments
     for flag, name in flags.items():
-        with pytest.raises(ValueError, match=f"give --{flag} {name}"):
+        with pytest.raises(ValueError, match=f"give {flag}={name}"):
             pretrain("both", resume="auto", **{other: flags[other] for other in flags if other != flag})
     pretrain("both", resume="auto", **flags)
     assert len(lines(both)) == 2
@@ -363,7 +363,7 @@ def test_arguments_of_a_class_in_python(pretrain):
 def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
     for kind in (Explicit, type("Other", (Explicit,), {})):
         pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
-    assert re.search(r"--model_class .*Explicit .*Other", capsys.readouterr().out)
+    assert re.search(r"`model_class` .*Explicit .*Other", capsys.readouterr().out)
 
 
 class Explicit(MaskedAutoencoderViT):
@@ -397,7 +397,7 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
     ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
     ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
     ({"encoder_args": "rows=4"}, "class of `encoder`, which is not given"),
-    ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
+    ({"model_class": "leads:Leads"}, "derive it from MaskedAutoencoderViT")
 ])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):

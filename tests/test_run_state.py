@@ -56,11 +56,11 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": args}
     with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
         run_state.restore_model(mini_mae, state, {**args, "model": "y", "in_chans": 1, "input_size": 16})
-    assert str(raised.value).endswith(": give --model x --in_chans 3")
+    assert str(raised.value).endswith(": give model=x in_chans=3")
 
 
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),
-                                               ("a.pth", "`finetune` a.pth instead of `resume` starts")])  # fmt: skip
+                                               ("a.pth", "finetune=a.pth instead of `resume` starts")])  # fmt: skip
 def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
