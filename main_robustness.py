@@ -51,25 +51,23 @@ def get_args_parser() -> ArgumentParser:
         metavar="NAME",
         help=", ".join(robustness.SUITES),
     )
-    group.add_argument(
-        "--data_path",
-        required=True,
-        metavar="PATH",
+    options.add_to(
+        group, "data_path", default=None, required=True, metavar="PATH",
         help="folder with the unpacked archives of the suite, or imagenet-a.tar or imagenet-r.tar",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--subset",
         type=types.positive_int,
         metavar="N",
         help="evaluate N evenly spaced images per test set (default: all)",
     )
-    group.add_argument(
-        "--crop_pct", type=types.positive_share, metavar="S",
+    options.add_to(
+        group, "crop_pct", default=None, type=types.positive_share, metavar="S",
         help="side of the center crop, as a fraction of the resized image (default: the model's; 1 for imagenet-c, "
         "whose images are center crops)",
     )  # fmt: skip
-    group.add_argument(
-        "--output_dir", default="runs/robustness", metavar="DIR",
+    options.add_to(
+        group, "output_dir", default="runs/robustness", metavar="DIR",
         help="folder of scores, table (.md, .csv) and picture; existing scores are reused",
     )  # fmt: skip
     options.add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, a model of timm")

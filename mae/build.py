@@ -16,7 +16,7 @@ import models_vit
 from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.probes import set_probe_head
-from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, chosen, names_with
+from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, Run, chosen, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.weights import shapes
@@ -144,12 +144,38 @@ def autoencoder(
         ValueError: as in `autoencoder_arguments` and `own_arguments`.
     """
     arguments = autoencoder_arguments(spec, image, encoder)
+    if spec.model_class and model_class is MaskedAutoencoderViT:  # recorded: a file can't make a program import code
+        remedy = "give" if ":" in spec.model_class else "use its own script, or in Python"
+        raise ValueError(f"the model has a class of its own: {remedy} model_class={spec.model_class}")
     if model_class is not MaskedAutoencoderViT:
         of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("`model_args` are arguments of the class of `model_class`: give model_class=module:Class")
     return _set_options(build(model_class, encoder, arguments), spec)
+
+
+def model_class_of(
+    run: Run, model_class: Callable[..., MaskedAutoencoderViT]
+) -> tuple[Run, Callable[..., MaskedAutoencoderViT]]:
+    """Returns the settings with the name of the class, and the class: the one that they name, or else `model_class`.
+
+    Raises:
+        ValueError: both are given, or the class can't be imported or is no masked autoencoder.
+    """
+    if model_class is not MaskedAutoencoderViT:
+        if run.model.model_class:
+            raise ValueError(
+                f"model_class={run.model.model_class} and the argument exclude each other; give one of them"
+            )
+        name = getattr(model_class, "func", model_class).__qualname__
+        return run.changed({"model_class": name}), model_class
+    if not run.model.model_class:
+        return run, model_class
+    found: Any = user_code.import_object("model_class=", run.model.model_class)
+    if not (isinstance(found, type) and issubclass(found, MaskedAutoencoderViT)):
+        raise ValueError(f"model_class={run.model.model_class}: derive it from MaskedAutoencoderViT")
+    return run, found
 
 
 def _arguments_of_class(
@@ -344,6 +370,18 @@ def set_grad_checkpointing(model: nn.Module) -> set[str]:
         for block in blocks_of(model)
         if not isinstance(block, Block) or type(block).forward is not Block.forward
     }
+
+
+def log_sizes(model: MaskedAutoencoderViT) -> None:
+    """Logs width, depth and number of parameters of encoder and decoder."""
+    parts = (("encoder", model.cls_token, model.blocks), ("decoder", model.mask_token, model.decoder_blocks))
+    for part, token, blocks in parts:
+        count = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.startswith(("decoder_", "mask_token")) == (part == "decoder")
+        )
+        logger.info(f"{part}: {token.shape[-1]} wide, {len(blocks)} deep, {count:,} parameters")
 
 
 def _set_options(model: Model, spec: ModelSpec) -> Model:

@@ -11,7 +11,6 @@ import zipfile
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -116,11 +115,8 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
 
 def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
     for file, message in (
-        (
-            shutil.make_archive(str(tmp_path / "set"), "gztar", pictures),
-            r"set.tar.gz can't be read as an uncompressed tar",
-        ),
-        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"--data_path .*empty.zip: there are no images"),
+        (shutil.make_archive(str(tmp_path / "set"), "gztar", pictures), r"set.tar.gz can't be read as an uncompressed"),
+        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"data_path=.*empty.zip: there are no images"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source("train", str(file))

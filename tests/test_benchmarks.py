@@ -69,7 +69,7 @@ def test_steps_are_timed(task, tmp_path, capsys):
 
 
 def test_an_unknown_implementation_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--only nobody.*`task` pretrain"):
+    with pytest.raises(ValueError, match=r"--only nobody.*--task pretrain"):
         run(train_step, tmp_path, "--only", "nobody")
 
 

@@ -197,7 +197,7 @@ def test_urls_are_accepted_only_where_expected(refused):
 
 def test_settings_without_effect_warn(caplog):
     parse("--world_size", "8")
-    assert "`world_size` and `dist_on_itp` have no effect" in caplog.text
+    assert "--world_size and --dist_on_itp have no effect" in caplog.text
 
 
 def recipe(tmp_path, text):

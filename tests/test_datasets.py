@@ -94,7 +94,7 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"1 of 4 .*on_bad_image=skip"):
+    with pytest.raises(BadImage, match=r"1 of 4 .*--on_bad_image skip"):
         call(datasets, tmp_path, "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output

@@ -181,7 +181,7 @@ def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape(
 
 @pytest.mark.parametrize("width", [16, 40])
 def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
-    with pytest.raises(ValueError, match=f"`model_args` width={width}: give a multiple of 32"):
+    with pytest.raises(ValueError, match=f"--model_args width={width}: give a multiple of 32"):
         WideDecoder(**SMALL, width=width)
 
 
@@ -321,5 +321,5 @@ def test_a_schedule_of_numpy_is_saved(own_module, pretrain):
 
 def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):
     own_module("own_schedule", "def nothing(progress):\n    pass\n")
-    with pytest.raises(ValueError, match="`lr_schedule` own_schedule:nothing returns NoneType"):
+    with pytest.raises(ValueError, match="lr_schedule=own_schedule:nothing returns NoneType"):
         pretrain(lr_schedule="own_schedule:nothing")

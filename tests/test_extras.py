@@ -128,8 +128,8 @@ def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
     for column, message in (
-        ("level", rf"the level of 3.png is {said}; --extras are finite numbers"),
-        ("depth", r"no column depth for --extras, but .*level"),
+        ("level", rf"the level of 3.png is {said}; `extras` are finite numbers"),
+        ("depth", r"no column depth for `extras`, but .*level"),
         ("noise", r"can't have the name noise"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -324,7 +324,7 @@ def test_a_missing_extra_with_a_default_warns(capsys, classify):
 def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, classify):
     of_main = {"source": constant({"gsd": 1.0}, {"gsd": 2}), "encoder": Gsd}
     classify(main_finetune, of_main=of_main, epochs=1, num_workers=1, cache_images=True)
-    assert "--cache_images has no effect with extra inputs" in capsys.readouterr().out
+    assert "`cache_images` has no effect with extra inputs" in capsys.readouterr().out
 
 
 def test_the_first_image_need_not_be_readable():

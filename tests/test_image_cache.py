@@ -164,7 +164,7 @@ def test_the_limit_of_a_container_or_job_counts(group, file, limit, tmp_path, mo
 def test_shards_have_no_random_access():
     shards = object.__new__(Shards)
     shards.title = "wds:set.tar"
-    with pytest.raises(ValueError, match="wds:set.tar: .* without `cache_images`"):
+    with pytest.raises(ValueError, match=r"wds:set.tar: .* without `cache_images`"):
         image_cache.cached([shards], **OPTIONS)
 
 
@@ -176,7 +176,7 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
         stop_after(patch, "save", 3)
         pretrain("parts", **settings, cache_images=True, num_workers=1)
     said = capsys.readouterr().out
-    assert "--cache_images: 26 images are decoded and take" in said
+    assert "`cache_images`: 26 images are decoded and take" in said
     assert "text.jpg: the file is not an image" in said
     parts = pretrain("parts", **settings, resume="auto")
     assert_equal(weights(whole), weights(parts))

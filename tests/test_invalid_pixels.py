@@ -131,7 +131,7 @@ def test_bytes_with_invalid_pixels_become_floats():
         (np.full((4, 4), np.inf), PixelValues("nan"), "not finite"),
         (Masked(np.zeros((4, 4)), np.ones((4, 5), bool)), PixelValues(), r"shape \(4, 5\), and the image \(4, 4\)"),
         # 0 is white in this file, and black in the picture.
-        (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "--nodata"),
+        (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "`nodata`"),
         # Transparent pixels become white, and colors gray.
         (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),
         (Image.new("LA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),

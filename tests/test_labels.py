@@ -88,7 +88,7 @@ def test_held_out_images_are_in_no_other_part(tmp_path):
 def test_both_parts_have_images(tmp_path, count, share, expected):
     rest, held_out = labels.hold_out(folders(tmp_path, cat=count), share, seed=0, flag="--val_fraction")
     assert (len(rest), len(held_out)) == (count - expected, expected)
-    with pytest.raises(ValueError, match=r"val_fraction=0.5 .*2 .*1"):
+    with pytest.raises(ValueError, match=r"--val_fraction 0.5 .*2 .*1"):
         labels.hold_out(folders(tmp_path / "one", cat=1), 0.5, seed=0, flag="--val_fraction 0.5")
 
 

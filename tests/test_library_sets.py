@@ -204,7 +204,7 @@ def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, tab
 
 def test_datasets_without_images_are_errors(table, tmp_path):
     table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
-    for folder, message in (("a", "columns of images: none"), ("nowhere", r"--dataset hf:.*nowhere: ")):
+    for folder, message in (("a", "columns of images: none"), ("nowhere", r"dataset=hf:.*nowhere: ")):
         with pytest.raises(ValueError, match=message):
             open_source("train", dataset=f"hf:{tmp_path / folder}")
     table.add_item({"note": "", "picture": None, "kind": 0}).to_parquet(tmp_path / "b" / "train.parquet")
@@ -477,7 +477,7 @@ def test_invalid_shards_are_errors(tmp_path):
     for shards, message in (
         (f"{tmp_path}/a-{{000..003}}.tar", r"there is no file .*a-000.tar"),
         (f"{tmp_path}/a*.tar", r"there is no file .*\*.tar"),
-        ("https://example.org/{000..003}.tar", "give --num_images N"),
+        ("https://example.org/{000..003}.tar", "give num_images=N"),
     ):
         with pytest.raises(ValueError, match=message):
             Shards(shards, None)

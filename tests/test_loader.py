@@ -306,7 +306,7 @@ def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).data.num_workers)] == [0, 2, 2]
     assert caplog.messages == []
     assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
-    assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
+    assert caplog.messages == ["num_workers=77: this process has 2 CPU cores and uses 2 worker processes"]
 
 
 @pytest.mark.parametrize(("cores", "environment", "workers"), [

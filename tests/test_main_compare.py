@@ -289,7 +289,7 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
     assert row["chosen"] in ("blr 1", "blr 10")
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
-    with pytest.raises(ValueError, match=r"labels=2: `protocols` linear trains .* give labels=4 or more"):
+    with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: SCORES)
     (tmp_path / "linear.yaml").write_text("blr: [1]")
@@ -323,7 +323,7 @@ def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
 def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
     """The table has one score per cell."""
     (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
-    with pytest.raises(ValueError, match=r"`recipes` knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
+    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
         compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
 
 
@@ -350,11 +350,11 @@ def test_names_of_encoders(tmp_path, monkeypatch):
 def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
     """Two encoders of one name would write to one folder of it."""
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OSError, match=r"`output_dir` .*out can't be created"):
+    with pytest.raises(OSError, match=r"output_dir=.*out can't be created"):
         compare(labelled, tmp_path / "out", encoder)
     with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
         compare(labelled, tmp_path, encoder)
-    with pytest.raises(ValueError, match="`encoders`: two have the name a_b; give names, such as long="):
+    with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
         compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
 
 
@@ -605,7 +605,7 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path):
     damaged.write_bytes(b"")
     few = (tmp_path / "data", tmp_path / "out", encoder, "--encoders", encoder, "--protocols", "finetune",
            "--labels", "all", "--budget", "1")  # fmt: skip
-    with pytest.raises(ValueError, match=rf"{damaged.name}.*on_bad_image=skip.*`recipes` finetune=YAML$"):
+    with pytest.raises(ValueError, match=rf"{damaged.name}.*--on_bad_image skip.*--recipes finetune=YAML$"):
         compare(*few)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("on_bad_image: skip\nbatch_size: 16\n")

@@ -225,7 +225,7 @@ def test_whole_images_are_a_setting_of_the_checkpoint(finetune, capsys, labelled
     output = printed(capsys, main_finetune, eval=True, resume=file, data_path=labelled)
     assert scores_of(out) in output
     knn = {"finetune": file, "data_path": labelled, "k": 3}
-    assert "--crop random is used" in printed(capsys, main_knn, **knn, crop="random")
+    assert "crop=random is used" in printed(capsys, main_knn, **knn, crop="random")
     assert "Acc@1" in printed(capsys, main_knn, **knn)
 
 

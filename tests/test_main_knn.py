@@ -21,7 +21,7 @@ from models_vit import vit_mini_patch4
 
 def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
-    assert "warning: no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
+    assert "warning: no `finetune`: the features are from an untrained encoder" in capsys.readouterr().out
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)
     found = classify(main_knn, k="1 5", finetune=out / "checkpoint-19.pth")
     assert found.keys() == untrained.keys() == {(1, 0.07), (5, 0.07)}

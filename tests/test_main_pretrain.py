@@ -229,7 +229,7 @@ def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
     pretrain("run", epochs=2)
     pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1, input_size="16 16")
     (warned,) = re.findall(r"^warning: .*", capsys.readouterr().out, re.MULTILINE)
-    assert re.search(r"--mask_ratio .*0\.75 .*0\.5 ", warned)
+    assert re.search(r"`mask_ratio` .*0\.75 .*0\.5 ", warned)
     state = checkpoint.read(tmp_path / "run/checkpoint-1.pth")
     state["args"] |= {"new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
     checkpoint.write(state, tmp_path / "run/checkpoint-1.pth")
@@ -254,7 +254,7 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert " is used, and " not in capsys.readouterr().out
     pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
     warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(warned) == ["--mask_ratio 0.75", "--mean 0.4"]
+    assert sorted(warned) == ["mask_ratio=0.75", "mean=0.4"]
 
 
 def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
@@ -350,7 +350,7 @@ def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
 
 def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
     pretrain("all", epochs=1, warmup_epochs=1)
-    assert "warning: --warmup_epochs 1 is not shorter than the run of --epochs 1" in capsys.readouterr().out
+    assert "warning: warmup_epochs=1 is not shorter than the run of epochs=1" in capsys.readouterr().out
     pretrain("part", epochs=1, warmup_epochs=0.5)
     assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
 
@@ -397,8 +397,8 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
-    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give --updates_per_epoch 2"),
-                                ("plain", {}, "omit --updates_per_epoch")):  # fmt: skip
+    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give updates_per_epoch=2"),
+                                ("plain", {}, "omit `updates_per_epoch`")):  # fmt: skip
         pretrain(name, **flags)
         with pytest.raises(CheckpointError, match=remedy):
             pretrain(name, resume="auto", epochs=3, updates_per_epoch=3)

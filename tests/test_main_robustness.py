@@ -319,7 +319,7 @@ class Gain(Encoder):
     run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=1")
     with pytest.raises(ValueError, match=r"another run \(encoder_args was \['gain=1'\] and is \['gain=2'\]\)"):
         run("imagenet-r", data, tmp_path / "out", file, encoder="gains:Gain", encoder_args="gain=2")
-    with pytest.raises(ValueError, match=r"crop_pct=0.5: .* crop=none"):
+    with pytest.raises(ValueError, match=r"--crop_pct 0.5: .* --crop none"):
         run("imagenet-r", data, tmp_path / "crop", file, crop_pct=0.5)
 
 
@@ -362,6 +362,6 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     )):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run("imagenet-r", data, tmp_path / "wrong", save_ours(tmp_path / f"{number}.pth", **settings))
-    for name, message in (("timm:no_such_model", "--model timm:no_such_model"), ("nothing", " nothing")):
+    for name, message in (("timm:no_such_model", "model=timm:no_such_model"), ("nothing", " nothing")):
         with pytest.raises(ValueError, match=message):
             run("imagenet-r", data, tmp_path, name)

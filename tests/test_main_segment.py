@@ -226,14 +226,14 @@ def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
 def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
     (tmp_path / "palette.txt").write_text("1 2 3 sky\n")
     own = segment(epochs=1) / "checkpoint-0.pth"
-    assert "no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
+    assert "no `finetune`: the features are from an untrained encoder" in capsys.readouterr().out
     segment("all", epochs=1, unfreeze_blocks="all")
     assert "no --finetune" not in capsys.readouterr().out
     for flags, message in (
         ({"nb_classes": None}, r"--nb_classes .* --palette FILE"),
         ({"palette": tmp_path / "palette.txt"}, r"--nb_classes 3: --palette .*palette.txt .*omit --nb_classes"),
         ({"nb_classes": 256}, r"--nb_classes 256: .*255"),
-        ({"eval": True}, r"--eval .*--resume .*--finetune: .*segmentation"),
+        ({"eval": True}, r"eval=.*--resume .*`finetune`: .*segmentation"),
         ({"eval": True, "resume": encoder}, "segmentation head"),
         ({"eval": True, "resume": own, "nb_classes": 7}, r"--nb_classes 7: .*checkpoint-0.pth .*omit --nb_classes"),
         ({"eval": True, "resume": own, "nb_classes": None, "palette": tmp_path / "palette.txt"},

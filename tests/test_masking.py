@@ -176,9 +176,9 @@ def test_random_blocks_are_uniform():
     ("settings", "message"),
     [
         (("random", (14, 14), 0.75, 4), r"mask_block=4 does not divide the 14x14 patches of an image: give "
-         r"--input_size 192 or 256, or --mask_block 2$"),
-        (("random", (8, 14), 0.75, 4), r"give --input_size 128 192 or 128 256, or --mask_block 2$"),
-        (("random", (7, 7), 0.75, 2), r"--input_size 96 or 128$"),
+         r"`input_size` 192 or 256, or --mask_block 2$"),
+        (("random", (8, 14), 0.75, 4), r"give `input_size` 128 192 or 128 256, or --mask_block 2$"),
+        (("random", (7, 7), 0.75, 2), r"`input_size` 96 or 128$"),
         (("random", (2, 2), 0.75, 4), r"--input_size 64, or --mask_block 2$"),
         (("block", (16, 16), 0.75, 4), r"mask_block=4 is for .*: give mask_block=1, or masking=random$"),
         (("random", (4, 4), 0.75, 4), "the images have a single block of patches: give a smaller `mask_block`"),

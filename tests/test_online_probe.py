@@ -76,7 +76,7 @@ def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled
     streamed = {"data_path": None, "dataset": f"wds:{shard}"}
     for flags, message in (
         ({"probe_path": tmp_path / "nowhere"}, "^--probe_path .*nowhere: there"),
-        (streamed, "--probe_path PATH"),
+        (streamed, "probe_path=PATH"),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain(probe_every=1, **flags)

@@ -240,7 +240,7 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pret
     own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
     flags = {"encoders": f"plain={plain} own={own}", "protocols": "knn", "data_path": labelled, "num_workers": 0,
              "device": "cpu", "output_dir": tmp_path / "compared"}  # fmt: skip
-    with pytest.raises(ValueError, match=r"own=.* give `encoder` leads:Leads"):
+    with pytest.raises(ValueError, match=r"own=.* give --encoder leads:Leads"):
         main_compare.main(parse(main_compare, **flags))
     table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
     assert "plain" in table and "own" in table
@@ -307,7 +307,7 @@ def test_the_figure_of_reconstructions_has_an_encoder(labelled, tmp_path):
 
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
-    with pytest.raises(ValueError, match=r"`model_args` scale: .*`encoder` has an argument of this name"):
+    with pytest.raises(ValueError, match=r"model_args=scale: .*`encoder` has an argument of this name"):
         pretrain(**flags, model_args="scale=2")
 
 
@@ -363,7 +363,7 @@ def test_arguments_of_a_class_in_python(pretrain):
 def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
     for kind in (Explicit, type("Other", (Explicit,), {})):
         pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
-    assert re.search(r"--model_class .*Explicit .*Other", capsys.readouterr().out)
+    assert re.search(r"model_class=.*Explicit .*Other", capsys.readouterr().out)
 
 
 class Explicit(MaskedAutoencoderViT):
@@ -397,7 +397,7 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
     ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
     ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
     ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
-    ({"encoder_args": "rows=4"}, "give --encoder module:Class"),
+    ({"encoder_args": "rows=4"}, "give encoder=module:Class"),
     ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
 ])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):

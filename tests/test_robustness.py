@@ -117,7 +117,7 @@ def test_invalid_folders_are_named(tmp_path):
     paint(tmp_path / "more" / "goldfish", "sketch_1.JPEG", 1)
     r = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for suite, folder, message in (
-        ("imagenet-a", "nowhere", r"--data_path: .*nowhere"),
+        ("imagenet-a", "nowhere", r"`data_path`: .*nowhere"),
         ("imagenet-c", "c", r"2 of the 75 folders .*: snow/5, fog/2$"),
         ("imagenet-v2", "c", "imagenetv2-matched-frequency"),
         ("imagenet-sketch", "sketch", r"999 of the 1000 .*: n01443537"),

@@ -47,7 +47,7 @@ def test_the_lock_is_released_when_its_process_ends(tmp_path, caplog):
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"`output_dir` .*file/run .*\(Not a directory\)"):
+    with pytest.raises(OSError, match=r"output_dir=.*file/run .*\(Not a directory\)"):
         run_directory.prepare(tmp_path / "file" / "run", "")
 
 

@@ -58,7 +58,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": args}
     with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
         run_state.restore_model(mini_mae, state, {**args, "model": "y", "in_chans": 1, "input_size": 16})
-    assert str(raised.value).endswith(": give --model x --in_chans 3")
+    assert str(raised.value).endswith(": give model=x in_chans=3")
 
 
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),

@@ -95,7 +95,7 @@ def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
     run_state.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), expected)
     state["optimizer"]["state"]["norm.weight"]["factors"] = [torch.zeros(2)]
-    with pytest.raises(ValueError, match=r"`fsdp` can't save factors .* a list: omit `fsdp`, or"):
+    with pytest.raises(ValueError, match=r"--fsdp can't save factors .* a list: omit --fsdp, or"):
         sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-1", group=None)
 
 

@@ -260,7 +260,7 @@ def test_a_file_has_one_label(tune, folder, tmp_path):
         rows = list(csv.reader(file))
     again = [rows[1][0], "5", "6", "blue", *(1 - int(cell) for cell in rows[1][4:])]
     write(tmp_path / "train.csv", [*rows, again])
-    message = r"--train_list .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
+    message = r"`train_list` .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
     for task, columns in (("multilabel", "tags"), ("multilabel", "green red"), ("classification", "red")):
         with pytest.raises(ValueError, match=message):
             tune(task=task, label_columns=columns, train_list=tmp_path / "train.csv")
@@ -321,7 +321,7 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
     ({}, {"train_per_class": 2}, r"train_per_class=2: an image has no single class with task=regression"),
     ({}, {"class_weight": "balanced"}, r"class_weight=balanced: task=regression has no classes; omit"),
     ({}, {"metric": "auroc"}, r"metric=auroc is not for task=regression: give r2, mae, spearman"),
-    ({}, {"nb_classes": 3}, r"2 numbers .*--nb_classes is 3; omit --nb_classes"),
+    ({}, {"nb_classes": 3}, r"2 numbers .*`nb_classes` is 3; omit `nb_classes`"),
 ], ids=range(14))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
     rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))
@@ -435,7 +435,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 
 def test_labels_of_a_dataset_are_checked(tune):
     for name, message in (
-        ("not_a_number", r"labels have nan: --task regression needs finite numbers"),
+        ("not_a_number", r"labels have nan: task=regression needs finite numbers"),
         ("text", r"its label is heavy: --task regression needs finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):

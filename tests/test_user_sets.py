@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import h5py
 import lmdb
@@ -145,7 +144,7 @@ def test_masks_of_a_dataset(tmp_path):
 
     assert train("folder", 1, data_path=root) == train("own", 1, lambda split, data_path: scenes(root, split))
     for mask, message in (
-        (np.full((16, 16), 3), r"train\[\d\]: its mask: .*--nb_classes 4"),
+        (np.full((16, 16), 3), r"train\[\d\]: its mask: .*nb_classes=4"),
         (np.zeros((16, 16, 3), np.uint8), r"train\[\d\]: its mask: .*\(16, 16, 3\)"),
         (np.full((16, 16), 300), "its mask: .* 300"),
     ):
@@ -214,7 +213,7 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
 def test_names_that_can_not_be_imported(own_module, name, message):
     own_module("present", OWN + "return []\n")
     own_module("needs", "import absent_package\n")
-    with pytest.raises(ValueError, match=f"`dataset` py:{name}.*{message}"):
+    with pytest.raises(ValueError, match=f"dataset=py:{name}.*{message}"):
         open_source("train", dataset=f"py:{name}")
 
 
@@ -272,7 +271,7 @@ def test_labels_classes_and_names():
     ([(BLACK, 1)], {"classes": ["a", "a"]}, "classes are 2 names, 1 of them"),
 ])  # fmt: skip
 def test_items_that_are_no_samples_are_one_line(images, attributes, message):
-    with pytest.raises(ValueError, match=f"^`dataset` py:any:any.*{message}") as raised:
+    with pytest.raises(ValueError, match=f"^dataset=py:any:any.*{message}") as raised:
         _ = opened(images, **attributes).classes
     assert "\n" not in str(raised.value)
 

@@ -260,7 +260,8 @@ def add_inference_options(
         add_to(parser, "nodata", "value_range", "channels_last")
         text = f"precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. {TF32}. off: fp32"
         add_to(parser, "amp", default=amp, help=text)
-    parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
+    text = f"checkpoint file{published}{also}"
+    add_to(parser, "model", default=None, choices=None, required=True, metavar="FILE", help=text)
     add_to(parser, "encoder", "encoder_args", "device", "debug")
 
 

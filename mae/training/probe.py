@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from mae import parallel
-from mae.data import labels
+from mae.data import extras, labels
 from mae.data.run_data import RunData
 from mae.data.sources import Source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import knn
-from mae.settings import DATASETS, DataSpec
+from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
+from models_mae import MaskedAutoencoderViT
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,29 @@ class OnlineProbe:
             f"(probe: {time.perf_counter() - start:.1f} s)"
         )
         return scores
+
+
+def open_probe(
+    run: Run, data: RunData, source: Source | Shards, model: MaskedAutoencoderViT, precision: Precision
+) -> OnlineProbe | None:
+    """Opens the data of `probe_every`; returns None if it is 0.
+
+    Raises:
+        ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
+    """
+    every, path = run.evaluation.probe_every, run.evaluation.probe_path
+    if not every:
+        if path:
+            logger.warning("`probe_path` has no effect without `probe_every`")
+        return None
+    if run.machine.fsdp:
+        raise ValueError(
+            f"probe_every={every}: `fsdp` shards the weights; omit one of them, and evaluate checkpoints with "
+            f"main_knn.py"
+        )
+    probe = OnlineProbe(data, source, path, run.optim.batch_size, precision)
+    extras.require_fitting(model, probe.train, probe.val)
+    return probe
 
 
 def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, precision: Precision) -> Any:
