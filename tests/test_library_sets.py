@@ -427,7 +427,7 @@ def test_samples_are_counted_as_in_webdataset(tmp_path):
     write_shard(tmp_path / "a.tar")
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match="give `num_images`"):
+    with pytest.raises(ValueError, match=r"b.tar.gz can't be read as an uncompressed tar"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
 

@@ -192,7 +192,7 @@ def test_a_missing_folder_or_list_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=rf"data_path={tmp_path}: .*\.jpg"):
         find_files(tmp_path)
     (tmp_path / "000.tar").touch()
-    with pytest.raises(ValueError, match=r"`dataset` wds:.*/\*\.tar"):
+    with pytest.raises(ValueError, match=r"dataset='wds:.*/\*\.tar"):
         find_files(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"list\.txt"):
         read_list(tmp_path / "list.txt", None, "--val_list")
@@ -317,7 +317,7 @@ def test_relative_paths_start_at_the_root(make_list, tmp_path):
     ("list.csv", "path,label\na.png,dog, brown\nsub/c.png,dog\n", "the row of a.png and the header have 3 and 2 cells"),
     ("list.csv", "img,label\na.png,dog\n", "its first file, .*img, does not exist"),
     ("list.csv", "file;label\na.png;dog\nsub/c.png;dog\n", "its first file, .*file;label, does not exist"),
-    ("list.csv", "a.png;dog\nwith blank.png; cat\n", "IndexError: "),
+    ("list.csv", "a.png;dog\nwith blank.png; cat\n", "only 1 of its 2 files have a label"),
     ("list.csv", "path,label\na.png,cat\nsub/c.png,\n", "only 1 of its 2 files have a label"),
     ("list.csv", 'a.png,"' + "x" * 200_000, "field larger"),
     ("list.txt", "a.png 1\nsub/c.png -2\n", "numbers are 0 or larger, and one is -2"),
