@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOF = (
-    "main_", "submitit_", "mae/cli/", "mae/settings/", "mae/jobs/", "util/", "demo/", "benchmarks/", "examples/", "hubconf",
-)  # fmt: skip  # mae/jobs: the commands submitit_*.py
+ROOF = (  # mae/jobs has the commands submitit_*.py
+    "main_", "submitit_", "mae/cli/", "mae/settings/", "mae/jobs/", "util/", "demo/", "benchmarks/", "examples/",
+    "hubconf",
+)  # fmt: skip
 FLAG = re.compile(r"--[a-z]\w+")
 
 

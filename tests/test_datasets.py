@@ -133,7 +133,7 @@ def test_the_check_reads_streams(tmp_path, capsys):
         for number in range(4):
             writer.write({"__key__": str(number), "png": saved(Image.new("L", (8, 6)), "PNG") if number else b""})
     with pytest.raises(BadImage, match=r"1 of 4 "):
-        call(datasets, "`dataset`", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
+        call(datasets, "--dataset", f"wds:{tmp_path}/a.tar", "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert "sizes       6 x 8 (height x width): 3 images" in output
     assert f"unreadable  1\n            {tmp_path}/a.tar: 0: the file is empty" in output
@@ -143,8 +143,8 @@ def test_flags_without_effect_warn(pictures, caplog):
     open_source("train", str(pictures))
     assert "no effect" not in caplog.text
     open_source("train", str(pictures), download=True, num_images=7)
-    for flag in ("--download", "--num_images"):
-        assert f"{flag} has no effect with this dataset" in caplog.text
+    for name in ("download", "num_images"):
+        assert f"`{name}` has no effect with this dataset" in caplog.text
 
 
 def test_the_check_counts_images_with_an_orientation(tmp_path, capsys):

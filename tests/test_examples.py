@@ -67,7 +67,7 @@ def train_and_resume(pretrain, monkeypatch, **flags):
     for ours, theirs in zip(lines(whole), lines(parts), strict=True):
         assert all(ours[name] == theirs[name] for name in ours.keys() | theirs.keys() if name.startswith("train_"))
     for name, flag in own.items():
-        with pytest.raises(ValueError, match=f"give --{name} {flag}"):
+        with pytest.raises(ValueError, match=f"give {name}={flag}"):
             pretrain("parts", **resumed)
     return whole
 
@@ -93,7 +93,7 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
     imgs = torch.randn(2, 3, 64, 64)
     expected = nn.functional.layer_norm(model.forward_features(imgs)[:, 1:], (192,))
     torch.testing.assert_close(ours.target(imgs), expected)
-    with pytest.raises(ValueError, match=r"\(4, 4\) patches and the model \(8, 8\): give another `patch_size`"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) patches and the model \(8, 8\): give another --patch_size"):
         pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
 
 

@@ -307,7 +307,7 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
     settings = {"kind": "nan", "save_minutes": 0, "batch_size": 4, "min_valid": 0.7}
     parts = stop_and_resume(monkeypatch, clouds, 3, **settings)
     assert_equal(weights(clouds("whole", **settings), "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
-    with pytest.raises(ValueError, match="`nodata`"):
+    with pytest.raises(ValueError, match="nodata=nan"):
         clouds("parts", **{**settings, "kind": "value"}, resume="auto", epochs=2)
 
 

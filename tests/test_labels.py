@@ -135,7 +135,7 @@ def test_labels_are_numbers_only_if_all_are_integers(classify, labelled, tmp_pat
     lists = write_lists(tmp_path, labelled, names)
     out = classify(main_finetune, **flags, **lists)
     assert recorded(out) == sorted(names)
-    assert re.search("train_list .*001, 1 are different classes", capsys.readouterr().out)
+    assert re.search("`train_list` .*001, 1 are different classes", capsys.readouterr().out)
     for number, name in enumerate(names):
         shutil.copytree(labelled / "val" / f"kind{number}", tmp_path / "folders/val" / name)
     for data in ({"data_path": tmp_path / "folders"}, lists):

@@ -128,8 +128,8 @@ def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypa
     ("os", "here", "torchvision has no dataset of this name"),
     ("CIFAR10", None, "torchvision reports: .*'root'"),
     ("CIFAR10", "here", "torchvision reports: Dataset not found.*`download` downloads them to it"),
-    ("Food101:nowhere", "here", r"`dataset` Food101:nowhere: torchvision reports: .*nowhere"),
-    ("CIFAR10:extra", "here", "`dataset` CIFAR10:extra: CIFAR10 has no splits of its own"),
+    ("Food101:nowhere", "here", r"dataset=Food101:nowhere: torchvision reports: .*nowhere"),
+    ("CIFAR10:extra", "here", "dataset=CIFAR10:extra: CIFAR10 has no splits of its own"),
 ])  # fmt: skip
 def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -95,11 +95,11 @@ def test_a_pass_may_be_shorter_than_a_batch():
 
 @pytest.mark.parametrize(("images", "batch_size", "accum_iter", "repeats", "processes", "message"), [
     (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give batch_size=6 accum_iter=1$"),
-    (1, 8, 1, 1, 1, "give --batch_size 1 --accum_iter 1$"),
-    (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
-    (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
-    (20, 12, 2, 1, 2, "of 48 .* give --batch_size 10 --accum_iter 1$"),
-    (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give --accum_iter 2$"),
+    (1, 8, 1, 1, 1, "give batch_size=1 accum_iter=1$"),
+    (47, 12, 4, 1, 1, r"of 48 \(batch_size=12 x accum_iter=4 x 1 processes\): give accum_iter=3$"),
+    (47, 12, 2, 1, 2, "of 48 .* give accum_iter=1$"),
+    (20, 12, 2, 1, 2, "of 48 .* give batch_size=10 accum_iter=1$"),
+    (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give accum_iter=2$"),
     (3, 1, 1, 1, 4, "give at most 3 processes"),
 ])  # fmt: skip
 def test_fewer_images_than_an_effective_batch_are_an_error(

@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_statistics_of_its_encoder(finetune, tmp_path):
     torch.save(state, tmp_path / "encoder.pth")
     finetune(**PLAIN, finetune=tmp_path / "encoder.pth", epochs=1, warmup_epochs=0)
     again = {**PLAIN, "epochs": 2, "warmup_epochs": 0, "resume": "auto"}
-    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, "--mean 0.1 0.2 0.3"), ({"crop_pct": 0.5}, "--crop_pct 1.0")):
+    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, r"mean=\[0.1, 0.2, 0.3\]"), ({"crop_pct": 0.5}, "crop_pct=1.0")):
         with pytest.raises(CheckpointError, match=f": give {remedy}$"):
             finetune(**again, **changed)
     assert len(lines(finetune(**again))) == 2
@@ -210,9 +210,9 @@ def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled, tmp_p
     output = printed(capsys, main_finetune, **flags, config=tmp_path / "recipe.yaml", std=0.4, crop_pct=0.5)
     assert "* Acc@1" in output and scores_of(out) not in output
     assert [line for line in output.splitlines() if line.startswith("warning")] == [
-        f"warning: --crop_pct 0.5 is used, and {file} was made with --crop_pct 1.0",
-        f"warning: --input_size 40 32 is used, and {file} was made with --input_size 20 16",
-        f"warning: --std 0.4 is used, and {file} was made with --std 0.2",
+        f"warning: crop_pct=0.5 is used, and {file} was made with crop_pct=1.0",
+        f"warning: input_size=[40, 32] is used, and {file} was made with input_size=[20, 16]",
+        f"warning: std=0.4 is used, and {file} was made with std=0.2",
     ]
 
 
@@ -261,8 +261,8 @@ def test_the_crop_of_a_file_without_one_follows_the_input_size(labelled, capsys,
 def test_runs_from_an_encoder_of_whole_images_use_whole_images(script, classify, pretrain, labelled, capsys):
     encoder = pretrain("mae", data_path=labelled, crop="none") / "checkpoint-1.pth"
     for name, flags, epochs, said, crop in (
-        ("default", {}, 2, "--crop none", "none"), ("default", {"resume": "auto"}, 3, "--crop none", "none"),
-        ("explicit", {"crop": "random"}, 2, "--crop random is used", "random"),
+        ("default", {}, 2, "crop=none", "none"), ("default", {"resume": "auto"}, 3, "crop=none", "none"),
+        ("explicit", {"crop": "random"}, 2, "crop=random is used", "random"),
     ):  # fmt: skip
         capsys.readouterr()
         out = classify(script, name, finetune=encoder, epochs=epochs, **flags)

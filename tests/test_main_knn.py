@@ -124,4 +124,4 @@ def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys
         assert given == call(main_knn, data_path=labelled, finetune=file, k="1 5", num_workers=0, device="cpu")
         assert "warning" not in capsys.readouterr().out
     classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
-    assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out
+    assert f"warning: input_size=32 is used, and {mae} was made with input_size=20" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_only_the_head_learns(probe, tuned, cached):
 def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(probe, tmp_path):
     pooling = models_vit.vit_mini_patch4(img_size=16, num_classes=3, global_pool=True)
     torch.save({"model": pooling.state_dict()}, tmp_path / "pooling.pth")
-    with pytest.raises(ValueError, match=r"probe=linear `global_pool`$"):
+    with pytest.raises(ValueError, match=r"probe=linear and `global_pool`$"):
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
@@ -86,7 +86,7 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
 def test_few_updates_warn(epochs, warns, probe, capsys):
     probe(epochs=epochs, cache_features=True)
     output = capsys.readouterr().out
-    warnings = re.findall(r"^warning.* updates are few.*--batch_size 8.*--epochs.*$", output, re.M)
+    warnings = re.findall(r"^warning.* updates are few.*batch_size=8.*`epochs`.*$", output, re.M)
     assert bool(warnings) == warns
     assert output.count("warning: no `finetune`: the features are from an untrained encoder") == 1
 
@@ -114,7 +114,7 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, pretrained, evaluat
     out = probe(probe=kind, blr="1 30 100", finetune=encoder, epochs=3, **cached)
     output, last = capsys.readouterr().out, lines(out)[-1]
     loss, written = f"{last['train_loss']:.4f}", checkpoint.read(out / "probe.pth")
-    assert re.search(rf"--blr {last['chosen_blr']:g}, held-out Acc@1 .*, training loss {loss}\n", output)
+    assert re.search(rf"blr={last['chosen_blr']:g}, held-out Acc@1 .*, training loss {loss}\n", output)
     assert f"loss {loss}," in output[output.index("epoch 2 done in") :]
     assert written["args"]["blr"] == last["chosen_blr"]
     number, all_heads = [1, 30, 100].index(last["chosen_blr"]), weights(out, "checkpoint-2.pth")
@@ -159,7 +159,7 @@ def test_a_single_rate_and_several_exclude_each_other(probe):
 
 def test_batches_of_one_image_are_refused_by_the_name_of_the_flag(probe):
     """Batch norm needs two values."""
-    with pytest.raises(ValueError, match="batch_size=1: "):
+    with pytest.raises(ValueError, match="--batch_size 1: "):
         probe(batch_size=1)
 
 
@@ -314,7 +314,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match=r"`cache_features`: .* 71 images .* another `output_dir`"):
+    with pytest.raises(ValueError, match=r"--cache_features: .* 71 images .* another --output_dir"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
@@ -410,7 +410,7 @@ def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, f
 
 def test_a_resumed_run_with_another_probe_is_an_error(probe, pretrained):
     probe(finetune=pretrained, probe="attentive", epochs=1, warmup_epochs=0)
-    for changed, right in (({"probe": "linear"}, "--probe attentive"), ({"num_queries": 16}, "--num_queries 32")):
+    for changed, right in (({"probe": "linear"}, "probe=attentive"), ({"num_queries": 16}, "num_queries=32")):
         with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
             probe(**{"probe": "attentive", **changed}, resume="auto")
 

@@ -22,6 +22,7 @@ import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.cli.messages import with_flags
 from mae.data import loader
 from mae.interrupts import Interrupted
 from mae.training import log, loop
@@ -220,7 +221,8 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
     with pytest.raises(CheckpointError) as raised:
         pretrain(**again)
-    note = str(raised.value).rpartition(": ")[2]
+    message = with_flags(str(raised.value), main_pretrain.get_args_parser())
+    note = message.rpartition(": ")[2]
     assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
@@ -253,7 +255,7 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert {name: found[name] for name in own} == own
     assert " is used, and " not in capsys.readouterr().out
     pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
-    warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
+    warned = re.findall(r"^warning: (\w+=\S+) is used", capsys.readouterr().out, re.MULTILINE)
     assert sorted(warned) == ["mask_ratio=0.75", "mean=0.4"]
 
 
@@ -352,7 +354,7 @@ def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
     pretrain("all", epochs=1, warmup_epochs=1)
     assert "warning: warmup_epochs=1 is not shorter than the run of epochs=1" in capsys.readouterr().out
     pretrain("part", epochs=1, warmup_epochs=0.5)
-    assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
+    assert "warmup_epochs=0.5 is" not in capsys.readouterr().out
 
 
 def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path, capsys):
@@ -364,7 +366,7 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
         Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
     flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1}
     pretrain("without", **flags)
-    (found,) = re.findall(r"more than 8 bits.* suggest --mean (\S+) --std (\S+) ", capsys.readouterr().out)
+    (found,) = re.findall(r"more than 8 bits.* suggest mean=(\S+) std=(\S+) ", capsys.readouterr().out)
     assert [float(found[0]), float(found[1])] == [pytest.approx(-3000, abs=50), pytest.approx(500, abs=20)]
     out = pretrain("with", **flags, mean=found[0], std=found[1])
     assert "more than 8 bits" not in capsys.readouterr().out
@@ -381,7 +383,7 @@ def test_float_images_of_another_range_have_one_warning(pretrain, tmp_path, caps
         values = np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16)
         np.save(tmp_path / "floats" / f"{number}.npy", np.roll(values, number))
     pretrain(data_path=tmp_path / "floats", in_chans=1, crop="none", epochs=1, num_workers=2, **statistics)
-    assert re.findall(r"warning: .* from (\S+) to (\S+), .*--mean", capsys.readouterr().out) == [("0", "255")] * count
+    assert re.findall(r"warning: .* from (\S+) to (\S+), .*`mean`", capsys.readouterr().out) == [("0", "255")] * count
 
 
 @pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])

@@ -295,7 +295,7 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
     assert scores(tmp_path / "own", "imagenet-r", "settings")["crop_pct"] == 0.9
     assert "crop_pct" not in capsys.readouterr().out
     run("imagenet-r", data, tmp_path / "whole", own, crop_pct=1)
-    warning = f"warning: --crop_pct 1.0 is used, and {own} was made with --crop_pct 0.9"
+    warning = f"warning: crop_pct=1.0 is used, and {own} was made with crop_pct=0.9"
     assert capsys.readouterr().out.count(warning) == 1
     assert scores(tmp_path / "whole", "imagenet-r", "settings")["crop_pct"] == 1.0
 

@@ -176,16 +176,16 @@ def test_random_blocks_are_uniform():
     ("settings", "message"),
     [
         (("random", (14, 14), 0.75, 4), r"mask_block=4 does not divide the 14x14 patches of an image: give "
-         r"`input_size` 192 or 256, or --mask_block 2$"),
-        (("random", (8, 14), 0.75, 4), r"give `input_size` 128 192 or 128 256, or --mask_block 2$"),
+         r"`input_size` 192 or 256, or mask_block=2$"),
+        (("random", (8, 14), 0.75, 4), r"give `input_size` 128 192 or 128 256, or mask_block=2$"),
         (("random", (7, 7), 0.75, 2), r"`input_size` 96 or 128$"),
-        (("random", (2, 2), 0.75, 4), r"--input_size 64, or --mask_block 2$"),
+        (("random", (2, 2), 0.75, 4), r"`input_size` 64, or mask_block=2$"),
         (("block", (16, 16), 0.75, 4), r"mask_block=4 is for .*: give mask_block=1, or masking=random$"),
         (("random", (4, 4), 0.75, 4), "the images have a single block of patches: give a smaller `mask_block`"),
         (("random", (4, 8), 0.75, 4), "leaves none of the 2 blocks visible: give mask_ratio=0.5 or less"),
-        (("grid", (14, 14), 0.5), r"--mask_ratio 0\.5: --masking grid"),
+        (("grid", (14, 14), 0.5), r"mask_ratio=0\.5: masking=grid"),
         (("grid", (1, 16), 0.75), r"an image has 1 x 16: give masking=random"),
-        (("nonsense", (4, 4), 0.75), r"--masking nonsense: .*random, block, grid"),
+        (("nonsense", (4, 4), 0.75), r"masking=nonsense: .*random, block, grid"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_errors(settings, message):
@@ -197,7 +197,7 @@ def test_settings_that_do_not_fit_are_errors(settings, message):
     (1, 0.75, "the images have a single patch: give a larger `input_size`, or a smaller `patch_size`"),
     (1, 0.0, "the images have a single patch"),
     (2, 0.0, "mask_ratio=0 masks none of the 2 patches, .* give mask_ratio=0.5$"),
-    (3, 0.0, "give --mask_ratio 0.666$"), (16, 0.0, "give --mask_ratio 0.75$"),
+    (3, 0.0, "give mask_ratio=0.666$"), (16, 0.0, "give mask_ratio=0.75$"),
     (196, 0.999, "mask_ratio=0.999 leaves none of the 196 patches visible: give mask_ratio=0.994 or less")
 ])  # fmt: skip
 def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):

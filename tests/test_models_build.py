@@ -114,7 +114,7 @@ def test_an_attentive_probe_pools_the_normalized_patch_tokens():
 @pytest.mark.parametrize(("count", "fitting"), [(30, "16 or 32"), (3, "2 or 4"), (200, "128")])
 def test_queries_must_divide_the_width(count, fitting):
     settings = MINI | {"global_pool": False, "probe": "attentive", "num_queries": count}
-    message = f"--num_queries {count} does not divide the 128 channels of a token: give {fitting}$"
+    message = f"num_queries={count} does not divide the 128 channels of a token: give {fitting}$"
     with pytest.raises(ValueError, match=message):
         mae.build.probe(*specs(settings))
 

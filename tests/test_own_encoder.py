@@ -343,7 +343,7 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     assert (recorded["model_class"], recorded["encoder"]) == ("leads:Brighter", "leads:Leads")
     flags = {"model_class": "leads:Brighter", "encoder": "leads:Leads"}  # the checkpoint has the arguments
     for flag, name in flags.items():
-        with pytest.raises(ValueError, match=f"give --{flag} {name}"):
+        with pytest.raises(ValueError, match=f"give {flag}={name}"):
             pretrain("both", resume="auto", **{other: flags[other] for other in flags if other != flag})
     pretrain("both", resume="auto", **flags)
     assert len(lines(both)) == 2
@@ -363,7 +363,7 @@ def test_arguments_of_a_class_in_python(pretrain):
 def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
     for kind in (Explicit, type("Other", (Explicit,), {})):
         pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
-    assert re.search(r"model_class=.*Explicit .*Other", capsys.readouterr().out)
+    assert re.search(r"`model_class` .*Explicit .*Other", capsys.readouterr().out)
 
 
 class Explicit(MaskedAutoencoderViT):
@@ -395,10 +395,10 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
     ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
     ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
     ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
-    ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
+    ({"encoder": "leads:Leads"}, "needs `encoder_args` rows=VALUE"),
     ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
     ({"encoder_args": "rows=4"}, "give encoder=module:Class"),
-    ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
+    ({"model_class": "leads:Leads"}, "derive it from MaskedAutoencoderViT")
 ])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):

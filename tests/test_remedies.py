@@ -145,7 +145,7 @@ def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     (tmp_path / "val.txt").write_text(names)
     assert call(main_finetune, {**settings, "val_list": tmp_path / "val.txt"}) == ""
     command = {"model": runs / "mae/checkpoint-0.pth", "out": tmp_path / "f.npz", "split": "val"}
-    assert call(features, command, pictures).endswith("no folder val/ in it")  # which has no lists
+    assert call(features, command, pictures).endswith("no folder val/ in it: add this folder, or give val_list=FILE")
 
 
 def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call):

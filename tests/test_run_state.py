@@ -23,8 +23,8 @@ def test_progress_counts_images():
     progress = Progress(effective_batch_size=48, global_batch_size=12)
     progress.restore({"epoch": 3, "progress": saved})
     assert (progress.epoch, progress.first_iteration) == (4, 8)
-    for global_batch_size, remedy in ((8, "--batch_size 8 --accum_iter 6"), (64, "--batch_size 48 --accum_iter 1"),
-                                      (9, "--batch_size 8 --accum_iter 6")):  # fmt: skip
+    for global_batch_size, remedy in ((8, "batch_size=8 accum_iter=6"), (64, "batch_size=48 accum_iter=1"),
+                                      (9, "batch_size=8 accum_iter=6")):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"batch size of 48 .*: give {remedy}$"):
             Progress(global_batch_size, global_batch_size).restore({"progress": saved})
     foreign = Progress(48, 48)
@@ -62,7 +62,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
 
 
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),
-                                               ("a.pth", "`finetune` a.pth instead of `resume` starts")])  # fmt: skip
+                                               ("a.pth", "finetune=a.pth instead of `resume` starts")])  # fmt: skip
 def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}

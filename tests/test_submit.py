@@ -153,7 +153,7 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
     ("--slurm array=0-2", "--slurm: array cannot be set"),
     ("--slurm use_srun=false", "--slurm: use_srun cannot be set"),
     ("--slurm signal_delay_s=soon", "--slurm: signal_delay_s must be a number, got soon"),
-    ("--slurm partition=a --partition b", "another flag sets partition=b"),
+    ("--slurm partition=a --partition b", "another flag sets --partition b"),
     ("--after 7 --cluster debug", "--after 7 requires --cluster slurm: --cluster debug starts the job at once"),
     ("--after yesterday", "--after: must be a job id"),
     ("--cluster moon", "choose from"),

@@ -273,9 +273,9 @@ def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
     for name, rows in (("twice", names + names[:1]), ("once", names)):
         (tmp_path / f"{name}.csv").write_text("".join(rows))
     twice, once = ({"train_list": tmp_path / f"{name}.csv"} for name in ("twice", "once"))
-    for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction 0.2"),
-                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "held_out 0.3")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"--{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
+    for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction=0.2"),
+                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "--held_out 0.3")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
             classify(main, "twice", **flags, **twice)
         classify(main, main.__name__, **flags, **once)
     classify(main_finetune, "repeated", **MILD, **twice)
@@ -314,7 +314,7 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
     ({5: "inf"}, {}, r"is inf; task=regression needs a finite number"),
     ({5: ["71", "5"]}, {}, r"the row of .*train04\.png and the header have 7 and 6 cells; correct"),
     ({}, {"label_columns": "wieght"}, r"no column wieght for `label_columns`, but path, .*weight"),
-    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give `label_columns`"),
+    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give label_columns="),
     ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; task=multilabel needs 0 or 1"),
     ({}, {"task": "classification"}, r"task=classification has one label column; give one of weight, age"),
     (dict.fromkeys(range(1, 51), "5"), {}, r"task=regression: weight is the same for all training images"),
@@ -436,7 +436,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 def test_labels_of_a_dataset_are_checked(tune):
     for name, message in (
         ("not_a_number", r"labels have nan: task=regression needs finite numbers"),
-        ("text", r"its label is heavy: --task regression needs finite numbers"),
+        ("text", r"its label is heavy: task=regression needs finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             tune(task="regression", dataset=f"py:test_tasks:{name}", train_list="", val_list="")

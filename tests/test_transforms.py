@@ -68,7 +68,7 @@ def test_flip_and_crop_can_be_turned_off(photo):
     assert torch.equal(transforms.eval_transform(50, crop_pct=1)(square), pixels)
     for hflip, expected in ((0, pixels), (1, pixels.flip(-1))):
         assert torch.equal(transforms.pretrain_transform(50, crop_scale=(1, 1), hflip=hflip)(square), expected)
-    with pytest.raises(ValueError, match=r"crop_scale=0.5 0.2"):
+    with pytest.raises(ValueError, match=r"crop_scale=\[0.5, 0.2\]"):
         transforms.pretrain_transform(50, crop_scale=(0.5, 0.2))
 
 
@@ -118,7 +118,7 @@ def test_the_range_of_aspect_ratios_is_a_setting():
         transform = transforms.pretrain_transform((64, 128), (0.3, 0.4), crop_ratio=(ratio, ratio))
         _, ratios = areas_and_ratios([transform(coordinates(128, 256)) for _ in range(20)], 64, 128)
         assert ratios == pytest.approx(ratio, rel=0.06)
-    with pytest.raises(ValueError, match=r"crop_ratio=2 1"):
+    with pytest.raises(ValueError, match=r"crop_ratio=\[2, 1\]"):
         transforms.pretrain_transform(32, crop_ratio=(2, 1))
 
 
@@ -192,7 +192,7 @@ def test_vertical_flips_and_rotations_of_images_without_an_upper_side(photo):
         assert torch.equal(make(vflip=1)(square), pixels.flip(-2))
         found = {tuple(make(rotate90=True)(square).flatten()[:200].tolist()) for _ in range(40)}
         assert found == {tuple(pixels.rot90(k, (1, 2)).flatten()[:200].tolist()) for k in range(4)}
-    with pytest.raises(ValueError, match="`rotate90`: input_size=32 48"):
+    with pytest.raises(ValueError, match=r"`rotate90`: input_size=\[32, 48\]"):
         transforms.pretrain_transform((32, 48), rotate90=True)
 
 

@@ -178,7 +178,7 @@ def test_a_function_in_place_of_its_name(tmp_path, samples):
              "epochs": 1, "warmup_epochs": 0, "num_workers": 1, "device": "cpu", "amp": "off"}  # fmt: skip
     main_pretrain.main(parse(main_pretrain, **flags), source=source)
     resumed = {"output_dir": tmp_path / "run", "resume": "auto", "epochs": 2}
-    with pytest.raises(ValueError, match=r"`dataset` 'py:.*source"):  # which no flag can import
+    with pytest.raises(ValueError, match=r"give dataset='py:.*source"):  # which no flag can import
         main_pretrain.main(parse(main_pretrain, **resumed))
     main_pretrain.main(parse(main_pretrain, **resumed), source=source)
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1]
@@ -193,11 +193,11 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
     own_module("mine", "raise SystemExit('imported')\n")
     file = out / "checkpoint-0.pth"
     for resume in ("auto", file):
-        with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
+        with pytest.raises(ValueError, match="give dataset='py:mine:open_dataset'"):
             main_pretrain.main(parse(main_pretrain, resume=resume, output_dir=out))
     for script in (main_finetune, main_linprobe, main_knn):
         flags = {"finetune": file, "device": "cpu", **({} if script is main_knn else {"output_dir": tmp_path / "b"})}
-        with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
+        with pytest.raises(ValueError, match="give dataset='py:mine:open_dataset'"):
             script.main(parse(script, **flags))
     (tmp_path / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
     for script in (main_pretrain, main_segment):

@@ -43,7 +43,7 @@ BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective b
 
 ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 
-ANOTHER_FOLDER = "give another output_dir=DIR"
+ANOTHER_FOLDER = "give another `output_dir`"
 
 
 class Progress:
@@ -200,7 +200,7 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     state = checkpoint.read_plain(file)
     saved = _args_of(state)
     if saved.get("script", script) != script:
-        remedy = _start_from(which)
+        remedy = _start_from(which, script)
         if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
             remedy = f"give a checkpoint of {script}.py"
         raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
@@ -266,7 +266,8 @@ def resume(
             is_same = model.state_dict().keys() <= state.get("model", {}).keys()
             evaluated = "; or `eval` evaluates it" * is_same
             what = " and no ".join(sorted(missing))
-            raise CheckpointError(f"resume={which}: the file contains no {what}: {_start_from(which)}{evaluated}")
+            remedy = _start_from(which, settings.get("script", ""))
+            raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}{evaluated}")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
@@ -321,11 +322,12 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _start_from(file: str) -> str:
-    """Returns the remedy for a checkpoint that can't be resumed. The script has one of the two settings."""
+def _start_from(file: str, script: str) -> str:
+    """Returns the remedy for a checkpoint that can't be resumed."""
     if file == "auto":
         return ANOTHER_FOLDER
-    return f"finetune={file} or init_from={file} instead of `resume` starts from its weights"
+    name = "init_from" if script == "main_pretrain" else "finetune"
+    return f"{name}={file} instead of `resume` starts from its weights"
 
 
 def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
@@ -347,9 +349,10 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
+        remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
         raise CheckpointError(
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}: {advice(differing_settings) if is_known else _start_from(which)}"
+            f"such as {', '.join(differing[:3])}: {remedy}"
         )
 
 
@@ -396,7 +399,7 @@ def _require_same_parameters(
     if saved != ours and sum(saved) == sum(ours):
         raise CheckpointError(
             f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
-            f"{_listed(saved)}: build the groups as before; or {_start_from(which)}"
+            f"{_listed(saved)}: build the groups as before; or {_start_from(which, settings.get('script', ''))}"
         )
     if saved != ours:
         args = _args_of(state)

@@ -206,8 +206,8 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
         return Targets(source, classes, vectors)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the {len(classes)} classes "
-            f"of the training images or the model: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
+            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the {len(classes)} of "
+            f"the training images or the model: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
         )
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])

@@ -12,7 +12,7 @@ import mae.build
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
-from mae.settings.arguments import arguments
+from mae.settings.arguments import in_words
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
 
@@ -72,8 +72,8 @@ def write_safetensors(model: Model, out: Path) -> None:
 
 
 def _log_of_pixels(model: Model, reader: str) -> None:
-    changed = {name: model.settings.get(name) for name in ("value_range", "nodata")}
-    if given := " ".join(arguments(changed)):
+    found = {name: model.settings.get(name) for name in ("value_range", "nodata")}
+    if given := in_words({name: value for name, value in found.items() if value is not None}):
         logger.info(f"{reader} does not apply {given}: prepare the pixels in this way, before its normalization")
     if not model.normalize.fits_bytes:
         logger.info(f"{reader} divides pixels by 255, and mean and std of this model are in the units of its training "

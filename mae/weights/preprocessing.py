@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mae.data.transforms import channel_statistics
 from mae.position_tables import Size
+from mae.settings.arguments import in_words
 from mae.settings.choices import default_crop_pct, published_crop_pct
 from mae.weights import shapes
 from mae.weights.candidates import warn_once
@@ -28,10 +29,12 @@ def statistics(
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
-    for flag, (used, recorded) in zip(("`mean`", "`std`"), pairs, strict=True):
+    for name, (used, recorded) in zip(("mean", "std"), pairs, strict=True):
         if used != recorded:
-            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
-            logger.warning(f"{flag} {now} is used, and {file.origin} was made with {flag} {then}")
+            now, then = (
+                in_words({name: values[0] if len(values) == 1 else values}) for values in (list(used), list(recorded))
+            )
+            logger.warning(f"{now} is used, and {file.origin} was made with {then}")
     return chosen
 
 
