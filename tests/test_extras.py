@@ -148,7 +148,7 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("extras", "message"), [
-    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\) : is not of finite numbers"),
+    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\): is not of finite numbers"),
     ({"site": float("nan")}, r"its site .* is not of finite numbers"),
     ({"site": 1e300}, r"its site .* is not of finite numbers"),
     ({"site": 20240131}, r"its site .* is not of finite numbers that fp32 represents"),
