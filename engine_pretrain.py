@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mae import parallel
 from mae.data import transforms
 from mae.data.transforms import Normalize
 from mae.training import loop
@@ -50,8 +49,6 @@ def check_targets(model: MaskedAutoencoderViT, images: Tensor, std: Tensor) -> N
         images: (B, c, H, W), as a data loader returns them.
         std: standard deviation that normalizes them, as in `Normalize`.
     """
-    if not (model.norm_pix_loss and model.predicts_pixels and parallel.is_main()):
-        return
     images = transforms.to_unit_range(images)
     normalized = (images - images.nanmean(dim=(2, 3), keepdim=True)) / std.cpu()  # no channel offsets
     deviation = math.sqrt(model.patchify(normalized).var(dim=-1).nanmean())

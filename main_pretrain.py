@@ -113,7 +113,8 @@ def main(
 
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, full_images = open_samples(run, data, train, draw_noise, model, num_visible)
-    check_targets(model, loader.examples(full_images, EXAMPLES).images, data.normalize.std)
+    if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
+        check_targets(model, loader.examples(full_images, EXAMPLES).images, data.normalize.std)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,

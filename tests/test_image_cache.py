@@ -163,7 +163,8 @@ def test_the_limit_of_a_container_or_job_counts(group, file, limit, tmp_path, mo
 
 def test_shards_have_no_random_access():
     shards = object.__new__(Shards)
-    with pytest.raises(ValueError, match=r"`cache_images`: .*wds:"):
+    shards.title = "wds:set.tar"
+    with pytest.raises(ValueError, match=r"wds:set.tar: .* without `cache_images`"):
         image_cache.cached([shards], **OPTIONS)
 
 

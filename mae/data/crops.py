@@ -95,12 +95,9 @@ def first_stage(
     Raises:
         ValueError: `scale` or `ratio` is not a range.
     """
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(
-            f"crop_scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum area, above 0 and up to 1"
-        )
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"crop_ratio=[{ratio[0]}, {ratio[1]}]: give the minimum and the maximum, above 0")
+    for name, (low, high), limit in (("crop_scale", scale, 1), ("crop_ratio", ratio, math.inf)):
+        if not 0 < low <= high <= limit:
+            raise ValueError(f"{name}=[{low}, {high}]: give a minimum and a maximum between 0 and {limit}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
         return partial(scaled, size=(height, width))

@@ -21,7 +21,7 @@ from mae.data.generators import preserve_generators
 from mae.data.samples import Samples
 from mae.data.sources import Source, label_at
 from mae.data.transforms import keeps_label, to_tensor
-from mae.data.webdataset_shards import Shards
+from mae.data.webdataset_shards import Shards, require_random_access
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,6 @@ class ImageCache:
         # Two nodes of a job may be one machine, whose processes find each part twice.
         by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}
         parts = [by_number[number] for number in sorted(by_number)]
-        if len(parts) < count:
-            raise ValueError("`cache_images`: the processes of this machine can't open each other's memory; omit it")
         self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
         self.num_bytes = sum(map(len, self.parts))
         self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
@@ -191,13 +189,11 @@ def cached(
     limit = SHARE * memory_bytes() / (1 if CAN_SHARE else parallel.processes_here())
     caches: list[ImageCache] = []
     for source, on_bad in zip_longest(sources, on_bad_image):
-        if isinstance(source, Shards):
-            raise ValueError("`cache_images`: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
         caches.append(
             ImageCache(
-                source, left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif, num_workers=num_workers,
-                on_bad_image=on_bad, values=values,
+                require_random_access(source), left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif,
+                num_workers=num_workers, on_bad_image=on_bad, values=values,
             )
         )  # fmt: skip
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)

@@ -49,7 +49,6 @@ class ImageFacts(NamedTuple):
     valid: int = 0  # number of valid pixels
     unreadable: tuple[str, str] | None = None  # name and reason
     turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
-    remedy: str | None = None  # flags with which an unreadable image can be read
 
 
 class FactsDataset(Dataset):
@@ -74,7 +73,7 @@ class FactsDataset(Dataset):
 
 def _unreadable(name: str, error: Exception) -> ImageFacts:
     reason = printable(" ".join(str(error).split()))
-    return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
+    return ImageFacts(-1, unreadable=(name, reason))
 
 
 def image_facts(

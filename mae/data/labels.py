@@ -11,7 +11,7 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.sources import Files, Source, StoredImage, first_few, strays_of
-from mae.data.webdataset_shards import Shards
+from mae.data.webdataset_shards import Shards, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -68,10 +68,6 @@ class Targets(Subset):
         return self.source[index][0], self.labels[index]
 
 
-def _is_decimal(name: str) -> bool:
-    return name.count(".") == 1 and name.lstrip("-").replace(".", "").isdecimal()
-
-
 def open_pair(
     open_split: Callable[[str], Source | Shards],
     task: str = CLASSIFICATION,
@@ -103,16 +99,6 @@ def open_pair(
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
         train = counted_as(train, outputs(nb_classes))
     val = require(open_split("val"), "val", task) if validation else train
-    only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
-    if is_classification and only_val:
-        raise ValueError(
-            "training and validation set have different classes: "
-            + "; ".join(
-                f"only {side}: {first_few(own)}" for side, own in (("train", only_train), ("val", only_val)) if own
-            )
-            + "; task=multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
-            + "; task=regression takes numbers" * all(map(_is_decimal, only_train + only_val))
-        )
     count = len(train.classes)
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
@@ -161,10 +147,7 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         ValueError: an image has no label or a label of another task, or the source is a stream, which has no random
             access.
     """
-    if isinstance(source, Shards):
-        raise ValueError(
-            f"{source.title}: streamed shards are for pre-training only; unpack them, or pack the images as a zip file"
-        )
+    source = require_random_access(source)
     if task == CLASSIFICATION and (reason := getattr(source, "no_labels", "")):
         raise ValueError(f"the {split} images have no labels: {reason}")
     if task == CLASSIFICATION and source.classes and (lacking := np.flatnonzero(np.asarray(source.labels) < 0)).size:
@@ -223,8 +206,8 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
         return Targets(source, classes, vectors)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
-            f"{len(classes)} classes: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
+            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the {len(classes)} of "
+            f"the training images or the model: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
         )
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])

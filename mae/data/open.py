@@ -89,15 +89,8 @@ def open_source(
 
 
 def _open_folder(root: Path, split: str, whole: bool) -> Files:
-    name, folder = dataset_in(root) or ("", root)
-    try:
-        files = _files_of_split(root, split, whole)
-    except ValueError as error:
-        if not name:
-            raise
-        stored = f"give dataset={name}" + f" and its folder {folder}" * (folder != root)
-        raise ValueError(f"{error}; or {stored}") from None
-    if name:
+    files = _files_of_split(root, split, whole)
+    if name := dataset_in(root):
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
         )
