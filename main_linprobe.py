@@ -44,7 +44,7 @@ from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
-from mae.data import extras, labels, loader, transforms
+from mae.data import extras, labels, sampler, transforms
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
@@ -233,7 +233,7 @@ def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
 
 def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) -> Any:
     """Returns the batches of stored features or of images, and warns if the run has fewer than MIN_UPDATES updates."""
-    updates = run.optim.epochs * loader.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
+    updates = run.optim.epochs * sampler.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
     if updates < MIN_UPDATES:
         logger.warning(
             f"{updates} updates are few for {run.optim.epochs} epochs of {len(train):,} images, and the head may not "

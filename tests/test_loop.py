@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from mae.data.loader import EpochBatches
+from mae.data.sampler import EpochBatches
 from mae.interrupts import Interrupted, Interrupts
 from mae.training import loop
 from mae.training.log import NullLog

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_state, shard_files, sharded
+from mae.checkpoints import checkpoint, file_names, run_state, shard_files, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.training import fsdp
 from models_mae import mae_vit_mini_patch4
@@ -150,7 +150,7 @@ def shards(pictures, tmp_path_factory):
 def test_fsdp_losses_equal_those_of_one_process(shards, single):
     assert len(losses(shards)) == 30
     assert relative_error(shards, single) < 1e-5
-    assert [path.name for path in checkpoint.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 12, 24, 29)]
+    assert [path.name for path in file_names.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 12, 24, 29)]
 
 
 def test_a_sharded_checkpoint_resumes_in_one_process(shards, single, pictures, tmp_path):
@@ -201,7 +201,7 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
     assert (output.count(f"--resume auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
-    assert checkpoint.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
+    assert file_names.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
     state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
 

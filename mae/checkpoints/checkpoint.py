@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mae.checkpoints.file_names import STATE, checkpoints
 from mae.files import atomic
 from mae.files.untrusted import open_file, printable
 
@@ -28,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1_000_000  # largest number of parts of a state; a part that is referenced twice counts twice
 MAX_DEPTH = 30
-PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
-LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
-STATE = "state.pth"  # in the folder of a sharded checkpoint
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TEXTS = {  # what a download may leave in place of weights, by its start in lower case
@@ -231,23 +229,6 @@ def position(path: Path) -> tuple[int, int]:
         return progress["epoch"], progress["images_done"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Lists the checkpoints in a run directory: files, and folders of sharded runs."""
-    paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
-    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # left by a crash
-
-
-def milestone(epoch: int) -> str:
-    """Returns the file name of the state after an epoch."""
-    return f"{PREFIX}{epoch}.pth"
-
-
-def milestones(folder: Path) -> list[Path]:
-    """Lists the milestones of a run, oldest first."""
-    numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
-    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
 
 
 def check_file(file: BinaryIO) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from mae import parallel
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, file_names
 from mae.files import atomic, locks
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def chosen(output_dir: Path, resume: str) -> str:
     """
     if not _continues(output_dir, resume):
         return resume
-    return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
+    return "auto" if file_names.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
 def source(output_dir: Path, resume: str) -> Path | None:
@@ -87,7 +87,7 @@ def _require_unused(output_dir: Path, resume: str) -> None:
             )
         return
     files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
-    existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
+    existing = sorted({*files, *(path.name for path in file_names.checkpoints(output_dir))})
     if existing:
         raise ValueError(
             f"output_dir={output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints import checkpoint, file_names, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
@@ -284,7 +284,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
         OSError: the system can't read a checkpoint.
     """
     paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
-        lambda: (checkpoint.newest_first(output_dir), [path.name for path in checkpoint.checkpoints(output_dir)])
+        lambda: (checkpoint.newest_first(output_dir), [path.name for path in file_names.checkpoints(output_dir)])
     )
     for path in paths:
         try:

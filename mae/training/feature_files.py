@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mae import parallel
 from mae.data.batches import Batch, prefetch, to_host
 from mae.data.labels import Subset
-from mae.data.loader import Epochs
+from mae.data.sampler import Epochs
 from mae.data.sources import Source
 from mae.files import atomic, locks
 from mae.settings.arguments import changes

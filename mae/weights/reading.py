@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mae import parallel
-from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints import checkpoint, file_names, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
@@ -215,7 +215,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     Args:
         file: the file with the weights. A file that contains a part of them stands for all parts.
     """
-    if (path / checkpoint.STATE).is_file():
+    if (path / file_names.STATE).is_file():
         state = sharded.gather(path)
         settings = state["args"] if isinstance(state.get("args"), dict) else {}
         return Content({"model": state["model"]}, settings, {MODEL, PIXELS})
