@@ -22,8 +22,8 @@ from mae.data import loader, transforms
 from mae.data.batches import up_to_cores
 from mae.data.decode import BadImage
 from mae.data.loader import TrainLoader
-from mae.data.sampler import EpochBatches
 from mae.data.open import open_source
+from mae.data.sampler import EpochBatches
 from mae.data.samples import Samples
 from mae.training import feature_files
 

@@ -197,6 +197,14 @@ def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
     return {**state, "folder": str(path)} if path.is_dir() else state
 
 
+def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings in a checkpoint; {} if it has none. In files of the published code, they are a Namespace."""
+    args = state.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return args if isinstance(args, dict) else {}
+
+
 def refuse_run_directory(path: Path) -> None:
     """Raises CheckpointError if a folder is a run directory. The message names its newest checkpoint."""
     if not (path / STATE).is_file() and (files := newest_first(path)):

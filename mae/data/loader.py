@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from mae import parallel
 from mae.data.batches import Batch, Batches, require_space, up_to_cores
 from mae.data.decode import BadImage
 from mae.data.extras import original
 from mae.data.generators import seed_generators
-from mae.data.sampler import EpochBatches, Epochs, updates_per_epoch
+from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
 from mae.data.sources import Files
 from mae.data.transforms import of_one_range

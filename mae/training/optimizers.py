@@ -33,7 +33,11 @@ class Joined(Optimizer):
 
 
 def build(
-    name: str | None, function: MakeOptimizer | None, model: nn.Module, groups: list[dict[str, Any]], **options: Any
+    name: str | None,
+    function: MakeOptimizer | None,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
     """Returns AdamW, or the optimizer that a function returns. The schedule sets the learning rate of its groups.
 
@@ -41,7 +45,7 @@ def build(
         name: the setting `optimizer`, which a checkpoint may record.
         function: the function of --optimizer. None: AdamW.
         groups: parameter groups of the script.
-        options: of AdamW.
+        betas: of AdamW.
 
     Raises:
         ValueError: the resumed run has an optimizer that is not given; the function returns an optimizer that contains
@@ -50,7 +54,7 @@ def build(
     if function is None:
         if name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
-        return AdamW(groups, lr=0.0, fused=True, **options)
+        return AdamW(groups, lr=0.0, fused=True, betas=betas)
     found = call(f"optimizer={name}", function, model, groups)
     # A resumed run would have neither the state nor the learning rate of optimizers that another one contains.
     values = [

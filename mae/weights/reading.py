@@ -6,7 +6,6 @@ The names of the tensors determine the kind of a file: an encoder, an encoder wi
 segmentation model.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -192,9 +191,7 @@ def _read_safetensors(path: Path) -> Content:
 def _read_pickle(path: Path) -> Content:
     """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
     state = checkpoint.read(path)
-    settings = state.get("args")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    settings = dict(settings) if isinstance(settings, dict) else {}
+    settings = dict(checkpoint.settings_of(state))
     if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
         del settings["task"]
     try:
@@ -217,8 +214,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     """
     if (path / file_names.STATE).is_file():
         state = sharded.gather(path)
-        settings = state["args"] if isinstance(state.get("args"), dict) else {}
-        return Content({"model": state["model"]}, settings, {MODEL, PIXELS})
+        return Content({"model": state["model"]}, checkpoint.settings_of(state), {MODEL, PIXELS})
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
