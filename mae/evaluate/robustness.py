@@ -106,14 +106,10 @@ def find(name: str, root: Path) -> Suite:
             unpacked. For a suite with one folder, also an uncompressed tar or zip file.
 
     Raises:
-        ValueError: the folder does not exist, or a part of it is missing.
+        ValueError: a part of the folder is missing.
     """
     root = root.absolute()  # the name of the folder contains the variant of ImageNetV2
-    if not root.exists():
-        raise ValueError(f"`data_path`: there is no folder or archive {root}")
     cells, folders, columns = {name: root}, synsets(), list(range(NUM_CLASSES))
-    if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
-        raise ValueError(f"data_path={root}: {name} has several archives; unpack them, and give the parent folder")
     if name in ("imagenet-a", "imagenet-r"):
         folders = subset(name)
         columns = [synsets().index(synset) for synset in folders]
