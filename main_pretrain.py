@@ -138,8 +138,7 @@ def main(
 
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
-        after_epoch=after_epoch,
-        callbacks=callbacks, lr_schedule=lr_schedule,
+        after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)

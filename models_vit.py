@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mae.context import extra_inputs, needed_inputs
 from mae.position_tables import Size, resize_pos_embed, to_pair
-from mae.training.param_groups import get_layer_id_for_vit
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
@@ -404,8 +403,10 @@ class Encoder(nn.Module):
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
         mix-in adds; i + 1: block i; depth + 1: norms and head.
         """
-        is_published = name.partition(".")[0] in ("blocks", "norm", "fc_norm", "head")
-        return get_layer_id_for_vit(name, len(self.blocks) + 1) if is_published else 0
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return len(self.blocks) + 1 if first in ("norm", "fc_norm", "head") else 0
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters without weight decay in fine-tuning, in addition to 1-D ones, as in timm."""

@@ -158,7 +158,7 @@ def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_pat
         export.export(pooled, "transformers", tmp_path / "folder")
     for name in ("mae_vit_mini_patch4", "vit_mini_patch4"):
         wide = get_model(name, input_size=[32, 64], global_pool=False, nb_classes=3)
-        with pytest.raises(ValueError, match=r"32 x 64: give --to safetensors, onnx or torch_export$"):
+        with pytest.raises(ValueError, match=r"32 x 64: give to=safetensors, onnx or torch_export$"):
             export.export(wide, "transformers", tmp_path / "folder")
     with pytest.raises(ValueError, match="pools patch tokens"):
         export.encoder_of(pooled)

@@ -173,7 +173,7 @@ def test_lists_of_two_kinds_and_images_of_other_channels_are_errors(classifier):
     for images in ([pixels, torch.zeros(3, 32, 32)], [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32).byte()]):
         with pytest.raises(ValueError, match=r"^the list mixes float tensors"):
             classifier.predict(images)
-    with pytest.raises(BadImage, match="3 channels"):
+    with pytest.raises(BadImage, match="5 channels, and in_chans=3"):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
 
 

@@ -301,13 +301,13 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     continued = [*here, "--output_dir", out, "--resume", good]
     assert "another architecture" in error_of(*continued, "--in_chans", "1")
-    assert "give --batch_size 2 --accum_iter 2" in error_of(*continued, "--batch_size", "2")
+    assert "effective batch size of 4" in error_of(*continued, "--batch_size", "2")
     for flags, message in (
         (f"--data_path {tmp_path}/nowhere", f"--data_path {tmp_path}/nowhere: "),
         (f"--data_path {tmp_path}/empty", f"--data_path {tmp_path}/empty: "),
         ("--batch_size 25", "give --batch_size 24 --accum_iter 1"),
-        ("--in_chans 5", "it has 3 channels, and in_chans is 5"),
-        ("--mask_ratio 0.95", "leaves none of the 16 patches visible: give --mask_ratio 0.937 or less"),
+        ("--in_chans 5", "it has 3 channels, and --in_chans 5"),
+        ("--mask_ratio 0.95", "--mask_ratio 0.95 leaves 0 of 16 patches visible"),
         (f"--output_dir {out}", "already contains a run"),
         (f"--output_dir {pretrain('other', mask_ratio=0.937)} --resume {good}", "already contains a run"),
         (f"--resume {tmp_path}/nothing.pth", "there is no checkpoint"),

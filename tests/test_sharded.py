@@ -200,7 +200,7 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     newest = checkpoint.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
-    assert (output.count(f"--resume auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
+    assert (output.count(f"resume=auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
     assert file_names.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
     state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
@@ -300,9 +300,9 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
 READ_NEWEST = """
 import json, logging, sys
 from pathlib import Path
-from mae import parallel; from mae.checkpoints import run_state; from mae.training import run_log
+from mae import parallel; from mae.checkpoints import run_state; from mae.training import log
 parallel.init("cpu")
-run_log.start_logging()
+log.start_logging()
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     state = run_state.read_newest(folder)
@@ -336,7 +336,7 @@ def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shard
     for run in sorted(runs.iterdir()):
         warnings = [line for line in output.splitlines() if "skips" in line and f"{run.name}/" in line]
         assert len(warnings) == 1
-        assert "--resume auto skips checkpoint-29: " in warnings[0]
+        assert "resume=auto skips checkpoint-29: " in warnings[0]
         assert run.name.split()[0] in warnings[0]  # the damaged file
         assert re.search(r"is damaged|is refused: ", warnings[0])
 
@@ -345,12 +345,12 @@ FULL = """
 import logging, os, sys
 from pathlib import Path
 import torch
-from mae import parallel; from mae.training import run_log
+from mae import parallel; from mae.training import log
 from mae.interrupts import Interrupts
 from mae.checkpoints.run_state import Progress
 from mae.training.saver import ShardedSaver
 parallel.init("cpu")
-run_log.start_logging()
+log.start_logging()
 place, size = Path(sys.argv[1]), {}
 def collect():
     model = {"rank%d" % parallel.rank(): torch.zeros(size["mine"] // 4)}

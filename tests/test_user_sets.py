@@ -207,7 +207,7 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("nowhere:open_dataset", "nowhere"), ("present:open_datase", "did you mean open_dataset"),
+    ("nowhere:open_dataset", "nowhere"), ("present:open_datase", "no attribute 'open_datase'"),
     ("present", "package.module:name"), ("needs:open_dataset", "absent_package"),
 ])  # fmt: skip
 def test_names_that_can_not_be_imported(own_module, name, message):

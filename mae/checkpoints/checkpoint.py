@@ -197,9 +197,8 @@ def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
     return {**state, "folder": str(path)} if path.is_dir() else state
 
 
-def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in a checkpoint; {} if it has none. In files of the published code, they are a Namespace."""
-    args = state.get("args")
+def settings_of(args: Any) -> dict[str, Any]:
+    """Returns the entry `args` of a checkpoint, its settings. Files of the published code have a Namespace, or none."""
     if isinstance(args, argparse.Namespace):
         return vars(args)
     return args if isinstance(args, dict) else {}

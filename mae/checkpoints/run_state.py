@@ -398,7 +398,7 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
 
 
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:
-    args = checkpoint.settings_of(state)
+    args = checkpoint.settings_of(state.get("args"))
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
     return args

@@ -19,7 +19,6 @@ from mae.settings import REBUILDS, ImageSpec, Run, names_of
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
-from models_vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +41,7 @@ class FrozenFeatures:
     are mapped into memory (`cache_features`), or are computed in every pass.
 
     Args:
+        model: a `VisionTransformer` with the head of a probe.
         sets: datasets by name.
 
     Raises:
@@ -49,7 +49,7 @@ class FrozenFeatures:
     """
 
     def __init__(
-        self, run: Run, data: RunData, model: VisionTransformer, precision: Precision,
+        self, run: Run, data: RunData, model: Any, precision: Precision,
         sets: Mapping[str, Source],
     ) -> None:  # fmt: skip
         self.run = run

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mae import parallel
 from mae.data import extras, labels
@@ -18,7 +19,6 @@ from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
-from models_mae import MaskedAutoencoderViT
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class OnlineProbe:
 
 
 def open_probe(
-    run: Run, data: RunData, source: Source | Shards, model: MaskedAutoencoderViT, precision: Precision
+    run: Run, data: RunData, source: Source | Shards, model: nn.Module, precision: Precision
 ) -> OnlineProbe | None:
     """Opens the data of `probe_every`; returns None if it is 0.
 

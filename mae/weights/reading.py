@@ -191,7 +191,7 @@ def _read_safetensors(path: Path) -> Content:
 def _read_pickle(path: Path) -> Content:
     """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
     state = checkpoint.read(path)
-    settings = dict(checkpoint.settings_of(state))
+    settings = dict(checkpoint.settings_of(state.get("args")))
     if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
         del settings["task"]
     try:
@@ -214,7 +214,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     """
     if (path / file_names.STATE).is_file():
         state = sharded.gather(path)
-        return Content({"model": state["model"]}, checkpoint.settings_of(state), {MODEL, PIXELS})
+        return Content({"model": state["model"]}, checkpoint.settings_of(state.get("args")), {MODEL, PIXELS})
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
