@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if not exists.get(kind) or (index and not index.isdecimal()):
         available = ", ".join(one for one in exists if exists[one])
-        raise ValueError(f"device={name} is not available: give auto, {available}, or cuda:N for one of several GPUs")
+        raise ValueError(f"device={name} is not available: give auto, {available}")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()

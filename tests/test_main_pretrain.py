@@ -314,7 +314,7 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
         (f"--resume {truncated}", "is damaged"),
         (f"--resume {bare}", f"--init_from {bare} instead of --resume starts from its weights"),
         (f"--init_from {good} --in_chans 1", "3 tensors are of another shape"),
-        *([] if torch.cuda.is_available() else [("--device cuda", "no CUDA device")]),
+        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda is not available")]),
     ):
         assert message in error_of(*here, *flags.split()), flags
 
