@@ -1,7 +1,7 @@
 """The loss of a batch in supervised training, and evaluation of classifiers; for fine-tuning and probing."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from mae.evaluate.robustness import synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.settings.choices import CLASSIFICATION, REGRESSION
-from mae.training import feature_files, loop
+from mae.training import loop
 from mae.training.compiling import padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
@@ -109,15 +109,6 @@ def evaluate_heads(
     return evaluations
 
 
-def encode(
-    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-) -> Iterator[Batch]:
-    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
-    batches = data.eval_batches(source, batch_size, on_bad_image)
-    forward = padded(model.eval().forward_features, model)
-    return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
-
-
 def open_weights(run: Run, kind: str = CLASSIFIER) -> reading.Weights | None:
     """Reads the weights of `--finetune`, unless the run resumes; with `--eval`, the classifier of `--resume` or
     `--finetune`.
@@ -135,9 +126,9 @@ def open_weights(run: Run, kind: str = CLASSIFIER) -> reading.Weights | None:
         return loading.read(machine.finetune) if machine.finetune and not resumes else None
     name: Path | str = machine.resume or machine.finetune
     if name == "auto" and (name := source() or machine.finetune):
-        logger.info(f"--resume auto: evaluates {name}")
+        logger.info(f"resume=auto: evaluates {name}")
     if not name:
-        raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
+        raise ValueError(f"`eval` needs `resume` or `finetune`: the file of a {kind}, or a published name")
     return loading.read_classifier(name, kind)
 
 
@@ -181,12 +172,12 @@ def load_for_evaluation(
         )
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)
-        raise ValueError(f"--task {task}: {file.origin} was trained with --task {recorded}; omit --task")
+        raise ValueError(f"task={task}: {file.origin} was trained with task={recorded}; omit `task`")
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
     if run.model.nb_classes not in (None, num_classes):
-        raise ValueError(f"{file.origin} has {num_classes} classes, and --nb_classes is {run.model.nb_classes}")
+        raise ValueError(f"{file.origin} has {num_classes} classes, and `nb_classes` is {run.model.nb_classes}")
     if task == REGRESSION:
         units = ("target_mean", "target_std")
         shapes.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")
@@ -216,7 +207,7 @@ def load_frozen(
     if file:
         loading.load_encoder(model, file, adapt_input, classes)
     else:
-        logger.warning("no --finetune: the features are from an untrained encoder with random weights")
+        logger.warning("no `finetune`: the features are from an untrained encoder with random weights")
 
 
 def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> None:

@@ -37,12 +37,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 import models_vit
+from mae import user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
-from mae.cli.advice import arguments, did_you_mean
-from mae.cli.user_code import DATASET
-from mae.data.dataset_kinds import open_source
+from mae.cli import entry_point, options
 from mae.data.labels import open_pair, some_of_each_class
+from mae.data.open import open_source
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import comparison, pixel_baselines
@@ -53,10 +52,13 @@ from mae.files import recipes
 from mae.files.results import from_line
 from mae.jobs.commands import Commands
 from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings.arguments import arguments
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
-from mae.training import run_log
+from mae.suggestions import did_you_mean
+from mae.training import log
+from mae.user_code import DATASET
 from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ def main(args: Namespace | Run, source: OpenDataset | None = None) -> str:
     Raises:
         ValueError: the function has no name by which the scripts can import it.
     """
-    run_log.start_logging()
+    log.start_logging()
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, _ = user_code.with_objects(run, encoder=None)  # results depend on its module
     if source and ("<" in run.data.dataset or run.data.dataset.startswith(f"{DATASET}__main__:")):
@@ -185,7 +187,7 @@ def _compare(run: Run, out: Path) -> str:
     begin, results = time.perf_counter(), list[tuple[int, Result]]()
     chosen = [partial(runs.choose, task) for task in trained if not task.draw]
     for number, _ in enumerate(runs.commands.each(chosen), start=1):
-        left = run_log.duration((time.perf_counter() - begin) / number * (len(chosen) - number))
+        left = log.duration((time.perf_counter() - begin) / number * (len(chosen) - number))
         logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen (about {left} left for these)")
     seconds: dict[str, float] = {}
     try:
@@ -195,7 +197,7 @@ def _compare(run: Run, out: Path) -> str:
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.text} ({result.seconds:.0f} s; about "
-                f"{run_log.duration(seconds_left(tasks, seconds) / run.comparison.jobs)} left)"
+                f"{log.duration(seconds_left(tasks, seconds) / run.comparison.jobs)} left)"
             )
     finally:
         if results:
@@ -518,7 +520,7 @@ class Runs:
 
 def last_line(out: Path, _: str) -> dict[str, Any]:
     """Returns the scores of a run directory."""
-    lines = run_log.read(out)
+    lines = log.read(out)
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
     return {**scores, "epochs": len(lines)}
 

@@ -14,12 +14,11 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import mae.build
@@ -32,20 +31,22 @@ from engine_finetune import (
     report_scores,
     train_one_epoch,
 )
+from mae import user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
-from mae.cli.advice import AdvisedError, Remedy
+from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
-from mae.lr_decay import param_groups_lrd
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import CLASSIFICATION
-from mae.training import optimizers, run_log, trainer
+from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.loop import Callback
+from mae.training.mixup import make_erasing, make_mixup
+from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
@@ -111,7 +112,7 @@ def main(
     classes = train.classes
     run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
     labels = tasks.task_of(run.record(), val, train)
-    mixup = mixing(run, len(classes), extras.shapes_of(train))
+    mixup = make_mixup(run, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
     model = build_model(run, build, file, has_ids(train))
     extras.require_fitting(model, train, val)
@@ -120,7 +121,7 @@ def main(
     augment = transforms.keeps_label(augmentation(run, data.statistics[0]))
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
-    erase = erasing(run, device)
+    erase = make_erasing(run.augmentation, device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -131,7 +132,7 @@ def main(
         precision=precision.of_evaluation(), task=labels,
     )  # fmt: skip
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         scores = test(model)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
@@ -196,59 +197,10 @@ def smoothing_of(run: Run) -> float:
     if run.images.task == CLASSIFICATION:
         return run.optim.smoothing
     if run.optim.smoothing and "smoothing" in run.explicit:
-        remedy = Remedy({"smoothing": 0})
-        raise AdvisedError(
-            f"--task {run.images.task} has no label smoothing", remedy, about={"smoothing": run.optim.smoothing}
+        raise ValueError(
+            f"smoothing={run.optim.smoothing:g}: task={run.images.task} has no label smoothing: give smoothing=0"
         )
     return 0.0
-
-
-def erasing(run: Run, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Returns the random erasing of --reprob; None if it is 0."""
-    from timm.data.random_erasing import RandomErasing
-
-    erase = RandomErasing(
-        run.augmentation.reprob, mode=run.augmentation.remode, max_count=run.augmentation.recount, device=str(device)
-    )
-    return erase if run.augmentation.reprob else None
-
-
-def mixing(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
-    """Returns mixup and cutmix of timm, or None if both are disabled.
-
-    Raises:
-        ValueError: the classes have weights; the images have extra inputs, which are not mixed; the batch size is odd,
-            and images are mixed in pairs; or the range of --cutmix_minmax is empty.
-    """
-    if not (run.augmentation.mixup or run.augmentation.cutmix or run.augmentation.cutmix_minmax):
-        return None
-    if run.optim.class_weight or run.images.task != CLASSIFICATION or extra_names:
-        off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
-        disabled = Remedy({name: off[name] for name in off if run[name]})
-        about = {name: run[name] for name in off if run[name]}
-        if extra_names:
-            names = ", ".join(sorted(extra_names))
-            raise AdvisedError(f"images are mixed, and their extra inputs ({names}) are not", disabled, about=about)
-        about |= (
-            {"task": run.images.task} if run.images.task != CLASSIFICATION else {"class_weight": run.optim.class_weight}
-        )
-        raise AdvisedError("mixed images have no single class", disabled, about=about)
-    if run.augmentation.cutmix_minmax and run.augmentation.cutmix_minmax[0] >= run.augmentation.cutmix_minmax[1]:
-        raise ValueError("--cutmix_minmax: give the smaller fraction first")
-    if run.optim.batch_size % 2:
-        raise ValueError(f"--batch_size {run.optim.batch_size}: --mixup and --cutmix mix pairs; give an even number")
-    from timm.data import Mixup
-
-    return Mixup(
-        mixup_alpha=run.augmentation.mixup,
-        cutmix_alpha=run.augmentation.cutmix,
-        cutmix_minmax=run.augmentation.cutmix_minmax,
-        prob=run.augmentation.mixup_prob,
-        switch_prob=run.augmentation.mixup_switch_prob,
-        mode=run.augmentation.mixup_mode,
-        label_smoothing=run.optim.smoothing,
-        num_classes=num_classes,
-    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from typing import Any
 
 import mae.build
 import models_vit
-from engine_finetune import encode, load_frozen, open_labelled
-from mae.cli import entry_point, options, user_code
+from engine_finetune import load_frozen, open_labelled
+from mae import user_code
+from mae.cli import entry_point, options
 from mae.data import extras
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset, with_source
@@ -33,6 +34,7 @@ from mae.files import results
 from mae.settings import Run, names_with
 from mae.settings.fields import LABELS
 from mae.training import feature_files, trainer
+from mae.training.frozen_features import encode_images
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
 
@@ -76,7 +78,7 @@ def main(
     load_frozen(model, file, run.model.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)
-    encode_set = partial(encode, data, model=model, batch_size=run.optim.batch_size, precision=precision)
+    encode_set = partial(encode_images, data, model=model, batch_size=run.optim.batch_size, precision=precision)
     bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
     del model, encode_set  # to free its memory
     found = predict(

@@ -18,21 +18,19 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 """
 
 import logging
-import shutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import mae.build
+import mae.probes
 import models_vit
 from engine_finetune import (
-    encode,
     evaluate,
     evaluate_heads,
     load_for_evaluation,
@@ -43,18 +41,18 @@ from engine_finetune import (
     train_one_epoch,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from mae import parallel
+from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
-from mae.cli import entry_point, options, user_code
-from mae.data import extras, labels, loader, transforms
-from mae.data.batches import Batch
+from mae.cli import entry_point, options
+from mae.data import extras, labels, sampler, transforms
 from mae.data.run_data import RunData
-from mae.data.sources import Source, versions
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
-from mae.settings import EVALUATE, REBUILDS, TRAIN, ImageSpec, Run, names_of
+from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import ATTENTIVE, LINEAR
-from mae.training import feature_files, run_log, trainer
+from mae.training import feature_files, trainer
+from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.weights import loading
@@ -63,7 +61,6 @@ from mae.weights.recorded_settings import with_recorded_settings
 logger = logging.getLogger(__name__)
 
 MIN_UPDATES = 50  # a run with fewer updates warns: the head may be as good as untrained
-MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
 def get_args_parser() -> ArgumentParser:
@@ -110,7 +107,7 @@ def main(
         if run.machine.compile:
             logger.warning("--compile has no effect with --eval")
         probe, val = load_for_evaluation(build, run, file, data)
-        encoded = encode(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
+        encoded = encode_images(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
         report_scores(scores, val.classes, run.evaluation.report)
@@ -164,13 +161,13 @@ def train_probe(
         train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"--held_out {run.data.held_out:g}")
         run = run.changed({"train_images": labels.identity(train, len(train) + len(held_out))})
         sets = {"held_out": held_out, "val": val}
-        model.head = mae.build.ParallelHeads(heads)
+        model.head = mae.probes.ParallelHeads(heads)
         logger.info(
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
     labelled = tasks.task_of(run.record(), val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
-    features = Features(run, data, model, precision, {**sets, "train": train})
+    features = FrozenFeatures(run, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}
 
     batches = open_batches(run, data, train, features)
@@ -178,7 +175,7 @@ def train_probe(
         precision = Precision("off", device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         """Evaluates the head with the best score on the held-out images."""
         best, best_rate = 0, dict[str, float]()
         if several:
@@ -234,9 +231,9 @@ def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
     return settings
 
 
-def open_batches(run: Run, data: RunData, train: Any, features: "Features") -> Any:
+def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) -> Any:
     """Returns the batches of stored features or of images, and warns if the run has fewer than MIN_UPDATES updates."""
-    updates = run.optim.epochs * loader.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
+    updates = run.optim.epochs * sampler.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
     if updates < MIN_UPDATES:
         logger.warning(
             f"{updates} updates are few for {run.optim.epochs} epochs of {len(train):,} images, and the head may not "
@@ -250,91 +247,6 @@ def open_batches(run: Run, data: RunData, train: Any, features: "Features") -> A
         transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
     )
     return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
-
-
-class Features:
-    """Features of a frozen encoder for the images of this process.
-
-    Features (n, D) are stored in memory. The tokens (n, N, D) of an attentive probe are stored in fp16 in files that
-    are mapped into memory (--cache_features), or are computed in every pass.
-
-    Args:
-        sets: datasets by name.
-
-    Raises:
-        ValueError: the disk has no space for the files.
-    """
-
-    def __init__(
-        self, run: Run, data: RunData, model: models_vit.VisionTransformer, precision: Precision,
-        sets: Mapping[str, Source],
-    ) -> None:  # fmt: skip
-        self.run = run
-        self.data = data
-        self.model = model
-        self.precision = precision
-        self.sets = sets
-        self.batch_size = min(run.optim.batch_size, MAX_BATCH)
-        self.are_stored = run.data.cache_features or not model.head_pools
-        self.folder = Path(run.machine.output_dir) / "tokens"
-        if self.are_stored and model.head_pools:
-            if parallel.is_main() and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume):
-                shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
-            self._require_space()
-
-    def open(self, name: str) -> Callable[[], Iterable[Batch]]:
-        """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
-        if not self.are_stored:
-            return partial(self._encode, name, self.sets[name])
-        features, targets = self.load(name)
-        size = self.batch_size if self.model.head_pools else 4096
-        starts = range(0, len(targets), size)
-        return lambda: (Batch(features[n : n + size], targets[n : n + size]) for n in starts)
-
-    def load(self, name: str) -> tuple[Tensor, Tensor]:
-        """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
-        source, options = self.sets[name], dict[str, Any]()
-        if self.model.head_pools:
-            folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"
-            options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
-        return feature_files.extract(partial(self._encode, name), source, **options)
-
-    def _encode(self, name: str, source: Source) -> Iterator[Batch]:
-        on_bad_image = None if name == "val" else "error"
-        return encode(self.data, source, self.model, self.batch_size, self.precision, on_bad_image)
-
-    def _token_settings(self, source: Source) -> dict[str, Any]:
-        """Returns all settings that the tokens depend on, as plain values."""
-        run, (mean, std) = self.run, self.data.statistics
-        of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
-        names = ("model", "patch_size", *of_images, "fast_jpeg", "dataset", "encoder", "encoder_args")
-        return {
-            **{name: run[name] for name in (*names, "data_path") if name in run},
-            "mean": list(mean), "std": list(std),
-            "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
-            "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
-        }  # fmt: skip
-
-    def _require_space(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        count = sum(map(len, self.sets.values()))
-        size = 2 * count * self.model.patch_embed.num_patches * self.model.embed_dim
-        existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{parallel.world_size()}/features.*"))
-        free = shutil.disk_usage(self.folder).free
-        text = f"the tokens of {count:,} images take {size / 1e6:,.0f} MB in {self.folder}"
-        if size - existing > free:
-            raise ValueError(
-                f"--cache_features: {text}, where {free / 1e6:,.0f} MB are free: free space, give another "
-                f"--output_dir, or omit --cache_features"
-            )
-        logger.info(f"--cache_features: {text}")
-        parallel.barrier()  # the free space is that before any process writes
-
-
-def encoder_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a model without its head, on the host."""
-    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    return checkpoint.snapshot(tensors)
 
 
 def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:

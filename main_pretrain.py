@@ -19,17 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import mae.build
 import models_mae
-from engine_pretrain import train_one_epoch
-from mae import masking, parallel
-from mae.blocks import blocks_of
+from engine_pretrain import check_targets, train_one_epoch
+from mae import masking, parallel, user_code
+from mae.build import blocks_of
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
-from mae.cli.user_code import import_object
+from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
 from mae.data.generators import preserve_generators
@@ -39,12 +37,13 @@ from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import pictures
-from mae.lr_decay import param_groups_weight_decay
 from mae.settings import TRAIN, Run
-from mae.training import optimizers, run_log, trainer
+from mae.training import optimizers, trainer
+from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
-from mae.training.online_probe import OnlineProbe
+from mae.training.online_probe import open_probe
+from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.weights import loading
 from mae.weights.recorded_settings import with_settings_of
@@ -53,6 +52,7 @@ from models_vit import Encoder
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # reconstructions in TensorBoard
+BETAS = (0.9, 0.95)  # of AdamW, as published
 
 
 def get_args_parser() -> ArgumentParser:
@@ -98,7 +98,7 @@ def main(
     run, encoder, optimizer, lr_schedule = user_code.with_objects(
         run, encoder=encoder, optimizer=optimizer, lr_schedule=lr_schedule
     )
-    run, model_class = chosen_class(run, model_class)
+    run, model_class = mae.build.model_class_of(run, model_class)
     run, precision = trainer.start(run, "main_pretrain")
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
 
@@ -111,8 +111,10 @@ def main(
     )
     model.to(precision.device)
 
-    samples, full_images = open_samples(run, data, train, draw_noise, model, mask_ratio)
-    check_targets(model, full_images, data)
+    num_visible = masking.num_visible(model.num_patches, mask_ratio)
+    samples, full_images = open_samples(run, data, train, draw_noise, model, num_visible)
+    if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
+        check_targets(model, loader.examples(full_images, EXAMPLES).images, data.normalize.std)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,
@@ -120,23 +122,23 @@ def main(
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
-    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=(0.9, 0.95))
+    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_probe(run, data, full_images.source, precision, model)
+    probe = open_probe(run, data, full_images.source, model, precision)
 
-    def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
-            log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio), epoch)
+            picture = pictures.reconstructed_examples(model, full_images, EXAMPLES, data.normalize, mask_ratio)
+            log.picture("reconstruction", picture, epoch)
         if probe and ((epoch + 1) % run.evaluation.probe_every == 0 or epoch == run.optim.epochs - 1):
             return probe.scores(model)
         return {}
 
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
-        after_epoch=after_epoch,
-        callbacks=callbacks, lr_schedule=lr_schedule,
+        after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)
@@ -165,21 +167,14 @@ def build_model(
         The model, and the settings with what the model determines.
 
     Raises:
-        ValueError: the run that is resumed has another class, or a step of the model lacks the context.
+        ValueError: a step of the model lacks the context; or as in `mae.build.autoencoder`.
     """
     is_base = model_class is models_mae.MaskedAutoencoderViT
-    if run.model.model_class and is_base:  # recorded by the run that is resumed
-        remedy = (
-            f"give --model_class {run.model.model_class}"
-            if ":" in run.model.model_class
-            else "start it with its own script"
-        )
-        raise ValueError(f"--resume {run.machine.resume}: the run trains the class {run.model.model_class}; {remedy}")
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if run.machine.fsdp and is_base and not encoder else "cpu"):
         model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
     require_context(type(model))  # the noise of the batches determines the masks
-    log_sizes(model)
+    mae.build.log_sizes(model)
     if run.machine.fsdp:
         from mae.training import fsdp  # takes a second
 
@@ -189,29 +184,6 @@ def build_model(
     if file:
         loading.init_mae(model, file)
     return model, run
-
-
-def chosen_class(
-    run: Run, model_class: Callable[..., models_mae.MaskedAutoencoderViT]
-) -> tuple[Run, Callable[..., models_mae.MaskedAutoencoderViT]]:
-    """Returns the settings with the name of the class, and the class: of --model_class, or else `model_class`.
-
-    Raises:
-        ValueError: both are given, or the class can't be imported or is no masked autoencoder.
-    """
-    if model_class is not models_mae.MaskedAutoencoderViT:
-        if run.model.model_class:
-            raise ValueError(
-                f"--model_class {run.model.model_class} and model_class= exclude each other; give one of them"
-            )
-        name = getattr(model_class, "func", model_class).__qualname__
-        return run.changed({"model_class": name}), model_class
-    if not run.model.model_class:
-        return run, model_class
-    found: Any = import_object("--model_class ", run.model.model_class)
-    if not (isinstance(found, type) and issubclass(found, models_mae.MaskedAutoencoderViT)):
-        raise ValueError(f"--model_class {run.model.model_class}: derive it from models_mae.MaskedAutoencoderViT")
-    return run, found
 
 
 def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Shards]:
@@ -232,7 +204,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
 
 def open_samples(
     run: Run, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
-    model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
+    model: models_mae.MaskedAutoencoderViT, num_visible: int,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     extras.require_fitting(model, source, steps=STEPS)
@@ -245,84 +217,18 @@ def open_samples(
     )  # fmt: skip
     patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
-    num_visible = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
+    visible_patches = math.ceil(num_visible * patches / tokens)
     whole = transforms.eval_transform(run.images.input_size, crop=run.images.crop)
     augment, whole = (
         partial(
             transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=run.images.min_valid,
-            num_visible=num_visible,
+            num_visible=visible_patches,
         )
         for transform in (augment, whole)
     )  # fmt: skip
     augmented = data.samples(source, transforms.keeps_label(augment), run.data.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)
-
-
-def check_targets(model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData) -> None:
-    """Logs a warning if --norm_pix_loss does not bring the targets to a variance near 1.
-
-    The published formula adds TARGET_EPS to the variance of a patch. It is small for normalized images. The mean over
-    the patches of EXAMPLES samples decides, so that images with many flat patches are no reason for a warning.
-    """
-    if not (model.norm_pix_loss and model.predicts_pixels and parallel.is_main()):
-        return
-    images = transforms.to_unit_range(loader.examples(samples, EXAMPLES).images)
-    normalized = (images - images.nanmean(dim=(2, 3), keepdim=True)) / data.normalize.std.cpu()  # no channel offsets
-    std = math.sqrt(model.patchify(normalized).var(dim=-1).nanmean())
-    if std**2 < models_mae.TARGET_EPS:
-        logger.warning(
-            f"--norm_pix_loss hardly scores these images: the normalized pixels of a patch have a standard deviation "
-            f"of {std:.1g}, and the loss adds {models_mae.TARGET_EPS:g} to its square; give --value_range MIN MAX, or "
-            f"--mean and --std of these images, which mae.data prints"
-        )
-
-
-def draw_examples(
-    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float
-) -> np.ndarray:
-    """Draws reconstructions of EXAMPLES samples, as in `pictures.reconstruction`."""
-    batch = loader.examples(samples, EXAMPLES)
-    names = loader.example_names(samples, EXAMPLES)
-    return pictures.reconstruction(
-        model, batch.images, batch.noise, data.normalize, mask_ratio, labels=names,
-        extras=batch.extras,
-    )  # fmt: skip
-
-
-def open_probe(
-    run: Run, data: RunData, source: Source | Shards, precision: Precision,
-    model: models_mae.MaskedAutoencoderViT,
-) -> OnlineProbe | None:  # fmt: skip
-    """Opens the data of --probe_every; None if it is 0.
-
-    Raises:
-        ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
-    """
-    if not run.evaluation.probe_every:
-        if run.evaluation.probe_path:
-            logger.warning("--probe_path has no effect without --probe_every")
-        return None
-    if run.machine.fsdp:
-        raise ValueError(
-            f"--probe_every {run.evaluation.probe_every}: --fsdp shards the weights; omit one of them, and evaluate "
-            f"checkpoints with main_knn.py --finetune FILE"
-        )
-    probe = OnlineProbe(data, source, run.evaluation.probe_path, run.optim.batch_size, precision)
-    extras.require_fitting(model, probe.train, probe.val)
-    return probe
-
-
-def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:
-    """Logs width, depth and number of parameters of encoder and decoder."""
-    parts = (("encoder", model.cls_token, model.blocks), ("decoder", model.mask_token, model.decoder_blocks))
-    for part, token, blocks in parts:
-        count = sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if name.startswith(("decoder_", "mask_token")) == (part == "decoder")
-        )
-        logger.info(f"{part}: {token.shape[-1]} wide, {len(blocks)} deep, {count:,} parameters")
 
 
 if __name__ == "__main__":

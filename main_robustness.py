@@ -32,7 +32,7 @@ from mae.files.results import Results
 from mae.inference.imagenet import TIMM, RestrictedClassifier, load
 from mae.settings import Run, types
 from mae.settings.choices import NO_CROP
-from mae.training import run_log
+from mae.training import log
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 from mae.weights.recorded_settings import warn_of_changes
@@ -51,25 +51,23 @@ def get_args_parser() -> ArgumentParser:
         metavar="NAME",
         help=", ".join(robustness.SUITES),
     )
-    group.add_argument(
-        "--data_path",
-        required=True,
-        metavar="PATH",
+    options.add_to(
+        group, "data_path", default=None, required=True, metavar="PATH",
         help="folder with the unpacked archives of the suite, or imagenet-a.tar or imagenet-r.tar",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--subset",
         type=types.positive_int,
         metavar="N",
         help="evaluate N evenly spaced images per test set (default: all)",
     )
-    group.add_argument(
-        "--crop_pct", type=types.positive_share, metavar="S",
+    options.add_to(
+        group, "crop_pct", default=None, type=types.positive_share, metavar="S",
         help="side of the center crop, as a fraction of the resized image (default: the model's; 1 for imagenet-c, "
         "whose images are center crops)",
     )  # fmt: skip
-    group.add_argument(
-        "--output_dir", default="runs/robustness", metavar="DIR",
+    options.add_to(
+        group, "output_dir", default="runs/robustness", metavar="DIR",
         help="folder of scores, table (.md, .csv) and picture; existing scores are reused",
     )  # fmt: skip
     options.add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, a model of timm")
@@ -85,7 +83,7 @@ def main(args: Namespace) -> str:
         ValueError: another process evaluates the suite with the same output directory.
     """
     device = parallel.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
+    log.start_logging()
     with locks.locked(Path(args.output_dir), f"{args.suite}.lock") if parallel.is_main() else nullcontext():
         return _evaluate(args, device)
 

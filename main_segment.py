@@ -26,9 +26,9 @@ import mae.build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
-from mae import parallel
+from mae import parallel, user_code
 from mae.checkpoints import run_directory
-from mae.cli import entry_point, options, user_code
+from mae.cli import entry_point, options
 from mae.data import extras
 from mae.data.joint_transforms import scale_image, train_transform
 from mae.data.run_data import RunData
@@ -45,12 +45,13 @@ from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
-from mae.lr_decay import param_groups_lrd
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import EVALUATE, TRAIN, Run
-from mae.training import optimizers, run_log, trainer
+from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.loop import Callback
+from mae.training.param_groups import param_groups_lrd
 from mae.weights import loading
 from mae.weights.model_zoo import SEGMENTER
 from mae.weights.recorded_settings import with_recorded_settings
@@ -131,7 +132,7 @@ def main(
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = eval_batches(data, val)
 
-    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}

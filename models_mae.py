@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mae.context import takes
 from mae.masking import exclude_patches, noise_from_mask, shuffle, take
-from mae.positions import Size, resize_pos_embed, sincos_table
+from mae.position_tables import Size, resize_pos_embed, sincos_table
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae.context import extra_inputs, needed_inputs
-from mae.lr_decay import get_layer_id_for_vit
-from mae.positions import Size, resize_pos_embed, to_pair
+from mae.position_tables import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
@@ -97,8 +96,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_norm: str | None = None) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels can't be divided among {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -309,15 +306,8 @@ class Encoder(nn.Module):
         """Patch tokens (B, N, D) of images (B, c, H, W) -> maps of the image (B, D, h, w).
 
         An encoder with several tokens per patch overrides it, and returns their mean.
-
-        Raises:
-            ValueError: there is not one token per patch.
         """
         rows, columns = (side // p for side, p in zip((height, width), self.patch_embed.patch_size, strict=True))
-        if patches.shape[1] != rows * columns:
-            raise ValueError(
-                f"{patches.shape[1]} tokens of {rows} x {columns} patches: the encoder needs a method patch_maps"
-            )
         return patches.transpose(1, 2).unflatten(2, (rows, columns))
 
     def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
@@ -373,8 +363,7 @@ class Encoder(nn.Module):
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"{type(self).__name__}.with_class_tokens returns {tokens.shape[1]} tokens, and {expected} are "
-                f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too, or give "
-                f"--num_cls_tokens, which adds learned tokens"
+                f"expected, {self.num_prefix_tokens} before the patches: override num_prefix_tokens, too"
             )
         return tokens
 
@@ -391,14 +380,13 @@ class Encoder(nn.Module):
             if name not in self.extra_inputs:
                 raise ValueError(
                     f"{type(self).__name__} takes no extra input {name}: it takes "
-                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}; omit it, or give a class of --encoder or "
-                    f"--model_class with a parameter of this name"
+                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}"
                 )
         for name in self.needed_inputs if needed is None else needed:
             if name not in names:
                 raise ValueError(
-                    f"{type(self).__name__} needs the extra input {name} of each image: give --extras {name} with a "
-                    f"list, or return it from your dataset; in Python, model.predict(images, {name}=...)"
+                    f"{type(self).__name__} needs the extra input {name} of each image: give extras={name} with a "
+                    f"list, or return it from your dataset"
                 )
 
     def embed(self, imgs: Tensor, **context: Any) -> Tensor:
@@ -415,8 +403,10 @@ class Encoder(nn.Module):
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
         mix-in adds; i + 1: block i; depth + 1: norms and head.
         """
-        is_published = name.partition(".")[0] in ("blocks", "norm", "fc_norm", "head")
-        return get_layer_id_for_vit(name, len(self.blocks) + 1) if is_published else 0
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return len(self.blocks) + 1 if first in ("norm", "fc_norm", "head") else 0
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters without weight decay in fine-tuning, in addition to 1-D ones, as in timm."""
@@ -437,7 +427,8 @@ class Encoder(nn.Module):
             A list of tokens (B, T + N, D), class tokens first; with `return_attention`, also the list of weights.
 
         Raises:
-            ValueError: there is no block with one of the indices, or a block of another class has no attention weights.
+            ValueError: there is no block with one of the indices.
+            AttributeError: a block of another class has no attention weights.
         """
         depth = len(self.blocks)
         indices = range(max(0, depth - n), depth) if isinstance(n, int) else n
@@ -451,8 +442,6 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.blocks):
             is_returned = number in chosen
             if is_returned and return_attention:
-                if not isinstance(block, Block):
-                    raise ValueError(f"blocks of class {type(block).__name__} return no attention weights")
                 maps.append(block.attn.maps(block.norm1(x), *inputs))
             x = block(x, *inputs)
             if is_returned:

@@ -13,13 +13,13 @@ from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from mae.cli import entry_point
-from mae.cli.advice import arguments
 from mae.evaluate import comparison
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.files.results import Results
 from mae.jobs.commands import Commands
-from mae.training import run_log
+from mae.settings.arguments import arguments
+from mae.training import log
 
 DATA = Path("demo/data/fashion_mnist")
 # The demo has whole images and larger updates.
@@ -95,7 +95,7 @@ class Ablation:
             self.write_list(images)
 
         def read(out: Path, _: str) -> dict[str, Any]:
-            lines = run_log.read(out)
+            lines = log.read(out)
             losses = {line["epoch"]: line["train_loss"] for line in lines if line["epoch"] in CURVE}
             return {
                 "loss": lines[-1]["train_loss"], "losses": losses,

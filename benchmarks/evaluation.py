@@ -44,7 +44,7 @@ from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
 from mae.cli import entry_point
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Source
 from mae.evaluate import knn

@@ -16,7 +16,7 @@ import models_mae
 from benchmarks import gpu_task, input_pipeline
 from benchmarks.gpu_task import Task
 from mae.checkpoints import checkpoint
-from mae.training import run_log
+from mae.training import log
 from mae.training.precision import Precision
 
 KERNELS = {
@@ -72,7 +72,7 @@ class Runs:
         return lines[0] if lines else gpu_task.last_line(done.stderr)
 
     def losses(self, name: str) -> list[float]:
-        return [line["train_loss"] for line in run_log.read(self.folder / name)]
+        return [line["train_loss"] for line in log.read(self.folder / name)]
 
     def differing(self, a: str, b: str) -> list[str]:
         """Names of the weights that differ in two runs."""

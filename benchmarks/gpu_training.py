@@ -25,14 +25,14 @@ from benchmarks import model_table, peers, train_step
 from benchmarks.gpu_correct import KERNELS
 from benchmarks.gpu_task import TINY, Task
 from benchmarks.masked_queries import MaskedQueries
-from mae.blocks import blocks_of
+from mae.build import blocks_of
 from mae.data.batches import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
 from mae.training import loop
 from mae.training.compiling import compile_model
+from mae.training.log import NullLog
 from mae.training.precision import Precision
-from mae.training.run_log import NullLog
 from mae.training.saver import NullSaver
 from mae.weights import loading, reading
 

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine, scripts
 from mae.cli import entry_point
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import MAX_PIXELS
 from mae.data.jpeg import decode_rgb
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.evaluate.tables import markdown
 

@@ -34,12 +34,12 @@ from benchmarks.ablation import DATA, PRETRAIN
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
-from mae.cli.advice import arguments
 from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
 from mae.files import atomic
+from mae.settings.arguments import arguments
 from mae.settings.types import positive
-from mae.training import run_log
+from mae.training import log
 from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
@@ -99,7 +99,7 @@ def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, An
     own = {"epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "output_dir": out}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", PROCESSES]
     scripts.run(*launcher, *command({**flags, **own}), threads=1)
-    return run_log.read(out)
+    return log.read(out)
 
 
 def command(flags: dict[str, Any]) -> list[str]:
@@ -128,7 +128,7 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
         run_directory = out / f"draw{draw}"
         drawn = {"train_per_class": LABELS // classes, "seed": 10 * seed + draw, "output_dir": run_directory}
         scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **drawn}), threads=2)
-        tuned.append(run_log.read(run_directory)[-1]["test_acc1"])
+        tuned.append(log.read(run_directory)[-1]["test_acc1"])
     own |= {"model": "vit_mini_patch4", "k": [20], "num_workers": 0}
     (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
     return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2)}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
 from mae.cli import entry_point
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.evaluate.tables import markdown
 from mae.settings import types
 

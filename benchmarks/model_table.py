@@ -20,10 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mae.build
-import main_pretrain
 import models_mae
 import models_vit
-from mae.cli import user_code
+from mae import user_code
 from mae.evaluate.tables import markdown
 from mae.settings import Run
 from mae.training.costs import count_flops
@@ -60,7 +59,7 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
 def pretraining_macs(run: Run) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
     run, encoder = user_code.with_objects(run, encoder=None)
-    run, model_class = main_pretrain.chosen_class(run, models_mae.MaskedAutoencoderViT)
+    run, model_class = mae.build.model_class_of(run, models_mae.MaskedAutoencoderViT)
     model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
     images = torch.zeros(2, run.images.in_chans, *model.patch_embed.img_size)
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.data import jpeg
-from mae.training import run_log
+from mae.training import log
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,4 +50,4 @@ def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
     """Runs main_pretrain.py on a folder of images, with --fast_jpeg if it works; returns the lines of its log.txt."""
     fast = ["--fast_jpeg"] if has_fast_jpeg() else []
     run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, *fast, *flags)
-    return run_log.read(out)
+    return log.read(out)

@@ -19,7 +19,7 @@ import torch
 from benchmarks import machine, scripts
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
-from mae.training import run_log
+from mae.training import log
 
 MODEL = ["--patch_size", 7, "--input_size", 28, "--in_chans", 1, "--mean", 0.286, "--std", 0.353]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         for name, command in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:
                 scripts.run(*command, "--data_path", args.data_path, "--output_dir", folder, threads=1)
-                rates[name].append(run_log.read(Path(folder))[-1]["images_per_s"])
+                rates[name].append(log.read(Path(folder))[-1]["images_per_s"])
         print(f"round {number + 1} of {args.rounds} is done", flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(markdown(["", "images/s"], [[name, f"{rate:,.0f}"] for name, rate in medians.items()]))

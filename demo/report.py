@@ -21,13 +21,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label, to_tensor
 from mae.evaluate import comparison, knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
-from mae.training import run_log
+from mae.training import log
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
@@ -92,7 +92,7 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
 
 def draw_loss(run: Path, path: Path) -> None:
     """Draws the training loss of each epoch of a run directory."""
-    lines = run_log.read(run)
+    lines = log.read(run)
     figure = tables.new_figure(6, 4)
     axes = figure.subplots()
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")

@@ -31,7 +31,7 @@ from mae.files import atomic
 from mae.inference.model import get_model
 from mae.jobs.commands import Commands
 from mae.settings import types
-from mae.training import run_log
+from mae.training import log
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "segment_garments.yaml"
@@ -157,7 +157,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         place = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
-        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, lambda out, _: run_log.read(out)[-1])
+        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, lambda out, _: log.read(out)[-1])
 
     calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
     for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):

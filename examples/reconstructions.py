@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mae.cli import entry_point, flags, options
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label
 from mae.evaluate import tables

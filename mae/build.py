@@ -1,25 +1,20 @@
-"""Builds models from their settings, which a file may record, and heads of probes."""
+"""Builds models from their settings, which a file may record."""
 
 import inspect
 import logging
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from torch import Tensor, nn
+from torch import Size, nn
 
-import models_mae
-import models_vit
-from mae.blocks import blocks_of
+from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli import user_code
-from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, chosen, names_with
-from mae.settings.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
+from mae.probes import set_probe_head
+from mae.settings import REBUILDS, UNSET, ImageSpec, ModelSpec, Run, chosen, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.weights import shapes
@@ -27,7 +22,7 @@ from mae.weights.loading import Weights
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_of
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights, init_classifier
+from models_vit import SIZES, Block, Encoder, VisionTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +44,7 @@ def _require_mix_in(name: str, encoder: Any) -> None:
     complete = (MaskedAutoencoderViT, VisionTransformer)
     if not (isinstance(encoder, type) and issubclass(encoder, Encoder)) or issubclass(encoder, complete):
         raise ValueError(
-            f"--encoder {name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
+            f"encoder={name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
         )
 
 
@@ -61,16 +56,12 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     """
     if encoder is None:
         if spec.encoder:  # recorded: a file can't make a program import code
-            name = spec.encoder.rpartition(":")[2]
-            raise ValueError(
-                f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
-                f"--encoder {spec.encoder}"
-            )
+            raise ValueError(f"the model has an encoder of its own: give encoder={spec.encoder}")
         if spec.encoder_args:
-            raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
+            raise ValueError("`encoder_args` are arguments of the class of `encoder`, which is not given")
         return {}
     _require_mix_in(str(spec.encoder), encoder)
-    return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
+    return own_arguments(encoder, spec.encoder_args, "`encoder_args`")
 
 
 class _Values(yaml.SafeLoader):
@@ -98,32 +89,23 @@ def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:
     return own
 
 
-def own_arguments(
-    kind: type, texts: Sequence[str] | None, origin: str, flag: str, given: Collection[str] = ()
-) -> dict[str, Any]:
+def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
     """Returns the arguments of the constructor of a class of the user's code: `name=value`, with a value of YAML.
 
     Args:
         kind: the class. Its own parameters are keyword-only.
         texts: the values of `flag`.
-        origin: the flag that names the class, for the error.
-        given: the arguments that have a value already.
 
     Raises:
-        ValueError: it has no such argument, or needs another one.
+        ValueError: it has no such argument, which may be an argument of the model.
     """
-    # The class itself may set the parameters of its base classes.
-    own, last = _own_parameters(kind), inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    own = _own_parameters(kind)
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
         if name not in own or not value:
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
-    arguments = {name: _Values(value).get_single_data() for name, value in pairs}
-    needed = {name for name, one in last.items() if name in own and one.default is one.empty}
-    if missing := sorted(needed - {*given, *arguments}):
-        raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
-    return arguments
+    return {name: _Values(value).get_single_data() for name, value in pairs}
 
 
 def build(model_class: Callable[..., Model], encoder: type[Encoder] | None, arguments: dict[str, Any]) -> Model:
@@ -147,12 +129,38 @@ def autoencoder(
         ValueError: as in `autoencoder_arguments` and `own_arguments`.
     """
     arguments = autoencoder_arguments(spec, image, encoder)
+    if spec.model_class and model_class is MaskedAutoencoderViT:  # recorded: a file can't make a program import code
+        remedy = "give" if ":" in spec.model_class else "use its own script, or in Python"
+        raise ValueError(f"the model has a class of its own: {remedy} model_class={spec.model_class}")
     if model_class is not MaskedAutoencoderViT:
         of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
-        raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
+        raise ValueError("`model_args` are arguments of the class of `model_class`, which is not given")
     return _set_options(build(model_class, encoder, arguments), spec)
+
+
+def model_class_of(
+    run: Run, model_class: Callable[..., MaskedAutoencoderViT]
+) -> tuple[Run, Callable[..., MaskedAutoencoderViT]]:
+    """Returns the settings with the name of the class, and the class: the one that they name, or else `model_class`.
+
+    Raises:
+        ValueError: both are given, or the class can't be imported or is no masked autoencoder.
+    """
+    if model_class is not MaskedAutoencoderViT:
+        if run.model.model_class:
+            raise ValueError(
+                f"model_class={run.model.model_class} and the argument exclude each other; give one of them"
+            )
+        name = getattr(model_class, "func", model_class).__qualname__
+        return run.changed({"model_class": name}), model_class
+    if not run.model.model_class:
+        return run, model_class
+    found: Any = user_code.import_object("model_class=", run.model.model_class)
+    if not (isinstance(found, type) and issubclass(found, MaskedAutoencoderViT)):
+        raise ValueError(f"model_class={run.model.model_class}: derive it from MaskedAutoencoderViT")
+    return run, found
 
 
 def _arguments_of_class(
@@ -161,13 +169,11 @@ def _arguments_of_class(
     """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
     kind: Any = getattr(model_class, "func", model_class)
     keywords = getattr(model_class, "keywords", {})
-    origin = f"--model_class {user_code.name_of(kind)}"
-    if fixed := sorted(keywords.keys() & of_run):
-        raise ValueError(f"{origin}: the settings of the run determine {fixed[0]}; omit it from the partial")
-    own = own_arguments(kind, texts, origin, "--model_args", {*keywords, *of_run})
+    own = keywords | own_arguments(kind, texts, "`model_args`")
     if both := sorted(own.keys() & of_run):
-        raise ValueError(f"--model_args {both[0]}: the run or --encoder has an argument of this name, too; rename it")
-    return keywords | own
+        name = user_code.name_of(kind)
+        raise ValueError(f"model_class={name}: the run or `encoder` has an argument {both[0]}, too")
+    return own
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
@@ -230,10 +236,11 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         CheckpointError: no size or several sizes have these shapes.
     """
     size = size_of(model or str(file.settings.get("model")))
+    shape_of = {name: tensor.shape for name, tensor in file.tensors.items()}
+    determined = shapes.determined(shape_of)
     if size not in SIZES:
-        size = _size_with_shapes(file)
+        size = _size_with_shapes(shape_of, {**determined, **file.settings}, file.origin)
     # Most published models that do not record it were trained with norm_pix_loss.
-    determined = shapes.determined(file.tensors)
     if "norm_pix_loss" not in file.settings:
         determined["norm_pix_loss"] = not (row := row_of(file.origin)) or row.norm_pix_loss
     recorded = {**file.settings, **shapes.certain(determined)}
@@ -243,22 +250,21 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
-def _size_with_shapes(file: Weights) -> str:
-    width, depth = shapes.width_and_depth(file.tensors)
+def _size_with_shapes(shape_of: Mapping[str, Size], settings: Mapping[str, Any], origin: str) -> str:
+    width, depth = shapes.width_and_depth(shape_of)
     sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
-    sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
-    side = file.tensors["patch_embed.proj.weight"].shape[-1]
+    sizes = [name for name in sizes if settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    side = shape_of["patch_embed.proj.weight"][-1]
     sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
     if not sizes:
-        raise CheckpointError(f"{file.origin}: no model here is {width} wide and {depth} deep")
+        raise CheckpointError(f"{origin}: no model here is {width} wide and {depth} deep")
     if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
-        known = {**shapes.determined(file.tensors), **file.settings, "model": None}
-        size = "" if known.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
+        size = "" if settings.get("input_size") else ", input_size=(HEIGHT, WIDTH)"
         remedy = (
             f"{' and '.join(sizes)} have its shapes; use "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.origin}"{size}), or another of these names'
+            f'get_model("vit_{sizes[0]}", pretrained="{origin}"{size}), or another of these names'
         )
-        shapes.require_settings(known, ("model", "input_size"), file.origin, remedy)
+        shapes.require_settings({**settings, "model": None}, ("model", "input_size"), origin, remedy)
     return sizes[0]
 
 
@@ -271,10 +277,8 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encod
     """Returns the arguments of `MaskedAutoencoderViT` and of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a masked autoencoder; or as in `encoder_arguments`.
+        ValueError: as in `encoder_arguments`.
     """
-    if spec.model not in models_mae.MODELS:
-        raise ValueError(f"{spec.model} is not a masked autoencoder")
     decoder: dict[str, Any] = {**DECODERS[size_of(spec.model)]}
     if spec.decoder_depth:
         decoder["decoder_depth"] = spec.decoder_depth
@@ -291,10 +295,8 @@ def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encode
     """Returns the arguments of `VisionTransformer` and of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a classifier; or as in `encoder_arguments`.
+        ValueError: as in `encoder_arguments`.
     """
-    if spec.model not in models_vit.MODELS:
-        raise ValueError(f"{spec.model} is not a classifier")
     return {
         **_shape(spec, image, encoder),
         "num_classes": spec.nb_classes or 0,
@@ -309,88 +311,6 @@ def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder
     return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
 
 
-class AttentivePool(nn.Module):
-    """Learned queries pool the tokens of a frozen encoder: (B, N, D) -> (B, D). Efficient probing (Psomas et al. 2025).
-
-    The keys are the tokens. Query i pools the channels [i·D/Q, (i + 1)·D/Q) of the values.
-
-    Args:
-        dim: D, channels of a token.
-        num_queries: Q, a divisor of D.
-
-    Raises:
-        ValueError: `num_queries` does not divide `dim`.
-    """
-
-    def __init__(self, dim: int, num_queries: int) -> None:
-        super().__init__()
-        if dim % num_queries:
-            below = max(count for count in range(1, num_queries) if dim % count == 0)
-            above = min((count for count in range(num_queries, dim + 1) if dim % count == 0), default=below)
-            fitting = f"{below} or {above}" if above > below else f"{below}"
-            raise ValueError(
-                f"--num_queries {num_queries} does not divide the {dim} channels of a token: give {fitting}"
-            )
-        self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
-        self.value = nn.Linear(dim, dim, bias=False)
-
-    def maps(self, tokens: Tensor) -> Tensor:
-        """Attention weights of the queries over the tokens: (B, N, D) -> (B, Q, N); they sum to 1 for each query."""
-        return attention_weights(self.queries, tokens)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        # Pooling and projection are linear, so their order is free. Values of all tokens, (B, N, D) for each of several
-        # heads, would take N / Q times the memory of the pooled tokens (B, Q, D), and more operations.
-        pooled = self.maps(tokens) @ tokens
-        slices = self.value.weight.unflatten(0, (len(self.queries), -1))  # (Q, D/Q, D)
-        return torch.einsum("bqd,qcd->bqc", pooled, slices).flatten(1)
-
-
-class ParallelHeads(nn.ModuleList):
-    """Several heads on the same features (B, D) or tokens (B, N, D) -> logits (heads, B, classes)."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.stack([head(features) for head in self])
-
-
-def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
-    """Returns the head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
-    norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
-    return nn.Sequential(norm, init_classifier(nn.Linear(embed_dim, num_classes)))
-
-
-def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Sequential:
-    """Returns the head of an attentive probe: the pooling of the tokens before the head of a linear probe.
-
-    Its tensors have the names of a linear probe, and `pool.queries` and `pool.value.weight`.
-
-    Raises:
-        ValueError: `num_queries` does not divide `embed_dim`.
-    """
-    pool = AttentivePool(embed_dim, num_queries)
-    return nn.Sequential(OrderedDict([("pool", pool), *probe_head(embed_dim, num_classes).named_children()]))
-
-
-def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
-    """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
-
-    Raises:
-        ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
-    """
-    if isinstance(spec.probe, str) and spec.probe not in PROBE_CHOICES:  # True: linear, of an earlier version
-        raise ValueError(f"the probe {spec.probe!r} is unknown; this version has {', '.join(PROBE_CHOICES)}")
-    model.head_pools = spec.probe == ATTENTIVE
-    if not model.head_pools:
-        model.head = probe_head(model.embed_dim, spec.nb_classes or 0)
-        return
-    if model.global_pool:
-        raise ValueError(
-            "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
-            "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
-        )
-    model.head = attentive_head(model.embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)
-
-
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
     """Freezes everything below the last `num_blocks` blocks (section 4.3, "Partial fine-tuning").
 
@@ -398,14 +318,18 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         ValueError: the model has fewer blocks.
     """
     if not 0 <= num_blocks <= len(model.blocks):
-        raise ValueError(
-            f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
-            f"or all"
-        )
+        raise ValueError(f"unfreeze_blocks={num_blocks}: the model has {len(model.blocks)} blocks")
     model.requires_grad_(False)
     top = [model.head, model.fc_norm if model.global_pool else model.norm]
     for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:
         module.requires_grad_(True)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of encoder and decoder of a model, or of the models in it."""
+    lists = [getattr(model, name, None) for name in ("blocks", "decoder_blocks")]
+    found = [block for blocks in lists if isinstance(blocks, nn.Module) for block in blocks.children()]
+    return found or [block for part in model.children() for block in blocks_of(part)]
 
 
 def set_grad_checkpointing(model: nn.Module) -> set[str]:
@@ -424,10 +348,22 @@ def set_grad_checkpointing(model: nn.Module) -> set[str]:
     }
 
 
+def log_sizes(model: MaskedAutoencoderViT) -> None:
+    """Logs width, depth and number of parameters of encoder and decoder."""
+    parts = (("encoder", model.cls_token, model.blocks), ("decoder", model.mask_token, model.decoder_blocks))
+    for part, token, blocks in parts:
+        count = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.startswith(("decoder_", "mask_token")) == (part == "decoder")
+        )
+        logger.info(f"{part}: {token.shape[-1]} wide, {len(blocks)} deep, {count:,} parameters")
+
+
 def _set_options(model: Model, spec: ModelSpec) -> Model:
     if spec.grad_checkpointing and (others := set_grad_checkpointing(model)):
         logger.warning(
-            f"--grad_checkpointing has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
+            f"`grad_checkpointing` has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
             f"models_vit.Block, and override compute instead of forward"
         )
     return model
@@ -446,10 +382,5 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
         shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
     of_block = {name: getattr(spec, name) for name in BLOCK_ARGUMENTS}
     if any(of_block.values()):
-        block = (encoder or Encoder).block
-        parameters = inspect.signature(block).parameters
-        for name, value in of_block.items():
-            if value and name not in parameters:
-                raise ValueError(f"--{name} {value}: the blocks of --encoder {spec.encoder} lack it; omit the flag")
-        shape["block"] = partial(block, **of_block)
+        shape["block"] = partial((encoder or Encoder).block, **of_block)
     return {**SIZES[size_of(spec.model)], **shape, **encoder_arguments(spec, encoder)}

@@ -27,8 +27,7 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         Noise (B, N), 0 at visible and 1 at masked patches, and the mask ratio.
 
     Raises:
-        ValueError: the mask has another shape or no visible patch, or the number of visible patches differs between
-            images.
+        ValueError: the mask has another shape, or the number of visible patches differs between images.
     """
     rows, columns = grid_size
     height, width = rows * patch_size[0], columns * patch_size[1]
@@ -49,8 +48,6 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
             f"all masks of a batch must leave the same number of patches visible, and these leave "
             f"{sorted(set(visible.tolist()))}"
         )
-    if count == 0:
-        raise ValueError("a mask must leave at least one patch visible")
     return masked.float(), _ratio_of(count, rows * columns)
 
 
@@ -172,14 +169,8 @@ def ratio_of_patches(block_noise: Tensor, mask_ratio: float) -> float:
     Args:
         block_noise: (N,), of `random_block_noise`.
         mask_ratio: fraction of masked blocks.
-
-    Raises:
-        ValueError: no block is visible.
     """
-    num_blocks = int(block_noise.max()) + 1
-    visible = num_visible(num_blocks, mask_ratio)
-    if not visible:
-        raise ValueError(f"--mask_ratio {mask_ratio:g} leaves none of the {num_blocks} patches or blocks visible")
+    visible = num_visible(int(block_noise.max()) + 1, mask_ratio)
     return _ratio_of(int((block_noise < visible).sum()), len(block_noise))
 
 
@@ -198,7 +189,7 @@ def sampler(
         mask_ratio: fraction of masked patches; must be GRID_RATIO for grid masking. With `mask_block`, fraction of
             masked blocks, of which int(blocks · (1 - mask_ratio)) are visible.
         mask_block: side of the blocks of random masking, in patches.
-        patch_size: (rows, columns) of pixels in a patch, for the sizes in error messages.
+        patch_size: (rows, columns) of pixels in a patch, for the error message.
 
     Returns:
         A function that returns noise (N,) from PyTorch's default generator, and the mask ratio, both for
@@ -210,7 +201,11 @@ def sampler(
     """
     check_ratio(math.prod(grid_size), mask_ratio)
     if mask_block > 1:
-        _check_blocks(masking, grid_size, mask_block, patch_size)
+        if masking != "random":
+            raise ValueError(f"mask_block={mask_block} is for masking=random")
+        if any(length % mask_block for length in grid_size):
+            sides = " x ".join(str(mask_block * side) for side in patch_size)
+            raise ValueError(f"mask_block={mask_block}: the `input_size` is not a multiple of a block, {sides} pixels")
         num_blocks = math.prod(grid_size) // mask_block**2
         check_ratio(num_blocks, mask_ratio, "blocks")
         visible = num_visible(num_blocks, mask_ratio) * mask_block**2
@@ -220,16 +215,13 @@ def sampler(
     if masking == "block":
         return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
     if masking != "grid":
-        raise ValueError(f"--masking {masking}: give one of {', '.join(MASKING_CHOICES)}")
+        raise ValueError(f"masking={masking}: give one of {', '.join(MASKING_CHOICES)}")
     if mask_ratio != GRID_RATIO:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g}: --masking grid masks 3 of every 2x2 patches; give --mask_ratio {GRID_RATIO}"
+            f"mask_ratio={mask_ratio:g}: masking=grid masks 3 of every 2x2 patches; give mask_ratio={GRID_RATIO}"
         )
     if min(grid_size) < 2:
-        raise ValueError(
-            f"--masking grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}: give "
-            f"--masking random"
-        )
+        raise ValueError(f"masking=grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}")
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
 
@@ -245,21 +237,6 @@ def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Te
     return noise * (1 + ranks)
 
 
-def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_size: tuple[int, int]) -> None:
-    if masking != "random":
-        raise ValueError(f"--mask_block {side} is for --masking random: give --mask_block 1, or --masking random")
-    if not any(length % side for length in grid_size):
-        return
-    sizes = [[round_to(length / side) * side * p for length, p in zip(grid_size, patch_size, strict=True)]
-             for round_to in (math.floor, math.ceil)]  # fmt: skip
-    fitting = [" ".join(map(str, size[:1] if size[0] == size[1] else size)) for size in sizes if all(size)]
-    divisors = [n for n in range(2, side) if not any(length % n for length in grid_size)]
-    raise ValueError(
-        f"--mask_block {side} does not divide the {grid_size[0]}x{grid_size[1]} patches of an image: give --input_size "
-        f"{' or '.join(fitting)}" + (f", or --mask_block {divisors[-1]}" if divisors else "")
-    )
-
-
 def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> None:
     """Checks that there are visible and masked patches.
 
@@ -269,21 +246,11 @@ def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> N
     Raises:
         ValueError: all or none of the patches would be masked.
     """
-    if num_patches < 2 and what == "patches":
-        raise ValueError("the images have a single patch: give a larger --input_size, or a smaller --patch_size")
-    if num_patches < 2:
-        raise ValueError("the images have a single block of patches: give a smaller --mask_block")
     visible = num_visible(num_patches, mask_ratio)
-    most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))
-    if visible == num_patches:
+    if not 0 < visible < num_patches:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} {what}, and only masked patches have a "
-            f"loss; give --mask_ratio {min(0.75, most):g}"
-        )
-    if visible == 0:
-        raise ValueError(
-            f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} {what} visible: give --mask_ratio {most:g} "
-            f"or less"
+            f"mask_ratio={mask_ratio:g} leaves {visible} of {num_patches} {what} visible: some must be visible, and "
+            f"some masked"
         )
 
 
@@ -297,4 +264,4 @@ def require_random(noise: Tensor, method: str) -> None:
         RuntimeError: it does not. On a GPU, a later operation raises the error, so that models can be compiled.
     """
     is_random = noise.masked_fill(noise.isinf(), 0).frac().any()  # infinite for patches without valid pixels
-    torch._assert_async(is_random, f"{method}: give --masking random, --mask_block 1, and no mask")
+    torch._assert_async(is_random, f"{method}: give masking=random, mask_block=1, and no mask")

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae import plain_data
 
-BACKENDS = ("auto", "nccl", "gloo")
 EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
 T = TypeVar("T")
 
@@ -41,10 +40,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in exists if exists[kind])
     kind, _, index = name.partition(":")
-    if kind not in exists or (index and not index.isdecimal()):
-        raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
-    if not exists[kind]:
-        raise ValueError(f"--device {name}: PyTorch finds no {kind.upper()} device; give --device cpu or auto")
+    if not exists.get(kind) or (index and not index.isdecimal()):
+        available = ", ".join(one for one in exists if exists[one])
+        raise ValueError(f"device={name} is not available: give auto, {available}")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -52,9 +50,8 @@ def choose_device(name: str) -> torch.device:
         number %= count
     if number >= count:
         raise ValueError(
-            f"this process needs CUDA device {number}, and this machine has {count}: start fewer processes on it "
-            f"(torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give --device cuda:0 if each process "
-            f"has a GPU of its own"
+            f"this process needs CUDA device {number}, and this machine has {count}: start fewer processes on it, or "
+            f"give device=cuda:0 if each process has a GPU of its own"
         )
     return torch.device("cuda", number)
 
@@ -74,16 +71,9 @@ def _has_own_gpus() -> bool:
 
 def _launched(variable: str, default: int | None = None) -> int:
     value = os.environ.get(variable, default)
-    if value is None:
-        raise ValueError(
-            f"WORLD_SIZE is set in the environment and {variable} is not: start several processes with torchrun, "
-            f"or unset WORLD_SIZE for one"
-        )
     if not str(value).isdecimal():
-        raise ValueError(
-            f"{variable}={value} in the environment is not a number: unset it, or start with torchrun or srun"
-        )
-    return int(value)
+        raise ValueError(f"{variable} in the environment is {value}: start with torchrun or srun, or unset WORLD_SIZE")
+    return int(value)  # type: ignore[arg-type]
 
 
 def translate_srun() -> None:
@@ -103,9 +93,8 @@ def translate_srun() -> None:
     parsed = {name: match for name, match in matches.items() if match}
     if missing := [f"SLURM_{name}" for name in formats if name not in parsed]:
         raise ValueError(
-            f"SLURM_STEP_NUM_TASKS={slurm['SLURM_STEP_NUM_TASKS']} in the environment, but {', '.join(missing)} (which "
-            f"srun sets) are missing: pass all SLURM_* variables on to the processes, or unset SLURM_STEP_NUM_TASKS "
-            f"for a single process"
+            f"SLURM_STEP_NUM_TASKS is in the environment without {', '.join(missing)}, which srun sets: pass all "
+            f"SLURM_* variables on to the processes, or unset SLURM_STEP_NUM_TASKS for a single process"
         )
     translated = {
         "RANK": parsed["PROCID"][0],
@@ -152,17 +141,15 @@ def init(
         device_name: as in `choose_device`.
         dist_url: address at which the processes connect; env:// reads MASTER_ADDR and MASTER_PORT.
         timeout: seconds that a process waits for the other processes before it fails.
-        backend: one of BACKENDS; auto is nccl for GPUs, else gloo.
+        backend: nccl, gloo or auto; auto is nccl for GPUs, else gloo.
         needs_group: a single process has a process group, too, as FSDP2 requires.
 
     Raises:
-        ValueError: the backend is nccl without a GPU, the variables of the launcher are incomplete, or the other
-            processes can't be reached.
+        ValueError: the variables of the launcher are incomplete, or the other processes can't be reached.
+        RuntimeError: the backend is nccl without a GPU.
     """
     translate_srun()
     device = choose_device(device_name)
-    if backend == "nccl" and device.type != "cuda":
-        raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
     world_size = _launched("WORLD_SIZE", 1)
@@ -182,15 +169,11 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
     """Joins the process group, which waits for all processes."""
     waits, number, where = timedelta(seconds=timeout), _launched("RANK"), dist_url
     if dist_url == "env://":
-        if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-            raise ValueError(
-                f"WORLD_SIZE={world_size} in the environment without {' and '.join(sorted(missing))}: start several "
-                f"processes with torchrun, or unset WORLD_SIZE for one"
-            )
-        where = f"{os.environ['MASTER_ADDR']}:{_launched('MASTER_PORT')}"
+        host, port = os.environ.get("MASTER_ADDR", ""), _launched("MASTER_PORT")
+        where = f"{host}:{port}"
     try:
         if dist_url == "env://" and number > 0:
-            _wait_for_rank_0(os.environ["MASTER_ADDR"], _launched("MASTER_PORT"), timeout)
+            _wait_for_rank_0(host, port, timeout)
         store, number, world_size = next(td.rendezvous(dist_url, number, world_size, timeout=waits))
         # The store of torchrun outlives its processes; after a restart, the addresses of dead processes are invalid.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -205,12 +188,9 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
     except (OSError, RuntimeError) as error:
         if not _is_of_connection(error):
             raise
-        reason = str(error).splitlines()[0]
-        if "EADDRINUSE" in reason:
-            raise ValueError(f"{where} is in use: give torchrun another --master_port, or set MASTER_PORT") from error
         raise ValueError(
-            f"process {number} of {world_size} did not reach all others at {where} within --dist_timeout {timeout:g} "
-            f"seconds ({reason}): start all processes, with the same address, and check firewalls"
+            f"process {number} of {world_size} did not reach all others at {where} within dist_timeout={timeout:g} "
+            f"seconds: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -427,8 +407,7 @@ def require_gradients(model: nn.Module) -> None:
         names = ", ".join(unused[:5]) + f" and {len(unused) - 5} more" * (len(unused) > 5)
         raise ValueError(
             f"the loss does not depend on the parameters {names}, and several processes average their gradients only "
-            f"if every parameter has one: use these parameters in the loss, freeze them (requires_grad_(False)), or "
-            f"remove them"
+            f"if every parameter has one: freeze them (requires_grad_(False)), or remove them"
         )
 
 

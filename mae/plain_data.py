@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae.cli.advice import AdvisedError, Remedy
-
 # An exception becomes the first of these that it is an instance of.
 ERRORS: dict[str, type[Exception]] = {
     "value": ValueError, "arithmetic": ArithmeticError, "memory": MemoryError, "runtime": RuntimeError,
@@ -64,8 +62,6 @@ def _describe(value: Any, types: Sequence[type], parts: list[bytes]) -> Any:
         return {"array": [value.dtype.str, list(value.shape), _store(value, parts)]}
     if isinstance(value, OSError):
         return {"system": [value.errno, value.strerror or str(value), value.filename and str(value.filename)]}
-    if isinstance(value, AdvisedError):
-        return {"advised": several([value.message, value.about, *map(list, value.remedies)])}
     if isinstance(value, BaseException):
         kind = next((name for name, error in ERRORS.items() if isinstance(value, error)), "other")
         return {"error": [kind, str(value)]}
@@ -113,9 +109,6 @@ def _create(described: Any, types: Sequence[type], content: memoryview) -> Any:
         return OSError(*value)
     if kind == "error":
         return ERRORS[value[0]](value[1])
-    if kind == "advised":
-        message, about, *remedies = _create(value, types, content)
-        return AdvisedError(message, *(Remedy(*remedy) for remedy in remedies), about=about)
     name, attributes = value
     result: Any = object.__new__({one.__name__: one for one in types}[name])
     vars(result).update(_create(attributes, types, content))

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from segments import make_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +122,9 @@ def observe(tree: Path, data: Path, out: Path) -> dict[str, Any]:
         seen |= results_of(name, folder, text.replace(str(out), "").replace(str(tree), ""))
     features = np.load(out / "features.npz")
     seen |= {f"features/{name}": digest(features[name].tobytes()) for name in sorted(features)}
-    seen |= {f"export/{file.name}": digest(file.read_bytes()) for file in sorted(out.glob("export.*"))}
+    with safe_open(out / "export.safetensors", "pt") as export:  # the order of its metadata is random
+        seen |= {f"export/{name}": repr(value) for name, value in export.metadata().items()}
+        seen |= {f"export/{name}": digest(export.get_tensor(name).numpy().tobytes()) for name in export.keys()}  # noqa: SIM118
     return seen
 
 

@@ -30,7 +30,7 @@ from mains import parse  # noqa: E402
 import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
 from mae.data import transforms  # noqa: E402
-from mae.data.dataset_kinds import open_source  # noqa: E402
+from mae.data.open import open_source  # noqa: E402
 from mae.data.samples import Samples  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
 

@@ -32,13 +32,14 @@ import engine_linprobe
 import engine_pretrain
 import engine_segment
 import mae.build
+import mae.probes
 import models_mae
 import models_vit
 from mae.data.batches import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
-from mae.lr_decay import param_groups_lrd, param_groups_weight_decay
 from mae.training import loop, optimizers
+from mae.training.param_groups import param_groups_lrd, param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
 from models_segment import Segmenter
@@ -119,7 +120,7 @@ def finetune(size: str, precision: Precision) -> Run:
 def probe(size: str, precision: Precision, *, blrs: tuple[float, ...] = (0.1,), attentive: bool = False) -> Run:
     def build() -> nn.Module:
         model = getattr(models_vit, f"vit_{size}")(num_classes=0)
-        head = partial(mae.build.attentive_head, num_queries=32) if attentive else mae.build.probe_head
+        head = partial(mae.probes.attentive_head, num_queries=32) if attentive else mae.probes.probe_head
         model.head, model.head_pools = head(model.embed_dim, CLASSES), attentive
         return model
 
@@ -129,7 +130,7 @@ def probe(size: str, precision: Precision, *, blrs: tuple[float, ...] = (0.1,), 
     criterion = engine_linprobe.HeadLosses()
     if len(heads) == 1:
         return supervised(model, batches(size), optimizer, precision, criterion)
-    model.head = mae.build.ParallelHeads(heads)
+    model.head = mae.probes.ParallelHeads(heads)
     after_update = partial(criterion.after_update, model)
     return supervised(model, batches(size), optimizer, precision, criterion, after_update=after_update)
 

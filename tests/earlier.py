@@ -1,10 +1,12 @@
-"""Checkpoints of an earlier version, from which runs of this version resume: `python tests/earlier.py`.
+"""Checkpoints of earlier versions, from which runs of this version resume: `python tests/earlier.py COMMIT ...`.
 
-It trains in a worktree of commit REV, and keeps tests/fixtures/earlier/NAME: the state after two updates of the first
-epoch, and log.txt of the same run without interruption.
+It trains in a worktree of each commit, and keeps tests/fixtures/earlier/COMMIT/NAME: the state after two updates of the
+first epoch, and log.txt of the same run without interruption. The commit has `call` in tests/mains.py; df30571, which
+lacks it, was written by this file of that time.
 """
 
 import contextlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -17,7 +19,6 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-REV = "df30571"
 FOLDER = Path(__file__).parent / "fixtures/earlier"
 SIZE = {"embed_dim": 16, "depth": 2, "num_heads": 2}  # of the encoder that replaces "mini_patch4"
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -60,47 +61,44 @@ def small_models() -> Iterator[None]:
         yield
 
 
-def main() -> None:
+def main(commit: str) -> None:
+    """Trains in a worktree of a commit."""
     from conftest import torchrun
 
-    root = Path(__file__).parents[1]
+    root, folder = Path(__file__).parents[1], FOLDER / commit
+    shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as temporary:
         tree, data = Path(temporary, "tree"), Path(temporary, "data")
-        subprocess.run(["git", "worktree", "add", "--detach", tree, REV], cwd=root, check=True)
+        subprocess.run(["git", "worktree", "add", "--detach", tree, commit], cwd=root, check=True)
         make_data(data)
         try:
             for name, (script, dataset, flags) in RUNS.items():
-                shutil.rmtree(FOLDER / name, ignore_errors=True)
-                for out, stop in ((data / name, 0), (FOLDER / name, 2)):
+                for out, stop in ((data / name, 0), (folder / name, 2)):
                     argv = [*flags.split(), "--data_path", str(data / dataset), "--output_dir", str(out)]
                     code, paths = Path(temporary, "code.py"), [tree, tree / "tests", Path(__file__).parent]
                     code.write_text(f"import sys\nsys.path[:0] = {[*map(str, paths)]}\n"
                                     f"import earlier\nearlier.train{(script, argv, stop)}")  # fmt: skip
                     command = [*torchrun(2), code] if "--fsdp" in argv else [sys.executable, code]
                     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                for path in FOLDER.joinpath(name).iterdir():
+                for path in folder.joinpath(name).iterdir():
                     if path.stem != "checkpoint-last":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
-                shutil.copy(data / name / "log.txt", FOLDER / name / "expected.txt")
+                shutil.copy(data / name / "log.txt", folder / name / "expected.txt")
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=root, check=True)
 
 
 def train(script: str, argv: list[str], stop: int) -> None:
-    """Trains in this process, with the modules of the working directory; `stop`: after this number of saves, if any."""
-    import importlib
-
+    """Trains in this process, with the modules of the worktree; `stop`: after this number of saves, if any."""
     import pytest
-    from mains import Stopped, stop_after
-
-    from mae.cli import entry_point
+    from mains import Stopped, call, stop_after  # of the worktree
 
     with small_models(), pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
         if stop:
             stop_after(patch, "save", stop)
-        module = importlib.import_module(script)
-        module.main(entry_point.parse(module.get_args_parser(), argv))
+        call(importlib.import_module(script), *argv)
 
 
 if __name__ == "__main__":
-    main()
+    for commit in sys.argv[1:]:
+        main(commit)

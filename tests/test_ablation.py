@@ -14,7 +14,7 @@ from benchmarks import image_sets
 from benchmarks.ablation import Ablation, Run
 from benchmarks.small_data import other_images
 from benchmarks.small_data import study as small_data
-from mae.cli.advice import arguments
+from mae.settings.arguments import arguments
 
 pytestmark = pytest.mark.usefixtures("forked")
 

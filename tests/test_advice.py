@@ -1,4 +1,4 @@
-"""Remedies are formatted as on the command line, and the help of a script names only its own flags."""
+"""Settings as arguments and in messages. The help of a script names only its own flags."""
 
 import re
 
@@ -6,8 +6,8 @@ import pytest
 from golden_settings import SCRIPTS, parser_of
 
 import main_finetune
-from mae.cli import advice, entry_point
-from mae.cli.advice import Remedy
+from mae.cli import entry_point
+from mae.settings.arguments import advice, arguments
 
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
 
@@ -24,11 +24,11 @@ def test_help_names_flags_of_the_script(script):
 def test_settings_are_formatted_as_on_the_command_line():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
-    assert str(Remedy(settings)) == f"give {typed}"
+    assert arguments(settings) == typed.split()
     args = entry_point.parse(main_finetune.get_args_parser(), typed.split()).record()
     assert {name: args[name] for name in settings} == settings
     omitting = {"unfreeze_blocks": None, "norm_pix_loss": True}
-    assert str(Remedy(omitting)) == "give --norm_pix_loss and omit --unfreeze_blocks"
-    assert str(Remedy({"unfreeze_blocks": None})) == "omit --unfreeze_blocks"
+    assert advice(omitting) == "give norm_pix_loss=True and omit `unfreeze_blocks`"
+    assert advice({"unfreeze_blocks": None}) == "omit `unfreeze_blocks`"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
-    assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]
+    assert arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]

@@ -11,7 +11,6 @@ import zipfile
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +18,8 @@ from test_decode import saved
 
 from mae.data import transforms
 from mae.data.archives import Archive
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import find_files
 
@@ -115,12 +114,9 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
 
 
 def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
-    np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
     for file, message in (
-        (shutil.make_archive(str(tmp_path / "set"), "gztar", pictures), r"set.tar.gz is neither"),
-        (zip_of(tmp_path / "bz2.zip", ["1.png"], compression=zipfile.ZIP_BZIP2), r"bz2.zip: .* 1.png.* deflate"),
-        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"--data_path .*empty.zip: there are no images"),
-        (tmp_path / "images.npz", "NumPy"),
+        (shutil.make_archive(str(tmp_path / "set"), "gztar", pictures), r"set.tar.gz can't be read as an uncompressed"),
+        (zip_of(tmp_path / "empty.zip", ["readme.txt"]), r"data_path=.*empty.zip: there are no images"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source("train", str(file))
@@ -251,7 +247,7 @@ def test_tar_headers_with_wrong_sizes_are_errors(tmp_path):
         member = tarfile.TarInfo("1.png")
         member.size, member.type = size, kind
         (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        with pytest.raises(ValueError, match=rf"set.tar is damaged .*{size:,} bytes|is neither a zip"):
+        with pytest.raises(ValueError, match=rf"set.tar is damaged .*{size:,} bytes|can't be read as"):
             Archive(tmp_path / "set.tar", "train")
     with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("1.png")

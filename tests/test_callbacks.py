@@ -99,7 +99,7 @@ def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers)
 
 def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
     monkeypatch.setattr(parallel, "is_sharded", lambda model: True)
-    with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: omit --fsdp or the"):
+    with pytest.raises(ValueError, match=r"^`fsdp` can't save the state of callbacks: omit `fsdp` or the"):
         pretrain(callbacks=[History()])
 
 

@@ -21,8 +21,6 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.cli import entry_point
-from mae.cli.advice import AdvisedError, Remedy
-from mae.data import check as datasets
 from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted
@@ -365,17 +363,6 @@ def test_standard_error_may_be_closed(pictures, tmp_path, capsys, monkeypatch):
         output = capsys.readouterr().out
         assert not code or (stop.value.code, [w for w in wrong[:1] if w not in output]) == (code, [])
     assert (tmp_path / "run/checkpoint-0.pth").exists()
-
-
-def test_remedies_name_only_flags_of_the_script(ended):
-    starts = [Remedy({flag: "A"}, "{} starts from it") for flag in ("finetune", "init_from")]
-    for script, message in (
-        (main_pretrain, "--data_path B: no: --init_from A starts from it; or give another"),
-        (main_finetune, "--data_path B: no: --finetune A starts from it; or give another"),
-        (datasets, "PATH B: no: give another"),
-    ):
-        error = AdvisedError("no", *starts, Remedy({}, "give another"), about={"data_path": "B"})
-        assert ended(error, parser=script.get_args_parser())[1].endswith(f"error: {message}\n")
 
 
 @pytest.mark.parametrize(("flags", "remedy"), [

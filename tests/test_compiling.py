@@ -213,5 +213,5 @@ print(model(torch.rand(1, 3, 8, 8)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "torch.Size([1, 1000])\n", done.stderr
-    assert "--compile needs a C++ compiler" in done.stderr
+    assert "`compile` needs a C++ compiler" in done.stderr
     assert "no-such-compiler" in done.stderr

@@ -9,7 +9,7 @@ from mains import assert_equal, randomized
 from safetensors.torch import load_file, save_file
 
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.positions import sincos_table
+from mae.position_tables import sincos_table
 from mae.weights import loading
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer

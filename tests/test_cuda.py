@@ -8,7 +8,7 @@ from engine_pretrain import train_one_epoch
 from mae.data.batches import Batch, prefetch, to_host
 from mae.data.transforms import Normalize
 from mae.inference.model import Segmenter
-from mae.training import run_log
+from mae.training import log
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 from models_mae import mae_vit_mini_patch4
@@ -51,7 +51,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses = []
 
-    class Log(run_log.NullLog):
+    class Log(log.NullLog):
         def update(self, iterations: int, lr: float, loss: float, grad_norm: float, terms: object = None) -> None:
             losses.append(loss)
 

@@ -16,15 +16,15 @@ import main_knn
 import main_linprobe
 from mae import parallel, plain_data
 from mae.data import check as datasets
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
+from mae.data.open import open_source
 from mae.data.sources import Files
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "set"), "zip", pictures)
     for path in (str(pictures), archive):
-        with pytest.raises(ValueError, match=r" val/ (.|\n)*--val_list FILE"):
+        with pytest.raises(ValueError, match=r" val/ (.|\n)*val_list=FILE"):
             open_source("val", path)
         with pytest.raises(ValueError, match=" test/ "):
             open_source("test", path)
@@ -32,7 +32,7 @@ def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
     with pytest.raises(ValueError, match=" train/ "):
         open_source("train", str(tmp_path / "only"))
-    with pytest.raises(ValueError, match=r"--val_list .*--dataset"):
+    with pytest.raises(ValueError, match=r"`val_list` .*`dataset`"):
         open_source("val", None, "list.txt", "CIFAR10")
 
 
@@ -143,8 +143,8 @@ def test_flags_without_effect_warn(pictures, caplog):
     open_source("train", str(pictures))
     assert "no effect" not in caplog.text
     open_source("train", str(pictures), download=True, num_images=7)
-    for flag in ("--download", "--num_images"):
-        assert f"{flag} has no effect with this dataset" in caplog.text
+    for name in ("download", "num_images"):
+        assert f"`{name}` has no effect with this dataset" in caplog.text
 
 
 def test_the_check_counts_images_with_an_orientation(tmp_path, capsys):

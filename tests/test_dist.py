@@ -22,14 +22,12 @@ def environment(monkeypatch):
 
 def test_devices():
     for name in ("abacus", "meta", "cuda:x"):
-        with pytest.raises(ValueError, match="give auto, cpu, cuda, cuda:N or mps"):
+        with pytest.raises(ValueError, match="give auto, cpu"):
             parallel.choose_device(name)
     if not torch.backends.mps.is_available():
-        with pytest.raises(ValueError, match="no MPS device"):
+        with pytest.raises(ValueError, match="device=mps is not available"):
             parallel.choose_device("mps")
     assert parallel.init("cpu", backend="gloo") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
-        parallel.init("cpu", backend="nccl")
 
 
 def test_cuda_devices_have_a_number(monkeypatch):
@@ -84,13 +82,13 @@ TWO = {"WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    (TWO, "RANK is not: start several processes with torchrun"),
-    (TWO | {"RANK": "first"}, "RANK=first in the environment is not a number"),
+    (TWO, "RANK in the environment is None"),
+    (TWO | {"RANK": "first"}, "RANK in the environment is first"),
     (TWO | {"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
-    (TWO | {"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several"),
-    (TWO | {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not"),
+    (TWO | {"RANK": "1"}, "MASTER_PORT in the environment is None"),
+    (TWO | {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT in the environment is x"),
     ({name: value for name, value in STEP.items() if name not in MISSING},
-     rf"SLURM_STEP_NUM_TASKS=4 .*, but {MISSING} ")
+     rf"SLURM_STEP_NUM_TASKS .* without {MISSING},")
 ])  # fmt: skip
 def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
     environment(variables)
@@ -108,7 +106,7 @@ def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
             parallel.init("cpu", timeout=1)
         taken.listen()
         environment({"RANK": "0"})
-        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} .*--master_port"):
+        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} .*"):
             parallel.init("cpu", timeout=1)
     with pytest.raises(ValueError, match=rf"0 of 2 .* 127.0.0.1:{port} .*1/2 clients joined"):
         parallel.init("cpu", timeout=1)
@@ -174,7 +172,6 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
 OF_RANK_0 = """
 import time
 from mae import parallel, plain_data
-from mae.cli.advice import AdvisedError, Remedy
 calls, exchanges, gather = [], [], parallel.gather
 parallel.gather = lambda value: exchanges.append(value) or gather(value)
 parallel.EXCHANGE_SECONDS = 0.1
@@ -183,7 +180,7 @@ def slow():
     time.sleep(0.5)
     return {"rank": parallel.rank()}
 def fails():
-    raise AdvisedError("no images", Remedy({"data_path": "others"}), about={"dataset": "x"})
+    raise ValueError("dataset=x: no images")
 parallel.init("cpu")
 line = f"{parallel.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
 try:
@@ -198,8 +195,8 @@ parallel.teardown()
 def test_rank_0_computes_for_all(tmp_path):
     """The exchanges keep a long call below the timeout of the process group. An error is raised in all processes."""
     forks.run_code(OF_RANK_0, tmp_path, count=2)
-    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True --dataset x: no images: give --data_path others"
-    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True --dataset x: no images: give --data_path others"
+    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True dataset=x: no images"
+    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True dataset=x: no images"
 
 
 OF_AN_ATTACKER = """

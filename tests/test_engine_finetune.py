@@ -15,15 +15,16 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import encode, evaluate
+from engine_finetune import evaluate
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.labels import Subset
+from mae.data.open import open_source
 from mae.data.run_data import RunData
 from mae.inference import features
 from mae.training import feature_files
+from mae.training.frozen_features import encode_images
 from mae.training.precision import Precision
 from models_vit import vit_mini_patch4
 
@@ -69,7 +70,7 @@ def test_features_are_those_of_evaluation_mode(labelled):
     precision = Precision("off", device)
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
     source, _ = data.open_val()
-    encode_set = partial(encode, data, model=model, batch_size=7, precision=precision)
+    encode_set = partial(encode_images, data, model=model, batch_size=7, precision=precision)
     features, labels = feature_files.extract(encode_set, source)
     with torch.no_grad():
         batches = data.eval_batches(source, 7)
@@ -107,7 +108,7 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         return out if main is main_knn else lines(out)[-1]["test_loss"]
 
     assert result("with") == result("without", **data)
-    assert capsys.readouterr().out.count("--val_fraction 0.25: 12 of 48 training images are held out") == 2
+    assert capsys.readouterr().out.count("val_fraction=0.25: 12 of 48 training images are held out") == 2
     if main is not main_knn:
         file = tmp_path / "without/checkpoint-0.pth"
         scores = classify(main, "eval", val_fraction=0.25, **data, eval=True, resume=file)
@@ -175,9 +176,9 @@ def deep_images(root, pixels_of):
 def test_statistics_in_the_units_of_the_files_are_refused(highest, flags, classify, tmp_path):
     """The suggested values are those of the scaled pixels."""
     settings = flags | deep_images(tmp_path / "deep", lambda draw: draw.normal(1500, 200, (16, 16)).astype(np.uint16))
-    with pytest.raises(ValueError, match=r"^--mean 1500: .* from 0 to 1 .*; 8 images suggest --mean ") as raised:
+    with pytest.raises(ValueError, match=r"^mean=1500: .* from 0 to 1 .*; 8 images suggest mean=") as raised:
         classify(main_knn, **settings, mean=1500, std=200)
-    mean, std = re.findall(r"--mean (\S+) --std (\S+)$", str(raised.value))[0]
+    mean, std = re.findall(r"mean=(\S+) std=(\S+)$", str(raised.value))[0]
     assert [float(mean) * highest, float(std) * highest] == [pytest.approx(1500, rel=0.05), pytest.approx(200, rel=0.1)]
     assert classify(main_knn, **settings, mean=mean, std=std)
 

@@ -18,12 +18,12 @@ import main_pretrain
 import main_segment
 from examples.ground_positions import GroundPositions
 from mae.data import loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import versions
 from mae.inference import export, features, get_model
-from mae.positions import get_2d_sincos_pos_embed
+from mae.position_tables import get_2d_sincos_pos_embed
 from models_vit import Encoder, VisionTransformer
 
 # The pixels are noise. The target, and the class, is determined by the extra input `level` alone.
@@ -128,9 +128,9 @@ def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
     for column, message in (
-        ("level", rf"the level of 3.png is {said}; --extras are finite numbers"),
-        ("depth", r"no column depth; give --extras of .*level"),
-        ("noise", r"can't have the name noise; rename this column of --extras"),
+        ("level", rf"the level of 3.png is {said}; `extras` are finite numbers"),
+        ("depth", r"no column depth for `extras`, but .*level"),
+        ("noise", r"can't have the name noise"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source("train", file_list=str(listed), extras=[column])
@@ -148,13 +148,12 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("extras", "message"), [
-    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\) is no number"),
-    ({"site": float("nan")}, r"its site .* is not a finite number"),
-    ({"site": 1e300}, r"its site .* is not a finite number in fp32"),
-    ({"site": 20240131}, r"its site .* has an integer that fp32 does not represent"),
-    ({"site": [[1.0], [1.0, 2.0]]}, r"its site .* is no number"),
-    ({"noise": 1.0}, "can't have the name 'noise'"),
-    ([1.0], "its extras are an object of type list"),
+    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\): is not of finite numbers"),
+    ({"site": float("nan")}, r"its site .* is not of finite numbers"),
+    ({"site": 1e300}, r"its site .* is not of finite numbers"),
+    ({"site": 20240131}, r"its site .* is not of finite numbers that fp32 represents"),
+    ({"site": [[1.0], [1.0, 2.0]]}, r"its site .*inhomogeneous"),
+    ({"noise": 1.0}, "can't have the name noise"),
 ])  # fmt: skip
 def test_wrong_extras_are_errors_in_one_line(extras, message):
     with pytest.raises(ValueError, match=message):
@@ -170,9 +169,9 @@ def test_samples_with_other_extras_are_named():
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--dataset", DATASET], ("takes no extra input level", "--encoder", "--model_class")),
+    (["--dataset", DATASET], ("takes no extra input level",)),
     (["--data_path", "IMAGES", "--encoder", "levels:Level"],
-     ("needs the extra input level", "--extras level", "predict(images, level=")),
+     ("needs the extra input level", "--extras level")),
 ])  # fmt: skip
 def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(
     flags, message, levels, pictures, tmp_path, capsys, monkeypatch
@@ -236,11 +235,8 @@ def test_maps_in_python_follow_the_transform_of_the_picture():
 
 def test_maps_of_other_shapes_are_named():
     samples = mapped_samples(transforms.eval_transform(16), wrong=3)
-    with pytest.raises(BadImage, match=r"train\[3\]: its map red has 22 x 30 pixels .* and the image 23 x 30"):
+    with pytest.raises(BadImage, match=r"train\[3\]: its map red has the shape \(22, 30\), and the image \(23, 30\)"):
         samples[0, 3]
-    for extras, message in (({"red": 1.0}, r"map red has the shape \(\)"), ({"blue": 1.0}, "lacks the map red")):
-        with pytest.raises(ValueError, match=message):
-            opened(type("Maps", (list,), {"maps": ("red",)})([(BLACK, 0, extras)]))
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -278,7 +274,7 @@ def test_a_run_learns_from_maps_and_resumes(levels, pretrain, monkeypatch):
 def test_the_statistics_of_bytes_are_refused_beside_maps(levels, pretrain):
     """The images are floats then, and would be normalized without a word."""
     (levels / "levels.py").write_text(CODE + MAPS)
-    with pytest.raises(ValueError, match="--mean 124 116 104: 8-bit pixels are scaled to 0 to 1; divide"):
+    with pytest.raises(ValueError, match="mean=124 116 104: 8-bit pixels are scaled to 0 to 1; divide"):
         pretrain(dataset="py:levels:open_maps", encoder="levels:MapTokens", mean="124 116 104", std="58 57 57")
 
 
@@ -328,7 +324,7 @@ def test_a_missing_extra_with_a_default_warns(capsys, classify):
 def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, classify):
     of_main = {"source": constant({"gsd": 1.0}, {"gsd": 2}), "encoder": Gsd}
     classify(main_finetune, of_main=of_main, epochs=1, num_workers=1, cache_images=True)
-    assert "--cache_images has no effect with extra inputs" in capsys.readouterr().out
+    assert "`cache_images` has no effect with extra inputs" in capsys.readouterr().out
 
 
 def test_the_first_image_need_not_be_readable():
@@ -368,7 +364,7 @@ def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
     again = get_model(tmp_path / "model.safetensors", encoder=Level).extract_feat(items[0]["image"], level=1)
     torch.testing.assert_close(again, model.extract_feat(items[0]["image"], level=1.0))
     for wrong in (float("nan"), "north"):
-        with pytest.raises(ValueError, match=r"level=.* is no"):
+        with pytest.raises(ValueError, match=r"level=.* is not of finite"):
             model.predict(items[0]["image"], level=wrong)
 
 

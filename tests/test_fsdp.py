@@ -44,7 +44,7 @@ def test_one_process_trains_saves_and_resumes_as_without_fsdp(pretrain, capsys):
         resumed = pretrain("resumed", fsdp=True, resume=sharded / "checkpoint-0", **flags)
     finally:
         parallel.teardown()
-    assert "warning: --fsdp" in capsys.readouterr().out
+    assert "warning: `fsdp`" in capsys.readouterr().out
     without = pretrain("without", resume=sharded / "checkpoint-0", **flags)
     for epoch, out in ((0, sharded), (1, resumed), (1, without)):
         assert [line["train_loss"] for line in lines(out)] == pytest.approx(expected[epoch:], rel=1e-6)

@@ -14,8 +14,8 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.transforms import to_tensor
 from mae.data.webdataset_shards import Shards
 
@@ -128,18 +128,18 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypat
     source = open_source("train", str(tmp_path))
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (300 * 39))
     assert len(image_cache.cached([source], **OPTIONS)) == 1
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"--cache_images: 39 images"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"`cache_images`: 39 images"):
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         patch.setattr(image_cache, "CAN_SHARE", False)  # each process has its own images
         image_cache.cached([source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (2 * 300 * 39) - 2)
-    with pytest.raises(ValueError, match=r"--cache_images: 39 images .*mae.data.resize"):
+    with pytest.raises(ValueError, match=r"`cache_images`: 39 images .*mae.data.resize"):
         image_cache.cached([source, source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 300 * 39)
     monkeypatch.setattr(image_cache, "SAMPLE", 10)
     read = []
     monkeypatch.setattr(samples_module, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
-    with pytest.raises(ValueError, match=r"--cache_images"):
+    with pytest.raises(ValueError, match=r"`cache_images`"):
         image_cache.cached([source], **OPTIONS)
     assert len(read) < 39
 
@@ -163,7 +163,8 @@ def test_the_limit_of_a_container_or_job_counts(group, file, limit, tmp_path, mo
 
 def test_shards_have_no_random_access():
     shards = object.__new__(Shards)
-    with pytest.raises(ValueError, match=r"--cache_images: .*wds:"):
+    shards.title = "wds:set.tar"
+    with pytest.raises(ValueError, match=r"wds:set.tar: .* without `cache_images`"):
         image_cache.cached([shards], **OPTIONS)
 
 
@@ -175,7 +176,7 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
         stop_after(patch, "save", 3)
         pretrain("parts", **settings, cache_images=True, num_workers=1)
     said = capsys.readouterr().out
-    assert "--cache_images: 26 images are decoded and take" in said
+    assert "`cache_images`: 26 images are decoded and take" in said
     assert "text.jpg: the file is not an image" in said
     parts = pretrain("parts", **settings, resume="auto")
     assert_equal(weights(whole), weights(parts))
@@ -189,7 +190,7 @@ def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, pretrain, c
     monkeypatch.setattr(samples_module, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
     monkeypatch.setattr(image_cache, "BATCH", 2)
     (mixed / "cat" / "00.png").write_text("text")  # the first file
-    with pytest.raises(BadImage, match=r"cat/00.png: .*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"cat/00.png: .*on_bad_image=skip"):
         pretrain("bad", data_path=mixed, cache_images=True, num_workers=num_workers)
     assert "are decoded" not in capsys.readouterr().out
     assert num_workers or len(read) < 3

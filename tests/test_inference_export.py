@@ -18,10 +18,10 @@ from mains import parse, randomized
 from PIL import Image
 
 import hubconf
-from mae.build import probe_head
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model, graphs
 from mae.inference.model import ARCHITECTURES, Autoencoder, Classifier
+from mae.probes import probe_head
 from mae.weights import conversion, loading
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
@@ -92,7 +92,7 @@ def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path)
     program = torch.export.load(exported(probe, "torch_export", tmp_path))
     torch.testing.assert_close(program.module()(imgs), probe(probe.normalize(imgs)), rtol=1e-4, atol=1e-4)
     for to in ("timm", "transformers", "mmpretrain"):
-        with pytest.raises(ValueError, match=rf"--to {to}: .*attentive.* --encoder_only.* --to safet"):
+        with pytest.raises(ValueError, match=rf"--to {to}: .*attentive.* --to safet"):
             exported(probe, to, tmp_path)
         encoder = get_model(exported(export.encoder_of(probe), to, tmp_path))
         torch.testing.assert_close(encoder(imgs), probe.extract_feat(imgs, "cls"), rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_pat
         export.export(pooled, "transformers", tmp_path / "folder")
     for name in ("mae_vit_mini_patch4", "vit_mini_patch4"):
         wide = get_model(name, input_size=[32, 64], global_pool=False, nb_classes=3)
-        with pytest.raises(ValueError, match=r"32 x 64: give --to safetensors, onnx or torch_export$"):
+        with pytest.raises(ValueError, match=r"32 x 64: give to=safetensors, onnx or torch_export$"):
             export.export(wide, "transformers", tmp_path / "folder")
     with pytest.raises(ValueError, match="pools patch tokens"):
         export.encoder_of(pooled)
@@ -173,9 +173,9 @@ def test_settings_that_transformers_does_not_have_survive_the_round_trip(tmp_pat
     torch.nn.init.normal_(mae.decoder_pos_embed)
     folder = exported(mae, "transformers", tmp_path)
     assert "transformers masks single patches, and this model has mask_block 2" in caplog.text
-    assert "transformers does not apply --value_range 0 4095 --nodata 7" in caplog.text
+    assert "transformers does not apply value_range=[0, 4095] nodata=7" in caplog.text
     exported(mae, "reference", tmp_path)
-    assert "the published code does not apply --value_range 0 4095 --nodata 7" in caplog.text
+    assert "the published code does not apply value_range=[0, 4095] nodata=7" in caplog.text
     again = get_model(folder)
     assert {name: again.settings[name] for name in own} == own
     imgs, noise = torch.randn(2, 3, 40, 40), torch.rand(2, 100)

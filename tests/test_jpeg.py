@@ -163,11 +163,11 @@ def test_scaling_to_any_size_is_pillows(kind):
         assert np.array_equal(bicubic.resize(cut, *size), np.asarray(expected)), (height, width, size)
 
 
-def test_a_missing_package_is_named_with_the_extra(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "mae.data.bicubic")
     jpeg.decoder.cache_clear()
-    with pytest.raises(ValueError, match=r"--fast_jpeg .*pip install .*numba"):
+    with pytest.raises(ImportError, match="numba"):
         jpeg.decoder()
     monkeypatch.undo()
     jpeg.decoder.cache_clear()

@@ -28,8 +28,8 @@ import main_finetune
 import main_knn
 from mae import parallel
 from mae.data import library_sets, loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, decode
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.webdataset_shards import Shards
 from models_vit import vit_mini_patch4
@@ -126,10 +126,10 @@ def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypa
 @pytest.mark.parametrize(("name", "path", "message"), [
     ("CIFAR11", "here", "torchvision has no dataset of this name"),
     ("os", "here", "torchvision has no dataset of this name"),
-    ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
-    ("CIFAR10", "here", "torchvision reports: Dataset not found.*--download downloads them to it"),
-    ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision reports: .*nowhere"),
-    ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
+    ("CIFAR10", None, "torchvision reports: .*'root'"),
+    ("CIFAR10", "here", "torchvision reports: Dataset not found.*`download` downloads them to it"),
+    ("Food101:nowhere", "here", r"dataset=Food101:nowhere: torchvision reports: .*nowhere"),
+    ("CIFAR10:extra", "here", "dataset=CIFAR10:extra: CIFAR10 has no splits of its own"),
 ])  # fmt: skip
 def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -137,7 +137,7 @@ def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
 
 
 def test_a_dataset_without_validation_split_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"EuroSAT: (.|\n)*--val_list FILE"):
+    with pytest.raises(ValueError, match=r"EuroSAT: (.|\n)*val_list=FILE"):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
 
@@ -204,7 +204,7 @@ def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, tab
 
 def test_datasets_without_images_are_errors(table, tmp_path):
     table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
-    for folder, message in (("a", ": note, kind"), ("nowhere", r"--dataset hf:.*nowhere: ")):
+    for folder, message in (("a", "columns of images: none"), ("nowhere", r"dataset=hf:.*nowhere: ")):
         with pytest.raises(ValueError, match=message):
             open_source("train", dataset=f"hf:{tmp_path / folder}")
     table.add_item({"note": "", "picture": None, "kind": 0}).to_parquet(tmp_path / "b" / "train.parquet")
@@ -247,7 +247,7 @@ def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, 
     assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, (png(PIXELS[5]), 1))
     assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == (png(255 - PIXELS[5]), 0)
     for columns in ("photo", "picture,nothing", "fine,picture"):
-        with pytest.raises(ValueError, match="give --dataset hf:"):
+        with pytest.raises(ValueError, match="give hf:"):
             open_source("train", dataset=f"{dataset}#{columns}")
 
 
@@ -284,7 +284,7 @@ def test_integers_and_texts_are_labels_and_an_id_is_none(many_columns, classify)
 @pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])
 def test_a_missing_package_is_named(monkeypatch, package, dataset):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf'{package}: pip install "\.\[(hf|wds)\]"'):
+    with pytest.raises(ImportError, match=package):
         open_source("train", dataset=dataset)
 
 
@@ -402,7 +402,7 @@ def test_a_bad_image_and_a_damaged_shard_of_a_stream_are_named(shards, caplog):
     images_of(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image replaces it" in caplog.text
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
-    with pytest.raises(BadImage, match=r"set-001.tar: 017: .*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"set-001.tar: 017: .*on_bad_image=skip"):
         images_of(batches_of(shards, on_bad_image="error"), 0)
     batches, file = batches_of(shards), shards / "set-002.tar"
     os.truncate(file, file.stat().st_size // 2 + 100)
@@ -427,7 +427,7 @@ def test_samples_are_counted_as_in_webdataset(tmp_path):
     write_shard(tmp_path / "a.tar")
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match="give --num_images"):
+    with pytest.raises(ValueError, match=r"b.tar.gz can't be read as an uncompressed tar"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
 
@@ -474,13 +474,10 @@ def test_examples_of_a_stream(shards):
 
 
 def test_invalid_shards_are_errors(tmp_path):
-    with webdataset.TarWriter(str(tmp_path / "none.tar")) as writer:
-        writer.write({"__key__": "a", "txt": "nothing"})
     for shards, message in (
         (f"{tmp_path}/a-{{000..003}}.tar", r"there is no file .*a-000.tar"),
         (f"{tmp_path}/a*.tar", r"there is no file .*\*.tar"),
-        ("https://example.org/{000..003}.tar", "give --num_images N"),
-        (f"{tmp_path}/none.tar", "no images in its 1 shards"),
+        ("https://example.org/{000..003}.tar", "give num_images=N"),
     ):
         with pytest.raises(ValueError, match=message):
             Shards(shards, None)
@@ -488,8 +485,8 @@ def test_invalid_shards_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(("entry", "name"), library_sets.LAYOUTS.items())
-def test_the_hint_for_stored_datasets_names_a_class_of_torchvision(tmp_path, entry, name):
+def test_the_warning_of_stored_datasets_names_a_class_of_torchvision(tmp_path, entry, name):
     (tmp_path / entry).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / entry).touch()
-    assert library_sets.dataset_in(tmp_path) == (name, tmp_path)
+    assert library_sets.dataset_in(tmp_path) == name
     assert issubclass(getattr(torchvision.datasets, name), torch.utils.data.Dataset)

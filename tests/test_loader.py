@@ -20,9 +20,10 @@ import main_pretrain
 from mae import parallel
 from mae.data import loader, transforms
 from mae.data.batches import up_to_cores
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
-from mae.data.loader import EpochBatches, TrainLoader
+from mae.data.loader import TrainLoader
+from mae.data.open import open_source
+from mae.data.sampler import EpochBatches
 from mae.data.samples import Samples
 from mae.training import feature_files
 
@@ -64,7 +65,7 @@ def test_repeated_samples_stay_together():
     assert len(batches) == 6
     assert all(batch[::3] == batch[1::3] == batch[2::3] and len(set(batch)) == 4 for batch in batches)
     assert len({index for batch in batches for index in batch}) == 24
-    with pytest.raises(ValueError, match=r"--batch_size 8 .*--repeated_sampling 3"):
+    with pytest.raises(ValueError, match=r"batch_size=8 .*repeated_sampling=3"):
         EpochBatches(25, 8, seed=1, repeats=3)
 
 
@@ -94,12 +95,12 @@ def test_a_pass_may_be_shorter_than_a_batch():
 
 
 @pytest.mark.parametrize(("images", "batch_size", "accum_iter", "repeats", "processes", "message"), [
-    (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 6 --accum_iter 1$"),
-    (1, 8, 1, 1, 1, "give --batch_size 1 --accum_iter 1$"),
-    (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
-    (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
-    (20, 12, 2, 1, 2, "of 48 .* give --batch_size 10 --accum_iter 1$"),
-    (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give --accum_iter 2$"),
+    (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give batch_size=6 accum_iter=1$"),
+    (1, 8, 1, 1, 1, "give batch_size=1 accum_iter=1$"),
+    (47, 12, 4, 1, 1, r"of 48 \(batch_size=12 x accum_iter=4 x 1 processes\): give accum_iter=3$"),
+    (47, 12, 2, 1, 2, "of 48 .* give accum_iter=1$"),
+    (20, 12, 2, 1, 2, "of 48 .* give batch_size=10 accum_iter=1$"),
+    (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give accum_iter=2$"),
     (3, 1, 1, 1, 4, "give at most 3 processes"),
 ])  # fmt: skip
 def test_fewer_images_than_an_effective_batch_are_an_error(
@@ -206,7 +207,7 @@ def test_bad_images_end_the_run_by_default(half_bad):
     training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
     messages = {7: "07.png: the file is empty", 11: "11.png: can't be read", 30: "30.png: No such file"}
     for index, message in messages.items():
-        with pytest.raises(BadImage, match=f"{message}.*--on_bad_image skip"):
+        with pytest.raises(BadImage, match=f"{message}.*on_bad_image=skip"):
             _ = training[0, index]
         with pytest.raises(BadImage, match=f"{message}[^-]*$"):
             _ = evaluation[0, index]
@@ -306,7 +307,7 @@ def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).data.num_workers)] == [0, 2, 2]
     assert caplog.messages == []
     assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
-    assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
+    assert caplog.messages == ["num_workers=77: this process has 2 CPU cores and uses 2 worker processes"]
 
 
 @pytest.mark.parametrize(("cores", "environment", "workers"), [

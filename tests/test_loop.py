@@ -7,13 +7,13 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from mae.data.loader import EpochBatches
+from mae.data.sampler import EpochBatches
 from mae.interrupts import Interrupted, Interrupts
 from mae.training import loop
+from mae.training.log import NullLog
 from mae.training.meters import Meters
 from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW
 from mae.training.precision import Precision
-from mae.training.run_log import NullLog
 from mae.training.saver import NullSaver, Request
 
 

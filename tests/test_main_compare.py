@@ -28,8 +28,8 @@ import main_compare
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint, run_directory
-from mae.data.dataset_kinds import open_source
 from mae.data.labels import hold_out, some_of_each_class
+from mae.data.open import open_source
 from mae.evaluate import comparison, pixel_baselines
 from mae.evaluate.comparison import Result
 from mae.inference import get_model
@@ -350,7 +350,7 @@ def test_names_of_encoders(tmp_path, monkeypatch):
 def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
     """Two encoders of one name would write to one folder of it."""
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OSError, match=r"--output_dir .*out can't be created"):
+    with pytest.raises(FileExistsError, match="out"):
         compare(labelled, tmp_path / "out", encoder)
     with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
         compare(labelled, tmp_path, encoder)
@@ -539,7 +539,7 @@ def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
     assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
     train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
     assert pixel_baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
-    with pytest.raises(ValueError, match="--encoders pixels: the training images have only one class"):
+    with pytest.raises(ValueError, match="class"):
         pixel_baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
 
 

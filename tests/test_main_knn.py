@@ -21,7 +21,7 @@ from models_vit import vit_mini_patch4
 
 def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
-    assert "warning: no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
+    assert "warning: no `finetune`: the features are from an untrained encoder" in capsys.readouterr().out
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)
     found = classify(main_knn, k="1 5", finetune=out / "checkpoint-19.pth")
     assert found.keys() == untrained.keys() == {(1, 0.07), (5, 0.07)}
@@ -65,9 +65,9 @@ def test_accuracies_equal_those_of_scikit_learn(classify, noisy, tmp_path):
     assert len(set(found.values())) >= 3
     few = classify(main_knn, **flags, k="1 6", train_per_class=2)
     assert few.keys() == {(1, 0.07), (6, 0.07)}
-    with pytest.raises(ValueError, match="--k 7"):
+    with pytest.raises(ValueError, match="k=7"):
         classify(main_knn, **flags, k=7, train_per_class=2)
-    with pytest.raises(ValueError, match="--nb_classes is 4"):
+    with pytest.raises(ValueError, match="`nb_classes` is 4"):
         classify(main_knn, **flags, nb_classes=4)
 
 
@@ -124,4 +124,4 @@ def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys
         assert given == call(main_knn, data_path=labelled, finetune=file, k="1 5", num_workers=0, device="cpu")
         assert "warning" not in capsys.readouterr().out
     classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
-    assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out
+    assert f"warning: input_size=32 is used, and {mae} was made with input_size=20" in capsys.readouterr().out

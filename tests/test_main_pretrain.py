@@ -22,9 +22,10 @@ import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.cli.messages import with_flags
 from mae.data import loader
 from mae.interrupts import Interrupted
-from mae.training import loop, run_log
+from mae.training import log, loop
 from models_mae import MaskedAutoencoderViT
 
 
@@ -87,7 +88,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
     assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
 
 
-@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (parallel, "gather")])
+@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (log.RunLog, "end_epoch"), (parallel, "gather")])
 def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     """PyTorch may report a killed worker process at any time, also between epochs."""
     settings = {"epochs": 4, "save_every": 1000}
@@ -109,7 +110,7 @@ def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
 @pytest.mark.parametrize(("epoch", "error"), [(1, None), (1, OSError("the disk is gone")), (3, None)])
 def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, error):
     """Also if an error follows the signal. A run whose last epoch is complete does not stop."""
-    settings, end_epoch = {"epochs": 4, "save_every": 1000}, run_log.RunLog.end_epoch
+    settings, end_epoch = {"epochs": 4, "save_every": 1000}, log.RunLog.end_epoch
     whole = pretrain("whole", **settings)
 
     def end(log, stats):
@@ -120,7 +121,7 @@ def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, e
                 raise error
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) if epoch < 3 else nullcontext():
-        patch.setattr(run_log.RunLog, "end_epoch", end)
+        patch.setattr(log.RunLog, "end_epoch", end)
         pretrain("parts", **settings)
     if epoch < 3:
         position = checkpoint.position(whole.parent / "parts/checkpoint-last.pth")
@@ -144,7 +145,7 @@ def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, monkeypa
     whole = pretrain("run", **settings)
     before = {path: path.read_bytes() for path in whole.iterdir()}
     back = {**settings, "resume": whole / "checkpoint-1.pth"}
-    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .* later checkpoints .*: give another --output_dir"):
+    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .* later checkpoints .*: give another `output_dir`"):
         pretrain("run", **back)
     for method, calls in (("request", 1), ("save", 2), ("save", 3)):  # the first is before a checkpoint is written
         with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -163,7 +164,7 @@ def test_a_rejected_checkpoint_changes_no_files(pretrain):
     state = checkpoint.read(out / "checkpoint-1.pth")
     state["model"]["cls_token"][0, 0, 3] = float("nan")
     checkpoint.write(state, out / "checkpoint-7.pth")
-    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token: .* earlier checkpoint with --resume FILE"):
+    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token: .* earlier checkpoint with resume=FILE"):
         pretrain("run", resume=out / "checkpoint-7.pth")
     pretrain("new", resume=out / "checkpoint-0.pth")  # the remedy
     (out / "checkpoint-7.pth").unlink()
@@ -220,7 +221,8 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
     with pytest.raises(CheckpointError) as raised:
         pretrain(**again)
-    note = str(raised.value).rpartition(": ")[2]
+    message = with_flags(str(raised.value), main_pretrain.get_args_parser())
+    note = message.rpartition(": ")[2]
     assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
@@ -229,7 +231,7 @@ def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
     pretrain("run", epochs=2)
     pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1, input_size="16 16")
     (warned,) = re.findall(r"^warning: .*", capsys.readouterr().out, re.MULTILINE)
-    assert re.search(r"--mask_ratio .*0\.75 .*0\.5 ", warned)
+    assert re.search(r"`mask_ratio` .*0\.75 .*0\.5 ", warned)
     state = checkpoint.read(tmp_path / "run/checkpoint-1.pth")
     state["args"] |= {"new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
     checkpoint.write(state, tmp_path / "run/checkpoint-1.pth")
@@ -253,8 +255,8 @@ def test_init_from_takes_the_model_and_images_of_the_file(pretrain, capsys):
     assert {name: found[name] for name in own} == own
     assert " is used, and " not in capsys.readouterr().out
     pretrain("other", epochs=1, init_from=file, mask_ratio=0.75, mean=0.4)
-    warned = re.findall(r"^warning: (--\w+ \S+).* is used", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(warned) == ["--mask_ratio 0.75", "--mean 0.4"]
+    warned = re.findall(r"^warning: (\w+=\S+) is used", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(warned) == ["mask_ratio=0.75", "mean=0.4"]
 
 
 def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
@@ -275,7 +277,7 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
         return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
-    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*--blr"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*`blr`"):
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
     assert all(torch.isfinite(w).all() for w in state["model"].values())
@@ -299,20 +301,20 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     continued = [*here, "--output_dir", out, "--resume", good]
     assert "another architecture" in error_of(*continued, "--in_chans", "1")
-    assert "give --batch_size 2 --accum_iter 2" in error_of(*continued, "--batch_size", "2")
+    assert "effective batch size of 4" in error_of(*continued, "--batch_size", "2")
     for flags, message in (
         (f"--data_path {tmp_path}/nowhere", f"--data_path {tmp_path}/nowhere: "),
         (f"--data_path {tmp_path}/empty", f"--data_path {tmp_path}/empty: "),
         ("--batch_size 25", "give --batch_size 24 --accum_iter 1"),
-        ("--in_chans 5", "it has 3 channels, and in_chans is 5"),
-        ("--mask_ratio 0.95", "leaves none of the 16 patches visible: give --mask_ratio 0.937 or less"),
+        ("--in_chans 5", "it has 3 channels, and --in_chans 5"),
+        ("--mask_ratio 0.95", "--mask_ratio 0.95 leaves 0 of 16 patches visible"),
         (f"--output_dir {out}", "already contains a run"),
         (f"--output_dir {pretrain('other', mask_ratio=0.937)} --resume {good}", "already contains a run"),
         (f"--resume {tmp_path}/nothing.pth", "there is no checkpoint"),
         (f"--resume {truncated}", "is damaged"),
         (f"--resume {bare}", f"--init_from {bare} instead of --resume starts from its weights"),
         (f"--init_from {good} --in_chans 1", "3 tensors are of another shape"),
-        *([] if torch.cuda.is_available() else [("--device cuda", "no CUDA device")]),
+        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda is not available")]),
     ):
         assert message in error_of(*here, *flags.split()), flags
 
@@ -350,9 +352,9 @@ def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
 
 def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
     pretrain("all", epochs=1, warmup_epochs=1)
-    assert "warning: --warmup_epochs 1 is not shorter than the run of --epochs 1" in capsys.readouterr().out
+    assert "warning: warmup_epochs=1 is not shorter than the run of epochs=1" in capsys.readouterr().out
     pretrain("part", epochs=1, warmup_epochs=0.5)
-    assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
+    assert "warmup_epochs=0.5 is" not in capsys.readouterr().out
 
 
 def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path, capsys):
@@ -364,7 +366,7 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
         Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
     flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1}
     pretrain("without", **flags)
-    (found,) = re.findall(r"more than 8 bits.* suggest --mean (\S+) --std (\S+) ", capsys.readouterr().out)
+    (found,) = re.findall(r"more than 8 bits.* suggest mean=(\S+) std=(\S+) ", capsys.readouterr().out)
     assert [float(found[0]), float(found[1])] == [pytest.approx(-3000, abs=50), pytest.approx(500, abs=20)]
     out = pretrain("with", **flags, mean=found[0], std=found[1])
     assert "more than 8 bits" not in capsys.readouterr().out
@@ -381,7 +383,7 @@ def test_float_images_of_another_range_have_one_warning(pretrain, tmp_path, caps
         values = np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16)
         np.save(tmp_path / "floats" / f"{number}.npy", np.roll(values, number))
     pretrain(data_path=tmp_path / "floats", in_chans=1, crop="none", epochs=1, num_workers=2, **statistics)
-    assert re.findall(r"warning: .* from (\S+) to (\S+), .*--mean", capsys.readouterr().out) == [("0", "255")] * count
+    assert re.findall(r"warning: .* from (\S+) to (\S+), .*`mean`", capsys.readouterr().out) == [("0", "255")] * count
 
 
 @pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])
@@ -397,8 +399,8 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
-    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give --updates_per_epoch 2"),
-                                ("plain", {}, "omit --updates_per_epoch")):  # fmt: skip
+    for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give updates_per_epoch=2"),
+                                ("plain", {}, "omit `updates_per_epoch`")):  # fmt: skip
         pretrain(name, **flags)
         with pytest.raises(CheckpointError, match=remedy):
             pretrain(name, resume="auto", epochs=3, updates_per_epoch=3)

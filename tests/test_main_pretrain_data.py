@@ -143,7 +143,7 @@ def test_an_epoch_resumes_without_an_image_that_has_disappeared(pretrain, pictur
         stop_after(patch, "save", 3)
         pretrain("parts", **flags)
     (lost / last).unlink()
-    with pytest.raises(CheckpointError, match="--on_bad_image skip"):
+    with pytest.raises(CheckpointError, match="24 images, and now there are 23"):
         pretrain("parts", **flags, resume="auto")
     parts = pretrain("parts", **flags, resume="auto", on_bad_image="skip")
     assert_same_run(parts, pretrain("whole", data_path=damaged, on_bad_image="skip"))
@@ -167,13 +167,13 @@ def test_targets_of_weak_signals_are_named(pretrain, capsys, flags, is_weak):
     images = 1e-4 * np.random.default_rng(0).standard_normal((8, 16, 16)).astype(np.float32)
     flags = {"norm_pix_loss": True, "in_chans": 1, "crop": "none", "epochs": 1, "blr": 0, "warmup_epochs": 0} | flags
     pretrain(**flags, of_main={"source": lambda split, path: [(image, 0) for image in images]})
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: --norm_pix_loss")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: `norm_pix_loss`")]
     assert len(warnings) == is_weak
-    assert all("--value_range" in line and "--std" in line for line in warnings)
+    assert all("value_range=" in line and "`std`" in line for line in warnings)
 
 
 def test_images_of_which_most_patches_are_flat_are_no_weak_signals(pretrain, smooth, tmp_path, capsys):
     flat = np.full((8, 16, 16, 3), 255, np.uint8)
     flat[:, :4, :4] = smooth[:8, :4, :4, :3]  # one of 16 patches
     pretrain(data_path=write_pngs(tmp_path / "flat", flat), norm_pix_loss=True, crop="none", epochs=1)
-    assert "--norm_pix_loss" not in capsys.readouterr().out
+    assert "norm_pix_loss" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import models_mae
 import models_vit
 from mae.masking import take
-from mae.positions import get_2d_sincos_pos_embed, resize_pos_embed
+from mae.position_tables import get_2d_sincos_pos_embed, resize_pos_embed
 from models_mae import MaskedAutoencoderViT
 
 

@@ -6,7 +6,7 @@ import torch
 
 import mae.build
 import models_vit
-from mae.positions import resize_pos_embed
+from mae.position_tables import resize_pos_embed
 
 
 def test_from_scratch_weights():

@@ -11,7 +11,7 @@ from mains import assert_equal, assert_same_run, call, in_processes, lines, stop
 from PIL import Image
 
 import main_knn
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.inference import get_model
 from mae.training.online_probe import effective_rank
 
@@ -76,7 +76,7 @@ def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled
     streamed = {"data_path": None, "dataset": f"wds:{shard}"}
     for flags, message in (
         ({"probe_path": tmp_path / "nowhere"}, "^--probe_path .*nowhere: there"),
-        (streamed, "--probe_path PATH"),
+        (streamed, "probe_path=PATH"),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain(probe_every=1, **flags)

@@ -31,7 +31,7 @@ from mae.checkpoints import checkpoint
 from mae.inference import export, features, get_model, maps, predict, reconstruct
 from mae.inference.classes import Segmenter
 from mae.inference.model import with_encoder
-from mae.lr_decay import param_groups_lrd
+from mae.training.param_groups import param_groups_lrd
 from mae.weights import loading, model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
@@ -110,7 +110,7 @@ def test_blocks_of_timm_are_those_of_all_models(name):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     if name == "autoencoder":
         assert type(timm.decoder_blocks[0]) is TimmBlock
-    with pytest.raises(ValueError, match="no attention weights"):
+    with pytest.raises(AttributeError, match="maps"):
         timm.get_intermediate_layers(imgs, return_attention=True)
 
 
@@ -151,7 +151,7 @@ def test_an_override_that_adds_tokens_is_an_error(name):
             return torch.cat([super().with_class_tokens(patches, grid), patches[:, :2]], dim=1)
 
     kind, own = MODELS[name]
-    with pytest.raises(ValueError, match=r"with_class_tokens returns .* --num_cls_tokens"):
+    with pytest.raises(ValueError, match=r"with_class_tokens returns .* num_prefix_tokens"):
         mae.build.combined(Registers, kind)(**SMALL, **own)(torch.rand(1, 3, 16, 16))
 
 
@@ -202,7 +202,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, t
 
 def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     file = pretrain(**GROUPS, epochs=1) / "checkpoint-0.pth"
-    with pytest.raises(ValueError, match=rf"get_model\(.*encoder=ChannelGroups\).*--encoder {GROUPS['encoder']}"):
+    with pytest.raises(ValueError, match=f"encoder={GROUPS['encoder']}"):
         get_model(file)
     model = get_model(file, encoder=ChannelGroups)
     pixels = torch.rand(2, 3, 16, 16)
@@ -274,7 +274,7 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
     weights_of_head = maps.attention(model, images)
     assert weights_of_head.shape[2:] == (6, 4)
     monkeypatch.delattr(ChannelGroups, "patch_maps")
-    with pytest.raises(ValueError, match=r"72 tokens of 6 x 4 patches: .*patch_maps"):
+    with pytest.raises(RuntimeError, match=r"\[6, 4\].*72"):
         maps.dense(model, images)
 
 
@@ -307,7 +307,7 @@ def test_the_figure_of_reconstructions_has_an_encoder(labelled, tmp_path):
 
 def test_arguments_of_the_same_name_are_an_error(leads, pretrain):
     flags = {"encoder": "leads:Leads", "encoder_args": "rows=4", "model_class": "leads:Scaled"}
-    with pytest.raises(ValueError, match=r"--model_args scale: .*--encoder has an argument of this name"):
+    with pytest.raises(ValueError, match="`encoder` has an argument scale, too"):
         pretrain(**flags, model_args="scale=2")
 
 
@@ -328,7 +328,7 @@ class Shifted(Leads):
     assert found["cls_token"].float().mean().item() == pytest.approx(1e-3, rel=0.1)
     with pytest.raises(ValueError, match=r"wrong=1: Shifted takes rows=VALUE scale=VALUE shift=VALUE site=VALUE"):
         pretrain("wrong", **own | {"encoder_args": "wrong=1"})
-    with pytest.raises(ValueError, match="needs --encoder_args shift=VALUE"):
+    with pytest.raises(TypeError, match="shift"):
         pretrain("missing", encoder="leads:Shifted")
 
 
@@ -343,7 +343,7 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     assert (recorded["model_class"], recorded["encoder"]) == ("leads:Brighter", "leads:Leads")
     flags = {"model_class": "leads:Brighter", "encoder": "leads:Leads"}  # the checkpoint has the arguments
     for flag, name in flags.items():
-        with pytest.raises(ValueError, match=f"give --{flag} {name}"):
+        with pytest.raises(ValueError, match=f"give {flag}={name}"):
             pretrain("both", resume="auto", **{other: flags[other] for other in flags if other != flag})
     pretrain("both", resume="auto", **flags)
     assert len(lines(both)) == 2
@@ -356,14 +356,14 @@ def test_arguments_of_a_class_in_python(pretrain):
         out = pretrain(f"wide{number}", epochs=1, of_main={"model_class": kind}, **own)
         assert weights(out, "checkpoint-0.pth")["mask_token"].shape[-1] == 96
     pretrain("explicit", epochs=1, of_main={"model_class": Explicit})
-    with pytest.raises(ValueError, match="determine norm_pix_loss"):
+    with pytest.raises(ValueError, match="has an argument norm_pix_loss, too"):
         pretrain("fixed", of_main={"model_class": partial(WideDecoder, norm_pix_loss=True)})
 
 
 def test_a_run_that_resumes_with_a_different_class_warns(pretrain, capsys):
     for kind in (Explicit, type("Other", (Explicit,), {})):
         pretrain("own", epochs=1, resume="auto", of_main={"model_class": kind})
-    assert re.search(r"--model_class .*Explicit .*Other", capsys.readouterr().out)
+    assert re.search(r"`model_class` .*Explicit .*Other", capsys.readouterr().out)
 
 
 class Explicit(MaskedAutoencoderViT):
@@ -391,14 +391,13 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"encoder": "leads"}, "give package.module:name"), ({"encoder": "nowhere:Leads"}, "no module nowhere"),
-    ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
+    ({"encoder": "leads"}, "give package.module:name"), ({"encoder": "nowhere:Leads"}, "No module named 'nowhere'"),
+    ({"encoder": "leads:Lead"}, "no attribute 'Lead'"),
     ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
     ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
-    ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
     ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
-    ({"encoder_args": "rows=4"}, "give --encoder module:Class"),
-    ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
+    ({"encoder_args": "rows=4"}, "class of `encoder`, which is not given"),
+    ({"model_class": "leads:Leads"}, "derive it from MaskedAutoencoderViT")
 ])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):

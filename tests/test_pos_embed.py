@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models_vit
-from mae.positions import get_2d_sincos_pos_embed, interpolate_pos_embed, resize_pos_embed
+from mae.position_tables import get_2d_sincos_pos_embed, interpolate_pos_embed, resize_pos_embed
 
 
 def test_first_half_encodes_the_column():
@@ -28,7 +28,7 @@ def test_class_row_is_zero_and_square_is_the_diagonal_case():
 
 
 def test_channels_must_be_a_multiple_of_4():
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="even number of channels"):
         get_2d_sincos_pos_embed(6, 4)
 
 

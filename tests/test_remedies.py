@@ -1,7 +1,6 @@
 """Remedies work when typed: a wrong command, the remedy in its error message, and the corrected command."""
 
 import itertools
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -65,7 +64,7 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
                    r"give (--patch_size 4)$"),
     "pooling": (main_finetune, {**VIT, "eval": True, "resume": "tuned"}, {"cls_token": True}, r"give (--global_pool)$"),
     "channels": (main_finetune, {**VIT, "finetune": "mae"}, {"in_chans": 1, "adapt_input": "error"},
-                 r"choose (--adapt_input mean) \("),
+                 r"give (--adapt_input mean),"),
     "another decoder": (
         main_pretrain, {**MAE, "init_from": "mae"}, {"decoder_depth": 2}, r"give (--decoder_depth 1)$"),
     "resuming with other channels": (main_pretrain, {**MAE, "resume": "mae"}, {"in_chans": 1}, r"give (--in_chans 3)$"),
@@ -73,10 +72,6 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
         main_finetune, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
     "resuming probing from pre-training": (
         main_linprobe, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
-    "resuming other blocks": (
-        main_finetune, {**VIT, "resume": "part", "epochs": 2}, {"unfreeze_blocks": 2}, r"give (--unfreeze_blocks 1)$"),
-    "resuming another batch size": (
-        main_pretrain, {**MAE, "resume": "mae"}, {"batch_size": 4}, r"give (--batch_size 4 --accum_iter 2)\b"),
 }  # fmt: skip
 
 
@@ -113,13 +108,11 @@ def test_on_bad_image_is_suggested_only_by_scripts_that_have_it(labelled, tmp_pa
     output = call(main_knn, {**SMALL, "data_path": tmp_path / "data", "model": "vit_mini_patch4"})
     assert output.endswith("bad.png: the file is empty")
     output = call(datasets, {"num_workers": 0}, tmp_path / "data")
-    assert "main_pretrain.py --on_bad_image skip excludes them" in output
+    assert "main_pretrain.py --on_bad_image skip excludes up to" in output
 
 
 def test_misspelled_names_are_corrected(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out"}
-    for wrong, right in (("cifar10", "CIFAR10"), ("CIFAR11", "CIFAR10"), ("Flower102", "Flowers102")):
-        assert call(main_pretrain, {**settings, "dataset": wrong}).endswith(f"of this name; did you mean {right}?")
     assert call(main_pretrain, {**settings, "model": "mae_vit_mini_ptach4"}).endswith("mean mae_vit_mini_patch4?")
     assert call(main_finetune, {"model": "mae_vit_mini_patch4"}).endswith("mean vit_mini_patch4?")
     (tmp_path / "recipe.yaml").write_text("model: vit_basepatch16\n")
@@ -148,7 +141,7 @@ def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     (tmp_path / "val.txt").write_text(names)
     assert call(main_finetune, {**settings, "val_list": tmp_path / "val.txt"}) == ""
     command = {"model": runs / "mae/checkpoint-0.pth", "out": tmp_path / "f.npz", "split": "val"}
-    assert call(features, command, pictures).endswith("no folder val/ in it")  # which has no lists
+    assert call(features, command, pictures).endswith("no folder val/ in it: add this folder, or give val_list=FILE")
 
 
 def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call):
@@ -173,24 +166,24 @@ def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call
     assert call(main_finetune, {**evaluation, **given}) == ""  # the folder is not used
 
 
-def test_images_of_five_channels_need_in_chans_and_not_skip(tmp_path, call, capsys):
+def test_images_of_five_channels_need_in_chans(tmp_path, call, capsys):
     """The check lists 20 images, and counts the others."""
     (tmp_path / "five").mkdir()
     for number in range(24):
         np.save(tmp_path / f"five/{number:02}.npy", np.full((5, 16, 16), number, dtype=np.uint8))
     alone = {"num_workers": 0}
-    with pytest.raises(BadImage, match=r"24 of 24.*give --in_chans 5") as error:
+    with pytest.raises(BadImage, match=r"24 of 24 images can't be read"):
         mains.call(datasets, tmp_path / "five", num_workers=0)
     listed = capsys.readouterr().out
     assert "19.npy" in listed and "20.npy" not in listed and "and 4 more" in listed
-    assert "skip" not in str(error.value)
+    assert "it has 5 channels, and in_chans=3" in listed
     assert call(datasets, {**alone, "in_chans": 5}, tmp_path / "five") == ""
     settings = {**MAE, "data_path": tmp_path / "five", "output_dir": tmp_path / "out"}
-    assert "give --in_chans 5 " in call(main_pretrain, settings)
+    assert "it has 5 channels, and --in_chans 3" in call(main_pretrain, settings)
     assert call(main_pretrain, {**settings, "in_chans": 5}) == ""
 
 
-def test_a_class_above_those_of_the_masks_needs_nb_classes_and_not_skip(tmp_path, call):
+def test_a_class_above_those_of_the_masks_needs_nb_classes(tmp_path, call):
     for split, part in itertools.product(("train", "val"), ("images", "masks")):
         (tmp_path / part / split).mkdir(parents=True)
         for number in range(4):
@@ -200,25 +193,14 @@ def test_a_class_above_those_of_the_masks_needs_nb_classes_and_not_skip(tmp_path
                 "batch_size": 2, "head": "linear"}  # fmt: skip
     for wrong in ({"nb_classes": 2}, {"nb_classes": 2, "on_bad_image": "error", "batch_size": 4}):
         output = call(main_segment, {**settings, **wrong})
-        assert "give --nb_classes 3" in output
-        assert "skip" not in output
+        assert "it has the value 2, and the 2 classes are 0 to 1" in output
+        assert "correct --nb_classes" in output
     assert call(main_segment, {**settings, "nb_classes": 3}) == ""
 
 
-def test_a_folder_of_torchvision_needs_dataset(tmp_path, call, capsys):
-    batch = {b"data": np.zeros((20, 3072), np.uint8), b"labels": [n % 10 for n in range(20)]}
+def test_a_folder_of_torchvision_has_a_warning(tmp_path, call, capsys):
     root = tmp_path / "data"
-    (root / "cifar-10-batches-py").mkdir(parents=True)
-    (root / "cifar-10-batches-py/data_batch_1").write_bytes(pickle.dumps(batch))
-    for script, settings, argv in (
-        (main_pretrain, {**MAE, "data_path": root, "output_dir": tmp_path / "out"}, []),
-        (datasets, {"num_workers": 0}, [root]),
-    ):
-        assert call(script, settings, *argv).endswith("give --dataset CIFAR10")
-    inside = call(datasets, {"num_workers": 0}, root / "cifar-10-batches-py")
-    assert inside.endswith(f"give --dataset CIFAR10 and its folder {root}")
     (root / "flowers-102/jpg").mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(root / "flowers-102/jpg/1.jpg")
-    shutil.rmtree(root / "cifar-10-batches-py")
     assert call(datasets, {"num_workers": 0}, root) == ""
     assert "torchvision's dataset Flowers102" in capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_archives_are_suites_of_one_folder(tmp_path):
         paint(tmp_path / name / folder, "ILSVRC2012_val_00000002.JPEG", 0)
         archive = Path(shutil.make_archive(str(tmp_path / name), "tar", tmp_path / name))
         assert len(open_cell(find("imagenet-real", archive), "imagenet-real").source) == 1
-    with pytest.raises(ValueError, match=r"imagenet-v2 .*archives"):
+    with pytest.raises(ValueError, match="no folder of an archive of ImageNetV2"):
         find("imagenet-v2", archive)
 
 
@@ -117,19 +117,19 @@ def test_invalid_folders_are_named(tmp_path):
     paint(tmp_path / "more" / "goldfish", "sketch_1.JPEG", 1)
     r = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for suite, folder, message in (
-        ("imagenet-a", "nowhere", r"--data_path: .*nowhere"),
+        ("imagenet-a", "nowhere", "nowhere"),
         ("imagenet-c", "c", r"2 of the 75 folders .*: snow/5, fog/2$"),
         ("imagenet-v2", "c", "imagenetv2-matched-frequency"),
-        ("imagenet-sketch", "sketch", r"999 of the 1000 .*: n01443537"),
-        ("imagenet-sketch", "more", r"unknown class folders: goldfish; .*1000"),
-        ("imagenet-r", "flat", r"no images .*200 class folders of imagenet-r"),
+        ("imagenet-sketch", "sketch", r"1000 of imagenet-sketch: .*missing or empty n01443537"),
+        ("imagenet-sketch", "more", r"1000 of imagenet-sketch: unknown are goldfish, "),
+        ("imagenet-r", "flat", "200 of imagenet-r"),
         ("imagenet-real", "flat", r"1 files, such as a\.jpg"),
-        ("imagenet-a", "r", r"unknown class folders: n01443537, .*imagenet-a"),
+        ("imagenet-a", "r", r"imagenet-a: unknown are n01443537, "),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             open_cell(find(suite, tmp_path / folder), suite)
     (r / "__MACOSX").mkdir()
     assert len(open_cell(find("imagenet-r", r), "imagenet-r").source) == 200
     (r / robustness.subset("imagenet-r")[7] / "art_0.jpg").unlink()
-    with pytest.raises(ValueError, match=rf"1 of the 200 .* missing or empty: {robustness.subset('imagenet-r')[7]}$"):
+    with pytest.raises(ValueError, match=rf"missing or empty {robustness.subset('imagenet-r')[7]}$"):
         open_cell(find("imagenet-r", r), "imagenet-r")

@@ -47,7 +47,7 @@ def test_the_lock_is_released_when_its_process_ends(tmp_path, caplog):
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"--output_dir .*file/run .*\(Not a directory\)"):
+    with pytest.raises(OSError, match=r"Not a directory: .*file/run"):
         run_directory.prepare(tmp_path / "file" / "run", "")
 
 
@@ -55,7 +55,7 @@ def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root ignores permissions, so the test uses an unprivileged user."""
     output = locks(tmp_path, user=65534)[1]
-    assert "can't be written to (Permission denied): free space there, or give another" in output
+    assert "can't be written to (Permission denied)" in output
 
 
 def write(folder, *names, epoch):
@@ -97,7 +97,7 @@ def test_the_restart_of_a_refused_command_does_not_resume_the_run(tmp_path, star
     for name, value in {"TORCHELASTIC_RUN_ID": "b", "SLURM_JOB_ID": "8", **variables}.items():
         monkeypatch.setenv(name, value)
     for restarts in (0, 1):
-        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with --resume auto"):
+        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
             start(tmp_path, "", restarts)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -115,7 +115,7 @@ def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start,
     write(out, 8, epoch=8)
     assert start(out, file, restarts) == start(out, "auto") == "auto"
     for other in ("", tmp_path / "checkpoint-8.pth"):
-        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with --resume auto"):
+        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
             start(out, other)
     with run_directory.locked(out, str(out / "checkpoint-8.pth")):
         pass  # it is refused later, for example because of its architecture
@@ -141,7 +141,7 @@ def test_a_file_of_the_directory_must_be_its_newest_checkpoint(tmp_path, start):
         for restarts in (0, 1):  # torchrun restarts the refused command
             with pytest.raises(ValueError, match="later checkpoints") as raised:
                 start(tmp_path, tmp_path / f"checkpoint-{name}.pth", restarts)
-            assert f"--resume {tmp_path}/checkpoint-{name}.pth: " in str(raised.value) and later in str(raised.value)
+            assert f"resume={tmp_path}/checkpoint-{name}.pth: " in str(raised.value) and later in str(raised.value)
     assert start(tmp_path, tmp_path / "checkpoint-best.pth") == f"{tmp_path}/checkpoint-best.pth"
     newest = tmp_path / "checkpoint-1.pth"
     assert start(tmp_path, newest) == str(newest)

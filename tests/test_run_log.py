@@ -28,10 +28,10 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
-from mae.training import costs, log_files, run_log, trainer
+from mae.training import costs, log, log_writers, trainer
+from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
-from mae.training.run_log import RunLog, start_logging
 
 
 def test_meters_are_means_over_updates():
@@ -95,9 +95,9 @@ def test_data_loading_on_a_gpu_is_the_time_in_which_it_is_idle(monkeypatch, load
 
 
 @pytest.mark.parametrize(("suffix", "flags", "remedies"), [
-    ("jpg", {}, {"--num_workers", "--fast_jpeg", "mae.data.resize"}),
-    ("png", {}, {"--num_workers", "mae.data.resize"}),
-    ("jpg", {"cache_images": True}, {"--num_workers"}),
+    ("jpg", {}, {"num_workers=", "`fast_jpeg`", "mae.data.resize"}),
+    ("png", {}, {"num_workers=", "mae.data.resize"}),
+    ("jpg", {"cache_images": True}, {"num_workers="}),
 ])  # fmt: skip
 def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypatch, capsys, suffix, flags, remedies):
     """The device waits while the training process decodes images of 800 pixels: there are no worker processes."""
@@ -110,8 +110,8 @@ def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypa
     call(main_pretrain, *small_run(images, out, "--epochs", 2, "--batch_size", 2, *argv_of(flags)))
     advice = re.findall(r"^data loading limits.*", capsys.readouterr().out, re.MULTILINE)
     assert len(advice) == 1
-    assert {name for name in ("--num_workers", "--fast_jpeg", "mae.data.resize") if name in advice[0]} == remedies
-    assert f"--num_workers {7 - torch.get_num_threads()}" in advice[0]  # on a CPU, the other cores compute
+    assert {name for name in ("num_workers=", "`fast_jpeg`", "mae.data.resize") if name in advice[0]} == remedies
+    assert f"num_workers={7 - torch.get_num_threads()}" in advice[0]  # on a CPU, the other cores compute
 
 
 def products(tokens, width, depth):
@@ -184,7 +184,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from mae.training.meters import Stopwatch
-from mae.training.run_log import RunLog, next_x
+from mae.training.log import RunLog, next_x
 value, first, done, last = map(int, sys.argv[1:])
 log = RunLog(Path("."), Path("."), 9, first, next_x(first, done, 10))
 for epoch in range(first, last):
@@ -232,7 +232,7 @@ def fill(file, size):
 def test_log_lines_are_written_after_a_full_disk_has_space(small_disk, caplog, capfd, monkeypatch):
     """Events of that time are lost. Later ones are written, a minute after the last attempt."""
     clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(log_files, "time", clock)
+    monkeypatch.setattr(log_writers, "time", clock)
     subprocess.run(["mount", "-o", "remount,size=256k", small_disk], check=True)
     start_logging()
     logging.getLogger().addHandler(caplog.handler)
@@ -284,7 +284,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
 import time
 from pathlib import Path
 from mae.training.meters import Stopwatch
-from mae.training.run_log import RunLog
+from mae.training.log import RunLog
 log = RunLog(Path("."), Path("."), epochs=3)
 log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
 for step in range(1, 5):
@@ -332,7 +332,7 @@ def test_a_log_that_is_no_text_is_named(pretrain):
 
 
 def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):
-    class Full(run_log.NullLog):
+    class Full(log.NullLog):
         def close(self):
             raise OSError("the log is full")
 

@@ -84,7 +84,7 @@ def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
 
 
 def rescued(text):
-    folder = Path(re.search(r"The state is in (\S+): move its files to \S+gone, and --resume auto", text)[1])
+    folder = Path(re.search(r"The state is in (\S+): move its files to \S+gone, and resume=auto", text)[1])
     return {path.name: checkpoint.position(path) for path in folder.iterdir()}
 
 

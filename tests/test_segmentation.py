@@ -9,10 +9,10 @@ from PIL import Image
 import main_segment
 from demo import segmentation
 from mae.checkpoints import checkpoint
-from mae.cli.advice import arguments
 from mae.data.segmentation_masks import read_palette
 from mae.inference import get_model, maps
 from mae.jobs.commands import Commands
+from mae.settings.arguments import arguments
 
 
 @pytest.mark.parametrize(("size", "grid"), [((33, 47), (8, 12)), ((5, 70), (1, 18)), ((1, 2), (1, 1))])

@@ -76,9 +76,9 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
     """Pixels of a single such color are ignored."""
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
-    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
+    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
         of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
-    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
+    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
         of_colors.decode(png([[[200, 0, 0], [1, 2, 3], [4, 5, 6]]]))
     assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
     assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
@@ -95,16 +95,16 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
         assert of_colors.decode(png(indices, "P", optimized)).tolist() == expected
     of_indices = [9, 9, 9, *np.ravel(colors).tolist()]  # 0 is no class
     assert of_colors.decode(png([[0, 1, 3]], "P", of_indices)).tolist() == [[255, 0, 2]]
-    with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: give --nb_classes 4$"):
+    with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: correct `nb_classes`"):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 
 @pytest.mark.parametrize(("data", "reason"), [
     (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
-    (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
+    (png([[[1, 2, 3]]]), "it is a color image: give `palette` with the colors of the classes"),
     (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
     (b"no image", "not an image of a known format"),
-    (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "it has 3 channels: give masks of one channel"),
+    (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "neither an indexed nor a gray image of one channel"),
     (saved(np.array([[1, 2]], dtype=np.uint16), "PNG"), "neither an indexed nor a gray"),
     # The largest value of 2 bits is 3 for some programs, and 255 for others.
     (saved(np.array([[True, False]]), "PPM"), "8 bits"),
@@ -181,8 +181,6 @@ def test_voc_comes_from_torchvision(tmp_path):
     assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0]
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
-    with pytest.raises(ValueError, match="VOCSegmentation"):
-        open_pairs("train", CLASSES, THREE, dataset="FakeData")
 
 
 def test_classes_and_colors_of_voc():
@@ -200,7 +198,7 @@ def test_a_palette_names_and_colors_classes(tmp_path):
     file.write_text("# LoveDA\n255 255 255 background\n255, 0, 0, a building\n\n")
     assert read_palette(file) == (["background", "a building"], [(255, 255, 255), (255, 0, 0)])
     for text, problem in (
-        ("1 2 300 a", r"line 1: '1 2 300 a' is not R G B NAME, such as '255 0 0 building'"),
+        ("1 2 300 a", r"line 1: '1 2 300 a' is not R G B NAME"),
         ("1 2 3 a\n4 5", r"line 2: '4 5' is not R G B NAME"),
         ("", "has 0 classes: give 1 to 255"),
         ("1 2 3 a\n4 5 6 a", "with different names"),
@@ -209,8 +207,6 @@ def test_a_palette_names_and_colors_classes(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=problem):
             read_palette(file)
-    with pytest.raises(ValueError, match="--palette"):
-        read_palette(tmp_path / "none.txt")
 
 
 def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
@@ -221,7 +217,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     samples = samples_of(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path)))
     for index, reason in (
         (1, f"its mask {place / '01.png'}: it has the value 7, and the 3 classes are 0 to 2"),
-        (2, "its mask has 5 x 6 pixels (height x width), and the image 24 x 30"),
+        (2, "its mask has the shape (5, 6), and the image (24, 30)"),
     ):
         with pytest.raises(BadImage) as error:
             samples[0, index]
@@ -231,7 +227,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 3 images have no mask .*/01.jpg"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     folders = ["images/training", "annotations/training"]
-    with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(--train_list\)$"):
+    with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(`train_list`\)$"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=folders)
     rows = [f"images/training/0{n}.jpg,annotations/training/0{n}.png" for n in (0, 1)]
     (tmp_path / "list.csv").write_text("\n".join(rows))
@@ -252,17 +248,17 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
     (tmp_path / "short.csv").write_text("a.jpg,b.png\nc.jpg,")
     images, empty, *lists = (str(tmp_path / name) for name in ("images", "empty", "none.csv", "bad.csv", "short.csv"))
     for options, problem in (
-        ({}, r"--data_path is needed: .* \(or give --val_folders IMAGES MASKS, --val_list CSV or --dataset\)"),
-        ({"data_path": "none"}, "--data_path none: "),
+        ({}, r"`data_path` is needed: .* \(or give `val_folders`, `val_list` or `dataset`\)"),
+        ({"data_path": "none"}, "No such file or directory"),
         ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
-        ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
-        ({"folders": [images, empty]}, "--val_folders: there are no images in .*empty"),
-        ({"file_list": lists[0]}, "--val_list: there is no file"),
-        ({"file_list": lists[1]}, "its first row names .*none.jpg, which does not exist"),
-        ({"file_list": lists[2]}, "1 of its 2 rows have an image and a mask; give CSV with"),
+        ({"folders": ["a", "b"]}, "No such file or directory: 'a'"),
+        ({"folders": [images, empty]}, "empty: there are no images in it"),
+        ({"file_list": lists[0]}, "No such file or directory"),
+        ({"file_list": lists[1]}, "its first file, .*none.jpg, does not exist"),
+        ({"file_list": lists[2]}, "1 of its 2 rows have an image and a mask, separated by a comma"),
         ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
     ):
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises((ValueError, OSError), match=problem):
             open_pairs("val", CLASSES, THREE, **options)
 
 
@@ -285,7 +281,7 @@ def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
         extra = tmp_path / place / f"03.{suffix}"
         Image.new("L", (30, 24)).save(extra)
         for options in ({}, {"folders": ["images/training", "annotations/training"]}):
-            with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(--train_list\)"):
+            with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(`train_list`\)"):
                 open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), **options)
         extra.unlink()
     assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 12
@@ -342,7 +338,7 @@ def test_scales_are_relative_to_the_short_side():
     _, classes = joint_transforms.train_transform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
-    with pytest.raises(ValueError, match="--scale 2 1"):
+    with pytest.raises(ValueError, match=r"scale=\[2, 1\]"):
         joint_transforms.train_transform(8, 0, (2, 1), 0, [0.5])
 
 

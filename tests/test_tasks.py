@@ -21,8 +21,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.cli.advice import AdvisedError
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 from mae.inference import export, get_model
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
@@ -261,7 +260,7 @@ def test_a_file_has_one_label(tune, folder, tmp_path):
         rows = list(csv.reader(file))
     again = [rows[1][0], "5", "6", "blue", *(1 - int(cell) for cell in rows[1][4:])]
     write(tmp_path / "train.csv", [*rows, again])
-    message = r"--train_list .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
+    message = r"`train_list` .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
     for task, columns in (("multilabel", "tags"), ("multilabel", "green red"), ("classification", "red")):
         with pytest.raises(ValueError, match=message):
             tune(task=task, label_columns=columns, train_list=tmp_path / "train.csv")
@@ -274,9 +273,9 @@ def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
     for name, rows in (("twice", names + names[:1]), ("once", names)):
         (tmp_path / f"{name}.csv").write_text("".join(rows))
     twice, once = ({"train_list": tmp_path / f"{name}.csv"} for name in ("twice", "once"))
-    for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction 0.2"),
-                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "held_out 0.3")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"--{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
+    for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction=0.2"),
+                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "--held_out 0.3")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
             classify(main, "twice", **flags, **twice)
         classify(main, main.__name__, **flags, **once)
     classify(main_finetune, "repeated", **MILD, **twice)
@@ -304,25 +303,25 @@ def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
         export.export(get_model(out), to, tmp_path / f"model{suffix}")
         found = get_model(tmp_path / f"model{suffix}").predict(image)["values"]
         assert found == pytest.approx(get_model(out).predict(image)["values"])
-    with pytest.raises(ValueError, match=r"--to onnx: .* --task regression; give --to reference or safetensors"):
+    with pytest.raises(ValueError, match=r"--to onnx: .* --task regression; give --to safetensors"):
         export.export(get_model(out), "onnx", tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(("weights", "flags", "message"), [
-    ({5: "nan"}, {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
-    ({5: ""}, {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
-    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
-    ({5: "inf"}, {}, r"is inf; --task regression needs a finite number"),
+    ({5: "nan"}, {}, r"`train_list` .*\.csv: the weight of .*train04\.png is nan; task=regression needs"),
+    ({5: ""}, {}, r"the weight of .*train04\.png is empty; task=regression needs a finite number"),
+    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; task=regression needs a finite number"),
+    ({5: "inf"}, {}, r"is inf; task=regression needs a finite number"),
     ({5: ["71", "5"]}, {}, r"the row of .*train04\.png and the header have 7 and 6 cells; correct"),
-    ({}, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
-    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
-    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
-    ({}, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
-    (dict.fromkeys(range(1, 51), "5"), {}, r"--task regression: weight is the same for all training images"),
-    ({}, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
-    ({}, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
-    ({}, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
-    ({}, {"nb_classes": 3}, r"2 numbers .*--nb_classes is 3; omit --nb_classes"),
+    ({}, {"label_columns": "wieght"}, r"no column wieght for `label_columns`, but path, .*weight"),
+    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give label_columns="),
+    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; task=multilabel needs 0 or 1"),
+    ({}, {"task": "classification"}, r"task=classification has one label column; give one of weight, age"),
+    (dict.fromkeys(range(1, 51), "5"), {}, r"task=regression: weight is the same for all training images"),
+    ({}, {"train_per_class": 2}, r"train_per_class=2: an image has no single class with task=regression"),
+    ({}, {"class_weight": "balanced"}, r"class_weight=balanced: task=regression has no classes; omit"),
+    ({}, {"metric": "auroc"}, r"metric=auroc is not for task=regression: give r2, mae, spearman"),
+    ({}, {"nb_classes": 3}, r"2 numbers .*`nb_classes` is 3; omit `nb_classes`"),
 ], ids=range(14))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
     rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))
@@ -344,7 +343,7 @@ def test_a_mistake_in_a_column_of_0_and_1_is_no_class(tmp_path):
         return open_source("train", **flags).classes
 
     for mistake, said in (("", "empty"), ("?", r"\?"), ("2", "2")):
-        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; --task multilabel needs 0 or 1"):
+        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; task=multilabel needs 0 or 1"):
             classes("1", mistake, "0")
     assert classes("1", "0", "1") == ["tumor"]
     assert classes("cat", "", "cat;dog") == ["cat", "dog"]
@@ -392,20 +391,19 @@ def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
 def test_class_folders_are_for_classification(task, main, classify):
-    with pytest.raises(ValueError, match=f"--task {task}: the train images are class numbers: give --train_list"):
+    with pytest.raises(ValueError, match=f"task={task}: the train images are class numbers: give `train_list`"):
         classify(main, task=task)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("mixup", 0.8), ("cutmix", 1), ("smoothing", 0.1)])
 def test_mixed_and_smoothed_labels_are_for_classification(flag, value, tune):
-    with pytest.raises(AdvisedError) as raised:
+    with pytest.raises(ValueError, match=f"give {flag}=0$"):
         tune(task="multilabel", label_columns="tags", **{flag: value})
-    assert [str(one) for one in raised.value.remedies] == [f"give --{flag} 0"]
 
 
 def test_a_file_has_one_task(tune, folder, classify, labelled):
     out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
-    with pytest.raises(ValueError, match=r"--task multilabel: .* was trained with --task regression; omit --task"):
+    with pytest.raises(ValueError, match=r"task=multilabel: .* was trained with task=regression; omit `task`"):
         tune(task="multilabel", label_columns="tags", eval=True, resume=out)
     assert isinstance(classify(main_finetune, "other", finetune=out, epochs=1).name, str)  # the head is a new one
     assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
@@ -437,9 +435,8 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 
 def test_labels_of_a_dataset_are_checked(tune):
     for name, message in (
-        ("not_a_number", r"labels have nan: --task regression needs finite numbers"),
-        ("text", r"its label is heavy: --task regression needs finite numbers"),
-        ("ragged", r"train\[1\]: its label has 2 numbers, and that of sample 0 1: give equally many"),
+        ("not_a_number", r"labels have nan: task=regression needs finite numbers"),
+        ("text", r"its label is heavy: task=regression needs finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             tune(task="regression", dataset=f"py:test_tasks:{name}", train_list="", val_list="")
@@ -456,7 +453,6 @@ class Wrong(Pictures):
 
 
 text = partial(Wrong, vectors=["heavy", "heavy"])
-ragged = partial(Wrong, vectors=[[1.0], [1.0, 2.0]])
 
 
 def not_a_number(split, data_path):

@@ -11,7 +11,7 @@ from test_sources import coco
 
 import main_finetune
 import main_linprobe
-from mae.data.dataset_kinds import open_source
+from mae.data.open import open_source
 
 
 def save(path):

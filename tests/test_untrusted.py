@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mae.files.untrusted import MAX_BYTES, escape_dollars, printable
-from mae.training import run_log
+from mae.training import log
 
 
 def test_untrusted_names_are_escaped(capsys):
@@ -18,7 +18,7 @@ def test_untrusted_names_are_escaped(capsys):
     assert printable("a\x1b]0;title\x07b\r\nc\x9b2J") == r"a\x1b]0;title\x07b\r\nc\x9b2J"
     assert printable("gnp.\u202eevil\udce9") == r"gnp.\u202eevil\udce9"
     line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
-    run_log.LineHandler().emit(line)
+    log.LineHandler().emit(line)
     assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"
 
 

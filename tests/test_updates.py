@@ -21,7 +21,7 @@ from torchvision import transforms as tv
 
 import main_finetune
 import main_linprobe
-from mae.data.loader import EpochBatches
+from mae.data.sampler import EpochBatches
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 

@@ -1,5 +1,5 @@
 """Layer-wise learning-rate decay."""
 
-from mae.lr_decay import get_layer_id_for_vit, param_groups_lrd
+from mae.training.param_groups import get_layer_id_for_vit, param_groups_lrd
 
 __all__ = ["get_layer_id_for_vit", "param_groups_lrd"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mae.positions import get_1d_sincos_pos_embed_from_grid, get_2d_sincos_pos_embed, interpolate_pos_embed
+from mae.position_tables import get_1d_sincos_pos_embed_from_grid, get_2d_sincos_pos_embed, interpolate_pos_embed
 
 __all__ = [
     "get_1d_sincos_pos_embed_from_grid",

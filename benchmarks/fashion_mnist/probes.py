@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import scripts
 from mae.evaluate.tables import markdown
-from mae.training import run_log
+from mae.training import log
 
 RECIPE = scripts.ROOT / "recipes" / "linprobe_attentive_fashion_mnist.yaml"
 LINEAR = ["--probe", "linear", "--blr", "1", "3", "10", "30", "100", "300"]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "main_linprobe.py", "--config", RECIPE, "--finetune", args.encoder.resolve(), "--output_dir", out,
                 "--resume", "auto", "--seed", seed, *flags, *others,
             )  # fmt: skip
-            accuracies.append(run_log.read(out)[-1]["test_acc1"])
+            accuracies.append(log.read(out)[-1]["test_acc1"])
         cells = [f"{accuracy:.1f}" for accuracy in accuracies]
         rows.append([title, *cells, f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"])
     print(markdown(["test accuracy, %", *(f"seed {seed}" for seed in SEEDS), "mean and standard deviation"], rows))

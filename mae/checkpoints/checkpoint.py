@@ -17,11 +17,11 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from mae.cli.advice import AdvisedError, Remedy
+from mae.checkpoints.file_names import STATE, checkpoints
 from mae.files import atomic
 from mae.files.untrusted import open_file, printable
 
@@ -29,20 +29,21 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1_000_000  # largest number of parts of a state; a part that is referenced twice counts twice
 MAX_DEPTH = 30
-PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
-LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
-STATE = "state.pth"  # in the folder of a sharded checkpoint
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of the file
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+TEXTS = {  # what a download may leave in place of weights, by its start in lower case
+    LFS_POINTER: "a pointer of Git LFS: run git lfs pull in its folder",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), "a web page: download the file by its own link"),
+}
 # torch.load accepts instances of these types, but not of all their subclasses (weights_only).
 PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
 
 
-class CheckpointError(AdvisedError):
+class CheckpointError(ValueError):
     """A file can't be used. The message has the reason. Text from the file is made printable."""
 
-    def __init__(self, message: str, *remedies: Remedy, about: Mapping[str, Any] | None = None) -> None:
-        super().__init__(printable(message), *remedies, about=about)
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def compute_digest(state: Any) -> str:
@@ -78,17 +79,18 @@ def require_plain(value: Any, name: str) -> None:
     Raises:
         ValueError: the state contains another object, such as a Path or a NumPy number.
     """
-    if isinstance(value, torch.Tensor):
-        return
-    if type(value) not in PLAIN:
-        raise ValueError(
-            f"{name} is a {type(value).__name__}, and checkpoints contain tensors and plain values only: convert it to "
-            f"a tensor, number, text, list or dict"
-        )
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, item in items:
-        require_plain(key, f"a key of {name}")
-        require_plain(item, f"{name}.{key}")
+    waiting = [(value, name)]
+    while waiting:
+        value, name = waiting.pop()
+        if type(value) not in PLAIN and not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, and checkpoints contain tensors and plain values only"
+            )
+        if isinstance(value, dict):
+            waiting += [(key, f"a key of {name}") for key in value]
+            waiting += [(item, f"{name}.{key}") for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(item, f"{name}.{number}") for number, item in enumerate(value)]
 
 
 def write(state: dict[str, Any], path: Path, *also: Path) -> None:
@@ -152,23 +154,54 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-def read(path: Path | str) -> dict[str, Any]:
+def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
     """Reads a checkpoint without executing code from it. If it contains a digest, the content must match.
 
     Files of the published code are supported; their `args` are an argparse.Namespace. The tensors of a sharded
     checkpoint are not read; the entry `folder` is its path.
 
+    Args:
+        verify: False for the names and plain values alone; the tensors stay in the file, and no digest is compared.
+
     Raises:
         CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
+        OSError: the system can't read the file, which may be undamaged.
     """
     path = Path(path)
     if path.is_dir():
         refuse_run_directory(path)
-    state = _load(path / STATE if path.is_dir() else path)
-    digest = state.pop("digest", None)
-    if digest is not None and digest != compute_digest(state):
-        raise CheckpointError(f"{path} is damaged: the content does not match the digest")
+    file = path / STATE if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"there is no checkpoint {file}")
+    try:
+        with open_file(file) as opened:
+            is_zip = check_file(opened)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not verify)
+        _check_parts(state)
+        digest = state.pop("digest", None)
+        if verify and digest is not None and digest != compute_digest(state):
+            raise ValueError("the content does not match the digest")
+    except pickle.UnpicklingError as error:
+        # PyTorch raises the same error for other objects and for damage.
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{file} is refused: it is damaged, or it contains objects other than tensors and plain values"
+            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed. "
+            f"Write its weights in a file of their own with the library that saved it (mmengine: publish_model.py)"
+        ) from error
+    except Exception as error:  # the zip and pickle readers raise any exception
+        if isinstance(error, OSError) and error.errno in NO_ACCESS:
+            raise OSError(f"{file} can't be read ({error.strerror})") from error
+        raise CheckpointError(f"{file} is not a checkpoint, or is damaged: {error}") from error
     return {**state, "folder": str(path)} if path.is_dir() else state
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Returns the entry `args` of a checkpoint, its settings. Files of the published code have a Namespace, or none."""
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return args if isinstance(args, dict) else {}
 
 
 def refuse_run_directory(path: Path) -> None:
@@ -187,17 +220,8 @@ def newest_first(folder: Path) -> list[Path]:
         try:
             positions.append((position(path), path))
         except CheckpointError as error:
-            logger.warning(f"--resume auto skips {path.name}: {error}")
+            logger.warning(f"resume=auto skips {path.name}: {error}")
     return [path for _, path in sorted(positions, reverse=True)]
-
-
-def read_plain(path: Path) -> dict[str, Any]:
-    """Reads the names and plain values of a checkpoint; its tensors stay in the file, and are not verified.
-
-    Raises:
-        CheckpointError: as `read`.
-    """
-    return _load(path / STATE if path.is_dir() else path, mmap=True)
 
 
 def position(path: Path) -> tuple[int, int]:
@@ -206,7 +230,7 @@ def position(path: Path) -> tuple[int, int]:
     Raises:
         CheckpointError: the checkpoint can't be read.
     """
-    state = read_plain(path)
+    state = read(path, verify=False)
     try:
         progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
         return progress["epoch"], progress["images_done"]
@@ -214,92 +238,41 @@ def position(path: Path) -> tuple[int, int]:
         raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Lists the checkpoints in a run directory: files, and folders of sharded runs."""
-    paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
-    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # left by a crash
-
-
-def milestone(epoch: int) -> str:
-    """Returns the file name of the state after an epoch."""
-    return f"{PREFIX}{epoch}.pth"
-
-
-def milestones(folder: Path) -> list[Path]:
-    """Lists the milestones of a run, oldest first."""
-    numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
-    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
-
-
-def check_file(path: Path) -> bool:
+def check_file(file: BinaryIO) -> bool:
     """Checks what the readers of files of weights do not check.
 
     A download may have left a text in place of the weights. torch.load does not verify the checksum of names and plain
     values; without it, damage could rename the key `digest`, and the digest would not be verified.
 
+    Args:
+        file: an open file, at its start.
+
     Returns:
         Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
 
     Raises:
-        CheckpointError: the file is a text.
-        OSError, ValueError, zipfile.BadZipFile: it is not a regular file, or is damaged.
+        ValueError: the file is a text, or its parts are compressed.
+        zipfile.BadZipFile: it is damaged.
     """
-    with open_file(path) as file:
-        start = file.read(len(LFS_POINTER)).lower()
-        if start == LFS_POINTER:
-            raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights: run git lfs pull in its folder")
-        if start.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise CheckpointError(
-                f"{path} is a web page, not weights: download it again, by the link of the file itself"
-            )
-        if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    archive.read(name)
+    start = file.read(len(LFS_POINTER)).lower().lstrip()
+    for text, what in TEXTS.items():
+        if start.startswith(text):
+            raise ValueError(f"it is {what}")
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                archive.read(name)
     return True
-
-
-def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        is_zip = check_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-        _check_parts(state)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        # PyTorch raises the same error for other objects and for damage.
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        if match and match[1].startswith("numpy"):
-            raise CheckpointError(
-                f"{path} contains numbers or arrays of NumPy ({match[1]}), perhaps an accuracy beside the weights, and "
-                f"tensors and plain values are read only. If you trust the file, save its weights alone: "
-                f"torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, 'weights.pth')"
-            ) from error
-        raise CheckpointError(
-            f"{path} is refused: it is damaged, or it contains objects other than tensors and plain values"
-            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed. "
-            f"Write its weights alone with the library that saved it (mmengine: publish_model.py)"
-        ) from error
-    except Exception as error:  # the zip and pickle readers raise any exception
-        if isinstance(error, OSError) and error.errno in NO_ACCESS:
-            raise OSError(f"{path} can't be read ({error.strerror}): restore access to it") from error
-        raise CheckpointError(
-            f"{path} is not a checkpoint, or is damaged (an incomplete download or copy?): {error}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} contains a {type(state).__name__}, not a checkpoint")
-    return state
 
 
 def _check_parts(state: Any) -> None:
     """Raises ValueError if a small file expands to a large state, or a tensor has fewer values than its shape."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it contains a {type(state).__name__}")
     waiting, parts = [(state, 0)], 0
     while waiting:
         value, depth = waiting.pop()

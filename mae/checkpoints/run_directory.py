@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from mae import parallel
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, file_names
 from mae.files import atomic, locks
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def chosen(output_dir: Path, resume: str) -> str:
     """
     if not _continues(output_dir, resume):
         return resume
-    return "auto" if checkpoint.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
+    return "auto" if file_names.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
 def source(output_dir: Path, resume: str) -> Path | None:
@@ -73,12 +73,7 @@ def prepare(output_dir: Path, resume: str) -> None:
         OSError: the directory can't be created.
     """
     _require_unused(output_dir, resume)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
-        ) from error
+    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _require_unused(output_dir: Path, resume: str) -> None:
@@ -87,16 +82,16 @@ def _require_unused(output_dir: Path, resume: str) -> None:
     if _is_inside(output_dir, resume):
         if later := _later(output_dir, Path(resume)):
             raise ValueError(
-                f"--resume {resume}: --output_dir {output_dir} contains later checkpoints ({', '.join(later[:3])}): "
-                f"give another --output_dir, or continue the run with --resume auto"
+                f"resume={resume}: output_dir={output_dir} contains later checkpoints ({', '.join(later[:3])}): "
+                f"give another `output_dir`, or continue the run with resume=auto"
             )
         return
     files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
-    existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
+    existing = sorted({*files, *(path.name for path in file_names.checkpoints(output_dir))})
     if existing:
         raise ValueError(
-            f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
-            f"--resume auto, or give another --output_dir"
+            f"output_dir={output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
+            f"resume=auto, or give another `output_dir`"
         )
 
 
@@ -131,10 +126,7 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                     (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
                 atomic.write_text(output_dir / LAUNCHED, "\n".join(parallel.launches()))
             except OSError as error:
-                raise OSError(
-                    f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
-                    f"give another --output_dir"
-                ) from error
+                raise OSError(f"output_dir={output_dir} can't be written to ({error.strerror or error})") from error
         _require_shared(output_dir)
         yield
 
@@ -147,20 +139,14 @@ def _require_shared(output_dir: Path) -> None:
         time.sleep(0.2)
     hosts = parallel.gather("" if found else socket.gethostname())
     if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
-        raise ValueError(
-            f"--output_dir {output_dir} of {others[0]} is another directory than that of process 0: give a directory "
-            f"that all machines share"
-        )
+        raise ValueError(f"output_dir={output_dir} of {others[0]} is another directory than that of process 0")
 
 
 def _take(file: IO[str], output_dir: Path) -> None:
     file.seek(0)
     holder = file.read()
     if not locks.acquire(file, output_dir):
-        raise ValueError(
-            f"--output_dir {output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
-            f"another --output_dir"
-        )
+        raise ValueError(f"output_dir={output_dir} is being written to by another run ({holder})")
     if holder:
         logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints import checkpoint, file_names, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy, arguments
-from mae.cli.flags import runs_code
-from mae.cli.user_code import DATASET
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
+from mae.settings.arguments import advice, in_words
 from mae.settings.choices import published_crop_pct
 from mae.settings.names import names_resumed
 from mae.settings.run import RESUME_PUBLISHED
+from mae.user_code import runs_code
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights
 
@@ -42,9 +41,9 @@ OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturab
 
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
-ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
+ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 
-ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
+ANOTHER_FOLDER = "give another `output_dir`"
 
 
 class Progress:
@@ -99,8 +98,8 @@ class Progress:
         batch = saved["effective_batch_size"] if saved else published
         if batch not in (None, self.effective_batch_size):
             raise CheckpointError(
-                f"the checkpoint was trained with an effective batch size of {batch} (--batch_size x --accum_iter x "
-                f"processes), and this run has {self.effective_batch_size}: give {self._split_of(batch)}"
+                f"the checkpoint was trained with an effective batch size of {batch} (`batch_size` x `accum_iter` x "
+                f"processes), and this run has {self.effective_batch_size}"
             )
         if saved is None:
             self.epoch = state["epoch"] + 1
@@ -113,29 +112,15 @@ class Progress:
             )
         if None not in (num_images, self.num_images) and num_images != self.num_images:
             if images_done:
-                remedies = [Remedy({}, f"restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}")]
-                if self.num_images < num_images:
-                    skips = "give {} if images have disappeared from a folder and the run has train_images.gz"
-                    remedies.append(Remedy({"on_bad_image": "skip"}, skips))
                 raise CheckpointError(
                     f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
-                    f"{self.num_images}",
-                    *remedies,
+                    f"{self.num_images}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -math.inf)
         self.epoch = saved["epoch"]
         self.first_iteration = images_done // self.global_batch_size
         self.meters = saved["meters"]
-
-    def _split_of(self, effective_batch_size: int) -> str:
-        """Returns flags for an effective batch size with the same number of processes and no larger batch size."""
-        per_process, rest = divmod(effective_batch_size, parallel.world_size())
-        if rest:
-            return f"a number of processes that divides {effective_batch_size}"
-        largest = min(per_process, self.global_batch_size // parallel.world_size())
-        batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
-        return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
 
 
 def collect(
@@ -183,7 +168,7 @@ def with_recorded_settings(run: Run, script: str) -> Run:
     for name, value in changed.items():
         _require_setting(file, name, value)
     if changed:
-        logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
+        logger.info(f"settings of {file}: {in_words(changed)}")
     # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
     facts = {"precision": str(saved.get("precision", ""))}
     if saved.get("layer_norm_eps"):
@@ -199,13 +184,11 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
         return None
     if file.is_dir():
         checkpoint.refuse_run_directory(file)
-    state = checkpoint.read_plain(file)
+    state = checkpoint.read(file, verify=False)
     saved = _args_of(state)
     if saved.get("script", script) != script:
-        remedies = _start_from(which)
-        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
-            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
-        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+        remedy = _start_from(which, script)
+        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
     return str(file), saved, "progress" in state
 
 
@@ -214,8 +197,7 @@ def _require_setting(file: str, name: str, value: Any) -> None:
     if value is not None and not fits(name, value):
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_code(str(value)):
-        in_python = " (or source= in Python)" * value.startswith(DATASET)
-        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'{in_python}")
+        raise CheckpointError(f"{file} records a `dataset` that runs code: give dataset='{value}'")
 
 
 def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
@@ -265,18 +247,17 @@ def resume(
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
-            is_same = model.state_dict().keys() <= state.get("model", {}).keys()
-            evaluated = [Remedy({"eval": True}, "{} evaluates it")] * is_same
             what = " and no ".join(sorted(missing))
-            raise CheckpointError(f"--resume {which}: the file contains no {what}", *_start_from(which), *evaluated)
+            remedy = _start_from(which, settings.get("script", ""))
+            raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
             remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
-            checkpoint.require_finite(state["model"], f"--resume {which}", remedy_text)
+            checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
         restore_model(model, state, settings, which)
         _require_same_meaning(_args_of(state), settings)
-        _require_same_parameters(optimizer, state, settings, which)
+        _require_same_parameters(optimizer, state)
         require_same_optimizer(optimizer, state)
         progress.restore(state)
         _require_same_processes(state, settings)
@@ -288,7 +269,7 @@ def resume(
         _warn_of_changes(_args_of(state), settings)
     if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
         raise CheckpointError(
-            f"--resume {which}: the processes found different checkpoints; give all of them the same file"
+            f"resume={which}: the processes found different checkpoints; give all of them the same file"
         )
     if which not in ("", "auto") and parallel.is_main():  # after all processes have accepted the checkpoint
         run_directory.record_source(output_dir, Path(which))
@@ -303,33 +284,31 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
         OSError: the system can't read a checkpoint.
     """
     paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
-        lambda: (checkpoint.newest_first(output_dir), [path.name for path in checkpoint.checkpoints(output_dir)])
+        lambda: (checkpoint.newest_first(output_dir), [path.name for path in file_names.checkpoints(output_dir)])
     )
     for path in paths:
         try:
             state = sharded.read(path)
         except CheckpointError as error:
             if parallel.is_main():  # the error is the same in all processes
-                logger.warning(f"--resume auto skips {path.name}: {error}")
+                logger.warning(f"resume=auto skips {path.name}: {error}")
             continue
         logger.info(f"resuming from {path}")
         return state
     if names:
         raise CheckpointError(
-            f"--resume auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read: "
-            f"restore them, or give another --output_dir"
+            f"resume=auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read"
         )
-    logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
+    logger.info(f"resume=auto: no checkpoint in {output_dir}, starting from the beginning")
     return None
 
 
-def _start_from(file: str) -> list[Remedy]:
-    """Returns remedies for a checkpoint that can't be resumed. The script has one of the flags."""
+def _start_from(file: str, script: str) -> str:
+    """Returns the remedy for a checkpoint that can't be resumed."""
     if file == "auto":
-        return [ANOTHER_FOLDER]
-    return [
-        Remedy({flag: file}, "{} instead of --resume starts from its weights") for flag in ("finetune", "init_from")
-    ]
+        return ANOTHER_FOLDER
+    name = "init_from" if script == "main_pretrain" else "finetune"
+    return f"{name}={file} instead of `resume` starts from its weights"
 
 
 def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
@@ -351,43 +330,32 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
+        remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
         raise CheckpointError(
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}",
-            *([Remedy(differing_settings)] if is_known else _start_from(which)),
+            f"such as {', '.join(differing[:3])}: {remedy}"
         )
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    different = {name: saved[name] for name in FIXED if _differs(name, saved, settings)}
+    saved = {"updates_per_epoch": None, **saved}  # None, in a checkpoint without it: one pass over the images
+    different = {name: saved[name] for name in [*FIXED, "updates_per_epoch"] if _differs(name, saved, settings)}
     if different:
         before, now = (
-            " ".join(arguments({name: values[name] for name in different})) or "the defaults"
+            in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
             for values in (saved, settings)
         )
         raise CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task",
-            Remedy(different),
+            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task: "
+            f"{advice(different)}"
         )
     _require_same_data(saved, settings)
-    updates = saved.get("updates_per_epoch")
-    if updates != settings.get("updates_per_epoch"):
-        length = f"{updates} updates" if updates else "one pass over the images"
-        raise CheckpointError(
-            f"an epoch of the resumed run is {length}, and its position counts such epochs",
-            Remedy(_differing({"updates_per_epoch": updates}, settings)),
-        )
 
 
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in ("classes", "colors", "train_images", "held_out_images"):
         if _differs(name, saved, settings):
-            chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
-            remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
-            if not any(remedies[0].settings):
-                started = Remedy({"finetune": "FILE"}, "{} starts from its weights")
-                remedies = [Remedy({}, "give the data of that run"), started]
-            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}", *remedies)
+            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}: give the data of that run")
 
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -395,31 +363,14 @@ def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool
     return name in saved and name in settings and differs(name, saved[name], settings[name])
 
 
-def _require_same_parameters(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any], which: str = "auto"
-) -> None:
+def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     saved, ours = ([len(group["params"]) for group in groups]
                    for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
-    if saved != ours and sum(saved) == sum(ours):
-        raise CheckpointError(
-            f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
-            f"{_listed(saved)}: build the groups as before",
-            *_start_from(which),
-        )
     if saved != ours:
-        args = _args_of(state)
-        chosen = {
-            "unfreeze_blocks": args.get("unfreeze_blocks"),
-            "learned_pos_embed": args.get("learned_pos_embed", False),
-        }
         raise CheckpointError(
-            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}",
-            Remedy(_differing(chosen, settings)),
+            f"the parameter groups of the optimizer have {ours} tensors, and in the checkpoint {saved}: train the same "
+            f"blocks and positions (`unfreeze_blocks`, `learned_pos_embed`), and build the groups as before"
         )
-
-
-def _listed(counts: list[int]) -> str:
-    return ", ".join(map(str, counts[:6])) + ", ..." * (len(counts) > 6)
 
 
 def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -428,8 +379,8 @@ def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, An
         saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
         if saved != ours:
             raise CheckpointError(
-                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set",
-                ANOTHER_FOLDER,
+                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set: "
+                f"{ANOTHER_FOLDER}"
             )
 
 
@@ -441,20 +392,13 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
     before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), parallel.world_size()
     if before != now:
         raise CheckpointError(
-            f"the checkpoint is in the middle of an epoch on stored features, each process has its own part of them, "
-            f"and there were {before} processes and are {now} now: start {before}, or resume from the checkpoint of a "
-            f"complete epoch {ELSEWHERE}"
+            f"the checkpoint is in the middle of an epoch on stored features, of which each process has a part: start "
+            f"{before} processes, and not {now}"
         )
 
 
-def _differing(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the checkpoint that differ from those of this run."""
-    return {name: value for name, value in saved.items() if _differs(name, saved, settings)}
-
-
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:
-    args = state.get("args") or {}
-    args = args if isinstance(args, dict) else vars(args)
+    args = checkpoint.settings_of(state.get("args"))
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
     return args
@@ -484,8 +428,7 @@ def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, A
         return
     if len(callbacks) != len(states):
         raise CheckpointError(
-            f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}: resume "
-            f"with the same callbacks"
+            f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}"
         )
     for callback, state in zip(callbacks, states, strict=True):
         callback.load_state_dict(state)
@@ -501,7 +444,7 @@ def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE):
         if _differs(name, saved, settings):
-            logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")
+            logger.warning(f"`{name}` was {saved[name]} in the resumed run, and is {settings[name]} from now on")
     unknown = sorted(saved.keys() - settings.keys() - FREE)
     if unknown:
         names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)

@@ -20,7 +20,8 @@ import torch.distributed as td
 
 from mae import parallel
 from mae.checkpoints import checkpoint
-from mae.checkpoints.checkpoint import STATE, CheckpointError
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.checkpoints.file_names import STATE
 from mae.cli import entry_point, flags
 from mae.files.untrusted import file_digest
 
@@ -50,10 +51,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{number}.{name}"] = value
             elif isinstance(value, list | tuple | dict):  # it may contain shards, of which this process has one
-                raise ValueError(
-                    f"--fsdp can't save {name} in the state of the optimizer, a {type(value).__name__}: omit --fsdp, "
-                    f"or give an optimizer whose state has tensors and numbers only"
-                )
+                raise ValueError(f"`fsdp` can't save {name} in the state of the optimizer, a {type(value).__name__}")
             else:
                 plain.setdefault(number, {})[name] = value
 
@@ -85,7 +83,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
     except OSError as error:
         with contextlib.suppress(OSError):
             _in_all(remove_temporary, group)
-        raise OSError(f"can't write {folder} ({error}): free space there, or give another --output_dir") from error
+        raise OSError(f"can't write {folder} ({error})") from error
 
 
 def _temporary(folder: Path) -> Path:
@@ -157,42 +155,35 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
     Raises:
         CheckpointError: a file is damaged or missing, or the folder contains anything but tensors.
     """
-    folder, files = Path(state["folder"]), state.get("files")
-    groups = state["optimizer"].get("param_groups") if isinstance(state.get("optimizer"), dict) else None
-    are_groups = isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
-    if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and are_groups):
-        raise CheckpointError(f"{folder} is damaged: its {STATE} does not describe a sharded checkpoint")
-    if any(Path(str(name)).name != name for name in files):
-        raise CheckpointError(f"{folder} is damaged: its {STATE} names files outside of the folder")
-    for name in sorted(files)[part::parts]:
-        try:
-            is_intact = file_digest(folder / name) == files[name]
-        except OSError as error:
-            raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
-        if not is_intact:
-            raise CheckpointError(f"{folder} is damaged: {name} does not match its digest")
-    _sizes(state)
+    folder = Path(state["folder"])
+    try:
+        for group in state["optimizer"]["param_groups"]:
+            list(group["params"])
+        files = state["files"]
+        if any(Path(name).name != name for name in files):
+            raise ValueError(f"its {STATE} names files outside of the folder")
+        for name in sorted(files)[part::parts]:
+            if file_digest(folder / name) != files[name]:
+                raise ValueError(f"{name} does not match its digest")
+        _sizes(state)
+    except Exception as error:  # pickle raises any exception on damaged bytes
+        raise CheckpointError(f"{folder} is refused, or is damaged: {error}. Nothing in it was executed.") from error
 
 
 def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
     """Returns the shapes of all tensors of a folder, by name.
 
     Raises:
-        CheckpointError: the metadata of the tensors is damaged, or contains anything but tensors.
+        Exception: the metadata of the tensors is damaged, or contains anything but tensors.
     """
     from mae.checkpoints import shard_files
 
-    try:
-        described: Any = shard_files.ShardReader(state["folder"]).read_metadata().state_dict_metadata
-        sizes = {name: tensor.size for name, tensor in described.items()}
-        num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
-        if sum(math.prod(size) for size in sizes.values()) > num_bytes:
-            raise CheckpointError("its tensors are larger than its files")
-        return {name: sizes[name] for name in state["tensors"]}
-    except Exception as error:  # pickle raises any exception on damaged bytes
-        raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
+    described: Any = shard_files.ShardReader(state["folder"]).read_metadata().state_dict_metadata
+    sizes = {name: tensor.size for name, tensor in described.items()}
+    num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
+    if sum(math.prod(size) for size in sizes.values()) > num_bytes:
+        raise CheckpointError("its tensors are larger than its files")
+    return {name: sizes[name] for name in state["tensors"]}
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

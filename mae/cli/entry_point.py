@@ -17,13 +17,16 @@ import torch
 import yaml
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, arguments, did_you_mean
-from mae.cli.flags import Range, Size, is_refused_in_recipes, warn_without_crops
+from mae.cli.flags import Range, Size, is_refused_in_recipes
+from mae.cli.messages import flags_in_log, with_flags
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
+from mae.settings.arguments import arguments
+from mae.settings.images import unused_crops
 from mae.settings.run import Run
 from mae.settings.types import InvalidValue
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +153,8 @@ def parse_command(
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
-    warn_without_crops(getattr(args, "crop", None), explicit)
+    if unused := unused_crops(getattr(args, "crop", None), explicit):
+        logger.warning(f"no effect with --crop none: {' '.join(f'--{name}' for name in unused)}")
     return args, explicit
 
 
@@ -277,7 +281,8 @@ def run(
     same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
-        main(convert(args, explicit))
+        with flags_in_log(parser):
+            main(convert(args, explicit))
         parallel.teardown()  # not after an error, because the processes would wait for each other
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
@@ -319,10 +324,8 @@ def _out_of_memory(args: argparse.Namespace) -> str:
 
 def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
     """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
-    if isinstance(error, AdvisedError):
-        positional = {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
-        return error.describe({flag.removeprefix("--") for flag in parser._option_string_actions}, positional)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    return with_flags(text, parser)

@@ -1,19 +1,9 @@
 """What only a command line knows of flags: types of output files, actions, and what a recipe must not set."""
 
 import argparse
-import logging
-import re
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from mae.cli.user_code import DATASET
-from mae.settings.choices import NO_CROP
-
-logger = logging.getLogger(__name__)
-
-# Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
-SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
@@ -75,16 +65,3 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     refused = getattr(flag, "refused_in_recipes", None)
     return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
-
-
-def warn_without_crops(crop: str | None, explicit: Set[str]) -> None:
-    """Logs a warning for explicit flags about crops if `crop` is none."""
-    unused = sorted(explicit & {"crop_scale", "crop_ratio", "crop_pct"})
-    if unused and crop == NO_CROP:
-        flags = " and ".join(f"--{name}" for name in unused)
-        logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
-
-
-def runs_code(dataset: str) -> bool:
-    """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
-    return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))

@@ -7,13 +7,13 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
-from mae.cli.advice import OFF
-from mae.cli.flags import not_in_recipes, runs_code
-from mae.cli.user_code import import_object
+from mae.cli.flags import not_in_recipes
+from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.names import FIELDS
 from mae.settings.types import count_or_all, positive
+from mae.user_code import import_object, runs_code
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
 GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.py)"}
@@ -260,7 +260,8 @@ def add_inference_options(
         add_to(parser, "nodata", "value_range", "channels_last")
         text = f"precision; auto: bf16 on CUDA (fp16 on older GPUs), else off. {TF32}. off: fp32"
         add_to(parser, "amp", default=amp, help=text)
-    parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
+    text = f"checkpoint file{published}{also}"
+    add_to(parser, "model", default=None, choices=None, required=True, metavar="FILE", help=text)
     add_to(parser, "encoder", "encoder_args", "device", "debug")
 
 

@@ -134,7 +134,7 @@ def _full(num_workers: int) -> OSError:
     size = f" ({shutil.disk_usage(PLACE).total / 1e6:,.1f} MB)" if PLACE.is_dir() else ""
     return OSError(
         f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give fewer "
-        f"--num_workers (0 sends none), or more shared memory (docker run --shm-size 8g)"
+        f"`num_workers` (0 sends none), or more shared memory (docker run --shm-size 8g)"
     )
 
 
@@ -204,4 +204,4 @@ def up_to_cores(num_workers: int) -> int:
 
 @cache  # once per process, not once per loader
 def _notice_cores(num_workers: int, cores: int) -> None:
-    logger.info(f"--num_workers {num_workers}: this process has {cores} CPU cores and uses {cores} worker processes")
+    logger.info(f"num_workers={num_workers}: this process has {cores} CPU cores and uses {cores} worker processes")

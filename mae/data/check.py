@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from mae.cli import entry_point, options
 from mae.data.batches import up_to_cores
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage, PixelValues
 from mae.data.image_facts import ImageFacts, all_facts, statistics_of
 from mae.data.labels import has_ids
 from mae.data.loader import MAX_BAD_SHARE
+from mae.data.open import open_source
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, UserSet, with_source
 from mae.data.webdataset_shards import Shards
@@ -125,18 +125,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
     print("\n".join(report_on(images, facts, time.perf_counter() - started)))
-    bad = [fact for fact in facts if fact.unreadable]
-    if bad:
-        raise BadImage(f"{len(bad):,} of {len(facts):,} images can't be read: {_remedy_of(bad, len(facts))}")
-
-
-def _remedy_of(bad: list[ImageFacts], count: int) -> str:
-    """Returns the remedy for the unreadable among `count` images."""
-    (remedy, shared), *_ = Counter(fact.remedy for fact in bad).most_common()
-    if remedy and shared > count / 2:
-        return remedy
-    if len(bad) <= MAX_BAD_SHARE * count:
-        return f"main_pretrain.py --on_bad_image skip excludes them, up to {MAX_BAD_SHARE:.0%} of an epoch"
-    return (
-        f"replace or remove them; main_pretrain.py --on_bad_image skip excludes up to {MAX_BAD_SHARE:.0%} of an epoch"
-    )
+    if bad := [fact for fact in facts if fact.unreadable]:
+        raise BadImage(
+            f"{len(bad):,} of {len(facts):,} images can't be read; main_pretrain.py --on_bad_image skip excludes up to "
+            f"{MAX_BAD_SHARE:.0%} of an epoch"
+        )

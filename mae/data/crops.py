@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 
 from mae.data.bicubic_weights import BITS, pixel_weights
 from mae.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
 
 
@@ -95,12 +95,9 @@ def first_stage(
     Raises:
         ValueError: `scale` or `ratio` is not a range.
     """
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(
-            f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
-        )
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
+    for name, (low, high), limit in (("crop_scale", scale, 1), ("crop_ratio", ratio, math.inf)):
+        if not 0 < low <= high <= limit:
+            raise ValueError(f"{name}=[{low}, {high}]: give a minimum and a maximum between 0 and {limit}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
         return partial(scaled, size=(height, width))
@@ -138,7 +135,7 @@ def flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Call
     """
     height, width = to_pair(input_size)
     if rotate90 and height != width:
-        raise ValueError(f"--rotate90: --input_size {height} {width} is not a square; omit --rotate90")
+        raise ValueError(f"`rotate90`: input_size=[{height}, {width}] is not a square; omit `rotate90`")
     return [T.RandomVerticalFlip(vflip)] * (vflip > 0) + [_rotate90] * rotate90
 
 

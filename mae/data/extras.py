@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mae.context import extra_inputs, needed_inputs
+from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,10 @@ def split(image: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     return (image.image, image.extras) if isinstance(image, WithExtras) else (image, {})
 
 
-def can_name(name: Any) -> bool:
-    """Whether an extra input can have this name, which is the name of a parameter of a model."""
-    return str(name).isidentifier() and not keyword.iskeyword(str(name)) and name not in RESERVED
+def check_name(name: Any) -> None:
+    """Raises ValueError if an extra input can't have a name, which is the name of a parameter of a model."""
+    if not str(name).isidentifier() or keyword.iskeyword(str(name)) or name in RESERVED:
+        raise ValueError(f"an extra input can't have the name {printable(str(name))}: rename it")
 
 
 def to_tensor(value: Any) -> torch.Tensor:
@@ -42,23 +44,17 @@ def to_tensor(value: Any) -> torch.Tensor:
     Raises:
         ValueError: it is no number, not finite in fp32, or an integer that fp32 does not represent.
     """
-    try:
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu()
-            value = value.double() if value.is_floating_point() else value
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # such as a ragged list
-        array = np.array(None)
-    if array.dtype.kind not in "biuf":
-        raise ValueError("is no number and no array of numbers")
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = array.astype(np.float32)
-        changed = array.dtype.kind in "iu" and (converted.astype(array.dtype) != array).any()
-    if not np.isfinite(converted).all():
-        raise ValueError("is not a finite number in fp32")
-    if changed:
-        raise ValueError("has an integer that fp32 does not represent: split it into parts, such as year and day")
-    return torch.from_numpy(converted)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value
+    array = np.asarray(value)
+    if array.dtype.kind in "biuf":
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = array.astype(np.float32)
+            is_exact = array.dtype.kind not in "iu" or (converted.astype(array.dtype) == array).all()
+        if is_exact and np.isfinite(converted).all():
+            return torch.from_numpy(converted)
+    raise ValueError("is not of finite numbers that fp32 represents; split large integers, such as dates")
 
 
 def original(source: Any) -> Any:

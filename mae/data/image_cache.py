@@ -21,7 +21,7 @@ from mae.data.generators import preserve_generators
 from mae.data.samples import Samples
 from mae.data.sources import Source, label_at
 from mae.data.transforms import keeps_label, to_tensor
-from mae.data.webdataset_shards import Shards
+from mae.data.webdataset_shards import Shards, require_random_access
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +97,13 @@ class ImageCache:
                 estimate = num_bytes * len(source) / num_images
                 if num_images >= min(SAMPLE, len(source)) // processes and estimate > limit:
                     raise ValueError(
-                        f"--cache_images: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
+                        f"`cache_images`: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
                         f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
                         f"images with python -m mae.data.resize"
                     )
         # Two nodes of a job may be one machine, whose processes find each part twice.
         by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}
         parts = [by_number[number] for number in sorted(by_number)]
-        if len(parts) < count:
-            raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
         self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
         self.num_bytes = sum(map(len, self.parts))
         self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
@@ -191,17 +189,15 @@ def cached(
     limit = SHARE * memory_bytes() / (1 if CAN_SHARE else parallel.processes_here())
     caches: list[ImageCache] = []
     for source, on_bad in zip_longest(sources, on_bad_image):
-        if isinstance(source, Shards):
-            raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
         caches.append(
             ImageCache(
-                source, left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif, num_workers=num_workers,
-                on_bad_image=on_bad, values=values,
+                require_random_access(source), left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif,
+                num_workers=num_workers, on_bad_image=on_bad, values=values,
             )
         )  # fmt: skip
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
-    logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
+    logger.info(f"`cache_images`: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
     return caches
 
 
@@ -251,8 +247,8 @@ class _Decoded(Dataset):
             return nothing, label_at(self.source.labels, index)
         if not torch.equal(pixels, again):
             raise ValueError(
-                f"--cache_images: the dataset returns another image {self.source.name(index)} in each epoch, and all "
-                f"epochs would have the first; omit --cache_images"
+                f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "
+                f"epochs would have the first; omit `cache_images`"
             )
         return pixels, label
 

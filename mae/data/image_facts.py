@@ -49,7 +49,6 @@ class ImageFacts(NamedTuple):
     valid: int = 0  # number of valid pixels
     unreadable: tuple[str, str] | None = None  # name and reason
     turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
-    remedy: str | None = None  # flags with which an unreadable image can be read
 
 
 class FactsDataset(Dataset):
@@ -74,7 +73,7 @@ class FactsDataset(Dataset):
 
 def _unreadable(name: str, error: Exception) -> ImageFacts:
     reason = printable(" ".join(str(error).split()))
-    return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
+    return ImageFacts(-1, unreadable=(name, reason))
 
 
 def image_facts(
@@ -182,13 +181,13 @@ def check_statistics(
         return
     if not values.value_range and not any(fact.deep for fact in good):
         normalize.require_fit_to_bytes()
-    suggestion = f"{len(good)} images suggest " + "--mean {} --std {}".format(*statistics_of(good))
+    suggestion = f"{len(good)} images suggest " + "mean={} std={}".format(*statistics_of(good))
     sums, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0)
     if not normalize.fits_bytes and sums.any() and (squares <= sums).all():  # as of values from 0 to 1
         text = " ".join(f"{value:g}" for value in mean or ())
-        raise ValueError(f"--mean {text}: pixels are from 0 to 1 when they are normalized; {suggestion}")
+        raise ValueError(f"mean={text}: pixels are from 0 to 1 when they are normalized; {suggestion}")
     if any(fact.deep for fact in good) and not (mean and std) and parallel.is_main():
         logger.warning(
-            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
+            f"the images have more than 8 bits, and without `mean` and `std` the statistics of ImageNet normalize "
             f"them; {suggestion} (python -m mae.data reads all images)"
         )

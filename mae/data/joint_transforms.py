@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mae.data.decode import MAX_PIXELS, BadImage, Picture, require_size, size_of
 from mae.data.segmentation_masks import IGNORED
 from mae.data.transforms import Transform, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 
 
 def scaled(picture: Picture, height: int, width: int) -> Picture:
@@ -70,7 +70,7 @@ def train_transform(
         ValueError: `scale` is no range above 0.
     """
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"--scale {scale[0]} {scale[1]}: give the minimum and the maximum, above 0")
+        raise ValueError(f"scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum, above 0")
     return partial(
         _augmented, size=to_pair(size), short_side=short_side, scale=scale, hflip=hflip,
         mean=torch.tensor(mean)[:, None, None],

@@ -37,20 +37,16 @@ def decoder() -> Any:
     """Returns the decoder of torchcodec or, if it is not installed, of torchvision; compiles the scaling of pictures.
 
     Raises:
-        ValueError: numba is not installed or is incompatible with the installed NumPy, or there is no decoder.
+        ImportError: numba is not installed or is incompatible with the installed NumPy: pip install ".[fast]".
     """
-    try:
-        import_module("mae.data.bicubic")
-        with contextlib.suppress(ImportError, RuntimeError, OSError):  # not installed, or not for this PyTorch
-            from torchcodec.decoders import decode_jpeg
+    import_module("mae.data.bicubic")
+    with contextlib.suppress(ImportError, RuntimeError, OSError):  # not installed, or not for this PyTorch
+        from torchcodec.decoders import decode_jpeg
 
-            return decode_jpeg
-        from torchvision import io  # as fast as torchcodec, but deprecated since torchvision 0.29
+        return decode_jpeg
+    from torchvision import io  # as fast as torchcodec, but deprecated since torchvision 0.29
 
-        return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f'--fast_jpeg needs more packages: pip install ".[fast]" ({reason})') from error
+    return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.sources import Files, Source, StoredImage, first_few, strays_of
-from mae.data.webdataset_shards import Shards
+from mae.data.webdataset_shards import Shards, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -68,10 +68,6 @@ class Targets(Subset):
         return self.source[index][0], self.labels[index]
 
 
-def _is_decimal(name: str) -> bool:
-    return name.count(".") == 1 and name.lstrip("-").replace(".", "").isdecimal()
-
-
 def open_pair(
     open_split: Callable[[str], Source | Shards],
     task: str = CLASSIFICATION,
@@ -97,29 +93,18 @@ def open_pair(
     is_classification = task == CLASSIFICATION
     if train_per_class and not is_classification:
         raise ValueError(
-            f"--train_per_class {train_per_class}: an image has no single class with --task {task}; omit "
-            f"--train_per_class"
+            f"train_per_class={train_per_class}: an image has no single class with task={task}; omit `train_per_class`"
         )
     train = require(open_split("train"), "train", task)
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
         train = counted_as(train, outputs(nb_classes))
     val = require(open_split("val"), "val", task) if validation else train
-    only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
-    if is_classification and only_val:
-        raise ValueError(
-            "training and validation set have different classes: "
-            + "; ".join(
-                f"only {side}: {first_few(own)}" for side, own in (("train", only_train), ("val", only_val)) if own
-            )
-            + "; --task multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
-            + "; --task regression takes numbers" * all(map(_is_decimal, only_train + only_val))
-        )
     count = len(train.classes)
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
-        raise ValueError(f"the data has {count} {unit}, and --nb_classes is {nb_classes}; omit --nb_classes")
+        raise ValueError(f"the data has {count} {unit}, and `nb_classes` is {nb_classes}; omit `nb_classes`")
     if not count:
-        raise ValueError(f"--task {task}: no training image has a label: give labels")
+        raise ValueError(f"task={task}: no training image has a label: give labels")
     if is_classification and parallel.is_main():
         _warn_of_imbalance(train, train.classes)
     chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
@@ -162,10 +147,7 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         ValueError: an image has no label or a label of another task, or the source is a stream, which has no random
             access.
     """
-    if isinstance(source, Shards):
-        raise ValueError(
-            f"{source.title}: streamed shards are for pre-training only; unpack them, or pack the images as a zip file"
-        )
+    source = require_random_access(source)
     if task == CLASSIFICATION and (reason := getattr(source, "no_labels", "")):
         raise ValueError(f"the {split} images have no labels: {reason}")
     if task == CLASSIFICATION and source.classes and (lacking := np.flatnonzero(np.asarray(source.labels) < 0)).size:
@@ -178,12 +160,12 @@ def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> 
         reason = f", because these are in no class folder: {strays}; move or remove them" if strays else ""
         raise ValueError(
             f"the {split} images have no classes{reason}. Supervised training and evaluation need them: give class "
-            f"folders ({split}/CLASS/IMAGE), a --{split}_list with labels, or a --dataset with labels"
+            f"folders ({split}/CLASS/IMAGE), a `{split}_list` with labels, or a `dataset` with labels"
         )
     if task != CLASSIFICATION and np.asarray(source.labels).ndim < 2:
         raise ValueError(
-            f"--task {task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
-            f"--train_list and --val_list with labels, or vectors of a --dataset py:MODULE:FUNCTION"
+            f"task={task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
+            f"`train_list` and `val_list` with labels, or vectors of a `dataset` py:MODULE:FUNCTION"
         )
     if task == CLASSIFICATION and has_ids(source) and len(there := np.unique(source.labels)) < len(source.classes):
         numbers = np.full(len(source.classes), -1)
@@ -216,7 +198,7 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
     if task != CLASSIFICATION:
         if unknown or (task == REGRESSION and len(source.classes) < len(classes)):
             raise ValueError(
-                f"--task {task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
+                f"task={task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
                 f"training images or of the model are {first_few(classes)}: give the same"
             )
         vectors = np.zeros((len(source), len(classes)))
@@ -224,8 +206,8 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
         return Targets(source, classes, vectors)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
-            f"{len(classes)} classes: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
+            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the {len(classes)} of "
+            f"the training images or the model: {first_few(unknown)}; labels are compared as texts, such as 001 and 1"
         )
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])
@@ -250,7 +232,7 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
         if not len(samples) and has_ids(source):  # an output without images (--nb_classes)
             continue
         if len(samples) < count:
-            raise ValueError(f"--train_per_class {count}: the class {name} has {len(samples)} images")
+            raise ValueError(f"train_per_class={count}: the class {name} has {len(samples)} images")
         chosen.append(samples[:count])
     return Subset(source, np.sort(np.concatenate(chosen)))
 
@@ -303,7 +285,7 @@ def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:
     mean, std = source.labels.mean(axis=0), source.labels.std(axis=0)
     if not (std > 0).all():
         name = source.classes[int(np.argmin(std))]
-        raise ValueError(f"--task regression: {name} is the same for all training images: omit this label")
+        raise ValueError(f"task=regression: {name} is the same for all training images: omit this label")
     return mean.tolist(), std.tolist()
 
 

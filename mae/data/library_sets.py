@@ -3,7 +3,7 @@
 import inspect
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, Remedy, did_you_mean
 from mae.data.decode import BadImage, Picture
 from mae.data.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.sources import VALIDATION, first_few, names_of, version_of
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 LABELS = (*LABEL_COLUMNS, "labels")  # names of columns of Hugging Face in which integers and texts are labels
 PLAIN_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
 
-# The folders or files that torchvision makes in the folder of a dataset, for a hint to those who give this folder.
+# The folders or files that torchvision makes in the folder of a dataset, for a warning.
 LAYOUTS = {
     "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
     "MNIST/raw": "MNIST", "FashionMNIST/raw": "FashionMNIST", "KMNIST/raw": "KMNIST", "train_32x32.mat": "SVHN",
@@ -32,12 +31,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def dataset_in(root: Path) -> tuple[str, Path] | None:
-    """Returns name and folder of a dataset that torchvision stored in a folder or the folder above, if any."""
+def dataset_in(root: Path) -> str | None:
+    """Returns the name of a dataset that torchvision stored in a folder or the folder above, if any."""
     for folder in (root, root.parent):
         for entry, name in LAYOUTS.items():
             if (folder / entry).exists() and (folder == root or root.name == Path(entry).parts[0]):
-                return name, folder
+                return name
     return None
 
 
@@ -67,7 +66,7 @@ class TorchvisionSet(LibrarySet):
         download: download missing files to `root`.
 
     Raises:
-        ValueError: the class or split does not exist, `root` is missing, or torchvision can't open the files.
+        ValueError: the class or split does not exist, or torchvision can't open the files.
     """
 
     def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
@@ -77,17 +76,10 @@ class TorchvisionSet(LibrarySet):
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
-            near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
-            raise ValueError(f"--dataset {name}: torchvision has no dataset of this name{near}")
+            raise ValueError(f"dataset={name}: torchvision has no dataset of this name, such as CIFAR10")
         takes = _parameters(make)
-        arguments: dict[str, Any] = {}
-        if "root" in takes:
-            if not root:
-                raise ValueError(
-                    f"--dataset {name} needs --data_path: the folder with its files, or for its files with --download"
-                )
-            arguments["root"] = root
-        if "small" in takes and any(Path(arguments["root"]).glob("*_256*")):  # Places365 of 256 pixels
+        arguments: dict[str, Any] = {"root": root} if root and "root" in takes else {}
+        if "small" in takes and root and any(Path(root).glob("*_256*")):  # Places365 of 256 pixels
             arguments["small"] = True
         if "loader" in takes:
             arguments["loader"] = read_file  # returns bytes, which our own decoder decodes
@@ -113,16 +105,14 @@ class TorchvisionSet(LibrarySet):
         """Returns candidate arguments that select a split. The first that the class accepts is used."""
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
-            raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
+            raise ValueError(f"dataset={self.title}: {make.__name__} has no splits of its own")
         own = {chooser: part} if chooser and part else {}
         if "train" in takes and split in ("train", *VALIDATION):
             return [own | {"train": split == "train"}]
         if split == "train":  # "train" first, because the default split may include the images of "val"
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
-            raise AdvisedError(
-                f"torchvision has no {split} split of it", Remedy({"val_list": "FILE"}), about={"dataset": self.title}
-            )
+            raise ValueError(f"dataset={self.title}: torchvision has no {split} split of it: give val_list=FILE")
         return [{chooser: name} for name in names_of(split)]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
@@ -133,8 +123,8 @@ class TorchvisionSet(LibrarySet):
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # the class has no such split
                 raise ValueError(
-                    f"--dataset {self.title}: torchvision reports: {' '.join(str(error).split())} (--data_path is the "
-                    f"folder with the files, and --download downloads them to it)"
+                    f"dataset={self.title}: torchvision reports: {' '.join(str(error).split())} (`data_path` is the "
+                    f"folder with the files, and `download` downloads them to it)"
                 ) from error
             if part is not parts[0]:
                 used = ", ".join(part.values()) or "default split"
@@ -207,18 +197,14 @@ class HuggingFaceSet(LibrarySet):
         no_labels: why the columns that may be the labels are not read, with the remedy; "" if there are none.
 
     Raises:
-        ValueError: the package `datasets` is not installed or can't open the dataset, or the dataset has no such split
-            or column, or several columns of images.
+        ImportError: the package `datasets` is not installed.
+        ValueError: the package can't open the dataset, or it has no such split or column, or several columns of images.
     """
 
     def __init__(self, name: str, split: str) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
+        import datasets  # pip install ".[hf]"
+
         self.title = f"hf:{name}"
-        if not name:
-            raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
         self.path, _, columns = (name, "", "") if Path(name).exists() else name.partition("#")
         if parallel.is_main():
             self._load(datasets)  # the other processes use the prepared files
@@ -226,7 +212,7 @@ class HuggingFaceSet(LibrarySet):
         parts = self._load(datasets)
         available = [part for part in names_of(split) if part in parts]
         if not available:
-            raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
+            raise ValueError(f"dataset={self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]
         image, _, label = columns.partition(",")
         self.image = self._image_column(datasets, table.features, image)
@@ -250,12 +236,10 @@ class HuggingFaceSet(LibrarySet):
             ValueError: the given column has no images, or none is given and not exactly one has.
         """
         found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-        if not found:
-            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(features)}")
         if given in found or (not given and len(found) == 1):
             return given or found[0]
-        problem = f"the column {given} contains no images" if given else "several columns contain images"
-        raise ValueError(f"--dataset {self.title}: {problem}; {self._remedy('NAME', found)}")
+        columns = first_few(found) or "none"
+        raise ValueError(f"dataset={self.title}: give hf:{self.path}#NAME with one of its columns of images: {columns}")
 
     def _label_column(self, datasets: Any, features: Mapping[str, Any], given: str) -> tuple[str, str]:
         """Returns the column of the labels, or "" and the value of `no_labels`.
@@ -270,17 +254,14 @@ class HuggingFaceSet(LibrarySet):
             if isinstance(kind, datasets.Value) and PLAIN_TYPES.fullmatch(kind.dtype)
         ]
         likely = found + [column for column in plain if column.lower() in LABELS]
-        remedy = self._remedy(f"{self.image},NAME", likely or plain)
+        remedy = f"give hf:{self.path}#{self.image},NAME with one of the columns {first_few(likely or plain)}"
         if given and given not in found + plain:
-            raise ValueError(f"--dataset {self.title}: the column {given} contains no class labels; {remedy}")
+            raise ValueError(f"dataset={self.title}: the column {given} contains no class labels; {remedy}")
         if given or len(likely) == 1:
             return given or likely[0], ""
         if likely:
             return "", f"several columns may be the labels; {remedy}"
         return "", f"no column is known to be the labels; {remedy}" if plain else ""
-
-    def _remedy(self, columns: str, names: Sequence[str]) -> str:
-        return f"give --dataset hf:{self.path}#{columns} with one of the columns {first_few(names)}"
 
     def _load(self, datasets: Any) -> Any:
         name = self.path
@@ -292,7 +273,7 @@ class HuggingFaceSet(LibrarySet):
             return datasets.load_dataset(name)
         except Exception as error:  # the library raises any exception for files that it can't read
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-            raise ValueError(f"--dataset {self.title}: {reason}") from error
+            raise ValueError(f"dataset={self.title}: {reason}") from error
 
     def _read_labels(self, names: list[str] | None) -> tuple[list[str], np.ndarray]:
         """Returns the classes, and the labels (n,); -1 for rows without a label.

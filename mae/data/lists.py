@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.advice import did_you_mean
 from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
 from mae.data.sources import Files
-from mae.files.untrusted import printable
+from mae.files.untrusted import open_file, printable
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
@@ -28,11 +27,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
-CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
-
-
-class LabelError(ValueError):
-    """The labels of a list are wrong. The message has a remedy."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError)  # of a wrong list
 
 
 def read_list(
@@ -46,7 +41,7 @@ def read_list(
     Args:
         path: the list, in one of these formats:
             text: one path per line, optionally followed by whitespace and a label;
-            CSV: path and label, separated by commas, with or without the header CSV_HEADER;
+            CSV: path and label, separated by commas, with or without a header of PATH_COLUMNS and LABEL_COLUMNS;
             JSON: a list of paths, of [path, label], or of {"path": ..., "label": ...};
             JSON of COCO and iNaturalist: images, annotations, categories.
         root: the folder that relative paths start from. Default: the folder of the list.
@@ -56,10 +51,10 @@ def read_list(
         extras: the columns or keys of extra inputs, numbers.
 
     Raises:
-        ValueError: the list does not exist, has another format, has labels for some of its files only, or different
-            labels for a file.
+        ValueError: the list has another format, has labels for some of its files only, or different labels for a file.
+        OSError: the list can't be read.
     """
-    text, suffix = _read_text(path, flag), path.suffix.lower()
+    text, suffix = _read_text(path), path.suffix.lower()
     try:
         if "\0" in text:
             raise ValueError("it contains a zero byte")
@@ -72,6 +67,8 @@ def read_list(
         else:
             names, titles, cells = _read_cells(suffix, document, columns)
             classes, numbers = _targets(names, titles, cells, task)
+        if not names:
+            raise ValueError("the list is empty")
         inputs = _extras(suffix, document, extras) if extras else {}
         if task != REGRESSION and (repeated := len(names) - len({*names})):  # an image may be measured several times
             _require_one_label(names, numbers, inputs)
@@ -80,25 +77,32 @@ def read_list(
                     f"{flag} {path}: {repeated:,} of its {len(names):,} rows repeat a file, which is then read more "
                     f"often than others"
                 )
-    except LabelError as error:
-        raise ValueError(f"{flag} {path}: {error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
-        raise ValueError(
-            f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label per line, CSV "
-            f"with commas and {CSV_HEADER}, or JSON"
-        ) from error
-    if not names:
-        raise ValueError(f"{flag} {path}: the list is empty")
+        has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
+        files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
+    except UNREADABLE as error:
+        raise _of_list(flag, path, error) from error
+    require_first(f"{flag} {path}", files.path(0))
     _warn_of_names(f"{flag} {path}", classes, task)
-    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
-    files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
-    if not os.path.exists(files.path(0)):
-        raise ValueError(
-            f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
-            f"to the folder of the list"
-            + (f"; CSV has commas, and {CSV_HEADER} or no header" if path.suffix.lower() == ".csv" else "")
-        )
     return files
+
+
+def require_first(origin: str, file: str) -> None:
+    """Raises ValueError if the first file of a list does not exist.
+
+    Args:
+        origin: the flag and the path of the list.
+    """
+    if not os.path.exists(file):
+        raise ValueError(
+            f"{origin}: its first file, {printable(file)}, does not exist; paths are relative to `data_path`, or to "
+            f"the folder of the list"
+        )
+
+
+def _of_list(flag: str, path: Path, error: Exception) -> ValueError:
+    """Returns the error about a list that can't be read."""
+    reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    return ValueError(f"{flag} {path}: {reason}")
 
 
 def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
@@ -111,25 +115,23 @@ def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
         The paths of the images and of the masks.
 
     Raises:
-        ValueError: the file does not exist, is empty, or has a row without a mask.
+        ValueError: the file is empty, or has a row without a mask.
+        OSError: the file can't be read.
     """
-    text = _read_text(path, flag)
+    text = _read_text(path)
     try:
         rows = _csv_rows(text, MASK_COLUMNS)
         pairs = [(image, mask) for image, mask in rows if mask]
         if not rows or len(pairs) < len(rows) or "\0" in text:
-            raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask")
-    except LabelError as error:
-        raise ValueError(f"{flag} {path}: {error}") from error
-    except (ValueError, IndexError, csv.Error) as error:
-        raise ValueError(f"{flag} {path}: {error}; give CSV with commas and the columns image and mask") from error
+            raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask, separated by a comma")
+    except UNREADABLE as error:
+        raise _of_list(flag, path, error) from error
     return [image for image, _ in pairs], [mask for _, mask in pairs]
 
 
-def _read_text(path: Path, flag: str) -> str:
-    if not path.is_file():
-        raise ValueError(f"{flag}: there is no file {path}")
-    return os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
+def _read_text(path: Path) -> str:
+    with open_file(path) as file:
+        return os.fsdecode(file.read()).removeprefix("\ufeff")
 
 
 Row = tuple[str, str | None]
@@ -155,10 +157,7 @@ def _read_names(suffix: str, document: Any) -> list[str]:
 
 
 def _files_of_annotations(document: dict[str, Any]) -> list[str]:
-    paths = [image["file_name"] for image in document["images"]]
-    if not all(isinstance(path, str) for path in paths):
-        raise ValueError("a file_name is not a string")
-    return paths
+    return [image["file_name"] for image in document["images"]]
 
 
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
@@ -196,60 +195,58 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
 
 def _extras(suffix: str, document: Any, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
-    if refused := [name for name in columns if not extra_inputs.can_name(name)]:
-        raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
-    names, _, cells = _read_cells(suffix, document, columns, "--extras")
+    for name in columns:
+        extra_inputs.check_name(name)
+    names, _, cells = _read_cells(suffix, document, columns, "`extras`")
     values = np.array([[_value_of(cell, REGRESSION, False) for cell in row] for row in cells])
     with np.errstate(invalid="ignore", over="ignore"):
         wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
     for row, column in np.argwhere(wrong)[:1]:
         cell = printable(cells[row][column]) or "empty"
-        raise LabelError(
-            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers in "
-            f"fp32, whose integers are exact up to 16,777,216: correct it, split it into columns, or omit the row"
+        raise ValueError(
+            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; `extras` are finite numbers in "
+            f"fp32, whose integers are exact up to 16,777,216"
         )
     return dict(zip(columns, values.T.astype("f4"), strict=True))
 
 
 def _require_one_label(names: Sequence[str], labels: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises LabelError if a file has several labels with the same extra inputs."""
+    """Raises ValueError if a file has several labels with the same extra inputs."""
     label_of: dict[tuple, Any] = {}
     for sample, label in zip(zip(names, *inputs.values(), strict=True), labels.tolist(), strict=True):
         if label_of.setdefault(sample, label) != label:
-            raise LabelError(
-                f"{printable(sample[0])} is in several rows with different labels; give it one row (--task multilabel "
+            raise ValueError(
+                f"{printable(sample[0])} is in several rows with different labels; give it one row (task=multilabel "
                 f"takes a;b as two classes)"
             )
 
 
 def _read_cells(
-    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "--label_columns"
+    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "`label_columns`"
 ) -> tuple[list[str], list[str], list[list[str]]]:
     """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
     if not columns:
         rows = PARSERS.get(suffix, _text_rows)(document)
         if any(label is None for _, label in rows):
-            raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give --label_columns NAME ...")
+            raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
         return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
     if suffix == ".csv":
         lines = _csv_lines(document)
         if twice := {title for title in lines[0] if lines[0].count(title) > 1} & {*columns}:
-            raise LabelError(f"two columns have the name {printable(min(twice))}; rename one")
+            raise ValueError(f"two columns have the name {printable(min(twice))}; rename one")
         _require_cells(lines)
         entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=True)) for row in lines[1:]]
     elif isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
         entries = [{key: _text_of(value) for key, value in entry.items()} for entry in document]
-    else:
-        raise LabelError(f"{flag} names columns of CSV with a header, or keys of JSON; give such a list")
+    else:  # no columns
+        entries = []
     titles = list(entries[0]) if entries else []
     if missing := [name for name in columns if name not in titles]:
-        near = did_you_mean(missing[0], titles)
-        raise LabelError(
-            f"it has no column {printable(missing[0])}; give {flag} of {printable(', '.join(titles))}{near}"
-        )
-    path = next((title for name in PATH_COLUMNS for title in titles if _plain(title) == name), "")
-    if not path:
-        raise LabelError(f"it has no column of paths; give it the name {' or '.join(PATH_COLUMNS)}")
+        found = printable(", ".join(titles)) or "no header"
+        raise ValueError(f"it has no column {printable(missing[0])} for {flag}, but {found}")
+    path = next((title for name in PATH_COLUMNS for title in titles if _plain(title) == name), None)
+    if path is None:
+        raise ValueError(f"it has no column of paths; give it the name {' or '.join(PATH_COLUMNS)}")
     return [entry[path] for entry in entries], [*columns], [[entry.get(c, "") for c in columns] for entry in entries]
 
 
@@ -258,7 +255,7 @@ def _targets(
 ) -> tuple[list[str], np.ndarray]:
     """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
     if task == CLASSIFICATION and len(titles) > 1:
-        raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
+        raise ValueError(f"task=classification has one label column; give one of {', '.join(titles)}")
     has_names = task == CLASSIFICATION or (
         task == MULTILABEL and len(titles) == 1 and _are_names([row[0] for row in cells])
     )
@@ -266,9 +263,8 @@ def _targets(
     for row, column in np.argwhere(np.isnan(values)):
         kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"
         cell = printable(cells[row][column]) or "empty"
-        raise LabelError(
-            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; --task {task} needs {kind}: "
-            f"correct it, or omit the row"
+        raise ValueError(
+            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; task={task} needs {kind}"
         )
     if task == CLASSIFICATION:
         return number_labels([row[0] for row in cells], len(names))
@@ -320,10 +316,10 @@ def _csv_lines(text: str) -> list[list[str]]:
 
 
 def _require_cells(lines: list[list[str]]) -> None:
-    """Raises LabelError if a row has more or fewer cells than the header: its cells would be of other columns."""
+    """Raises ValueError if a row has more or fewer cells than the header: its cells would be of other columns."""
     for row in lines:
         if len(row) != len(lines[0]):
-            raise LabelError(
+            raise ValueError(
                 f"the row of {printable(row[0])} and the header have {len(row)} and {len(lines[0])} cells; correct the "
                 f"row, with quotes around a text that contains a comma"
             )
@@ -337,7 +333,7 @@ def _column_of(header: Sequence[str], names: Sequence[str]) -> int:
     columns = [column for name in names for column, title in enumerate(header) if title == name]
     if len(columns) > 1:
         used, *others = (header[column] for column in columns)
-        remedy = "; give --label_columns NAME to read another" if names == LABEL_COLUMNS else ""
+        remedy = "; give label_columns=NAME to read another" if names == LABEL_COLUMNS else ""
         logger.warning(f"the list has the columns {used} and {', '.join(others)}, and {used} is read{remedy}")
     return columns[0] if columns else len(header)
 
@@ -380,13 +376,11 @@ def _json_rows(entries: Any, label_columns: Sequence[str] = LABEL_COLUMNS) -> li
         else:
             path, label = [*entry, None][:2]
         if not isinstance(path, str):
-            raise LabelError(
+            raise ValueError(
                 f"an entry has no text with the key {' or '.join(PATH_COLUMNS)}: {printable(str(entry))[:80]}"
             )
         return path, None if label is None else _text_of(label)
 
-    if not isinstance(entries, list):
-        raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
     if entries and isinstance(entries[0], dict):
         for names in (PATH_COLUMNS, label_columns):
             _column_of([_plain(key) for key in entries[0]], names)  # says which of several is read
@@ -430,15 +424,17 @@ def _separator_of(labels: Collection[str], separators: str) -> str:
 
 
 def _require_semicolons(texts: Sequence[str]) -> None:
-    """Raises LabelError if other characters than semicolons separate labels, as each combination would be a class."""
+    """Raises ValueError if other characters than semicolons separate labels, as each combination would be a class."""
     if any(";" in text for text in texts):
         return
-    remedy = "separate labels by ;, and end a single label that contains this text with ;"
-    if written := next((text for text in texts if text[:1] + text[-1:] in ("[]", "()", "{}")), None):
-        raise LabelError(f"the label {printable(written)} is a list in the syntax of Python or JSON; {remedy}")
-    if separator := _separator_of(texts, "|,/+&"):
-        label = next(text for text in texts if separator in text)
-        raise LabelError(f"{separator} separates labels, such as {printable(label)}; {remedy}")
+    several = [text for text in texts if text[:1] + text[-1:] in ("[]", "()", "{}")]
+    if not several and (separator := _separator_of(texts, "|,/+&")):
+        several = [text for text in texts if separator in text]
+    if several:
+        raise ValueError(
+            f"the label {printable(several[0])} has several labels: separate labels by ;, and end a single label that "
+            f"contains this text with ;"
+        )
 
 
 def _warn_of_names(origin: str, classes: Sequence[str], task: str | None) -> None:
@@ -446,7 +442,7 @@ def _warn_of_names(origin: str, classes: Sequence[str], task: str | None) -> Non
     if task == CLASSIFICATION and (separator := _separator_of(classes, ";|")):
         label = next(name for name in classes if separator in name)
         logger.warning(
-            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, --task multilabel takes "
+            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, task=multilabel takes "
             f"them separated by ;"
         )
     spellings: dict[Decimal, list[str]] = {}

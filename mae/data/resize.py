@@ -111,13 +111,11 @@ def main(args: argparse.Namespace) -> None:
     """Writes the copy. Prints the number of files, and the files that can't be read.
 
     Raises:
-        ValueError: a folder does not exist, contains no images or a folder of masks, or contains the copy, or another
-            process writes the copy.
+        ValueError: the folder contains no images, a folder of masks or the copy, or another process writes the copy.
+        OSError: the folder can't be read.
         BadImage: a file can't be read.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    if not args.data_path.is_dir():
-        raise ValueError(f"there is no folder {args.data_path}")
     if args.copy.resolve().is_relative_to(args.data_path.resolve()):
         raise ValueError(f"{args.copy} is inside {args.data_path}; give a folder outside of it")
     images, others = files_below(str(args.data_path))
@@ -129,8 +127,7 @@ def main(args: argparse.Namespace) -> None:
         if any(folder.lower() in MASK_FOLDERS for folder in folders):
             raise ValueError(
                 f"masks can't be scaled like photographs: {printable(str(args.data_path / name))} is in a folder of "
-                f"masks ({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), "
-                f"and for other scripts give the folder of the images alone"
+                f"masks ({', '.join(MASK_FOLDERS)}); give the folder of the images alone"
             )
     log_listing(f"{len(names):,} images in {args.data_path}", len(names), others)
     num_workers = up_to_cores(args.num_workers)

@@ -8,8 +8,8 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_cache, image_facts, labels, loader, transforms
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import PixelValues
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Files, Source, with_missing
 from mae.data.user_sets import OpenDataset
@@ -91,7 +91,7 @@ class RunData:
         """
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
-            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
+            logger.warning("`val_list` has no effect with `val_fraction`, which evaluates on training images")
         train, val = labels.open_pair(
             self.open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
             seed=data.seed, validation=not holds_out,
@@ -99,7 +99,7 @@ class RunData:
         self.check_statistics(train)
         chosen = {"train_images": labels.identity(train, len(train))} if data.train_per_class else {}
         if data.val_fraction:
-            train, val = labels.hold_out(train, data.val_fraction, data.seed, f"--val_fraction {data.val_fraction:g}")
+            train, val = labels.hold_out(train, data.val_fraction, data.seed, f"val_fraction={data.val_fraction:g}")
             chosen["held_out_images"] = labels.identity(val, len(train) + len(val))
             val = self.readable(val, len(train) + len(val))
         if reads_in_order:
@@ -135,7 +135,7 @@ class RunData:
         if not data.cache_images:
             return sources
         if any(map(extras.shapes_of, sources)):
-            logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
+            logger.warning("`cache_images` has no effect with extra inputs: images are decoded at each access")
             return sources
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),

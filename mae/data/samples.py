@@ -60,7 +60,7 @@ class Samples(Dataset):
         values: as in `decode`.
 
     Raises:
-        ValueError: `fast_jpeg` needs a package that is not installed.
+        ImportError: `fast_jpeg` needs a package that is not installed.
     """
 
     def __init__(
@@ -155,19 +155,13 @@ class Samples(Dataset):
             BadImage: `on_bad_image` is not "skip", or MAX_BAD_IN_A_ROW images in a row can't be read.
         """
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        remedy = getattr(error, "remedy", None)
         if self.on_bad_image != "skip":
-            hint = remedy or ""
-            if self.on_bad_image:  # else the script does not have the flag
-                skips = "--on_bad_image skip excludes such images from training" * (remedy != "")
-                hint = f"{remedy} if all images are like this one; {skips}" if remedy else skips
-            raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint)) from error
+            # Scripts without the flag have None.
+            hint = " (on_bad_image=skip excludes such images from training)" if self.on_bad_image else ""
+            raise BadImage(f"{name}: {reason}{hint}") from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
-            raise BadImage(
-                f"{len(bad)} images in a row can't be read; the last is {name}: {reason}"
-                + f" ({remedy})" * bool(remedy)
-            ) from error
+            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
 
     def _augmented(self, epoch: int, index: int, repeats: int) -> list[Sample]:
         """Returns the samples of an image, or of the first of random replacements that can be read."""

@@ -17,17 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mae.cli.advice import AdvisedError, Remedy
-from mae.cli.user_code import DATASET
 from mae.data import decode
 from mae.data.archives import Archive
 from mae.data.decode import BadImage
 from mae.data.generators import preserve_generators
 from mae.data.library_sets import TorchvisionSet
-from mae.data.lists import read_pairs
-from mae.data.sources import Files, Source, StoredImage, files_below, find_files, first_few
+from mae.data.lists import read_pairs, require_first
+from mae.data.sources import Files, Source, StoredImage, find_files, first_few
 from mae.data.user_sets import OpenDataset, UserSet, read_named
 from mae.files.untrusted import printable, read_file
+from mae.user_code import DATASET
 
 logger = logging.getLogger(__name__)
 
@@ -60,26 +59,22 @@ def read_palette(path: Path) -> Palette:
     """Reads a text file with a line `R G B NAME` for each class, in the order of the classes. # starts a comment.
 
     Raises:
-        ValueError: the file does not exist, or a line has another format.
+        ValueError: a line has another format.
+        OSError: the file can't be read.
     """
-    if not path.is_file():
-        raise ValueError(f"--palette: there is no file {path}")
     names, colors = [], []
     for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)", line.strip())
         if not match or max(map(int, match.groups()[:3])) > 255:
-            raise ValueError(
-                f"--palette {path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME, such as "
-                f"'255 0 0 building'"
-            )
+            raise ValueError(f"palette={path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME")
         red, green, blue, name = match.groups()
         colors.append((int(red), int(green), int(blue)))
         names.append(printable(name))
     if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names) or len(set(colors)) < len(colors):
         raise ValueError(
-            f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
+            f"palette={path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
         )
     return Palette(names, colors)
 
@@ -128,9 +123,7 @@ class MaskFormat:
             raise BadImage(printable(" ".join(str(error).split()))) from error
         if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
             return self._of_colors(np.asarray(picture.convert("RGB")))
-        if isinstance(picture, Tensor) and len(picture) > 1:
-            raise BadImage(f"it has {len(picture)} channels: give masks of one channel, with the indices of classes")
-        values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+        values = picture.squeeze(0).numpy() if isinstance(picture, Tensor) else np.asarray(picture)
         if values.dtype == bool and self.num_classes == 2 and not self.reduce_zero_label:
             values = values.astype(np.uint8)  # the usual format of two classes
         elif values.dtype == bool or (is_file and data.startswith(PNG) and data[24] < 8 and not data[25]):  # 0: gray
@@ -139,7 +132,7 @@ class MaskFormat:
                 "it with 8 bits"
             )
         if values.dtype != np.uint8 or values.ndim != 2:
-            raise BadImage("it is neither an indexed nor a gray image of 8 bits: convert it to one")
+            raise BadImage("it is neither an indexed nor a gray image of one channel of 8 bits")
         if self.reduce_zero_label:
             values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
         if self.colors and not isinstance(picture, Tensor) and picture.mode == "P":
@@ -147,13 +140,10 @@ class MaskFormat:
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
-            remedy = "correct --palette" if self.colors else f"give --nb_classes {classes.max() + 1}"
-            if classes.max() == self.num_classes and not self.reduce_zero_label:
-                remedy += ", or --reduce_zero_label if 0 is no class"
             raise BadImage(
                 f"it has the value {classes.max() + first}, and the {self.num_classes} classes are {first} to "
-                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): {remedy}",
-                remedy="",  # without the image, the mistake would remain
+                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): correct `nb_classes`, `palette` or "
+                f"`reduce_zero_label`"
             )
         return torch.from_numpy(values.copy())
 
@@ -166,13 +156,13 @@ class MaskFormat:
 
     def _of_colors(self, pixels: np.ndarray) -> Tensor:
         if self.colors is None:
-            raise BadImage("it is a color image: give --palette with the colors of the classes")
+            raise BadImage("it is a color image: give `palette` with the colors of the classes")
         values = pixels @ RGB_WEIGHTS
         classes = self._class_of_color[values]
         unknown = classes == IGNORED  # a single color may mark ignored pixels
         if np.unique(values[unknown]).size > 1:
             color = " ".join(map(str, pixels[unknown][0]))
-            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct --palette")
+            raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct `palette`")
         return torch.from_numpy(classes)
 
     def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -195,17 +185,15 @@ class MaskFormat:
         index = indices[used][~known][0]
         raise BadImage(
             f"it is an indexed image, and only some of its colors are in the palette (that of index {index} is not): "
-            f"correct --palette, or save it as RGB if its colors are the classes, as gray if its indices are"
+            f"correct `palette`, or save it as RGB if its colors are the classes, as gray if its indices are"
         )
 
 
 def _bytes_of(mask: Any) -> np.ndarray:
     """Returns an array or tensor (H, W) of integers as an array of bytes."""
     values = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-    if values.ndim != 2 or values.dtype.kind not in "iub":
-        raise BadImage(f"it is {values.dtype} of shape {values.shape}: give integers (H, W)")
-    if values.size and not 0 <= values.min() <= values.max() <= IGNORED:
-        raise BadImage(f"its values are {values.min()} to {values.max()}: give 0 to {IGNORED} ({IGNORED} is ignored)")
+    if values.ndim != 2 or values.dtype.kind not in "iub" or not ((values >= 0) & (values <= IGNORED)).all():
+        raise BadImage(f"it is {values.dtype} of shape {values.shape}: give integers (H, W) from 0 to {IGNORED}")
     return values.astype(np.uint8)
 
 
@@ -236,7 +224,7 @@ class UserPairs(UserSet):
         try:
             return self.mask_format.decode(read_named(label) if isinstance(label, str | Path) else label)
         except BadImage as error:
-            raise BadImage(f"its mask: {error}", error.remedy) from error
+            raise BadImage(f"its mask: {error}") from error
 
 
 class Pairs:
@@ -277,7 +265,7 @@ class Pairs:
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             mask = self.masks.name(self.places[index, 1])
-            raise BadImage(f"its mask {mask}: {reason}", getattr(error, "remedy", None)) from error
+            raise BadImage(f"its mask {mask}: {reason}") from error
 
     def name(self, index: int) -> str:
         """Returns the name of the image."""
@@ -327,17 +315,16 @@ def open_pairs(
         function: the function of py:, instead of importing it.
 
     Raises:
-        ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
+        ValueError: no dataset is given, it has no images, or an image has no mask.
+        OSError: the dataset can't be read.
     """
     root = Path(data_path) if data_path else None
     if sum(map(bool, (file_list, folders, dataset))) > 1:
-        raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
+        raise ValueError(f"`{split}_list`, `{split}_folders` and `dataset` exclude each other; give one of them")
     if dataset and dataset.startswith(DATASET):
         return UserPairs(function, split, data_path, dataset, classes, mask_format)
     if dataset:
         opened = TorchvisionSet(dataset, split, data_path, download).images
-        if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):
-            raise ValueError(f"--dataset {dataset}: torchvision has no mask files for it; VOCSegmentation has")
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
         return _in_list(Path(file_list), root, split, classes, mask_format)
@@ -346,11 +333,9 @@ def open_pairs(
         return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
     if root is None:
         raise ValueError(
-            f"--data_path is needed: a folder or an archive with {LAYOUT} (or give --{split}_folders IMAGES MASKS, "
-            f"--{split}_list CSV or --dataset)"
+            f"`data_path` is needed: a folder or an archive with {LAYOUT} (or give `{split}_folders`, `{split}_list` "
+            f"or `dataset`)"
         )
-    if not root.exists():
-        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     by_key = _by_folder(files, split)
@@ -360,9 +345,9 @@ def open_pairs(
             f"they are images or masks ({LAYOUT}): {first_few(outside)}"
         )
     if not by_key[0]:
-        given = [Remedy({f"{split}_folders": ["IMAGES", "MASKS"]}), Remedy({f"{split}_list": "CSV"})]
-        raise AdvisedError(
-            f"there are no images for {split} in it (looked for {LAYOUT})", *given, about={"data_path": root}
+        raise ValueError(
+            f"data_path={root}: there are no images for {split} in it (looked for {LAYOUT}): give "
+            f"{split}_folders=(IMAGES, MASKS) or {split}_list=CSV"
         )
     place = f"in a folder {', '.join(MASK_FOLDERS)}"
     return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)
@@ -375,25 +360,16 @@ def _listed(root: Path, images: list[str], masks: list[str], classes: list[str],
 
 
 def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
-    images, masks = read_pairs(file_list, f"--{split}_list")
+    images, masks = read_pairs(file_list, f"`{split}_list`")
     # With an archive, paths are relative to the folder of the list, as in mae.data.
     start = root if root and not root.is_file() else file_list.parent
     for name in (images[0], masks[0]):
-        if not (start / name).is_file():
-            raise ValueError(
-                f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
-                f"exist; paths are relative to --data_path, or to the folder of the list"
-            )
+        require_first(f"{split}_list={file_list}", str(start / name))
     return _listed(start, images, masks, classes, mask_format)
 
 
 def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Files, Files, np.ndarray]:
     """Returns the images, the masks, and the indices of the pairs (n, 2)."""
-    for folder in (images_folder, masks_folder):
-        if not folder.is_dir():
-            raise ValueError(f"--{split}_folders: there is no folder {folder}")
-        if not files_below(str(folder))[0]:
-            raise ValueError(f"--{split}_folders: there are no images in {folder}")
     images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
     of_images, of_masks = (
         _by_key(((name.rpartition(".")[0], index) for index, name in enumerate(one.names)), one, split)
@@ -439,7 +415,7 @@ def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: s
         if key in index_of:
             raise ValueError(
                 f"{files.name(index_of[key])} and {files.name(index)} have the same name except for the suffix: remove "
-                f"one, or list the pairs in a CSV file (--{split}_list)"
+                f"one, or list the pairs in a CSV file (`{split}_list`)"
             )
         index_of[key] = index
     return index_of
@@ -459,6 +435,6 @@ def _matched(
     if missing:
         raise ValueError(
             f"{len(missing):,} of {len(images):,} images have no mask of the same name {place}, such as "
-            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (--{split}_list)"
+            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (`{split}_list`)"
         )
     return np.array([(index, masks[key]) for key, index in images.items()])

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.decode import SUFFIXES, Masked, Picture
 from mae.data.extras import WithExtras
 from mae.files.untrusted import printable, read_file
@@ -56,7 +55,7 @@ class Source(Protocol):
         """Returns the number of samples."""
 
     def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
+        """Returns the image of a sample and its label; of `segmentation_masks.Pairs`, its mask.
 
         Raises:
             OSError, BadImage: the sample can't be read.
@@ -177,16 +176,16 @@ def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> 
     names = {folder.lower(): folder for folder in folders}
     other = names.get(split or "", split)
     if other != split and "train" in names and not names.keys().isdisjoint(VALIDATION):
-        raise AdvisedError(f"there is no folder {split}/ in it; rename {other}/ to {split}/", about={"data_path": path})
+        raise ValueError(f"data_path={path}: there is no folder {split}/ in it; rename {other}/ to {split}/")
 
 
-def no_split(path: Path, split: str, has_train: bool) -> AdvisedError:
+def no_split(path: Path, split: str, has_train: bool) -> ValueError:
     """Returns the error about a folder or archive without a split."""
     missing = dict.fromkeys([*["train"] * (not has_train), split])
     folders = "this folder" if len(missing) == 1 else f"train/ and {split}/"
-    listed = Remedy({f"{name}_list": "FILE" for name in missing}, f"add {folders}, or give {{}}")
+    listed = " ".join(f"{name}_list=FILE" for name in missing)
     reason = ", and its images may be those of the validation set" * (split == "train")
-    return AdvisedError(f"there is no folder {split}/ in it{reason}", listed, about={"data_path": path})
+    return ValueError(f"data_path={path}: there is no folder {split}/ in it{reason}: add {folders}, or give {listed}")
 
 
 def warn_of_inner_splits(names: Iterable[str], path: Path) -> None:
@@ -269,12 +268,8 @@ def find_files(root: Path, kind: str = "images") -> Files:
     images, others = files_below(str(root))
     names = sorted(path[start:] for path in images)
     if not names:
-        shards = Remedy({"dataset": f"wds:{root}/*.tar"}, "{} reads shards of WebDataset")
-        raise AdvisedError(
-            f"there are no images in it (searched all subfolders for {KINDS})",
-            *[shards] * any(root.glob("*.tar")),
-            about={"data_path": root},
-        )
+        shards = f": dataset='wds:{root}/*.tar' reads shards of WebDataset" if any(root.glob("*.tar")) else ""
+        raise ValueError(f"data_path={root}: there are no images in it (searched all subfolders for {KINDS}){shards}")
     folders = [
         entry.name for entry in os.scandir(root)
         if not is_hidden(entry.name) and entry.name != LOST and _is_folder(entry)

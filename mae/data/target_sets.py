@@ -48,7 +48,7 @@ class TargetSet(UserSet):
         if wrong.any():
             kind = "0 or 1 for each class" if self.task == MULTILABEL else "finite numbers"
             shown = value if found.ndim == 0 else found[wrong][0]
-            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: --task {self.task} needs {kind}")
+            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: task={self.task} needs {kind}")
         return found
 
     @cached_property
@@ -68,10 +68,4 @@ class TargetSet(UserSet):
         if self._listed is not None:
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
-        labels = [self.label_of(index, self._item(index).label) for index in range(len(self))]
-        if wrong := [index for index, one in enumerate(labels) if len(one) != len(labels[0])]:
-            raise ValueError(
-                f"{self._place(wrong[0])}: its label has {len(labels[wrong[0]])} numbers, and that of sample 0 "
-                f"{len(labels[0])}: give equally many"
-            )
-        return np.stack(labels)
+        return np.stack([self.label_of(index, self._item(index).label) for index in range(len(self))])

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mae.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
-from mae.positions import Size, to_pair
+from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ def channel_statistics(
             return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
         if len(values) != in_chans:
             raise ValueError(
-                f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel, or --in_chans "
+                f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel, or in_chans="
                 f"{len(values)}"
             )
         return list(values)
 
-    return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
+    return choose("`mean`", mean, IMAGENET_MEAN), choose("`std`", std, IMAGENET_STD)
 
 
 def to_unit_range(imgs: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Normalize(nn.Module):
         if imgs.dtype == torch.uint8:
             self.require_fit_to_bytes()
         elif self._may_check(imgs) and (imgs > BEYOND).any():
-            self._warn_of_range(imgs, "scale the images to 0 to 1, or give their own --mean and --std")
+            self._warn_of_range(imgs, "scale the images to 0 to 1, or give their own `mean` and `std`")
         normalized = (to_unit_range(imgs) - self.mean) / self.std
         return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
 
@@ -146,7 +146,7 @@ class Normalize(nn.Module):
         """Raises ValueError if the mean is not one of 8-bit pixels."""
         if not self.fits_bytes:
             mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
+            raise ValueError(f"mean={mean_text}: 8-bit pixels are scaled to 0 to 1; divide `mean` and `std` by 255")
 
     def inverse(self, imgs: Tensor) -> Tensor:
         """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
@@ -271,7 +271,7 @@ def finetune_transform(
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(
-            f"--aa {aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
+            f"aa={aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
         ) from error
     (resized, *flip), change = stages[0].transforms, stages[1]
     height, width = to_pair(input_size)
@@ -285,8 +285,8 @@ def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]
     picture = to_pillow(picture)
     if isinstance(picture, Tensor):
         raise ValueError(
-            "--aa and --color_jitter support 8-bit images with 1 or 3 channels only; give --aa none and omit "
-            "--color_jitter"
+            "`aa` and `color_jitter` support 8-bit images with 1 or 3 channels only; give aa=none and omit "
+            "`color_jitter`"
         )
     return change(picture)
 

@@ -1,14 +1,13 @@
 """Datasets of the user's code: --dataset py:package.module:function, or `main(args, source=function)`."""
 
 import contextlib
-import inspect
 import logging
 import operator
 import os
 import secrets
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mae.cli.user_code import DATASET, call, import_object
 from mae.data import decode
 from mae.data import extras as extra_inputs
 from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
@@ -26,6 +24,7 @@ from mae.data.library_sets import LibrarySet
 from mae.data.sources import StoredImage, first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.settings import Run
+from mae.user_code import DATASET, call, import_object
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def with_source(run: Run, source: OpenDataset | None) -> Run:
     named = source if hasattr(source, "__qualname__") else type(source)
     name = f"{DATASET}{named.__module__}:{named.__qualname__}"
     if run.data.dataset not in (None, name):
-        raise ValueError(f"--dataset {run.data.dataset} and source= ({name}) exclude each other; give one of them")
+        raise ValueError(f"dataset={run.data.dataset} and source= ({name}) exclude each other; give one of them")
     return run.changed({"dataset": name})
 
 
@@ -80,7 +79,7 @@ class UserSet(LibrarySet):
         reads_labels: else all labels are -1, and none is checked.
 
     Raises:
-        ValueError: the function does not exist or does not return a dataset, or the first item is no sample.
+        ValueError: the function does not exist, the dataset is empty, or the first item is no sample.
         OSError: the function can't read a file.
         RuntimeError: as in `user_code.call`.
     """
@@ -89,9 +88,9 @@ class UserSet(LibrarySet):
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
     ) -> None:
         self.reads_labels = reads_labels
-        self.title, self.flag = f"{name} {split}", f"--dataset {name}"
+        self.title, self.flag = f"{name} {split}", f"dataset={name}"
         self.split, self.data_path = split, data_path
-        self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
+        self.function = function or import_object(f"dataset={DATASET}", name.removeprefix(DATASET))
         self.opened = self._open()
         self.count = len(self.opened)
         self.maps = tuple(getattr(self.opened, "maps", ()))
@@ -123,24 +122,9 @@ class UserSet(LibrarySet):
         return {**vars(self), "opened": None}
 
     def _open(self) -> Any:
-        if not callable(self.function):
-            raise ValueError(f"{self.flag} is {_kind(self.function)}: give a function(split, data_path)")
-        try:
-            inspect.signature(self.function).bind(self.split, self.data_path)
-        except TypeError as error:
-            raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
-        try:
-            with preserve_generators():
-                seed_generators(0)
-                opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
-        except (OSError, RuntimeError) as error:
-            if self.data_path is not None or "None" not in str(error):
-                raise
-            kind = ValueError if isinstance(error, OSError) else RuntimeError  # a mistake of the code has a traceback
-            raise kind(f"{self.flag}: {error}; the function got data_path=None: give --data_path") from error
-        if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
-            raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
-        return opened
+        with preserve_generators():
+            seed_generators(0)
+            return call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
 
     def __len__(self) -> int:
         return self.count
@@ -153,17 +137,11 @@ class UserSet(LibrarySet):
         elif isinstance(image, bytearray | memoryview):
             image = bytes(image)
         elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
-            raise ValueError(
-                f"{self._place(index)}: its image is {_kind(image)}: return a path, bytes, a Pillow image, an array or "
-                f"a tensor"
-            )
+            raise ValueError(f"{self._place(index)}: its image is {_kind(image)}")
         if item.valid is not None:
             valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
-            if valid.ndim != 2 or valid.dtype.kind not in "biu":
-                raise ValueError(
-                    f"{self._place(index)}: valid is {valid.dtype} of shape {valid.shape}: give booleans (H, W), True "
-                    f"for valid pixels"
-                )
+            if valid.dtype.kind not in "biu":
+                raise ValueError(f"{self._place(index)}: valid is {valid.dtype}: give booleans, True for valid pixels")
             image = Masked(image, valid != 0)
         extras = self._extras(index, item.extras)
         return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
@@ -183,8 +161,6 @@ class UserSet(LibrarySet):
                 f"dict with the keys image and label"
             )
         extras = item[2] if len(item) == 3 and item[2] is not None else {}
-        if not isinstance(extras, Mapping):
-            raise ValueError(f"{self._place(index)}: its extras are {_kind(extras)}: give a dict of numbers and arrays")
         return Item(item[0], item[1], extras)
 
     def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -195,17 +171,11 @@ class UserSet(LibrarySet):
         """
         tensors = {}
         for name, value in extras.items():
-            if not extra_inputs.can_name(name):
-                raise ValueError(f"{self._place(index)}: an extra input can't have the name {name!r}: rename it")
             try:
+                extra_inputs.check_name(name)
                 tensors[str(name)] = extra_inputs.to_tensor(value)
             except ValueError as error:
-                raise ValueError(f"{self._place(index)}: its {name} ({_kind(value)}) {error}") from error
-            shape = tuple(tensors[str(name)].shape)
-            if name in self.maps and len(shape) != 2:
-                raise ValueError(f"{self._place(index)}: its map {name} has the shape {shape}: give (H, W)")
-        if missing := [name for name in self.maps if name not in tensors]:
-            raise ValueError(f"{self._place(index)} lacks the map {missing[0]}, which the attribute maps names")
+                raise ValueError(f"{self._place(index)}: its {name} ({_kind(value)}): {error}") from error
         shapes = {name: self._shape(name, value) for name, value in tensors.items()}
         if shapes != (self.extra_shapes if self.extra_shapes is not None else shapes):
             raise ValueError(
@@ -300,7 +270,7 @@ class UserSet(LibrarySet):
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
             raise ValueError(
                 f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
-                f"and numbers are for main_finetune.py --task)"
+                f"and numbers are for main_finetune.py `task`)"
             )
         return int(value)
 
@@ -314,12 +284,11 @@ class UserSet(LibrarySet):
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
         are_vectors, own = self.labels.ndim > 1, getattr(self.images, "classes", None)
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
-        if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
-            raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
         if own is None and count > MOST_CLASSES:
             raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
         names = list(map(str, range(count) if own is None else own))
-        if count > len(names) or (are_vectors and count < len(names)) or len(set(names)) < len(names):
+        lacks_names = count > len(names) or (are_vectors and count < len(names)) or isinstance(own, str)
+        if lacks_names or len(set(names)) < len(names):
             labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
             raise ValueError(
                 f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
@@ -346,7 +315,7 @@ class UserSet(LibrarySet):
         if self.data_path:
             return f"{code} {version_of(self.data_path)}"
         logger.warning(
-            f"{self.flag} has neither --data_path nor version(index), which would show whether its samples have "
+            f"{self.flag} has neither `data_path` nor version(index), which would show whether its samples have "
             f"changed: a resumed run computes stored features again"
         )
         return f"{code} {self.start}"

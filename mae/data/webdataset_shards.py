@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
 from mae.data.decode import SUFFIXES, BadImage
-from mae.data.sources import first_few
+from mae.data.sources import Source, first_few
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
@@ -38,15 +37,14 @@ class Shards:
         num_images: number of images in all shards; None: the images are counted, which requires files.
 
     Raises:
-        ValueError: the package `webdataset` is not installed, a file does not exist, the shards contain no images, a
-            counted sample has several, or a shard is a URL and `num_images` is None.
+        ImportError: the package `webdataset` is not installed.
+        ValueError: a file does not exist, a counted sample has several images, or a shard is a URL and `num_images` is
+            None.
     """
 
     def __init__(self, pattern: str, num_images: int | None) -> None:
-        try:
-            import webdataset
-        except ImportError as error:
-            raise ValueError('--dataset wds: needs the package webdataset: pip install ".[wds]"') from error
+        import webdataset  # pip install ".[wds]"
+
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
@@ -58,14 +56,10 @@ class Shards:
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
-            raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
+            raise ValueError(f"dataset={self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
-            raise AdvisedError(
-                "images at URLs can't be counted", Remedy({"num_images": "N"}), about={"dataset": self.title}
-            )
+            raise ValueError(f"dataset={self.title}: images at URLs can't be counted: give num_images=N")
         self.num_images = num_images or sum(_count_samples(file) for file in files)
-        if not self.num_images:
-            raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")
         logger.info(f"{self.num_images:,} images in {len(self.urls)} shards, streamed: resuming is approximate")
 
     def __len__(self) -> int:
@@ -122,7 +116,17 @@ class Shards:
                     label = sample.get("cls", b"").decode("utf-8", "replace")
                     yield lap, name, sample[images[0]], int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
-                raise ValueError(f"--dataset {self.title}: no images in these shards")
+                raise ValueError(f"dataset={self.title}: no images in these shards")
+
+
+def require_random_access(source: Source | Shards) -> Source:
+    """Returns a source. Raises ValueError if it is a stream."""
+    if isinstance(source, Shards):
+        raise ValueError(
+            f"{source.title}: streamed shards are for pre-training only, without `cache_images`; unpack them, or pack "
+            f"the images as a zip file"
+        )
+    return source
 
 
 def _is_scheme(url: str) -> bool:
@@ -170,11 +174,7 @@ def _count_samples(file: Path) -> int:
     """Counts the samples of a shard. Successive members with the same name up to its first dot are one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    try:
-        _, members, _ = find_members(file)
-    except ValueError as error:
-        streamed = Remedy({"num_images": "N"}, "give {} to stream it without counting its images")
-        raise AdvisedError(str(error), streamed) from error
+    _, members, _ = find_members(file)
     for key, images in itertools.groupby(map(base_plus_ext, members), key=lambda parts: parts[0]):
         require_one_image(printable(f"{file}: {key}"), [image for _, image in images])
     return len(members)

@@ -156,12 +156,9 @@ def read(folder: Path) -> list[Result]:
     """Reads the results that `write` has written to a folder.
 
     Raises:
-        ValueError: the folder has no results.
+        FileNotFoundError: the folder has no results.
     """
-    path = folder / "results.csv"
-    if not path.exists():
-        raise ValueError(f"{folder} has no results.csv: give the --output_dir of a finished main_compare.py")
-    with path.open(newline="", encoding="utf-8") as file:
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kinds = get_type_hints(Result)
     return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]

@@ -122,7 +122,7 @@ def neighbors(
     bank, bank_targets = _unit(bank, device), bank_targets.to(device)
     sizes = parallel.gather(len(bank))
     if sum(sizes) < k:
-        raise ValueError(f"--k {k}: there are only {sum(sizes)} training images; give a smaller --k")
+        raise ValueError(f"k={k}: there are only {sum(sizes)} training images; give a smaller `k`")
     # Equal in all processes, which process the queries together. The votes are for each class.
     step = max(1, CHUNK // max(min(SLICE, max(sizes)), num_classes))
     # All processes compare the queries of rank 0 with their parts of the bank, then the queries of rank 1, and so on.

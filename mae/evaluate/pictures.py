@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mae.data import loader
+from mae.data.samples import Samples
 from mae.data.transforms import Normalize
 
 GAP = 2  # pixels between pictures
@@ -99,3 +101,12 @@ def reconstruction(
         return picture
     titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in TITLES]
     return with_labels(picture, titles, labels, NOTE)
+
+
+def reconstructed_examples(
+    model: Any, samples: Samples, count: int, normalize: Normalize, mask_ratio: float
+) -> np.ndarray:
+    """Draws reconstructions of evenly spaced samples with their names, as in `reconstruction`."""
+    batch = loader.examples(samples, count)
+    names = loader.example_names(samples, count)
+    return reconstruction(model, batch.images, batch.noise, normalize, mask_ratio, labels=names, extras=batch.extras)

@@ -31,7 +31,7 @@ def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions:
         used, both = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
         classes, (labels, predictions) = [classes[number] for number in used], np.split(both, 2)
     if len(classes) > MOST_PAIRED:
-        logger.warning(f"--report: there is none, as its matrix has all pairs of the {len(classes):,} classes")
+        logger.warning(f"`report`: there is none, as its matrix has all pairs of the {len(classes):,} classes")
         return
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(matrix, (labels, predictions), 1)

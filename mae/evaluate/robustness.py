@@ -106,14 +106,10 @@ def find(name: str, root: Path) -> Suite:
             unpacked. For a suite with one folder, also an uncompressed tar or zip file.
 
     Raises:
-        ValueError: the folder does not exist, or a part of it is missing.
+        ValueError: a part of the folder is missing.
     """
     root = root.absolute()  # the name of the folder contains the variant of ImageNetV2
-    if not root.exists():
-        raise ValueError(f"--data_path: there is no folder or archive {root}")
     cells, folders, columns = {name: root}, synsets(), list(range(NUM_CLASSES))
-    if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
-        raise ValueError(f"--data_path {root}: {name} has several archives; unpack them, and give the parent folder")
     if name in ("imagenet-a", "imagenet-r"):
         folders = subset(name)
         columns = [synsets().index(synset) for synset in folders]
@@ -133,13 +129,12 @@ def _variants(root: Path) -> dict[str, Path]:
     folders_of = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
     if twice := [paths for paths in folders_of.values() if len(paths) > 1]:
         raise ValueError(
-            f"--data_path {root}: {twice[0][0].name} and {twice[0][1].name} are of the same variant; give one of them"
+            f"data_path={root}: {twice[0][0].name} and {twice[0][1].name} are of the same variant; give one of them"
         )
     cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
     if not cells:
         raise ValueError(
-            f"--data_path {root}: it contains no folder imagenetv2-{VARIANTS[0]}..., imagenetv2-{VARIANTS[1]}... or "
-            f"imagenetv2-{VARIANTS[2]}...; give the folder in which the archives of ImageNetV2 were unpacked"
+            f"data_path={root}: it contains no folder of an archive of ImageNetV2, such as imagenetv2-{VARIANTS[0]}"
         )
     return cells
 
@@ -154,7 +149,7 @@ def _corruptions(root: Path) -> dict[str, Path]:
     missing = [name for name, folder in cells.items() if not folder.is_dir()]
     if missing:
         raise ValueError(
-            f"--data_path {root}: {len(missing)} of the {len(cells)} folders CORRUPTION/SEVERITY of ImageNet-C are "
+            f"data_path={root}: {len(missing)} of the {len(cells)} folders CORRUPTION/SEVERITY of ImageNet-C are "
             f"missing, in it or in its subfolders: {first_few(missing)}"
         )
     return cells
@@ -176,17 +171,11 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
     there = {images.classes[number] for number in np.unique(images.labels)} if images.classes else set()
     unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
     if strays := strays_of(images.names):
-        raise ValueError(f"--data_path {path}: these images are in no class folder: {strays}; remove them")
-    if unknown or not there:
-        kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
-        problem = f"unknown class folders: {first_few(unknown)}" if unknown else "no images in class folders"
+        raise ValueError(f"data_path={path}: these images are in no class folder: {strays}; remove them")
+    if unknown or missing:
         raise ValueError(
-            f"--data_path {path}: {problem}; the {len(suite.folders)} class folders of {suite.name} are named by {kind}"
-        )
-    if missing:
-        raise ValueError(
-            f"--data_path {path}: {len(missing)} of the {len(suite.folders)} class folders of {suite.name} are "
-            f"missing or empty: {first_few(missing)}"
+            f"data_path={path}: its class folders are not the {len(suite.folders)} of {suite.name}: unknown are "
+            f"{first_few(unknown) or 'none'}, and missing or empty {first_few(missing) or 'none'}"
         )
     number_of = {folder: number for number, folder in enumerate(suite.folders)}
     numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # -1: an empty folder, of any name
@@ -205,12 +194,10 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
     strange = [name for name in files if name not in labels]
     if strange:
         raise ValueError(
-            f"--data_path {path}: {len(strange)} files, such as {strange[0]}, do not have the names of the published "
+            f"data_path={path}: {len(strange)} files, such as {strange[0]}, do not have the names of the published "
             f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG; ReaL's labels need them"
         )
     chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
-    if not len(chosen):
-        raise ValueError(f"--data_path {path}: none of its {len(files)} images has a ReaL label")
     images.classes = synsets()
     images.labels = np.array([(labels[name] or [0])[0] for name in files])
     return Cell(Subset(images, chosen), [labels[files[index]] for index in chosen])

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from mae.cli.advice import changes
 from mae.evaluate import tables
 from mae.evaluate.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from mae.files import atomic
 from mae.files.results import Results
 from mae.files.untrusted import escape_dollars
+from mae.settings.arguments import changes
 
 # Scores of a cell: acc1, acc5 unless images have several labels, balanced_acc if the classes are imbalanced; and
 # what they depend on: the number of images and the name of their folder.
@@ -31,7 +31,7 @@ def cells_of(results: Results, settings: Mapping[str, Any]) -> dict[str, Scores]
     state = results.read()
     before = {"exif": False, **state.get("settings", {})}  # earlier versions recorded it if it was set
     if state and (difference := changes(before, settings)):
-        raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another --output_dir")
+        raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another `output_dir`")
     return state.get("cells", {})
 
 

@@ -240,14 +240,14 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     task, weight = flags["task"], flags.get("class_weight") and train is not None
     names = list(dict.fromkeys(flags["metric"] or DEFAULT_METRICS[task]))
     if others := [name for name in names if name not in METRICS[task]]:
-        raise ValueError(f"--metric {others[0]} is not for --task {task}: give {', '.join(METRICS[task])}")
+        raise ValueError(f"metric={others[0]} is not for task={task}: give {', '.join(METRICS[task])}")
     if task == REGRESSION:
         if weight:
-            raise ValueError("--class_weight balanced: --task regression has no classes; omit --class_weight")
+            raise ValueError("class_weight=balanced: task=regression has no classes; omit `class_weight`")
         constant = [name for name, column in zip(val.classes, val.labels.T, strict=True) if np.ptp(column) == 0]
         if constant and {"r2", "spearman"} & {*names}:
             logger.warning(
-                f"--metric {' '.join(names)}: {first_few(constant)} is the same for all validation images; "
+                f"metric={' '.join(names)}: {first_few(constant)} is the same for all validation images; "
                 f"r2 (0 or undefined) and spearman (undefined) can't score it"
             )
         return Regression(
@@ -259,8 +259,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     _require_defined(names, np.asarray(val.labels), val.classes)
     if "kappa" in names and len(val.classes) > 2 and not _are_numbers(val.classes) and parallel.is_main():
         logger.warning(
-            f"--metric kappa weights errors by the order of the classes, {first_few(val.classes)}; for another order, "
-            f"give --train_list and --val_list with the labels 0, 1, 2"
+            f"metric=kappa weights errors by the order of the classes, {first_few(val.classes)}; for another order, "
+            f"give `train_list` and `val_list` with the labels 0, 1, 2"
         )
     kind = Multilabel if task == MULTILABEL else Classification
     # Grades 0, 1, 2 and 4 are as far apart as their numbers, also if no image has the grade 3.
@@ -278,14 +278,14 @@ def _require_defined(names: Sequence[str], truth: np.ndarray, classes: Sequence[
     for name in filter(metrics.OF_CLASSES.__contains__, names):
         missing = np.flatnonzero(~metrics.is_defined(name, counts, len(truth)))
         if len(missing) == len(classes) and name in metrics.NEED_SCORES:
-            raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
+            raise ValueError(f"metric={name}: the validation images are of one class; give images of other classes")
         if len(missing) and parallel.is_main():
             which = first_few([classes[number] for number in missing.tolist()])
             kind = "none or all of the validation images" if name == "auroc" else "no validation image"
             mean = "is the mean over the other classes"
             if name == "macro_f1":
-                mean = "counts these classes as 0 if they are predicted, and with --task multilabel always"
-            logger.warning(f"--metric {name} {mean}: {kind} is of {which}")
+                mean = "counts these classes as 0 if they are predicted, and with task=multilabel always"
+            logger.warning(f"metric={name} {mean}: {kind} is of {which}")
 
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 import mae.build
+import mae.probes
 import models_mae
 import models_segment
 import models_vit
-from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import extras as extra_inputs
 from mae.data import transforms
 from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
@@ -26,7 +26,7 @@ from mae.data.transforms import split_maps, with_maps
 from mae.evaluate.robustness import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import specs
 from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision
@@ -124,13 +124,7 @@ class ModelMixin(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, **arguments: Any) -> Any:
         """Loads all weights. By default, huggingface_hub ignores missing and unexpected ones."""
-        try:
-            return super()._from_pretrained(**{"strict": True, **arguments})
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{arguments['model_id']} does not contain the weights of a {cls.__name__}: use mae.get_model, "
-                f"which loads any model of this library ({' '.join(str(error).split())})"
-            ) from error
+        return super()._from_pretrained(**{"strict": True, **arguments})
 
     def prepare(self, images: Images, channels_last: bool | None = None) -> Tensor:
         """Images of any kind -> the input of the model (B, c, H, W), on its device.
@@ -242,10 +236,7 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         if not (isinstance(self, Classifier) and self.settings["nb_classes"]):
-            raise ValueError(
-                f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
-                f"with main_finetune.py or main_linprobe.py"
-            )
+            raise ValueError(f"{self.settings['model']} has no classification head here: give a fine-tuned file")
         x, inputs = self.inputs(images, extras, channels_last)
         with self.evaluating(), self.autocast(amp):
             outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
@@ -355,7 +346,7 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**mae.build.classifier_arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
-            mae.build.set_probe_head(self, specs(settings)[0])
+            mae.probes.set_probe_head(self, specs(settings)[0])
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()

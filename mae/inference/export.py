@@ -35,7 +35,6 @@ from mae.files import atomic
 from mae.inference.graphs import write_onnx, write_torch_export
 from mae.inference.model import Classifier, Model, Segmenter, get_model
 from mae.inference.state_dicts import (
-    FOR_ALL,
     encoder_of,
     write_mmpretrain,
     write_reference,
@@ -45,7 +44,7 @@ from mae.inference.state_dicts import (
 )
 from mae.settings.choices import CLASSIFICATION
 from mae.settings.model import BLOCK_ARGUMENTS
-from mae.training.run_log import start_logging
+from mae.training.log import start_logging
 
 logger = logging.getLogger(__name__)
 
@@ -98,33 +97,33 @@ def export(model: Model, to: str, out: Path) -> None:
         ValueError: the format does not support this model or the suffix of `out`, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
-    pools_patches = isinstance(model, Classifier) and model.global_pool
-    if model.num_prefix_tokens > 1 and (to == "mmpretrain" or (to == "timm" and not pools_patches)):
-        raise ValueError(
-            f"--to {to}: {to} uses a single class token, and this model the mean of {model.num_prefix_tokens}; give "
-            f"--to transformers, safetensors, onnx or torch_export"
-        )
-    if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
-        head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
-        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder_only, or {FOR_ALL}")
-    if model.encoder_name and to in (*WITHOUT_OTHER_HEADS, "reference"):
-        raise ValueError(f"--to {to}: {to} does not have the encoder {model.encoder_name}; give {FOR_ALL}")
-    if to in ("onnx", "torch_export") and model.needed_inputs:
-        name = model.needed_inputs[0]
-        raise ValueError(f"--to {to}: its graphs have no extra inputs, such as {name}; give --to safetensors")
-    for name in BLOCK_ARGUMENTS:
-        if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
-            raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")
-    task = model.settings.get("task", CLASSIFICATION)
-    if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
-        raise ValueError(
-            f"--to {to}: {to} does not know the outputs of --task {task}; give "
-            f"--to {' or '.join(KEEP_TASK)}, or --encoder_only"
-        )
+    if reason := _unsupported(model, to):
+        raise ValueError(f"--to {to}: the format has no {reason}; give --to safetensors")
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with model.evaluating(), atomic.replacing(out) as written:
         WRITERS[to](model, written)
+
+
+def _unsupported(model: Model, to: str) -> str:
+    """Returns the part of a model that a format does not have, or ""."""
+    is_other_code = to in WITHOUT_OTHER_HEADS
+    pools_patches = isinstance(model, Classifier) and model.global_pool
+    has_one_token = to == "mmpretrain" or (to == "timm" and not pools_patches)
+    if has_one_token and model.num_prefix_tokens > 1:
+        return f"mean of {model.num_prefix_tokens} class tokens"
+    if is_other_code and (model.head_pools or isinstance(model, Segmenter)):
+        return "attentive probe" if model.head_pools else "head for segmentation of this library"
+    if model.encoder_name and (is_other_code or to == "reference"):
+        return f"encoder {model.encoder_name}"
+    if model.needed_inputs and to in ("onnx", "torch_export"):
+        return f"extra input {model.needed_inputs[0]}"
+    if is_other_code and (names := [name for name in BLOCK_ARGUMENTS if model.settings.get(name)]):
+        return f"blocks with --{names[0]}"
+    task = model.settings.get("task", CLASSIFICATION)
+    if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
+        return f"outputs of --task {task}"
+    return ""
 
 
 def check_suffix(to: str, out: Path) -> None:

@@ -28,9 +28,9 @@ from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
 from mae.data import extras, loader, transforms
 from mae.data.batches import Batch
-from mae.data.dataset_kinds import open_source
 from mae.data.decode import BadImage
 from mae.data.image_facts import readable
+from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Source, versions
 from mae.data.user_sets import UserSet
@@ -41,8 +41,8 @@ from mae.inference.model import Model, get_model
 from mae.settings.choices import REGRESSION
 from mae.training import feature_files
 from mae.training.compiling import compile_model, padded
+from mae.training.log import start_logging
 from mae.training.precision import Precision
-from mae.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 

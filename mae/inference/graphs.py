@@ -22,7 +22,7 @@ def library(name: str, extra: str | None = None) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f'--to: this format needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
+            f'`to`: this format needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
         ) from error
 
 
@@ -145,6 +145,4 @@ def write_onnx(model: Model, out: Path) -> None:
         pairs = zip([ours] if isinstance(ours, torch.Tensor) else ours, theirs, strict=True)
         difference = max(float((torch.from_numpy(their) - our).abs().max()) for our, their in pairs)
     if difference > CLOSE:
-        raise ValueError(
-            f"--to onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}"
-        )
+        raise ValueError(f"to=onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}")

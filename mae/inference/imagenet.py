@@ -58,14 +58,12 @@ def load(name: str, crop_pct: float | None, device: torch.device, **settings: An
     num_classes = getattr(classifier.model, "num_classes", 0)
     if num_classes != NUM_CLASSES:
         what = f"has {num_classes} classes" if num_classes else "is not a classifier"
-        raise ValueError(f"--model {name} {what}; the suites need a classifier with the 1000 classes of ImageNet-1K")
+        raise ValueError(f"model={name} {what}; the suites need a classifier with the 1000 classes of ImageNet-1K")
     return classifier._replace(model=classifier.model.to(device), normalize=classifier.normalize.to(device))
 
 
 def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetClassifier:
     model = get_model(name, pretrained=True, **settings)
-    if model.in_chans != 3:
-        raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the images of the suites have 3 channels")
     classes = model.settings.get("classes") or model.settings.get("label_names")
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
@@ -95,12 +93,12 @@ def _check_order(name: str, classes: list[str]) -> None:
     if classes == synsets():
         return
     if classes == [str(number) for number in range(NUM_CLASSES)]:
-        logger.warning(f"--model {name} has numbers as class names; they are assumed to be ImageNet's labels")
+        logger.warning(f"model={name} has numbers as class names; they are assumed to be ImageNet's labels")
         return
     pairs = zip(classes, imagenet_classes(), strict=True)
     if sum(_first_name(ours) == _first_name(theirs) for ours, theirs in pairs) < ALIKE * NUM_CLASSES:
         raise ValueError(
-            f"--model {name} was not trained on the classes of ImageNet-1K, or on another order of them: its first "
+            f"model={name} was not trained on the classes of ImageNet-1K, or on another order of them: its first "
             f"class is {classes[0]}, and not {synsets()[0]} (or {imagenet_classes()[0]}, or 0)"
         )
 
@@ -117,7 +115,7 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
     except Exception as error:  # an unknown name, a missing file, or no network
         reason = " ".join(str(error).split())
-        raise ValueError(f"--model {name}: timm reports: {reason} (timm.list_pretrained() lists all names)") from error
+        raise ValueError(f"model={name}: timm reports: {reason} (timm.list_pretrained() lists all names)") from error
     data_config = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
     transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # returns uint8
     transform.transforms.insert(0, to_pillow)  # its pixels of a tensor would differ

@@ -42,10 +42,8 @@ def query_attention(model: Model, images: Images) -> Tensor:
         (B, Q, rows, columns) of the patch grid. The weights of a query sum to 1.
 
     Raises:
-        ValueError: the model has no attentive probe.
+        AttributeError: the model has no attentive probe.
     """
-    if not model.head_pools:
-        raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
     x = model.prepare(images)
     head: Any = model.head
     with model.evaluating():

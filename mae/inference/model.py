@@ -18,8 +18,8 @@ import torch
 import mae.build
 import models_mae
 import models_vit
+from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli import user_code
 from mae.data import transforms
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
@@ -201,10 +201,7 @@ def _load(
     model: Model = kind(merged)
     if isinstance(model, Autoencoder):
         if file.kind != model_zoo.FULL:
-            raise CheckpointError(
-                f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
-                f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
-            )
+            raise CheckpointError(f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind})")
         if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.origin)}:
             warn_once(f"{file.origin} does not record norm_pix_loss, and it is assumed. If its reconstructions "
                               f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip

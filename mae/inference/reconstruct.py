@@ -22,7 +22,7 @@ from mae.files.untrusted import require_files
 from mae.inference.classes import Autoencoder, ImageLike, Model
 from mae.inference.model import get_model
 from mae.settings import types
-from mae.training.run_log import start_logging
+from mae.training.log import start_logging
 from models_mae import Reconstruction
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     if not isinstance(model, Autoencoder):
         raise ValueError(
             f"--model {args.model} has no decoder of pixels and can't reconstruct: give a checkpoint of "
-            f"main_pretrain.py whose model predicts pixels, or a published file with a decoder, such as "
-            f"mae_visualize_vit_large"
+            f"main_pretrain.py, or a published file with a decoder, such as mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
         logger.info("the model predicts normalized patches: their mean and contrast are taken from the original")
@@ -203,12 +202,7 @@ def boxes_to_mask(
                                           (left, width, size[1], scaled[1], covered[1]))
         )  # fmt: skip
         if not mask[rows, columns].numel():
-            # Margins that do not fill a patch are cropped; this rectangle is never in them.
-            example = " ".join(str(max(1, side // 4)) for side in (size[1], size[0], size[1], size[0]))
-            raise ValueError(
-                f"{flag} touches no patch: {pixels}; give left, top, width and height of a rectangle in it, such as "
-                f"--mask_box {example}"
-            )
+            raise ValueError(f"{flag} touches no patch: {pixels}")
         if min(left, top) < 0 or left + width > size[1] or top + height > size[0]:
             logger.warning(f"{flag} reaches over the border, and is cut there: {pixels}")
         mask[rows, columns] = 1

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import mae.build
-from mae.cli.advice import arguments
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
+from mae.settings.arguments import in_words
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 ONLY_OURS = ("learned_pos_embed", "mask_block", "exif", "hflip", "nodata", "value_range", "channels_last")
 
 TIMM_EPS = 1e-6
-FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
+FOR_ALL = "to=safetensors, onnx or torch_export"  # formats that have all models
 GRAY = (  # classifiers of gray images; pipeline("image-classification") raises an error
     "the pipelines of transformers convert images to RGB, and this model has one channel; use processor and model: "
     "processor = transformers.AutoImageProcessor.from_pretrained({folder!r}, backend='pil'); model = "
@@ -30,7 +30,7 @@ GRAY = (  # classifiers of gray images; pipeline("image-classification") raises 
     "model(**processor(image.convert('L'), return_tensors='pt')).logits"
 )
 MASKS = (  # the encoder of ViTMAEForPreTraining
-    "AutoModel of transformers masks {ratio:g} of the patches: for features of all patches, give --encoder_only, or "
+    "AutoModel of transformers masks {ratio:g} of the patches: for features of all patches, give `encoder_only`, or "
     "AutoModel.from_pretrained({folder!r}, mask_ratio=0.0), whose tokens are in random order without "
     "noise=torch.arange({patches}).expand(len(images), -1)"
 )
@@ -43,7 +43,7 @@ def encoder_of(model: Model) -> Classifier:
         ValueError: the model is a classifier that pools patch tokens.
     """
     if model.settings.get("global_pool") and not isinstance(model, Autoencoder):
-        raise ValueError("--encoder_only: this classifier pools patch tokens, and has no norm for single tokens")
+        raise ValueError("`encoder_only`: this classifier pools patch tokens, and has no norm for single tokens")
     architecture = model.settings["model"].removeprefix("mae_")
     settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": False, "probe": False}
     encoder = with_encoder(Classifier, model.encoder)(settings)
@@ -72,8 +72,8 @@ def write_safetensors(model: Model, out: Path) -> None:
 
 
 def _log_of_pixels(model: Model, reader: str) -> None:
-    changed = {name: model.settings.get(name) for name in ("value_range", "nodata")}
-    if given := " ".join(arguments(changed)):
+    found = {name: model.settings.get(name) for name in ("value_range", "nodata")}
+    if given := in_words({name: value for name, value in found.items() if value is not None}):
         logger.info(f"{reader} does not apply {given}: prepare the pixels in this way, before its normalization")
     if not model.normalize.fits_bytes:
         logger.info(f"{reader} divides pixels by 255, and mean and std of this model are in the units of its training "
@@ -224,7 +224,7 @@ def write_transformers(model: Model, out: Path) -> None:
             logger.info(f"transformers masks single patches, and this model has mask_block {settings['mask_block']}")
     elif settings.get("global_pool"):
         raise ValueError(
-            "--to transformers: its classifier uses the class token, and this classifier pools patch tokens; give --to "
+            "to=transformers: its classifier uses the class token, and this classifier pools patch tokens; give "
             "timm, onnx or torch_export"
         )
     elif not settings["nb_classes"]:
@@ -267,12 +267,12 @@ def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
     transformers = library("transformers")
     if isinstance(model, Autoencoder) or model.settings["nb_classes"] or model.settings.get("global_pool"):
         raise ValueError(
-            f"--to transformers: PixioModel, for several class tokens, has no decoder and no head: give "
-            f"--encoder_only, or {FOR_ALL}"
+            f"to=transformers: PixioModel, for several class tokens, has no decoder and no head: give "
+            f"`encoder_only`, or {FOR_ALL}"
         )
     ratio, rest = divmod(intermediate_size, model.embed_dim)
     if rest:
-        raise ValueError(f"--to transformers: PixioModel needs a whole number as MLP ratio: give {FOR_ALL}")
+        raise ValueError(f"to=transformers: PixioModel needs a whole number as MLP ratio: give {FOR_ALL}")
     config = transformers.PixioConfig(**same, mlp_ratio=ratio, n_cls_tokens=model.num_prefix_tokens)
     return transformers.PixioModel(config)
 
@@ -299,7 +299,7 @@ def _save(state: dict[str, Any], out: Path) -> None:
 def _square(sides: tuple[int, int], what: str) -> int:
     if sides[0] != sides[1]:
         raise ValueError(
-            f"--to transformers supports only square {what}, and these are {sides[0]} x {sides[1]}: give {FOR_ALL}"
+            f"to=transformers supports only square {what}, and these are {sides[0]} x {sides[1]}: give {FOR_ALL}"
         )
     return sides[0]
 

@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae.cli.advice import arguments
-from mae.cli.user_code import DATASET
 from mae.files import atomic
 from mae.files.results import Results
 from mae.interrupts import end_with_parent
+from mae.settings.arguments import arguments
+from mae.user_code import DATASET
 
 Scores = dict[str, Any]
 T = TypeVar("T")

@@ -236,10 +236,7 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
     if args.nodes > 1 and args.cluster == "local":
         raise ValueError(f"--nodes {args.nodes}: --cluster local uses one machine; give --nodes 1")
     if args.after and args.cluster != "slurm":
-        raise ValueError(
-            f"--after {args.after} requires --cluster slurm: --cluster {args.cluster} starts the job at once; give one "
-            f"of them"
-        )
+        raise ValueError(f"--after {args.after} requires --cluster slurm")
     for_slurm = [f"--{name}" for name in ("partition", "use_volta32", "comment", "slurm") if getattr(args, name)]
     if for_slurm and args.cluster != "slurm":
         logger.warning(f"no effect with --cluster {args.cluster}: {', '.join(for_slurm)}")
@@ -250,10 +247,7 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
     elif args.cluster == "debug":
         executor.submit(job_of_run(argv=tuple(argv))).results()
     elif args.cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError(
-            "--cluster slurm: there is no sbatch on this machine; submit on a login node, or give --cluster local or "
-            "--dry_run"
-        )
+        raise ValueError("--cluster slurm: there is no sbatch on this machine")
     else:
         code, recipe = code_copy.make(shared / "code", args.config)
         argv += ["--config", str(recipe)] if recipe else []

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 
 FREE, WARNS, FIXED = "free", "warns", "fixed"  # whether a resumed run may change a setting
 
-# What a setting is about. `resolve.py` says which uses of a file take the settings of which roles.
+# What a setting is about. `run.py` says which uses of a file take the settings of which roles.
 MODEL = "model"  # the encoder and the decoder
 HEAD = "head"  # the head of a model, and its task
 LABELS = "labels"  # the meaning of labels

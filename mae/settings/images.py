@@ -1,10 +1,11 @@
 """Settings of the images: how a picture becomes the input of a model, and the augmentation in training."""
 
 # fmt: off
+from collections.abc import Set
 from dataclasses import dataclass
 
-from mae.positions import Size
-from mae.settings.choices import CLASSIFICATION, CROP_CHOICES, TASK_CHOICES
+from mae.position_tables import Size
+from mae.settings.choices import CLASSIFICATION, CROP_CHOICES, NO_CROP, TASK_CHOICES
 from mae.settings.fields import FIXED, HEAD, IMAGES, LABELS, TRAINING, Values, fact, setting
 from mae.settings.types import count, nodata, non_negative, positive, positive_int, positive_share, share
 
@@ -95,3 +96,8 @@ class AugmentationSpec(Values, group="augmentation", role=TRAINING):
     mixup_switch_prob: float = setting(0.5, share, metavar="P", help="probability of cutmix if both are enabled")
     mixup_mode: str = setting("batch", choices=("batch", "pair", "elem"),
         help="sample the mixing parameters once per batch, pair or element")
+
+
+def unused_crops(crop: str | None, names: Set[str]) -> list[str]:
+    """Returns the settings of crops among `names`, which have no effect if `crop` is none."""
+    return sorted(names & {"crop_scale", "crop_ratio", "crop_pct"}) if crop == NO_CROP else []

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from mae.masking import MASKING_CHOICES
-from mae.positions import Size
+from mae.position_tables import Size
 from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, PROBE_CHOICES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
 from mae.settings.types import count, positive_int, ratio

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import fields as roles
 from mae.settings.data import DataSpec
 from mae.settings.fields import Values, element_types

@@ -4,8 +4,7 @@
 from dataclasses import dataclass
 
 from mae.files import recipes
-from mae.parallel import BACKENDS
-from mae.settings.choices import AMP_CHOICES, METRIC_CHOICES, TF32
+from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive, positive_int, ratio
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae.blocks import blocks_of
+from mae.build import blocks_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
     except Exception as error:  # the type depends on the backend
         reason = str(error).strip().splitlines()[0]
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
-        logger.warning(f"--compile needs {need} and does not work here ({reason}): the command continues without it")
+        logger.warning(f"`compile` needs {need} and does not work here ({reason}): the command continues without it")
         return
     if freeze_weights and device.type == "cpu":  # on a GPU, this was not measured
         from torch._inductor import config  # takes longer to import than PyTorch
@@ -51,7 +51,7 @@ def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: 
             _compile_method(unit, "forward")
         if hasattr(model, "forward_loss"):
             _compile_method(model, "forward_loss")
-    logger.info("--compile: the first batch, and the first of another size, take up to a minute")
+    logger.info("`compile`: the first batch, and the first of another size, take up to a minute")
 
 
 def _num_weights(model: torch.nn.Module) -> int:

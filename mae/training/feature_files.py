@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae import parallel
-from mae.cli import advice
 from mae.data.batches import Batch, prefetch, to_host
 from mae.data.labels import Subset
-from mae.data.loader import Epochs
+from mae.data.sampler import Epochs
 from mae.data.sources import Source
 from mae.files import atomic, locks
+from mae.settings.arguments import changes
 from mae.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,6 @@ def _progress(folder: Path, rows: Path, settings: dict[str, Any], size: int) -> 
         theirs, done, shape, complete = {}, 0, [], False
     if complete and theirs == settings:
         return done, shape
-    reason = advice.changes(theirs, settings) if complete else "damaged"
+    reason = changes(theirs, settings) if complete else "damaged"
     logger.warning(f"{folder} can't be resumed ({reason}): starting from the beginning")
     return 0, []

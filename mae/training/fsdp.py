@@ -40,15 +40,12 @@ def shard(
         method: another method of the model, in addition to `forward`, that computes with its weights.
 
     Raises:
-        ValueError: the device is MPS, `dtype` is fp16, which needs a common loss scale, or a weight or buffer is not
-            initialized.
+        ValueError: `dtype` is fp16, which needs a common loss scale, or a weight or buffer is not initialized.
     """
     if dtype is torch.float16:
-        raise ValueError("--fsdp supports --amp bf16 and off, not fp16")
-    if device.type == "mps":
-        raise ValueError("--fsdp supports CUDA and the CPU, not MPS: omit it, or give --device cpu")
+        raise ValueError("`fsdp` supports amp=bf16 and off, not fp16")
     if parallel.world_size() == 1:
-        logger.warning("--fsdp shards nothing in a single process: start several processes with torchrun, or omit it")
+        logger.warning("`fsdp` shards nothing in a single process: start several processes with torchrun, or omit it")
     # The predictions are a part of the decoder's output. No code changes them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (parallel.world_size(),))
@@ -69,7 +66,7 @@ def initialize(model: Any, device: torch.device) -> None:
     """Initializes a sharded model in the order of its constructor."""
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
-            raise ValueError(f"--fsdp: the buffer {name} is not initialized: set it in a subclass (model_class)")
+            raise ValueError(f"`fsdp`: the buffer {name} is not initialized: set it in a subclass (model_class)")
     fixed = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # position tables
     model.to_empty(device=device)
     for parameter in model.parameters():
@@ -83,7 +80,7 @@ def initialize(model: Any, device: torch.device) -> None:
     unset = [name for name, parameter in model.named_parameters() if parameter.to_local().isnan().any()]
     if names := [name for part in parallel.gather(unset) for name in part]:
         raise ValueError(
-            f"--fsdp: {names[0]} is not initialized: give its module a method reset_parameters that sets it"
+            f"`fsdp`: {names[0]} is not initialized: give its module a method reset_parameters that sets it"
         )
 
 

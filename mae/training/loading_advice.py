@@ -27,12 +27,12 @@ def faster_loading(batches: Any, record: Mapping[str, Any], device: torch.device
     source, cores = batches.source, parallel.cores_of_process()
     if device.type == "cpu":
         cores -= torch.get_num_threads()  # which compute
-    found = [f"--num_workers {cores}"] if batches.batches.num_workers < cores else []
+    found = [f"num_workers={cores}"] if batches.batches.num_workers < cores else []
     if record.get("cache_images"):
         return found
     name = source.name(0) if hasattr(source, "name") else ""
     if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
-        found.append("--fast_jpeg")
+        found.append("`fast_jpeg`")
     if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
         found.append("python -m mae.data.resize")
     return found

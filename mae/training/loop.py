@@ -15,10 +15,10 @@ from mae.data.batches import prefetch
 from mae.data.loader import TrainLoader
 from mae.interrupts import Interrupted
 from mae.training.feature_files import FeatureBatches
+from mae.training.log import NullLog
 from mae.training.meters import Meters, Stopwatch
 from mae.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from mae.training.precision import Precision
-from mae.training.run_log import NullLog
 from mae.training.saver import NullSaver, Request
 
 Loader = TrainLoader | FeatureBatches

@@ -5,12 +5,10 @@ Segmentation has a polynomial decay instead of the cosine.
 
 import logging
 import math
-from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
-
-from mae.settings import OptimSpec
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +36,12 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
     """Logs a warning if the warm-up is not shorter than the run."""
     if warmup_epochs >= epochs:
         logger.warning(
-            f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the learning "
-            f"rate only rises; give --warmup_epochs {epochs / 20:g}, a twentieth, or more --epochs"
+            f"warmup_epochs={warmup_epochs:g} is not shorter than the run of epochs={epochs}: the learning "
+            f"rate only rises; give warmup_epochs={epochs / 20:g}, a twentieth, or more `epochs`"
         )
 
 
-def adjust_learning_rate(
-    optimizer: Optimizer, epoch: float, args: OptimSpec | Namespace, schedule: Schedule | None = None
-) -> float:
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule: Schedule | None = None) -> float:
     """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 
     Args:

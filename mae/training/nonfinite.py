@@ -53,7 +53,7 @@ class NonFiniteGuard:
         parallel.barrier()  # when one process ends, the launcher kills the others, including one that writes
         saved = f"The weights, without this update and perhaps with a few later ones, are in {file}. " if file else ""
         raise NonFiniteLoss(
-            f"{what} ({self.in_a_row} in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
-            f"--blr if --lr is not given), --amp off (or bf16 instead of fp16), or --on_nonfinite skip if it "
+            f"{what} ({self.in_a_row} in a row). {saved}Try clip_grad=1.0, a lower learning rate (`lr`, or "
+            f"`blr` if `lr` is not given), amp=off (or bf16 instead of fp16), or on_nonfinite=skip if it "
             f"happens rarely."
         )

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mae import parallel
-from mae.data import labels
+from mae.data import extras, labels
 from mae.data.run_data import RunData
 from mae.data.sources import Source
 from mae.data.webdataset_shards import Shards
 from mae.evaluate import knn
-from mae.settings import DATASETS, DataSpec
+from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -54,16 +55,16 @@ class OnlineProbe:
             try:
                 train, val, _ = data.open_pair()
             except ValueError as error:  # it names flags of a run
-                raise ValueError(f"--probe_path {path}: {getattr(error, 'message', error)}") from error
+                raise ValueError(f"probe_path={path}: {getattr(error, 'message', error)}") from error
         elif isinstance(source, Shards):
-            raise ValueError("--probe_every: the images of shards (wds:) are streamed; give --probe_path PATH")
+            raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
-            train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "--probe_every")
+            train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "`probe_every`")
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
         if not self.is_labelled:
-            logger.info("--probe_every: the images have no labels, so there is an effective rank and no accuracy")
+            logger.info("`probe_every`: the images have no labels, so there is an effective rank and no accuracy")
         self.encode = partial(_encode, data=data, batch_size=batch_size, precision=precision.of_evaluation())
         self.device = precision.device
 
@@ -93,6 +94,29 @@ class OnlineProbe:
             f"(probe: {time.perf_counter() - start:.1f} s)"
         )
         return scores
+
+
+def open_probe(
+    run: Run, data: RunData, source: Source | Shards, model: nn.Module, precision: Precision
+) -> OnlineProbe | None:
+    """Opens the data of `probe_every`; returns None if it is 0.
+
+    Raises:
+        ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
+    """
+    every, path = run.evaluation.probe_every, run.evaluation.probe_path
+    if not every:
+        if path:
+            logger.warning("`probe_path` has no effect without `probe_every`")
+        return None
+    if run.machine.fsdp:
+        raise ValueError(
+            f"probe_every={every}: `fsdp` shards the weights; omit one of them, and evaluate checkpoints with "
+            f"main_knn.py"
+        )
+    probe = OnlineProbe(data, source, path, run.optim.batch_size, precision)
+    extras.require_fitting(model, probe.train, probe.val)
+    return probe
 
 
 def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, precision: Precision) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mae.cli.user_code import call
+from mae.user_code import call
 
 # function(model, groups) -> optimizer. The groups are dicts with the keys params, weight_decay and perhaps lr_scale.
 MakeOptimizer = Callable[[nn.Module, list[dict[str, Any]]], Optimizer]
@@ -33,7 +33,11 @@ class Joined(Optimizer):
 
 
 def build(
-    name: str | None, function: MakeOptimizer | None, model: nn.Module, groups: list[dict[str, Any]], **options: Any
+    name: str | None,
+    function: MakeOptimizer | None,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
     """Returns AdamW, or the optimizer that a function returns. The schedule sets the learning rate of its groups.
 
@@ -41,21 +45,17 @@ def build(
         name: the setting `optimizer`, which a checkpoint may record.
         function: the function of --optimizer. None: AdamW.
         groups: parameter groups of the script.
-        options: of AdamW.
+        betas: of AdamW.
 
     Raises:
-        ValueError: the resumed run has an optimizer that is not given; the function is a class, or returns something
-            else or an optimizer that contains others; or its groups lack a parameter that requires gradients.
+        ValueError: the resumed run has an optimizer that is not given; the function returns an optimizer that contains
+            others; or its groups lack a parameter that requires gradients.
     """
     if function is None:
         if name:  # recorded: a file can't make a program import code
-            raise ValueError(f"the resumed run has an optimizer of its own: give --optimizer {name}")
-        return AdamW(groups, lr=0.0, fused=True, **options)
-    if isinstance(function, type):
-        raise ValueError(f"--optimizer {name} is a class: give a function(model, groups) that returns an optimizer")
-    found = call(f"--optimizer {name}", function, model, groups)
-    if not isinstance(found, Optimizer):
-        raise ValueError(f"--optimizer {name} returns {type(found).__name__}: return a torch.optim.Optimizer")
+            raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
+        return AdamW(groups, lr=0.0, fused=True, betas=betas)
+    found = call(f"optimizer={name}", function, model, groups)
     # A resumed run would have neither the state nor the learning rate of optimizers that another one contains.
     values = [
         part for value in vars(found).values() for part in (value if isinstance(value, list | tuple) else [value])
@@ -65,11 +65,11 @@ def build(
         any(isinstance(value, Optimizer) for value in values) or keys != {"state", "param_groups"}
     ):
         raise ValueError(
-            f"--optimizer {name} returns an optimizer that contains others: return "
+            f"optimizer={name} returns an optimizer that contains others: return "
             f"mae.training.optimizers.Joined([...]) of them"
         )
     trained = {id(parameter) for group in found.param_groups for parameter in group["params"]}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained:
-            raise ValueError(f"--optimizer {name} lacks {key}: add it to a group, or set its requires_grad to False")
+            raise ValueError(f"optimizer={name} lacks {key}: add it to a group, or set its requires_grad to False")
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mae import parallel
-from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints import checkpoint, file_names, sharded
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupted, Interrupts
 
@@ -119,7 +119,7 @@ class Saver(NullSaver):
         self.next_save = time.monotonic() + self.save_seconds
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
-        if not any(path.stem == Path(checkpoint.BEST).stem for path in checkpoint.checkpoints(output_dir)):
+        if not any(path.stem == Path(file_names.BEST).stem for path in file_names.checkpoints(output_dir)):
             progress.best_accuracy = (
                 -math.inf
             )  # a later epoch may have overwritten the best state before the resumed one
@@ -134,15 +134,15 @@ class Saver(NullSaver):
         return max(super().request(), Request.SAVE)
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
-        self._write([checkpoint.LAST], epoch, iterations, meters)
+        self._write([file_names.LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         names = []
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
-            names.append(checkpoint.milestone(epoch))
+            names.append(file_names.milestone(epoch))
         if accuracy is not None and accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = accuracy
-            names.append(checkpoint.BEST)
+            names.append(file_names.BEST)
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
@@ -150,7 +150,7 @@ class Saver(NullSaver):
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
-            self._write([checkpoint.EMERGENCY], epoch, iterations, meters)
+            self._write([file_names.EMERGENCY], epoch, iterations, meters)
             return str(self._settle())
         except OSError as error:  # the run ends with the earlier error
             logger.error(str(error))
@@ -176,7 +176,7 @@ class Saver(NullSaver):
         if self.is_ending:
             return
         self._finish("The run continues, and tries again with the next state.")
-        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != checkpoint.LAST]
+        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != file_names.LAST]
         if len(self.unwritten) >= MAX_UNWRITTEN:
             self._begin()
             self._settle()
@@ -203,11 +203,11 @@ class Saver(NullSaver):
 
     def _remove_old(self) -> None:
         keep = self.keep_last if parallel.is_main() else None  # all processes of a sharded run write, and one deletes
-        for path in checkpoint.milestones(self.output_dir)[:-keep] if keep else []:
+        for path in file_names.milestones(self.output_dir)[:-keep] if keep else []:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
-                logger.warning(f"--keep_last {keep}: {path} can't be removed ({error.strerror})")
+                logger.warning(f"keep_last={keep}: {path} can't be removed ({error.strerror})")
 
     def _finish(self, otherwise: str) -> None:
         """Waits for the current write. If it fails, a warning ends with `otherwise`."""
@@ -248,7 +248,7 @@ class Saver(NullSaver):
                 checkpoint.write(state, *(place / path.name for path in paths))
         except OSError as error:
             return f"The state can't be written to the temporary folder either ({error})"
-        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes the run"
+        return f"The state is in {place}: move its files to {self.output_dir}, and resume=auto resumes the run"
 
 
 class ShardedSaver(Saver):

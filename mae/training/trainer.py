@@ -13,15 +13,15 @@ from torch import nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
-from mae.cli.user_code import call
 from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings import ImageSpec, Run
-from mae.training import costs, environment, lr_sched, run_log
+from mae.training import costs, environment, lr_sched
 from mae.training.compiling import compile_model
 from mae.training.loading_advice import faster_loading
+from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
 from mae.training.loop import Callback, EpochOptions, Loader
 from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
@@ -46,7 +46,7 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     device = parallel.init(
         machine.device, machine.dist_url, machine.dist_timeout, machine.dist_backend, needs_group=machine.fsdp
     )
-    run_log.start_logging()
+    start_logging()
     if script:
         run = run_state.with_recorded_settings(run, script)
     torch.manual_seed(run.data.seed)
@@ -88,7 +88,7 @@ class Task:
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
-    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]]
+    after_epoch: Callable[[int, NullLog], dict[str, Any]]
     loss_tag: str = "train_loss"
     trained: nn.Module | None = None
     evaluates: bool = False
@@ -184,26 +184,22 @@ def _open_log(
     batches: Any,
     measure_costs: Callable[[float], dict[str, float]],
     device: torch.device,
-) -> run_log.NullLog:
+) -> NullLog:
     if not parallel.is_main():
-        return run_log.NullLog()
-    return run_log.RunLog(
+        return NullLog()
+    return RunLog(
         Path(run.machine.output_dir), Path(run.machine.log_dir), run.optim.epochs, first_epoch=progress.epoch,
         loss_tag=loss_tag,
-        first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
+        first_x=next_x(progress.epoch, progress.first_iteration, len(batches)),
         measure_costs=measure_costs, remedies=partial(faster_loading, batches, run.record(), device),
     )  # fmt: skip
 
 
 def _require_usable(model: nn.Module, record: Mapping[str, Any], task: Task) -> None:
-    if name := record.get("lr_schedule"):
-        if task.lr_schedule is None:  # recorded: a file can't make a program import code
-            raise ValueError(f"the resumed run has a schedule of its own: give --lr_schedule {name}")
-        factor = call(f"--lr_schedule {name}", task.lr_schedule, 0.0)
-        if not isinstance(factor, int | float):
-            raise ValueError(f"--lr_schedule {name} returns {type(factor).__name__}: return a number")
+    if (name := record.get("lr_schedule")) and task.lr_schedule is None:  # a file can't make a program import code
+        raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
     if task.callbacks and parallel.is_sharded(model):
-        raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
+        raise ValueError("`fsdp` can't save the state of callbacks: omit `fsdp` or the callbacks")
     checkpoint.require_plain({**record}, "args")
     for callback in task.callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
@@ -215,7 +211,7 @@ def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float
 
 
 def _entries_of(
-    callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: run_log.NullLog, others: Collection[str]
+    callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: NullLog, others: Collection[str]
 ) -> dict[str, Any]:
     """Calls the callbacks that have a method `after_epoch`, and returns their entries of log.txt.
 
@@ -229,7 +225,7 @@ def _entries_of(
     for callback in callbacks:
         found = callback.after_epoch(model, epoch, log) if hasattr(callback, "after_epoch") else {}
         own = {name: value.item() if hasattr(value, "item") else value for name, value in found.items()}
-        if twice := own.keys() & {*others, *entries, *run_log.OF_EPOCH}:
+        if twice := own.keys() & {*others, *entries, *OF_EPOCH}:
             raise ValueError(
                 f"{type(callback).__name__}.after_epoch returns {min(twice)}, which log.txt has: rename it"
             )
@@ -238,7 +234,7 @@ def _entries_of(
 
 
 @contextmanager
-def closing_log(log: run_log.NullLog) -> Iterator[None]:
+def closing_log(log: NullLog) -> Iterator[None]:
     """Closes a log. An error that ends the run takes precedence over an error of the log, which is logged instead."""
     try:
         yield

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy
-from mae.positions import interpolate_pos_embed, sincos_table, to_pair
+from mae.position_tables import interpolate_pos_embed, sincos_table, to_pair
 from mae.weights import shapes
 from mae.weights.reading import Weights
 
@@ -102,13 +101,9 @@ def _adapt_input(weights: Weights, tensors: dict[str, Tensor], channels: int, ho
     name = shapes.PATCHES
     projection = tensors[name]
     if how == "error":
-        choices = (
-            "choose {} (each channel starts from their mean), repeat (from their channels in turn) or skip (the patch "
-            "projection starts from random weights)"
-        )
         raise CheckpointError(
-            f"{weights.origin} is for images of {projection.shape[1]} channels, the model for {channels}",
-            Remedy({"adapt_input": "mean"}, choices),
+            f"{weights.origin} is for images of {projection.shape[1]} channels, the model for {channels}: give "
+            f"adapt_input=mean, repeat or skip"
         )
     if how == "skip":
         del tensors[name], tensors["patch_embed.proj.bias"]
@@ -125,13 +120,18 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
         The names of the tables that have changed.
     """
     ours = model.state_dict()
-    before = {name: tensors[name] for name in TABLES & tensors.keys() & ours.keys()}
+    names = [name for name in TABLES & tensors.keys() & ours.keys() if tensors[name].ndim == 3]
+    before = {name: tensors[name] for name in names}
     if not before or weights.tensors["cls_token"].shape != ours["cls_token"].shape:  # the caller names other shapes
         return set()
     is_autoencoder = hasattr(model, "learned_pos_embed")
     if is_autoencoder and weights.learned_pos_embed and not model.learned_pos_embed:
-        raise CheckpointError(f"{weights.origin} has learned positions", Remedy({"learned_pos_embed": True}))
-    recorded, size = weights.grid_size, weights.settings.get("input_size")
+        raise CheckpointError(f"{weights.origin} has learned positions: give learned_pos_embed=True")
+    size = weights.settings.get("input_size")
+    recorded = None
+    if size and {"pos_embed", shapes.PATCHES} <= weights.tensors.keys():
+        patch, length = weights.tensors[shapes.PATCHES].shape[2:], weights.tensors["pos_embed"].shape[1]
+        recorded = _recorded_grid(to_pair(size), patch, length, weights.tensors["cls_token"].shape[1])
     if model.encoder_name and weights.settings.get("encoder") and size:  # the user's code determines its grid
         grid = model.patch_embed.grid_of(*to_pair(size))
     else:
@@ -141,7 +141,7 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     if not is_autoencoder:
         table, count = before["pos_embed"], model.num_prefix_tokens
         expected = count + math.prod(recorded) if recorded else model.pos_embed.shape[1]
-        if table.shape[1] != expected and _lacks_class_positions(model, weights):
+        if table.shape[1] != expected and (recorded or _lacks_class_positions(model, weights)):
             table = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
             before["pos_embed"] = tensors["pos_embed"] = table
     if grid != model.patch_embed.grid_size:
@@ -150,16 +150,25 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     return {name for name, table in before.items() if tensors[name] is not table}
 
 
+def _recorded_grid(
+    size: tuple[int, int], patch_size: torch.Size, length: int, num_prefix_tokens: int
+) -> tuple[int, int] | None:
+    """Returns the (rows, columns) of patches of a recorded image size, if a position table of this length fits it.
+
+    None: it does not fit, as of a file that was fine-tuned at another size.
+    """
+    grid = size[0] // patch_size[0], size[1] // patch_size[1]
+    return grid if math.prod(grid) in (length, length - num_prefix_tokens) else None
+
+
 def _lacks_class_positions(model: Any, weights: Weights) -> bool:
     """Whether a position table of another length than that of the model has no positions of the class tokens.
 
     timm writes such tables with no_embed_class.
 
     Raises:
-        CheckpointError: the table fits two grids, and the file does not record its own.
+        CheckpointError: the table fits two grids. The file does not record its own.
     """
-    if weights.grid_size is not None:
-        return True
     length, count = weights.tensors["pos_embed"].shape[1], model.num_prefix_tokens
     has_square_of_rest = _is_square(length - count)
     if length != model.pos_embed.shape[1] - count:
@@ -168,8 +177,7 @@ def _lacks_class_positions(model: Any, weights: Weights) -> bool:
         side, (rows, columns) = math.isqrt(length - count), model.patch_embed.grid_size
         raise CheckpointError(
             f"{weights.origin} records no input_size: its {length} positions are of {side} x {side} patches and class "
-            f"tokens, or of {rows} x {columns} patches alone; save it with its size: "
-            "torch.save({'model': weights, 'args': {'input_size': [HEIGHT, WIDTH]}}, FILE)"
+            f"tokens, or of {rows} x {columns} patches alone"
         )
     return True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.files.untrusted import read_file
-from mae.positions import to_pair
+from mae.position_tables import to_pair
 from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """Reads the settings of a folder that transformers, timm, or `save_pretrained` of this library wrote.
 
     Raises:
-        OSError, ValueError: config.json or preprocessor_config.json can't be read.
-        KeyError, TypeError, AttributeError: a file has another structure.
+        Exception: config.json or preprocessor_config.json can't be read, or has another structure.
     """
     config = _read_json(folder / "config.json")
     if "pretrained_cfg" in config:
@@ -38,11 +37,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(read_file(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is a {type(content).__name__}")
-    return content
+def _read_json(path: Path) -> Any:
+    return json.loads(read_file(path))
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,15 +140,16 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_timm_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments of timm's model that change its output, but not the shapes of its tensors."""
-    pool, norm, activation = (arguments.get(name) for name in ("global_pool", "fc_norm", "act_layer"))
-    if pool not in (None, "token", "avg"):
-        raise ValueError(f"global_pool is {pool!r}, and only token and avg are supported")
-    if None not in (pool, norm) and norm != (pool == "avg"):
-        raise ValueError(f"fc_norm is {norm} with global_pool {pool}, and only its default is supported")
-    if activation not in (None, "gelu"):
-        raise ValueError(f"act_layer is {activation}, and only gelu is supported")
-    if arguments.get("pool_include_prefix"):
-        raise ValueError("pool_include_prefix is True, and only patches are pooled here")
+    pool, norm = arguments.get("global_pool"), arguments.get("fc_norm")
+    is_supported = {
+        "global_pool": pool in (None, "token", "avg"),
+        "fc_norm": pool is None or norm is None or norm == (pool == "avg"),
+        "act_layer": arguments.get("act_layer") in (None, "gelu"),
+        "pool_include_prefix": not arguments.get("pool_include_prefix"),
+    }
+    for name, is_known in is_supported.items():
+        if not is_known:
+            raise ValueError(f"{name} is {arguments[name]!r}, which the models of this library do not have")
 
 
 def of_timm_run(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +172,8 @@ def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
     mean and std. One value of mean or std is for all channels.
 
     Raises:
-        ValueError: the configuration can't be read, or this library does not support the model.
+        Exception: the configuration can't be read or is not of literal values, or this library does not support the
+            model.
     """
     settings: dict[str, Any] = {}
     dataset = meta.get("dataset_meta")
@@ -186,11 +184,7 @@ def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
     if not config.keys() & {"model", "data_preprocessor"}:
         return settings
     model = config.get("model") or {}
-    if not isinstance(model, dict):
-        raise ValueError("the model of its configuration is not a dict of literal values")
     preprocessor = model.get("data_preprocessor", config.get("data_preprocessor")) or {}
-    if not isinstance(preprocessor, dict):
-        raise ValueError("its data_preprocessor is not a dict of literal values")
     reversals = [preprocessor.get(name) for name in ("to_rgb", "bgr_to_rgb", "rgb_to_bgr")]
     if any(value not in (None, True, False) for value in reversals):
         raise ValueError("to_rgb of its data_preprocessor is neither True nor False")
@@ -198,8 +192,6 @@ def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
     for name, identity in (("mean", 0), ("std", 1)):
         numbers = preprocessor.get(name)
         numbers = [identity] if numbers is None else numbers
-        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-            raise ValueError(f"{name} of its data_preprocessor is not a list of numbers")
         settings[name] = [number / 255 for number in numbers]
     return settings | _of_mmpretrain_model(model)
 
@@ -208,8 +200,6 @@ def _of_mmpretrain_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of the model that the shapes of its tensors do not show."""
     settings: dict[str, Any] = {}
     backbone, neck, head = (model.get(name) or {} for name in ("backbone", "neck", "head"))
-    if not all(isinstance(part, dict) for part in (backbone, neck, head)):
-        raise ValueError("backbone, neck or head in its model is not a dict of literal values")
     arch, layers = backbone.get("arch"), backbone.get("layer_cfgs")
     eps, neck_eps = (_mmpretrain_eps(part) for part in (backbone, neck))
     activation = layers.get("act_cfg") if isinstance(layers, dict) else None
@@ -243,15 +233,12 @@ def _python_config(text: str) -> dict[str, Any]:
     """Returns the assignments in a configuration of mmengine, without executing it.
 
     Raises:
-        ValueError: it is not Python.
+        ValueError, SyntaxError, RecursionError, MemoryError: it is not Python, or is too large.
     """
     if len(text) > MAX_CONFIG:
         raise ValueError(f"its configuration has {len(text)} characters, and at most {MAX_CONFIG} are read")
-    try:
-        return {target.id: _literal(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign)
-                for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"its configuration can't be read: {' '.join(str(error).split())}") from error
+    return {target.id: _literal(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
 
 
 def _literal(node: ast.expr) -> Any:

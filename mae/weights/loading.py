@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.advice import Remedy
+from mae.settings.arguments import advice
 from mae.settings.choices import CLASSIFICATION
 from mae.weights import model_zoo, shapes
 from mae.weights.candidates import some
@@ -50,9 +50,8 @@ def require_fit(model: nn.Module, weights: Weights, fitted: Fit, optional: Colle
                 differing.pop("global_pool", None)
             if not any(part_of(name) == HEAD for name in missing | unexpected):
                 differing.pop("head", None)
-            raise CheckpointError(
-                f"{weights.origin} ({weights.kind}): {count} {problem} ({some(names)})", Remedy(differing)
-            )
+            remedy = f": {advice(differing)}" if differing else ""
+            raise CheckpointError(f"{weights.origin} ({weights.kind}): {count} {problem} ({some(names)}){remedy}")
 
 
 def init_mae(model: Any, weights: Weights) -> None:
@@ -62,11 +61,6 @@ def init_mae(model: Any, weights: Weights) -> None:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
     """
-    if weights.kind in (model_zoo.CLASSIFIER, model_zoo.SEGMENTER):
-        raise CheckpointError(
-            f"{weights.origin} is a {weights.kind}: give the weights of an autoencoder or of an encoder, such as those "
-            f"from which it was trained"
-        )
     classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__ not in LIBRARY}
     name = weights.settings.get("model_class")
     if name and re.split("[.:]", name)[-1] not in classes:
@@ -154,15 +148,7 @@ def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weigh
     _require_one_head(weights)
     if weights.kind == kind:
         return weights
-    article = "an" if weights.kind.startswith("e") else "a"
-    head, example = {
-        model_zoo.CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
-        model_zoo.SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
-    }[kind]
-    raise CheckpointError(
-        f"{name} contains {article} {weights.kind}, which has no {head} head: train a head (--finetune), or give "
-        f"{example}"
-    )
+    raise CheckpointError(f"{name} has no head of a {kind}: it contains the weights of: {weights.kind}")
 
 
 def _require_one_head(weights: Weights) -> None:
@@ -216,11 +202,12 @@ def _warn_of_user_code(weights: Weights, new: set[str], dropped: set[str]) -> No
 
 def _differing(weights: Weights, ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
-    theirs, expected = shapes.determined(weights.tensors), shapes.determined(ours)
+    sizes, our_sizes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights.tensors, ours))
+    theirs, expected = shapes.determined(sizes), shapes.determined(our_sizes)
     names = [name for name in theirs if name not in NOT_OF_MODEL and expected.get(name) is not None]
     different = {name: theirs[name] for name in names if theirs[name] not in (None, expected[name])}
-    width, depth = shapes.width_and_depth(weights.tensors)
-    if (width, depth) != shapes.width_and_depth(ours):
+    width, depth = shapes.width_and_depth(sizes)
+    if (width, depth) != shapes.width_and_depth(our_sizes):
         row = model_zoo.TABLE.get(weights.origin)
         recorded = row.model if row else weights.settings.get("model", f"(of {depth} blocks, {width} wide)")
         model = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"

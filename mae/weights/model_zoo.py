@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from mae.cli.advice import did_you_mean
 from mae.files import atomic
 from mae.files.untrusted import file_digest
+from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,7 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
 
 
 def _from_hub(name: str) -> str:
-    size = re.search(r"mae.*(base|large|huge)|(base|large|huge).*mae", name)
-    papers = f"; or mae_pretrain_vit_{size[1] or size[2]}, the paper's encoder of this size" if size else ""
-    return f"; if it is on the Hugging Face Hub: hf download {name} --local-dir FOLDER, and give FOLDER{papers}"
+    return f"; if it is on the Hugging Face Hub: hf download {name} --local-dir FOLDER, and give FOLDER"
 
 
 def fetch(name: str) -> Path:
@@ -171,8 +169,7 @@ def fetch(name: str) -> Path:
             torch.hub.download_url_to_file(row.url, str(path), progress=True)
         except OSError as error:
             raise ValueError(
-                f"can't download {row.url} ({error}); download it on a machine with a network and copy it to {path}, "
-                f"or give the path of the file"
+                f"can't download {row.url} ({error}); copy it to {path} from a machine with a network"
             ) from error
     _check(path, row.digest)
     return path
@@ -184,10 +181,7 @@ def _check(path: Path, digest: str | None) -> None:
         kind, _, prefix = digest.partition(":")
         digest = file_digest(path, kind)
         if not digest.startswith(prefix):
-            raise ValueError(
-                f"{path} is not the published file: its {kind} starts with {digest[: len(prefix)]} instead of {prefix} "
-                f"(an incomplete download?); delete it and try again"
-            )
+            raise ValueError(f"{path} is not the published file: its {kind} does not start with {prefix}; delete it")
         return
     remembered = path.with_name(f"{path.name}.sha256")
     sha256 = file_digest(path)

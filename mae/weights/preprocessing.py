@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from mae.data.transforms import channel_statistics
-from mae.positions import Size
+from mae.position_tables import Size
+from mae.settings.arguments import in_words
 from mae.settings.choices import default_crop_pct, published_crop_pct
 from mae.weights import shapes
 from mae.weights.candidates import warn_once
@@ -22,16 +23,20 @@ def statistics(
     A warning names each value that differs from the value of that run.
     """
     records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
-    theirs_in_chans = {**file.settings, **shapes.determined(file.tensors)}.get("in_chans") if file else None
-    if not file or not records or theirs_in_chans != in_chans:
+    if not file or not records:
+        return mean, std
+    patches = file.tensors.get(shapes.PATCHES)  # an encoder of the user's code may have none
+    if in_chans != (file.settings.get("in_chans") if patches is None else patches.shape[1]):
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
-    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+    for name, (used, recorded) in zip(("mean", "std"), pairs, strict=True):
         if used != recorded:
-            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
-            logger.warning(f"{flag} {now} is used, and {file.origin} was made with {flag} {then}")
+            now, then = (
+                in_words({name: values[0] if len(values) == 1 else values}) for values in (list(used), list(recorded))
+            )
+            logger.warning(f"{now} is used, and {file.origin} was made with {then}")
     return chosen
 
 

@@ -6,23 +6,21 @@ The names of the tensors determine the kind of a file: an encoder, an encoder wi
 segmentation model.
 """
 
-import argparse
 import json
 import logging
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
+import torch
 from torch import Tensor
 
 from mae import parallel
-from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints import checkpoint, file_names, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
-from mae.positions import to_pair
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES
 from mae.weights import candidates, foreign_settings, model_zoo, shapes
@@ -43,14 +41,8 @@ ASSUMED = {  # for files of other libraries that do not record it
     f"{CONFIG} records them",
     PIXELS: "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them",
 }
-# Tensors of models that this library does not have, as patterns of their names.
-UNSUPPORTED = {
-    r"patch_embed\.0\.proj\.weight": "a patch projection for each group of channels",
-    r"(.*\.)?(reg_token|register_tokens)": "register tokens",
-    r"(.*\.)?(dist_token|distillation_token)": "a distillation token",
-    r"(norm_pre|backbone\.pre_norm)\..*": "a norm before its blocks, as the models of CLIP have (timm: pre_norm, "
-    "often with quick_gelu)",
-}
+# Tensors that every file has, and the numbers of their axes. With an encoder of the user's code: a class token.
+AXES = {shapes.PATCHES: 4, "cls_token": 3, "pos_embed": 3, "blocks.0.norm1.weight": 1}
 
 
 class Weights(NamedTuple):
@@ -60,20 +52,6 @@ class Weights(NamedTuple):
     settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     origin: str  # path or published name, for messages
-
-    @property
-    def grid_size(self) -> tuple[int, int] | None:
-        """(rows, columns) of the patch grid of the position table; None if the file does not record it.
-
-        A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
-        """
-        if self.settings.get("input_size") is None or not {"pos_embed", shapes.PATCHES} <= self.tensors.keys():
-            return None
-        height, width = to_pair(self.settings["input_size"])
-        p, q = self.tensors[shapes.PATCHES].shape[2:]
-        length, count = self.tensors["pos_embed"].shape[1], self.tensors["cls_token"].shape[1]
-        grid = height // p, width // q
-        return grid if math.prod(grid) in (length, length - count) else None
 
     @property
     def num_cls_tokens(self) -> int:
@@ -88,7 +66,7 @@ class Weights(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 without a head."""
-        return shapes.determined(self.tensors)["nb_classes"]
+        return shapes.determined({name: tensor.shape for name, tensor in self.tensors.items()})["nb_classes"]
 
 
 class Content(NamedTuple):
@@ -113,7 +91,10 @@ def read(name: Path | str) -> Weights:
     """
     file, model = path_and_model(name) if "#" in str(name) else (Path(name), "")
     path = file if file.exists() else _download(str(name), file)
-    content = _content(path)
+    content = _read_folder(path) if path.is_dir() else _reader(path.suffix)(path)
+    is_of_hub = path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file()
+    if is_of_hub and not {MODEL, PIXELS} <= content.records:  # its folder has the settings
+        content = _read_folder(path.parent, path)
     settings = content.settings
     # The user's code, which `mae.build` requires, may have any tensors.
     has_encoder = settings.get("encoder") is not None
@@ -123,19 +104,13 @@ def read(name: Path | str) -> Weights:
         tensors = to_ours(found)
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings and not has_encoder else ():
-        if names := [name for name in tensors if re.fullmatch(pattern, name)]:
-            raise CheckpointError(f"{path} has {part} ({names[0]}), which this library does not support")
-    if not has_encoder and not {shapes.PATCHES, "blocks.0.norm1.weight"} <= tensors.keys():
-        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {some(map(str, found))}")
-    for key in ("cls_token",) if has_encoder else ("cls_token", "pos_embed"):
-        if key not in tensors:
-            raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    of_patches = {} if has_encoder else {shapes.PATCHES: 4, "pos_embed": 3, "decoder_pos_embed": 3}
-    for key, axes in {"cls_token": 3, **of_patches}.items():
-        if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
-            shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
-            raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
+    sizes = {name: tensor.shape for name, tensor in tensors.items()}
+    for key in ["cls_token"] if has_encoder else AXES:
+        if len(sizes.get(key, ())) != AXES[key]:
+            raise CheckpointError(
+                f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "
+                f"{some(map(str, found))}"
+            )
     if "channel_order" in settings:
         tensors, settings = _in_rgb(tensors, settings)
     size = settings.get("input_size")
@@ -147,7 +122,7 @@ def read(name: Path | str) -> Weights:
     missing = next((what for what in (MODEL, PIXELS) if what not in content.records), None)
     if missing and path == file:  # the settings of published files are known
         warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
-    return Weights(tensors, settings, _kind(tensors, settings), str(name))
+    return Weights(tensors, settings, _kind(sizes, settings), str(name))
 
 
 def path_and_model(name: Path | str) -> tuple[Path, str]:
@@ -163,15 +138,8 @@ def _download(name: str, file: Path) -> Path:
     return model_zoo.fetch(str(file))
 
 
-def _content(path: Path) -> Content:
-    """Reads a file or folder. The folder of a file from the Hugging Face Hub has its settings."""
-    if path.is_dir():
-        return _read_folder(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    is_incomplete = not {MODEL, PIXELS} <= content.records
-    if is_incomplete and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
-        return _read_folder(path.parent, path)
-    return content
+def _reader(suffix: str) -> Callable[[Path], Content]:
+    return _read_safetensors if suffix == ".safetensors" else _read_pickle
 
 
 def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -206,18 +174,15 @@ def _first_invalid(settings: Mapping[str, Any]) -> str | None:
 
 def _read_safetensors(path: Path) -> Content:
     try:
-        checkpoint.check_file(path)
-        with open_file(path) as header:  # of a regular file only
-            size = int.from_bytes(header.read(8), "little")
+        with open_file(path) as file:  # a regular file
+            checkpoint.check_file(file)
+            file.seek(0)
+            size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER:
             raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
-        with safetensors.safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"its settings are {settings!r}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except CheckpointError:
-        raise
+        with safetensors.safe_open(path, "pt") as archive:
+            settings = dict(json.loads((archive.metadata() or {}).get(SETTINGS, "{}")))
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     return Content(tensors, settings, {MODEL, PIXELS} if settings else set())
@@ -226,17 +191,15 @@ def _read_safetensors(path: Path) -> Content:
 def _read_pickle(path: Path) -> Content:
     """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
     state = checkpoint.read(path)
-    settings = state.get("args")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    settings = dict(settings) if isinstance(settings, dict) else {}
+    settings = dict(checkpoint.settings_of(state.get("args")))
     if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
         del settings["task"]
     try:
         settings |= foreign_settings.of_timm_run(settings)
         if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
             settings = foreign_settings.of_mmpretrain(state["meta"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # of another structure
+        raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
     if isinstance(state.get("model"), dict):  # the layout of the published code, whose models this library has
         return Content(state, settings, {MODEL, PIXELS})
     records = {MODEL} if settings.keys() - {"label_names"} else set()
@@ -249,10 +212,9 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     Args:
         file: the file with the weights. A file that contains a part of them stands for all parts.
     """
-    if (path / checkpoint.STATE).is_file():
+    if (path / file_names.STATE).is_file():
         state = sharded.gather(path)
-        settings = state["args"] if isinstance(state.get("args"), dict) else {}
-        return Content({"model": state["model"]}, settings, {MODEL, PIXELS})
+        return Content({"model": state["model"]}, checkpoint.settings_of(state.get("args")), {MODEL, PIXELS})
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
@@ -266,23 +228,21 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
         parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
         files = [path / Path(name).name for name in parts]
         settings = foreign_settings.read_folder(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except Exception as error:  # of another structure
         raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its configuration is not that of transformers or timm: {error}") from error
     tensors: dict[str, Any] = {}
     for file in files:
-        content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        content = _reader(file.suffix)(file)
         tensors, settings = tensors | content.tensors, settings | content.settings
     return Content(tensors, settings, {MODEL, PIXELS} if settings.get("mean") or "model" in settings else {MODEL})
 
 
-def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
-    if shapes.PIXEL_HEAD in tensors:
+def _kind(sizes: Mapping[str, torch.Size], settings: Mapping[str, Any]) -> str:
+    if shapes.PIXEL_HEAD in sizes:
         return SEGMENTER
-    if any(name.startswith("head.") for name in tensors):
+    if any(name.startswith("head.") for name in sizes):
         return CLASSIFIER
     # A decoder that does not predict pixels can't reconstruct. Shapes do not show it for an encoder of the user's code.
-    width = len(tensors.get("decoder_pred.weight", ()))
-    expected = width if settings.get("encoder") or shapes.PATCHES not in tensors else tensors[shapes.PATCHES][0].numel()
+    width = sizes["decoder_pred.weight"][0] if sizes.get("decoder_pred.weight") else 0
+    expected = width if settings.get("encoder") or shapes.PATCHES not in sizes else math.prod(sizes[shapes.PATCHES][1:])
     return FULL if settings.get("predicts_pixels") is not False and width and width == expected else ENCODER

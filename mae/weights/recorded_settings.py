@@ -1,17 +1,18 @@
 """Settings of a run that starts from a file of weights, or evaluates it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mae import settings
-from mae.cli import advice
-from mae.cli.flags import runs_code, warn_without_crops
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
+from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
+from mae.settings.images import unused_crops
 from mae.settings.names import FLIPS
 from mae.settings.run import TAKEN
+from mae.user_code import runs_code
 from mae.weights import preprocessing, reading
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def with_recorded_settings(
         dataset = str(file.settings.get("dataset"))
         if runs_code(dataset) and not any(run[name] for name in settings.DATASETS):
             raise ValueError(
-                f"{file.origin} records a --dataset that runs code: give --dataset '{dataset}', or other data"
+                f"{file.origin} records a `dataset` that runs code: give dataset='{dataset}', or other data"
             )
         run = with_settings_of(file, run, recorded, purpose)
     crop_pct = run.images.crop_pct or transforms.default_crop_pct(run.images.input_size)
@@ -55,7 +56,8 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     taken = TAKEN[purpose] & run.names - left_out
     of_file = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
     of_file = {name: value for name, value in of_file.items() if name in taken}
-    warn_of_changes(file.origin, run, of_file)
+    for used, made in _changes(run, of_file):
+        logger.warning(f"{used} is used, and {file.origin} was made {made}")
     before, run = run, settings.resolve(run, of_file, purpose)
     changed = {
         name: run[name]
@@ -63,9 +65,9 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
         if settings.differs(name, run[name], settings.effective(before, name))
     }
     if changed:
-        logger.info(f"settings of {file.origin}: {' '.join(advice.arguments(changed))}")
-    if "crop" in changed:
-        warn_without_crops(run.images.crop, before.explicit)
+        logger.info(f"settings of {file.origin}: {in_words(changed)}")
+    if "crop" in changed and (unused := unused_crops(run.images.crop, before.explicit)):
+        logger.warning(f"no effect with crop=none: {' '.join(f'`{name}`' for name in unused)}")
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
         crop_pct = preprocessing.crop_pct_of_earlier_version(file, run.images.input_size)
         run = run.changed({"crop_pct": crop_pct})
@@ -77,9 +79,13 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
 
 def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
     """Logs a warning for each explicit setting that differs from the recorded setting of a file."""
+    for used, made in _changes(run, recorded):
+        logger.warning(f"{used} is used, and {origin} was made {made}")
+
+
+def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
-            used, recorded_flag = (" ".join(advice.arguments({name: setting})) for setting in (current, value))
-            before = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
-            logger.warning(f"{used} is used, and {origin} was made {before}")
+            before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
+            yield in_words({name: current}), before

@@ -5,39 +5,39 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Size
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings.choices import ATTENTIVE, LINEAR
 
-# The weights of the head of a classifier, of a probe (`mae.build.probe_head`), and of the first of several probes.
+# The weights of the head of a classifier, of a probe (`mae.probes.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
 PATCHES = "patch_embed.proj.weight"  # (D, c, p, q)
 QUERIES = "head.pool.queries"  # of an attentive probe
 PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
 
-def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns all settings that the tensors determine; images are assumed to be squares."""
-    count = tensors["cls_token"].shape[1]
+def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
+    """Returns all settings that names and shapes of tensors determine; images are assumed to be squares."""
+    count = sizes["cls_token"][1]
     settings: dict[str, Any] = {
         "num_cls_tokens": count,
         "learned_pos_embed": count > 1,  # as in published autoencoders
-        "probe": LINEAR if PROBE_HEAD in tensors else None,
-        "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0),
-        "decoder_depth": _depth(tensors.keys(), "decoder_blocks") or None,
+        "probe": LINEAR if PROBE_HEAD in sizes else None,
+        "global_pool": "fc_norm.weight" in sizes,
+        "nb_classes": next((sizes[name][0] for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in sizes), 0),
+        "decoder_depth": _depth(sizes, "decoder_blocks") or None,
     }
-    if PROBE_HEAD in tensors and QUERIES in tensors:
-        settings |= {"probe": ATTENTIVE, "num_queries": len(tensors[QUERIES])}
-    if PIXEL_HEAD in tensors:
-        settings["head"] = "dpt" if DPT_HEAD in tensors else "linear"
-    if PATCHES not in tensors or "pos_embed" not in tensors:  # of an encoder of the user's code
-        return settings | ({"in_chans": tensors[PATCHES].shape[1]} if PATCHES in tensors else {})
-    _, channels, *patch = tensors[PATCHES].shape
+    if PROBE_HEAD in sizes and QUERIES in sizes:
+        settings |= {"probe": ATTENTIVE, "num_queries": sizes[QUERIES][0]}
+    if PIXEL_HEAD in sizes:
+        settings["head"] = "dpt" if DPT_HEAD in sizes else "linear"
+    if PATCHES not in sizes or "pos_embed" not in sizes:  # of an encoder of the user's code
+        return settings | ({"in_chans": sizes[PATCHES][1]} if PATCHES in sizes else {})
+    _, channels, *patch = sizes[PATCHES]
     is_square = patch[0] == patch[1]
     settings |= {"patch_size": patch[0] if is_square else patch, "in_chans": channels}
-    length = tensors["pos_embed"].shape[1]
+    length = sizes["pos_embed"][1]
     # The class tokens have positions, except in timm's models with no_embed_class.
     side = next((math.isqrt(n) for n in (length - count, length) if math.isqrt(max(n, 0)) ** 2 == n), None)
     if side:
@@ -54,9 +54,9 @@ def certain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in names if name in settings}
 
 
-def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def width_and_depth(sizes: Mapping[str, Size]) -> tuple[int, int]:
     """Returns the channels of a token of the encoder, and the number of its blocks."""
-    return tensors["cls_token"].shape[2], _depth(tensors.keys(), "blocks")
+    return sizes["cls_token"][2], _depth(sizes, "blocks")
 
 
 def _depth(names: Iterable[str], blocks: str) -> int:

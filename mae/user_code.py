@@ -1,14 +1,17 @@
 """The user's code, named by a flag as `package.module:name`. Files and recipes can't make a program import it."""
 
 import importlib
+import operator
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from mae.cli.advice import did_you_mean
 from mae.settings.run import Run
 
+# Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
+SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
 DATASET = "py:"  # before the name of a function, as a value of --dataset
 
 
@@ -24,22 +27,18 @@ def import_object(flag: str, text: str) -> Any:
         RuntimeError: as in `call`.
     """
     module, _, name = text.partition(":")
-    if not (name and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+    if not name:
         raise ValueError(f"{flag}{text}: give package.module:name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found: Any = call(f"{flag}{text}", importlib.import_module, module)
     except ModuleNotFoundError as error:
-        is_it = module == error.name or module.startswith(f"{error.name}.")
-        where = f"there is no module {error.name} on Python's path or in {os.getcwd()}"
-        reason = where if is_it else f"{module} needs the module {error.name}, which is not installed"
-        raise ValueError(f"{flag}{text}: {reason}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{flag}{text}: {module} has no {part}{did_you_mean(part, dir(found))}")
-        found = getattr(found, part)
-    return found
+        raise ValueError(f"{flag}{text}: {error}") from error
+    try:
+        return operator.attrgetter(name)(found)
+    except AttributeError as error:
+        raise ValueError(f"{flag}{text}: {error}") from error
 
 
 def name_of(kind: Any) -> str:
@@ -62,7 +61,7 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     for name, value in given.items():
         if value is not None:
             run = run.changed({name: name_of(value)})
-        found.append(import_object(f"--{name} ", run[name]) if value is None and run[name] else value)
+        found.append(import_object(f"{name}=", run[name]) if value is None and run[name] else value)
     return run, *found
 
 
@@ -86,3 +85,8 @@ def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: t
         raise
     except (ValueError, ArithmeticError, StopIteration) as error:
         raise RuntimeError(f"{origin}: the code raised {type(error).__name__}: {error}") from error
+
+
+def runs_code(dataset: str) -> bool:
+    """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
+    return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))

@@ -41,7 +41,7 @@ class LineHandler(logging.StreamHandler):
 
 
 def _print_thread_error(error: threading.ExceptHookArgs) -> None:
-    """Prints a traceback, except for the thread of TensorBoard: `log_files.Events` logs its error in one line."""
+    """Prints a traceback, except for the thread of TensorBoard: `log_writers.Events` logs its error in one line."""
     if not type(error.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(error)
 
@@ -131,10 +131,10 @@ class RunLog(NullLog):
         self.loss_tag = loss_tag
         path = output_dir / "log.txt"
         _drop_lines_from(path, first_epoch)
-        from mae.training import log_files  # imports TensorBoard
+        from mae.training import log_writers  # imports TensorBoard
 
-        self.lines = log_files.GrowingFile(path)
-        self.events = log_files.Events(log_dir, first_x)
+        self.lines = log_writers.GrowingFile(path)
+        self.events = log_writers.Events(log_dir, first_x)
         self.next_x = first_x
         self.next_warning = 0.0
         self.bar = tqdm(disable=True)

@@ -22,13 +22,13 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
     Raises:
         ValueError: `embed_dim` is odd.
     """
-    if embed_dim % 2:
-        raise ValueError(f"a sine-cosine table needs an even number of channels, got {embed_dim}")
     return _encode(torch.from_numpy(np.asarray(pos, dtype=np.float64).reshape(-1)), embed_dim).numpy()
 
 
 def _encode(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
     """Positions (M,) float64 -> (M, embed_dim) float64."""
+    if embed_dim % 2:
+        raise ValueError(f"a sine-cosine table needs an even number of channels for each axis, got {embed_dim}")
     half = embed_dim // 2
     omega = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64, device=positions.device) / half)
     angles = torch.outer(positions, omega)
@@ -59,8 +59,6 @@ def _sincos(
     embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Returns the table (T + N, embed_dim). torch.compile traces this function without a graph break."""
-    if embed_dim % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a multiple of 4 channels, got {embed_dim}")
     rows, columns = grid_size
     y, x = (torch.arange(length, dtype=torch.float64, device=device) for length in grid_size)
     y, x = (_encode(positions, embed_dim // 2).to(dtype) for positions in (y, x))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae import parallel
-from mae.cli.advice import AdvisedError, Remedy
 from mae.data.archives import Archive
 from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from mae.data.lists import read_list
@@ -50,13 +49,13 @@ def open_source(
     root = Path(data_path) if data_path else None
     kind, _, name = (dataset or "").partition(":")
     if file_list and dataset:
-        raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
+        raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
     for flag, value, counts in (
-        ("--download", download, dataset and kind not in ("hf", "wds", "py")),
-        ("--num_images", num_images, kind == "wds"),
-        ("--data_path", data_path, kind not in ("hf", "wds")),
-        ("--label_columns", label_columns, bool(file_list)),
-        ("--extras", extras, bool(file_list)),
+        ("`download`", download, dataset and kind not in ("hf", "wds", "py")),
+        ("`num_images`", num_images, kind == "wds"),
+        ("`data_path`", data_path, kind not in ("hf", "wds")),
+        ("`label_columns`", label_columns, bool(file_list)),
+        ("`extras`", extras, bool(file_list)),
     ):
         if value and not counts:
             logger.warning(f"{flag} has no effect with this dataset")
@@ -73,30 +72,25 @@ def open_source(
     if file_list:
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
-        flag = f"--{split}_list"
+        flag = f"`{split}_list`"
         return parallel.from_rank_0(
             lambda: read_list(Path(file_list), below, flag, task, label_columns, extras), Files, Strings
         )
     if root is None:
         raise ValueError(
-            "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
-            "(or give --train_list or --dataset)"
+            "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
+            "(or give `train_list` or `dataset`)"
         )
     if root.is_file():
         return parallel.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)
     if not root.is_dir():
-        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
+        raise ValueError(f"data_path={root}: there is no such folder or archive")
     return parallel.from_rank_0(lambda: _open_folder(root, split, whole), Files, Strings)
 
 
 def _open_folder(root: Path, split: str, whole: bool) -> Files:
-    name, folder = dataset_in(root) or ("", root)
-    try:
-        files = _files_of_split(root, split, whole)
-    except AdvisedError as error:
-        stored = Remedy({"dataset": name}, "give {}" + f" and its folder {folder}" * (folder != root))
-        raise AdvisedError(error.message, *error.remedies, *[stored] * bool(name), about=error.about) from None
-    if name:
+    files = _files_of_split(root, split, whole)
+    if name := dataset_in(root):
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
         )

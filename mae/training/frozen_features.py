@@ -1,0 +1,120 @@
+"""Features of a frozen encoder for the training of its head, computed in every pass or stored."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae import parallel
+from mae.checkpoints import checkpoint, run_directory
+from mae.data.batches import Batch
+from mae.data.run_data import RunData
+from mae.data.sources import Source, versions
+from mae.settings import REBUILDS, ImageSpec, Run, names_of
+from mae.training import feature_files
+from mae.training.compiling import padded
+from mae.training.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH = 512  # images or tokens in a batch of an evaluation
+
+
+def encode_images(
+    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
+) -> Iterator[Batch]:
+    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
+    batches = data.eval_batches(source, batch_size, on_bad_image)
+    forward = padded(model.eval().forward_features, model)
+    return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
+
+
+class FrozenFeatures:
+    """Features of a frozen encoder for the images of this process.
+
+    Features (n, D) are stored in memory. The tokens (n, N, D) of an attentive probe are stored in fp16 in files that
+    are mapped into memory (`cache_features`), or are computed in every pass.
+
+    Args:
+        model: a `VisionTransformer` with the head of a probe.
+        sets: datasets by name.
+
+    Raises:
+        ValueError: the disk has no space for the files.
+    """
+
+    def __init__(
+        self, run: Run, data: RunData, model: Any, precision: Precision,
+        sets: Mapping[str, Source],
+    ) -> None:  # fmt: skip
+        self.run = run
+        self.data = data
+        self.model = model
+        self.precision = precision
+        self.sets = sets
+        self.batch_size = min(run.optim.batch_size, MAX_BATCH)
+        self.are_stored = run.data.cache_features or not model.head_pools
+        self.folder = Path(run.machine.output_dir) / "tokens"
+        if self.are_stored and model.head_pools:
+            if parallel.is_main() and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume):
+                shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
+            self._require_space()
+
+    def open(self, name: str) -> Callable[[], Iterable[Batch]]:
+        """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
+        if not self.are_stored:
+            return partial(self._encode, name, self.sets[name])
+        features, targets = self.load(name)
+        size = self.batch_size if self.model.head_pools else 4096
+        starts = range(0, len(targets), size)
+        return lambda: (Batch(features[n : n + size], targets[n : n + size]) for n in starts)
+
+    def load(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
+        source, options = self.sets[name], dict[str, Any]()
+        if self.model.head_pools:
+            folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"
+            options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
+        return feature_files.extract(partial(self._encode, name), source, **options)
+
+    def _encode(self, name: str, source: Source) -> Iterator[Batch]:
+        on_bad_image = None if name == "val" else "error"
+        return encode_images(self.data, source, self.model, self.batch_size, self.precision, on_bad_image)
+
+    def _token_settings(self, source: Source) -> dict[str, Any]:
+        """Returns all settings that the tokens depend on, as plain values."""
+        run, (mean, std) = self.run, self.data.statistics
+        of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
+        names = ("model", "patch_size", *of_images, "fast_jpeg", "dataset", "encoder", "encoder_args")
+        return {
+            **{name: run[name] for name in (*names, "data_path") if name in run},
+            "mean": list(mean), "std": list(std),
+            "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
+            "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
+        }  # fmt: skip
+
+    def _require_space(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        count = sum(map(len, self.sets.values()))
+        size = 2 * count * self.model.patch_embed.num_patches * self.model.embed_dim
+        existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{parallel.world_size()}/features.*"))
+        free = shutil.disk_usage(self.folder).free
+        text = f"the tokens of {count:,} images take {size / 1e6:,.0f} MB in {self.folder}"
+        if size - existing > free:
+            raise ValueError(
+                f"`cache_features`: {text}, where {free / 1e6:,.0f} MB are free: free space, give another "
+                f"`output_dir`, or omit `cache_features`"
+            )
+        logger.info(f"`cache_features`: {text}")
+        parallel.barrier()  # the free space is that before any process writes
+
+
+def encoder_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a model without its head, on the host."""
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    return checkpoint.snapshot(tensors)

@@ -1,0 +1,60 @@
+"""Augmentations of a batch in fine-tuning: random erasing, mixup and cutmix of timm."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from mae.settings import Run
+from mae.settings.arguments import advice, in_words
+from mae.settings.choices import CLASSIFICATION
+from mae.settings.images import AugmentationSpec
+
+
+def make_erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Returns the random erasing of `reprob`; None if it is 0."""
+    if not changes.reprob:
+        return None
+    from timm.data.random_erasing import RandomErasing
+
+    return RandomErasing(changes.reprob, mode=changes.remode, max_count=changes.recount, device=str(device))
+
+
+def make_mixup(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
+    """Returns mixup and cutmix of timm, or None if both are disabled.
+
+    Raises:
+        ValueError: the classes have weights; the images have extra inputs, which are not mixed; the batch size is odd,
+            and images are mixed in pairs; or the range of `cutmix_minmax` is empty.
+    """
+    changes = run.augmentation
+    if not (changes.mixup or changes.cutmix or changes.cutmix_minmax):
+        return None
+    if run.optim.class_weight or run.images.task != CLASSIFICATION or extra_names:
+        off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
+        mixes = {name: run[name] for name in off if run[name]}
+        disabled = advice({name: off[name] for name in mixes})
+        if extra_names:
+            names = ", ".join(sorted(extra_names))
+            raise ValueError(
+                f"{in_words(mixes)}: images are mixed, and their extra inputs ({names}) are not: {disabled}"
+            )
+        classes = f"class_weight={run.optim.class_weight}" if run.images.task == CLASSIFICATION else ""
+        other = classes or f"task={run.images.task}"
+        raise ValueError(f"{in_words(mixes)} {other}: mixed images have no single class: {disabled}")
+    if changes.cutmix_minmax and changes.cutmix_minmax[0] >= changes.cutmix_minmax[1]:
+        raise ValueError("`cutmix_minmax`: give the smaller fraction first")
+    if run.optim.batch_size % 2:
+        raise ValueError(f"batch_size={run.optim.batch_size}: `mixup` and `cutmix` mix pairs; give an even number")
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=changes.mixup,
+        cutmix_alpha=changes.cutmix,
+        cutmix_minmax=changes.cutmix_minmax,
+        prob=changes.mixup_prob,
+        switch_prob=changes.mixup_switch_prob,
+        mode=changes.mixup_mode,
+        label_smoothing=run.optim.smoothing,
+        num_classes=num_classes,
+    )
