@@ -200,7 +200,7 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     newest = checkpoint.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
-    assert (output.count(f"resume=auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
+    assert (output.count(f"--resume auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
     assert file_names.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
     state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
