@@ -41,7 +41,7 @@ def has_fast_jpeg() -> bool:
     """Whether --fast_jpeg works here: its decoder is installed."""
     try:
         jpeg.decoder()
-    except ValueError:
+    except ImportError:
         return False
     return True
 

@@ -365,6 +365,14 @@ def test_standard_error_may_be_closed(pictures, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "run/checkpoint-0.pth").exists()
 
 
+def test_a_missing_optional_package_is_one_line(ended):
+    """Other imports are of the user's code, and keep their traceback."""
+    code, output = ended(ModuleNotFoundError("No module named 'datasets'", name="datasets"))
+    assert (code, output.count("\n"), '".[hf]"' in output) == (1, 1, True)
+    with pytest.raises(ModuleNotFoundError):
+        ended(ModuleNotFoundError("No module named 'mine'", name="mine"))
+
+
 @pytest.mark.parametrize(("flags", "remedy"), [
     ([], "; the same command with --resume auto resumes "),
     (["--resume", "auto"], "; the same command resumes "),

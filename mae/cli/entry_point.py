@@ -30,6 +30,7 @@ from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
+EXTRAS = {"datasets": "hf", "webdataset": "wds", "imagecodecs": "tiff", "numba": "fast"}  # package -> extra
 FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
 
 
@@ -297,6 +298,11 @@ def run(
         elif lost := parallel.lost_process(error):
             _fail(parser, args, error, lost + resume, 1)
         raise
+    except ImportError as error:
+        if error.name not in EXTRAS:
+            raise
+        reason = f'the package {error.name} is not installed: pip install ".[{EXTRAS[error.name]}]"'
+        _fail(parser, args, error, reason, 1)
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
