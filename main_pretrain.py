@@ -25,7 +25,6 @@ import mae.build
 import models_mae
 from engine_pretrain import check_targets, train_one_epoch
 from mae import masking, parallel, user_code
-from mae.build import blocks_of
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
@@ -178,7 +177,7 @@ def build_model(
     if run.machine.fsdp:
         from mae.training import fsdp  # takes a second
 
-        fsdp.shard(model, blocks_of(model), precision.device, precision.dtype, method="reconstruct")
+        fsdp.shard(model, mae.build.blocks_of(model), precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         run = run.changed({"predicts_pixels": model.predicts_pixels})
     if file:

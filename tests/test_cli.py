@@ -368,7 +368,7 @@ def test_standard_error_may_be_closed(pictures, tmp_path, capsys, monkeypatch):
 def test_a_missing_optional_package_is_one_line(ended):
     """Other imports are of the user's code, and keep their traceback."""
     code, output = ended(ModuleNotFoundError("No module named 'datasets'", name="datasets"))
-    assert (code, output.count("\n"), '".[hf]"' in output) == (1, 1, True)
+    assert (code, output.count("\n"), "pip install datasets" in output) == (1, 1, True)
     with pytest.raises(ModuleNotFoundError):
         ended(ModuleNotFoundError("No module named 'mine'", name="mine"))
 

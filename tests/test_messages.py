@@ -18,6 +18,9 @@ from mae.inference import predict
     ("input_size=[16, 32] and patch_size=(4, 8)", "--input_size 16 32 and --patch_size 4 8"),
     ("global_pool=False or global_pool=True", "--cls_token or --global_pool"),
     ("model='vit x': give `model`, not `name`", "--model vit x: give --model, not `name`"),
+    ("saved runs/epochs=3/checkpoint-0.pth", "saved runs/epochs=3/checkpoint-0.pth"),  # a folder, and no setting
+    ("give dataset='wds:s/*.tar' or resume=a/b.pth", "give --dataset wds:s/*.tar or --resume a/b.pth"),
+    ("saved lr=0.1/checkpoint-0.pth", "saved lr=0.1/checkpoint-0.pth"),
     ("data_path=/a b: no folder", "--data_path /a b: no folder"),
     ('use get_model("base", input_size=(8, 8)) or input_size=8', 'use get_model("base", input_size=(8, 8)) or '
      "--input_size 8"),

@@ -188,6 +188,8 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     saved = _args_of(state)
     if saved.get("script", script) != script:
         remedy = _start_from(which, script)
+        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
+            remedy = f"give a checkpoint of {script}.py"
         raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
     return str(file), saved, "progress" in state
 

@@ -18,7 +18,7 @@ import yaml
 
 from mae import parallel
 from mae.cli.flags import Range, Size, is_refused_in_recipes
-from mae.cli.messages import flags_in_log, with_flags
+from mae.cli.messages import FILES, flags_in_log, with_flags
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
@@ -30,8 +30,7 @@ from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-EXTRAS = {"datasets": "hf", "webdataset": "wds", "imagecodecs": "tiff", "numba": "fast"}  # package -> extra
-FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
+OPTIONAL = {"datasets", "webdataset", "imagecodecs", "numba", "torchcodec"}  # packages that a setting needs
 
 
 class _Help(argparse.HelpFormatter):
@@ -299,10 +298,9 @@ def run(
             _fail(parser, args, error, lost + resume, 1)
         raise
     except ImportError as error:
-        if error.name not in EXTRAS:
+        if error.name not in OPTIONAL:  # of the user's code
             raise
-        reason = f'the package {error.name} is not installed: pip install ".[{EXTRAS[error.name]}]"'
-        _fail(parser, args, error, reason, 1)
+        _fail(parser, args, error, f"{error}: pip install {error.name}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT

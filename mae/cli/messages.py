@@ -11,9 +11,11 @@ from typing import Any
 from mae.settings.arguments import arguments
 
 # A name, and a value: a text in quotes, a list, a tuple, or a word without the punctuation that follows it.
-SETTING = re.compile(r"""\b(\w+)=('[^']*'|"[^"]*"|\[[^\]]*\]|\([^)]*\)|[^\s,;:()'"]*[^\s,;:()'".])""")
+# The name of a folder, such as runs/lr=0.1/checkpoint-0.pth, is no setting.
+SETTING = re.compile(r"""(?<![\w/.=-])(\w+)=('[^']*'|"[^"]*"|\[[^\]]*\]|\([^)]*\)|[^\s,;:()'"]*[^\s,;:()'".])""")
 NAME = re.compile(r"`(\w+)`")
 CALL = re.compile(r"\w+\((?:[^()]|\([^()]*\))*\)")  # Python code, such as get_model("base", input_size=(32, 32))
+FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
 OURS = ("mae", "main_", "engine_", "models_")  # names of loggers
 
 
@@ -23,10 +25,13 @@ def with_flags(text: str, parser: argparse.ArgumentParser) -> str:
     Other names and values stay as they are.
     """
     flags = {action.dest for action in parser._actions if action.option_strings}
+    of_paths = {action.dest for action in parser._actions if set(str(action.metavar).split("|")) & FILES}
     positional = {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
 
     def setting(match: re.Match[str]) -> str:
         name, value = match.groups()
+        if "/" in value and not value.startswith(("'", '"')) and name not in of_paths:
+            return match[0]
         if name in positional:
             return f"{positional[name]} {value}"
         return " ".join(arguments({name: _value(value)})) if name in flags else match[0]

@@ -198,6 +198,8 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
             f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG; ReaL's labels need them"
         )
     chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
+    if not len(chosen):
+        raise ValueError(f"data_path={path}: none of its {len(files)} images has a ReaL label")
     images.classes = synsets()
     images.labels = np.array([(labels[name] or [0])[0] for name in files])
     return Cell(Subset(images, chosen), [labels[files[index]] for index in chosen])

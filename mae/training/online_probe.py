@@ -54,8 +54,8 @@ class OnlineProbe:
             data = RunData(data.images, DataSpec.of(settings), precision.device)
             try:
                 train, val, _ = data.open_pair()
-            except ValueError as error:  # it names flags of a run
-                raise ValueError(f"probe_path={path}: {getattr(error, 'message', error)}") from error
+            except ValueError as error:  # it names settings of a run
+                raise ValueError(f"probe_path={path}: {error}") from error
         elif isinstance(source, Shards):
             raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
