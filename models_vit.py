@@ -254,6 +254,14 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
+def get_layer_id_for_vit(name: str, num_layers: int) -> int:
+    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): all others."""
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    return 0 if first in ("cls_token", "pos_embed", "patch_embed") else num_layers
+
+
 class Encoder(nn.Module):
     """The encoder of autoencoder, classifier and segmenter: how an image becomes tokens, and their blocks.
 
@@ -403,10 +411,8 @@ class Encoder(nn.Module):
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
         mix-in adds; i + 1: block i; depth + 1: norms and head.
         """
-        first, _, rest = name.partition(".")
-        if first == "blocks":
-            return int(rest.partition(".")[0]) + 1
-        return len(self.blocks) + 1 if first in ("norm", "fc_norm", "head") else 0
+        is_published = name.partition(".")[0] in ("blocks", "norm", "fc_norm", "head")
+        return get_layer_id_for_vit(name, len(self.blocks) + 1) if is_published else 0
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters without weight decay in fine-tuning, in addition to 1-D ones, as in timm."""

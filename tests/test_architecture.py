@@ -31,7 +31,7 @@ ARROWS = {
     # Studies:
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|models_\w+|mae\..+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+|util\.datasets",
-    r"util\.\w+": r"mae\..+",  # the names of the paper's code
+    r"util\.\w+": r"models_vit|mae\..+",  # the names of the paper's code
     r"mae\.probes": r"models_vit|mae\.settings(\.\w+)?",
     r"mae\.build": r"models_\w+|mae\.(probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
@@ -42,6 +42,7 @@ ARROWS = {
     r"mae\.data\.(__main__|check|resize)": rf"mae\.(cli|data|files)\.\w+|{SHARED}",
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
+    r"mae\.training\.param_groups": r"models_vit",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.parallel": r"mae\.plain_data",

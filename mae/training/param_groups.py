@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from models_vit import get_layer_id_for_vit
+
 
 def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns two parameter groups, without and with weight decay, like timm: biases and 1-D weights have none.
@@ -62,11 +64,3 @@ def param_groups_lrd(
         )
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): all others."""
-    first, _, rest = name.partition(".")
-    if first == "blocks":
-        return int(rest.partition(".")[0]) + 1
-    return 0 if first in ("cls_token", "pos_embed", "patch_embed") else num_layers
