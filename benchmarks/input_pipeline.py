@@ -4,7 +4,7 @@
 
 The classic pipeline is Pillow with torchvision's RandomResizedCrop (bicubic), RandomHorizontalFlip, ToTensor and
 Normalize. The files have 500 x 375 pixels and JPEG quality 95; they are crops of photographs of scikit-image and
-scikit-learn. `python -m mae.data.resize --short_side 256` writes the resized copy. All pipelines take turns, first in
+scikit-learn. `examples/resize_folder.py` writes the resized copy. All pipelines take turns, first in
 one process and then in a DataLoader with one worker process per core.
 """
 
@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder, copy = Path(root, "originals"), Path(root, "copy")
         write_photographs(folder, args.images)
-        scripts.run("-m", "mae.data.resize", folder, copy, "--short_side", 256)
+        scripts.run("examples/resize_folder.py", folder, copy)
         ways: dict[str, Callable[[int], Callable[[], Iterator[Any]]]] = {
             "classic": partial(classic, folder),
             "ours": partial(ours, folder),

@@ -39,7 +39,7 @@ ARROWS = {
     r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|files)\.\w+|{SHARED}",
     r"mae\.settings\.\w+": r"mae\.(position_tables|masking|files\.recipes|settings\.\w+)",
     # Modules with a command of their own:
-    r"mae\.data\.(__main__|check|resize)": rf"mae\.(cli|data|files)\.\w+|{SHARED}",
+    r"mae\.data\.(__main__|check)": rf"mae\.(cli|data|files)\.\w+|{SHARED}",
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.training\.param_groups": r"models_vit",

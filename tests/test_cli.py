@@ -21,7 +21,6 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.cli import entry_point
-from mae.data import resize
 from mae.inference import features, predict, reconstruct, segment
 from mae.interrupts import Interrupted
 from mae.jobs import submit
@@ -88,7 +87,6 @@ LIMITS = [  # type, valid values, invalid values
     (types.share, ["0", "1"], ["-0.1", "1.01"]),
     (types.positive_share, ["0.1", "1"], ["0", "1.01"]),
     (types.ratio, ["0", "0.99"], ["1", "-0.1"]),
-    (types.jpeg_quality, ["1", "100"], ["0", "101"]),
     (types.count_or_all, ["0", "3", "all"], ["-1", "some"]),
     (types.seed, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
 ]
@@ -177,8 +175,8 @@ def test_usage_names_the_module_of_python_m(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", [spec.origin])
     assert predict.get_args_parser().format_usage().startswith("usage: python -m mae.inference.predict --model FILE")
-    monkeypatch.setattr(sys, "argv", ["/clone/resize.py"])
-    assert resize.get_args_parser().format_usage() == "usage: resize.py FOLDER COPY [FLAGS]"
+    monkeypatch.setattr(sys, "argv", ["/clone/features.py"])
+    assert features.get_args_parser().format_usage() == "usage: features.py --model FILE --out FILE [FLAGS]"
 
 
 def test_usage_shows_the_required_flags(refused):
@@ -191,8 +189,8 @@ def test_usage_shows_the_required_flags(refused):
 def test_urls_are_accepted_only_where_expected(refused):
     assert parse("--dataset", "wds:https://a.org/{0..9}.tar").dataset == "wds:https://a.org/{0..9}.tar"
     assert parse("--dist_url", "tcp://a.org:1").dist_url == "tcp://a.org:1"
-    error, _ = refused("https://a.org/images", "copy", parser=resize.get_args_parser())
-    assert "FOLDER https:/a.org/images is a URL" in error  # also if the flag converts it to a path
+    error, _ = refused("https://a.org/images", "--model", "a.pth", "--out", "b.npz", parser=features.get_args_parser())
+    assert "FOLDER https://a.org/images is a URL" in error
 
 
 def test_settings_without_effect_warn(caplog):

@@ -1,15 +1,11 @@
 """Detection: the file for ViTDet of detectron2, and torchvision's Mask R-CNN on an encoder."""
 
-import re
-
-import forks
-import numpy as np
 import pytest
 import torch
 from mains import call
 from transformers import VitDetConfig, VitDetModel
 
-from demo import detection, segmentation
+from examples.detector import SimplePyramid, build_detector
 from mae.inference import export, get_model
 
 
@@ -49,30 +45,10 @@ def test_an_exported_encoder_has_the_layout_and_features_of_vitdet(tmp_path, sou
     torch.testing.assert_close(features.permute(0, 2, 3, 1), tokens.unflatten(1, grid), rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_have_boxes_and_masks_of_their_garments():
-    pictures, targets = detection.make_scenes(6, seed=2)
-    garments, classes = segmentation.make_pictures("train", 18, 2)
-    assert pictures.shape == (6, 1, 84, 84) and len(targets) == 6
-    assert pictures.min() >= 0 and 0.5 < pictures.max() <= 1
-    for number, target in enumerate(targets):
-        for index, (box, label, mask) in enumerate(zip(*target.values(), strict=True)):
-            garment, own = garments[3 * number + index], classes[3 * number + index]
-            assert label == own.max()
-            left, top, right, bottom = box.int().tolist()
-            inside = torch.zeros_like(mask)
-            inside[top:bottom, left:right] = 1
-            assert mask.sum() == (own > 0).sum() == (mask * inside).sum()
-            assert mask[top].any() and mask[bottom - 1].any() and mask[:, left].any() and mask[:, right - 1].any()
-            pixels = (255 * pictures[number, 0][mask.bool()]).round().numpy()
-            assert np.array_equal(pixels, garment[own > 0])
-    assert {int(label) for target in targets for label in target["labels"]} > {1, 2}
-    assert sum(int(target["masks"].sum(dim=0).max()) for target in targets) == 6  # no garment covers another
-
-
 @pytest.mark.parametrize(("patch", "stride"), [(4, 4), (7, 8), (14, 16), (16, 16)])
 def test_the_pyramid_has_four_strides(patch, stride):
     encoder = get_model("vit_mini_patch4", input_size=8 * patch, patch_size=patch, in_chans=1, global_pool=False)
-    pyramid = detection.SimplePyramid(encoder).eval()
+    pyramid = SimplePyramid(encoder).eval()
     assert pyramid.stride == stride
     tokens = []
     pyramid.levels[2][0].register_forward_hook(lambda module, inputs, output: tokens.append(output))
@@ -93,15 +69,27 @@ def test_the_pyramid_has_four_strides(patch, stride):
         assert abs((row + 0.5) / scale - 2.5) <= 1.5 and abs((column + 0.5) / scale - 4.5) <= 1.5
 
 
-def test_the_command_trains_and_detects(tmp_path):
-    """As users run it, with the encoder of a small autoencoder like that of ./run demo."""
-    model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
-    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "checkpoint-0.pth")
-    argv = ["--model", tmp_path / "checkpoint-0.pth", "--updates", 6, "--device", "cpu"]
-    printed = forks.run("demo/detection.py", argv, tmp_path / "output.txt")
-    losses = [float(loss) for loss in re.findall(r"^update \d+: loss ([\d.]+) \(", printed, flags=re.MULTILINE)]
-    assert len(losses) == 6
+def test_a_detector_learns_bright_squares():
+    """On the encoder of an autoencoder, whose mean and standard deviation it uses."""
+    torch.manual_seed(0)
+    encoder = get_model("vit_mini_patch4", input_size=48, in_chans=1, global_pool=False, mean=[0.1], std=[0.2])
+    detector = build_detector(encoder, 2).train()
+    assert (detector.transform.image_mean, detector.transform.image_std) == pytest.approx(([0.1], [0.2]))
+    optimizer, losses = torch.optim.AdamW(detector.parameters(), lr=3e-4), []
+    for _ in range(8):
+        pictures, targets = [], []
+        for left, top in torch.randint(0, 32, (2, 2)).tolist():
+            mask = torch.zeros(1, 48, 48, dtype=torch.uint8)
+            mask[0, top : top + 16, left : left + 16] = 1
+            pictures.append(0.1 * torch.rand(1, 48, 48) + 0.8 * mask)
+            box = torch.tensor([[left, top, left + 16, top + 16]], dtype=torch.float32)
+            targets.append({"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": mask})
+        loss = torch.stack([*detector(pictures, targets).values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     assert max(losses[-2:]) < 0.85 * losses[0]
-    names = "|".join(re.escape(name) for name in np.load(segmentation.ARCHIVE)["classes"])
-    box = rf"({names}) at \(\d+ \d+ \d+ \d+\)"
-    assert re.search(rf"^detected: {box}, score 0\.\d\d; true: {box}, {box}, {box}$", printed, flags=re.MULTILINE)
+    with torch.inference_mode():
+        (found,) = detector.eval()(pictures[:1])
+    assert found["masks"].shape[1:] == (1, 48, 48)

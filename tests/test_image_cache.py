@@ -133,7 +133,7 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypat
         patch.setattr(image_cache, "CAN_SHARE", False)  # each process has its own images
         image_cache.cached([source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (2 * 300 * 39) - 2)
-    with pytest.raises(ValueError, match=r"`cache_images`: 39 images .*mae.data.resize"):
+    with pytest.raises(ValueError, match=r"`cache_images`: 39 images .*resize_folder"):
         image_cache.cached([source, source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 300 * 39)
     monkeypatch.setattr(image_cache, "SAMPLE", 10)

@@ -99,7 +99,7 @@ class ImageCache:
                     raise ValueError(
                         f"`cache_images`: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
                         f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
-                        f"images with python -m mae.data.resize"
+                        f"images with examples/resize_folder.py"
                     )
         # Two nodes of a job may be one machine, whose processes find each part twice.
         by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}

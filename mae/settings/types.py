@@ -32,7 +32,6 @@ positive = checked(float, lambda value: value > 0, "above 0")
 share = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 positive_share = checked(float, lambda value: 0 < value <= 1, "in (0, 1]")
 ratio = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
-jpeg_quality = checked(int, lambda value: 1 <= value <= 100, "in 1 to 100")
 job_id = checked(str, str.isdecimal, "a job id, which is a number")
 seed = checked(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
 

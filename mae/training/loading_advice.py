@@ -34,7 +34,7 @@ def faster_loading(batches: Any, record: Mapping[str, Any], device: torch.device
     if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
         found.append("`fast_jpeg`")
     if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
-        found.append("python -m mae.data.resize")
+        found.append("examples/resize_folder.py")
     return found
 
 
