@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mae import parallel
 from mae.checkpoints import run_directory
 from mae.data import extras, labels
-from mae.data.batches import Batch, prefetch
+from mae.data.batches import prefetch
+from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.sources import Source
 from mae.evaluate import report, tasks
@@ -53,12 +54,12 @@ def train_one_epoch(
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        images, targets = normalize(batch.images), batch.labels
+        images, targets = batch.normalized(normalize), batch.labels
         if erase is not None:
             images = erase(images)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        return criterion(model(images, **batch.extras), targets)
+        return criterion(model(images, **batch.inputs), targets)
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
@@ -96,7 +97,7 @@ def evaluate_heads(
         batch = Batch(*loaded)
         for forward, own in zip(forwards, columns, strict=True):
             with precision.autocast():
-                outputs = forward(normalize(batch.images), **batch.extras).float()
+                outputs = forward(batch.normalized(normalize), **batch.inputs).float()
             own.append(task.columns(outputs, batch.labels))
             num_outputs = outputs.shape[1]
     evaluations = []

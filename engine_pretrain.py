@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae.data import transforms
+from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.training import loop
 from models_mae import TARGET_EPS, MaskedAutoencoderViT
@@ -34,22 +35,24 @@ def train_one_epoch(
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        return model(normalize(batch.images), mask_ratio, noise=batch.noise, **batch.extras)[0]
+        return model(batch.normalized(normalize), mask_ratio, noise=batch.noise, **batch.context)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
 
-def check_targets(model: MaskedAutoencoderViT, images: Tensor, std: Tensor) -> None:
+def check_targets(model: MaskedAutoencoderViT, batch: Batch, std: Tensor) -> None:
     """Logs a warning if `norm_pix_loss` does not bring the targets to a variance near 1.
 
     The published formula adds TARGET_EPS to the variance of a patch. It is small for normalized images. The mean over
     the patches of several images decides, so that images with many flat patches are no reason for a warning.
 
     Args:
-        images: (B, c, H, W), as a data loader returns them.
+        batch: as a data loader returns it.
         std: standard deviation that normalizes them, as in `Normalize`.
     """
-    images = transforms.to_unit_range(images)
+    images = transforms.to_unit_range(batch.images)
+    if batch.valid is not None:
+        images = images.masked_fill(~batch.valid[:, None], math.nan)
     normalized = (images - images.nanmean(dim=(2, 3), keepdim=True)) / std.cpu()  # no channel offsets
     deviation = math.sqrt(model.patchify(normalized).var(dim=-1).nanmean())
     if deviation**2 < TARGET_EPS:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from mae import parallel
 from mae.data.batches import prefetch
-from mae.data.segmentation_masks import IGNORED
+from mae.data.item import IGNORED, Batch
 from mae.evaluate import report
 from mae.evaluate.segmentation import Scores, class_title, confusion_matrix, predict_classes
 from mae.training.compiling import padded
@@ -38,7 +37,7 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    data_loader: Iterable[Sequence[Any]],
+    data_loader: Iterable[Batch],
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
@@ -64,10 +63,11 @@ def evaluate(
 
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
     batches = tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None)
-    for images, masks, _, extras in prefetch(batches, precision.device):
-        size = (masks.shape[1], masks.shape[2])
-        predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size, extras)
-        matrix += confusion_matrix(masks[0], predictions, num_classes)
+    for batch in prefetch(batches, precision.device):
+        size = (batch.labels.shape[1], batch.labels.shape[2])
+        image = batch.normalized(normalize)[0]
+        predictions = predict_classes(predict, image, size, window, batch_size, batch.inputs)
+        matrix += confusion_matrix(batch.labels[0], predictions, num_classes)
     return Scores(sum(parallel.gather(matrix.cpu().numpy())))
 
 

@@ -118,7 +118,7 @@ def main(
     extras.require_fitting(model, train, val)
     model.to(device)
 
-    augment = transforms.keeps_label(augmentation(run, data.statistics[0]))
+    augment = augmentation(run, data.statistics[0])
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
     erase = make_erasing(run.augmentation, device)
@@ -179,7 +179,7 @@ def evaluate_file(
     return scores
 
 
-def augmentation(run: Run, mean: Sequence[float]) -> transforms.ImageTransform:
+def augmentation(run: Run, mean: Sequence[float]) -> transforms.Transform:
     """Returns the augmentation of the training images; `mean` fills areas that it leaves empty."""
     images, changes = run.images, run.augmentation
     return transforms.finetune_transform(

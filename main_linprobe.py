@@ -243,9 +243,7 @@ def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) 
         return feature_files.FeatureBatches(
             *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter
         )
-    augment = transforms.keeps_label(
-        transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
-    )
+    augment = transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
     return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
 
 

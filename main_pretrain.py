@@ -113,7 +113,7 @@ def main(
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, full_images = open_samples(run, data, train, draw_noise, model, num_visible)
     if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
-        check_targets(model, loader.examples(full_images, EXAMPLES).images, data.normalize.std)
+        check_targets(model, loader.examples(full_images, EXAMPLES), data.normalize.std)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,
@@ -210,7 +210,7 @@ def open_samples(
     data.check_statistics(source)
     (source,) = data.cached(source)
     images, changes = run.images, run.augmentation
-    augment: transforms.ImageTransform = transforms.pretrain_transform(
+    augment = transforms.pretrain_transform(
         images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
         vflip=changes.vflip, rotate90=changes.rotate90,
     )  # fmt: skip
@@ -225,9 +225,9 @@ def open_samples(
         )
         for transform in (augment, whole)
     )  # fmt: skip
-    augmented = data.samples(source, transforms.keeps_label(augment), run.data.on_bad_image, draw_noise)
+    augmented = data.samples(source, augment, run.data.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
-    return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)
+    return augmented, data.samples(source, whole, "skip", draw_noise)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from engine_finetune import evaluate
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
-from mae.data import loader, transforms
+from mae.data import loader
 from mae.data.samples import Samples
 from mae.evaluate import robustness, robustness_report
 from mae.evaluate.tasks import Evaluation
@@ -120,7 +120,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         if parallel.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(
-            cell.source, transforms.keeps_label(classifier.transform), in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
+            cell.source, classifier.transform, in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
             exif=bool(exif), values=classifier.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")

@@ -29,8 +29,7 @@ from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_
 from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
-from mae.data import extras
-from mae.data.joint_transforms import scale_image, train_transform
+from mae.data import extras, transforms
 from mae.data.run_data import RunData
 from mae.data.segmentation_masks import (
     MASKS_READ,
@@ -122,7 +121,7 @@ def main(
         load_frozen(model, file, run.model.adapt_input, classes)
     extras.require_fitting(model, train, val)
     model.to(device)
-    augment = train_transform(
+    augment = transforms.segmentation_transform(
         images.input_size, images.short_side, run.augmentation.scale, images.hflip, data.statistics[0]
     )
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
@@ -163,7 +162,8 @@ def evaluate_file(
 def eval_batches(data: RunData, val: Source) -> torch.utils.data.DataLoader:
     """Returns single images and masks of the validation set. The masks have their own size."""
     assert data.images.short_side is not None, "`pair_settings` sets it"
-    return data.eval_batches(val, 1, transform=partial(scale_image, short_side=data.images.short_side))
+    transform = transforms.scaled_transform(data.images.short_side)
+    return data.eval_batches(val, 1, transform=transform)
 
 
 def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:

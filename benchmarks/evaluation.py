@@ -83,7 +83,7 @@ class Clock:
 
 def our_evaluation(model: Any, source: Source, args: argparse.Namespace, precision: Precision, fast: bool) -> float:
     """Images/s of `main_finetune.py --eval`."""
-    samples = Samples(source, transforms.keeps_label(model.transform), in_chans=3, seed=0, fast_jpeg=fast)
+    samples = Samples(source, model.preprocess, in_chans=3, seed=0, fast_jpeg=fast)
     clock = Clock(loader.eval_loader(samples, args.batch_size, args.num_workers, False), len(source), args.batch_size)
     evaluate(model, clock, normalize=model.normalize, precision=precision)
     return clock.rate()

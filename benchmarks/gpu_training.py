@@ -26,7 +26,7 @@ from benchmarks.gpu_correct import KERNELS
 from benchmarks.gpu_task import TINY, Task
 from benchmarks.masked_queries import MaskedQueries
 from mae.build import blocks_of
-from mae.data.batches import Batch
+from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
 from mae.training import loop
@@ -259,7 +259,7 @@ class Noise:
         pixels = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, pin_memory=has_gpu).permute(0, 3, 1, 2)
         patches = (side // models_vit.SIZES[work.size]["patch_size"]) ** 2
         noise = torch.rand(batch, patches, pin_memory=has_gpu)
-        self.batch = Batch(pixels, torch.zeros(batch, dtype=torch.int64, pin_memory=has_gpu), noise)
+        self.batch = Batch(pixels, torch.zeros(batch, dtype=torch.int64, pin_memory=has_gpu), noise=noise)
         self.images_per_iteration = batch
         self.count = count
 

@@ -35,6 +35,7 @@ from benchmarks import machine, scripts
 from mae.cli import entry_point
 from mae.data import loader, transforms
 from mae.data.decode import MAX_PIXELS
+from mae.data.item import Item
 from mae.data.jpeg import decode_rgb
 from mae.data.open import open_source
 from mae.data.samples import Samples
@@ -84,7 +85,7 @@ def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
 
 def our_samples(folder: Path, **options: Any) -> Samples:
     """The samples of main_pretrain.py."""
-    transform = transforms.keeps_label(transforms.pretrain_transform(224))
+    transform = transforms.pretrain_transform(224)
     source = open_source("train", str(folder))
     return Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
 
@@ -131,7 +132,7 @@ def profile(folder: Path, rounds: int) -> dict[str, float]:
             times[stage] += 1e6 * (time.perf_counter() - started) / BATCH
             return result
 
-        files = timed("read", lambda: [source[index][0] for index in range(BATCH)])
+        files = timed("read", lambda: [source[index] for index in range(BATCH)])
         pictures = timed("decode", list, map(samples.decode, files))
         timed("crop, resize, flip", list, map(transform, pictures))
         augmented = timed("random numbers and other", samples.__getitems__, [(number, index) for index in batch])
@@ -157,7 +158,7 @@ def differences(folder: Path) -> dict[str, float]:
         assert pixels is not None
         for picture in (pixels, Image.open(files[number % len(files)])):
             torch.manual_seed(number)
-            versions.append(transform(picture).numpy().astype(int))
+            versions.append(transform(Item(picture)).image.numpy().astype(int))
         counts += np.bincount(np.abs(versions[0] - versions[1]).ravel(), minlength=256)
     return {str(level): float(share) for level, share in enumerate(counts / counts.sum()) if share}
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mae.data.item import Item
 from PIL import Image, ImageOps
 
 from mae.data.decode import Picture, size_of
-from mae.data.joint_transforms import fitted
-from mae.data.transforms import to_tensor
+from mae.data.transforms import scaled_transform
 from mae.evaluate import pictures
 from mae.inference import maps
 from mae.inference.model import Autoencoder, Model, Segmenter
@@ -185,7 +185,7 @@ def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:
     if picture is None:
         return [None, ""]
     short_side = model.short_side or min(*size_of(picture), MAX_SIDE)
-    pixels = model.normalize(to_tensor(fitted(picture, short_side)).to(model.cls_token.device))
+    pixels = model.normalize(scaled_transform(short_side)(Item(picture)).image.to(model.cls_token.device))
     classes = model.segment(pixels)
     image = to_image(model, pixels[None]).convert("RGB")
     colors = Image.fromarray(model.colors[classes]).resize(image.size, Image.Resampling.NEAREST)

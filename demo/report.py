@@ -23,7 +23,7 @@ from sklearn.model_selection import GridSearchCV
 from mae.cli import entry_point
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.transforms import keeps_label, to_tensor
+from mae.data.transforms import scaled_transform
 from mae.evaluate import comparison, knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
@@ -47,9 +47,9 @@ FEW_LABELS = {  # row of main_compare.py -> its title here
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     # Without a transform: the images have the size of the model, and a center crop would remove their borders.
-    samples = Samples(open_source(split, data_path), keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
-    items = [samples[0, index] for index in range(len(samples))]
-    return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
+    samples = Samples(open_source(split, data_path), scaled_transform(0), in_chans=model.in_chans, seed=0)
+    items = [samples[0, index].item for index in range(len(samples))]
+    return torch.stack([item.image for item in items]), np.array([item.label for item in items])
 
 
 @torch.inference_mode()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mae.cli import entry_point, flags, options
+from mae.data import loader
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.transforms import keeps_label
 from mae.evaluate import tables
 from mae.inference.model import get_model
 
@@ -28,11 +28,10 @@ TITLES = ("masked", "reconstruction + visible", "original")
 def reconstruct(model: Any, samples: Samples) -> list[Tensor]:
     """Returns the normalized images of TITLES, (ROWS, c, H, W). Masked pixels of the first are NaN."""
     places = torch.linspace(0, len(samples) - 1, ROWS + 2).long()[1:-1].tolist()
-    images = torch.stack([samples[0, index].image for index in places])
+    batch = loader.collate([samples[0, index].item for index in places])
     noise = torch.rand(ROWS, model.num_patches, generator=torch.Generator().manual_seed(0))
-    result = model.reconstruct(
-        model.normalize(images), model.settings["mask_ratio"], noise=noise, valid=~images.isnan().any(dim=1)
-    )
+    images = batch.normalized(model.normalize)
+    result = model.reconstruct(images, model.settings["mask_ratio"], noise=noise, **batch.context)
     mask = result.mask.unflatten(1, model.grid_size)
     for axis, side in enumerate(model.patch_embed.patch_size, start=1):
         mask = mask.repeat_interleave(side, dim=axis)
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     """Writes the figure."""
     model: Any = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     samples = Samples(
-        open_source("val", args.data_path, dataset=args.dataset), keeps_label(model.transform), in_chans=model.in_chans,
+        open_source("val", args.data_path, dataset=args.dataset), model.preprocess, in_chans=model.in_chans,
         seed=0, values=model.values,
     )  # fmt: skip
     parts = reconstruct(model, samples)

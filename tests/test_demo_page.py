@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mae.data.joint_transforms import fitted
 from PIL import Image
 
 from demo import app, outputs, unpack_data
 from mae import build
-from mae.data.joint_transforms import fitted
 from mae.data.transforms import to_tensor
 from mae.inference import get_model, maps, reconstruct
 from mae.settings import specs

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from mae.data.crops import scale
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_decode import saved
 
 from mae.data import bicubic, jpeg, transforms
-from mae.data.crops import scale
 from mae.data.decode import BadImage, decode
 from mae.data.generators import seed_generators
 from mae.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform

@@ -1,5 +1,11 @@
-"""The random crop of linear probing, which samples area and aspect ratio once."""
+"""The random crop of the published code, in linear probing."""
 
-from mae.data.crops import CropOnce as RandomResizedCrop
+from torchvision import transforms
 
-__all__ = ["RandomResizedCrop"]
+from mae.data.augment import sample_once
+
+
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """Samples area and aspect ratio once, and clips the crop to the image."""
+
+    get_params = staticmethod(sample_once)  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mae.data.decode import BadImage
+from mae.data.item import Item
 from mae.data.sources import (
     KINDS,
     Strings,
@@ -109,8 +110,10 @@ class Archive:
         """Returns the version of the archive."""
         return version_of(self.path)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        place, label = Place(*self.places[index].tolist()), int(self.labels[index])
+    def __getitem__(self, index: int) -> Item:
+        return Item(self._read(Place(*self.places[index].tolist())), int(self.labels[index]))
+
+    def _read(self, place: Place) -> bytes:
         if self.file is None or self.file[0] != os.getpid():  # each process opens the file itself
             self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         file = self.file[1]
@@ -119,7 +122,7 @@ class Archive:
             raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
         check_size(max(place.size, place.unpacked))
         if not self.is_zip:
-            return _read_at(file, place.start, place.size), label
+            return _read_at(file, place.start, place.size)
         signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
         data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
         if place.method == DEFLATED:
@@ -127,7 +130,7 @@ class Archive:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
         if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
             raise BadImage("the archive is damaged here: the checksum does not match")
-        return data, label
+        return data
 
 
 class BoundedTarInfo(tarfile.TarInfo):

@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +28,6 @@ logger = logging.getLogger(__name__)
 
 PLACE = Path("/dev/shm")  # of Linux; containers limit it, Docker's default is 64 MB
 SEMAPHORES = 8  # of the queues of a worker process; each takes a page
-
-
-class Batch(NamedTuple):
-    """A batch of samples. For heads on stored features, the images are features, and the noise is their indices."""
-
-    images: Tensor  # (B, c, H, W), uint8 or float
-    labels: Tensor  # (B,), or masks (B, H, W), or vectors (B, C)
-    noise: Tensor = torch.empty(0)  # (B, N), which determines the masks of pre-training; else empty
-    extras: Mapping[str, Tensor] = MappingProxyType({})  # extra inputs (B, ...); `valid` are the valid pixels (B, H, W)
 
 
 def _shared(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
@@ -59,7 +49,9 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Copies the tensors of a batch to the device: a tensor, or a dict, list or named tuple of batches."""
+    """Copies the tensors of a batch to the device: a tensor, None, or a dict, list or named tuple of batches."""
+    if batch is None:
+        return None
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

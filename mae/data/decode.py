@@ -2,8 +2,7 @@
 
 An image with 8 bits and one or three channels becomes a Pillow image, so that transforms of Pillow apply bit for bit.
 Any other image becomes a tensor (c, H, W), uint8 or float32. 16-bit values are scaled to the range 0 to 1, and float
-values are unchanged, unless `PixelValues` says otherwise. An image with invalid pixels becomes a float tensor in which
-these are NaN. Crops, flips and scaling preserve NaN: a scaled pixel is valid only if all pixels of its kernel are.
+values are unchanged, unless `PixelValues` says otherwise.
 """
 
 import io
@@ -19,6 +18,7 @@ from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
 from mae.data import jpeg, tiff_bounds
+from mae.data.item import Item
 from mae.files.untrusted import printable
 
 Picture = Image.Image | Tensor
@@ -102,15 +102,49 @@ class PixelValues(NamedTuple):
 AS_STORED = PixelValues()
 
 
-class Masked(NamedTuple):
-    """An image as `decode` takes it, and its valid pixels, bool (H, W) in the size of the decoded image."""
+def decode_item(item: Item, in_chans: int, *, values: PixelValues = AS_STORED, **options: Any) -> Item:
+    """Decodes the image of an item, and finds its invalid pixels.
 
-    image: Any
-    valid: np.ndarray
+    A pixel is invalid if any of its channels is. Each channel of an invalid pixel becomes the mean of the valid ones.
+
+    Args:
+        item: an item of a source. Its valid pixels have the size of the decoded image.
+        in_chans, options: as in `decode`.
+        values: the meaning of the values, and the value of invalid pixels. With a range, bytes become floats.
+
+    Raises:
+        BadImage: as in `decode`, or the valid pixels have another size.
+    """
+    return find_invalid(item, decode(item.image, in_chans, values=values, **options), values)
+
+
+def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
+    """Returns an item with its decoded picture and the valid pixels, as `decode_item`."""
+    if item.valid is None and values.nodata is None and values.value_range is None:
+        return item._replace(image=picture)
+    pixels = to_tensor(picture)
+    if values.value_range and not pixels.is_floating_point():
+        picture = pixels = torch.from_numpy(values.to_float(pixels.numpy(), 255))
+    is_number = not pixels.is_floating_point() and values.nodata not in (None, "nan")
+    invalid = (pixels.eq(float(values.nodata or 0)) if is_number else pixels.isnan()).any(dim=0)
+    if item.valid is not None:
+        require_size(picture, item.valid.shape, "mask of valid pixels")
+        invalid |= ~item.valid
+    if not invalid.any():
+        return item._replace(image=picture, valid=None)
+    return item._replace(image=_with_mean(picture, pixels, invalid), valid=~invalid)
+
+
+def _with_mean(picture: Picture, pixels: Tensor, invalid: Tensor) -> Picture:
+    """Returns a picture whose invalid pixels (H, W) have the mean of the valid ones, or 0 if there are none."""
+    mean = pixels[:, ~invalid].double().mean(dim=1).nan_to_num(0)
+    filled = torch.where(invalid, (mean.round() if pixels.dtype == torch.uint8 else mean)[:, None, None], pixels)
+    filled = filled.to(pixels.dtype)
+    return to_pillow(filled) if isinstance(picture, Image.Image) else filled
 
 
 def decode(
-    data: bytes | Picture | np.ndarray | Masked,
+    data: bytes | Picture | np.ndarray,
     in_chans: int,
     upright: bool = False,
     fast_jpeg: bool = False,
@@ -125,27 +159,18 @@ def decode(
     number of equal pages is no image.
 
     Args:
-        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W); or one of these with its valid pixels.
+        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
         fast_jpeg: decode color JPEG files to a tensor with `mae.data.jpeg`, and return tensors of color bytes
             unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
-        values: the meaning of the values, and the value of invalid pixels.
+        values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
 
     Raises:
-        BadImage: the data are not an image, are damaged or too large, or have another number of channels; or the mask
-            of valid pixels has another size.
+        BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
-    image, valid = data if isinstance(data, Masked) else (data, None)
-    return with_invalid(_decode(image, in_chans, upright, fast_jpeg, max_pixels, values), values, valid)
-
-
-def _decode(
-    data: bytes | Picture | np.ndarray, in_chans: int, upright: bool, fast_jpeg: bool, max_pixels: int,
-    values: PixelValues,
-) -> Picture:  # fmt: skip
     if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
     if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
@@ -174,33 +199,6 @@ def is_turned(picture: Picture | bytes) -> bool:
         return isinstance(picture, Image.Image) and picture.getexif().get(ORIENTATION, 1) in TURNS
     except Exception:  # the decoder refuses the file; damaged EXIF data do not make the pixels unusable
         return False
-
-
-def with_invalid(picture: Picture, values: PixelValues, valid: np.ndarray | None = None) -> Picture:
-    """Sets invalid pixels of a picture to NaN. A pixel is invalid if any of its channels is.
-
-    Pictures of 8 bits with invalid pixels, or with a range of values, become float tensors.
-
-    Args:
-        picture: with the channels of the model; float values are those of `PixelValues.to_float`.
-        valid: bool (H, W); other pixels are invalid.
-
-    Raises:
-        BadImage: `valid` has another size.
-    """
-    if valid is None and values.nodata is None and values.value_range is None:
-        return picture
-    if valid is not None:
-        require_size(picture, valid.shape, "mask of valid pixels")
-    pixels = to_tensor(picture)
-    is_float = pixels.is_floating_point()
-    pixels = pixels if is_float else torch.from_numpy(values.to_float(pixels.numpy(), 255))
-    invalid = pixels.isnan().any(dim=0)
-    if valid is not None:
-        invalid |= ~torch.from_numpy(valid)
-    if not invalid.any():
-        return pixels if is_float or values.value_range else picture
-    return pixels.masked_fill(invalid, torch.nan)
 
 
 def read(

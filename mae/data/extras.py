@@ -3,7 +3,7 @@
 import keyword
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +18,6 @@ RESERVED = (
     "self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "return_attention",
     "pool", "topk", "batch_size", "channels_last",
 )  # fmt: skip
-
-
-class WithExtras(NamedTuple):
-    """An image as `decode` takes it, and its extra inputs."""
-
-    image: Any
-    extras: dict[str, torch.Tensor]
-
-
-def split(image: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Returns the image that a source returned, and its extra inputs."""
-    return (image.image, image.extras) if isinstance(image, WithExtras) else (image, {})
 
 
 def check_name(name: Any) -> None:
@@ -64,7 +52,7 @@ def original(source: Any) -> Any:
 
 def shapes_of(source: Any) -> dict[str, str]:
     """Returns the names and shapes of the extra inputs that come with the images of a source, or of a subset of it."""
-    return getattr(original(source), "extra_shapes", None) or {}
+    return getattr(original(source), "input_shapes", None) or {}
 
 
 def require_fitting(model: Any, train: Any, val: Any = None, steps: Iterable[str] = ("tokenize",)) -> None:

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from mae import parallel
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import AS_STORED, BadImage, PixelValues
+from mae.data.decode import AS_STORED, BadImage, PixelValues, to_tensor
 from mae.data.generators import preserve_generators
+from mae.data.item import Item
 from mae.data.samples import Samples
 from mae.data.sources import Source, label_at
-from mae.data.transforms import keeps_label, to_tensor
 from mae.data.webdataset_shards import Shards, require_random_access
 
 logger = logging.getLogger(__name__)
@@ -117,14 +117,14 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Item:
         height, width = self.sizes[index].tolist()
         if not height:
             return self.source[index]
         start = self.starts[index]
         pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
         label = self.other_labels[index] if index in self.other_labels else label_at(self.labels, index)
-        return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label
+        return Item(torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label)
 
 
 class _Part(NamedTuple):
@@ -223,7 +223,7 @@ class _Decoded(Dataset):
         self.source = source
         self.samples = Samples(
             source,
-            keeps_label(to_tensor),
+            lambda item: item._replace(image=to_tensor(item.image)),
             in_chans=in_chans,
             seed=0,
             on_bad_image=on_bad_image,
@@ -237,11 +237,11 @@ class _Decoded(Dataset):
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
             with preserve_generators():
-                picture, label, extras = self.samples.read(index)
-                pixels = to_tensor(picture)
-                if pixels.dtype != torch.uint8 or extras:
+                item = self.samples.read(index)
+                pixels, label = to_tensor(item.image), item.label
+                if pixels.dtype != torch.uint8 or item.inputs or item.valid is not None:
                     return nothing, label
-                again = to_tensor(self.samples.read(index, epoch=1)[0]) if self.samples.runs_code else pixels
+                again = to_tensor(self.samples.read(index, epoch=1).image) if self.samples.runs_code else pixels
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return nothing, label_at(self.source.labels, index)

@@ -11,25 +11,24 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae import parallel
-from mae.data import extras
 from mae.data.batches import Batches, up_to_cores
 from mae.data.decode import (
     AS_STORED,
     BadImage,
-    Masked,
-    Picture,
     PixelValues,
+    find_invalid,
     fit_channels,
     is_turned,
     read,
     size_of,
-    with_invalid,
+    to_tensor,
 )
 from mae.data.generators import preserve_generators
+from mae.data.item import Item
 from mae.data.labels import Subset
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.sources import Source
-from mae.data.transforms import Normalize, to_tensor, to_unit_range
+from mae.data.transforms import Normalize, to_unit_range
 from mae.data.webdataset_shards import Shards
 from mae.files.untrusted import printable
 
@@ -61,12 +60,11 @@ class FactsDataset(Dataset):
 
     def __getitem__(self, index: int) -> ImageFacts:
         try:
-            data, label = self.source[index]
-            data, _ = extras.split(data)
+            item = self.source[index]
         except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
             return _unreadable(self.source.name(index), error)
         try:
-            return image_facts(data, label, self.in_chans, self.values)
+            return image_facts(item, self.in_chans, self.values)
         except Exception as error:  # decoders raise any exception on damaged bytes
             return _unreadable(self.source.name(index), error)
 
@@ -76,24 +74,22 @@ def _unreadable(name: str, error: Exception) -> ImageFacts:
     return ImageFacts(-1, unreadable=(name, reason))
 
 
-def image_facts(
-    data: bytes | Picture | np.ndarray | Masked, label: int, in_chans: int, values: PixelValues = AS_STORED
-) -> ImageFacts:
-    """Decodes an image and collects its facts.
+def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> ImageFacts:
+    """Decodes the image of an item and collects its facts.
 
     Raises:
         Exception: any exception of the decoder.
     """
-    image, mask = data if isinstance(data, Masked) else (data, None)
-    own = read(image, in_chans, values=values)
-    picture = with_invalid(fit_channels(own, in_chans, values), values, mask)
-    pixels = to_unit_range(to_tensor(picture)).double().flatten(1)
-    valid = pixels.shape[1] - int(pixels[0].isnan().sum())
-    pixels = pixels.nan_to_num(0)
+    stored = read(item.image, in_chans, values=values)
+    decoded = find_invalid(item, fit_channels(stored, in_chans, values), values)
+    pixels = to_unit_range(to_tensor(decoded.image)).double()
+    pixels = pixels.flatten(1) if decoded.valid is None else pixels[:, decoded.valid]
     sums = torch.stack([pixels.sum(dim=1), pixels.square().sum(dim=1)]).numpy()
-    channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
-    deep = isinstance(own, torch.Tensor) and own.is_floating_point()
-    return ImageFacts(label, size_of(own), channels, deep, sums, valid, turned=is_turned(own))
+    channels = len(stored) if isinstance(stored, torch.Tensor) else len(stored.getbands())
+    deep = isinstance(stored, torch.Tensor) and stored.is_floating_point()
+    return ImageFacts(
+        item.label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored)
+    )  # fmt: skip
 
 
 def all_facts(
@@ -108,7 +104,7 @@ def all_facts(
 
         for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
             try:
-                yield image_facts(data, label, in_chans, values)
+                yield image_facts(Item(data, label), in_chans, values)
             except Exception as error:
                 report(name, error)
         yield from unreadable

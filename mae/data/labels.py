@@ -10,7 +10,8 @@ import numpy as np
 
 from mae import parallel
 from mae.data import extras
-from mae.data.sources import Files, Source, StoredImage, first_few, strays_of
+from mae.data.item import Item
+from mae.data.sources import Files, Source, first_few, strays_of
 from mae.data.webdataset_shards import Shards, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
@@ -44,9 +45,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        data, label = self.source[int(self.indices[index])]
-        return data, label if self.numbers is None else int(self.numbers[label])
+    def __getitem__(self, index: int) -> Item:
+        item = self.source[int(self.indices[index])]
+        return item if self.numbers is None else item._replace(label=int(self.numbers[item.label]))
 
     def name(self, index: int) -> str:
         """Returns the name of the sample in the source."""
@@ -64,8 +65,8 @@ class Targets(Subset):
         super().__init__(source, np.arange(len(source)), list(classes))
         self.labels = labels.astype(np.float32)
 
-    def __getitem__(self, index: int) -> tuple:
-        return self.source[index][0], self.labels[index]
+    def __getitem__(self, index: int) -> Item:
+        return self.source[index]._replace(label=self.labels[index])
 
 
 def open_pair(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.data.decode import BadImage, Picture
+from mae.data.decode import BadImage
+from mae.data.item import Item
 from mae.data.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.sources import VALIDATION, first_few, names_of, version_of
 from mae.files.untrusted import read_file
@@ -98,7 +99,7 @@ class TorchvisionSet(LibrarySet):
         """Returns the labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
         if self._labels is None:
             logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples to collect them")
-            self._labels = np.array([self[index][1] for index in range(len(self))])
+            self._labels = np.array([self[index].label for index in range(len(self))])
         return self._labels
 
     def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
@@ -134,14 +135,14 @@ class TorchvisionSet(LibrarySet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
+    def __getitem__(self, index: int) -> Item:
         try:
             image, label = self.images[index][:2]
         except OSError:
             raise
         except Exception as error:
             raise BadImage(f"torchvision can't read it ({type(error).__name__}: {error})") from error
-        return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
+        return Item(image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1)
 
     @cached_property
     def files_version(self) -> str:
@@ -296,12 +297,12 @@ class HuggingFaceSet(LibrarySet):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
+    def __getitem__(self, index: int) -> Item:
         image = self.table[index][self.image]
         if image is None:
             raise BadImage("this row has no image")
         data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
-        return data, int(self.labels[index])
+        return Item(data, int(self.labels[index]))
 
     @cached_property
     def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew

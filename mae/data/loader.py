@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from mae import parallel
-from mae.data.batches import Batch, Batches, require_space, up_to_cores
+from mae.data.batches import Batches, require_space, up_to_cores
 from mae.data.decode import BadImage
 from mae.data.extras import original
 from mae.data.generators import seed_generators
+from mae.data.item import Batch, Item
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
 from mae.data.sources import Files
@@ -155,18 +156,28 @@ def _collate_good(samples: list[Sample]) -> Batch:
 
 
 def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
-    """Returns a batch, and the images that can't be read.
+    """Returns a batch, and the images that can't be read."""
+    bad = [image for sample in samples for image in sample.bad]
+    noises = [sample.noise for sample in samples if sample.noise is not None]
+    return collate([sample.item for sample in samples])._replace(noise=torch.stack(noises) if noises else None), bad
 
-    If the samples have noise and invalid pixels, the valid pixels, bool (B, H, W), are among the extra inputs.
+
+def collate(items: list[Item]) -> Batch:
+    """Returns the batch of transformed items.
+
+    Raises:
+        RuntimeError, KeyError: the images or the inputs of the items differ in shape or name.
     """
-    images = of_one_range([sample.image for sample in samples])  # files with 8 and with 16 bits
-    labels = default_collate([sample.label for sample in samples])
-    noise = torch.stack([sample.noise for sample in samples])
-    extras = default_collate([sample.extras for sample in samples]) if samples[0].extras else {}
-    if noise.shape[1] and images[0].is_floating_point():
-        valid = torch.stack([~image.isnan().any(dim=0) for image in images])
-        extras |= {} if valid.all() else {"valid": valid}
-    return Batch(_stack(images), labels, noise, extras), [bad for sample in samples for bad in sample.bad]
+    images = of_one_range([item.image for item in items])  # files with 8 and with 16 bits
+    labels = default_collate([item.label for item in items])
+    inputs = default_collate([item.inputs for item in items]) if items[0].inputs else {}
+    valid = None
+    if any(item.valid is not None for item in items):
+        valid = torch.stack([
+            torch.ones(image.shape[1:], dtype=torch.bool) if item.valid is None else item.valid
+            for item, image in zip(items, images, strict=True)
+        ])  # fmt: skip
+    return Batch(_stack(images), labels, valid, inputs)
 
 
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:

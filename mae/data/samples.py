@@ -9,7 +9,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mae import parallel
-from mae.data import extras as extra_inputs
 from mae.data import jpeg
 from mae.data.decode import (
     AS_STORED,
     MAX_BAD_IN_A_ROW,
     BadImage,
-    Picture,
     PixelValues,
-    decode,
+    decode_item,
 )
+from mae.data.extras import original
 from mae.data.generators import preserve_generators, seed_generators
+from mae.data.item import Item
 from mae.data.sources import Source
-from mae.data.transforms import Transform, split_maps, with_maps
+from mae.data.transforms import Transform
 from mae.data.user_sets import UserSet
 from mae.data.webdataset_shards import Shards
 
@@ -38,12 +38,10 @@ Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
 class Sample(NamedTuple):
-    """One augmented sample, before it is collated to a batch."""
+    """One augmented item, before it is collated to a batch."""
 
-    image: Tensor  # uint8 or float (c, H, W)
-    label: Any  # the class, or the classes of the pixels (H, W)
-    noise: Tensor  # (N,); (0,) if there is none
-    extras: dict[str, Tensor]  # extra inputs of the model
+    item: Item
+    noise: Tensor | None  # (N,)
     bad: list[Bad]  # images that can't be read, which this sample replaces
 
 
@@ -77,15 +75,14 @@ class Samples(Dataset):
         values: PixelValues = AS_STORED,
     ) -> None:
         self.source = source
-        self.runs_code = isinstance(extra_inputs.original(source), UserSet)
-        self.maps: tuple[str, ...] = getattr(extra_inputs.original(source), "maps", ())
+        self.runs_code = isinstance(original(source), UserSet)
         self.transform = transform
         self.seed = seed
-        self.draw_noise = draw_noise or partial(torch.rand, 0)
+        self.draw_noise = draw_noise
         self.on_bad_image = on_bad_image
         if fast_jpeg:
             jpeg.decoder()  # raises here if a package is missing, and not in a worker process
-        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif, values=values)
+        self.decode = partial(decode_item, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif, values=values)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -101,8 +98,8 @@ class Samples(Dataset):
                 samples += self._augmented(epoch, index, sum(1 for _ in same))
         return samples
 
-    def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any, dict[str, Tensor]]:
-        """Returns the decoded picture of a sample, its label, and its extra inputs.
+    def read(self, index: int, epoch: int = 0) -> Item:
+        """Returns a decoded item.
 
         A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only,
         and differ from those of the mask and the transform.
@@ -113,40 +110,22 @@ class Samples(Dataset):
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
         if self.runs_code:
             seed_generators(self.seed, epoch, index, OF_DATASET)
-        data, label = self.source[index]
-        data, extras = extra_inputs.split(data)
-        return self.decode(data), label, extras
+        return self.decode(self.source[index])
 
-    def finish(
-        self, picture: Picture, label: Any, extras: dict[str, Tensor], bad: list[Bad], epoch: int, number: int,
-        repeats: int,
-    ) -> list[Sample]:  # fmt: skip
-        """Returns `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number).
+    def augment(self, item: Item, bad: list[Bad], epoch: int, number: int, repeats: int) -> list[Sample]:
+        """Returns `repeats` augmented samples of a decoded item, with the random numbers of (seed, epoch, number).
 
         Raises:
-            BadImage: the transform can't be applied to the picture.
+            BadImage: the transform can't be applied to the image.
         """
         samples = []
         for repeat in range(repeats):
-            seed_generators(self.seed, epoch, number, *[repeat] * (repeat > 0))
-            noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            image, target, inputs = self._transformed(picture, label, extras)
-            samples.append(Sample(image, target, noise, inputs, [] if repeat else bad))
+            numbers = (epoch, number, repeat) if repeat else (epoch, number)
+            seed_generators(self.seed, *numbers)
+            # First, so that the mask does not depend on the augmentation.
+            noise = self.draw_noise() if self.draw_noise else None
+            samples.append(Sample(self.transform(item), noise, [] if repeat else bad))
         return samples
-
-    def _transformed(
-        self, picture: Picture, label: Any, extras: dict[str, Tensor]
-    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        """Applies the transform to a picture and its maps, which are further channels meanwhile.
-
-        Raises:
-            BadImage: the transform can't be applied, or a map has another size than the picture.
-        """
-        if not self.maps:
-            return *self.transform(picture, label), extras
-        image, label = self.transform(with_maps(picture, {name: extras[name] for name in self.maps}), label)
-        image, maps = split_maps(image, self.maps)
-        return image, label, extras | maps
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.
@@ -169,7 +148,7 @@ class Samples(Dataset):
         chosen, generator = index, None
         while True:
             try:
-                return self.finish(*self.read(chosen, epoch), bad, epoch, index, repeats)
+                return self.augment(self.read(chosen, epoch), bad, epoch, index, repeats)
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
             generator = generator or np.random.default_rng([self.seed, epoch, index])
@@ -214,13 +193,13 @@ class StreamedSamples(IterableDataset):
         def report(name: str, error: Exception) -> None:
             self.samples.refuse(name, error, bad)
 
-        for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
+        for number, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
                 with contextlib.nullcontext() if get_worker_info() else preserve_generators():
-                    picture = self.samples.decode(data)
-                    finished = self.samples.finish(picture, label, {}, bad, lap, zlib.crc32(data), self.repeats)
+                    item = self.samples.decode(Item(data, label))
+                    augmented = self.samples.augment(item, bad, number, zlib.crc32(data), self.repeats)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
-            yield from finished
+            yield from augmented
             bad = []

@@ -21,16 +21,16 @@ from mae.data import decode
 from mae.data.archives import Archive
 from mae.data.decode import BadImage
 from mae.data.generators import preserve_generators
+from mae.data.item import IGNORED, Item
 from mae.data.library_sets import TorchvisionSet
 from mae.data.lists import read_pairs, require_first
-from mae.data.sources import Files, Source, StoredImage, find_files, first_few
+from mae.data.sources import Files, Source, find_files, first_few
 from mae.data.user_sets import OpenDataset, UserSet, read_named
 from mae.files.untrusted import printable, read_file
 from mae.user_code import DATASET
 
 logger = logging.getLogger(__name__)
 
-IGNORED = 255  # the value of pixels without a class
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
 MOST_CLASSES = 255
 MASKS_READ = 200  # in search of a second class
@@ -216,15 +216,22 @@ class UserPairs(UserSet):
         self.classes, self.labels = classes, np.full(len(self), -1)  # the images have no label as a whole
 
     def label_of(self, index: int, label: Any) -> Tensor:
-        """Returns the mask of an item, uint8 (H, W).
+        """Returns the mask of an item, a `tv_tensors.Mask` (H, W).
 
         Raises:
             BadImage: the mask can't be read, or has a value that is not a class.
         """
         try:
-            return self.mask_format.decode(read_named(label) if isinstance(label, str | Path) else label)
+            return as_mask(self.mask_format.decode(read_named(label) if isinstance(label, str | Path) else label))
         except BadImage as error:
             raise BadImage(f"its mask: {error}") from error
+
+
+def as_mask(classes: Tensor) -> Tensor:
+    """Returns the classes of pixels (H, W) in the type that follows the crops of the image."""
+    from torchvision import tv_tensors  # takes more than a second
+
+    return tv_tensors.Mask(classes)
 
 
 class Pairs:
@@ -252,16 +259,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[StoredImage, Tensor]:
-        """Returns the image file of a pair and its mask, uint8 (H, W).
+    def __getitem__(self, index: int) -> Item:
+        """Returns the image file of a pair and its mask, a `tv_tensors.Mask` (H, W).
 
         Raises:
             OSError: the image can't be read.
             BadImage: the mask can't be read, or has a value that is not a class.
         """
-        data, _ = self.images[self.places[index, 0]]
+        item = self.images[self.places[index, 0]]
         try:
-            return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
+            return item._replace(label=as_mask(self.mask_format.decode(self.masks[self.places[index, 1]].image)))
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             mask = self.masks.name(self.places[index, 1])
@@ -282,7 +289,7 @@ def first_classes(pairs: Source) -> list[int]:
     with preserve_generators():  # a dataset of the user's code may use them
         for index in np.unique(np.linspace(0, len(pairs) - 1, MASKS_READ, dtype=int)).tolist():
             with suppress(BadImage, OSError):  # training reports or skips it
-                found.update(pairs[index][1].unique().tolist())
+                found.update(pairs[index].label.unique().tolist())
             if len(found - {IGNORED}) > 1:
                 break
     return sorted(found - {IGNORED})

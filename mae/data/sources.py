@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mae.data.decode import SUFFIXES, Masked, Picture
-from mae.data.extras import WithExtras
+from mae.data.decode import SUFFIXES
+from mae.data.item import NO_INPUTS, Item
 from mae.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,11 @@ LOST = "lost+found"  # a folder of the file system, which only the administrator
 VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
 
-StoredImage = bytes | Picture | np.ndarray | Masked | WithExtras  # what a source returns
-
-
 class Source(Protocol):
-    """A dataset of encoded images and their labels. Sources that decode by a library return decoded images.
+    """A dataset. Its items have images as they are stored; `decode.decode_item` decodes them.
 
-    Images with extra inputs are `WithExtras`. The attribute `extra_shapes` of such a source has their
-    names and shapes. The attribute `has_ids` is True if the names of the classes are integers that count the outputs of
-    a head without names, as in lists.
+    The attribute `input_shapes` of a source whose items have inputs has their names and shapes. The attribute `has_ids`
+    is True if the names of the classes are integers that count the outputs of a head without names, as in lists.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """
@@ -54,8 +50,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        """Returns the image of a sample and its label; of `segmentation_masks.Pairs`, its mask.
+    def __getitem__(self, index: int) -> Item:
+        """Returns a sample.
 
         Raises:
             OSError, BadImage: the sample can't be read.
@@ -128,38 +124,36 @@ class Files:
     Args:
         root: the folder that the names are relative to.
         labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of targets.
-        extras: extra inputs (n,) by name.
+        inputs: further inputs of the model (n,) by name.
         has_ids: as in `Source`.
     """
 
     def __init__(
         self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray,
-        extras: Mapping[str, np.ndarray] = MappingProxyType({}), has_ids: bool = False,
+        inputs: Mapping[str, np.ndarray] = MappingProxyType({}), has_ids: bool = False,
     ) -> None:  # fmt: skip
         self.root = str(root)
         self.names = Strings(names)
         self.classes = classes
         self.labels = labels
-        self.extras = dict(extras)
-        self.extra_shapes = dict.fromkeys(extras, "()")
+        self.inputs = dict(inputs)
+        self.input_shapes = dict.fromkeys(inputs, "()")
         self.has_ids = has_ids
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[bytes | WithExtras, Any]:
-        data, label = read_file(self.path(index)), label_at(self.labels, index)
-        if not self.extras:
-            return data, label
-        return WithExtras(data, {name: torch.tensor(values[index]) for name, values in self.extras.items()}), label
+    def __getitem__(self, index: int) -> Item:
+        inputs = {name: torch.tensor(values[index]) for name, values in self.inputs.items()} or NO_INPUTS
+        return Item(read_file(self.path(index)), label_at(self.labels, index), inputs=inputs)
 
     def name(self, index: int) -> str:
         """Returns the path of the file for messages."""
         return printable(self.path(index))
 
     def version(self, index: int) -> str:
-        """Returns the version of the file, and its extra inputs."""
-        return " ".join([version_of(self.path(index)), *(f"{k}={v[index]}" for k, v in self.extras.items())])
+        """Returns the version of the file, and its inputs."""
+        return " ".join([version_of(self.path(index)), *(f"{k}={v[index]}" for k, v in self.inputs.items())])
 
     def path(self, index: int) -> str:
         """Returns the path of the file."""

@@ -35,7 +35,7 @@ class TargetSet(UserSet):
         Raises:
             ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
         """
-        vector = self._vectors(label, self._place(index), "its label is").reshape(-1)
+        vector = self._vectors(label, self.place(index), "its label is").reshape(-1)
         self._require_known(index, vector)
         return vector
 
@@ -54,7 +54,7 @@ class TargetSet(UserSet):
     @cached_property
     def _listed(self) -> np.ndarray | None:
         """The attribute `labels` of the dataset, (n, C)."""
-        listed = getattr(self.images, "labels", None)
+        listed = getattr(self.dataset, "labels", None)
         if listed is None:
             return None
         labels = self._vectors(listed, self.flag, "its labels have").reshape(len(listed), -1)
@@ -68,4 +68,4 @@ class TargetSet(UserSet):
         if self._listed is not None:
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
-        return np.stack([self.label_of(index, self._item(index).label) for index in range(len(self))])
+        return np.stack([self.label_of(index, self._read(index).label) for index in range(len(self))])

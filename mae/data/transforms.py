@@ -4,7 +4,7 @@ torchvision and timm are imported inside functions, because importing them takes
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mae.data.decode import BadImage, Picture, require_size, to_pillow, to_tensor
+from mae.data.decode import BadImage
+from mae.data.item import Item
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 
@@ -25,17 +26,7 @@ CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the asp
 
 MAX_CROPS = 10  # of an image, until one has enough valid patches
 
-ImageTransform = Callable[[Picture], Tensor]
-Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
-
-
-def keeps_label(transform: ImageTransform) -> Transform:
-    """Returns the transform of a picture and its label that does not change the label."""
-    return partial(_keep_label, transform)
-
-
-def _keep_label(transform: ImageTransform, picture: Picture, label: Any) -> tuple[Tensor, Any]:
-    return transform(picture), label
+Transform = Callable[[Item], Item]  # of a decoded item; the result has tensors
 
 
 def channel_statistics(
@@ -72,28 +63,11 @@ def of_one_range(images: list[Tensor]) -> list[Tensor]:
     return [to_unit_range(image) for image in images] if len({image.dtype for image in images}) > 1 else images
 
 
-def with_maps(picture: Picture, maps: Mapping[str, Tensor]) -> Tensor:
-    """Returns a picture with its maps (H, W) as further channels, to which a transform is applied.
-
-    Raises:
-        BadImage: a map has another size than the picture.
-    """
-    for name, values in maps.items():
-        require_size(picture, values.shape, f"map {name}")
-    return torch.cat([to_unit_range(to_tensor(picture)), *(values[None] for values in maps.values())])
-
-
-def split_maps(image: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the channels of the picture, and its maps, which are 0 where the transform has no pixels."""
-    channels, *parts = image.split([len(image) - len(names), *[1] * len(names)])
-    return channels, {name: part[0].nan_to_num(0) for name, part in zip(names, parts, strict=True)}
-
-
 class Normalize(nn.Module):
     """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1.
 
-    Invalid pixels, which are NaN in float images, become 0, the mean. If mean and std are of pixels from 0 to 1, float
-    images of another range have one warning. On a GPU, the first batch only is checked, because the host waits for it.
+    If mean and std are of pixels from 0 to 1, float images of another range have one warning. On a GPU, the first batch
+    only is checked, because the host waits for it.
     """
 
     mean: Tensor
@@ -121,8 +95,7 @@ class Normalize(nn.Module):
             self.require_fit_to_bytes()
         elif self._may_check(imgs) and (imgs > BEYOND).any():
             self._warn_of_range(imgs, "scale the images to 0 to 1, or give their own `mean` and `std`")
-        normalized = (to_unit_range(imgs) - self.mean) / self.std
-        return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
+        return (to_unit_range(imgs) - self.mean) / self.std
 
     def check_input(self, imgs: Tensor) -> None:
         """Logs one warning if the values of the input of a model are those of images that were not normalized."""
@@ -156,16 +129,16 @@ class Normalize(nn.Module):
 
 
 def with_valid_patches(
-    picture: Picture, transform: ImageTransform, patch_size: tuple[int, int], min_valid: float, num_visible: int
-) -> Tensor:
+    item: Item, transform: Transform, patch_size: tuple[int, int], min_valid: float, num_visible: int
+) -> Item:
     """Applies a transform such that enough patches are valid for pre-training.
 
-    All pixels of a patch with few valid pixels become invalid (NaN), except those of maps, which are finite. If an
-    image has too few valid patches left, the transform is applied again, up to MAX_CROPS times, because another crop
-    may have more.
+    All pixels of a patch with few valid pixels become invalid. If an image has too few valid patches left, the
+    transform is applied again, up to MAX_CROPS times, because another crop may have more.
 
     Args:
-        transform: a picture -> image (c, H, W).
+        item: a decoded item.
+        transform: an augmentation or an evaluation transform.
         patch_size: (rows, columns) of pixels in a patch.
         min_valid: minimum share of valid pixels of a patch.
         num_visible: minimum number of valid patches of an image.
@@ -174,16 +147,16 @@ def with_valid_patches(
         BadImage: no result of the transform has enough valid patches.
     """
     for _ in range(MAX_CROPS):
-        image = transform(picture)
-        if not (image.is_floating_point() and (invalid := image[0].isnan()).any()):  # NaN in all channels
-            return image
-        shares = nn.functional.avg_pool2d((~invalid)[None].double(), patch_size)
+        transformed = transform(item)
+        if transformed.valid is None:
+            return transformed
+        shares = nn.functional.avg_pool2d(transformed.valid[None].double(), patch_size)[0]
         patches = shares >= min_valid
         count = int(patches.sum())
         if count >= num_visible:
             rows, columns = patch_size
-            invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
-            return image.masked_fill(invalid & image.isnan().flatten(1).any(1)[:, None, None], torch.nan)
+            inside = patches.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+            return transformed._replace(valid=transformed.valid & inside)
     raise BadImage(
         f"{count} of its {patches.numel()} patches have valid pixels (at least {min_valid:.0%}), and "
         f"{num_visible} are visible to the encoder"
@@ -199,7 +172,7 @@ def pretrain_transform(
     crop_ratio: Sequence[float] = CROP_RATIO,
     vflip: float = 0.0,
     rotate90: bool = False,
-) -> ImageTransform:
+) -> Transform:
     """The augmentation of pre-training: random resized crop and horizontal flip (He et al. 2021, appendix A.1).
 
     Args:
@@ -213,11 +186,11 @@ def pretrain_transform(
     Raises:
         ValueError: `crop_scale` or `crop_ratio` is not a range, or `rotate90` is set and `input_size` is not a square.
     """
-    from mae.data import crops
+    from mae.data import augment
 
-    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
-    flips = [crops.T.RandomHorizontalFlip(hflip), *crops.flip_and_rotate(input_size, vflip, rotate90)]
-    return crops.T.Compose([first, *flips, to_tensor])
+    first = augment.first_stage(input_size, crop, crop_scale, crop_ratio)
+    flip = augment.v2.RandomHorizontalFlip(hflip)
+    return augment.compose(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def finetune_transform(
@@ -232,7 +205,7 @@ def finetune_transform(
     crop_ratio: Sequence[float] = CROP_RATIO,
     vflip: float = 0.0,
     rotate90: bool = False,
-) -> ImageTransform:
+) -> Transform:
     """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
 
     Random erasing is applied later, on the device, after normalization.
@@ -247,10 +220,10 @@ def finetune_transform(
         ValueError: timm has no such policy, or as in `pretrain_transform`.
     """
     from timm.data import auto_augment, create_transform
+    from timm.data.transforms import RandomResizedCropAndInterpolation
 
-    from mae.data import crops
+    from mae.data import augment
 
-    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
     # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
@@ -273,22 +246,22 @@ def finetune_transform(
         raise ValueError(
             f"aa={aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
         ) from error
-    (resized, *flip), change = stages[0].transforms, stages[1]
     height, width = to_pair(input_size)
-    if crop != NO_CROP and height == width:  # else, timm samples empty crops of signals with one row
-        first = partial(crops.random_crop, crop=resized)
-    policies = [partial(_change_bytes, change=change)] if change.transforms else []
-    return crops.T.Compose([first, *flip, *policies, *crops.flip_and_rotate(input_size, vflip, rotate90), to_tensor])
+    # timm samples empty crops of signals with one row.
+    sample = RandomResizedCropAndInterpolation.get_params if height == width else None
+    first = augment.first_stage(input_size, crop, crop_scale, crop_ratio, sample)
+    flip = [augment.v2.RandomHorizontalFlip(hflip)] if hflip > 0 else []
+    policies = [partial(_change_bytes, change=stages[1])] if stages[1].transforms else []
+    return augment.compose(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
-def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    picture = to_pillow(picture)
-    if isinstance(picture, Tensor):
+def _change_bytes(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
+    if not isinstance(item.image, Image.Image):
         raise ValueError(
             "`aa` and `color_jitter` support 8-bit images with 1 or 3 channels only; give aa=none and omit "
             "`color_jitter`"
         )
-    return change(picture)
+    return item._replace(image=change(item.image))
 
 
 def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -296,21 +269,21 @@ def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
 
 
-def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) -> ImageTransform:
+def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) -> Transform:
     """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip.
 
     A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
     square, the crop is sampled as in pre-training.
     """
-    from mae.data import crops
+    from mae.data import augment
 
     height, width = to_pair(input_size)
-    kind = crops.CropOnce if height == width else crops.T.RandomResizedCrop
-    first = crops.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, kind)
-    return crops.T.Compose([first, crops.T.RandomHorizontalFlip(hflip), to_tensor])
+    sample = augment.sample_once if height == width else None
+    first = augment.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, sample)
+    return augment.compose(first, augment.v2.RandomHorizontalFlip(hflip))
 
 
-def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:
+def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
     """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:
@@ -320,13 +293,44 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
     Raises:
         ValueError: `crop` has another value.
     """
-    from mae.data import crops
+    from mae.data import augment
 
     if crop not in (None, *CROP_CHOICES):
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return crops.T.Compose([partial(crops.scaled, size=(height, width)), to_tensor])
+        return augment.compose(augment.v2.Resize((height, width), augment.BICUBIC))
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return crops.T.Compose([partial(crops.cover, size=scaled), crops.T.CenterCrop((height, width)), to_tensor])
+    return augment.compose(augment.Cover(scaled), augment.v2.CenterCrop((height, width)))
+
+
+def segmentation_transform(
+    size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
+) -> Transform:
+    """Returns the random scale, random crop and horizontal flip of an image and its mask, as `augment.scale_and_crop`.
+
+    Args:
+        size: (H, W) of the crop.
+        short_side: shorter side of the image in pixels for a scale of 1; 0: as in the file.
+        scale: minimum and maximum of the random scale.
+        hflip: probability of a horizontal flip.
+        mean: mean of each channel, for pixel values from 0 to 1.
+
+    Raises:
+        ValueError: `scale` is no range above 0.
+    """
+    from mae.data import augment
+
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum, above 0")
+    return partial(
+        augment.scale_and_crop, size=to_pair(size), short_side=short_side, scale=scale, hflip=hflip, mean=mean
+    )
+
+
+def scaled_transform(short_side: int) -> Transform:
+    """Scales images so that their shorter side has `short_side` pixels; 0: unchanged. Masks keep their size."""
+    from mae.data import augment
+
+    return partial(augment.resize_short_side, short_side=short_side)

@@ -6,22 +6,22 @@ import operator
 import os
 import secrets
 import sys
-import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from mae.data import decode
-from mae.data import extras as extra_inputs
-from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
+from mae.data import decode, extras
+from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage
 from mae.data.generators import preserve_generators, seed_generators
+from mae.data.item import Item
 from mae.data.library_sets import LibrarySet
-from mae.data.sources import StoredImage, first_few, version_of
+from mae.data.sources import first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.settings import Run
 from mae.user_code import DATASET, call, import_object
@@ -48,24 +48,15 @@ def with_source(run: Run, source: OpenDataset | None) -> Run:
     return run.changed({"dataset": name})
 
 
-class Item(NamedTuple):
-    """An item of the user's dataset."""
-
-    image: Any
-    label: Any
-    extras: Mapping[str, Any]
-    valid: Any = None  # the valid pixels
-
-
 class UserSet(LibrarySet):
     """A map-style dataset of the user's code.
 
-    Every process that reads samples calls the function, with the same random numbers for each call and each split.
-    Before a fork, the dataset is deleted: its open files do not have to survive the fork.
+    Every process that reads samples calls the function, with the same random numbers for each call and each split. Open
+    files therefore do not have to survive a fork.
 
-    Items are (image, label), (image, label, extras), or a dict with the keys image, label and valid (booleans (H, W),
-    True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal in names and shapes for
-    all items: inputs of the model besides the image. In a dict, they are the other keys. Extras that the attribute
+    Items are (image, label), (image, label, inputs), or a dict with the keys image, label and valid (booleans (H, W),
+    True for valid pixels; default: all). Inputs are a dict of numbers, arrays or tensors, equal in names and shapes for
+    all items: inputs of the model besides the image. In a dict, they are the other keys. Inputs that the attribute
     `maps` of the dataset names are maps of the image (H, W), which follow its crops and flips.
     An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
     (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
@@ -79,7 +70,7 @@ class UserSet(LibrarySet):
         reads_labels: else all labels are -1, and none is checked.
 
     Raises:
-        ValueError: the function does not exist, the dataset is empty, or the first item is no sample.
+        ValueError: the function does not exist, or the dataset is empty.
         OSError: the function can't read a file.
         RuntimeError: as in `user_code.call`.
     """
@@ -88,28 +79,21 @@ class UserSet(LibrarySet):
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
     ) -> None:
         self.reads_labels = reads_labels
-        self.title, self.flag = f"{name} {split}", f"dataset={name}"
+        self.title, self.flag = f"{name.removeprefix(DATASET)} ({split})", f"dataset={name}"
         self.split, self.data_path = split, data_path
         self.function = function or import_object(f"dataset={DATASET}", name.removeprefix(DATASET))
-        self.opened = self._open()
+        self.opened, self.process = self._open(), os.getpid()
         self.count = len(self.opened)
         self.maps = tuple(getattr(self.opened, "maps", ()))
         self.start = secrets.token_hex(8)
-        _SETS.add(self)
         if not self.count:
             raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
-        self.extra_shapes: dict[str, str] | None = None  # of the first sample that can be read
-        for index in range(min(self.count, MAX_BAD_IN_A_ROW)):
-            with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
-                image, extras = extra_inputs.split(self[index][0])
-                self.extra_shapes = {name: self._shape(name, value) for name, value in extras.items()}
-                self._warn_of_maps(image, extras)
-                break
 
     @property
-    def images(self) -> Any:
-        """The dataset of this process."""
-        if self.opened is None:
+    def dataset(self) -> Any:
+        """The dataset of this process. A worker process opens its own."""
+        if self.process != os.getpid():
+            self.opened, self.process = None, os.getpid()  # closes the files that a fork has copied
             self.opened = self._open()
             if len(self.opened) != self.count:
                 raise ValueError(
@@ -119,7 +103,7 @@ class UserSet(LibrarySet):
         return self.opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "opened": None}
+        return {**vars(self), "opened": None, "process": None}
 
     def _open(self) -> Any:
         with preserve_generators():
@@ -129,75 +113,86 @@ class UserSet(LibrarySet):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
-        item = self._item(index)
-        image = item.image
-        if isinstance(image, str | Path):
-            image = read_named(image)
-        elif isinstance(image, bytearray | memoryview):
-            image = bytes(image)
-        elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
-            raise ValueError(f"{self._place(index)}: its image is {_kind(image)}")
-        if item.valid is not None:
-            valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
-            if valid.dtype.kind not in "biu":
-                raise ValueError(f"{self._place(index)}: valid is {valid.dtype}: give booleans, True for valid pixels")
-            image = Masked(image, valid != 0)
-        extras = self._extras(index, item.extras)
-        return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
+    def __getitem__(self, index: int) -> Item:
+        item = self._read(index)
+        inputs = self._inputs(index, item.inputs)
+        if shapes_of(inputs) != self.input_shapes:
+            raise ValueError(
+                f"{self.place(index)}: its inputs have the shapes {shapes_of(inputs)}, and those of the first item "
+                f"{self.input_shapes}: give the same for each item"
+            )
+        valid = None if item.valid is None else torch.as_tensor(np.asarray(item.valid)) != 0
+        return Item(self._image(index, item.image), self.label_of(index, item.label), valid, inputs)
 
-    def _place(self, index: int) -> str:
-        return f"{self.flag}: {self.split}[{index}]"
+    def place(self, index: int) -> str:
+        """Returns the item and the dataset, for messages."""
+        return f"item {index} of {self.title}"
 
-    def _item(self, index: int) -> Item:
+    def _read(self, index: int) -> Item:
         """Returns an item as the dataset returns it."""
-        item = call(self._place(index), operator.getitem, self.images, index, expected=BadImage)
+        item = call(self.place(index), operator.getitem, self.dataset, index, expected=BadImage)
         if isinstance(item, Mapping) and "image" in item:
-            extras = {name: value for name, value in item.items() if name not in ("image", "label", "valid")}
-            return Item(item["image"], item.get("label"), extras, item.get("valid"))
+            inputs = {name: value for name, value in item.items() if name not in ("image", "label", "valid")}
+            return Item(item["image"], item.get("label"), item.get("valid"), inputs)
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(
-                f"{self._place(index)} is {_kind(item)}: return (image, label), (image, label, extras), or a "
+                f"{self.place(index)} is {_kind(item)}: return (image, label), (image, label, inputs), or a "
                 f"dict with the keys image and label"
             )
-        extras = item[2] if len(item) == 3 and item[2] is not None else {}
-        return Item(item[0], item[1], extras)
+        image, label, *inputs = item
+        return Item(image, label, inputs=(inputs[0] if inputs else None) or {})
 
-    def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the extra inputs of an item.
+    def _image(self, index: int, image: Any) -> Any:
+        if isinstance(image, str | Path):
+            return read_named(image)
+        if isinstance(image, bytearray | memoryview):
+            return bytes(image)
+        if not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
+            raise ValueError(f"{self.place(index)}: its image is {_kind(image)}")
+        return image
+
+    def _inputs(self, index: int, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns the inputs of an item as tensors, of which maps have the type that follows the crops.
 
         Raises:
-            ValueError: an extra input is no number, or its names or shapes are not those of the others.
+            ValueError: an input is no number, or can't have its name.
         """
         tensors = {}
-        for name, value in extras.items():
+        for name, value in inputs.items():
             try:
-                extra_inputs.check_name(name)
-                tensors[str(name)] = extra_inputs.to_tensor(value)
+                extras.check_name(name)
+                tensors[str(name)] = extras.to_tensor(value)
             except ValueError as error:
-                raise ValueError(f"{self._place(index)}: its {name} ({_kind(value)}): {error}") from error
-        shapes = {name: self._shape(name, value) for name, value in tensors.items()}
-        if shapes != (self.extra_shapes if self.extra_shapes is not None else shapes):
-            raise ValueError(
-                f"{self._place(index)}: its extra inputs have the shapes {shapes}, and those of the first sample "
-                f"{self.extra_shapes}: give the same for each sample"
-            )
+                raise ValueError(f"{self.place(index)}: its {name} ({_kind(value)}): {error}") from error
+        if self.maps:
+            from torchvision import tv_tensors  # takes more than a second
+
+            tensors |= {name: tv_tensors.Image(tensors[name]) for name in self.maps if name in tensors}
         return tensors
 
-    def _warn_of_maps(self, image: StoredImage, extras: Mapping[str, Tensor]) -> None:
-        """Logs a warning if an extra input has the size of the image, and is not declared as a map."""
-        sizes = _sizes_of(image)
-        for name, value in extras.items():
+    @cached_property
+    def input_shapes(self) -> dict[str, str]:
+        """Names and shapes of the inputs of the first item that can be read."""
+        with preserve_generators():
+            for index in range(min(self.count, MAX_BAD_IN_A_ROW)):
+                with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the item
+                    item = self._read(index)
+                    inputs = self._inputs(index, item.inputs)
+                    self._warn_of_maps(self._image(index, item.image), inputs)
+                    return shapes_of(inputs)
+        return {}
+
+    def _warn_of_maps(self, image: Any, inputs: Mapping[str, Tensor]) -> None:
+        """Logs a warning if an input has the size of the image, and is not declared as a map."""
+        sizes = _sizes_of(image) if any(value.ndim > 1 for value in inputs.values()) else set()
+        for name, value in inputs.items():
             shape = tuple(value.shape)
             if name not in self.maps and len(shape) > 1 and not sizes.isdisjoint((shape[:2], shape[-2:])):
                 logger.warning(
-                    f"{self.flag}: its extra input {name} has the size of the image, and does not follow its crops and "
+                    f"{self.flag}: its input {name} has the size of the image, and does not follow its crops and "
                     f"flips: name it in the attribute maps of the dataset, such as maps = ({name!r},), or make it a "
                     f"channel of the image"
                 )
-
-    def _shape(self, name: str, value: Tensor) -> str:
-        return "(H, W)" if name in self.maps else str(tuple(value.shape))
 
     def label_of(self, index: int, label: Any) -> Any:
         """Returns the label of an item, converted to the number of a class; -1 for None.
@@ -222,13 +217,13 @@ class UserSet(LibrarySet):
             known, remedy = self.labels, ": return the same dataset in each process"
         if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
             raise ValueError(
-                f"{self._place(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
+                f"{self.place(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
             )
 
     @cached_property
     def _listed(self) -> np.ndarray | None:
         """The attribute `labels` of the dataset, (n,) if it has class numbers."""
-        listed = getattr(self.images, "labels", None)
+        listed = getattr(self.dataset, "labels", None)
         if listed is None:
             return None
         labels = np.asarray(listed.cpu() if isinstance(listed, Tensor) else listed)
@@ -253,7 +248,7 @@ class UserSet(LibrarySet):
         labels, unreadable = np.full(len(self), -1), list[str]()
         for index in range(len(self)):
             try:
-                labels[index] = self._class_of(index, self._item(index).label)
+                labels[index] = self._class_of(index, self._read(index).label)
             except (BadImage, OSError) as error:
                 unreadable.append(f"{self.name(index)} ({error})")
         if unreadable:
@@ -269,7 +264,7 @@ class UserSet(LibrarySet):
         if value.ndim or value.dtype.kind not in "iub":
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
             raise ValueError(
-                f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
+                f"{self.place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
                 f"and numbers are for main_finetune.py `task`)"
             )
         return int(value)
@@ -277,12 +272,12 @@ class UserSet(LibrarySet):
     @property
     def has_ids(self) -> bool:
         """As in `Source`."""
-        return getattr(self.images, "classes", None) is None
+        return getattr(self.dataset, "classes", None) is None
 
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
-        are_vectors, own = self.labels.ndim > 1, getattr(self.images, "classes", None)
+        are_vectors, own = self.labels.ndim > 1, getattr(self.dataset, "classes", None)
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is None and count > MOST_CLASSES:
             raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
@@ -297,19 +292,19 @@ class UserSet(LibrarySet):
         return names
 
     def name(self, index: int) -> str:
-        """Returns `name(index)` of the dataset; default: its name and the number of the sample."""
-        own = getattr(self.images, "name", None)
-        return printable(str(own(index))) if callable(own) else super().name(index)
+        """Returns `name(index)` of the dataset; default: the number of the item and the name of the dataset."""
+        name = getattr(self.dataset, "name", None)
+        return printable(str(name(index))) if callable(name) else self.place(index)
 
     def version(self, index: int) -> str:
         """Returns `version(index)` of the dataset; default: the version of the files in `data_path` and of the code."""
-        own = getattr(self.images, "version", None)
+        own = getattr(self.dataset, "version", None)
         return str(own(index)) if callable(own) else self.files_version
 
     @cached_property
     def files_version(self) -> str:
         """The version of `data_path` and of the code. Without `data_path`, it is new for each start."""
-        modules = {getattr(one, "__module__", "") for one in (self.function, type(self.images))}
+        modules = {getattr(one, "__module__", "") for one in (self.function, type(self.dataset))}
         files = sorted(getattr(sys.modules.get(name), "__file__", None) or "" for name in modules)
         code = " ".join(version_of(file) for file in files if file)
         if self.data_path:
@@ -321,9 +316,15 @@ class UserSet(LibrarySet):
         return f"{code} {self.start}"
 
 
+def shapes_of(inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the names and shapes of the inputs of an item. A map has the size of its image."""
+    return {
+        name: str(tuple(value.shape)) if type(value) is Tensor else "(H, W)" for name, value in inputs.items()
+    }  # fmt: skip
+
+
 def _sizes_of(image: Any) -> set[tuple[int, ...]]:
     """Returns the (height, width) that an image may have: the model determines which axis of an array has channels."""
-    image = image.image if isinstance(image, Masked) else image
     with contextlib.suppress(Exception):  # decoders raise any exception; the script reports it when it reads the image
         picture: Any = decode.read(image, 3) if isinstance(image, bytes) else image
         if isinstance(picture, Image.Image):
@@ -346,15 +347,3 @@ def read_named(path: str | Path) -> bytes:
         return read_file(path)
     except OSError as error:
         raise BadImage(f"{printable(str(path))}: {error.strerror or error}") from error
-
-
-_SETS: weakref.WeakSet[UserSet] = weakref.WeakSet()  # of this process
-
-
-def _close_all() -> None:
-    """Deletes the datasets of this process. The next access opens them again."""
-    for one in list(_SETS):
-        one.opened = None
-
-
-os.register_at_fork(before=_close_all)

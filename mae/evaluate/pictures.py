@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mae.data import loader
+from mae.data.item import NO_INPUTS
 from mae.data.samples import Samples
 from mae.data.transforms import Normalize
 
@@ -74,7 +75,7 @@ def reconstruction(
     mask_ratio: float = 0.75,
     scale: int = 1,
     labels: Sequence[str] | None = None,
-    extras: Mapping[str, Tensor] | None = None,
+    context: Mapping[str, Tensor] = NO_INPUTS,
 ) -> np.ndarray:
     """Reconstructs images with a masked autoencoder. A row has the parts that TITLES names.
 
@@ -86,7 +87,7 @@ def reconstruction(
         mask_ratio: fraction of masked patches.
         scale: as in `tile`.
         labels: add titles and these labels of the images, as `with_labels` does; small images are enlarged.
-        extras: extra inputs of the images, and their valid pixels, as in `Batch`.
+        context: further inputs of the images, and their valid pixels, as in `Batch`.
 
     Returns:
         As `tile`.
@@ -94,7 +95,7 @@ def reconstruction(
     scale = scale if labels is None else max(scale, ceil(MIN_WIDTH / images.shape[3]))
     device = normalize.mean.device
     noise = None if noise is None else noise.to(device)
-    options = {name: value.to(device) for name, value in (extras or {}).items()}
+    options = {name: value.to(device) for name, value in context.items()}
     result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise, **options)
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
@@ -109,4 +110,4 @@ def reconstructed_examples(
     """Draws reconstructions of evenly spaced samples with their names, as in `reconstruction`."""
     batch = loader.examples(samples, count)
     names = loader.example_names(samples, count)
-    return reconstruction(model, batch.images, batch.noise, normalize, mask_ratio, labels=names, extras=batch.extras)
+    return reconstruction(model, batch.images, batch.noise, normalize, mask_ratio, labels=names, context=batch.context)

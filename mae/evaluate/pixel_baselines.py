@@ -20,19 +20,18 @@ MOST = 10_000  # images on which C is chosen
 def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
     """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation.
 
-    Invalid pixels have the mean of the image.
+    Invalid pixels have the mean of the image, as `decode.decode_item` decodes them.
     """
     height, width = to_pair(images.input_size)
     scale = min(1.0, SIDE / max(height, width))
     crop_pct = images.crop_pct or transforms.default_crop_pct(images.input_size)
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, images.crop)
     samples = Samples(
-        source, transforms.keeps_label(transform), in_chans=images.in_chans, seed=0, exif=bool(images.exif),
+        source, transform, in_chans=images.in_chans, seed=0, exif=bool(images.exif),
         values=PixelValues(images.nodata, images.value_range, images.channels_last),
     )  # fmt: skip
-    parts = [transforms.to_unit_range(batch) for batch, *_ in loader.eval_loader(samples, 256, num_workers, False)]
-    filled = [part.where(~part.isnan(), part.nanmean(dim=(2, 3), keepdim=True)) for part in parts]
-    return torch.cat(filled).flatten(1).nan_to_num(0).numpy()  # 0: no pixel of an image is valid
+    batches = loader.eval_loader(samples, 256, num_workers, False)
+    return torch.cat([transforms.to_unit_range(batch.images) for batch in batches]).flatten(1).numpy()
 
 
 def evaluate(

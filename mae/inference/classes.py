@@ -19,10 +19,11 @@ import models_segment
 import models_vit
 from mae.data import extras as extra_inputs
 from mae.data import transforms
-from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
-from mae.data.joint_transforms import fitted
+from mae.data.batches import to_device
+from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode_item, size_of
+from mae.data.item import Item
+from mae.data.loader import collate
 from mae.data.segmentation_masks import default_colors
-from mae.data.transforms import split_maps, with_maps
 from mae.evaluate.robustness import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
@@ -44,7 +45,7 @@ class ModelMixin(PyTorchModelHubMixin):
     """Adds transform, normalization, class names and predictions to a model.
 
     Attributes:
-        transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
+        preprocess: a decoded item -> an item of tensors, scaled and cropped as in evaluation.
         normalize: a batch of such tensors -> the input of the model.
         classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
         settings: the settings that the model is built from.
@@ -64,7 +65,7 @@ class ModelMixin(PyTorchModelHubMixin):
         self.settings = settings
         self.in_chans = settings["in_chans"]
         self.values = PixelValues(settings.get("nodata"), settings.get("value_range"), settings.get("channels_last"))
-        self.transform = transforms.eval_transform(
+        self.preprocess = transforms.eval_transform(
             settings["input_size"], settings.get("crop_pct"), settings.get("crop")
         )
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
@@ -173,21 +174,25 @@ class ModelMixin(PyTorchModelHubMixin):
             self.normalize.check_input(x)
             x = x.to(device)
         else:
-            parts = []
-            for number, image in enumerate(several):
-                picture = self.open(image, channels_last=channels_last)
-                if not (isinstance(picture, Tensor) and picture.is_floating_point()):
-                    self.normalize.require_fit_to_bytes()  # a map or another picture may turn the bytes into floats
-                if not number:
-                    names = [name for name, value in values.items() if value.shape[1:] == size_of(picture)]
-                own = {name: values[name][number] for name in names}
-                parts.append(split_maps(self.transform(with_maps(picture, own) if own else picture), names))
-            values |= {name: torch.stack([maps[name] for _, maps in parts]) for name in names}
-            x = self.normalize(torch.stack(transforms.of_one_range([pixels for pixels, _ in parts])).to(device))
+            items = [self.decode(image, channels_last=channels_last) for image in several]
+            for item in items:
+                if not (isinstance(item.image, Tensor) and item.image.is_floating_point()):
+                    self.normalize.require_fit_to_bytes()  # another image may turn the bytes into floats
+            batch = collate([self.preprocess(_with_inputs(item, values, index)) for index, item in enumerate(items)])
+            batch = to_device(batch, device)
+            x, values = batch.normalized(self.normalize), dict(batch.inputs)
         return x.to(weight.dtype), {name: value.to(device) for name, value in values.items()}
 
+    def transform(self, picture: Any) -> Tensor:
+        """Returns a decoded picture as in an evaluation: scaled and cropped, uint8 or float (c, H, W)."""
+        return self.preprocess(Item(picture)).image
+
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Any:
-        """Decodes an image to a picture with the channels of the model.
+        """Decodes an image to a picture with the channels of the model, as `decode`."""
+        return self.decode(image, max_pixels, channels_last).image
+
+    def decode(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Item:
+        """Decodes an image to a picture with the channels of the model, and its valid pixels.
 
         The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
 
@@ -200,15 +205,15 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         values = self.values if channels_last is None else self.values._replace(channels_last=channels_last)
-        upright = self.settings.get("exif") is not False
+        options = {"upright": self.settings.get("exif") is not False, "max_pixels": max_pixels}
         if isinstance(image, str | Path):
             try:
-                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels, values=values)
+                return decode_item(Item(read_file(image)), self.in_chans, values=values, **options)
             except BadImage as error:
                 raise BadImage(f"{image}: {error}") from error
         if isinstance(image, Tensor) and image.is_floating_point():
             values = PixelValues(None if values.nodata is None else "nan")
-        return decode(image, self.in_chans, upright, values=values)  # type: ignore[arg-type]
+        return decode_item(Item(image), self.in_chans, values=values, **options)
 
     @torch.inference_mode()
     def predict(
@@ -419,9 +424,10 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             self.normalize.check_input(image)
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
-            picture = self.open(image, channels_last=channels_last)
-            size = size_of(picture)
-            pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
+            item = self.decode(image, channels_last=channels_last)
+            size = size_of(item.image)
+            batch = to_device(collate([transforms.scaled_transform(self.short_side)(item)]), device)
+            pixels = batch.normalized(self.normalize)[0]
         pixels = pixels.to(self.pos_embed.dtype)
         inputs = {name: value.to(device) for name, value in extras.items()}
         return predict_classes(predict, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
@@ -440,6 +446,17 @@ def _are_random(initial: Tensor, weight: Tensor) -> bool:
     values = _some_values(weight)
     is_same = values.shape == initial.shape and torch.allclose(values, initial, rtol=0.01, atol=1e-6)
     return is_same and bool(initial.min() < initial.max())
+
+
+def _with_inputs(item: Item, values: dict[str, Tensor], index: int) -> Item:
+    """Returns an item with its inputs of a batch. Those of the size of its picture are maps."""
+    from torchvision import tv_tensors  # takes more than a second
+
+    inputs = {name: value[index] for name, value in values.items()}
+    size = size_of(item.image)
+    return item._replace(inputs={
+        name: tv_tensors.Image(value) if value.shape == size else value for name, value in inputs.items()
+    })  # fmt: skip
 
 
 def _are_several(images: Any) -> bool:

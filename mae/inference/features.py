@@ -26,8 +26,8 @@ from safetensors.numpy import save_file
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
-from mae.data import extras, loader, transforms
-from mae.data.batches import Batch
+from mae.data import extras, loader
+from mae.data.item import Batch
 from mae.data.decode import BadImage
 from mae.data.image_facts import readable
 from mae.data.open import open_source
@@ -182,7 +182,7 @@ def extract(
 
     def encode(rest: Source) -> Iterator[Batch]:
         samples = Samples(
-            rest, transforms.keeps_label(model.transform), in_chans=model.in_chans, seed=0, on_bad_image="error",
+            rest, model.preprocess, in_chans=model.in_chans, seed=0, on_bad_image="error",
             fast_jpeg=fast_jpeg, exif=exif, values=model.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mae.data.decode import AS_STORED, PixelValues, to_pillow
-from mae.data.transforms import ImageTransform, Normalize, eval_transform
+from mae.data.item import Item
+from mae.data.transforms import Normalize, Transform, eval_transform
 from mae.evaluate.robustness import NUM_CLASSES, imagenet_classes, synsets
 from mae.inference.model import get_model
 
@@ -20,7 +21,7 @@ class ImageNetClassifier(NamedTuple):
     """A classifier with its preprocessing."""
 
     model: torch.nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
-    transform: ImageTransform
+    transform: Transform
     normalize: torch.nn.Module
     data_config: dict[str, Any]  # settings of transform and normalization, as plain values
     recorded: dict[str, Any]  # those settings that the file records; {} for models of timm
@@ -118,7 +119,10 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
         raise ValueError(f"model={name}: timm reports: {reason} (timm.list_pretrained() lists all names)") from error
     data_config = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
     transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # returns uint8
-    transform.transforms.insert(0, to_pillow)  # its pixels of a tensor would differ
+
+    def preprocess(item: Item) -> Item:
+        return item._replace(image=transform(to_pillow(item.image)))  # the pixels of a tensor would differ
+
     return ImageNetClassifier(
-        model, transform, Normalize(data_config["mean"], data_config["std"]), data_config, recorded={}
+        model, preprocess, Normalize(data_config["mean"], data_config["std"]), data_config, recorded={}
     )

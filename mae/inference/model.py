@@ -21,6 +21,7 @@ import models_vit
 from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
+from mae.data.decode import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
 from mae.settings.choices import LINEAR
@@ -49,7 +50,7 @@ def picture_of(model: Model, path: str | Path) -> np.ndarray:
     Raises:
         BadImage, OSError: as in `ModelMixin.prepare`.
     """
-    pixels = transforms.to_tensor(model.open(path)).to(model.normalize.mean.device)
+    pixels = to_tensor(model.open(path)).to(model.normalize.mean.device)
     return to_bytes(to_rgb(model, model.normalize(pixels)))
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae import masking, parallel
 from mae.cli import entry_point, flags, options
-from mae.data.decode import BadImage, Picture, size_of
-from mae.data.transforms import NO_CROP, to_tensor
+from mae.data.decode import BadImage, Picture, size_of, to_tensor
+from mae.data.transforms import NO_CROP
 from mae.evaluate import pictures
 from mae.files import atomic
 from mae.files.untrusted import require_files
@@ -124,9 +124,9 @@ def reconstruct(
         ValueError: a rectangle is outside of the image, no patch is visible, or there are more than MAX_PATCHES.
         BadImage, OSError: the image can't be read.
     """
-    picture = model.open(image)
-    device = model.cls_token.device
-    if to_tensor(picture).isnan().any():
+    item = model.decode(image)
+    picture, device = item.image, model.cls_token.device
+    if item.valid is not None:
         logger.warning("invalid pixels are the mean in the input, in the original and in the PSNR")
     imgs = uncropped_input(model, picture, short_side)
     if mask_boxes:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae import parallel
-from mae.data.batches import Batch, prefetch, to_host
+from mae.data.batches import prefetch, to_host
+from mae.data.item import Batch
 from mae.data.labels import Subset
 from mae.data.sampler import Epochs
 from mae.data.sources import Source
@@ -53,7 +54,7 @@ class FeatureBatches(Epochs):
         )
         for iteration in range(self.first_iteration, self.num_batches):
             mine = order[iteration * self.batch_size : (iteration + 1) * self.batch_size]
-            yield Batch(self.features[mine], self.labels[mine], mine)
+            yield Batch(self.features[mine], self.labels[mine], noise=mine)
 
     def seed_iteration(self, iteration: int) -> None:
         """Does nothing: features are not augmented."""
@@ -79,8 +80,8 @@ def encode(
     for loaded in prefetch(batches, precision.device):
         batch = Batch(*loaded)
         with precision.autocast():
-            features = forward(normalize(batch.images), **batch.extras).float()
-        yield Batch(features, batch.labels, batch.noise)
+            features = forward(batch.normalized(normalize), **batch.inputs).float()
+        yield Batch(features, batch.labels, noise=batch.noise)
 
 
 def extract(

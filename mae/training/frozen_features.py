@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
-from mae.data.batches import Batch
+from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.sources import Source, versions
 from mae.settings import REBUILDS, ImageSpec, Run, names_of
