@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mae.data.item import Item
 from PIL import Image, ImageOps
 
 from mae.data.decode import Picture, size_of
+from mae.data.item import Item
 from mae.data.transforms import scaled_transform
 from mae.evaluate import pictures
 from mae.inference import maps

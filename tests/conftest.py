@@ -45,7 +45,7 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
 def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) -> Samples:
     """Crops of 16 pixels of a folder's images."""
     source = open_source("train", str(folder))
-    transform = transforms.keeps_label(transforms.pretrain_transform(16))
+    transform = transforms.pretrain_transform(16)
     return Samples(source, transform, in_chans=3, seed=seed, draw_noise=partial(torch.rand, num_noise), **options)
 
 

@@ -35,7 +35,7 @@ import mae.build
 import mae.probes
 import models_mae
 import models_vit
-from mae.data.batches import Batch
+from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
 from mae.training import loop, optimizers
@@ -58,9 +58,10 @@ def batches(size: str, count: int = 2, dtype: torch.dtype = torch.uint8, valid: 
     entry = models_vit.SIZES[size]
     side = entry.get("img_size", 224)
     images = torch.empty(BATCH, side, side, 3, dtype=dtype).permute(0, 3, 1, 2)
-    extras = {"valid": torch.empty(BATCH, side, side, dtype=torch.bool)} if valid else {}
+    pixels = torch.empty(BATCH, side, side, dtype=torch.bool) if valid else None
     noise = torch.empty(BATCH, (side // entry["patch_size"]) ** 2)
-    return Batches(Batch(images, torch.empty(BATCH, dtype=torch.int64), noise, extras) for _ in range(count))
+    labels = torch.empty(BATCH, dtype=torch.int64)
+    return Batches(Batch(images, labels, pixels, noise=noise) for _ in range(count))
 
 
 class Saver(NullSaver):
@@ -158,7 +159,7 @@ def evaluate_segmentation(size: str, precision: Precision) -> Run:
     image = torch.empty(1, 3, side + 20, side, dtype=torch.uint8)
     mask = torch.empty(1, side + 60, side + 40, dtype=torch.uint8)
     return partial(
-        engine_segment.evaluate, model, [Batch(image, mask, torch.empty(1, 0))] * 2, normalize=normalize(),
+        engine_segment.evaluate, model, [Batch(image, mask)] * 2, normalize=normalize(),
         precision=precision, num_classes=CLASSES, window=(side, side), batch_size=BATCH,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ import models_vit
 from mae.cli import entry_point
 from mae.data import transforms
 from mae.data.decode import decode
+from mae.data.item import Item
 from mae.weights import loading, model_zoo
 
 PHOTO = Path(__file__).parents[1] / "demo/photos/coffee.jpg"
@@ -39,7 +40,7 @@ def check(name: str, data_path: str | None) -> str:
     if file.kind != row.kind:
         raise ValueError(f"{name} contains an {file.kind}, not an {row.kind}")
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
-    image = normalize(transforms.eval_transform(row.input_size)(decode(PHOTO.read_bytes(), 3)).unsqueeze(0))
+    image = normalize(transforms.eval_transform(row.input_size)(Item(decode(PHOTO.read_bytes(), 3))).image.unsqueeze(0))
     if row.kind == model_zoo.CLASSIFIER:
         model = getattr(models_vit, row.model)(img_size=row.input_size, global_pool=True).eval()
         loading.load_classifier(model, file)

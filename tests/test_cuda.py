@@ -5,7 +5,8 @@ import torch
 from test_loop import epoch_options
 
 from engine_pretrain import train_one_epoch
-from mae.data.batches import Batch, prefetch, to_host
+from mae.data.batches import prefetch, to_host
+from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.inference.model import Segmenter
 from mae.training import log
@@ -36,7 +37,7 @@ def batches(count: int = 12) -> Batches:
         Batch(
             torch.randint(256, (8, 1, 32, 32), dtype=torch.uint8, generator=generator).pin_memory(),
             torch.zeros(8, dtype=torch.int64).pin_memory(),
-            torch.rand(8, 64, generator=generator).pin_memory(),
+            noise=torch.rand(8, 64, generator=generator).pin_memory(),
         )
         for _ in range(count)
     )

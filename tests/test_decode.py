@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import augmentations
 import mutations
 import numpy as np
 import pytest
@@ -251,8 +252,8 @@ def test_pages_of_other_sizes_are_no_channels():
 def test_transforms_accept_pillow_images_and_tensors():
     """Deep images are tensors; the same random numbers crop and flip them like Pillow images."""
     deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GRAY, "PNG"), 1)
-    evaluation = (transforms.eval_transform(size, crop_pct=0.875) for size in (8, (4, 8)))
-    for transform in (transforms.pretrain_transform(8), *evaluation):
+    evaluation = (augmentations.eval_transform(size, crop_pct=0.875) for size in (8, (4, 8)))
+    for transform in (augmentations.pretrain_transform(8), *evaluation):
         made = []
         for picture in (deep, shallow):
             torch.manual_seed(3)
@@ -325,7 +326,7 @@ def test_mutated_files_decode_or_raise_bad_image(recwarn):
         (tiff(deep), 13), (tiff(np.moveaxis(deep, 0, 2), planarconfig="contig", compression="zlib"), 13),
         (tiff(deep[:3], "rgb", planarconfig="separate", tile=(16, 16)), 3), (npy(deep), 13),
     ]  # fmt: skip
-    transform, read, generator = transforms.pretrain_transform(16), 0, random.Random(1)
+    transform, read, generator = augmentations.pretrain_transform(16), 0, random.Random(1)
     for number in range(300):
         data, in_chans = whole[number % len(whole)]
         mutated = mutations.flip(data, [], generator)

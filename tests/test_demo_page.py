@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mae.data.joint_transforms import fitted
 from PIL import Image
 
 from demo import app, outputs, unpack_data
 from mae import build
-from mae.data.transforms import to_tensor
+from mae.data.item import Item
+from mae.data.transforms import scaled_transform
 from mae.inference import get_model, maps, reconstruct
 from mae.settings import specs
 
@@ -149,7 +149,7 @@ def test_the_page_segments_like_the_model(tmp_path):
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "segmenter.pth")
     model = get_model(tmp_path / "segmenter.pth")
     colored, legend = outputs.segment(model, str(CAT), 1.0)
-    pixels = model.normalize(to_tensor(fitted(Image.open(CAT), 32)))
+    pixels = model.normalize(scaled_transform(32)(Item(Image.open(CAT))).image)
     classes = model.segment(pixels)
     assert classes.shape == (32, 48) and len(np.unique(classes)) > 1
     assert not model.colors[0].any() and (classes == 0).any()

@@ -148,7 +148,7 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("extras", "message"), [
-    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\): is not of finite numbers"),
+    ({"site": "north"}, r"item 0 of .*: its site \(an object of type str\): is not of finite numbers"),
     ({"site": float("nan")}, r"its site .* is not of finite numbers"),
     ({"site": 1e300}, r"its site .* is not of finite numbers"),
     ({"site": 20240131}, r"its site .* is not of finite numbers that fp32 represents"),
@@ -157,14 +157,14 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
 ])  # fmt: skip
 def test_wrong_extras_are_errors_in_one_line(extras, message):
     with pytest.raises(ValueError, match=message):
-        opened([(BLACK, 0, extras)])
+        opened([(BLACK, 0, extras)])[0]
 
 
 def test_samples_with_other_extras_are_named():
     source = opened([(BLACK, 0, {"gsd": 1.0}), (BLACK, 0, {}), (BLACK, 0, {"gsd": [1.0, 2.0]})])
-    assert source[0][0].extras == {"gsd": torch.tensor(1.0)}
+    assert source[0].inputs == {"gsd": torch.tensor(1.0)}
     for index in (1, 2):
-        with pytest.raises(ValueError, match=rf"train\[{index}\]: its extra inputs have the shapes .* first sample"):
+        with pytest.raises(ValueError, match=rf"item {index} of .*: its inputs have the shapes .* first item"):
             source[index]
 
 
@@ -198,7 +198,7 @@ class Mapped(list):
 def mapped_samples(transform, wrong=None):
     items = Mapped(range(12))
     items.wrong = wrong
-    return Samples(opened(items), transforms.keeps_label(transform), in_chans=2, seed=0)
+    return Samples(opened(items), transform, in_chans=2, seed=0)
 
 
 @pytest.mark.parametrize("transform", [
@@ -211,7 +211,7 @@ def test_maps_follow_the_crops_and_flips_of_the_image(transform):
     assert len(batches) == 3
     for batch in batches:
         assert batch.images.shape == (4, 2, 16, 16)
-        assert torch.equal(batch.images, torch.stack([batch.extras["red"], batch.extras["green"]], dim=1))
+        assert torch.equal(batch.images, torch.stack([batch.inputs["red"], batch.inputs["green"]], dim=1))
 
 
 def test_maps_in_python_follow_the_transform_of_the_picture():
@@ -225,17 +225,17 @@ def test_maps_in_python_follow_the_transform_of_the_picture():
     items, samples = Mapped(range(3)), mapped_samples(transforms.eval_transform(16))
     for number in range(3):
         image, red = items[number]["image"].transpose(2, 0, 1), items[number]["red"]
-        sample = samples[0, number]
-        expected = model.compute_features(model.normalize(sample.image[None]), red=sample.extras["red"][None])
+        sample = samples[0, number].item
+        expected = model.compute_features(model.normalize(sample.image[None]), red=sample.inputs["red"][None])
         torch.testing.assert_close(model.extract_feat([image], red=[red]), expected)
         torch.testing.assert_close(model.extract_feat(image, red=red), expected)
         inputs = model.normalize(sample.image[None])  # of the size of the model, as their maps
-        torch.testing.assert_close(model.extract_feat(inputs, red=sample.extras["red"][None]), expected)
+        torch.testing.assert_close(model.extract_feat(inputs, red=sample.inputs["red"][None]), expected)
 
 
 def test_maps_of_other_shapes_are_named():
     samples = mapped_samples(transforms.eval_transform(16), wrong=3)
-    with pytest.raises(BadImage, match=r"train\[3\]: its map red has the shape \(22, 30\), and the image \(23, 30\)"):
+    with pytest.raises(BadImage, match=r"item 3 of .*: its map red has the shape \(22, 30\), and the image \(23, 30\)"):
         samples[0, 3]
 
 
@@ -245,7 +245,7 @@ def test_an_undeclared_map_is_named(encoded, caplog):
     image = saved(Image.new("RGB", (30, 20)), "PNG") if encoded else np.zeros((20, 30, 3), np.uint8)
     size = np.zeros((20, 30), np.float32)
     item = {"image": image, "label": 0, "slope": size, "bands": size[None], "depth": size, "gsd": 1.0, "camera": size.T}
-    opened(type("Maps", (list,), {"maps": ("depth",)})([item]))
+    assert opened(type("Maps", (list,), {"maps": ("depth",)})([item])).input_shapes["depth"] == "(H, W)"
     named = [record.getMessage() for record in caplog.records if "maps = " in record.getMessage()]
     assert [[name for name in item if f"input {name} " in message] for message in named] == [["slope"], ["bands"]]
 
@@ -334,7 +334,7 @@ def test_the_first_image_need_not_be_readable():
                 raise BadImage("broken")
             return super().__getitem__(index)
 
-    assert opened(Broken([(BLACK, 0, {"gsd": 1.0})] * 3)).extra_shapes == {"gsd": "()"}
+    assert opened(Broken([(BLACK, 0, {"gsd": 1.0})] * 3)).input_shapes == {"gsd": "()"}
 
 
 class Gsd(Encoder):

@@ -14,9 +14,8 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.decode import BadImage, decode
+from mae.data.decode import BadImage, decode, to_tensor
 from mae.data.open import open_source
-from mae.data.transforms import to_tensor
 from mae.data.webdataset_shards import Shards
 
 OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}

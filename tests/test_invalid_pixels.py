@@ -10,6 +10,7 @@ import torch
 from mains import argv_of, assert_close, assert_equal, fails, lines, parse, run_section, stop_and_resume, weights
 from PIL import Image
 from test_decode import npy, png, saved, tiff
+from torchvision import tv_tensors
 
 import main_finetune
 import main_knn
@@ -18,7 +19,8 @@ import main_pretrain
 import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
-from mae.data.decode import BadImage, Masked, PixelValues, decode
+from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
+from mae.data.item import Item
 from mae.data.open import open_source
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.evaluate import pixel_baselines
@@ -86,9 +88,13 @@ def test_a_range_maps_values_of_any_type(dtype):
     pixels = np.random.default_rng(0).integers(0, 100, (5, 6, 4)).astype(dtype)
     pixels[2, 3, 1] = 120
     expected = (pixels.astype(np.float64).transpose(2, 0, 1) - 20) / 50
-    expected[:, 2, 3] = np.nan  # in all channels
+    valid = np.ones((5, 6), bool)
+    valid[2, 3] = False  # in all channels
+    expected[:, 2, 3] = expected[:, valid].mean(axis=1)
     for data in (npy(pixels), pixels, tiff(pixels, planarconfig="contig")):
-        np.testing.assert_allclose(decode(data, 4, values=PixelValues(120, (20, 70))), expected, rtol=1e-6)
+        item = decode_item(Item(data), 4, values=PixelValues(120, (20, 70)))
+        np.testing.assert_allclose(item.image, expected, rtol=1e-5)
+        assert np.array_equal(item.valid, valid)
 
 
 @pytest.mark.parametrize("data", [
@@ -107,21 +113,19 @@ def test_a_range_is_about_the_values_in_the_file(data):
 def test_a_transparent_value_of_16_bits_may_be_invalid():
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 500]], np.uint16)).save(file, "PNG", transparency=0)
-    decoded = decode(file.getvalue(), 1, values=PixelValues(0))
-    assert decoded.isnan().tolist() == [[[True, False]]]
+    assert decode_item(Item(file.getvalue()), 1, values=PixelValues(0)).valid.tolist() == [[False, True]]
     assert decode(file.getvalue(), 1).tolist() == [[[1.0, pytest.approx(500 / 65535)]]]
 
 
-def test_bytes_with_invalid_pixels_become_floats():
+def test_bytes_with_invalid_pixels_remain_bytes():
     pixels = np.full((4, 5, 3), 51, np.uint8)
-    assert isinstance(decode(saved(pixels, "PNG"), 3, values=PixelValues(0)), Image.Image)
+    assert decode_item(Item(saved(pixels, "PNG")), 3, values=PixelValues(0)).valid is None
     pixels[1, 2] = 0, 50, 50
-    for data in (pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)):
-        decoded = decode(data, 3, values=PixelValues(0))
-        assert decoded[:, 1, 2].isnan().all()
-        assert decoded.isnan().sum() == 3
-        assert decoded[0, 0, 0] == 51 / 255
-    assert decode(pixels, 3, values=PixelValues(None, (0, 51)))[0, 0, 0] == 1
+    for data in (saved(pixels, "PNG"), pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)):
+        item = decode_item(Item(data), 3, values=PixelValues(0))
+        assert (~item.valid).nonzero().tolist() == [[1, 2]]
+        assert (to_tensor(item.image) == 51).all()  # the mean
+    assert decode_item(Item(pixels), 3, values=PixelValues(None, (0, 51))).image[0, 0, 0] == 1
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,11 @@ def test_bytes_with_invalid_pixels_become_floats():
     [
         (np.full((4, 4), np.nan), PixelValues(-9999), "not finite"),
         (np.full((4, 4), np.inf), PixelValues("nan"), "not finite"),
-        (Masked(np.zeros((4, 4)), np.ones((4, 5), bool)), PixelValues(), r"shape \(4, 5\), and the image \(4, 4\)"),
+        (
+            Item(np.zeros((4, 4)), valid=torch.ones(4, 5).bool()),
+            PixelValues(),
+            r"shape \(4, 5\), and the image \(4, 4\)",
+        ),
         # 0 is white in this file, and black in the picture.
         (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "`nodata`"),
         # Transparent pixels become white, and colors gray.
@@ -140,44 +148,50 @@ def test_bytes_with_invalid_pixels_become_floats():
 )
 def test_other_values_are_one_line_errors(pixels, values, message):
     with pytest.raises(BadImage, match=message) as raised:
-        decode(pixels, 1, values=values)
+        decode_item(pixels if isinstance(pixels, Item) else Item(pixels), 1, values=values)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("size", [8, 16, 40])
 def test_a_scaled_pixel_is_valid_only_if_its_sources_are(size):
-    """The oracle: the values of valid pixels do not depend on the value of an invalid one."""
-    pixels, scaled = torch.rand(1, 20, 20), []
-    for value in (torch.nan, 0.0, 1e4):
+    """The oracle: the values of valid pixels hardly depend on the value of an invalid one."""
+    pixels, valid, scaled = torch.rand(1, 20, 20), torch.ones(20, 20, dtype=torch.bool), []
+    valid[7, 11] = False
+    for value in (0.0, 1.0):
         pixels[0, 7, 11] = value
-        scaled.append(eval_transform(size, crop="none")(pixels))
-    valid = ~scaled[0].isnan()
-    assert 0 < (~valid).sum() < valid.numel() / 2
-    assert torch.equal(scaled[0][valid], scaled[1][valid]) and torch.equal(scaled[1][valid], scaled[2][valid])
+        scaled.append(eval_transform(size, crop="none")(Item(pixels, valid=valid)))
+    assert torch.equal(scaled[0].valid, scaled[1].valid)
+    assert 0 < (~scaled[0].valid).sum() < scaled[0].valid.numel() / 2
+    difference = (scaled[0].image - scaled[1].image).abs()[0]
+    assert difference[scaled[0].valid].max() < 0.01 < difference[~scaled[0].valid].max()
 
 
 def test_patches_with_few_valid_pixels_are_invalid():
-    picture = torch.rand(3, 16, 16)
-    picture[:, :2, :4] = torch.nan  # half of the first patch
-    picture[:, 4:6, :4] = torch.nan  # more than half of the one below
-    picture[:, 6, 0] = torch.nan
-    expected = picture.isnan()[0]
-    expected[4:8, :4] = True
+    valid = torch.ones(16, 16, dtype=torch.bool)
+    valid[:2, :4] = False  # half of the first patch
+    valid[4:6, :4] = False  # more than half of the one below
+    valid[6, 0] = False
+    expected = valid.clone()
+    expected[4:8, :4] = False
+    coordinates = torch.arange(256.0).view(16, 16)  # a map is complete
+    picture = Item(torch.rand(3, 16, 16), valid=valid, inputs={"map": tv_tensors.Image(coordinates)})
     transform = eval_transform(16, crop="none")
-    assert torch.equal(with_valid_patches(picture, transform, (4, 4), 0.5, 4).isnan()[0], expected)
-    coordinates = torch.arange(256.0).view(1, 16, 16)  # a map is a further channel, and is complete
-    found = with_valid_patches(torch.cat([picture, coordinates]), transform, (4, 4), 0.5, 4)
-    assert torch.equal(found[0].isnan(), expected) and torch.equal(found[3:], coordinates)
+    found = with_valid_patches(picture, transform, (4, 4), 0.5, 4)
+    assert torch.equal(found.valid, expected) and torch.equal(found.inputs["map"], coordinates)
     with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
         with_valid_patches(picture, transform, (4, 4), 1.0, 15)
 
 
 def test_crops_are_drawn_until_enough_patches_are_valid():
-    picture = torch.rand(3, 64, 64)
-    picture[:, :, :40] = torch.nan
+    picture = Item(torch.rand(3, 64, 64), valid=torch.arange(64).expand(64, 64) >= 40)
     augment = pretrain_transform(16, (0.05, 0.3))
+
+    def number_of_valid(transform):
+        valid = transform(picture).valid
+        return 256 if valid is None else int(valid.sum())
+
     plain, checked = (
-        min(int((~transform(picture).isnan()[0]).sum()) for _ in range(40))
+        min(number_of_valid(transform) for _ in range(40))
         for transform in (augment, lambda picture: with_valid_patches(picture, augment, (4, 4), 0.5, 4))
     )
     assert plain < 64
@@ -408,7 +422,7 @@ def test_segmentation_sees_the_mean(tmp_path):
 
 @pytest.mark.parametrize(("valid", "message"), [
     (np.zeros((24, 24), bool), r"0 of its 16 patches have valid pixels .*, and 4 are visible"),
-    (np.ones((24, 24)), r"valid is float64: give booleans"),
+    (np.ones((24, 24)), r"valid is torch.float64: give booleans"),
     (np.ones((1, 24, 24), bool), r"mask of valid pixels has the shape \(1, 24, 24\)"),
 ])  # fmt: skip
 def test_wrong_items_are_one_line_errors(valid, message, tmp_path):

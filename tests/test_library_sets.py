@@ -29,6 +29,7 @@ import main_knn
 from mae import parallel
 from mae.data import library_sets, loader, transforms
 from mae.data.decode import BadImage, decode
+from mae.data.item import Item
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.webdataset_shards import Shards
@@ -63,7 +64,7 @@ def fashion(tmp_path):
 def test_datasets_with_and_without_a_train_argument(fashion):
     source = open_source("train", str(fashion), dataset="FashionMNIST")
     assert (len(source), source.classes[0], source.name(13)) == (30, "T-shirt/top", "FashionMNIST[13]")
-    image, label = source[13]
+    image, label, *_ = source[13]
     assert label == 3
     assert np.array_equal(decode(image, 1), PIXELS[13])
     assert [len(open_source(name, str(fashion), dataset="FashionMNIST")) for name in ("val", "test")] == [10, 10]
@@ -154,7 +155,7 @@ def test_parquet_in_a_folder(table, tmp_path):
     table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     source = open_source("train", dataset=f"hf:{tmp_path}")
     assert (len(source), source.classes, source.name(5)) == (30, ["shirt", "shoe"], f"hf:{tmp_path}[5]")
-    assert source[5] == (png(PIXELS[5]), 1)
+    assert source[5] == Item(png(PIXELS[5]), 1)
     with pytest.raises(ValueError, match="no val split"):
         open_source("val", dataset=f"hf:{tmp_path}")
 
@@ -164,7 +165,7 @@ def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
     parts = {"train": table, "valid": table.select(range(20)), "test": table.select(range(10))}
     hugging_face.DatasetDict(parts).save_to_disk(tmp_path / "parts")
     for folder in ("saved", "parts"):
-        assert open_source("train", dataset=f"hf:{tmp_path / folder}")[5] == (png(PIXELS[5]), 1)
+        assert open_source("train", dataset=f"hf:{tmp_path / folder}")[5] == Item(png(PIXELS[5]), 1)
     assert [len(open_source(split, dataset=f"hf:{tmp_path / 'parts'}")) for split in ("val", "test")] == [20, 10]
     with pytest.raises(ValueError, match="no validation split, only train, valid, test"):
         open_source("validation", dataset=f"hf:{tmp_path / 'parts'}")
@@ -172,7 +173,7 @@ def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
     for number, file in enumerate(files):
         save(file, (number, 0, 0))
     source = open_source("train", dataset=f"hf:{tmp_path / 'images'}")
-    assert [source[0], source[1]] == [(file.read_bytes(), label) for label, file in enumerate(files)]
+    assert [source[0], source[1]] == [Item(file.read_bytes(), label) for label, file in enumerate(files)]
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "saved", "parquet", "images"])
@@ -244,8 +245,8 @@ def test_one_of_several_columns_of_images_or_labels_must_be_named(many_columns, 
     with pytest.raises(ValueError, match=f"{dataset}#picture,.*coarse, fine"):
         classify(main_knn, **settings, dataset=f"{dataset}#picture")
     source = open_source("train", dataset=f"{dataset}#picture,fine")
-    assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, (png(PIXELS[5]), 1))
-    assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == (png(255 - PIXELS[5]), 0)
+    assert (source.classes, source.labels[5], source[5]) == (["b", "a"], 1, Item(png(PIXELS[5]), 1))
+    assert open_source("train", dataset=f"{dataset}#mask,coarse")[5] == Item(png(255 - PIXELS[5]), 0)
     for columns in ("photo", "picture,nothing", "fine,picture"):
         with pytest.raises(ValueError, match="give hf:"):
             open_source("train", dataset=f"{dataset}#{columns}")
@@ -305,7 +306,7 @@ def shards(tmp_path):
 def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", seed=0, **own):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(
-        source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
+        source, transforms.scaled_transform(0), in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
         on_bad_image=on_bad_image,
     )  # fmt: skip
     return loader.TrainLoader(samples, batch_size, seed, num_workers, False, **own)
@@ -334,7 +335,7 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch(shards):
     for seed, epoch in itertools.product((0, 1), repeat=2):
         batches = batches_of(shards, batch_size=10, pattern="set-000.tar", seed=seed)
         orders.add(tuple(images_of(batches, epoch)))
-        noise |= {row.numpy().tobytes() for _, _, rows, _ in batches for row in rows}
+        noise |= {row.numpy().tobytes() for batch in batches for row in batch.noise}
     assert (len(orders), len(noise)) == (4, 40)
     begun, resumed = (batches_of(shards, updates=2) for _ in range(2))
     assert [images_of(begun, epoch) for epoch in range(2)][1] == images_of(resumed, 1)
@@ -388,13 +389,13 @@ def test_labels_and_noise_belong_to_the_image(shards):
     batches, other = batches_of(shards), batches_of(shards, batch_size=3)
     batches.seek(0)
     noise_of = {}
-    for images, labels, noise, _ in batches:
-        for image, label, own in zip(images, labels, noise, strict=True):
+    for batch in batches:
+        for image, label, own in zip(batch.images, batch.labels, batch.noise, strict=True):
             number = NUMBERS[image.numpy().tobytes()]
             assert label == number % 10
             noise_of[number] = own
     other.seek(0)
-    image, _, noise, _ = next(iter(other))
+    image, *_, noise = next(iter(other))
     assert torch.equal(noise[0], noise_of[NUMBERS[image[0].numpy().tobytes()]])
 
 
@@ -468,7 +469,7 @@ def test_non_numeric_labels_are_ignored(tmp_path):
 
 def test_examples_of_a_stream(shards):
     samples = batches_of(shards).batches.dataset.samples
-    (images, _, noise, _), again = loader.examples(samples, 6), loader.examples(samples, 6)
+    (images, *_, noise), again = loader.examples(samples, 6), loader.examples(samples, 6)
     assert (images.shape, noise.shape) == ((6, 1, 9, 9), (6, 4))
     assert torch.equal(again[0], images)
 

@@ -172,7 +172,7 @@ def test_a_killed_worker_process_raises_only_at_the_next_batch(pictures):
 
 def test_examples_are_deterministic(pictures):
     samples = make_samples(pictures)
-    images, labels, noise, _ = loader.examples(samples, 4)
+    images, labels, *_, noise = loader.examples(samples, 4)
     assert torch.equal(loader.examples(samples, 4)[0], images)
     spread = (0, 7, 15, 23)  # over the dataset
     assert labels.tolist() == samples.source.labels[[*spread]].tolist()
@@ -243,7 +243,7 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "b.png")
     source = open_source("train", str(tmp_path))
-    samples = Samples(source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=0)
+    samples = Samples(source, transforms.scaled_transform(0), in_chans=1, seed=0)
     images, *_ = next(iter(TrainLoader(samples, 2, 0, 0, False)))
     assert images.dtype == torch.float32
     torch.testing.assert_close(images[0], images[1])
@@ -268,12 +268,13 @@ def test_every_process_permutes_its_stored_features(monkeypatch):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         batches = feature_files.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
         batches.seek(epoch)
-        values, labels, indices = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
+        parts = [(batch.images, batch.labels, batch.noise) for batch in batches]
+        values, labels, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         assert torch.equal(labels, 100 + indices)
         assert torch.equal(values, features[indices])
         assert sorted(indices.tolist()) == list(range(12))
         batches.seek(epoch, 2)
-        assert [batch[2].tolist() for batch in batches] == [indices[8:].tolist()]
+        assert [batch.noise.tolist() for batch in batches] == [indices[8:].tolist()]
         orders.add(tuple(indices.tolist()))
     assert len(orders) == 8
 

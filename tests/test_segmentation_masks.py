@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +12,11 @@ from segments import LAYOUTS, make_scenes
 from test_decode import npy, saved
 from test_decode import png as raw_png
 
-from mae.data import joint_transforms
-from mae.data.decode import BadImage
+from mae.data import transforms
+from mae.data.decode import BadImage, to_tensor
+from mae.data.item import Item
 from mae.data.samples import Samples
 from mae.data.segmentation_masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
-from mae.data.transforms import to_tensor
 
 THREE = MaskFormat(3)
 CLASSES = ["ground", "tree", "water"]
@@ -31,7 +30,7 @@ def png(array, mode=None, palette=None):
 
 
 def samples_of(pairs, **options):
-    return Samples(pairs, partial(joint_transforms.scale_image, short_side=0), in_chans=3, seed=0, **options)
+    return Samples(pairs, transforms.scaled_transform(0), in_chans=3, seed=0, **options)
 
 
 def test_indexed_gray_and_color_masks_have_the_same_values():
@@ -125,7 +124,7 @@ def test_layouts_of_known_datasets(tmp_path, layout, packed):
         pairs = open_pairs(split, CLASSES, THREE, data_path=path)
         assert (len(pairs), pairs.classes) == (count, CLASSES)
         assert (pairs.labels == -1).all()
-        for number, (data, mask) in enumerate(pairs):
+        for number, (data, mask, *_) in enumerate(pairs):
             image, own = (root / folder / f"{number:02}" for folder in folders[split])
             image = image.with_suffix(f".{suffix}")
             assert pairs.name(number).endswith(str(image.relative_to(root)))
@@ -159,7 +158,7 @@ def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
     ))  # fmt: skip
     for pairs in others:
         assert len(pairs) == 12
-        for (data, mask), (other, other_mask) in zip(pairs, by_folder, strict=True):
+        for (data, mask, *_), (other, other_mask, *_) in zip(pairs, by_folder, strict=True):
             assert data == other
             assert torch.equal(mask, other_mask)
 
@@ -177,9 +176,9 @@ def test_voc_comes_from_torchvision(tmp_path):
     train, val = (open_pairs(split, list(VOC), MaskFormat(21), data_path=str(tmp_path), dataset="VOCSegmentation")
                   for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
-    assert [int(mask.unique()) for _, mask in train] == [20, 19]
+    assert [int(mask.unique()) for _, mask, *_ in train] == [20, 19]
     assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
-    sample = samples_of(val)[0, 0]
+    sample = samples_of(val)[0, 0].item
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
 
 
@@ -237,7 +236,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     sample = samples_of(listed.source, on_bad_image="skip")[0, 1]
     reason = f"its mask {listed.source.masks.name(1)}: No such file or directory"
     assert sample.bad[0] == (listed.source.name(1), reason)
-    assert torch.equal(sample.label, listed[0, 0].label)
+    assert torch.equal(sample.item.label, listed[0, 0].item.label)
 
 
 def test_sources_that_do_not_exist_are_errors(tmp_path):
@@ -303,12 +302,12 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
     """The image has the values of its mask, so that both remain equal up to the interpolation at edges."""
     values = np.kron(np.arange(12).reshape(3, 4), np.ones((16, 16))).astype(np.uint8)
     picture, mask = Image.fromarray(20 * values), torch.from_numpy(values)
-    transform = joint_transforms.train_transform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
+    transform = transforms.segmentation_transform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
     padded = flipped = 0
     for seed in range(40):
         torch.manual_seed(seed)
         random.seed(seed)
-        image, classes = transform(picture, mask)
+        image, classes, *_ = transform(Item(picture, mask))
         assert (image.shape, classes.shape) == ((1, 32, 40), (32, 40))
         assert (image.dtype, classes.dtype) == (torch.uint8, torch.uint8)
         ignored = classes == IGNORED
@@ -326,20 +325,20 @@ def test_scales_are_relative_to_the_short_side():
     picture, mask = Image.new("L", (60, 30)), torch.zeros(30, 60, dtype=torch.uint8)
     sizes = []
     for short_side, scale in ((45, 1), (0, 2), (20, 0.5)):
-        transform = joint_transforms.train_transform((200, 200), short_side, (scale, scale), 0, [0.5])
-        _, classes = transform(picture, mask)
+        transform = transforms.segmentation_transform((200, 200), short_side, (scale, scale), 0, [0.5])
+        classes = transform(Item(picture, mask)).label
         valid = classes != IGNORED
         sizes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
-        evaluated, same = joint_transforms.scale_image(picture, mask, short_side)
+        evaluated, same, *_ = transforms.scaled_transform(short_side)(Item(picture, mask))
         assert evaluated.shape[1:] == ((short_side, 2 * short_side) if short_side else (30, 60))
         assert same is mask
     assert sizes == [(45, 90), (60, 120), (10, 20)]
     mask = torch.randint(0, 3, (30, 60), dtype=torch.uint8)
-    _, classes = joint_transforms.train_transform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
+    classes = transforms.segmentation_transform((17, 34), 17, (1, 1), 0, [0.5])(Item(picture, mask)).label
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
     with pytest.raises(ValueError, match=r"scale=\[2, 1\]"):
-        joint_transforms.train_transform(8, 0, (2, 1), 0, [0.5])
+        transforms.segmentation_transform(8, 0, (2, 1), 0, [0.5])
 
 
 def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
@@ -354,20 +353,21 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
     save("wide", (1000, 100))
     pairs = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     for transform, scaled in (
-        (partial(joint_transforms.scale_image, short_side=224), "134400 x 224"),
-        (joint_transforms.train_transform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
+        (transforms.scaled_transform(224), "134400 x 224"),
+        (transforms.segmentation_transform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
     ):
         samples = Samples(pairs, transform, in_chans=3, seed=0)
         with pytest.raises(BadImage, match=rf"train/images/strip.png: its 6000 x 10 pixels .* {scaled}, .* 13,377"):
             samples[0, 0]
-        assert samples[0, 1].image.shape[0] == 3
+        assert samples[0, 1].item.image.shape[0] == 3
     save("strip", (20_000, 800))
-    assert samples_of(pairs)[0, 0].image.shape[2] == 20_000  # not enlarged
+    assert samples_of(pairs)[0, 0].item.image.shape[2] == 20_000  # not enlarged
 
 
 def test_images_of_any_channels_are_augmented():
     picture, mask = torch.rand(5, 20, 30), torch.zeros(20, 30, dtype=torch.uint8)
-    image, classes = joint_transforms.train_transform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)
+    transform = transforms.segmentation_transform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])
+    image, classes, *_ = transform(Item(picture, mask))
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert classes[-1, -1] == IGNORED

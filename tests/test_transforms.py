@@ -6,6 +6,7 @@ import random
 import tarfile
 from functools import partial
 
+import augmentations
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torchvision import transforms as tv
 import main_finetune
 import main_linprobe
 import main_pretrain
-from mae.data import crops, transforms
+from mae.data import transforms
 from mae.data.transforms import IMAGENET_MEAN
 
 BICUBIC = tv.InterpolationMode.BICUBIC
@@ -42,7 +43,7 @@ def seeded(functions, picture, seed):
 @pytest.mark.parametrize(("size", "resized"), [(32, 32), (112, 128), (224, 256), (256, 256)])
 def test_the_evaluation_transform_equals_torchvisions(photo, size, resized):
     oracle = tv.Compose([tv.Resize(resized, interpolation=BICUBIC), tv.CenterCrop(size), tv.PILToTensor()])
-    assert torch.equal(transforms.eval_transform(size)(photo), oracle(photo))
+    assert torch.equal(augmentations.eval_transform(size)(photo), oracle(photo))
 
 
 @pytest.mark.parametrize(("size", "share"), [((32, 48), 1), ((48, 160), 1), ((128, 112), 0.875), ((256, 240), 0.875)])
@@ -52,12 +53,12 @@ def test_rectangular_evaluation_covers(photo, size, share):
     resized = photo.resize((max(covered[1], round(70 * factor)), max(covered[0], round(50 * factor))), Image.BICUBIC)
     left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
     expected = resized.crop((left, top, left + size[1], top + size[0]))
-    assert torch.equal(transforms.eval_transform(size)(photo), tv.functional.pil_to_tensor(expected))
+    assert torch.equal(augmentations.eval_transform(size)(photo), tv.functional.pil_to_tensor(expected))
 
 
 def test_a_strip_is_cropped_before_it_is_scaled():
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(2, 60_000), dtype=np.uint8))
-    out = transforms.eval_transform(224)(strip)  # 15 gigabytes if the strip were scaled before the crop
+    out = augmentations.eval_transform(224)(strip)  # 15 gigabytes if the strip were scaled before the crop
     middle = strip.crop((29_990, 0, 30_010, 2)).resize((2560, 256), Image.BICUBIC)
     assert torch.equal(out, tv.functional.pil_to_tensor(tv.functional.center_crop(middle, 224)))
 
@@ -65,17 +66,17 @@ def test_a_strip_is_cropped_before_it_is_scaled():
 def test_flip_and_crop_can_be_turned_off(photo):
     square = photo.crop((0, 0, 50, 50))
     pixels = tv.functional.pil_to_tensor(square)
-    assert torch.equal(transforms.eval_transform(50, crop_pct=1)(square), pixels)
+    assert torch.equal(augmentations.eval_transform(50, crop_pct=1)(square), pixels)
     for hflip, expected in ((0, pixels), (1, pixels.flip(-1))):
-        assert torch.equal(transforms.pretrain_transform(50, crop_scale=(1, 1), hflip=hflip)(square), expected)
+        assert torch.equal(augmentations.pretrain_transform(50, crop_scale=(1, 1), hflip=hflip)(square), expected)
     with pytest.raises(ValueError, match=r"crop_scale=\[0.5, 0.2\]"):
-        transforms.pretrain_transform(50, crop_scale=(0.5, 0.2))
+        augmentations.pretrain_transform(50, crop_scale=(0.5, 0.2))
 
 
 AUGMENTATIONS = {
-    "pre-training": lambda size, **options: transforms.pretrain_transform(size, **options),
-    "fine-tuning": lambda size, **options: transforms.finetune_transform(size, [0.5] * 2, **options),
-    "probe": lambda size, **options: transforms.probe_transform(size, **options),
+    "pre-training": lambda size, **options: augmentations.pretrain_transform(size, **options),
+    "fine-tuning": lambda size, **options: augmentations.finetune_transform(size, [0.5] * 2, **options),
+    "probe": lambda size, **options: augmentations.probe_transform(size, **options),
 }
 
 
@@ -115,14 +116,14 @@ def test_crops_of_pictures_with_another_aspect_ratio_than_the_input(name):
 
 def test_the_range_of_aspect_ratios_is_a_setting():
     for ratio in (1, 2):
-        transform = transforms.pretrain_transform((64, 128), (0.3, 0.4), crop_ratio=(ratio, ratio))
+        transform = augmentations.pretrain_transform((64, 128), (0.3, 0.4), crop_ratio=(ratio, ratio))
         _, ratios = areas_and_ratios([transform(coordinates(128, 256)) for _ in range(20)], 64, 128)
         assert ratios == pytest.approx(ratio, rel=0.06)
     with pytest.raises(ValueError, match=r"crop_ratio=\[2, 1\]"):
-        transforms.pretrain_transform(32, crop_ratio=(2, 1))
+        augmentations.pretrain_transform(32, crop_ratio=(2, 1))
 
 
-@pytest.mark.parametrize("make", [*AUGMENTATIONS.values(), transforms.eval_transform])
+@pytest.mark.parametrize("make", [*AUGMENTATIONS.values(), augmentations.eval_transform])
 def test_without_a_crop_the_whole_image_is_the_input(make):
     for size in ((1024, 128), (1, 200), (32, 32)):
         picture = torch.rand(2, *size)
@@ -193,7 +194,7 @@ def test_vertical_flips_and_rotations_of_images_without_an_upper_side(photo):
         found = {tuple(make(rotate90=True)(square).flatten()[:200].tolist()) for _ in range(40)}
         assert found == {tuple(pixels.rot90(k, (1, 2)).flatten()[:200].tolist()) for k in range(4)}
     with pytest.raises(ValueError, match=r"`rotate90`: input_size=\[32, 48\]"):
-        transforms.pretrain_transform((32, 48), rotate90=True)
+        augmentations.pretrain_transform((32, 48), rotate90=True)
 
 
 def test_normalize_and_back():
@@ -232,7 +233,7 @@ def test_finetune_transform_equals_timms(photo, mode):
                               mean=mean, normalize=False)  # fmt: skip
     means = set()
     for seed in range(40):
-        results = seeded((transforms.finetune_transform(32, mean, policy), oracle), photo, seed)
+        results = seeded((augmentations.finetune_transform(32, mean, policy), oracle), photo, seed)
         assert torch.equal(*results)
         assert results[0].shape == (len(mean), 32, 32)
         means.add(results[0].float().mean().item())
@@ -241,7 +242,7 @@ def test_finetune_transform_equals_timms(photo, mode):
 
 def test_posterizing_to_no_bits_leaves_black(photo):
     """Pillow rejects 0 bits, which rand-m9-mstd0.5-inc1 samples for about one picture in several hundred."""
-    transform = transforms.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
+    transform = augmentations.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
     op = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     assert not np.asarray(op(photo, 0)).any()
     assert np.array_equal(op(photo, 8), photo)
@@ -253,32 +254,32 @@ def test_posterizing_to_no_bits_leaves_black(photo):
 
 
 def test_finetune_transform_without_policy_takes_any_image():
-    transform = transforms.finetune_transform((16, 24), [0.5] * 5, "none")
+    transform = augmentations.finetune_transform((16, 24), [0.5] * 5, "none")
     assert transform(torch.rand(5, 40, 50)).shape == (5, 16, 24)
     with pytest.raises(ValueError, match=r"`aa` .*`color_jitter` .*give aa=none"):
-        transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
+        augmentations.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
     with pytest.raises(ValueError, match="aa=abc"):
-        transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
+        augmentations.finetune_transform(16, IMAGENET_MEAN, "abc")
 
 
 @pytest.mark.parametrize("transform", [
-    transforms.pretrain_transform(16), transforms.eval_transform((16, 24)), transforms.probe_transform(16),
-    transforms.finetune_transform(16, IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), transforms.to_tensor,
+    augmentations.pretrain_transform(16), augmentations.eval_transform((16, 24)), augmentations.probe_transform(16),
+    augmentations.finetune_transform(16, IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), augmentations.scaled_transform(0),
 ])  # fmt: skip
 def test_transforms_can_be_pickled_for_spawned_workers(transform, photo):
     copy = pickle.loads(pickle.dumps(transform))
     assert torch.equal(*seeded((transform, copy), photo, 0))
 
 
-def test_small_pictures_in_memory_are_scaled_as_by_pillow():
+def test_pixels_in_memory_are_scaled_as_by_pillow():
     """Bit for bit, for gray and color, noise and black and white, enlarged and reduced."""
     generator = np.random.default_rng(0)
-    for number in range(600):
+    for number in range(60):
         height, width, *size = generator.integers(1, 65, 4).tolist()
         pixels = generator.integers(0, 256, (height, width, (1, 3)[number % 2]), dtype=np.uint8)
         if number % 3 == 0:
             pixels = 255 * (pixels > 127).astype(np.uint8)
         expected = Image.fromarray(pixels.squeeze(2) if number % 2 == 0 else pixels)
         expected = np.asarray(expected.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, -1)
-        found = crops.scale(torch.from_numpy(pixels).permute(2, 0, 1), *size).permute(1, 2, 0)
-        assert np.array_equal(found.numpy(), expected)
+        found = augmentations.eval_transform(size, crop="none")(torch.from_numpy(pixels).permute(2, 0, 1))
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)

@@ -29,7 +29,7 @@ from mae.data import check as datasets
 from mae.data.decode import BadImage, decode, to_tensor
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.transforms import keeps_label
+from mae.data.transforms import scaled_transform
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "
@@ -42,7 +42,7 @@ def samples(labelled):
     for split in ("train", "val"):
         source = open_source(split, str(labelled))
         files = [source[index] for index in range(len(source))]
-        found[split] = [(np.array(Image.open(io.BytesIO(data))), label) for data, label in files]
+        found[split] = [(np.array(Image.open(io.BytesIO(data))), label) for data, label, *_ in files]
     return found
 
 
@@ -144,8 +144,8 @@ def test_masks_of_a_dataset(tmp_path):
 
     assert train("folder", 1, data_path=root) == train("own", 1, lambda split, data_path: scenes(root, split))
     for mask, message in (
-        (np.full((16, 16), 3), r"train\[\d\]: its mask: .*correct `nb_classes`"),
-        (np.zeros((16, 16, 3), np.uint8), r"train\[\d\]: its mask: .*\(16, 16, 3\)"),
+        (np.full((16, 16), 3), r"item \d of .*: its mask: .*correct `nb_classes`"),
+        (np.zeros((16, 16, 3), np.uint8), r"item \d of .*: its mask: .*\(16, 16, 3\)"),
         (np.full((16, 16), 300), "its mask: .* integers .* from 0 to 255"),
     ):
         with pytest.raises(BadImage, match=message):
@@ -240,7 +240,7 @@ def test_values_beyond_8_bits_are_not_clipped():
     values = np.linspace(-3, 500, 8 * 9, dtype=np.float32).reshape(8, 9)
     deep = np.linspace(0, 65535, 8 * 9).astype(np.uint16).reshape(8, 9)
     items = [values, Image.fromarray(values), torch.from_numpy(values)[None].double(), deep, Image.fromarray(deep)]
-    found = [decode(image, 1) for image, _ in opened([(image, 0) for image in items])]
+    found = [decode(image, 1) for image, *_ in opened([(image, 0) for image in items])]
     assert all(torch.equal(one[0], torch.from_numpy(values)) for one in found[:3])
     assert all(np.allclose(one[0], deep / 65535) for one in found[3:])
     assert torch.equal(decode(torch.full((2, 8, 9), 7.5, requires_grad=True), 2), torch.full((2, 8, 9), 7.5))
@@ -254,25 +254,26 @@ def test_labels_classes_and_names():
     assert opened([(BLACK, None)] * 2).classes == []
     source = opened([(BLACK, 0), (BLACK, 0)], labels=torch.tensor([0, 1]))
     assert (source.classes, source[0][1]) == (["0", "1"], 0)
-    with pytest.raises(ValueError, match=r"train\[1\].* 0, .* 1"):
+    with pytest.raises(ValueError, match=r"item 1 of .* 0, .* 1"):
         source[1]
 
 
 @pytest.mark.parametrize(("images", "attributes", "message"), [
     ([], {}, "empty"),
-    ([1, 2], {}, r"train\[0\] is .*int"),
-    ([(3, 0)], {}, r"train\[0\]: its image is .*int"),
-    ([(BLACK, float("nan"))], {}, r"train\[0\]: .* nan"),
-    ([(BLACK, [0, 1])], {}, r"train\[0\]: .* \(2,\)"),
-    ([(BLACK, "cat")], {}, r"train\[0\]: .* cat"),
+    ([1, 2], {}, r"item 0 of any:any \(train\) is .*int"),
+    ([(3, 0)], {}, r"item 0 of any:any \(train\): its image is .*int"),
+    ([(BLACK, float("nan"))], {}, r"item 0 of any:any \(train\): .* nan"),
+    ([(BLACK, [0, 1])], {}, r"item 0 of any:any \(train\): .* \(2,\)"),
+    ([(BLACK, "cat")], {}, r"item 0 of any:any \(train\): .* cat"),
     ([(BLACK, 0)], {"labels": [0, 1]}, r"labels .*\(2,\)"),
     ([(BLACK, 0)], {"labels": [0.5]}, "labels are float64"),
     ([(BLACK, 5)], {"classes": ["a", "b"]}, "classes are 2 names"),
     ([(BLACK, 1)], {"classes": ["a", "a"]}, "classes are 2 names, 1 of them"),
 ])  # fmt: skip
 def test_items_that_are_no_samples_are_one_line(images, attributes, message):
-    with pytest.raises(ValueError, match=f"^dataset=py:any:any.*{message}") as raised:
-        _ = opened(images, **attributes).classes
+    with pytest.raises(ValueError, match=message) as raised:
+        source = opened(images, **attributes)
+        _ = source.classes, source[0]
     assert "\n" not in str(raised.value)
 
 
@@ -301,12 +302,12 @@ def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1, "epochs": 1, "warmup_epochs": 0}
     for name, own in (("skip", {}), ("cached", {"cache_images": True})):
         assert lines(pretrain(name, **flags, **own, on_bad_image="skip"))[0]["bad_images"] == 1
-    with pytest.raises(BadImage, match=r"\[3\]: .*lost.*on_bad_image=skip"):
+    with pytest.raises(BadImage, match=r"item 3 of .*: .*lost.*on_bad_image=skip"):
         pretrain("error", **flags)
     capsys.readouterr()
     unknown = "return" not in code
     assert open_source("train", dataset=flags["dataset"]).labels.tolist() == [0] * 3 + [-unknown] + [0] * 16
-    assert ("[3]" in capsys.readouterr().out) == unknown
+    assert ("item 3 of" in capsys.readouterr().out) == unknown
 
 
 @pytest.mark.parametrize("code", ["int('x')", "1 / 0", "next(iter([]))", "raise RuntimeError('mine')", "{}['key']"])
@@ -369,9 +370,9 @@ def test_random_numbers_of_items_are_not_those_of_the_mask(own_module):
         "def open_dataset(split, data_path):\n    return Coins(range(64))\n",
     )  # fmt: skip
     source, noise = open_source("train", dataset="py:coins:open_dataset"), partial(torch.rand, 1)
-    samples = Samples(source, keeps_label(to_tensor), in_chans=3, seed=0, draw_noise=noise)
+    samples = Samples(source, scaled_transform(0), in_chans=3, seed=0, draw_noise=noise)
     pairs = torch.tensor(
-        [(sample.extras["coin"], sample.noise.item()) for sample in (samples[0, n] for n in range(64))]
+        [(sample.item.inputs["coin"], sample.noise.item()) for sample in (samples[0, n] for n in range(64))]
     )
     assert torch.corrcoef(pairs.T)[0, 1].abs() < 0.5
 
@@ -396,9 +397,8 @@ def test_a_dataset_is_opened_again_in_other_processes(tmp_path, samples):
     shrinking = open_source(
         "train", dataset="py:any:any", function=lambda split, data_path: [(BLACK, 0)] * next(lengths)
     )
-    subprocess.run(["true"], check=True, preexec_fn=lambda: None)  # a fork
     with pytest.raises(ValueError, match=r"4 samples.* 5"):
-        shrinking[0]
+        list(torch.utils.data.DataLoader(shrinking, batch_size=None, num_workers=1))
 
 
 def test_stored_features_notice_changed_samples(own_module, caplog):

@@ -121,7 +121,7 @@ class UserSet(LibrarySet):
                 f"{self.place(index)}: its inputs have the shapes {shapes_of(inputs)}, and those of the first item "
                 f"{self.input_shapes}: give the same for each item"
             )
-        valid = None if item.valid is None else torch.as_tensor(np.asarray(item.valid)) != 0
+        valid = self._valid(index, item.valid)
         return Item(self._image(index, item.image), self.label_of(index, item.label), valid, inputs)
 
     def place(self, index: int) -> str:
@@ -139,8 +139,8 @@ class UserSet(LibrarySet):
                 f"{self.place(index)} is {_kind(item)}: return (image, label), (image, label, inputs), or a "
                 f"dict with the keys image and label"
             )
-        image, label, *inputs = item
-        return Item(image, label, inputs=(inputs[0] if inputs else None) or {})
+        image, label = item[:2]
+        return Item(image, label, inputs=(item[2] if len(item) == 3 else None) or {})
 
     def _image(self, index: int, image: Any) -> Any:
         if isinstance(image, str | Path):
@@ -150,6 +150,14 @@ class UserSet(LibrarySet):
         if not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
             raise ValueError(f"{self.place(index)}: its image is {_kind(image)}")
         return image
+
+    def _valid(self, index: int, valid: Any) -> Tensor | None:
+        if valid is None:
+            return None
+        pixels = torch.as_tensor(valid)
+        if pixels.is_floating_point():
+            raise ValueError(f"{self.place(index)}: valid is {pixels.dtype}: give booleans, True for valid pixels")
+        return pixels != 0
 
     def _inputs(self, index: int, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the inputs of an item as tensors, of which maps have the type that follows the crops.
