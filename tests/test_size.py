@@ -44,3 +44,4 @@ def test_scripts_are_short(trees):
 def test_a_value_passes_few_functions(traces):
     assert 5 <= len(traces["functions that receive mask_ratio"]) <= 10
     assert 5 <= len(traces["functions that receive a file of --finetune"]) <= 20
+    assert 20 <= len(traces["functions that an image passes before the model"]) <= 40

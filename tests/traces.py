@@ -52,6 +52,10 @@ class Trace:
         self.is_value, self.functions = is_value, dict[Function, None]()
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        self.record(frame, event)
+
+    def record(self, frame: FrameType, event: str) -> None:
+        """Records the function of a frame if it receives the value."""
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(str(ROOT)) or "/.venv/" in code.co_filename:
             return
@@ -60,7 +64,7 @@ class Trace:
             return
         count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
         values = [frame.f_locals[name] for name in code.co_varnames[:count] if name in frame.f_locals]
-        if any(self.is_value(value) for value in values):
+        if code.co_name[0] != "<" and any(self.is_value(value) for value in values):
             self.functions[file, code.co_qualname.partition(".<locals>")[0]] = None
 
     def run(self, call: Callable[[], Any]) -> list[Function]:
@@ -73,6 +77,33 @@ class Trace:
         finally:
             sys.setprofile(None)
         return list(self.functions)
+
+
+class BatchTrace(Trace):
+    """A profiler that records the functions that an image passes from its index to the model.
+
+    All functions count until the bytes of the first image are read, and then those that receive an image or a batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda value: self.is_reading or is_image(value))
+        self.is_open, self.is_reading = False, True
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        self.is_open |= name == "__getitems__" and file == str(ROOT / "mae/data/samples.py")
+        self.is_reading &= not (event == "return" and isinstance(argument, bytes))
+        if file == str(ROOT / "models_mae.py"):
+            raise Stopped
+        if self.is_open:
+            self.record(frame, event)
+
+
+def is_image(value: Any, depth: int = 3) -> bool:
+    """Whether a value is an image or a batch of images, or a list or tuple that contains one."""
+    if isinstance(value, list | tuple) and depth:
+        return any(is_image(part, depth - 1) for part in value)
+    return isinstance(value, bytes | Image.Image) or (isinstance(value, torch.Tensor) and value.ndim > 2)
 
 
 class Stopped(Exception):
@@ -115,6 +146,26 @@ def functions_of_mask_ratio(images: Path, out: Path) -> list[Function]:
                    "--mask_ratio", RATIO)  # fmt: skip
     trace = Trace(lambda value: isinstance(value, float) and value == RATIO)
     return trace.run(lambda: main_pretrain.main(run, callbacks=[FirstUpdate()]))
+
+
+def functions_of_image(images: Path, out: Path) -> list[Function]:
+    """Returns the functions that an image passes before the model in main_pretrain.py."""
+    import main_pretrain
+    from mae.training import loop
+
+    run = settings(main_pretrain, *SMALL, "--model", "mae_vit_mini_patch4", "--data_path", images, "--output_dir", out,
+                   "--vis_every", 0)  # fmt: skip
+    trace, run_epoch = BatchTrace(), loop.run_epoch
+
+    def traced(*arguments: Any, **options: Any) -> Any:
+        return trace.run(lambda: run_epoch(*arguments, **options))
+
+    loop.run_epoch = traced
+    try:
+        main_pretrain.main(run)
+    finally:
+        loop.run_epoch = run_epoch
+    return list(trace.functions)
 
 
 def functions_of_weights(images: Path, out: Path) -> list[Function]:
@@ -174,7 +225,7 @@ def statements(file: Path) -> int:
 
 
 def report() -> dict[str, list[str]]:
-    """Returns the functions that mask_ratio and a file of weights pass, and the modules that a run loads."""
+    """Returns the functions that mask_ratio, an image and a file of weights pass, and the modules that a run loads."""
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -182,6 +233,7 @@ def report() -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for title, functions in (
             ("functions that receive mask_ratio", functions_of_mask_ratio(images, folder / "ratio")),
+            ("functions that an image passes before the model", functions_of_image(images, folder / "image")),
             ("functions that receive a file of --finetune", functions_of_weights(images, folder / "weights")),
         ):
             found[title] = [f"{file} {function}" for file, function in functions]
