@@ -7,6 +7,7 @@ MASTER_PORT; the variables of srun are converted to these. All functions also wo
 import contextlib
 import gc
 import os
+import pickle
 import re
 import socket
 import time
@@ -21,8 +22,6 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from mae import plain_data
 
 EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
 T = TypeVar("T")
@@ -286,26 +285,16 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
-    """Returns the `value` (small, of plain data, arrays and tensors) of each process, in the order of ranks.
-
-    Values are exchanged as data, not as pickles, which could run code of another process.
+    """Returns the `value` of each process, in the order of ranks. It is small, and its tensors are on the CPU.
 
     Args:
         group: a group of all processes. Default: the default process group.
-
-    Raises:
-        TypeError: the value contains an object.
     """
     if not td.is_initialized():
         return [value]
-    data = _to_tensor(plain_data.dumps(value), group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=data.device) for _ in range(world_size())]
-    td.all_gather(lengths, torch.tensor([len(data)], device=data.device), group)
-    longest = max(map(int, lengths))
-    padded = [data.new_empty(longest) for _ in lengths]
-    td.all_gather(padded, nn.functional.pad(data, (0, longest - len(data))), group)
-    parts = zip(padded, lengths, strict=True)
-    return [plain_data.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in parts]
+    values = [None] * world_size()
+    td.all_gather_object(values, value, group)
+    return values
 
 
 def interleave(parts: list[np.ndarray]) -> np.ndarray:
@@ -319,23 +308,13 @@ def interleave(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-def _to_tensor(data: bytes, group: td.ProcessGroup | None = None) -> Tensor:
-    """Bytes -> uint8 tensor on the device of the backend."""
-    on_gpu = td.get_backend(group) == "nccl"
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cuda" if on_gpu else "cpu")
-
-
-def from_rank_0(compute: Callable[[], T], *types: type) -> T:
-    """Returns the result of a function that only rank 0 calls. The other processes get a copy, exchanged as data.
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Returns the result of a function that only rank 0 calls. The other processes get a copy.
 
     They wait as long as the function takes: each exchange with rank 0 ends before the timeout of the process group.
 
-    Args:
-        types: the classes of objects in the result.
-
     Raises:
-        Exception: the exception of the function, in all processes. Other processes than rank 0 raise it as an OSError,
-            ValueError, or another type of `plain_data.ERRORS`.
+        Exception: the exception of the function, in all processes.
     """
     if not td.is_initialized():
         return compute()
@@ -343,16 +322,24 @@ def from_rank_0(compute: Callable[[], T], *types: type) -> T:
         future = pool.submit(compute) if is_main() else None
         while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
             pass
-    result = (future.exception() or future.result()) if future else None
-    data = _to_tensor(plain_data.dumps(result, types))
-    length = torch.tensor([len(data)], device=data.device)
-    td.broadcast(length, 0)
-    data = data if is_main() else data.new_empty(int(length))
-    td.broadcast(data, 0)
-    result = result if is_main() else plain_data.loads(data.cpu().numpy().tobytes(), types)
-    if isinstance(result, BaseException):
-        raise result
-    return cast(T, result)
+    error = future.exception() if future else None
+    message = [_can_be_sent(error) if error else None, future.result() if future and not error else None]
+    td.broadcast_object_list(message, 0)
+    if future:
+        return future.result()
+    if message[0]:
+        raise message[0]
+    return cast(T, message[1])
+
+
+def _can_be_sent(error: BaseException) -> BaseException:
+    """Returns the exception, or one of a built-in class if it can't be pickled: the other processes would hang."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        kinds = (OSError, ValueError, ArithmeticError, MemoryError, RuntimeError, Exception)
+        return next(kind for kind in kinds if isinstance(error, kind))(str(error))
 
 
 def new_host_group() -> td.ProcessGroup | None:
