@@ -44,7 +44,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name} is not available: give auto, {available}")
     if kind != "cuda":
         return torch.device(kind)
-    number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number, count = int(index or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not index and _has_own_gpus():
         number %= count
     if number >= count:
@@ -66,13 +66,6 @@ def _has_own_gpus() -> bool:
     ranges = re.findall(r"(\d+)(?:-(\d+))?", slurm.get("SLURM_STEP_GPUS", ""))
     num_visible = sum(int(last or first) - int(first) + 1 for first, last in ranges)
     return "SLURM_GPUS_PER_TASK" in slurm or 0 < num_visible < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
-
-
-def _launched(variable: str, default: int | None = None) -> int:
-    value = os.environ.get(variable, default)
-    if not str(value).isdecimal():
-        raise ValueError(f"{variable} in the environment is {value}: start with torchrun or srun, or unset WORLD_SIZE")
-    return int(value)  # type: ignore[arg-type]
 
 
 def translate_srun() -> None:
@@ -151,12 +144,10 @@ def init(
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
-    world_size = _launched("WORLD_SIZE", 1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
-        if _launched("RANK") >= world_size:
-            raise ValueError(f"RANK={_launched('RANK')} in the environment must be below WORLD_SIZE={world_size}")
         _join(dist_url, world_size, backend, timeout, device)
     elif needs_group and not td.is_initialized():
         device_id = device if backend == "nccl" else None
@@ -166,13 +157,13 @@ def init(
 
 def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: torch.device) -> None:
     """Joins the process group, which waits for all processes."""
-    waits, number, where = timedelta(seconds=timeout), _launched("RANK"), dist_url
+    waits, where = timedelta(seconds=timeout), dist_url
+    number = int(os.environ.get("RANK", -1))  # -1: PyTorch names the missing variable
     if dist_url == "env://":
-        host, port = os.environ.get("MASTER_ADDR", ""), _launched("MASTER_PORT")
-        where = f"{host}:{port}"
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         if dist_url == "env://" and number > 0:
-            _wait_for_rank_0(host, port, timeout)
+            _wait_for_rank_0(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         store, number, world_size = next(td.rendezvous(dist_url, number, world_size, timeout=waits))
         # The store of torchrun outlives its processes; after a restart, the addresses of dead processes are invalid.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -194,10 +185,10 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
 
 
 def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
-    """Waits for the port of rank 0.
+    """Waits for the port of rank 0. PyTorch would wait several times as long, and print a backtrace.
 
     Raises:
-        OSError: after the timeout. PyTorch would print a backtrace without the reason.
+        OSError: after the timeout.
     """
     ends = time.monotonic() + timeout
     while True:
@@ -322,14 +313,17 @@ def from_rank_0(compute: Callable[[], T]) -> T:
         future = pool.submit(compute) if is_main() else None
         while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
             pass
-    error = future.exception() if future else None
-    message = [_can_be_sent(error) if error else None, future.result() if future and not error else None]
+    message: list[Any] = [None, None]  # the exception, the result
+    if future:
+        error = future.exception()
+        message = [_can_be_sent(error), None] if error else [None, future.result()]
     td.broadcast_object_list(message, 0)
     if future:
         return future.result()
-    if message[0]:
-        raise message[0]
-    return cast(T, message[1])
+    error, result = message
+    if error:
+        raise error
+    return cast(T, result)
 
 
 def _can_be_sent(error: BaseException) -> BaseException:
