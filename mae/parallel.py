@@ -5,6 +5,7 @@ MASTER_PORT; the variables of srun are converted to these. All functions also wo
 """
 
 import contextlib
+import copy
 import gc
 import os
 import pickle
@@ -329,7 +330,8 @@ def from_rank_0(compute: Callable[[], T]) -> T:
 def _can_be_sent(error: BaseException) -> BaseException:
     """Returns the exception, or one of a built-in class if it can't be pickled: the other processes would hang."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        copy.copy(error)  # calls the constructor as the other processes do
         return error
     except Exception:
         kinds = (OSError, ValueError, ArithmeticError, MemoryError, RuntimeError, Exception)
