@@ -13,7 +13,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -100,29 +100,6 @@ def translate_srun() -> None:
     }
     for variable, value in translated.items():
         slurm.setdefault(variable, value)
-
-
-def launches() -> list[str]:
-    """Returns names of the start of torchrun and of the Slurm job of this process. A restart does not change them."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    agent = f"process {os.getppid()} on {socket.gethostname()}" if run_id == "none" else run_id
-    return [f"torchrun {agent}", f"Slurm job {os.environ.get('SLURM_JOB_ID')}"]
-
-
-def record_restart() -> None:
-    """Records that this process is a restart of its job, as Slurm does after a requeue."""
-    os.environ["SLURM_RESTART_COUNT"] = "1"
-
-
-def restarted(started_by: Collection[str]) -> bool:
-    """Whether a launcher restarted a run: torchrun after a failure (--max-restarts), or Slurm after a requeue.
-
-    Args:
-        started_by: the `launches` of the process that started the run. A launcher also restarts a command that was
-            refused, and this command must not resume a different run.
-    """
-    counts = (int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count and launch in started_by for count, launch in zip(counts, launches(), strict=True))
 
 
 def init(

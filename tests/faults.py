@@ -300,11 +300,11 @@ class Faults:
         return rows
 
     def restarts(self, trials: int = 4) -> list[Row]:
-        """One process of two is killed, and torchrun --max-restarts restarts both without --resume."""
+        """One process of two is killed, and torchrun --max-restarts restarts both with --resume auto."""
         survived = 0
         for _ in range(trials):
             run = self.new_run("restarted", DDP)
-            command = [*torchrun(2, restarts=2), "main_pretrain.py", *map(str, run.flags)]
+            command = [*torchrun(2, restarts=2), "main_pretrain.py", *map(str, run.flags), "--resume", "auto"]
             with run.output.open("w") as output:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
             wait_until(lambda run=run: "epoch 1 " in run.text(), seconds=SECONDS)

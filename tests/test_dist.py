@@ -274,12 +274,3 @@ def test_the_environment_of_srun_is_translated_for_several_tasks_without_a_launc
     environment(variables)
     parallel.translate_srun()
     assert {name: os.environ.get(name) for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restart_by_a_launcher_is_detected(name, monkeypatch):
-    started_by = parallel.launches()
-    for count, expected in (("", False), ("0", False), ("2", True)):
-        monkeypatch.setenv(name, count)
-        assert parallel.restarted(started_by) == expected
-        assert not parallel.restarted([])

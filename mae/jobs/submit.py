@@ -73,14 +73,16 @@ class Job:
         from mae.cli import entry_point
         from mae.settings import Run
 
-        if restarted:
-            parallel.record_restart()
+        # Slurm itself also restarts jobs, for example after the failure of a node.
+        restarted = restarted or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         sys.argv = [f"{self.main}.py", *(part.replace("%j", job.job_id) for part in self.argv)]
         parser, ours = get_args_parser(self.main)
         stopped_by: list[int] = []
         failed = lost = False
 
         def settings_of(args: Namespace, explicit: frozenset[str]) -> Run:
+            if restarted and not vars(args).get("eval"):
+                args.resume = _resume_of_restart(Path(args.output_dir), args.resume, self.folder)
             return Run.of({name: value for name, value in vars(args).items() if name not in ours}, explicit)
 
         def run(settings: Run) -> None:
@@ -118,6 +120,17 @@ class Job:
         return DelayedSubmission(self, restarted=True)
 
     __submitit_checkpoint__ = checkpoint
+
+
+def _resume_of_restart(output_dir: Path, resume: str, folder: str) -> str:
+    """Returns `--resume` of a requeued job: auto, or FILE of another directory, which is resumed from only once.
+
+    Args:
+        folder: the folder of relative paths.
+    """
+    from mae.checkpoints import run_directory
+
+    return "auto" if not resume or run_directory.is_inside(output_dir, str(Path(folder, resume))) else resume
 
 
 def stop_job(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
