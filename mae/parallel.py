@@ -102,6 +102,11 @@ def translate_srun() -> None:
         slurm.setdefault(variable, value)
 
 
+def is_requeued() -> bool:
+    """Whether Slurm has started this job before: after a requeue, or the failure of a node."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def init(
     device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto", needs_group: bool = False
 ) -> torch.device:

@@ -49,7 +49,7 @@ def _continues(output_dir: Path, resume: str) -> bool:
     if resume in ("", "auto"):
         return resume == "auto"
     is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
-    return is_source and not is_inside(output_dir, resume)
+    return is_source and not _is_inside(output_dir, resume)
 
 
 def _content(path: Path) -> str:
@@ -59,8 +59,7 @@ def _content(path: Path) -> str:
     return ""
 
 
-def is_inside(output_dir: Path, resume: str) -> bool:
-    """Whether `resume` is a file of the run directory."""
+def _is_inside(output_dir: Path, resume: str) -> bool:
     return bool(resume) and Path(resume).resolve().parent == output_dir.resolve()
 
 
@@ -78,7 +77,7 @@ def prepare(output_dir: Path, resume: str) -> None:
 def _require_unused(output_dir: Path, resume: str) -> None:
     if not parallel.is_main() or _continues(output_dir, resume):
         return
-    if is_inside(output_dir, resume):
+    if _is_inside(output_dir, resume):
         if later := _later(output_dir, Path(resume)):
             raise ValueError(
                 f"resume={resume}: output_dir={output_dir} contains later checkpoints ({', '.join(later[:3])}): "
@@ -121,7 +120,7 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                 _take(file, output_dir)
                 stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
                 _require_unused(output_dir, resume)
-                if not (_continues(output_dir, resume) or is_inside(output_dir, resume)):
+                if not (_continues(output_dir, resume) or _is_inside(output_dir, resume)):
                     (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
             except OSError as error:
                 raise OSError(f"output_dir={output_dir} can't be written to ({error.strerror or error})") from error
