@@ -5,13 +5,15 @@ MASTER_PORT; the variables of srun are converted to these. All functions also wo
 """
 
 import contextlib
+import copy
 import gc
 import os
+import pickle
 import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -21,8 +23,6 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from mae import plain_data
 
 EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name} is not available: give auto, {available}")
     if kind != "cuda":
         return torch.device(kind)
-    number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number, count = int(index or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not index and _has_own_gpus():
         number %= count
     if number >= count:
@@ -67,13 +67,6 @@ def _has_own_gpus() -> bool:
     ranges = re.findall(r"(\d+)(?:-(\d+))?", slurm.get("SLURM_STEP_GPUS", ""))
     num_visible = sum(int(last or first) - int(first) + 1 for first, last in ranges)
     return "SLURM_GPUS_PER_TASK" in slurm or 0 < num_visible < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
-
-
-def _launched(variable: str, default: int | None = None) -> int:
-    value = os.environ.get(variable, default)
-    if not str(value).isdecimal():
-        raise ValueError(f"{variable} in the environment is {value}: start with torchrun or srun, or unset WORLD_SIZE")
-    return int(value)  # type: ignore[arg-type]
 
 
 def translate_srun() -> None:
@@ -109,27 +102,9 @@ def translate_srun() -> None:
         slurm.setdefault(variable, value)
 
 
-def launches() -> list[str]:
-    """Returns names of the start of torchrun and of the Slurm job of this process. A restart does not change them."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    agent = f"process {os.getppid()} on {socket.gethostname()}" if run_id == "none" else run_id
-    return [f"torchrun {agent}", f"Slurm job {os.environ.get('SLURM_JOB_ID')}"]
-
-
-def record_restart() -> None:
-    """Records that this process is a restart of its job, as Slurm does after a requeue."""
-    os.environ["SLURM_RESTART_COUNT"] = "1"
-
-
-def restarted(started_by: Collection[str]) -> bool:
-    """Whether a launcher restarted a run: torchrun after a failure (--max-restarts), or Slurm after a requeue.
-
-    Args:
-        started_by: the `launches` of the process that started the run. A launcher also restarts a command that was
-            refused, and this command must not resume a different run.
-    """
-    counts = (int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count and launch in started_by for count, launch in zip(counts, launches(), strict=True))
+def is_requeued() -> bool:
+    """Whether Slurm has started this job before: after a requeue, or the failure of a node."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def init(
@@ -152,12 +127,10 @@ def init(
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
-    world_size = _launched("WORLD_SIZE", 1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
-        if _launched("RANK") >= world_size:
-            raise ValueError(f"RANK={_launched('RANK')} in the environment must be below WORLD_SIZE={world_size}")
         _join(dist_url, world_size, backend, timeout, device)
     elif needs_group and not td.is_initialized():
         device_id = device if backend == "nccl" else None
@@ -167,13 +140,13 @@ def init(
 
 def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: torch.device) -> None:
     """Joins the process group, which waits for all processes."""
-    waits, number, where = timedelta(seconds=timeout), _launched("RANK"), dist_url
+    waits, where = timedelta(seconds=timeout), dist_url
+    number = int(os.environ.get("RANK", -1))  # -1: PyTorch names the missing variable
     if dist_url == "env://":
-        host, port = os.environ.get("MASTER_ADDR", ""), _launched("MASTER_PORT")
-        where = f"{host}:{port}"
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         if dist_url == "env://" and number > 0:
-            _wait_for_rank_0(host, port, timeout)
+            _wait_for_rank_0(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         store, number, world_size = next(td.rendezvous(dist_url, number, world_size, timeout=waits))
         # The store of torchrun outlives its processes; after a restart, the addresses of dead processes are invalid.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -195,10 +168,10 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
 
 
 def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
-    """Waits for the port of rank 0.
+    """Waits for the port of rank 0. PyTorch would wait several times as long, and print a backtrace.
 
     Raises:
-        OSError: after the timeout. PyTorch would print a backtrace without the reason.
+        OSError: after the timeout.
     """
     ends = time.monotonic() + timeout
     while True:
@@ -286,26 +259,16 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
-    """Returns the `value` (small, of plain data, arrays and tensors) of each process, in the order of ranks.
-
-    Values are exchanged as data, not as pickles, which could run code of another process.
+    """Returns the `value` of each process, in the order of ranks. It is small, and its tensors are on the CPU.
 
     Args:
         group: a group of all processes. Default: the default process group.
-
-    Raises:
-        TypeError: the value contains an object.
     """
     if not td.is_initialized():
         return [value]
-    data = _to_tensor(plain_data.dumps(value), group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=data.device) for _ in range(world_size())]
-    td.all_gather(lengths, torch.tensor([len(data)], device=data.device), group)
-    longest = max(map(int, lengths))
-    padded = [data.new_empty(longest) for _ in lengths]
-    td.all_gather(padded, nn.functional.pad(data, (0, longest - len(data))), group)
-    parts = zip(padded, lengths, strict=True)
-    return [plain_data.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in parts]
+    values = [None] * world_size()
+    td.all_gather_object(values, value, group)
+    return values
 
 
 def interleave(parts: list[np.ndarray]) -> np.ndarray:
@@ -319,23 +282,13 @@ def interleave(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-def _to_tensor(data: bytes, group: td.ProcessGroup | None = None) -> Tensor:
-    """Bytes -> uint8 tensor on the device of the backend."""
-    on_gpu = td.get_backend(group) == "nccl"
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cuda" if on_gpu else "cpu")
-
-
-def from_rank_0(compute: Callable[[], T], *types: type) -> T:
-    """Returns the result of a function that only rank 0 calls. The other processes get a copy, exchanged as data.
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Returns the result of a function that only rank 0 calls. The other processes get a copy.
 
     They wait as long as the function takes: each exchange with rank 0 ends before the timeout of the process group.
 
-    Args:
-        types: the classes of objects in the result.
-
     Raises:
-        Exception: the exception of the function, in all processes. Other processes than rank 0 raise it as an OSError,
-            ValueError, or another type of `plain_data.ERRORS`.
+        Exception: the exception of the function, in all processes.
     """
     if not td.is_initialized():
         return compute()
@@ -343,16 +296,28 @@ def from_rank_0(compute: Callable[[], T], *types: type) -> T:
         future = pool.submit(compute) if is_main() else None
         while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
             pass
-    result = (future.exception() or future.result()) if future else None
-    data = _to_tensor(plain_data.dumps(result, types))
-    length = torch.tensor([len(data)], device=data.device)
-    td.broadcast(length, 0)
-    data = data if is_main() else data.new_empty(int(length))
-    td.broadcast(data, 0)
-    result = result if is_main() else plain_data.loads(data.cpu().numpy().tobytes(), types)
-    if isinstance(result, BaseException):
-        raise result
+    message: list[Any] = [None, None]  # the exception, the result
+    if future:
+        error = future.exception()
+        message = [_can_be_sent(error), None] if error else [None, future.result()]
+    td.broadcast_object_list(message, 0)
+    if future:
+        return future.result()
+    error, result = message
+    if error:
+        raise error
     return cast(T, result)
+
+
+def _can_be_sent(error: BaseException) -> BaseException:
+    """Returns the exception, or one of a built-in class if it can't be pickled: the other processes would hang."""
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # calls the constructor as the other processes do
+        return error
+    except Exception:
+        kinds = (OSError, ValueError, ArithmeticError, MemoryError, RuntimeError, Exception)
+        return next(kind for kind in kinds if isinstance(error, kind))(str(error))
 
 
 def new_host_group() -> td.ProcessGroup | None:

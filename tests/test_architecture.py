@@ -45,7 +45,6 @@ ARROWS = {
     r"mae\.training\.param_groups": r"models_vit",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
-    r"mae\.parallel": r"mae\.plain_data",
     r"mae\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.

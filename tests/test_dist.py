@@ -1,17 +1,14 @@
 """Processes and devices."""
 
-import argparse
 import os
 import socket
-from pathlib import Path
 
 import forks
-import numpy as np
 import pytest
 import torch
 from mains import in_processes, small_run, wait_until
 
-from mae import parallel, plain_data
+from mae import parallel
 
 
 @pytest.fixture
@@ -82,11 +79,7 @@ TWO = {"WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    (TWO, "RANK in the environment is None"),
-    (TWO | {"RANK": "first"}, "RANK in the environment is first"),
-    (TWO | {"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
-    (TWO | {"RANK": "1"}, "MASTER_PORT in the environment is None"),
-    (TWO | {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT in the environment is x"),
+    (TWO, "RANK"), (TWO | {"RANK": "0"}, "MASTER_ADDR"),
     ({name: value for name, value in STEP.items() if name not in MISSING},
      rf"SLURM_STEP_NUM_TASKS .* without {MISSING},")
 ])  # fmt: skip
@@ -135,7 +128,7 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
 CODE = """
 import os, time
 import torch
-from mae import parallel, plain_data
+from mae import parallel
 def main(device):
     if parallel.rank() == 1:
         time.sleep(0.5)
@@ -171,22 +164,30 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
 
 OF_RANK_0 = """
 import time
-from mae import parallel, plain_data
+from mae import parallel
+from mae.checkpoints.checkpoint import CheckpointError
 calls, exchanges, gather = [], [], parallel.gather
 parallel.gather = lambda value: exchanges.append(value) or gather(value)
 parallel.EXCHANGE_SECONDS = 0.1
+class Unpicklable(ValueError):
+    def __init__(self, name, reason):
+        super().__init__(f"{name}: {reason}")
 def slow():
     calls.append(parallel.rank())
     time.sleep(0.5)
     return {"rank": parallel.rank()}
-def fails():
-    raise ValueError("dataset=x: no images")
+def fails(error):
+    def compute():
+        raise error
+    return compute
 parallel.init("cpu")
 line = f"{parallel.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
-try:
-    parallel.from_rank_0(fails)
-except ValueError as error:
-    line += f" {error}"
+missing = OSError(2, "No such file", "list.txt")
+for error in (CheckpointError("resume=x: no file"), missing, Unpicklable("dataset=x", "empty")):
+    try:
+        parallel.from_rank_0(fails(error))
+    except (OSError, ValueError) as caught:
+        line += f"\\n{type(caught).__name__} {getattr(caught, 'filename', '')} {caught}"
 open(f"out{parallel.rank()}", "w").write(line)
 parallel.teardown()
 """
@@ -195,55 +196,11 @@ parallel.teardown()
 def test_rank_0_computes_for_all(tmp_path):
     """The exchanges keep a long call below the timeout of the process group. An error is raised in all processes."""
     forks.run_code(OF_RANK_0, tmp_path, count=2)
-    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True dataset=x: no images"
-    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True dataset=x: no images"
-
-
-OF_AN_ATTACKER = """
-import os
-import torch.distributed as td
-from mae import parallel, plain_data
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (f"executed{os.environ['RANK']}",)
-parallel.init("cpu")
-for attack, honest in (
-    (lambda: td.all_gather_object([None, None], Evil()), lambda: parallel.gather({"a": 1})),
-    (lambda: (parallel.gather(True), td.broadcast_object_list([Evil()], 0)), lambda: parallel.from_rank_0(dict)),
-):
-    try:
-        honest() if parallel.rank() else attack()
-    except Exception as error:
-        open(f"out{parallel.rank()}", "a").write(f"{type(error).__name__} ")
-os._exit(0)
-"""
-
-
-def test_a_process_executes_nothing_that_another_one_sends(tmp_path):
-    forks.run_code(OF_AN_ATTACKER, tmp_path, count=2)
-    assert not (tmp_path / "executed1").exists()
-    assert (tmp_path / "out1").read_text() == "ValueError ValueError "
-
-
-def test_exchanged_values_are_equal_and_contain_no_objects():
-    """Names of files may contain bytes that are not UTF-8; arrays may be empty or not contiguous."""
-    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)[:, ::2]
-    value = {"a": [1, 2.5, None, True, "x\udc80"], 3: (1, Path("b")), "t": tensor, "e": torch.zeros(0, 4)}
-    assert plain_data.loads(plain_data.dumps(torch.ones(1).expand(0))).shape == (0,)  # it has a stride of 0
-    copy = plain_data.loads(plain_data.dumps(value))
-    assert torch.equal(copy.pop("t"), value.pop("t"))
-    assert (copy.pop("e").shape, copy) == (value.pop("e").shape, value)
-    for array in (np.array(["ab", "c"]), np.zeros((0, 3), np.int64), np.array([True, False]), np.float32([1, 2])):
-        copy = plain_data.loads(plain_data.dumps(array))
-        assert (copy.dtype, copy.shape, copy.tolist()) == (array.dtype, array.shape, array.tolist())
-    for other in (argparse.Namespace(), np.array([None])):
-        with pytest.raises(TypeError, match="no plain data"):
-            plain_data.dumps([other])
-    data = plain_data.dumps(argparse.Namespace(a=1), [argparse.Namespace])
-    assert plain_data.loads(data, [argparse.Namespace]).a == 1
-    for wrong in (data, data[:12], b'\x20\0\0\0\0\0\0\0{"array": ["|O", [1], [0, 8]]}  ' + bytes(8)):
-        with pytest.raises(ValueError, match="no plain data"):
-            plain_data.loads(wrong)
+    errors = ["CheckpointError  resume=x: no file", "FileNotFoundError list.txt [Errno 2] No such file: 'list.txt'"]
+    for rank, called in enumerate(([0], [])):
+        lines = (tmp_path / f"out{rank}").read_text().splitlines()
+        assert lines[:-1] == [f"{{'rank': 0}} {called} True", *errors]
+        assert lines[-1].partition(" ")[2] == " dataset=x: empty"  # an exception that can't be pickled
 
 
 def test_a_run_prints_no_warnings(pictures, tmp_path):
@@ -317,12 +274,3 @@ def test_the_environment_of_srun_is_translated_for_several_tasks_without_a_launc
     environment(variables)
     parallel.translate_srun()
     assert {name: os.environ.get(name) for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restart_by_a_launcher_is_detected(name, monkeypatch):
-    started_by = parallel.launches()
-    for count, expected in (("", False), ("0", False), ("2", True)):
-        monkeypatch.setenv(name, count)
-        assert parallel.restarted(started_by) == expected
-        assert not parallel.restarted([])

@@ -64,11 +64,10 @@ def write(folder, *names, epoch):
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start():
     """Starts a run up to the choice of its checkpoint, and records the choice, as `run_state.resume` does."""
 
-    def start(out, resume, restarts=0):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    def start(out, resume):
         run_directory.prepare(out, str(resume))
         with run_directory.locked(out, str(resume)):
             which = run_directory.chosen(out, str(resume))
@@ -80,46 +79,30 @@ def start(monkeypatch):
     return start
 
 
-def test_a_restarted_run_resumes_from_its_newest_checkpoint(tmp_path, start):
+def test_a_restarted_command_resumes_with_auto_and_is_refused_otherwise(tmp_path, start, monkeypatch):
     (tmp_path / "job.log").write_text("a launcher's file is no run")
     assert start(tmp_path, "") == ""
-    with pytest.raises(ValueError, match="already contains a run"):
-        start(tmp_path, "")
-    assert start(tmp_path, "", restarts=1) == "auto"  # its own directory, though there is no checkpoint yet
-
-
-@pytest.mark.parametrize("variables", [{}, {"SLURM_RESTART_COUNT": "1"}])
-def test_the_restart_of_a_refused_command_does_not_resume_the_run(tmp_path, start, monkeypatch, variables):
-    """A launcher restarts it like a command that was accepted."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    start(tmp_path, "")
-    for name, value in {"TORCHELASTIC_RUN_ID": "b", "SLURM_JOB_ID": "8", **variables}.items():
-        monkeypatch.setenv(name, value)
-    for restarts in (0, 1):
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
         with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
-            start(tmp_path, "", restarts)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # Slurm restarts torchrun, which has a new name
-    assert start(tmp_path, "") == "auto"
+            start(tmp_path, "")
+    assert start(tmp_path, "auto") == "auto"
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start, restarts):
+def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start):
     """From the file until there is a checkpoint, then from the newest one."""
     out, file = tmp_path / "out", tmp_path / "checkpoint-7.pth"
     write(tmp_path, 7, 8, epoch=7)
-    assert (start(out, file), start(out, file, restarts)) == (str(file), str(file))
+    assert (start(out, file), start(out, file)) == (str(file), str(file))
     assert start(out, "auto") == str(file)
     write(out, 8, epoch=8)
-    assert start(out, file, restarts) == start(out, "auto") == "auto"
+    assert start(out, file) == start(out, "auto") == "auto"
     for other in ("", tmp_path / "checkpoint-8.pth"):
         with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
             start(out, other)
     with run_directory.locked(out, str(out / "checkpoint-8.pth")):
         pass  # it is refused later, for example because of its architecture
-    assert start(out, file, restarts) == "auto"  # the refused commands changed nothing
+    assert start(out, file) == "auto"  # the refused commands changed nothing
 
 
 def test_a_new_run_forgets_the_file_of_an_earlier_one(tmp_path, start):
@@ -138,15 +121,13 @@ def test_a_file_of_the_directory_must_be_its_newest_checkpoint(tmp_path, start):
     checkpoint.write({"epoch": 0, "progress": progress}, tmp_path / "checkpoint-last.pth")
     for name, later in (("0", "checkpoint-1.pth, checkpoint-best.pth, checkpoint-last.pth"),
                         ("last", "checkpoint-1.pth, checkpoint-best.pth")):  # fmt: skip
-        for restarts in (0, 1):  # torchrun restarts the refused command
-            with pytest.raises(ValueError, match="later checkpoints") as raised:
-                start(tmp_path, tmp_path / f"checkpoint-{name}.pth", restarts)
-            assert f"resume={tmp_path}/checkpoint-{name}.pth: " in str(raised.value) and later in str(raised.value)
+        with pytest.raises(ValueError, match="later checkpoints") as raised:
+            start(tmp_path, tmp_path / f"checkpoint-{name}.pth")
+        assert f"resume={tmp_path}/checkpoint-{name}.pth: " in str(raised.value) and later in str(raised.value)
     assert start(tmp_path, tmp_path / "checkpoint-best.pth") == f"{tmp_path}/checkpoint-best.pth"
     newest = tmp_path / "checkpoint-1.pth"
     assert start(tmp_path, newest) == str(newest)
     write(tmp_path, 3, epoch=3)
-    assert start(tmp_path, newest, restarts=1) == "auto"
     with pytest.raises(ValueError, match="later checkpoints"):
         start(tmp_path, newest)
     assert start(tmp_path.parent / "other", newest) == str(newest)
@@ -161,7 +142,7 @@ def test_a_second_start_that_is_refused_changes_nothing(tmp_path, start):
         for resume in ("auto", file):
             with pytest.raises(ValueError, match="by another run"):
                 start(tmp_path, resume)
-    assert start(tmp_path, file, restarts=1) == "auto"
+    assert start(tmp_path, "auto") == "auto"
 
 
 def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path):

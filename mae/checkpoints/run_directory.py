@@ -21,7 +21,6 @@ LOCK = "run.lock"
 SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
 IMAGES = "train_images.gz"  # the names of the training images, each followed by a zero byte
-LAUNCHED = ".launched"  # contains the launchers of the last process that was accepted, whose restarts resume the run
 
 
 def chosen(output_dir: Path, resume: str) -> str:
@@ -43,15 +42,14 @@ def source(output_dir: Path, resume: str) -> Path | None:
 
 
 def _continues(output_dir: Path, resume: str) -> bool:
-    """Whether a run continues the run in its directory: --resume auto, or the command that started it is repeated.
+    """Whether a run continues the run in its directory: --resume auto, or --resume FILE is repeated.
 
-    A person who names a file of the directory wants this file, and a launcher repeats what was accepted before.
+    A person who names a file of the directory wants this file.
     """
-    is_restart = parallel.restarted(_content(output_dir / LAUNCHED).splitlines())
     if resume in ("", "auto"):
-        return resume == "auto" or is_restart
+        return resume == "auto"
     is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
-    return is_source and (is_restart or not _is_inside(output_dir, resume))
+    return is_source and not _is_inside(output_dir, resume)
 
 
 def _content(path: Path) -> str:
@@ -124,7 +122,6 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                 _require_unused(output_dir, resume)
                 if not (_continues(output_dir, resume) or _is_inside(output_dir, resume)):
                     (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
-                atomic.write_text(output_dir / LAUNCHED, "\n".join(parallel.launches()))
             except OSError as error:
                 raise OSError(f"output_dir={output_dir} can't be written to ({error.strerror or error})") from error
         _require_shared(output_dir)

@@ -9,7 +9,7 @@ from mae import parallel
 from mae.data.archives import Archive
 from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from mae.data.lists import read_list
-from mae.data.sources import Files, Source, Strings, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.sources import Files, Source, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.data.target_sets import TargetSet
 from mae.data.user_sets import OpenDataset, UserSet
 from mae.data.webdataset_shards import Shards
@@ -67,25 +67,23 @@ def open_source(
                 return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
             return TargetSet(function, split, data_path, dataset, task)
         if kind == "wds":
-            return parallel.from_rank_0(lambda: Shards(name, num_images), Shards)
+            return parallel.from_rank_0(lambda: Shards(name, num_images))
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
         flag = f"`{split}_list`"
-        return parallel.from_rank_0(
-            lambda: read_list(Path(file_list), below, flag, task, label_columns, extras), Files, Strings
-        )
+        return parallel.from_rank_0(lambda: read_list(Path(file_list), below, flag, task, label_columns, extras))
     if root is None:
         raise ValueError(
             "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
             "(or give `train_list` or `dataset`)"
         )
     if root.is_file():
-        return parallel.from_rank_0(lambda: Archive(root, split, whole=whole), Archive, Strings)
+        return parallel.from_rank_0(lambda: Archive(root, split, whole=whole))
     if not root.is_dir():
         raise ValueError(f"data_path={root}: there is no such folder or archive")
-    return parallel.from_rank_0(lambda: _open_folder(root, split, whole), Files, Strings)
+    return parallel.from_rank_0(lambda: _open_folder(root, split, whole))
 
 
 def _open_folder(root: Path, split: str, whole: bool) -> Files:

@@ -1,7 +1,7 @@
 """`--slurm KEY=VALUE`: settings of a Slurm job that have no flag.
 
-A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module translates
-some and rejects those that have a flag; the error message names it. sbatch rejects unknown options.
+A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. It replaces what submitit
+sets. sbatch rejects unknown options.
 """
 
 import argparse
@@ -11,30 +11,8 @@ from typing import Any
 
 LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be repeated
 NUMBERS = ("signal_delay_s", "max_num_timeout", "cpus_per_task", "mem_gb")
-REFUSED = {
-    "time": "give --timeout MINUTES",
-    "timeout_min": "give --timeout MINUTES",
-    "nodes": "give --nodes N",
-    "ntasks_per_node": "give --ngpus N",
-    "tasks_per_node": "give --ngpus N",
-    "ntasks": "give --nodes N and --ngpus N; it is their product",
-    "num_gpus": "give --slurm gpus_per_node=N",
-    "signal": "give --slurm signal_delay_s=SECONDS to set the time of the signal before the time limit",
-    "output": "give --job_dir DIR for the logs",
-    "error": "give --job_dir DIR for the logs",
-    "open_mode": "logs are always appended to",
-    "stderr_to_stdout": "each process has one log for both",
-    "wait": "give --wait",
-    "test_only": "give --dry_run",
-    "array": "a job is one run; submit a job for each run",
-    "array_parallelism": "a job is one run; submit a job for each run",
-    "map_count": "a job is one run; submit a job for each run",
-    "use_srun": "srun starts the processes of each job, and passes signals on to them",
-    "chdir": "a job runs in the folder in which it is submitted",
-    "wrap": "submitit writes the script; --slurm setup='COMMAND' runs a command before it",
-    "parsable": "the job id is read from the output of sbatch",
-    "quiet": "the job id is read from the output of sbatch",
-}  # fmt: skip
+# They would silently run other code, the run several times, or a job that is not requeued after its time limit.
+REFUSED = ("array", "chdir", "signal")
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -48,8 +26,7 @@ def setting(text: str) -> tuple[str, Any]:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as account=lab, got {text}")
     if key in REFUSED:
-        remedy = re.sub(r"[A-Z]+$", value, REFUSED[key]) if value.isdecimal() else REFUSED[key]
-        raise argparse.ArgumentTypeError(f"{key} cannot be set: {remedy}")
+        raise argparse.ArgumentTypeError(f"{key} cannot be set: jobs need {', '.join(REFUSED)} of submitit")
     if key in LISTS:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):

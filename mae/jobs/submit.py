@@ -32,7 +32,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from mae.cli.flags import not_in_recipes
 from mae.interrupts import SIGNALS, Interrupted
-from mae.jobs import code_copy, slurm_settings, waiting
+from mae.jobs import code_copy, slurm_settings
 from mae.settings.types import job_id, positive_int
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,16 @@ class Job:
         from mae.cli import entry_point
         from mae.settings import Run
 
-        if restarted:
-            parallel.record_restart()
+        restarted = restarted or parallel.is_requeued()
         sys.argv = [f"{self.main}.py", *(part.replace("%j", job.job_id) for part in self.argv)]
         parser, ours = get_args_parser(self.main)
         stopped_by: list[int] = []
         failed = lost = False
 
         def settings_of(args: Namespace, explicit: frozenset[str]) -> Run:
+            if restarted and not vars(args).get("eval"):
+                file = Path(self.folder, args.resume) if args.resume not in ("", "auto") else None
+                args.resume = _resume_of_restart(Path(args.output_dir), file)
             return Run.of({name: value for name, value in vars(args).items() if name not in ours}, explicit)
 
         def run(settings: Run) -> None:
@@ -120,6 +122,11 @@ class Job:
     __submitit_checkpoint__ = checkpoint
 
 
+def _resume_of_restart(output_dir: Path, resume: Path | None) -> str:
+    """Returns `--resume` of a requeued job: auto, or FILE of another directory, which is resumed from only once."""
+    return "auto" if resume is None or resume.resolve().parent == output_dir.resolve() else str(resume)
+
+
 def stop_job(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
     """Ends or requeues a job after a signal, when its state is saved. Called by all of its processes.
 
@@ -136,7 +143,7 @@ def stop_job(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
             handler(signum, None)  # requeues the job, and exits
         if job.global_rank != 0 and job.cluster == "slurm":
             time.sleep(SECONDS_TO_KILL)
-    raise SystemExit(f"stopped by {signal.Signals(signum).name}, {waiting.SAVED}")
+    raise SystemExit(f"stopped by {signal.Signals(signum).name}, the state is saved")
 
 
 def _is_running(job: submitit.JobEnvironment) -> bool:
@@ -211,7 +218,7 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
             help="slurm; local: processes on this machine; debug: this process",
         ),
         group.add_argument("--dry_run", action="store_true", help="print the sbatch script without submitting it"),
-        group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it failed"),
+        group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it fails"),
     ]  # fmt: skip
     return parser, [flag.dest for flag in flags]
 
@@ -254,9 +261,23 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
         with contextlib.chdir(code), _environment_of_a_shell():  # Python imports modules from its working directory
             job = _start(executor, job_of_run(argv=tuple(argv)))
         log, output_dir = job.task(0).paths.stdout, str(outputs[0]).replace("%j", job.job_id)
-        waiting.print_instructions(args.cluster, job.job_id, log, output_dir)
+        print_instructions(args.cluster, job.job_id, log, output_dir)
         if args.wait:
-            waiting.wait(job, args.cluster, log, output_dir, args.after)
+            job.results()
+            print(f"job {job.job_id} succeeded")
+
+
+def print_instructions(cluster: str, number: str, log: Path, output_dir: str) -> None:
+    """Prints the commands that follow and cancel a job."""
+    slurm = cluster == "slurm"
+    print(
+        f"job {number} is {'submitted' if slurm else 'started'}\n"
+        f"  results  {output_dir}\n"
+        f"  follow   tail -F {shlex.quote(str(log))}\n"
+        f"  state    {'squeue --job' if slurm else 'ps'} {number}\n"
+        f"  cancel   {'scancel' if slurm else 'kill'} {number}    (its state is saved)",
+        flush=True,
+    )
 
 
 def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
@@ -311,7 +332,7 @@ def _start(executor: submitit.Executor, job: Job) -> submitit.Job:
     Raises:
         ValueError: sbatch rejects the job; the message is that of sbatch.
     """
-    # A local job inherits this setting and ignores Ctrl-C; --wait stops it.
+    # A local job inherits this setting: it continues after Ctrl-C during --wait.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints the error that it raises

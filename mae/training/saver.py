@@ -9,7 +9,6 @@ import logging
 import math
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +22,6 @@ from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupted, Interrupts
 
 logger = logging.getLogger(__name__)
-
-RETRY_SECONDS = 60.0  # after a failed write
-MAX_UNWRITTEN = 2  # milestones and best states in memory that could not be written yet
 
 
 class Request(IntEnum):
@@ -43,7 +39,7 @@ class NullSaver:
 
     def __init__(self, interrupts: Interrupts) -> None:
         self.interrupts = interrupts
-        self.is_ending = False  # a state could not be written, and the run ends with this error
+        self.is_saved = True  # the last write has succeeded
 
     def request(self) -> Request:
         """Returns the request of this process after an update."""
@@ -67,14 +63,16 @@ class NullSaver:
     def raise_if_stopping(self, error: Exception) -> None:
         """Raises `Interrupted` instead of an error that follows a signal.
 
-        After a signal to all processes, some of them end earlier, which causes errors in the others. An error that a
-        state can't be written remains: it names the folder of the state.
+        After a signal to all processes, some of them end earlier, which causes errors in the others. If the last state
+        could not be written, the error remains.
         """
-        if self.interrupts.pending and not self.is_ending:
+        if self.interrupts.pending:
+            self.close()
+        if self.interrupts.pending and self.is_saved:
             raise Interrupted(self.interrupts.pending) from error
 
     def close(self) -> None:
-        """Waits until all states are written."""
+        """Waits for the current write, and logs its result."""
 
     def stop(self) -> None:
         """Raises `Interrupted` in every process after the state is written."""
@@ -86,8 +84,8 @@ class NullSaver:
 class Saver(NullSaver):
     """Writes milestones, the best state and a rolling `checkpoint-last.pth`, while training continues.
 
-    A milestone or best state that can't be written is kept in memory, and the saver tries again every minute. If there
-    are more than MAX_UNWRITTEN of them, or the run ends, it writes them to the temporary folder of the system.
+    A write that fails is logged as an error. The last complete checkpoint is unchanged, and the next save tries again.
+    The run ends with the error if the state at a signal or after the last epoch can't be written.
 
     Args:
         collect: returns the state without the position in the run.
@@ -120,14 +118,13 @@ class Saver(NullSaver):
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(file_names.BEST).stem for path in file_names.checkpoints(output_dir)):
-            progress.best_accuracy = (
-                -math.inf
-            )  # a later epoch may have overwritten the best state before the resumed one
-        self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
+            # A later epoch may have overwritten the best state before the resumed one.
+            progress.best_accuracy = -math.inf
+        self.best_written = progress.best_accuracy
 
     def request(self) -> Request:
         if self.writing and self.writing.done():
-            self._finish("The run continues, and tries again in a minute.")
+            self.close()
         if time.monotonic() < self.next_save:
             return super().request()
         self.next_save = math.inf  # until the state is saved
@@ -137,6 +134,7 @@ class Saver(NullSaver):
         self._write([file_names.LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        self.close()  # which may change `best_accuracy`
         names = []
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
             names.append(file_names.milestone(epoch))
@@ -146,59 +144,39 @@ class Saver(NullSaver):
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
-            self._settle()  # the run fails if its result can't be written
+            self._wait()  # the run fails if its result can't be written
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
             self._write([file_names.EMERGENCY], epoch, iterations, meters)
-            return str(self._settle())
+            return str(self._wait())
         except OSError as error:  # the run ends with the earlier error
             logger.error(str(error))
             return ""
 
     def close(self) -> None:
         try:
-            self._settle()
+            self._wait()
         except OSError as error:
-            if parallel.is_main():
-                logger.error(str(error))  # not raised: the run ends with another error, or its result is written
+            if parallel.is_main():  # the error is the same in all processes of a sharded run
+                logger.error(f"{error}. The last complete checkpoint is unchanged, and the next save tries again.")
 
     def stop(self) -> None:
-        self._settle()
+        self._wait()
         super().stop()
 
     def _write(self, names: list[str], epoch: int, iterations: int, meters: dict[str, Any]) -> None:
-        """Copies the state and starts to write it.
-
-        Raises:
-            OSError: there are too many states that can't be written.
-        """
-        if self.is_ending:
-            return
-        self._finish("The run continues, and tries again with the next state.")
-        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != file_names.LAST]
-        if len(self.unwritten) >= MAX_UNWRITTEN:
-            self._begin()
-            self._settle()
+        """Copies the state and starts to write it."""
+        self.close()
         position = self.progress.position(epoch, iterations, meters)
         state = checkpoint.snapshot({**self.collect(), "epoch": epoch - 1, "progress": position})
-        self.unwritten.append((state, [self.output_dir / name for name in names]))
-        self._begin()
-
-    def _begin(self) -> None:
         self.next_save = time.monotonic() + self.save_seconds
-        self.writing = self.writer.submit(self._write_all)
+        self.writing = self.writer.submit(self._write_files, state, [self.output_dir / name for name in names])
 
-    def _write_all(self) -> Path:
-        """Writes the unwritten states, in the thread. Returns the file of the last state."""
-        while self.unwritten:
-            path = self._write_one(*self.unwritten[0])
-            del self.unwritten[0]
-            self._remove_old()
-        return path
-
-    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
+    def _write_files(self, state: dict[str, Any], paths: list[Path]) -> Path:
+        """Writes a state, in the thread. Returns its first file."""
         checkpoint.write(state, *paths)
+        self._remove_old()
         return paths[0]
 
     def _remove_old(self) -> None:
@@ -209,46 +187,25 @@ class Saver(NullSaver):
             except OSError as error:
                 logger.warning(f"keep_last={keep}: {path} can't be removed ({error.strerror})")
 
-    def _finish(self, otherwise: str) -> None:
-        """Waits for the current write. If it fails, a warning ends with `otherwise`."""
-        writing, self.writing = self.writing, None
-        if writing is None:
-            return
-        try:
-            logger.info(f"saved {writing.result()}")
-        except OSError as error:
-            logger.warning(f"{error}. {otherwise}")
-            self.next_save = time.monotonic() + RETRY_SECONDS
-
-    def _settle(self) -> Path | None:
-        """Waits for the current write, or tries once more to write the unwritten states.
-
-        Returns:
-            The file of the last state.
+    def _wait(self) -> Path | None:
+        """Waits for the current write. Returns its first file.
 
         Raises:
-            OSError: a state can't be written. The message contains the folder to which it was written instead.
+            OSError: the state can't be written.
         """
         writing, self.writing = self.writing, None
-        if writing is None and not self.unwritten:
+        if writing is None:
             return None
         try:
-            path = writing.result() if writing else self._write_all()
-        except OSError as error:
-            raise OSError(f"{error}. {self._rescue()}") from error
+            path = writing.result()
+        except OSError:
+            self.is_saved = False
+            self.progress.best_accuracy = self.best_written  # a later epoch may have the best state on the disk
+            raise
+        self.is_saved = True
+        self.best_written = self.progress.best_accuracy
         logger.info(f"saved {path}")
         return path
-
-    def _rescue(self) -> str:
-        """Writes the unwritten states to the temporary folder of the system. Returns a text for the error message."""
-        unwritten, self.unwritten, self.is_ending = self.unwritten, [], True
-        try:
-            place = Path(tempfile.mkdtemp(prefix="mae-"))
-            for state, paths in unwritten:
-                checkpoint.write(state, *(place / path.name for path in paths))
-        except OSError as error:
-            return f"The state can't be written to the temporary folder either ({error})"
-        return f"The state is in {place}: move its files to {self.output_dir}, and resume=auto resumes the run"
 
 
 class ShardedSaver(Saver):
@@ -265,19 +222,11 @@ class ShardedSaver(Saver):
         if not alone:
             super().save(epoch, iterations, meters)
 
-    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
+    def _write_files(self, state: dict[str, Any], paths: list[Path]) -> Path:
         folders = [path.with_suffix("") for path in paths]
         sharded.write(state, *folders, group=self.group)
+        self._remove_old()
         return folders[0]
-
-    def _settle(self) -> Path | None:
-        if self.writing is None:
-            self.unwritten = []  # writing them needs all processes, and some may have ended
-        return super()._settle()
-
-    def _rescue(self) -> str:
-        self.unwritten, self.is_ending = [], True
-        return "The earlier checkpoints are complete"  # the shards of this state are in the memory of several machines
 
 
 def open_saver(
