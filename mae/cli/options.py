@@ -104,7 +104,7 @@ def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
     """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
     entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
-    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist")
+    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of iNaturalist")
     add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
     add_to(group, "extras")
     add_to(group, "download", help="download a --dataset of torchvision to --data_path")

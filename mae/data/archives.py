@@ -1,7 +1,7 @@
 """The images of one tar or zip file, read in place with random access.
 
 The standard library lists the members. `Archive` reads their bytes itself: `zipfile` would parse the list again in each
-worker process, and needs several times as long for a small file.
+worker process, and needs twice the time for a small file.
 """
 
 import logging
