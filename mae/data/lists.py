@@ -30,6 +30,7 @@ SEPARATORS = re.compile(r"[|,/+&()\[\]{}]")  # characters other than ; that may 
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation")
+UNLABELED = ("", "nan", "-1")
 JSON_FORMS = (
     '[PATH, ...], [[PATH, LABEL], ...], [{"path": PATH, "label": LABEL}, ...], or the annotations of iNaturalist'
 )
@@ -145,16 +146,16 @@ def _read(path: Path) -> Any:
 
 def _text_table(text: str) -> Table:
     """Parses lines PATH or PATH LABEL."""
-    rows: list[tuple[str, str]] = []
+    paths, labels = [], []
     for line in filter(None, map(str.strip, text.splitlines())):
-        path, *label = [line] if line.lower().endswith(SUFFIXES) else line.rsplit(maxsplit=1)
-        if len(path.split()) > 1 and not path.lower().endswith(SUFFIXES):
+        parts = [line] if line.lower().endswith(SUFFIXES) else line.rsplit(maxsplit=1)
+        if not parts[0].lower().endswith(SUFFIXES) and len(parts[0].split()) > 1:
             raise ValueError(
                 f"the line {printable(line)[:80]!r} is neither PATH nor PATH LABEL; labels with blanks need a CSV file "
                 f"with the header path,label"
             )
-        rows.append((path, label[0] if label else ""))
-    paths, labels = zip(*rows, strict=True) if rows else ((), ())
+        paths.append(parts[0])
+        labels.append(parts[1] if len(parts) > 1 else "")
     return Table(paths, {"label": labels} if any(labels) else {})
 
 
@@ -226,24 +227,29 @@ def _cells(table: Table, columns: Sequence[str], flag: str) -> list[tuple[str, .
 
 def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
     """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
-    count, title = len(table.paths), None if columns or task is None else _find(table.columns, LABEL_COLUMNS)
-    if title:
-        table, columns = Table(table.paths, {"label": table.columns[title]}), ["label"]
-    if task is None or (task == CLASSIFICATION and not columns):
-        if task and table.columns:
-            found = printable(", ".join(table.columns))
-            logger.warning(f"the list has no labels: none of its columns {found} is {' or '.join(LABEL_COLUMNS)}")
-        return [], np.full(count, -1)
+    unlabeled: tuple[list[str], np.ndarray] = [], np.full(len(table.paths), -1)
+    if task is None:
+        return unlabeled
     if not columns:
-        raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
+        title = _find(table.columns, LABEL_COLUMNS)
+        if title is None and task == CLASSIFICATION:
+            if table.columns:
+                found = printable(", ".join(table.columns))
+                logger.warning(f"the list has no labels: none of its columns {found} is {' or '.join(LABEL_COLUMNS)}")
+            return unlabeled
+        if title is None:
+            raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
+        table, columns = Table(table.paths, {"label": table.columns[title]}), ["label"]
     cells = _cells(table, columns, "`label_columns`")
+    if task == CLASSIFICATION and len(columns) > 1:
+        raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
     if task == CLASSIFICATION:
-        if len(columns) > 1:
-            raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
-        labels = [cell for (cell,) in cells if cell not in ("", "-1")]
-        if 0 < len(labels) < count:
-            raise ValueError(f"only {len(labels)} of its {count} files have a label; an empty label and -1 are none")
-        return number_labels(labels, count)
+        labels = [cell for (cell,) in cells if cell.lower() not in UNLABELED]
+        if 0 < len(labels) < len(cells):
+            raise ValueError(
+                f"only {len(labels)} of its {len(cells)} files have a label; an empty label, nan and -1 are none"
+            )
+        return number_labels(labels, len(cells))
     names = [printable(name) for name in columns]
     if task == REGRESSION:
         return names, _numbers(table, columns, cells, np.isfinite, "task=regression needs a finite number")
