@@ -211,11 +211,11 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(
         parser, "data_path",
         help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
-        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
+        "train/images and train/masks; the same for validation",
     )  # fmt: skip
     add(parser, "train_folders", "val_folders")
     for name, what in (("train_list", "training"), ("val_list", "validation")):
-        add(parser, name, help=f"CSV file with a row `image,mask` for each {what} image")
+        add(parser, name, help=f"CSV file with the header `image,mask` and a row for each {what} image")
     add(
         parser, "dataset",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
