@@ -127,9 +127,9 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     source = Archive(path, "train")
     data = bytearray(path.read_bytes())
-    start = int(source.places[5][0])
+    start = int(source.positions[5][0])
     data[start + 80] ^= 1
-    data[int(source.places[6][0])] ^= 1
+    data[int(source.positions[6][0])] ^= 1
     path.write_bytes(data)
     for index in (5, 6):
         with pytest.raises(BadImage, match="damaged"):

@@ -282,14 +282,6 @@ def test_pretraining_does_not_read_labels(pretrain, pictures, tmp_path, capsys):
     assert "images      24" in capsys.readouterr().out
 
 
-def test_json_lists_have_the_keys_of_csv_files(labelled, tmp_path):
-    lists = write_lists(tmp_path, labelled, list("abcdef"), "json")
-    rows = json.loads(lists["val_list"].read_text())
-    lists["val_list"].write_text(json.dumps([{"file_name": file, "class": name} for file, name in rows]))
-    source = open_source("val", str(labelled), str(lists["val_list"]))
-    assert [source.classes[label] for label in source.labels] == [name for _, name in rows]
-
-
 def test_a_resumed_run_keeps_the_outputs_without_images(classify, labelled, tmp_path):
     """--nb_classes, and runs of an earlier version, have an output for each number up to the highest id."""
     flags = {**ONCE, **write_lists(tmp_path, labelled, "012457"), "aa": "none"}
@@ -309,7 +301,7 @@ def test_messages_of_lists_are_about_what_is_read(tmp_path, caplog):
         assert open_source("train", file_list=tmp_path / name, task=None).classes == []
         assert not caplog.records
         assert open_source("train", file_list=tmp_path / name).classes == ["b"]
-        assert "class" in caplog.text
+        assert "label and class, and label is read; give label_columns=" in caplog.text
         caplog.clear()
     columns = ["Lung Lesion", "Lung Opacity"]
     read = open_source("train", file_list=tmp_path / "findings.csv", task="multilabel", label_columns=columns)

@@ -177,7 +177,7 @@ def test_voc_comes_from_torchvision(tmp_path):
                   for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask in train] == [20, 19]
-    assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
+    assert val.masks.name(val.indices[0, 1]).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0]
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
 

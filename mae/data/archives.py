@@ -48,7 +48,7 @@ HEADERS = (
 MAX_HEADER = 1 << 20  # bytes of long names and attributes in a tar file
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The position of a member: of its data in a tar file, of its header in a zip file."""
 
     start: int
@@ -85,7 +85,7 @@ class Archive:
             raise ValueError(f"data_path={path}: there are no images in it (looked for {KINDS})")
         self.path = str(path)
         self.names = Strings([name for name, _ in names])
-        self.places = np.array([members[member] for _, member in names], dtype=np.int64)
+        self.positions = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
         self.file: FileIO | None = None  # forked processes share it: a read at a position does not move its offset
         folder = _normal(names[0][1]).removesuffix(names[0][0])
@@ -108,24 +108,24 @@ class Archive:
         return version_of(self.path)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        place, label = Place(*self.places[index].tolist()), int(self.labels[index])
-        if place.method not in (STORED, DEFLATED):
+        position, label = Position(*self.positions[index].tolist()), int(self.labels[index])
+        if position.method not in (STORED, DEFLATED):
             raise BadImage(
                 "it is encrypted, compressed by another method than deflate, or a link to a file that is not in the "
                 "archive; pack the files again"
             )
-        check_size(max(place.size, place.unpacked))
+        check_size(max(position.size, position.unpacked))
         self.file = self.file or FileIO(self.path)
         if not self.is_zip:
-            return _read_at(self.file, place.start, place.size), label
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(self.file, place.start, 30))
-        data = _read_at(self.file, place.start + 30 + name_length + extra_length, place.size)
+            return _read_at(self.file, position.start, position.size), label
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(self.file, position.start, 30))
+        data = _read_at(self.file, position.start + 30 + name_length + extra_length, position.size)
         try:
-            if place.method == DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
+            if position.method == DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, position.unpacked + 1)
         except zlib.error:
             signature = b""
-        if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
+        if signature != b"PK\3\4" or zlib.crc32(data) != position.checksum:
             raise BadImage("the archive is damaged here: the checksum does not match")
         return data, label
 
@@ -165,7 +165,7 @@ def _read_at(file: FileIO, start: int, size: int) -> bytes:
     return data
 
 
-def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
+def find_members(path: Path) -> tuple[bool, dict[str, Position], list[str]]:
     """Lists the images of an archive.
 
     Returns:
@@ -178,20 +178,20 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
     try:
         archive = tarfile.open(path, "r:", tarinfo=StrictTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
     except tarfile.TarError:
-        places = _zip_members(path)
+        positions = _zip_members(path)
         is_zip = True
     else:
         with archive:
-            places = _tar_members(archive, path)
+            positions = _tar_members(archive, path)
         is_zip = False
-    names = [name for name in places if not is_ignored(name)]
-    images = {name: places[name] for name in names if is_image(name)}
+    names = [name for name in positions if not is_ignored(name)]
+    images = {name: positions[name] for name in names if is_image(name)}
     return is_zip, images, [name for name in names if not is_image(name)]
 
 
-def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
+def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Position]:
     """Returns the positions of the files, and of the targets of links. A link without a target can't be read."""
-    places: dict[str, Place] = {}
+    positions: dict[str, Position] = {}
     links: dict[str, str] = {}
     last = "the beginning"
     try:
@@ -202,34 +202,34 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
             if member.issparse() and is_image(member.name):
                 raise ValueError(f"{path}: {last} is a sparse file (tar -S); pack the files again without -S")
             if member.isreg():
-                places[member.name] = Place(member.offset_data, member.size)
+                positions[member.name] = Position(member.offset_data, member.size)
             elif member.islnk():
                 links[member.name] = member.linkname
             elif member.issym():
                 links[member.name] = posixpath.join(posixpath.dirname(member.name), member.linkname)
     except (tarfile.TarError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged or truncated after {last}: {error}") from error
-    targets = {posixpath.normpath(name): place for name, place in places.items()}
-    missing = Place(0, 0, UNREADABLE)
-    return places | {name: targets.get(posixpath.normpath(target), missing) for name, target in links.items()}
+    targets = {posixpath.normpath(name): position for name, position in positions.items()}
+    missing = Position(0, 0, UNREADABLE)
+    return positions | {name: targets.get(posixpath.normpath(target), missing) for name, target in links.items()}
 
 
-def _zip_members(path: Path) -> dict[str, Place]:
+def _zip_members(path: Path) -> dict[str, Position]:
     """Returns the positions of the files. Links can't be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
         raise ValueError(f"{path} can't be read as an uncompressed tar file or a zip file: {error}") from error
-    places: dict[str, Place] = {}
+    positions: dict[str, Position] = {}
     for member in members:
         is_readable = not member.flag_bits & 1 and not stat.S_ISLNK(member.external_attr >> 16)  # nor encrypted
         method = member.compress_type if is_readable else UNREADABLE
         # A damaged header may state any size, also one of more than 64 bits.
         stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
         name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
-        places[name] = Place(member.header_offset, stored, method, unpacked, member.CRC)
-    return places
+        positions[name] = Position(member.header_offset, stored, method, unpacked, member.CRC)
+    return positions
 
 
 def is_ignored(name: str) -> bool:

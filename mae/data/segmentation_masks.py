@@ -219,30 +219,31 @@ class UserPairs(UserSet):
             raise BadImage(f"its mask: {error}") from error
 
 
+@dataclass(frozen=True)
 class Pairs:
     """Images and their masks, of one source or two.
 
     Args:
         images: the images.
         masks: the masks.
-        places: (n, 2), the indices of each pair in `images` and `masks`.
+        indices: (n, 2), the indices of each pair in `images` and `masks`.
         classes: names of the classes.
         mask_format: decodes the masks.
     """
 
-    def __init__(
-        self, images: Files | Archive, masks: Files | Archive, places: np.ndarray, classes: list[str],
-        mask_format: MaskFormat,
-    ) -> None:  # fmt: skip
-        self.images = images
-        self.masks = masks
-        self.places = places
-        self.classes = classes
-        self.labels = np.full(len(places), -1)  # the images have no label as a whole
-        self.mask_format = mask_format
+    images: Files | Archive
+    masks: Files | Archive
+    indices: np.ndarray
+    classes: list[str]
+    mask_format: MaskFormat
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels (n,): the images have none as a whole."""
+        return np.full(len(self), -1)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[StoredImage, Tensor]:
         """Returns the image file of a pair and its mask, uint8 (H, W).
@@ -251,21 +252,21 @@ class Pairs:
             OSError: the image can't be read.
             BadImage: the mask can't be read, or has a value that is not a class.
         """
-        data, _ = self.images[self.places[index, 0]]
+        data, _ = self.images[self.indices[index, 0]]
         try:
-            return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
+            return data, self.mask_format.decode(self.masks[self.indices[index, 1]][0])
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            mask = self.masks.name(self.places[index, 1])
+            mask = self.masks.name(self.indices[index, 1])
             raise BadImage(f"its mask {mask}: {reason}") from error
 
     def name(self, index: int) -> str:
         """Returns the name of the image."""
-        return self.images.name(self.places[index, 0])
+        return self.images.name(self.indices[index, 0])
 
     def version(self, index: int) -> str:
         """Returns the versions of image and mask."""
-        return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+        return f"{self.images.version(self.indices[index, 0])} {self.masks.version(self.indices[index, 1])}"
 
 
 def first_classes(pairs: Source) -> list[int]:
@@ -364,9 +365,9 @@ def _of_layout(files: Files | Archive, root: Path, split: str) -> np.ndarray:
 
 
 def _listed(root: Path, images: list[str], masks: list[str], classes: list[str], mask_format: MaskFormat) -> Pairs:
-    nothing = np.full(len(images), -1)
-    places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
-    return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+    image_files, mask_files = (Files(root, names, [], np.full(len(names), -1)) for names in (images, masks))
+    indices = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
+    return Pairs(image_files, mask_files, indices, classes, mask_format)
 
 
 def _by_key(files: Files | Archive, split: str, folder: str = "") -> dict[str, int]:
