@@ -33,7 +33,7 @@ from mae.data import jpeg
 from mae.data.archives import Archive
 from mae.data.decode import decode
 from mae.data.lists import read_list
-from mae.data.webdataset_shards import read_shards
+from mae.data.webdataset_shards import read_members
 from mae.settings.choices import ADAPT_CHOICES
 from mae.weights import loading, model_zoo, preprocessing, reading
 
@@ -120,7 +120,7 @@ def _mutate_archive(seeds: list[bytes], generator: random.Random) -> bytes:
 
 def _read_archive(data: bytes, folder: Path, generator: random.Random) -> None:
     if generator.random() < 0.2:
-        for member in read_shards([{"url": "shard", "stream": io.BytesIO(data)}], lambda error: True):
+        for member in read_members([{"url": "shard", "stream": io.BytesIO(data)}], lambda error: True):
             assert member == {} or member["data"] is not None
         return
     path = folder / "archive"
@@ -141,7 +141,7 @@ def _lists(folder: Path) -> list[tuple[str, bytes]]:
     return [
         (".txt", b"0.png 0\n1.png 1\n2.png 0\n"), (".txt", b"0.png\n1.png\n2.png\n"),
         (".txt", b"0.png\tcat\n1.png\tdog\n"),
-        (".csv", b"path,label\n0.png,cat\n1.png,dog\n"), (".csv", b"0.png,0\n1.png,1\n"),
+        (".csv", b"path,label\n0.png,cat\n1.png,dog\n"), (".csv", b"class,file\n0,0.png\n1,1.png\n"),
         (".json", json.dumps(coco).encode()), (".json", json.dumps(rows).encode()),
         (".json", b'[["0.png", 1], ["1.png", 0]]'),
     ]  # fmt: skip

@@ -7,7 +7,9 @@ from PIL import Image
 LAYOUTS = {
     "ade20k": ({"train": ("images/training", "annotations/training"),
                 "val": ("images/validation", "annotations/validation")}, "jpg"),
-    "mmseg": ({"train": ("img_dir/train", "ann_dir/train"), "val": ("img_dir/val", "ann_dir/val")}, "png"),
+    "splits": ({"train": ("train/images", "train/masks"), "val": ("val/images", "val/masks")}, "png"),
+    "parts": ({"train": ("train/images/Rural", "train/masks/Rural"),
+               "val": ("val/images/Urban", "val/masks/Urban")}, "png"),
     "loveda": ({"train": ("Train/Rural/images_png", "Train/Rural/masks_png"),
                 "val": ("Val/Urban/images_png", "Val/Urban/masks_png")}, "png"),
 }  # fmt: skip

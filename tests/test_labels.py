@@ -114,9 +114,11 @@ def write_lists(folder, labelled, names, suffix="csv"):
         files = sorted((labelled / split).glob("*/*"))
         rows = [(f"{file.relative_to(labelled)}", names[int(file.parent.name[-1])]) for file in files]
         rows = [(file, name) for file, name in rows if name is not None]
-        text = json.dumps(rows) if suffix == "json" else "".join(f"{file}, {name}\n" for file, name in rows)
+        texts = {"json": json.dumps(rows), "txt": "".join(f"{file} {name}\n" for file, name in rows)}
+        cells = [("path", "label"), *rows]
+        texts["csv"] = "".join(f'"{file}","{str(name).replace(chr(34), chr(34) * 2)}"\n' for file, name in cells)
         flags[f"{split}_list"] = folder / f"{split}.{suffix}"
-        flags[f"{split}_list"].write_text(text if suffix != "txt" else text.replace(",", ""))
+        flags[f"{split}_list"].write_text(texts[suffix])
     return flags
 
 
@@ -185,7 +187,7 @@ def test_a_head_that_exists_is_not_renumbered(classify, tmp_path):
     pictures = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in ids]
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")
-    (tmp_path / "val.csv").write_text("".join(f"{number}.png,{own}\n" for number, own in enumerate(ids)))
+    (tmp_path / "val.txt").write_text("".join(f"{number}.png {own}\n" for number, own in enumerate(ids)))
     named, bare = [str(number) for number in range(1000)], {"model": model.state_dict()}
     torch.save(bare, tmp_path / "bare.pth")
     torch.save({**bare, "args": {"model": "vit_mini_patch4", "classes": named}}, tmp_path / "earlier.pth")
@@ -194,12 +196,12 @@ def test_a_head_that_exists_is_not_renumbered(classify, tmp_path):
     predicted = np.array([logits.predict(picture)["pred_label"] for picture in pictures])
     for name, outputs in (("bare", ids), ("earlier", ids), ("names", 999 - ids)):
         flags = {"eval": True, "resume": tmp_path / f"{name}.pth", "data_path": tmp_path, "crop_pct": 1}
-        found = classify(main_finetune, **flags, val_list=tmp_path / "val.csv")
+        found = classify(main_finetune, **flags, val_list=tmp_path / "val.txt")
         assert found.labels.tolist() == outputs.tolist(), name
         assert found.predictions.tolist() == predicted.tolist()
-    (tmp_path / "val.csv").write_text("0.png,0\n1.png,1000\n")
+    (tmp_path / "val.txt").write_text("0.png 0\n1.png 1000\n")
     with pytest.raises(ValueError, match="1000"):
-        classify(main_finetune, **flags | {"resume": tmp_path / "bare.pth"}, val_list=tmp_path / "val.csv")
+        classify(main_finetune, **flags | {"resume": tmp_path / "bare.pth"}, val_list=tmp_path / "val.txt")
 
 
 @pytest.mark.parametrize(("ids", "flags", "is_kept"), [
@@ -256,19 +258,11 @@ def test_several_labels_need_semicolons(separator, classify, labelled, tmp_path)
     combined = ["red", "green", "red;green", "blue", "blue;red", "green;blue;red"]
     own = [json.dumps(text.split(";")) if separator == "[]" else text.replace(";", separator) for text in combined]
 
-    def lists(texts):
-        flags = write_lists(tmp_path, labelled, texts, "json")
-        for split in ("train", "val"):
-            rows = json.loads(flags[f"{split}_list"].read_text())
-            columns = "".join(f'{file},"{text.replace(chr(34), chr(34) * 2)}"\n' for file, text in rows)
-            flags[f"{split}_list"] = tmp_path / f"{split}.csv"
-            flags[f"{split}_list"].write_text("path,label\n" + columns)
-        return flags
-
     flags = {**ONCE, "aa": "none", "task": "multilabel"}
-    with pytest.raises(ValueError, match=r"the label .*has several labels: separate labels by ;"):
-        classify(main_finetune, **flags, **lists(own))
-    assert recorded(classify(main_finetune, **flags, **lists(combined))) == ["blue", "green", "red"]
+    with pytest.raises(ValueError, match=r"the label .*several labels .*: separate labels by ;"):
+        classify(main_finetune, **flags, **write_lists(tmp_path, labelled, own))
+    lists = write_lists(tmp_path, labelled, combined)
+    assert recorded(classify(main_finetune, **flags, **lists)) == ["blue", "green", "red"]
 
 
 def test_pretraining_does_not_read_labels(pretrain, pictures, tmp_path, capsys):
@@ -286,14 +280,6 @@ def test_pretraining_does_not_read_labels(pretrain, pictures, tmp_path, capsys):
     assert losses["half"] == losses["below"] == losses["none"] != losses["boxes"]
     call(datasets, pictures, train_list=tmp_path / "half.json", num_workers=0)
     assert "images      24" in capsys.readouterr().out
-
-
-def test_json_lists_have_the_keys_of_csv_files(labelled, tmp_path):
-    lists = write_lists(tmp_path, labelled, list("abcdef"), "json")
-    rows = json.loads(lists["val_list"].read_text())
-    lists["val_list"].write_text(json.dumps([{"file_name": file, "class": name} for file, name in rows]))
-    source = open_source("val", str(labelled), str(lists["val_list"]))
-    assert [source.classes[label] for label in source.labels] == [name for _, name in rows]
 
 
 def test_a_resumed_run_keeps_the_outputs_without_images(classify, labelled, tmp_path):
@@ -315,7 +301,7 @@ def test_messages_of_lists_are_about_what_is_read(tmp_path, caplog):
         assert open_source("train", file_list=tmp_path / name, task=None).classes == []
         assert not caplog.records
         assert open_source("train", file_list=tmp_path / name).classes == ["b"]
-        assert "class" in caplog.text
+        assert "label and class, and label is read; give label_columns=" in caplog.text
         caplog.clear()
     columns = ["Lung Lesion", "Lung Opacity"]
     read = open_source("train", file_list=tmp_path / "findings.csv", task="multilabel", label_columns=columns)
@@ -324,9 +310,9 @@ def test_messages_of_lists_are_about_what_is_read(tmp_path, caplog):
 
 
 def test_some_of_each_class_of_a_head_with_other_outputs(tmp_path):
-    lists = {name: tmp_path / f"{name}.csv" for name in ("train", "val")}
+    lists = {name: tmp_path / f"{name}.txt" for name in ("train", "val")}
     for name, path in lists.items():
-        path.write_text("".join(f"{name}{number}.png,{number % 3 * 2}\n" for number in range(6)))
+        path.write_text("".join(f"{name}{number}.png {number % 3 * 2}\n" for number in range(6)))
         for number in range(6):
             Image.new("L", (4, 4)).save(tmp_path / f"{name}{number}.png")
     train, val = labels.open_pair(

@@ -405,10 +405,18 @@ def test_a_bad_image_and_a_damaged_shard_of_a_stream_are_named(shards, caplog):
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     with pytest.raises(BadImage, match=r"set-001.tar: 017: .*on_bad_image=skip"):
         images_of(batches_of(shards, on_bad_image="error"), 0)
-    batches, file = batches_of(shards), shards / "set-002.tar"
-    os.truncate(file, file.stat().st_size // 2 + 100)
+    batches = batches_of(shards)
+    os.truncate(shards / "set-002.tar", (shards / "set-002.tar").stat().st_size // 2 + 100)
+    with (shards / "set-003.tar").open("r+b") as file:
+        file.seek(10 * 512)  # tarfile takes a damaged header for the end of the archive
+        assert file.read(8).startswith(b"03")
+        file.seek(-8, os.SEEK_CUR)
+        file.write(b"damage")
     assert set(images_of(batches, 0)) < set(range(40))
-    assert "set-002.tar: the shard can't be read to its end" in caplog.text
+    for number in (2, 3):
+        assert f"set-00{number}.tar: the shard can't be read to its end" in caplog.text
+    with pytest.raises(ValueError, match=r"set-002.tar is damaged or truncated after 02"):
+        batches_of(shards)
 
 
 def write_shard(path, names=("000.jpg", "001.jpg", "n01.x.png")):
@@ -421,7 +429,7 @@ def write_shard(path, names=("000.jpg", "001.jpg", "n01.x.png")):
 
 
 def streamed(pattern, num_images=None):
-    return list(Shards(str(pattern), num_images).stream(0, 0, 1, lambda *_: False, laps=1))
+    return list(Shards(str(pattern), num_images).stream(0, 0, 1, lambda *_: False, passes=1))
 
 
 def test_samples_are_counted_as_in_webdataset(tmp_path):
@@ -433,13 +441,13 @@ def test_samples_are_counted_as_in_webdataset(tmp_path):
     assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
 
 
-@pytest.mark.parametrize("names", [("b.jpg", "a.jpg", "a.png"), [f"a.{number}.jpg" for number in range(6)]])
+@pytest.mark.parametrize("names", [[*"bcd", "a.jpg", "a.png"], [f"a.{number}.jpg" for number in range(6)]])
 @pytest.mark.parametrize("num_images", [None, 12])
 def test_no_image_of_a_sample_of_several_is_dropped(tmp_path, pretrain, names, num_images):
     """With --num_images, too, so that the count and the reading agree."""
-    write_shard(tmp_path / "set.tar", names)
+    write_shard(tmp_path / "set.tar", [name if "." in name else f"{name}.jpg" for name in names])
     given = {"num_images": num_images} if num_images else {}
-    with pytest.raises(ValueError, match=rf"set\.tar: a .*{'jpg, png' if len(names) == 3 else '0.jpg, 1.jpg'}"):
+    with pytest.raises(ValueError, match=rf"set\.tar: a .*{'jpg, png' if len(names) == 5 else '0.jpg, 1.jpg'}"):
         pretrain(data_path=None, dataset=f"wds:{tmp_path}/set.tar", on_bad_image="skip", **given)
 
 

@@ -71,7 +71,7 @@ def blobs(tmp_path_factory):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(file)
             rows.append(f"{file.relative_to(root)},kind{kind}\n")
-        (root / f"{split}.csv").write_text("".join(rows[:count]))
+        (root / f"{split}.csv").write_text("".join(["path,label\n", *rows[:count]]))
     return root
 
 
@@ -432,7 +432,7 @@ def test_equal_lists_in_another_folder_are_other_images(tmp_path):
     (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.csv").write_text("0.png,cat\n")
+        (tmp_path / name / "train.csv").write_text("path,label\n0.png,cat\n")
 
     def run(folder, **flags):
         settings = {"train_list": tmp_path / folder / "train.csv", "data_path": None, **flags}
@@ -462,8 +462,8 @@ def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, m
     monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
     for count in (3, 4):
         files = [file for path in sorted(labelled.glob("train/*")) for file in sorted(path.iterdir())[:count]]
-        (tmp_path / "list.csv").write_text("".join(f"{file},{file.parent.name}\n" for file in files))
-        compare(labelled, tmp_path / "out", encoder, "--train_list", tmp_path / "list.csv", "--encoders", "pixels")
+        (tmp_path / "list.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
+        compare(labelled, tmp_path / "out", encoder, "--train_list", tmp_path / "list.txt", "--encoders", "pixels")
     assert len(computed) == 4
 
 

@@ -195,7 +195,7 @@ def test_the_loss_is_that_of_the_pixels_that_are_not_ignored():
     assert engine_segment.pixel_loss(logits[:1], masks[:1]) == 0
 
 
-@pytest.mark.parametrize("layout", ["ade20k", "loveda"])
+@pytest.mark.parametrize("layout", ["ade20k", "parts"])
 def test_datasets_without_the_value_zero(tmp_path, segment, layout):
     root = make_scenes(tmp_path / layout, layout, zero_label=True)
     out = segment(data_path=root, reduce_zero_label=True, epochs=1)
@@ -205,10 +205,10 @@ def test_datasets_without_the_value_zero(tmp_path, segment, layout):
 
 
 def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
-    root = make_scenes(tmp_path / "scenes", "mmseg")
+    root = make_scenes(tmp_path / "scenes", "splits")
     colors = np.full((256, 3), 7, dtype=np.uint8)
     colors[:3] = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    for file in root.glob("ann_dir/*/*.png"):
+    for file in root.glob("*/masks/*.png"):
         Image.fromarray(colors[np.asarray(Image.open(file))]).save(file)
     (tmp_path / "palette.txt").write_text("1 2 3 sky\n4 5 6 sea\n7 8 9 sand\n")
     out = segment(data_path=root, palette=tmp_path / "palette.txt", nb_classes=None, epochs=1)

@@ -61,12 +61,12 @@ def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify
         for kind, name in enumerate((10, 9, 8, 2, 1, 0)):
             shutil.copytree(labelled / split / f"kind{kind}", tmp_path / "grades" / split / str(name))
         names = [path.relative_to(tmp_path) for path in sorted(tmp_path.glob(f"grades/{split}/*/*"))]
-        (tmp_path / f"{split}.csv").write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+        (tmp_path / f"{split}.txt").write_text("".join(f"{name} {name.parent.name}\n" for name in names))
     classify(main_knn, data_path=tmp_path / "grades", **flags)
     assert len(re.findall(r"metric=kappa .* 0, 1, 10, 2, 8 .*`train_list`", capsys.readouterr().out)) == 1
     classify(main_knn, data_path=tmp_path / "grades", k=5, metric="accuracy")
     classify(
-        main_knn, data_path=tmp_path, **flags, **{f"{one}_list": tmp_path / f"{one}.csv" for one in ("train", "val")}
+        main_knn, data_path=tmp_path, **flags, **{f"{one}_list": tmp_path / f"{one}.txt" for one in ("train", "val")}
     )
     assert "--metric kappa" not in capsys.readouterr().out
 

@@ -146,10 +146,10 @@ def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
 
 def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call):
     """With a list of validation images only, these images would be training images, too."""
-    lists = {split: tmp_path / f"{split}.csv" for split in ("train", "val")}
+    lists = {split: tmp_path / f"{split}.txt" for split in ("train", "val")}
     for split, file in lists.items():
         names = sorted(labelled.glob(f"{split}/*/*"))
-        file.write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+        file.write_text("".join(f"{name} {name.parent.name}\n" for name in names))
     shutil.copytree(labelled / "train", tmp_path / "flat")
     packed = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "flat")
     knn = {**SMALL, "model": "vit_mini_patch4", "k": 1}

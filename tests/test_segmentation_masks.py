@@ -1,7 +1,9 @@
 """Images with masks: their sources, the values of masks, and masks that can't be used."""
 
+import contextlib
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,25 +48,29 @@ def test_indexed_gray_and_color_masks_have_the_same_values():
         assert torch.equal(masks.decode(data), torch.from_numpy(values))
 
 
-def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
-    """Optimizers of PNG files number colors in any order. The index 255 of VOC's masks is ignored, as by index."""
-    colors = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
-    of_colors = MaskFormat(3, colors=colors)
-    indices = [[0, 0, 1], [2, 1, 0]]
-    optimized = [channel for number in (2, 1, 0) for channel in colors[number]]
-    assert of_colors.decode(png(indices, "P", optimized)).tolist() == [[2, 2, 1], [0, 1, 2]]
-    assert THREE.decode(png(indices, "P", optimized)).tolist() == indices
-    voc = np.array([[0, 1, 20, 255]])
-    table = list(np.array(default_colors(256)).ravel())
+def test_the_indices_of_an_indexed_mask_are_the_classes():
+    """Optimizers of PNG files number colors in any order: with the colors of the palette at other indices, a mask is
+    refused. The index 255 of VOC's masks is ignored."""
+    colors, voc = [(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.array([[0, 1, 20, 255]])
+    table, optimized = list(np.array(default_colors(256)).ravel()), np.ravel(colors[::-1]).tolist()
     white_is_a_class = [*default_colors(20), (224, 224, 192)]  # the color of the index 255
-    for classes in (default_colors(21), [(9, 9, 9), (8, 8, 8), *default_colors(23)[4:]]):
-        assert MaskFormat(len(classes), colors=classes).decode(png(voc[:, :2], "P", table)).tolist() == [[0, 1]]
-    assert MaskFormat(21, colors=default_colors(21)).decode(png(voc, "P", table)).tolist() == voc.tolist()
-    assert MaskFormat(21, colors=white_is_a_class).decode(png(voc[:, [0, 1, 3]], "P", table)).tolist() == [[0, 1, 255]]
-    other = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    assert MaskFormat(3, colors=other).decode(png(indices, "P", optimized)).tolist() == indices
-    with pytest.raises(BadImage, match=r"palette .*index 2"):
-        MaskFormat(2, colors=[(255, 0, 0), (0, 255, 0)]).decode(png(indices, "P", optimized))
+    others = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    for masks, mask, palette, reads in (
+        (THREE, [[0, 1, 2]], optimized, True), (MaskFormat(3, colors=others), [[0, 1, 2]], optimized, True),
+        (MaskFormat(21, colors=default_colors(21)), voc, table, True),
+        (MaskFormat(21, colors=white_is_a_class), voc[:, [0, 1, 3]], table, True),
+        (MaskFormat(3, colors=colors), [[0, 1, 2]], optimized, False),
+        (MaskFormat(3, colors=colors), [[1]], optimized, True),
+        (MaskFormat(2, colors=colors[1:]), [[0, 1]], optimized, False),
+        (MaskFormat(3, True, colors), [[1, 2, 3]], [9, 9, 9, *np.ravel(colors).tolist()], True),
+        (MaskFormat(3, True, colors), [[0, 1]], np.ravel(colors).tolist(), False),  # 0 is no class
+    ):  # fmt: skip
+        data = png(mask, "P", palette)
+        if reads:
+            assert masks.decode(data).tolist() == MaskFormat(255, masks.reduce_zero_label).decode(png(mask)).tolist()
+        else:
+            with pytest.raises(BadImage, match=r"colors of the palette in another order .*RGB .*gray"):
+                masks.decode(data)
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "PPM"])
@@ -72,28 +78,20 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
     assert MaskFormat(2).decode(saved(Image.fromarray(np.array([[True, False]])), suffix)).tolist() == [[1, 0]]
 
 
-def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
-    """Pixels of a single such color are ignored."""
+def test_a_single_color_that_is_not_in_the_palette_is_ignored():
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
-    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
-        of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
-    with pytest.raises(BadImage, match=r"1 2 3, .*`palette`"):
-        of_colors.decode(png([[[200, 0, 0], [1, 2, 3], [4, 5, 6]]]))
-    assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
-    assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
+    for pixels, classes in (
+        ([[1, 2, 3], [1, 2, 3]], [255, 255]), ([[1, 2, 3], [200, 0, 0]], [255, 1]), ([[1, 2, 3], [4, 5, 6]], None),
+        ([[200, 0, 0], [1, 2, 3], [4, 5, 6]], None),
+    ):  # fmt: skip
+        with pytest.raises(BadImage, match=r"1 2 3, .*`palette`") if classes is None else contextlib.nullcontext():
+            assert of_colors.decode(png([pixels])).tolist() == [classes]
 
 
 def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
     assert decoded.dtype == torch.uint8
-    colors = [(0, 255, 0), (255, 0, 0), (0, 0, 255)]  # a program numbered red, green and blue in its own order
-    of_colors, optimized = MaskFormat(3, True, colors), [255, 0, 0, 0, 255, 0, 0, 0, 255]
-    for indices in ([[0, 1, 2]], [[0, 1]], [[0, 0]]):
-        expected = [[[1, 0, 2][index] for index in row] for row in indices]
-        assert of_colors.decode(png(indices, "P", optimized)).tolist() == expected
-    of_indices = [9, 9, 9, *np.ravel(colors).tolist()]  # 0 is no class
-    assert of_colors.decode(png([[0, 1, 3]], "P", of_indices)).tolist() == [[255, 0, 2]]
     with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: correct `nb_classes`"):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
@@ -114,9 +112,9 @@ def test_values_that_are_no_classes_are_errors(data, reason):
         THREE.decode(data)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["ade20k", "splits", "parts"])
 @pytest.mark.parametrize("packed", ["", "zip", "tar"])
-def test_layouts_of_known_datasets(tmp_path, layout, packed):
+def test_layouts(tmp_path, layout, packed):
     root = make_scenes(tmp_path / "scenes", layout)
     path = shutil.make_archive(str(root), packed, tmp_path, "scenes") if packed else str(root)
     folders, suffix = LAYOUTS[layout]
@@ -133,15 +131,15 @@ def test_layouts_of_known_datasets(tmp_path, layout, packed):
 
 
 def test_files_of_a_layout_that_are_not_used_are_named(tmp_path, caplog):
-    """Masks whose image is missing, and folders with other names. The images of a test set need no masks."""
+    """Masks whose image is missing, and folders with other names."""
     make_scenes(tmp_path)
     (tmp_path / "images/training/03.jpg").rename(tmp_path / "images/training/x3.jpeg.part")
     shutil.copytree(tmp_path / "images/validation", tmp_path / "images/test")
     shutil.copytree(tmp_path / "images/validation", tmp_path / "extra/validation")
     assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 11
     unused = [message for message in caplog.messages if "are not read" not in message]
-    assert [message[:2] for message in unused] == ["5 ", "1 "]
-    assert "extra/validation/00" in unused[0] and ": 03" in unused[1]
+    assert [message[:2] for message in unused] == ["10", "1 "]
+    assert "extra/validation/00" in unused[0] and "/03" in unused[1]
 
 
 def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
@@ -150,11 +148,12 @@ def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
     (tmp_path / "annotations/training").rename(tmp_path / "truth")
     rows = [f"photos/{n:02}.jpg,truth/{n:02}.png" for n in range(12)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
-    (tmp_path / "plain.csv").write_text("\n".join(rows))
+    swapped = [f"1,{mask},{image}" for image, mask in (row.split(",") for row in rows)]
+    (tmp_path / "others.csv").write_text("\n".join(["set,annotation,file", *swapped]))
     by_folder, *others = (open_pairs("train", CLASSES, THREE, **options) for options in (
         {"folders": [str(tmp_path / "photos"), str(tmp_path / "truth")]},
         {"data_path": str(tmp_path), "folders": ["photos", "truth"]},
-        {"file_list": str(tmp_path / "pairs.csv")}, {"file_list": str(tmp_path / "plain.csv")},
+        {"file_list": str(tmp_path / "pairs.csv")}, {"file_list": str(tmp_path / "others.csv")},
     ))  # fmt: skip
     for pairs in others:
         assert len(pairs) == 12
@@ -177,7 +176,7 @@ def test_voc_comes_from_torchvision(tmp_path):
                   for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask, *_ in train] == [20, 19]
-    assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
+    assert val.masks.name(val.indices[0, 1]).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0].item
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
 
@@ -229,7 +228,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(`train_list`\)$"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=folders)
     rows = [f"images/training/0{n}.jpg,annotations/training/0{n}.png" for n in (0, 1)]
-    (tmp_path / "list.csv").write_text("\n".join(rows))
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask", *rows]))
     listed = samples_of(open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / "list.csv")))
     with pytest.raises(BadImage, match=r"01.jpg: .*01.png: No such file or directory$"):
         listed[0, 1]
@@ -244,21 +243,41 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
         (tmp_path / folder).mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images/x.png")
     (tmp_path / "bad.csv").write_text("image,mask\nnone.jpg,none.png")
-    (tmp_path / "short.csv").write_text("a.jpg,b.png\nc.jpg,")
-    images, empty, *lists = (str(tmp_path / name) for name in ("images", "empty", "none.csv", "bad.csv", "short.csv"))
+    texts = {"short": "image,mask\na.jpg,b.png\nc.jpg,", "plain": "a.jpg,b.png", "one": "image\na.jpg"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    lists = [str(tmp_path / f"{name}.csv") for name in ("none", "bad", "short", "plain", "one")]
+    images, empty = str(tmp_path / "images"), str(tmp_path / "empty")
     for options, problem in (
         ({}, r"`data_path` is needed: .* \(or give `val_folders`, `val_list` or `dataset`\)"),
         ({"data_path": "none"}, "No such file or directory"),
-        ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
+        (
+            {"data_path": images},
+            r"no images for val in it \(looked for images/validation and annotations/validation, or",
+        ),
         ({"folders": ["a", "b"]}, "No such file or directory: 'a'"),
         ({"folders": [images, empty]}, "empty: there are no images in it"),
         ({"file_list": lists[0]}, "No such file or directory"),
         ({"file_list": lists[1]}, "its first file, .*none.jpg, does not exist"),
-        ({"file_list": lists[2]}, "1 of its 2 rows have an image and a mask, separated by a comma"),
+        ({"file_list": lists[2]}, r"1 of its 2 rows have an image and a mask; the header is image,mask"),
+        ({"file_list": lists[3]}, "needs a header"),
+        ({"file_list": lists[4]}, "0 of its 1 rows"),
         ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
     ):
         with pytest.raises((ValueError, OSError), match=problem):
             open_pairs("val", CLASSES, THREE, **options)
+
+
+def test_the_page_moves_the_folders_of_loveda_to_a_layout(tmp_path, monkeypatch):
+    make_scenes(tmp_path / "LOVEDA", "loveda")
+    with pytest.raises(ValueError, match="there are no images for train in it"):
+        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path / "LOVEDA"))
+    page = (Path(__file__).parents[1] / "docs/segmentation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(next(code for code in page.split("```python\n")[1:] if "LOVEDA" in code).partition("```")[0], {})
+    for split, folder, count in (("train", "Rural", 12), ("val", "Urban", 5)):
+        pairs = open_pairs(split, CLASSES, THREE, data_path=str(tmp_path / "LOVEDA"))
+        assert [pairs.name(0), len(pairs)] == [str(tmp_path / f"LOVEDA/{split}/images/{folder}/00.png"), count]
 
 
 def test_the_first_folder_with_the_name_of_a_split_counts(tmp_path):
@@ -287,15 +306,14 @@ def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
 
 
 def test_an_archive_of_one_split_and_a_list_beside_it(tmp_path):
-    make_scenes(tmp_path, "loveda")
-    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "Val")
-    pairs = open_pairs("val", CLASSES, THREE, data_path=archive)
-    assert [pairs.name(index) for index in range(5)] == [f"{archive}: Val/Urban/images_png/0{n}.png" for n in range(5)]
+    make_scenes(tmp_path, "parts")
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "val")
     with pytest.raises(ValueError, match="there are no images for train in it"):
         open_pairs("train", CLASSES, THREE, data_path=archive)
-    (tmp_path / "list.csv").write_text("Val/Urban/images_png/02.png,Val/Urban/masks_png/02.png")
+    pairs = open_pairs("val", CLASSES, THREE, data_path=archive)
+    (tmp_path / "list.csv").write_text("image,mask\nval/images/Urban/02.png,val/masks/Urban/02.png")
     listed = open_pairs("val", CLASSES, THREE, data_path=archive, file_list=str(tmp_path / "list.csv"))
-    assert listed[0][0] == pairs[2][0]
+    assert (pairs.name(2), pairs[2][0]) == (f"{archive}: val/images/Urban/02.png", listed[0][0])
 
 
 def test_an_image_and_its_mask_are_augmented_together(tmp_path):

@@ -269,10 +269,10 @@ def test_a_file_has_one_label(tune, folder, tmp_path):
 
 def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
     """They repeat images for training; the held-out images would be among them."""
-    names = [f"{path.relative_to(labelled)},{path.parent.name}\n" for path in sorted(labelled.glob("train/*/*"))]
+    names = [f"{path.relative_to(labelled)} {path.parent.name}\n" for path in sorted(labelled.glob("train/*/*"))]
     for name, rows in (("twice", names + names[:1]), ("once", names)):
-        (tmp_path / f"{name}.csv").write_text("".join(rows))
-    twice, once = ({"train_list": tmp_path / f"{name}.csv"} for name in ("twice", "once"))
+        (tmp_path / f"{name}.txt").write_text("".join(rows))
+    twice, once = ({"train_list": tmp_path / f"{name}.txt"} for name in ("twice", "once"))
     for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction=0.2"),
                               (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "--held_out 0.3")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):

@@ -7,7 +7,7 @@ import torchvision
 from conftest import ROOT
 from mains import lines
 from PIL import Image
-from test_sources import coco
+from test_sources import annotations_of
 
 import main_finetune
 import main_linprobe
@@ -22,7 +22,8 @@ def save(path):
 def test_fine_tuning_and_probing_on_inaturalist(classify, tmp_path):
     """Images of both splits are in the same folders. JSON files assign them to splits."""
     for split, numbers in (("train", range(18)), ("val", range(18, 24))):
-        document = coco([(n, f"Anas {'cba'[n]}") for n in range(3)], [number % 3 for number in numbers], numbers[0])
+        categories = [(n, f"Anas {'cba'[n]}") for n in range(3)]
+        document = annotations_of(categories, [number % 3 for number in numbers], numbers[0])
         (tmp_path / f"{split}2018.json").write_text(json.dumps(document))
         for number in numbers:
             save(tmp_path / f"train_val2018/Aves/{number}.jpg")

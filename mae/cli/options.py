@@ -104,7 +104,7 @@ def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
     """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
     entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
-    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist")
+    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of iNaturalist")
     add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
     add_to(group, "extras")
     add_to(group, "download", help="download a --dataset of torchvision to --data_path")
@@ -211,11 +211,11 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(
         parser, "data_path",
         help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
-        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
+        "train/images and train/masks; the same for validation",
     )  # fmt: skip
     add(parser, "train_folders", "val_folders")
     for name, what in (("train_list", "training"), ("val_list", "validation")):
-        add(parser, name, help=f"CSV file with a row `image,mask` for each {what} image")
+        add(parser, name, help=f"CSV file with the header `image,mask` and a row for each {what} image")
     add(
         parser, "dataset",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "

@@ -1,6 +1,9 @@
-"""The images of one tar or zip file, read in place with random access."""
+"""The images of one tar or zip file, read in place with random access.
 
-import contextlib
+The standard library lists the members. `Archive` reads their bytes itself: `zipfile` would parse the list again in each
+worker process, and needs twice the time for a small file.
+"""
+
 import logging
 import os
 import posixpath
@@ -11,8 +14,9 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +38,7 @@ from mae.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
 
-STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MAX_LINK = 4096  # bytes of the target of a link, the limit of Linux
+STORED, DEFLATED, UNREADABLE = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
 HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -44,12 +47,9 @@ HEADERS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 MAX_HEADER = 1 << 20  # bytes of long names and attributes in a tar file
-# Values of `method` for members that can't be read.
-ENCRYPTED, LOST = -1, -2
-PROBLEMS = {ENCRYPTED: "it is encrypted", LOST: "it is a link to a file that is not in the archive"}
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The position of a member: of its data in a tar file, of its header in a zip file."""
 
     start: int
@@ -86,9 +86,9 @@ class Archive:
             raise ValueError(f"data_path={path}: there are no images in it (looked for {KINDS})")
         self.path = str(path)
         self.names = Strings([name for name, _ in names])
-        self.places = np.array([members[member] for _, member in names], dtype=np.int64)
+        self.positions = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
-        self.file: tuple[int, int] | None = None  # process id and file descriptor
+        self.file: FileIO | None = None  # forked processes share it: a read at a position does not move its offset
         folder = _normal(names[0][1]).removesuffix(names[0][0])
         beside = [name for name in others if _normal(name).startswith(folder)]
         text = f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
@@ -97,10 +97,8 @@ class Archive:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __del__(self) -> None:
-        process, file = getattr(self, "file", None) or (0, 0)
-        if process == os.getpid():
-            os.close(file)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"file": None}
 
     def name(self, index: int) -> str:
         """Returns the paths of the archive and of the member."""
@@ -111,35 +109,45 @@ class Archive:
         return version_of(self.path)
 
     def __getitem__(self, index: int) -> Item:
-        return Item(self._read(Place(*self.places[index].tolist())), int(self.labels[index]))
+        return Item(self._read(Position(*self.positions[index].tolist())), int(self.labels[index]))
 
-    def _read(self, place: Place) -> bytes:
-        if self.file is None or self.file[0] != os.getpid():  # each process opens the file itself
-            self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
-        file = self.file[1]
-        if place.method not in (STORED, DEFLATED):
-            other = f"it is compressed with method {place.method}, and only deflate is supported"
-            raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
-        check_size(max(place.size, place.unpacked))
+    def _read(self, position: Position) -> bytes:
+        if position.method not in (STORED, DEFLATED):
+            raise BadImage(
+                "it is encrypted, compressed by another method than deflate, or a link to a file that is not in the "
+                "archive; pack the files again"
+            )
+        check_size(max(position.size, position.unpacked))
+        self.file = self.file or FileIO(self.path)
         if not self.is_zip:
-            return _read_at(file, place.start, place.size)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
-        data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
-        if place.method == DEFLATED:
-            with contextlib.suppress(zlib.error):  # then the checksum does not match
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
-        if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
+            return _read_at(self.file, position.start, position.size)
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(self.file, position.start, 30))
+        data = _read_at(self.file, position.start + 30 + name_length + extra_length, position.size)
+        try:
+            if position.method == DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, position.unpacked + 1)
+        except zlib.error:
+            signature = b""
+        if signature != b"PK\3\4" or zlib.crc32(data) != position.checksum:
             raise BadImage("the archive is damaged here: the checksum does not match")
         return data
 
 
-class BoundedTarInfo(tarfile.TarInfo):
-    """A header with checked sizes: not negative, and limited for names and attributes, which tarfile reads at once."""
+class StrictTarInfo(tarfile.TarInfo):
+    """A header of a tar file. A damaged one is an error: tarfile takes it for the end of the archive.
+
+    Sizes are not negative, and limited for long names and attributes, which tarfile reads at once.
+    """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedTarInfo":
-        """Like the method of tarfile; raises ReadError for an impossible size."""
-        header = super().frombuf(buf, encoding, errors)
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
+        """Like the method of tarfile; raises ReadError for a damaged header, and for a missing end of the archive."""
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if bytes(buf) == bytes(tarfile.BLOCKSIZE):  # the end of the archive
+                raise
+            raise tarfile.ReadError(str(error)) from error
         if header.size < 0 or (header.type in HEADERS and header.size > MAX_HEADER):
             raise tarfile.ReadError(f"a header states {header.size:,} bytes")
         return header
@@ -151,16 +159,16 @@ def check_size(size: int) -> None:
         raise BadImage(f"it has {size:,} bytes when unpacked, more than the limit of {MAX_BYTES:,}")
 
 
-def _read_at(file: int, start: int, size: int) -> bytes:
-    if start + size > os.fstat(file).st_size:  # checked before memory is allocated
+def _read_at(file: FileIO, start: int, size: int) -> bytes:
+    if start + size > os.fstat(file.fileno()).st_size:  # checked before memory is allocated
         raise BadImage("the archive ends within this member")
-    data = os.pread(file, size, start)
-    while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
+    data = os.pread(file.fileno(), size, start)
+    while len(data) < size and (more := os.pread(file.fileno(), size - len(data), start + len(data))):
         data += more
     return data
 
 
-def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
+def find_members(path: Path) -> tuple[bool, dict[str, Position], list[str]]:
     """Lists the images of an archive.
 
     Returns:
@@ -171,15 +179,22 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place], list[str]]:
         ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
     """
     try:
-        archive = tarfile.open(path, "r:", tarinfo=BoundedTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
+        archive = tarfile.open(path, "r:", tarinfo=StrictTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
     except tarfile.TarError:
-        return True, *_zip_members(path)
-    with archive:
-        return False, *_tar_members(archive, path)
+        positions = _zip_members(path)
+        is_zip = True
+    else:
+        with archive:
+            positions = _tar_members(archive, path)
+        is_zip = False
+    names = [name for name in positions if not is_ignored(name)]
+    images = {name: positions[name] for name in names if is_image(name)}
+    return is_zip, images, [name for name in names if not is_image(name)]
 
 
-def _tar_members(archive: tarfile.TarFile, path: Path) -> tuple[dict[str, Place], list[str]]:
-    places: dict[str, Place] = {}
+def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Position]:
+    """Returns the positions of the files, and of the targets of links. A link without a target can't be read."""
+    positions: dict[str, Position] = {}
     links: dict[str, str] = {}
     last = "the beginning"
     try:
@@ -187,71 +202,37 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> tuple[dict[str, Place]
             last = printable(member.name)
             if member.size < 0:
                 raise tarfile.ReadError(f"its size is {member.size}")
-            if member.issparse() and _is_image(member.name):
+            if member.issparse() and is_image(member.name):
                 raise ValueError(f"{path}: {last} is a sparse file (tar -S); pack the files again without -S")
             if member.isreg():
-                places[member.name] = Place(member.offset_data, member.size)
+                positions[member.name] = Position(member.offset_data, member.size)
             elif member.islnk():
                 links[member.name] = member.linkname
             elif member.issym():
                 links[member.name] = posixpath.join(posixpath.dirname(member.name), member.linkname)
-        with path.open("rb") as file:
-            file.seek(archive.offset)
-            ends_with_zeros = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged or truncated after {last}: {error}") from error
-    if not ends_with_zeros:  # tarfile takes an invalid header for the end of the archive
-        raise ValueError(f"{path} is damaged or truncated after {last}")
-    return _images_of(places, links), _others_of([*places, *links])
+    targets = {posixpath.normpath(name): position for name, position in positions.items()}
+    missing = Position(0, 0, UNREADABLE)
+    return positions | {name: targets.get(posixpath.normpath(target), missing) for name, target in links.items()}
 
 
-def _zip_members(path: Path) -> tuple[dict[str, Place], list[str]]:
-    others: list[str] = []
-    places: dict[str, Place] = {}
-    links: dict[str, str] = {}
+def _zip_members(path: Path) -> dict[str, Position]:
+    """Returns the positions of the files. Links can't be read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
-                if member.is_dir():
-                    continue
-                if not _is_image(name):
-                    others.append(name)
-                    continue
-                if stat.S_ISLNK(member.external_attr >> 16):
-                    links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))
-                    continue
-                method = ENCRYPTED if member.flag_bits & 1 else member.compress_type
-                # A damaged header may state any size, also one of more than 64 bits.
-                stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
-                places[name] = Place(member.header_offset, stored, method, unpacked, member.CRC)
+            members = [member for member in archive.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
         raise ValueError(f"{path} can't be read as an uncompressed tar file or a zip file: {error}") from error
-    return _images_of(places, links), _others_of(others)
-
-
-def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-    """The target of a link; an empty string if it can't be read."""
-    try:
-        return archive.read(member).decode() if member.file_size <= MAX_LINK else ""
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, zlib.error):
-        return ""
-
-
-def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Place]:
-    """The images, and the links to files. A broken link is an image that can't be read, as in a folder."""
-    normal = {posixpath.normpath(name): place for name, place in places.items()}
-    images = {name: place for name, place in places.items() if _is_image(name)}
-    lost = Place(0, 0, LOST)
-    return images | {n: normal.get(posixpath.normpath(links[n]), lost) for n in links if _is_image(n)}
-
-
-def _others_of(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not is_image(name) and not is_ignored(name)]
-
-
-def _is_image(name: str) -> bool:
-    return is_image(name) and not is_ignored(name)
+    positions: dict[str, Position] = {}
+    for member in members:
+        is_readable = not member.flag_bits & 1 and not stat.S_ISLNK(member.external_attr >> 16)  # nor encrypted
+        method = member.compress_type if is_readable else UNREADABLE
+        # A damaged header may state any size, also one of more than 64 bits.
+        stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
+        name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
+        positions[name] = Position(member.header_offset, stored, method, unpacked, member.CRC)
+    return positions
 
 
 def is_ignored(name: str) -> bool:

@@ -102,7 +102,7 @@ def all_facts(
         def report(name: str, error: Exception) -> None:
             unreadable.append(_unreadable(name, error))
 
-        for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
+        for _, name, data, label in islice(source.stream(0, 0, 1, report, passes=1), len(indices)):
             try:
                 yield image_facts(Item(data, label), in_chans, values)
             except Exception as error:

@@ -1,15 +1,17 @@
-"""Lists of image files: text, CSV, JSON, and the JSON format of COCO and iNaturalist."""
+"""Lists of image files: CSV with a header, JSON, text, and the annotations of iNaturalist."""
 
 import csv
+import io
 import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,17 +19,29 @@ from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
 from mae.data.sources import Files
 from mae.files.untrusted import open_file, printable
-from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+from mae.settings.choices import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 
 INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
 # Numbers as CSV files have them. float() also takes 1_5 for 15, and digits of other scripts.
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+SEPARATORS = re.compile(r"[|,/+&()\[\]{}]")  # characters other than ; that may separate labels
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
-MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
+MASK_COLUMNS = ("mask", "annotation")
+UNLABELED = ("", "nan", "-1")
+JSON_FORMS = (
+    '[PATH, ...], [[PATH, LABEL], ...], [{"path": PATH, "label": LABEL}, ...], or the annotations of iNaturalist'
+)
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError)  # of a wrong list
+
+
+class Table(NamedTuple):
+    """The rows of a list."""
+
+    paths: Sequence[str]
+    columns: Mapping[str, Sequence[str]]  # the other columns, as text
 
 
 def read_list(
@@ -39,51 +53,63 @@ def read_list(
     If all labels are integers as Python writes them, they are numbers, in this order. Otherwise all labels are names.
 
     Args:
-        path: the list, in one of these formats:
-            text: one path per line, optionally followed by whitespace and a label;
-            CSV: path and label, separated by commas, with or without a header of PATH_COLUMNS and LABEL_COLUMNS;
-            JSON: a list of paths, of [path, label], or of {"path": ..., "label": ...};
-            JSON of COCO and iNaturalist: images, annotations, categories.
+        path: the list. Its suffix determines the format:
+            .csv: a header with one of PATH_COLUMNS and, for labels, one of LABEL_COLUMNS;
+            .json: a list of PATH, of [PATH, LABEL], or of dicts with the keys of a CSV header; or the annotations of
+            iNaturalist 2017 to 2019 (images, annotations, categories);
+            others: lines PATH or PATH LABEL. Only a PATH with the suffix of an image may contain blanks.
         root: the folder that relative paths start from. Default: the folder of the list.
         flag: the flag of the list, for messages.
         task: what the labels mean, one of `choices.TASK_CHOICES`. None: labels are not read.
-        columns: the columns of CSV or keys of JSON with the labels.
-        extras: the columns or keys of extra inputs, numbers.
+        columns: the columns with the labels.
+        extras: the columns of extra inputs, numbers.
 
     Raises:
         ValueError: the list has another format, has labels for some of its files only, or different labels for a file.
         OSError: the list can't be read.
     """
-    text, suffix = _read_text(path), path.suffix.lower()
-    try:
-        if "\0" in text:
-            raise ValueError("it contains a zero byte")
-        document: Any = json.loads(text) if suffix == ".json" else text
-        if task is None:
-            names, classes = _read_names(suffix, document), list[str]()
-            numbers = np.full(len(names), -1)
-        elif task == CLASSIFICATION and not columns:
-            names, classes, numbers = _read_rows(suffix, document)
+    origin = f"{flag} {path}"
+    with _named(origin):
+        document = _read(path)
+        table = PARSERS.get(path.suffix.lower(), _text_table)(document)
+        if not table.paths or not all(table.paths):
+            raise ValueError("a row has no path" if table.paths else "the list is empty")
+        if task == CLASSIFICATION and isinstance(document, dict):
+            classes, labels = _categories(**document)
         else:
-            names, titles, cells = _read_cells(suffix, document, columns)
-            classes, numbers = _targets(names, titles, cells, task)
-        if not names:
-            raise ValueError("the list is empty")
-        inputs = _extras(suffix, document, extras) if extras else {}
-        if task != REGRESSION and (repeated := len(names) - len({*names})):  # an image may be measured several times
-            _require_one_label(names, numbers, inputs)
-            if task is None and not inputs:
-                logger.warning(
-                    f"{flag} {path}: {repeated:,} of its {len(names):,} rows repeat a file, which is then read more "
-                    f"often than others"
-                )
+            classes, labels = _labels_of(table, task, columns)
+        inputs = _extras(table, extras) if extras else {}
+        if task != REGRESSION:  # an image may be measured several times
+            _check_repeated(origin, table.paths, labels, inputs, task)
         has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
-        files = Files(root or path.parent, names, classes, numbers, inputs, has_ids)
-    except UNREADABLE as error:
-        raise _of_list(flag, path, error) from error
-    require_first(f"{flag} {path}", files.path(0))
-    _warn_of_names(f"{flag} {path}", classes, task)
+        files = Files(root or path.parent, table.paths, classes, labels, inputs, has_ids)
+    require_first(origin, files.path(0))
+    _warn_of_names(origin, classes, task)
     return files
+
+
+def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
+    """Reads a CSV file of images and masks, with the header `image,mask` and a row for each pair.
+
+    Args:
+        flag: the flag of the list, for messages.
+
+    Returns:
+        The paths of the images and of the masks.
+
+    Raises:
+        ValueError: the file is empty, or has a row without an image or a mask.
+        OSError: the file can't be read.
+    """
+    with _named(f"{flag} {path}"):
+        images, columns = _csv_table(_read(path))
+        masks = columns.get(_find(columns, MASK_COLUMNS) or "", [""] * len(images))
+        pairs = [pair for pair in zip(images, masks, strict=True) if all(pair)]
+        if not images or len(pairs) < len(images):
+            raise ValueError(
+                f"{len(pairs)} of its {len(images)} rows have an image and a mask; the header is image,mask"
+            )
+    return list(images), list(masks)
 
 
 def require_first(origin: str, file: str) -> None:
@@ -99,263 +125,66 @@ def require_first(origin: str, file: str) -> None:
         )
 
 
-def _of_list(flag: str, path: Path, error: Exception) -> ValueError:
-    """Returns the error about a list that can't be read."""
-    reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-    return ValueError(f"{flag} {path}: {reason}")
-
-
-def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
-    """Reads a CSV file of images and masks: a row `image,mask` for each pair, with or without a header.
-
-    Args:
-        flag: the flag of the list, for messages.
-
-    Returns:
-        The paths of the images and of the masks.
-
-    Raises:
-        ValueError: the file is empty, or has a row without a mask.
-        OSError: the file can't be read.
-    """
-    text = _read_text(path)
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Puts the flag and the path of a list in front of an error about its content."""
     try:
-        rows = _csv_rows(text, MASK_COLUMNS)
-        pairs = [(image, mask) for image, mask in rows if mask]
-        if not rows or len(pairs) < len(rows) or "\0" in text:
-            raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask, separated by a comma")
+        yield
     except UNREADABLE as error:
-        raise _of_list(flag, path, error) from error
-    return [image for image, _ in pairs], [mask for _, mask in pairs]
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{origin}: {reason}") from error
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path) -> Any:
+    """Returns the text of a list, or its JSON document."""
     with open_file(path) as file:
-        return os.fsdecode(file.read()).removeprefix("\ufeff")
+        text = os.fsdecode(file.read()).removeprefix("\ufeff")
+    if "\0" in text:
+        raise ValueError("it contains a zero byte")
+    return json.loads(text) if path.suffix.lower() == ".json" else text
 
 
-Row = tuple[str, str | None]
-
-
-def _read_rows(suffix: str, document: Any) -> tuple[list[str], list[str], np.ndarray]:
-    """Parses a list: paths, classes, and labels, which are indices into the classes."""
-    if isinstance(document, dict) and "images" in document:
-        return _read_annotations(document)
-    rows = PARSERS.get(suffix, _text_rows)(document)
-    labels = [label for _, label in rows if label not in (None, "", "-1")]
-    if 0 < len(labels) < len(rows):
-        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label; an empty label and -1 are none")
-    return [name for name, _ in rows], *number_labels(labels, len(rows))
-
-
-def _read_names(suffix: str, document: Any) -> list[str]:
-    """Parses a list: paths without labels."""
-    if isinstance(document, dict) and "images" in document:
-        return _files_of_annotations(document)
-    rows = PARSERS[suffix](document, ()) if suffix in PARSERS else _text_rows(document)
-    return [name for name, _ in rows]
-
-
-def _files_of_annotations(document: dict[str, Any]) -> list[str]:
-    return [image["file_name"] for image in document["images"]]
-
-
-def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
-    """Parses the format of COCO. All categories are classes, also those without images, in the order of their ids.
-
-    Images with several categories or without an annotation, as for detection, have no labels.
-    """
-    paths = _files_of_annotations(document)
-    if not document.get("annotations"):  # a test set
-        return paths, [], np.full(len(paths), -1)
-    categories = sorted(document["categories"], key=lambda category: category["id"])
-    number_of = {category["id"]: number for number, category in enumerate(categories)}
-    classes = [str(category.get("name", category["id"])) for category in categories]
-    if len(set(classes)) < len(classes):
-        classes = [f"{category['id']} {name}" for category, name in zip(categories, classes, strict=True)]
-    label_of: dict[Any, int] = {}
-    for annotation in document["annotations"]:
-        number = number_of[annotation["category_id"]]
-        if label_of.setdefault(annotation["image_id"], number) != number:
-            return _unlabeled(paths, f"image {annotation['image_id']} has several categories")
-    unlabeled = sum(image["id"] not in label_of for image in document["images"])
-    if unlabeled:
-        return _unlabeled(paths, f"{unlabeled} of {len(paths)} images have no annotation")
-    return (
-        paths,
-        [printable(name) for name in classes],
-        np.array([label_of[image["id"]] for image in document["images"]]),
-    )
-
-
-def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.ndarray]:
-    logger.warning(f"the annotations are not used as labels, because {reason}")
-    return paths, [], np.full(len(paths), -1)
-
-
-def _extras(suffix: str, document: Any, columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns the extra inputs (n,) of a list by name."""
-    for name in columns:
-        extra_inputs.check_name(name)
-    names, _, cells = _read_cells(suffix, document, columns, "`extras`")
-    values = np.array([[_value_of(cell, REGRESSION, False) for cell in row] for row in cells])
-    with np.errstate(invalid="ignore", over="ignore"):
-        wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
-    for row, column in np.argwhere(wrong)[:1]:
-        cell = printable(cells[row][column]) or "empty"
-        raise ValueError(
-            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; `extras` are finite numbers in "
-            f"fp32, whose integers are exact up to 16,777,216"
-        )
-    return dict(zip(columns, values.T.astype("f4"), strict=True))
-
-
-def _require_one_label(names: Sequence[str], labels: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if a file has several labels with the same extra inputs."""
-    label_of: dict[tuple, Any] = {}
-    for sample, label in zip(zip(names, *inputs.values(), strict=True), labels.tolist(), strict=True):
-        if label_of.setdefault(sample, label) != label:
-            raise ValueError(
-                f"{printable(sample[0])} is in several rows with different labels; give it one row (task=multilabel "
-                f"takes a;b as two classes)"
-            )
-
-
-def _read_cells(
-    suffix: str, document: Any, columns: Sequence[str] | None, flag: str = "`label_columns`"
-) -> tuple[list[str], list[str], list[list[str]]]:
-    """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
-    if not columns:
-        rows = PARSERS.get(suffix, _text_rows)(document)
-        if any(label is None for _, label in rows):
-            raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
-        return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
-    if suffix == ".csv":
-        lines = _csv_lines(document)
-        if twice := {title for title in lines[0] if lines[0].count(title) > 1} & {*columns}:
-            raise ValueError(f"two columns have the name {printable(min(twice))}; rename one")
-        _require_cells(lines)
-        entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=True)) for row in lines[1:]]
-    elif isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
-        entries = [{key: _text_of(value) for key, value in entry.items()} for entry in document]
-    else:  # no columns
-        entries = []
-    titles = list(entries[0]) if entries else []
-    if missing := [name for name in columns if name not in titles]:
-        found = printable(", ".join(titles)) or "no header"
-        raise ValueError(f"it has no column {printable(missing[0])} for {flag}, but {found}")
-    path = next((title for name in PATH_COLUMNS for title in titles if _plain(title) == name), None)
-    if path is None:
-        raise ValueError(f"it has no column of paths; give it the name {' or '.join(PATH_COLUMNS)}")
-    return [entry[path] for entry in entries], [*columns], [[entry.get(c, "") for c in columns] for entry in entries]
-
-
-def _targets(
-    names: Sequence[str], titles: Sequence[str], cells: Sequence[Sequence[str]], task: str
-) -> tuple[list[str], np.ndarray]:
-    """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
-    if task == CLASSIFICATION and len(titles) > 1:
-        raise ValueError(f"task=classification has one label column; give one of {', '.join(titles)}")
-    has_names = task == CLASSIFICATION or (
-        task == MULTILABEL and len(titles) == 1 and _are_names([row[0] for row in cells])
-    )
-    values = [[_value_of(cell, task, has_names) for cell in row] for row in cells]
-    for row, column in np.argwhere(np.isnan(values)):
-        kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"
-        cell = printable(cells[row][column]) or "empty"
-        raise ValueError(
-            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; task={task} needs {kind}"
-        )
-    if task == CLASSIFICATION:
-        return number_labels([row[0] for row in cells], len(names))
-    if not has_names:
-        return [printable(title) for title in titles], np.array(values)
-    _require_semicolons([row[0] for row in cells])
-    several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
-    classes = sorted(set().union(*several))
-    return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
-
-
-def _are_names(cells: Sequence[str]) -> bool:
-    """Whether the cells of a column are names of classes, such as a;b. Beside 0 and 1, other cells are mistakes."""
-    are_numbers = [not np.isnan(_value_of(cell, MULTILABEL, False)) for cell in cells]
-    return not all(are_numbers) and (not any(are_numbers) or any(";" in cell for cell in cells))
-
-
-def _value_of(cell: str, task: str, is_name: bool) -> float:
-    """Returns the number in a cell, 0 for a name; NaN if the cell is wrong."""
-    if is_name:
-        return np.nan if cell.lower() == "nan" or (not cell and task == CLASSIFICATION) else 0.0
-    if not DECIMAL.fullmatch(cell.strip()):
-        return np.nan
-    value = float(cell)
-    return value if np.isfinite(value) and (task != MULTILABEL or value in (0, 1)) else np.nan
-
-
-def _plain(title: str) -> str:
-    return re.sub(r"[\s_-]", "", title).lower()
-
-
-def _text_rows(text: str) -> list[Row]:
-    """Parses text. A line without whitespace, or with the suffix of an image file, is a path.
-
-    In any other line, the text after the last tab, or else after the last whitespace, is the label.
-    """
-    rows: list[Row] = []
+def _text_table(text: str) -> Table:
+    """Parses lines PATH or PATH LABEL."""
+    paths, labels = [], []
     for line in filter(None, map(str.strip, text.splitlines())):
-        if line.lower().endswith(SUFFIXES) or len(line.split()) == 1:
-            rows.append((line, None))
-        else:
-            path, label = line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1)
-            rows.append((path.strip(), label.strip()))
-    return rows
-
-
-def _csv_lines(text: str) -> list[list[str]]:
-    return [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
-
-
-def _require_cells(lines: list[list[str]]) -> None:
-    """Raises ValueError if a row has more or fewer cells than the header: its cells would be of other columns."""
-    for row in lines:
-        if len(row) != len(lines[0]):
+        parts = [line] if line.lower().endswith(SUFFIXES) else line.rsplit(maxsplit=1)
+        if not parts[0].lower().endswith(SUFFIXES) and len(parts[0].split()) > 1:
             raise ValueError(
-                f"the row of {printable(row[0])} and the header have {len(row)} and {len(lines[0])} cells; correct the "
+                f"the line {printable(line)[:80]!r} is neither PATH nor PATH LABEL; labels with blanks need a CSV file "
+                f"with the header path,label"
+            )
+        paths.append(parts[0])
+        labels.append(parts[1] if len(parts) > 1 else "")
+    return Table(paths, {"label": labels} if any(labels) else {})
+
+
+def _csv_table(text: str) -> Table:
+    """Parses CSV with a header."""
+    lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text))]
+    header, *rows = [row for row in lines if any(row)] or [["path"]]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"the row of {printable(row[0])} and the header have {len(row)} and {len(header)} cells; correct the "
                 f"row, with quotes around a text that contains a comma"
             )
+    return _with_paths(header, list(zip(*rows, strict=True)) or [()] * len(header))
 
 
-def _column_of(header: Sequence[str], names: Sequence[str]) -> int:
-    """Returns the index of a column, by the first of `names` that is in the header; else the length of the header.
+def _json_table(document: Any) -> Table:
+    """Parses a JSON list; of the annotations of iNaturalist, the paths."""
+    if isinstance(document, dict) and "images" in document:
+        return Table([image["file_name"] for image in document["images"]], {})
+    if not isinstance(document, list) or not all(isinstance(entry, str | list | dict) for entry in document):
+        raise ValueError(f"it is none of {JSON_FORMS}")
+    pairs = [[entry, None] if isinstance(entry, str) else entry for entry in document]
+    rows = [dict(zip(("path", "label"), row, strict=True)) if isinstance(row, list) else row for row in pairs]
+    titles = list(dict.fromkeys(title for row in rows for title in row)) or ["path"]
+    return _with_paths(titles, [[_text_of(row.get(title)) for row in rows] for title in titles])
 
-    Warns if other columns have one of the names, too.
-    """
-    columns = [column for name in names for column, title in enumerate(header) if title == name]
-    if len(columns) > 1:
-        used, *others = (header[column] for column in columns)
-        remedy = "; give label_columns=NAME to read another" if names == LABEL_COLUMNS else ""
-        logger.warning(f"the list has the columns {used} and {', '.join(others)}, and {used} is read{remedy}")
-    return columns[0] if columns else len(header)
 
-
-def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
-    """Parses CSV. Without `label_columns`, no labels are read from a list with a header."""
-    lines = _csv_lines(text)
-    header = [_plain(cell) for cell in lines[0]] if lines else []
-    path, label = 0, 1
-    if any(name in header for name in PATH_COLUMNS):
-        path, label = _column_of(header, PATH_COLUMNS), _column_of(header, label_columns)
-        if label_columns and label == len(header) > 1:
-            others = ", ".join(cell.strip() for number, cell in enumerate(lines[0]) if number != path)
-            logger.warning(
-                f"the CSV file has no labels: none of its columns {printable(others)} is named "
-                f"{' or '.join(label_columns)}"
-            )
-        _require_cells(lines)
-        lines = lines[1:]
-    elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
-        return _text_rows("\n".join(row[0] for row in lines))
-    return [(row[path].strip(), row[label].strip() if len(row) > label else None) for row in lines]
+PARSERS: dict[str, Callable[[Any], Table]] = {".csv": _csv_table, ".json": _json_table}  # by suffix; else text
 
 
 def _text_of(value: Any) -> str:
@@ -363,31 +192,169 @@ def _text_of(value: Any) -> str:
     return "" if value is None else ";".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _json_rows(entries: Any, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
-    """Parses JSON. Without `label_columns`, labels of dictionaries are not read."""
+def _with_paths(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
+    """Separates the column of paths from the others."""
+    title, (repeated, count) = _find(titles, PATH_COLUMNS), Counter(filter(None, titles)).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"two columns have the name {printable(repeated)}; rename one")
+    if title is None:
+        raise ValueError(
+            f"none of its columns {printable(', '.join(titles))[:80]} has the name {' or '.join(PATH_COLUMNS)}: CSV "
+            f"needs a header, such as path,label, and lines PATH LABEL need the suffix .txt"
+        )
+    others = dict(zip(titles, columns, strict=True))
+    return Table(others.pop(title), others)
 
-    def row(entry: Any) -> Row:
-        if isinstance(entry, str):
-            return entry, None
-        if isinstance(entry, dict):
-            keys = {_plain(key): key for key in entry}
-            path, label = (next((entry[keys[name]] for name in names if name in keys), None)
-                           for names in (PATH_COLUMNS, label_columns))  # fmt: skip
-        else:
-            path, label = [*entry, None][:2]
-        if not isinstance(path, str):
+
+def _find(titles: Iterable[str], names: Sequence[str]) -> str | None:
+    """Returns the column with the first of `names`. Warns if other columns have one of the names, too."""
+    plain = {title: re.sub(r"[\s_-]", "", title).lower() for title in titles}
+    found = [title for name in names for title in plain if plain[title] == name]
+    if len(found) > 1:
+        used, others = printable(found[0]), printable(", ".join(found[1:]))
+        remedy = "; give label_columns=NAME to read another" if names == LABEL_COLUMNS else ""
+        logger.warning(f"the list has the columns {used} and {others}, and {used} is read{remedy}")
+    return found[0] if found else None
+
+
+def _cells(table: Table, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
+    """Returns the cells of some columns, row by row."""
+    if missing := [name for name in columns if name not in table.columns]:
+        found = printable(", ".join(["path", *table.columns]))
+        raise ValueError(f"it has no column {printable(missing[0])} for {flag}, but {found}")
+    return list(zip(*(table.columns[name] for name in columns), strict=True))
+
+
+def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
+    """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
+    unlabeled: tuple[list[str], np.ndarray] = [], np.full(len(table.paths), -1)
+    if task is None:
+        return unlabeled
+    if not columns:
+        title = _find(table.columns, LABEL_COLUMNS)
+        if title is None and task == CLASSIFICATION:
+            if table.columns:
+                found = printable(", ".join(table.columns))
+                logger.warning(f"the list has no labels: none of its columns {found} is {' or '.join(LABEL_COLUMNS)}")
+            return unlabeled
+        if title is None:
+            raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
+        table, columns = Table(table.paths, {"label": table.columns[title]}), ["label"]
+    cells = _cells(table, columns, "`label_columns`")
+    if task == CLASSIFICATION and len(columns) > 1:
+        raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
+    if task == CLASSIFICATION:
+        labels = [cell for (cell,) in cells if cell.lower() not in UNLABELED]
+        if 0 < len(labels) < len(cells):
             raise ValueError(
-                f"an entry has no text with the key {' or '.join(PATH_COLUMNS)}: {printable(str(entry))[:80]}"
+                f"only {len(labels)} of its {len(cells)} files have a label; an empty label, nan and -1 are none"
             )
-        return path, None if label is None else _text_of(label)
+        return number_labels(labels, len(cells))
+    names = [printable(name) for name in columns]
+    if task == REGRESSION:
+        return names, _numbers(table, columns, cells, np.isfinite, "task=regression needs a finite number")
+    if len(columns) == 1 and _are_names([cell for (cell,) in cells]):
+        return _tags([cell for (cell,) in cells])
+    return names, _numbers(
+        table, columns, cells, lambda values: np.isin(values, (0, 1)), "task=multilabel needs 0 or 1"
+    )
 
-    if entries and isinstance(entries[0], dict):
-        for names in (PATH_COLUMNS, label_columns):
-            _column_of([_plain(key) for key in entries[0]], names)  # says which of several is read
-    return [row(entry) for entry in entries]
+
+def _numbers(
+    table: Table, columns: Sequence[str], cells: list[tuple[str, ...]], are_valid: Callable[[np.ndarray], np.ndarray],
+    rule: str,
+) -> np.ndarray:  # fmt: skip
+    """Returns the numbers in some columns (n, C).
+
+    Args:
+        are_valid: whether numbers are valid, NaN if the cell is no number.
+        rule: what the numbers must be, for the error.
+    """
+    values = np.array([[float(cell) if DECIMAL.fullmatch(cell) else np.nan for cell in row] for row in cells])
+    for row, column in np.argwhere(~are_valid(values))[:1]:
+        name, path, cell = (printable(text) for text in (columns[column], table.paths[row], cells[row][column]))
+        raise ValueError(f"the {name} of {path} is {cell or 'empty'}; {rule}")
+    return values
 
 
-PARSERS: dict[str, Callable[..., list[Row]]] = {".json": _json_rows, ".csv": _csv_rows}  # by suffix; else text
+def _extras(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the extra inputs (n,) of a list by name."""
+
+    def are_exact(values: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.isfinite(values) & ((values % 1 != 0) | (values.astype("f4") == values))
+
+    for name in columns:
+        extra_inputs.check_name(name)
+    rule = "`extras` are finite numbers in fp32, whose integers are exact up to 16,777,216"
+    values = _numbers(table, columns, _cells(table, columns, "`extras`"), are_exact, rule)
+    return dict(zip(columns, values.T.astype("f4"), strict=True))
+
+
+def _are_names(cells: Sequence[str]) -> bool:
+    """Whether the cells of a column are names of classes, such as a;b. Beside 0 and 1, other cells are mistakes."""
+    are_numbers = [bool(DECIMAL.fullmatch(cell)) and float(cell) in (0, 1) for cell in cells]
+    return not all(are_numbers) and (not any(are_numbers) or any(";" in cell for cell in cells))
+
+
+def _tags(cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Returns the classes in the cells of a column, such as a;b, and the labels (n, C), 0 or 1.
+
+    Raises:
+        ValueError: another character may separate labels: each combination would be a class.
+    """
+    has_several = any(";" in cell for cell in cells)
+    if wrong := [cell for cell in cells if cell.lower() == "nan" or (not has_several and SEPARATORS.search(cell))]:
+        raise ValueError(
+            f"the label {printable(wrong[0])} may be several labels or none: separate labels by ;, and end a single "
+            f"label that contains this text with ;"
+        )
+    rows = [{part.strip() for part in cell.split(";")} - {""} for cell in cells]
+    classes = sorted(set().union(*rows))
+    return [printable(name) for name in classes], np.array([[name in row for name in classes] for row in rows])
+
+
+def _categories(
+    images: list[dict], annotations: Sequence[dict] = (), categories: Sequence[dict] = (), **_: Any
+) -> tuple[list[str], np.ndarray]:
+    """Returns the classes of iNaturalist's annotations, also those without images, by their ids, and the labels (n,).
+
+    Raises:
+        ValueError: an image has several categories or none, as in annotations for detection.
+    """
+    if not annotations:  # a test set
+        return [], np.full(len(images), -1)
+    ordered = sorted(categories, key=lambda category: category["id"])
+    classes = [str(category.get("name", category["id"])) for category in ordered]
+    if len(set(classes)) < len(classes):
+        classes = [f"{category['id']} {name}" for category, name in zip(ordered, classes, strict=True)]
+    number_of = {category["id"]: number for number, category in enumerate(ordered)}
+    pairs = {(annotation["image_id"], number_of[annotation["category_id"]]) for annotation in annotations}
+    label_of = dict(pairs)
+    if len(pairs) > len(label_of) or not label_of.keys() >= {image["id"] for image in images}:
+        raise ValueError("an image has several categories or none: only annotations as of iNaturalist are labels")
+    return [printable(name) for name in classes], np.array([label_of[image["id"]] for image in images])
+
+
+def _check_repeated(
+    origin: str, paths: Sequence[str], labels: np.ndarray, inputs: Mapping[str, np.ndarray], task: str | None
+) -> None:
+    """Raises ValueError if a file has several labels with the same extra inputs. Pre-training logs a warning."""
+    repeated = len(paths) - len({*paths})
+    if not repeated:
+        return
+    label_of: dict[tuple, Any] = {}
+    for sample, label in zip(zip(paths, *inputs.values(), strict=True), labels.tolist(), strict=True):
+        if label_of.setdefault(sample, label) != label:
+            raise ValueError(
+                f"{printable(sample[0])} is in several rows with different labels; give it one row (task=multilabel "
+                f"takes a;b as two classes)"
+            )
+    if task is None and not inputs:
+        logger.warning(
+            f"{origin}: {repeated:,} of its {len(paths):,} rows repeat a file, which is then read more often than "
+            f"others"
+        )
 
 
 def are_ids(classes: Sequence[str]) -> bool:
@@ -404,46 +371,18 @@ def number_labels(labels: Sequence[str], count: int) -> tuple[list[str], np.ndar
     if words == {"nan"}:
         raise ValueError("a label is nan, and the others are numbers: every file needs a label")
     names = sorted(texts) if words else sorted(texts, key=lambda text: (Decimal(text), text))
-    if all(map(INTEGER.fullmatch, names)) and names[0].startswith("-"):
+    if are_ids(names) and names[0].startswith("-"):
         raise ValueError(f"labels that are numbers are 0 or larger, and one is {names[0]}")
     number_of = {name: number for number, name in enumerate(names)}
     return [printable(name) for name in names], np.array([number_of[label] for label in labels])
 
 
-def _separator_of(labels: Collection[str], separators: str) -> str:
-    """Returns the separator that joins several labels: a part of a label is in another label, too. "" if there is none.
-
-    A vertical bar separates in any case.
-    """
-    for separator in separators:
-        parts = [{part.strip() for part in label.split(separator)} for label in {*labels}]
-        counts = Counter(part for own in parts for part in own)
-        if any(len(own) > 1 and (separator == "|" or max(counts[part] for part in own) > 1) for own in parts):
-            return separator
-    return ""
-
-
-def _require_semicolons(texts: Sequence[str]) -> None:
-    """Raises ValueError if other characters than semicolons separate labels, as each combination would be a class."""
-    if any(";" in text for text in texts):
-        return
-    several = [text for text in texts if text[:1] + text[-1:] in ("[]", "()", "{}")]
-    if not several and (separator := _separator_of(texts, "|,/+&")):
-        several = [text for text in texts if separator in text]
-    if several:
-        raise ValueError(
-            f"the label {printable(several[0])} has several labels: separate labels by ;, and end a single label that "
-            f"contains this text with ;"
-        )
-
-
 def _warn_of_names(origin: str, classes: Sequence[str], task: str | None) -> None:
     """Logs a warning if names of classes are combinations of labels, or spellings of one number: 1, 001 and 1.0."""
-    if task == CLASSIFICATION and (separator := _separator_of(classes, ";|")):
-        label = next(name for name in classes if separator in name)
+    if task == CLASSIFICATION and (joined := [name for name in classes if ";" in name or "|" in name]):
         logger.warning(
-            f"{origin}: each text, such as {label!r}, is one class; if it has several labels, task=multilabel takes "
-            f"them separated by ;"
+            f"{origin}: each text, such as {joined[0]!r}, is one class; if it has several labels, task=multilabel "
+            f"takes them separated by ;"
         )
     spellings: dict[Decimal, list[str]] = {}
     for name in filter(DECIMAL.fullmatch, classes):

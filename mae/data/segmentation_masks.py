@@ -1,11 +1,11 @@
-"""Images with segmentation masks: pairs of files in a folder, an archive, two folders or a CSV file, and VOC.
+"""Images with segmentation masks: a folder or archive of two layouts, two folders, a CSV file, VOC, a dataset object.
 
 A mask is an image with one value per pixel: the index of a class, or IGNORED.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,11 +35,12 @@ JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
 MOST_CLASSES = 255
 MASKS_READ = 200  # in search of a second class
 RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
-# Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
-IMAGE_FOLDERS = ("images", "img_dir", "images_png")
-MASK_FOLDERS = ("annotations", "ann_dir", "masks_png", "masks", "labels")
-LAYOUT = "images/training and annotations/training, or train/images and train/masks"
+# The folders of images and masks of each split.
+LAYOUTS = {
+    "train": (("images/training", "annotations/training"), ("train/images", "train/masks")),
+    "val": (("images/validation", "annotations/validation"), ("val/images", "val/masks")),
+}
+FOLDERS = tuple(f"/{folder}/" for layouts in LAYOUTS.values() for layout in layouts for folder in layout)
 
 Color = tuple[int, int, int]
 VOC = (
@@ -93,8 +94,6 @@ def default_colors(count: int) -> list[Color]:
 class MaskFormat:
     """Decodes masks: indexed and gray images of 8 bits, and color images with the colors of a palette.
 
-    With a palette, an indexed image that has the colors of the palette in a different order is a color image.
-
     Args:
         num_classes: number of classes.
         reduce_zero_label: the value 0 is ignored, and the classes start at 1.
@@ -136,7 +135,7 @@ class MaskFormat:
         if self.reduce_zero_label:
             values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
         if self.colors and not isinstance(picture, Tensor) and picture.mode == "P":
-            values = self._of_palette(picture, np.asarray(picture), values)
+            self._require_order(picture)
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
@@ -165,28 +164,21 @@ class MaskFormat:
             raise BadImage(f"several of its colors, such as {color}, are not in the palette: correct `palette`")
         return torch.from_numpy(classes)
 
-    def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Returns the classes of an indexed image by color, or `values` if its indices are the classes.
+    def _require_order(self, picture: Image.Image) -> None:
+        """Raises BadImage if an indexed image has colors of the palette at other indices than those of the classes.
 
         Programs that optimize color images number their colors in any order.
         """
-        own = np.array(picture.getpalette()).reshape(-1, 3)
-        of_index = np.full(256, IGNORED, dtype=np.uint8)
-        of_index[: len(own)] = self._class_of_color[own @ RGB_WEIGHTS]
-        classes = of_index[indices]
-        used = indices != IGNORED
-        if self.reduce_zero_label:
-            used &= (indices != 0) | (classes != IGNORED)  # an index 0 with the color of a class is this class
-        known = classes[used] != IGNORED
-        if not known.any() or (classes[used] == values[used]).all():
-            return values
-        if known.all():
-            return classes
-        index = indices[used][~known][0]
-        raise BadImage(
-            f"it is an indexed image, and only some of its colors are in the palette (that of index {index} is not): "
-            f"correct `palette`, or save it as RGB if its colors are the classes, as gray if its indices are"
-        )
+        colors = np.array(picture.getpalette()).reshape(-1, 3) @ RGB_WEIGHTS
+        indices = np.flatnonzero(np.bincount(np.asarray(picture).ravel())[: len(colors)])
+        classes = self._class_of_color[colors[indices]]
+        wrong = (indices != IGNORED) & (classes != IGNORED) & (classes != indices - self.reduce_zero_label)
+        if wrong.any():
+            raise BadImage(
+                f"it is an indexed image with the colors of the palette in another order (that of index "
+                f"{indices[wrong][0]} is class {classes[wrong][0]}): save it as RGB if its colors are the classes, as "
+                f"gray if its indices are"
+            )
 
 
 def _bytes_of(mask: Any) -> np.ndarray:
@@ -234,30 +226,31 @@ def as_mask(classes: Tensor) -> Tensor:
     return tv_tensors.Mask(classes)
 
 
+@dataclass(frozen=True)
 class Pairs:
     """Images and their masks, of one source or two.
 
     Args:
         images: the images.
         masks: the masks.
-        places: (n, 2), the indices of each pair in `images` and `masks`.
+        indices: (n, 2), the indices of each pair in `images` and `masks`.
         classes: names of the classes.
         mask_format: decodes the masks.
     """
 
-    def __init__(
-        self, images: Files | Archive, masks: Files | Archive, places: np.ndarray, classes: list[str],
-        mask_format: MaskFormat,
-    ) -> None:  # fmt: skip
-        self.images = images
-        self.masks = masks
-        self.places = places
-        self.classes = classes
-        self.labels = np.full(len(places), -1)  # the images have no label as a whole
-        self.mask_format = mask_format
+    images: Files | Archive
+    masks: Files | Archive
+    indices: np.ndarray
+    classes: list[str]
+    mask_format: MaskFormat
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels (n,): the images have none as a whole."""
+        return np.full(len(self), -1)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
         """Returns the image file of a pair and its mask, a `tv_tensors.Mask` (H, W).
@@ -266,21 +259,21 @@ class Pairs:
             OSError: the image can't be read.
             BadImage: the mask can't be read, or has a value that is not a class.
         """
-        item = self.images[self.places[index, 0]]
+        item = self.images[self.indices[index, 0]]
         try:
-            return item._replace(label=as_mask(self.mask_format.decode(self.masks[self.places[index, 1]].image)))
+            return item._replace(label=as_mask(self.mask_format.decode(self.masks[self.indices[index, 1]].image)))
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            mask = self.masks.name(self.places[index, 1])
+            mask = self.masks.name(self.indices[index, 1])
             raise BadImage(f"its mask {mask}: {reason}") from error
 
     def name(self, index: int) -> str:
         """Returns the name of the image."""
-        return self.images.name(self.places[index, 0])
+        return self.images.name(self.indices[index, 0])
 
     def version(self, index: int) -> str:
         """Returns the versions of image and mask."""
-        return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+        return f"{self.images.version(self.indices[index, 0])} {self.masks.version(self.indices[index, 1])}"
 
 
 def first_classes(pairs: Source) -> list[int]:
@@ -313,9 +306,8 @@ def open_pairs(
         split: "train" or "val".
         classes: names of the classes.
         mask_format: decodes the masks.
-        data_path: a folder, or a tar or zip file, with the layout of ADE20K, mmsegmentation or LoveDA: folders in each
-            path name the split (SPLITS) and the kind (IMAGE_FOLDERS, MASK_FOLDERS). Else the start of these paths:
-        file_list: a CSV file with a row `image,mask` for each pair.
+        data_path: a folder, or a tar or zip file, with the folders of LAYOUTS. Else the start of these paths:
+        file_list: a CSV file with the header `image,mask` and a row for each pair.
         folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
         dataset: a dataset of torchvision with lists of image and mask files, or py:MODULE:FUNCTION.
         download: download the dataset of torchvision.
@@ -334,91 +326,69 @@ def open_pairs(
         opened = TorchvisionSet(dataset, split, data_path, download).images
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
-        return _in_list(Path(file_list), root, split, classes, mask_format)
+        listed = read_pairs(Path(file_list), f"`{split}_list`")
+        # With an archive, paths are relative to the folder of the list, as in mae.data.
+        start = root if root and not root.is_file() else Path(file_list).parent
+        for names in listed:
+            require_first(f"{split}_list={file_list}", str(start / names[0]))
+        return _listed(start, *listed, classes, mask_format)
     if folders:
         images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
-        return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
+        images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
+        indices = _matched(_by_key(images, split), _by_key(masks, split), images, str(masks_folder), split)
+        return Pairs(images, masks, indices, classes, mask_format)
     if root is None:
         raise ValueError(
-            f"`data_path` is needed: a folder or an archive with {LAYOUT} (or give `{split}_folders`, `{split}_list` "
-            f"or `dataset`)"
+            f"`data_path` is needed: a folder or an archive with {_layouts_of(split)} (or give `{split}_folders`, "
+            f"`{split}_list` or `dataset`)"
         )
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
-    by_key = _by_folder(files, split)
-    if outside := [name for name in map(printable, files.names) if _is_outside(name)]:
+    return Pairs(files, files, _of_layout(files, root, split), classes, mask_format)
+
+
+def _layouts_of(split: str) -> str:
+    return ", or ".join(" and ".join(layout) for layout in LAYOUTS[split])
+
+
+def _of_layout(files: Files | Archive, root: Path, split: str) -> np.ndarray:
+    """Returns the indices of the images of a split and of their masks, (n, 2).
+
+    Raises:
+        ValueError: there are no images in the folders of a layout.
+    """
+    if outside := [name for name in files.names if not any(folder in f"/{name}" for folder in FOLDERS)]:
         logger.warning(
-            f"{len(outside):,} of {len(files):,} files are not used, because no folder names their split and whether "
-            f"they are images or masks ({LAYOUT}): {first_few(outside)}"
+            f"{len(outside):,} of {len(files):,} files are not used, because they are in no folder of a layout "
+            f"({', '.join(FOLDERS)}): {first_few([printable(name) for name in outside])}"
         )
-    if not by_key[0]:
-        raise ValueError(
-            f"data_path={root}: there are no images for {split} in it (looked for {LAYOUT}): give "
-            f"{split}_folders=(IMAGES, MASKS) or {split}_list=CSV"
-        )
-    place = f"in a folder {', '.join(MASK_FOLDERS)}"
-    return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)
+    for images_folder, masks_folder in LAYOUTS[split]:
+        if images := _by_key(files, split, images_folder):
+            return _matched(images, _by_key(files, split, masks_folder), files, masks_folder, split)
+    raise ValueError(
+        f"data_path={root}: there are no images for {split} in it (looked for {_layouts_of(split)}): give "
+        f"{split}_folders=(IMAGES, MASKS) or {split}_list=CSV"
+    )
 
 
 def _listed(root: Path, images: list[str], masks: list[str], classes: list[str], mask_format: MaskFormat) -> Pairs:
-    nothing = np.full(len(images), -1)
-    places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
-    return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+    image_files, mask_files = (Files(root, names, [], np.full(len(names), -1)) for names in (images, masks))
+    indices = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
+    return Pairs(image_files, mask_files, indices, classes, mask_format)
 
 
-def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
-    images, masks = read_pairs(file_list, f"`{split}_list`")
-    # With an archive, paths are relative to the folder of the list, as in mae.data.
-    start = root if root and not root.is_file() else file_list.parent
-    for name in (images[0], masks[0]):
-        require_first(f"{split}_list={file_list}", str(start / name))
-    return _listed(start, images, masks, classes, mask_format)
-
-
-def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Files, Files, np.ndarray]:
-    """Returns the images, the masks, and the indices of the pairs (n, 2)."""
-    images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
-    of_images, of_masks = (
-        _by_key(((name.rpartition(".")[0], index) for index, name in enumerate(one.names)), one, split)
-        for one in (images, masks)
-    )
-    return images, masks, _matched(of_images, of_masks, images, f"in {masks_folder}", split)
-
-
-def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns the indices of the images and of the masks of a split, by the rest of their path."""
-    of_splits = {name for names in SPLITS.values() for name in names}
-    images: list[tuple[str, int]] = []
-    masks: list[tuple[str, int]] = []
-    for index, name in enumerate(files.names):
-        *folders, file = name.split("/")
-        lower = [folder.lower() for folder in folders]
-        splits = [place for place, folder in enumerate(lower) if folder in of_splits]
-        kinds = [place for place, folder in enumerate(lower) if folder in IMAGE_FOLDERS + MASK_FOLDERS]
-        if splits and kinds and lower[splits[0]] in SPLITS[split]:  # the first one: a subfolder may have any name
-            named = splits[0], kinds[0]
-            key = "/".join(
-                [*(folder for place, folder in enumerate(folders) if place not in named), file.rpartition(".")[0]]
-            )
-            (images if lower[kinds[0]] in IMAGE_FOLDERS else masks).append((key, index))
-    return _by_key(images, files, split), _by_key(masks, files, split)
-
-
-def _is_outside(name: str) -> bool:
-    """Whether the folders of a file do not belong to a layout. The split test has no masks, and need not."""
-    folders = {folder.lower() for folder in name.split("/")[:-1]}
-    splits = {"test", "testing"}.union(*SPLITS.values())
-    return folders.isdisjoint(splits) or folders.isdisjoint(IMAGE_FOLDERS + MASK_FOLDERS)
-
-
-def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: str) -> dict[str, int]:
-    """Returns the indices by key.
+def _by_key(files: Files | Archive, split: str, folder: str = "") -> dict[str, int]:
+    """Returns the indices of the files in a folder by their names without the folder and the suffix.
 
     Raises:
-        ValueError: two files have the same key.
+        ValueError: two files have the same name.
     """
     index_of: dict[str, int] = {}
-    for key, index in entries:
+    for index, name in enumerate(files.names):
+        above, found, below = f"/{name}".partition(f"/{folder}/" if folder else "/")
+        if not found:
+            continue
+        key = f"{above}/{below.rpartition('.')[0]}"
         if key in index_of:
             raise ValueError(
                 f"{files.name(index_of[key])} and {files.name(index)} have the same name except for the suffix: remove "
@@ -429,7 +399,7 @@ def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: s
 
 
 def _matched(
-    images: Mapping[str, int], masks: Mapping[str, int], source: Files | Archive, place: str, split: str
+    images: Mapping[str, int], masks: Mapping[str, int], files: Files | Archive, masks_folder: str, split: str
 ) -> np.ndarray:
     """Returns the indices of the images and of their masks, (n, 2).
 
@@ -438,10 +408,9 @@ def _matched(
     """
     if unused := [printable(key) for key in masks if key not in images]:
         logger.warning(f"{len(unused):,} masks for {split} have no image of the same name: {first_few(unused)}")
-    missing = [key for key in images if key not in masks]
-    if missing:
+    if missing := [key for key in images if key not in masks]:
         raise ValueError(
-            f"{len(missing):,} of {len(images):,} images have no mask of the same name {place}, such as "
-            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (`{split}_list`)"
+            f"{len(missing):,} of {len(images):,} images have no mask of the same name in {masks_folder}, such as "
+            f"{files.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (`{split}_list`)"
         )
     return np.array([(index, masks[key]) for key, index in images.items()])

@@ -6,20 +6,19 @@ import random
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mae.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
+from mae.data.archives import StrictTarInfo, check_size, find_members, is_ignored
 from mae.data.decode import SUFFIXES, BadImage
 from mae.data.sources import Source, first_few
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-READ = (*SUFFIXES, ".cls")
 SHUFFLED = 1000  # size of the shuffle buffer, in samples; the order of the shards is random in every epoch
 
 
@@ -38,8 +37,7 @@ class Shards:
 
     Raises:
         ImportError: the package `webdataset` is not installed.
-        ValueError: a file does not exist, a counted sample has several images, or a shard is a URL and `num_images` is
-            None.
+        ValueError: a file does not exist or is damaged, or a shard is a URL and `num_images` is None.
     """
 
     def __init__(self, pattern: str, num_images: int | None) -> None:
@@ -47,19 +45,19 @@ class Shards:
 
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
-        expanded = webdataset.shardlists.expand_urls(pattern)
-        # Absolute paths, because webdataset would run a file name `pipe:...` as a command.
-        urls: list[str] = []
-        for one in expanded:
-            urls += sorted(map(str, Path(one).absolute().parent.glob(Path(one).name))) if "*" in one else [one]
-        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
-        self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing or not self.urls:
-            raise ValueError(f"dataset={self.title}: there is no file {(missing or [pattern])[0]}")
+        self.urls: list[str] = []
+        for url in webdataset.shardlists.expand_urls(pattern):
+            path = Path(url).absolute()  # webdataset would run a file name `pipe:...` as a command
+            if "://" in url or url.startswith("pipe:"):
+                self.urls.append(url)
+            else:
+                self.urls += sorted(map(str, path.parent.glob(path.name))) if "*" in path.name else [str(path)]
+        files = [Path(url) for url in self.urls if url.startswith("/")]
+        if missing := [str(file) for file in files if not file.is_file()] or [pattern] * (not self.urls):
+            raise ValueError(f"dataset={self.title}: there is no file {missing[0]}")
         if num_images is None and len(files) < len(self.urls):
             raise ValueError(f"dataset={self.title}: images at URLs can't be counted: give num_images=N")
-        self.num_images = num_images or sum(_count_samples(file) for file in files)
+        self.num_images = num_images or sum(len(find_members(file)[1]) for file in files)
         logger.info(f"{self.num_images:,} images in {len(self.urls)} shards, streamed: resuming is approximate")
 
     def __len__(self) -> int:
@@ -72,9 +70,9 @@ class Shards:
         parts: int,
         report: Callable[[str, Exception], None],
         start: int = 0,
-        laps: int = sys.maxsize,
+        passes: int = sys.maxsize,
     ) -> Iterator[tuple[int, str, bytes, int]]:
-        """Yields (pass, name, bytes, label) of the samples of all shards, `laps` times, each time in another order.
+        """Yields (pass, name, bytes, label) of the samples of all shards in several passes, each in another order.
 
         Args:
             seed: seed of the order of shards, the same in all processes.
@@ -82,7 +80,7 @@ class Shards:
             parts: number of readers.
             report: called with name and error if a shard can't be read to its end; then the next shard is read.
             start: number of samples that all readers together have read before, since the first pass.
-            laps: number of passes over the shards.
+            passes: number of passes over the shards.
 
         Raises:
             ValueError: the shards contain no images, or a sample has several.
@@ -90,8 +88,8 @@ class Shards:
         import webdataset
 
         def handle(error: Exception) -> bool:
-            where = next((part for part in error.args[::-1] if part in self.urls), self.title)
-            report(where, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
+            shard = next((argument for argument in error.args[::-1] if argument in self.urls), self.title)
+            report(shard, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
             return True  # webdataset continues with the next shard
 
         num_shards = len(self.urls)
@@ -99,23 +97,27 @@ class Shards:
         completed, rest = divmod(start * num_shards, self.num_images * parts)
         skip = rest // (num_shards * parts)
         first = part + completed * parts
-        mixed = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((seed, start, part)).encode())))
-        had_some = first_lap = first // num_shards
-        for lap in range(first_lap, first_lap + laps):
-            order = enumerate(np.random.default_rng([seed, lap]).permutation(num_shards), start=lap * num_shards)
-            mine = [{"url": self.urls[number]} for place, number in order if place >= first and place % parts == part]
-            members = read_shards(webdataset.tariterators.url_opener(mine, handler=handle), handle)
-            samples = itertools.islice(webdataset.tariterators.group_by_keys(members, handler=handle), skip, None)
-            skip = 0
-            for sample in mixed(samples):
-                name = printable(f"{sample['__url__']}: {sample['__key__']}")
-                images = [key for key in sample if f".{key}".lower().endswith(SUFFIXES)]
-                require_one_image(name, images)
+        shuffle = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((seed, start, part)).encode())))
+        last_with_images = first_pass = first // num_shards
+        for number in range(first_pass, first_pass + passes):
+            order = enumerate(np.random.default_rng([seed, number]).permutation(num_shards), start=number * num_shards)
+            urls = [{"url": self.urls[shard]} for count, shard in order if count >= first and count % parts == part]
+            members = read_members(webdataset.tariterators.url_opener(urls, handler=handle), handle)
+            samples = webdataset.tariterators.group_by_keys(members, handler=handle)
+            for sample in shuffle(itertools.islice(samples, skip, None)):
+                name, images = printable(f"{sample['__url__']}: {sample['__key__']}"), _images_of(sample)
+                if len(images) > 1:  # one would have to be chosen
+                    raise ValueError(
+                        f"{name} is a sample with {len(images)} images, {printable(first_few(images))}: pack one image "
+                        f"per sample. In WebDataset, files of equal names up to the first dot are one sample: name "
+                        f"a.1.jpg a_1.jpg"
+                    )
                 if images:
-                    had_some = lap
+                    last_with_images = number
                     label = sample.get("cls", b"").decode("utf-8", "replace")
-                    yield lap, name, sample[images[0]], int(label) if label.strip().isdecimal() else -1
-            if lap - had_some > parts:
+                    yield number, name, sample[images[0]], int(label) if label.strip().isdecimal() else -1
+            skip = 0
+            if number - last_with_images > parts:
                 raise ValueError(f"dataset={self.title}: no images in these shards")
 
 
@@ -129,52 +131,31 @@ def require_random_access(source: Source | Shards) -> Source:
     return source
 
 
-def _is_scheme(url: str) -> bool:
-    return "://" in url or url.startswith("pipe:")
+def _images_of(sample: dict[str, Any]) -> list[str]:
+    return [key for key in sample if f".{key}".lower().endswith(SUFFIXES)]
 
 
-def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], Any]) -> Iterator[dict[str, Any]]:
-    """Yields the images and labels of open shards, in the format of webdataset's own reader, but of limited size.
+def read_members(shards: Iterable[dict[str, Any]], handle: Callable[[Exception], Any]) -> Iterator[dict[str, Any]]:
+    """Yields the images and labels of open shards, as webdataset's `tar_file_expander` does.
+
+    That function ends silently at a damaged header, omits links, and limits no size.
 
     Args:
-        opened: a dictionary of "url" and "stream" for each shard.
+        shards: a dictionary of "url" and "stream" for each shard.
         handle: called with each error; then the next shard is read.
     """
-    for shard in opened:
+    for shard in shards:
         try:
-            with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=BoundedTarInfo) as archive:
+            with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=StrictTarInfo) as archive:
                 for member in archive:
-                    is_file = member.isreg() or member.islnk() or member.issym()
-                    if is_file and member.name.lower().endswith(READ) and not is_ignored(member.name):
+                    is_read = member.name.lower().endswith((*SUFFIXES, ".cls")) and not is_ignored(member.name)
+                    if is_read and (member.isreg() or member.islnk() or member.issym()):
                         check_size(member.size)
                         # The target of a link can't be read from a stream: the link is a bad image.
                         file = archive.extractfile(member) if member.isreg() else None
                         yield {"fname": member.name, "data": file.read() if file else b"", "__url__": shard["url"]}
                     archive.members = []  # type: ignore[attr-defined]  # else the list of members grows with the shard
-            yield {}  # ends the last sample, so that no sample spans two shards
         except Exception as error:
             error.args = (*error.args, shard["url"])
             handle(error)
-
-
-def require_one_image(name: str, images: Sequence[str]) -> None:
-    """Raises ValueError if a sample has several images, of which one would have to be chosen.
-
-    Args:
-        images: their names after the name of the sample.
-    """
-    if len(images) > 1:
-        raise ValueError(
-            f"{name} is a sample with {len(images)} images, {printable(first_few(images))}: pack one image per sample. "
-            f"In WebDataset, files of equal names up to the first dot are one sample: name a.1.jpg a_1.jpg"
-        )
-
-
-def _count_samples(file: Path) -> int:
-    """Counts the samples of a shard. Successive members with the same name up to its first dot are one sample."""
-    from webdataset.tariterators import base_plus_ext
-
-    _, members, _ = find_members(file)
-    for key, images in itertools.groupby(map(base_plus_ext, members), key=lambda parts: parts[0]):
-        require_one_image(printable(f"{file}: {key}"), [image for _, image in images])
-    return len(members)
+        yield {}  # ends the last sample, so that no sample spans two shards
