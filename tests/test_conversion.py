@@ -71,7 +71,7 @@ def test_files_without_a_transformer(tmp_path):
         loading.read(tmp_path / "file.pth")
 
 
-MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain_oracle.py
+MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain 1.2.0
 
 
 def test_mmpretrain_mae():

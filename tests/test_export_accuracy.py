@@ -17,8 +17,7 @@ import main_finetune
 from mae.inference import export, get_model
 
 CLASSES = ["ant", "bee", "cat", "dog"]
-FORMATS = {"reference": "r.pth", "safetensors": "s.safetensors", "timm": "timm", "mmpretrain": "m.pth",
-           "transformers": "hf"}  # fmt: skip
+FORMATS = {"reference": "r.pth", "safetensors": "s.safetensors", "timm": "timm", "transformers": "hf"}
 # Where 3, 7, ... pixels remain beside the crop, transformers' crop begins one pixel before torchvision's.
 SHAPES = [(32, 48), (30, 40), (40, 30), (36, 24), (24, 25), (48, 48)]
 # Evaluates files in a fresh process, without a flag that describes the model.

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import transformers
+from conftest import ROOT
 from mains import call, fails, randomized
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
@@ -18,8 +20,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import main_finetune
 import main_knn
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.inference import export, get_model
-from mae.weights import foreign_settings, loading, preprocessing
+from mae.inference import export, get_model, graphs
+from mae.weights import foreign_settings, loading, model_zoo, preprocessing
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 
@@ -164,74 +166,90 @@ def test_arguments_of_timm_that_our_models_do_not_have(arguments, message, imgs,
     assert_same(ours(imgs), theirs(imgs))
 
 
-BGR = "mean=[10, 20, 30], std=[40, 50, 60]"
-RGB = {"mean": [10, 20, 30], "std": [40, 50, 60], "flips": False}
-SWAPPED = {"mean": [30, 20, 10], "std": [60, 50, 40], "flips": True}
-GRAY = {"mean": [5, 5, 5], "std": [1, 1, 1], "flips": False}
+OF_MMPRETRAIN = {
+    "patch_embed.proj": "patch_embed.projection", "decoder_blocks": "neck.decoder_blocks", "decoder_norm": "neck.ln1",
+    "blocks.": "layers.", "neck.decoder_layers": "neck.decoder_blocks", "norm1": "ln1", "norm2": "ln2",
+    "fc_norm": "ln2", "norm.": "ln1.", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1", "head.": "head.fc.",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("preprocessor", "expected"), [
-    ("data_preprocessor = dict({})", SWAPPED),  # to_rgb is False by default
-    ("data_preprocessor = dict({}, to_rgb=False)", SWAPPED),
-    ("model = dict(data_preprocessor=dict({}, to_rgb=False))", SWAPPED),
-    ("data_preprocessor = dict(to_rgb=True)\nmodel = dict(data_preprocessor=dict({}))", SWAPPED),
-    ("model = dict(type='ImageClassifier')", {"mean": [0] * 3, "std": [1] * 3, "flips": True}),  # not normalized
-    ("model = dict(data_preprocessor=dict({}, to_rgb=True))", RGB),
-    ("data_preprocessor = dict({}, bgr_to_rgb=True)", RGB),  # mmselfsup
-    ("data_preprocessor = dict(\n  {},\n  num_classes=2,\n  to_rgb=True)\nmodel = dict(mean=[1])", RGB),
-    ("data_preprocessor = {{'mean': [5], 'std': [1], 'to_rgb': True}}", GRAY),
-])  # fmt: skip
+def mmpretrains(model):
+    """The weights of a model under the names of mmpretrain."""
+    result = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in OF_MMPRETRAIN.items():
+            name = name.replace(ours, theirs)
+        is_decoder = name.startswith(("decoder", "mask_token"))
+        prefix = "" if name.startswith(("neck.", "head.")) else "neck." if is_decoder else "backbone."
+        result[prefix + name] = value
+    return result
+
+
+def code_of_the_page(number):
+    section = (ROOT / "docs/migrating.md").read_text().partition("## mmpretrain")[2].partition("\n## ")[0]
+    return section.split("```python\n")[number].partition("```")[0]
+
+
+RGB = "data_preprocessor = dict(mean=[10, 20, 30], std=[40, 50, 60], {}to_rgb=True)"
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"cfg": RGB.format("")}, {"cfg": RGB.format("bgr_")}, {"cfg": "{'to_rgb': True}"}]
+)
+def test_a_private_file_of_mmpretrain_needs_its_statistics(meta, labelled, imgs, tmp_path, monkeypatch, caplog):
+    theirs = randomized(vit_mini_patch4(img_size=16, num_classes=2, global_pool=True), 0.1)
+    meta = meta | {"dataset_meta": {"classes": ("ant", "bee")}}
+    torch.save({"meta": meta, "state_dict": mmpretrains(theirs)}, tmp_path / "private.pth")
+    flags = {"data_path": labelled, "num_workers": 0, "device": "cpu"}
+    file = tmp_path / "private.pth"
+    for use in (lambda: get_model(file), lambda: get_model(file, mean=[0.5] * 3),
+                lambda: call(main_knn, **flags, finetune=file, k=1)):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"private\.pth is of mmpretrain.*give mean and std of RGB"):
+            use()
+    monkeypatch.chdir(tmp_path)
+    exec(code_of_the_page(1), {})  # converts it
+    (notice,) = {record.message for record in caplog.records}
+    assert "the given mean and std" in notice and "heads" in notice
+    ours = get_model("private.safetensors")
+    assert (ours.settings["mean"], ours.settings["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert ours.classes == ["ant", "bee"]
+    assert_same(ours(imgs), theirs(imgs))
+
+
+@pytest.mark.parametrize(
+    "config", ["data_preprocessor = dict(mean=[1])", "model = dict(to_rgb=False)", "{'to_rgb':None}"]
+)
 @pytest.mark.parametrize("kind", ["classifier", "autoencoder"])
-def test_a_model_of_mmpretrain_for_rgb_or_bgr_images(kind, preprocessor, expected, imgs, tmp_path):
-    """The same outputs for RGB images here as for RGB or BGR images there."""
+def test_a_model_of_mmpretrain_for_bgr_images_is_converted_by_the_page(kind, config, imgs, tmp_path, monkeypatch):
+    """Then its outputs for RGB images are those of the model for BGR images."""
     is_classifier = kind == "classifier"
     theirs = vit_mini_patch4(img_size=16, num_classes=2) if is_classifier else mae_vit_mini_patch4(img_size=16)
-    meta = {"cfg": preprocessor.format(BGR), **({"dataset_meta": {"classes": ("ant", "bee")}} if is_classifier else {})}
-    torch.save({"meta": meta, "state_dict": theirs.state_dict()}, tmp_path / "m.pth")
-    ours, given = get_model(tmp_path / "m.pth"), imgs.flip(1) if expected["flips"] else imgs
-    for name in ("mean", "std"):
-        assert ours.settings[name] == pytest.approx([value / 255 for value in expected[name]])
+    theirs = randomized(theirs, 0.1)
+    torch.save({"meta": {"cfg": config}, "state_dict": mmpretrains(theirs)}, tmp_path / "bgr.pth")
+    monkeypatch.chdir(tmp_path)
+    statistics = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    with pytest.raises(CheckpointError, match=r"bgr\.pth: .*BGR images: .*docs/migrating\.md"):
+        get_model("bgr.pth", **statistics)
+    exec(code_of_the_page(2), {})
+    ours = get_model("rgb.pth", **statistics)
     if is_classifier:
-        assert ours.classes == ["ant", "bee"]
-        assert_same(ours(imgs), theirs.eval()(given))
+        assert_same(ours(imgs), theirs(imgs.flip(1)))
         return
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
-    found, right = (m.unpatchify(m.eval()(x, noise=noise)[1]) for m, x in ((ours, imgs), (theirs, given)))
-    assert_same(found, right.flip(1) if expected["flips"] else right)
+    found, right = (m.unpatchify(m(x, noise=noise)[1]) for m, x in ((ours, imgs), (theirs, imgs.flip(1))))
+    assert_same(found, right.flip(1))
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ("data_preprocessor = dict(to_rgb=RGB)", "to_rgb of its data_preprocessor"),
-    ("data_preprocessor = dict(mean=numpy.zeros(3), std=[1])", "its configuration can't be read"),
-    ("data_preprocessor = dict(**base)", "its configuration can't be read"),
-    ("model = {**base}", "its configuration can't be read"),
-    ("data_preprocessor = dict(", "its configuration can't be read"),
-    ("model = " + 100_000 * "-" + "1", "its configuration can't be read"),
-    ("model = dict()" + 1_000_000 * " ", "its configuration has 1000014 characters"),
-    ("model = dict(backbone=dict(arch=dict(num_heads=8)), data_preprocessor=dict(to_rgb=True))", "num_heads 8"),
-    ("model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='QuickGELU'))))", "QuickGELU"),
-    ("model = dict(type='MAE', neck=dict(norm_cfg=dict(type='LN')))", "1e-05 in its neck"),
-    ("model = dict(backbone=dict(out_type='featmap'), head=dict(type='LinearClsHead'))", "out_type is 'featmap'"),
-], ids=range(11))  # fmt: skip
-def test_a_configuration_of_mmpretrain_that_is_refused(config, message, tmp_path):
-    state = {"meta": {"cfg": config}, "state_dict": vit_mini_patch4(img_size=16, num_classes=2).state_dict()}
-    torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match=rf"m\.pth.*{message}") as caught:
-        get_model(tmp_path / "m.pth")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("neck", "heads"), [("decoder_num_heads=2", 2), ("decoder_num_heads=8", 8), ("", 16)])
-def test_the_heads_of_a_decoder_of_mmpretrain(neck, heads, tmp_path):
-    """Shapes do not show them. The default of mmpretrain is 16."""
-    config = f"model = dict(type='MAE', backbone=dict(out_type='raw'), neck=dict({neck}), head=dict(norm_pix=True))"
-    state = {"meta": {"cfg": config}, "state_dict": mae_vit_mini_patch4(img_size=16).state_dict()}
-    torch.save(state, tmp_path / "m.pth")
-    if heads == 2:
-        assert get_model(tmp_path / "m.pth").decoder_blocks[0].attn.num_heads == 2
-        return
-    with pytest.raises(CheckpointError, match=f"has decoder_num_heads {heads}, and the model has 2"):
-        get_model(tmp_path / "m.pth")
+def test_a_published_file_of_mmpretrain_has_the_statistics_of_imagenet(tmp_path, caplog):
+    """Also under its name on disk. Its configuration is not read."""
+    meta, row = {"cfg": "model = dict()"}, model_zoo.TABLE["vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"]
+    file = tmp_path / Path(row.url).name
+    state = mmpretrains(vit_mini_patch4(img_size=16, num_classes=2, global_pool=True))
+    torch.save({"meta": meta, "state_dict": state}, file)
+    assert graphs.description(get_model(file)).endswith(
+        "mean 0.485 0.456 0.406 and divides by the std 0.229 0.224 0.225"
+    )
+    assert "Assumed" not in caplog.text
 
 
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
@@ -413,7 +431,7 @@ def test_label_names_of_timm_are_those_of_their_numbers(third, tmp_path):
         get_model(tmp_path)
 
 
-def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):
+def test_statistics_of_a_file_reach_an_evaluation(caplog):
     settings = {"mean": [0.5] * 3, "std": [0.2] * 3}
     file = loading.Weights(vit_mini_patch4(img_size=16).state_dict(), settings, "", "m.pth")
     assert preprocessing.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)

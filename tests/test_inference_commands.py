@@ -452,8 +452,7 @@ def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path
     """Before the model is read: the model does not exist."""
     assert export.SUFFIXES.keys() == export.WRITERS.keys()
     for to, name, other in (("safetensors", "x.pth", "x.safetensors"), ("reference", "x.safetensors", "x.pth"),
-                            ("onnx", "x", "x.onnx"), ("mmpretrain", "x.pt", "x.pth"),
-                            ("torch_export", "x.onnx", "x.pt2"), ("timm", "x.onnx", "x"),
+                            ("onnx", "x", "x.onnx"), ("torch_export", "x.onnx", "x.pt2"), ("timm", "x.onnx", "x"),
                             ("transformers", "x.safetensors", "x")):  # fmt: skip
         out = tmp_path / name
         said = fails(capsys, monkeypatch, export, "--model", "nothing.pth", "--to", to, "--out", out)

@@ -1,10 +1,8 @@
 """Export and import: the model of the other library gives the same outputs with exported weights."""
 
-import ast
 import json
 import re
 import sys
-from pathlib import Path
 
 import forks
 import numpy as np
@@ -22,10 +20,8 @@ from mae.checkpoints import checkpoint
 from mae.inference import export, get_model, graphs
 from mae.inference.model import ARCHITECTURES, Autoencoder, Classifier
 from mae.probes import probe_head
-from mae.weights import conversion, loading
 
-MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
-FORMATS = ["reference", "safetensors", "timm", "mmpretrain", "transformers"]
+FORMATS = ["reference", "safetensors", "timm", "transformers"]
 SIZES = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
 
 
@@ -45,7 +41,7 @@ def of_token():
 
 
 def exported(model, to, folder):
-    out = folder / {"reference": "m.pth", "timm": "m.pth", "mmpretrain": "m.pth", "safetensors": "m.safetensors",
+    out = folder / {"reference": "m.pth", "timm": "m.pth", "safetensors": "m.safetensors",
                     "transformers": "folder", "onnx": "m.onnx", "torch_export": "m.pt2"}[to]  # fmt: skip
     export.export(model, to, out)
     return out
@@ -56,7 +52,7 @@ def imgs():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("to", ["reference", "safetensors", "mmpretrain", "transformers"])
+@pytest.mark.parametrize("to", ["reference", "safetensors", "transformers"])
 def test_an_exported_autoencoder_loads_again(mae, to, imgs, tmp_path):
     again = get_model(exported(mae, to, tmp_path))
     assert isinstance(again, Autoencoder)
@@ -91,7 +87,7 @@ def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path)
         torch.testing.assert_close(again(imgs), probe(imgs))
     program = torch.export.load(exported(probe, "torch_export", tmp_path))
     torch.testing.assert_close(program.module()(imgs), probe(probe.normalize(imgs)), rtol=1e-4, atol=1e-4)
-    for to in ("timm", "transformers", "mmpretrain"):
+    for to in ("timm", "transformers"):
         with pytest.raises(ValueError, match=rf"--to {to}: .*attentive.* --to safet"):
             exported(probe, to, tmp_path)
         encoder = get_model(exported(export.encoder_of(probe), to, tmp_path))
@@ -227,34 +223,6 @@ def test_a_gray_classifier_by_the_code_that_its_export_prints(tmp_path, monkeypa
     torch.testing.assert_close(eval(expression, names), ours(ours.prepare(image)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pooled", "of_token", "mae"])
-def test_the_configuration_for_mmpretrain(kind, tmp_path, request, caplog):
-    """It is Python of literals, and in the file too. tests/mmpretrain_oracle.py builds the model."""
-    caplog.set_level("INFO")
-    model = request.getfixturevalue(kind)
-    file = exported(model, "mmpretrain", tmp_path)
-    config = ast.literal_eval(caplog.messages[-1].partition("model = ")[2])
-    assert torch.load(file, weights_only=True)["meta"]["cfg"].endswith(str(config))
-    backbone, preprocessor = config["backbone"], config["data_preprocessor"]
-    assert backbone["arch"] == {"embed_dims": 128, "num_layers": 4, "num_heads": 4, "feedforward_channels": 512}
-    assert (backbone["img_size"], backbone["patch_size"]) == (32, 4)
-    assert preprocessor["to_rgb"]
-    assert preprocessor["mean"] == pytest.approx([123.675, 116.28, 103.53])
-    if kind == "mae":
-        assert (config["type"], config["neck"]["num_patches"], config["head"]["norm_pix"]) == ("MAE", 64, True)
-    else:
-        assert config["head"]["num_classes"] == model.num_classes
-        assert backbone["out_type"] == ("avg_featmap" if kind == "pooled" else "cls_token")
-
-
-@pytest.mark.parametrize("name", ["mae.pth", "classifier.pth"])
-def test_a_file_of_mmpretrain_survives_the_round_trip(name):
-    theirs = torch.load(MMPRETRAIN / name, weights_only=True)["state_dict"]
-    again = conversion.to_mmpretrain(loading.read(MMPRETRAIN / name).tensors)
-    assert again.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[key]) for key, value in again.items())
-
-
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
 def test_graphs_take_pixels(kind, tmp_path, request, caplog):
     caplog.set_level("INFO")
@@ -305,7 +273,7 @@ def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
+@pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "onnx", "torch_export"])
 def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
     """The error is one line; torch.export.save would end the process."""
     with pytest.raises(OSError, match=r"/(m\.\w+|folder) \(No space left on device\)"):

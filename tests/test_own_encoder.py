@@ -225,7 +225,7 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
             (found,) = onnxruntime.InferenceSession(out).run(None, {"images": pixels.numpy()})
             found = torch.from_numpy(found)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    for to, suffix in (("timm", ""), ("transformers", ""), ("mmpretrain", ".pth"), ("reference", ".pth")):
+    for to, suffix in (("timm", ""), ("transformers", ""), ("reference", ".pth")):
         with pytest.raises(ValueError, match=f"--to {to}.*examples.channel_groups:ChannelGroups.*safetensors"):
             export.export(model, to, tmp_path / f"other{suffix}")
 

@@ -92,7 +92,6 @@ def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
     model = get_model(mae_file)
     for to, message in (
         ("timm", "mean of 3 class tokens"),
-        ("mmpretrain", "mean of 3 class tokens"),
         ("transformers", "PixioModel, for several class tokens, has no decoder and no head: give `encoder_only`"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, get_type_hints
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tables import markdown, new_figure, save, write_csv
 from mae.files import atomic
-from mae.files.untrusted import escape_dollars
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
 ACCURACY = "acc1"  # the metric that is a percentage
@@ -172,7 +171,7 @@ def draw(cells: Cells, path: Path) -> None:
 def _draw_bars(cells: Cells) -> Any:
     """Draws a bar for each row, with its standard deviation. Baselines on raw pixels are gray."""
     (labels,) = columns_of(cells)
-    column = {escape_dollars(name): row[labels] for name, row in cells.items()}
+    column = {name: row[labels] for name, row in cells.items()}
     encoders = list(dict.fromkeys(cell.encoder for cell in column.values()))
     means, spreads = zip(*((cell.mean, cell.spread or 0.0) for cell in column.values()), strict=True)
     drawn = [pair for pair in zip(means, spreads, strict=True) if math.isfinite(pair[0])] or [(0.0, 1.0)]
@@ -210,7 +209,7 @@ def _draw_lines(cells: Cells) -> Any:
             if encoder == PIXELS:
                 style = {"label": name, "color": "0.6", "linestyle": ("--", ":")["SVM" in own]}
             elif own == protocol:
-                style = {"label": escape_dollars(encoder), "color": f"C{encoders.index(encoder)}", "marker": "."}
+                style = {"label": encoder, "color": f"C{encoders.index(encoder)}", "marker": "."}
             else:
                 continue
             columns = sorted(row)

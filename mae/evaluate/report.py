@@ -9,7 +9,6 @@ import numpy as np
 
 from mae.evaluate import metrics, tables
 from mae.files import atomic
-from mae.files.untrusted import escape_dollars
 from mae.settings.choices import METRICS, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def _draw_curves(path: Path, names: Sequence[str], labels: np.ndarray, scores: n
     for number in drawn:
         false, true, _ = roc_curve(labels[:, number], scores[:, number])
         precision, recall, _ = precision_recall_curve(labels[:, number], scores[:, number])
-        roc.plot(false, true, label=escape_dollars(names[number]))
+        roc.plot(false, true, label=names[number])
         pr.step(recall, precision, where="post")
     roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
@@ -135,7 +134,7 @@ def _draw_scatter(path: Path, names: Sequence[str], labels: np.ndarray, predicti
         axes.set_visible(True)
         axes.scatter(truth, own, s=6, alpha=0.5)
         axes.axline((truth.mean(), truth.mean()), slope=1, color="0.5", linewidth=1)
-        axes.set(xlabel="true", ylabel="predicted", title=escape_dollars(name))
+        axes.set(xlabel="true", ylabel="predicted", title=name)
     tables.save(figure, path)
 
 
@@ -145,9 +144,8 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= NAMED:
-        names = [escape_dollars(name) for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=60, ha="right")
-        axes.set_yticks(range(len(classes)), names)
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
         for (row, column), value in np.ndenumerate(shares):
             if value >= 0.005:
                 color = "white" if value > 0.5 else "black"

@@ -10,7 +10,6 @@ from mae.evaluate import tables
 from mae.evaluate.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from mae.files import atomic
 from mae.files.results import Results
-from mae.files.untrusted import escape_dollars
 from mae.settings.arguments import changes
 
 # Scores of a cell: acc1, acc5 unless images have several labels, balanced_acc if the classes are imbalanced; and
@@ -56,7 +55,7 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     lines += ["", f"Published {measure} of the paper's models: {values}."] if published else []
     table = "\n".join(lines) + "\n"
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
-    figure.suptitle(escape_dollars(title), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     atomic.write_text(path.with_suffix(".md"), table)
     tables.write_csv(path.with_suffix(".csv"), rows)
     tables.save(figure, path.with_suffix(".png"))

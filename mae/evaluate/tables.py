@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mae.files import atomic
-from mae.files.untrusted import csv_row
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -22,9 +21,9 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a CSV file. Texts in it are no formulas of a spreadsheet."""
+    """Writes a CSV file."""
     with atomic.replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(map(csv_row, rows))
+        csv.writer(file).writerows(rows)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -35,6 +34,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure in the format of the file's suffix."""
+    """Writes a figure in the format of the file's suffix. Dollar signs in names do not begin a formula."""
+    from matplotlib.text import Text
+
+    ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    for text in (*figure.findobj(Text), *ticks):
+        if r"\math" not in text.get_text():  # numbers of a logarithmic axis are formulas of matplotlib
+            text.set_parse_math(False)
     with atomic.replacing(path) as written:
         figure.savefig(written)

@@ -6,18 +6,14 @@ They reject file names with escape sequences, files that never end, and recipes 
 import errno
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
-# Texts that a spreadsheet computes, by their first character, also of full width; numbers are no formulas.
-FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?%?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
 
@@ -25,25 +21,11 @@ MAX_RECIPE_DEPTH = 10
 def printable(text: str) -> str:
     """Converts an untrusted text, such as a file name, to one printable line for messages.
 
-    Backslash escapes replace terminal escape sequences, line breaks, marks of the writing direction, and bytes that are
-    not UTF-8.
+    Backslash escapes replace terminal escape sequences, line breaks, and bytes that are not UTF-8.
     """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def csv_row(values: Iterable[Any]) -> list[Any]:
-    """Prepares a row of a CSV file for spreadsheets, which would compute a text such as `=HYPERLINK(...)`.
-
-    An apostrophe before a text marks it as a text. Numbers are unchanged.
-    """
-    return [f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values]
-
-
-def escape_dollars(text: str) -> str:
-    """Escapes dollar signs for matplotlib, which reads the text between two of them as a formula."""
-    return text.replace("$", r"\$")
 
 
 def open_file(path: str | Path) -> FileIO:

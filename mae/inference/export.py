@@ -9,7 +9,6 @@
 | safetensors | .safetensors | this library |
 | timm | a folder; or a state dict, .pth or .safetensors | timm.create_model("local-dir:FOLDER", pretrained=True) |
 | transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification, PixioModel |
-| mmpretrain | .pth, {state_dict: ...} | mmpretrain, mmselfsup |
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
 
@@ -36,7 +35,6 @@ from mae.inference.graphs import write_onnx, write_torch_export
 from mae.inference.model import Classifier, Model, Segmenter, get_model
 from mae.inference.state_dicts import (
     encoder_of,
-    write_mmpretrain,
     write_reference,
     write_safetensors,
     write_timm,
@@ -51,10 +49,10 @@ logger = logging.getLogger(__name__)
 # The suffixes of the files of each format; "" is a folder.
 SUFFIXES = {
     "reference": (".pth",), "safetensors": (".safetensors",), "timm": ("", ".pth", ".safetensors"),
-    "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
+    "transformers": ("",), "onnx": (".onnx",), "torch_export": (".pt2",),
 }  # fmt: skip
 KEEP_TASK = ("reference", "safetensors")  # formats that record the meaning of the outputs
-WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
+WITHOUT_OTHER_HEADS = ("timm", "transformers")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -109,8 +107,7 @@ def _unsupported(model: Model, to: str) -> str:
     """Returns the part of a model that a format does not have, or ""."""
     is_other_code = to in WITHOUT_OTHER_HEADS
     pools_patches = isinstance(model, Classifier) and model.global_pool
-    has_one_token = to == "mmpretrain" or (to == "timm" and not pools_patches)
-    if has_one_token and model.num_prefix_tokens > 1:
+    if to == "timm" and not pools_patches and model.num_prefix_tokens > 1:
         return f"mean of {model.num_prefix_tokens} class tokens"
     if is_other_code and (model.head_pools or isinstance(model, Segmenter)):
         return "attentive probe" if model.head_pools else "head for segmentation of this library"
@@ -140,7 +137,6 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
     "safetensors": write_safetensors,
     "timm": write_timm,
     "transformers": write_transformers,
-    "mmpretrain": write_mmpretrain,
     "onnx": write_onnx,
     "torch_export": write_torch_export,
 }

@@ -185,6 +185,7 @@ def _load(
     file: loading.Weights, architecture: str | None, settings: dict[str, Any], encoder: type[models_vit.Encoder] | None
 ) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
+    preprocessing.require_statistics(file, settings.get("mean"), settings.get("std"))
     recorded = mae.build.file_settings(file, architecture)
     recorded |= {name: value for name, value in row_settings(file.origin).items() if name not in file.settings}
     architecture = recorded["model"]

@@ -14,7 +14,7 @@ import numpy as np
 from mae import parallel
 from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
-from mae.files.untrusted import escape_dollars, printable, require_files
+from mae.files.untrusted import printable, require_files
 from mae.inference.model import get_model, picture_of
 from mae.settings import types
 
@@ -73,17 +73,17 @@ def draw(names: list[str], images: list[np.ndarray], predictions: list[dict[str,
     figure = tables.new_figure(8, 2.6 * len(images))
     rows = figure.subplots(len(images), 2, squeeze=False)
     for (left, right), name, image, prediction in zip(rows, names, images, predictions, strict=True):
-        left.set_title(escape_dollars(printable(Path(name).name)), fontsize=9)
+        left.set_title(printable(Path(name).name), fontsize=9)
         left.imshow(image)
         left.axis("off")
         if "values" in prediction:
             lines = [f"{name}: {value:.6g}" for name, value in prediction["values"].items()]
-            right.text(0, 0.5, escape_dollars("\n".join(lines)), va="center")
+            right.text(0, 0.5, "\n".join(lines), va="center")
             right.axis("off")
             continue
         classes, scores = zip(*reversed(prediction["top"]), strict=True)
         # Positions, because two classes of ImageNet-1K are named crane.
-        right.barh(range(len(classes)), [100 * score for score in scores], tick_label=[*map(escape_dollars, classes)])
+        right.barh(range(len(classes)), [100 * score for score in scores], tick_label=classes)
         right.set(xlim=(0, 100), xlabel="probability (%)")
         right.tick_params(axis="y", labelsize=8)
         right.spines[["top", "right"]].set_visible(False)

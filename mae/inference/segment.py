@@ -16,7 +16,7 @@ from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
 from mae.evaluate.segmentation import class_title
 from mae.files import atomic
-from mae.files.untrusted import escape_dollars, printable, require_files
+from mae.files.untrusted import printable, require_files
 from mae.inference.model import Segmenter, get_model, picture_of
 from mae.inference.predict import FORMATS
 from mae.settings import types
@@ -145,7 +145,7 @@ def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, 
     for row, image, classes, (texts, colors) in zip(rows, images, results, legends, strict=True):
         row[0].imshow(image)
         row[1].imshow(overlay(image, classes, model.colors, opacity))
-        patches = [Patch(facecolor=color if color.any() else "none", edgecolor=color, label=escape_dollars(text))
+        patches = [Patch(facecolor=color if color.any() else "none", edgecolor=color, label=text)
                    for color, text in zip(colors, texts, strict=True)]  # fmt: skip
         row[2].legend(handles=patches, loc="center left", fontsize=8, frameon=False, borderaxespad=0, handlelength=1.5)
         for axes in row:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import mae.build
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
-from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
+from mae.inference.model import Autoencoder, Classifier, Model, is_uncropped, settings_of, with_encoder
 from mae.settings.arguments import in_words
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
@@ -136,63 +136,6 @@ def timm_config(model: Classifier) -> dict[str, Any]:
             "first_conv": "patch_embed.proj", "classifier": "head", **labels,
         },
     }  # fmt: skip
-
-
-def write_mmpretrain(model: Model, out: Path) -> None:
-    """Writes the weights under the names of mmpretrain. Its `get_model` and `init_model` read the class names."""
-    assert not isinstance(model, Segmenter)
-    _log_of_pixels(model, "mmpretrain")
-    config = f"model = {mmpretrain_config(model)}"
-    meta: dict[str, Any] = {"cfg": config}
-    if isinstance(model, Classifier) and model.classes:
-        meta["dataset_meta"] = {"classes": model.classes}
-    _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
-    logger.info(f"mmpretrain reads model and normalization from a configuration file, whose pipeline gives "
-                f"{crop_of(model)}; its content is: {config}")  # fmt: skip
-
-
-def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
-    """Returns the `model` of a configuration of mmpretrain. It describes the model and its normalization in full."""
-    settings = settings_of(model)
-    block: Any = model.blocks[0]
-    width = model.pos_embed.shape[-1]
-    norm = {"type": "LN", "eps": block.norm1.eps}
-    size, patch = (sides[0] if sides[0] == sides[1] else tuple(sides)
-                   for sides in (model.patch_embed.img_size, model.patch_embed.patch_size))  # fmt: skip
-    backbone: dict[str, Any] = {
-        "arch": {"embed_dims": width, "num_layers": len(model.blocks), "num_heads": block.attn.num_heads,
-                 "feedforward_channels": block.mlp.fc1.out_features},
-        "img_size": size, "patch_size": patch, "patch_cfg": {"in_channels": model.in_chans}, "norm_cfg": norm,
-    }  # fmt: skip
-    # mmpretrain reverses the channels of the BGR images that OpenCV decodes.
-    config: dict[str, Any] = {"data_preprocessor": {
-        **{name: [255 * value for value in settings[name]] for name in ("mean", "std")}, "to_rgb": model.in_chans == 3,
-    }}  # fmt: skip
-    if isinstance(model, Autoencoder):
-        decoder: Any = model.decoder_blocks
-        decoder_width = model.decoder_pos_embed.shape[-1]
-        neck = {
-            "type": "MAEPretrainDecoder", "num_patches": model.num_patches, "patch_size": patch,
-            "in_chans": model.in_chans, "embed_dim": width, "decoder_embed_dim": decoder_width,
-            "decoder_depth": len(decoder), "decoder_num_heads": decoder[0].attn.num_heads,
-            "mlp_ratio": decoder[0].mlp.fc1.out_features / decoder_width, "norm_cfg": norm,
-            "predict_feature_dim": model.decoder_pred.out_features,
-        }  # fmt: skip
-        loss = {"type": "PixelReconstructionLoss", "criterion": "L2"}
-        head = {"type": "MAEPretrainHead", "norm_pix": model.norm_pix_loss, "patch_size": patch,
-                "in_channels": model.in_chans, "loss": loss}  # fmt: skip
-        backbone |= {"type": "MAEViT", "mask_ratio": model.settings["mask_ratio"]}
-        return {"type": "MAE", "backbone": backbone, "neck": neck, "head": head, **config}
-    pooled = bool(model.global_pool)
-    backbone |= {"type": "VisionTransformer", "out_type": "avg_featmap" if pooled else "cls_token",
-                 "final_norm": not pooled}  # fmt: skip
-    is_probe = bool(model.settings.get("probe"))
-    if model.num_classes:
-        config["head"] = {"type": "LinearClsHead" if pooled and not is_probe else "VisionTransformerClsHead",
-                          "num_classes": model.num_classes, "in_channels": width}  # fmt: skip
-        if is_probe:
-            config["neck"] = {"type": "ClsBatchNormNeck", "input_features": width}
-    return {"type": "ImageClassifier", "backbone": backbone, **config}
 
 
 def write_transformers(model: Model, out: Path) -> None:

@@ -90,13 +90,6 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return _with_registers(weights) if "reg_token" in weights else weights
 
 
-def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames our weights to the names of mmpretrain."""
-    if "head.0.running_mean" in weights:
-        return _renamed(weights, [*MMPRETRAIN, *_MMPRETRAIN_PROBE])
-    return _renamed(weights, [*MMPRETRAIN, *(_MMPRETRAIN_POOLED if "fc_norm.weight" in weights else _MMPRETRAIN_TOKEN)])
-
-
 def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """Converts our weights to the names of a model of transformers.
 

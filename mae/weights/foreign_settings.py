@@ -1,13 +1,13 @@
-"""Converts the settings that transformers, timm and mmpretrain record to settings of this library.
+"""Converts the settings that transformers and timm record to settings of this library.
 
 Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of the labels in order. The setting
 `classes` is different: it contains the names of folders.
 """
 
-import ast
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 
-MAX_CONFIG = 1_000_000  # characters; configurations of mmpretrain have about 10,000
 BICUBIC = 3  # the number of Pillow's resampling filter
+TO_RGB = re.compile(r"to_rgb['\"]?\s*[=:]\s*True")  # in a configuration of mmpretrain, or bgr_to_rgb of mmselfsup
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -165,93 +165,19 @@ def of_timm_run(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in the `meta` of a checkpoint of mmpretrain, as mmpretrain itself reads them.
-
-    mmpretrain decodes images to BGR values from 0 to 255. Its data preprocessor reverses the channels and normalizes
-    only if its configuration says so. `channel_order` is the order of the channels in the input of the model, and of
-    mean and std. One value of mean or std is for all channels.
+    """Returns the names of the classes in the `meta` of a checkpoint of mmpretrain. Its configuration is not read.
 
     Raises:
-        Exception: the configuration can't be read or is not of literal values, or this library does not support the
-            model.
+        ValueError: the model is for BGR images. mmpretrain decodes images to BGR, and converts them to RGB only if its
+            configuration says so.
     """
-    settings: dict[str, Any] = {}
+    config = meta.get("cfg")
+    if config and not TO_RGB.search(str(config)):
+        raise ValueError(
+            "it has no to_rgb=True, so that the model is for BGR images: convert it as in docs/migrating.md"
+        )
     dataset = meta.get("dataset_meta")
     classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None
     if classes and all(isinstance(name, str) for name in classes):
-        settings["label_names"] = list(classes)
-    config = _python_config(meta["cfg"]) if isinstance(meta.get("cfg"), str) else {}
-    if not config.keys() & {"model", "data_preprocessor"}:
-        return settings
-    model = config.get("model") or {}
-    preprocessor = model.get("data_preprocessor", config.get("data_preprocessor")) or {}
-    reversals = [preprocessor.get(name) for name in ("to_rgb", "bgr_to_rgb", "rgb_to_bgr")]
-    if any(value not in (None, True, False) for value in reversals):
-        raise ValueError("to_rgb of its data_preprocessor is neither True nor False")
-    settings["channel_order"] = "rgb" if any(reversals) else "bgr"
-    for name, identity in (("mean", 0), ("std", 1)):
-        numbers = preprocessor.get(name)
-        numbers = [identity] if numbers is None else numbers
-        settings[name] = [number / 255 for number in numbers]
-    return settings | _of_mmpretrain_model(model)
-
-
-def _of_mmpretrain_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the model that the shapes of its tensors do not show."""
-    settings: dict[str, Any] = {}
-    backbone, neck, head = (model.get(name) or {} for name in ("backbone", "neck", "head"))
-    arch, layers = backbone.get("arch"), backbone.get("layer_cfgs")
-    eps, neck_eps = (_mmpretrain_eps(part) for part in (backbone, neck))
-    activation = layers.get("act_cfg") if isinstance(layers, dict) else None
-    if isinstance(activation, dict) and activation.get("type") != "GELU":
-        raise ValueError(f"act_cfg is {activation}, and only GELU is supported")
-    out_type, is_mae = backbone.get("out_type"), model.get("type") == "MAE"
-    if head and not is_mae and out_type not in (None, "cls_token", "avg_featmap"):
-        raise ValueError(f"out_type is {out_type!r}, and only cls_token and avg_featmap are supported with a head")
-    if isinstance(arch, dict) and "num_heads" in arch:
-        settings["num_heads"] = arch["num_heads"]
-    if eps is not None:
-        settings["layer_norm_eps"] = eps
-    if "MultiLabel" in str(head.get("type")):
-        settings["task"] = MULTILABEL
-    if is_mae:
-        settings["decoder_num_heads"] = neck.get("decoder_num_heads", 16)  # the default of mmpretrain
-        settings["norm_pix_loss"] = bool(head.get("norm_pix", False))
-        if eps != neck_eps:
-            raise ValueError(f"eps of norm_cfg is {eps or 1e-6} in its backbone, and {neck_eps or 1e-6} in its neck")
-    return settings
-
-
-def _mmpretrain_eps(part: Mapping[str, Any]) -> Any:
-    """Returns the eps of LayerNorm in a part of a model of mmpretrain; None if that is its default and ours, 1e-6."""
-    norm = part.get("norm_cfg")
-    eps = norm.get("eps", 1e-5) if isinstance(norm, dict) else 1e-6
-    return None if eps == 1e-6 else eps
-
-
-def _python_config(text: str) -> dict[str, Any]:
-    """Returns the assignments in a configuration of mmengine, without executing it.
-
-    Raises:
-        ValueError, SyntaxError, RecursionError, MemoryError: it is not Python, or is too large.
-    """
-    if len(text) > MAX_CONFIG:
-        raise ValueError(f"its configuration has {len(text)} characters, and at most {MAX_CONFIG} are read")
-    return {target.id: _literal(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign)
-            for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
-
-
-def _literal(node: ast.expr) -> Any:
-    """Returns the value of an expression of literals, lists, tuples (as lists) and dicts; `...` for other ones."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        words = {word.arg: _literal(word.value) for word in node.keywords}
-        return ... if None in words else words  # dict(**NAME)
-    if isinstance(node, ast.Dict):
-        keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
-        return ... if None in keys else dict(zip(keys, map(_literal, node.values), strict=True))
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(element) for element in node.elts]
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ...
+        return {"label_names": list(classes)}
+    return {}

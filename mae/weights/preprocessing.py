@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.transforms import channel_statistics
 from mae.position_tables import Size
 from mae.settings.arguments import in_words
@@ -21,7 +22,11 @@ def statistics(
     """Returns `mean` and `std`. If one is None, it is taken from the run of a file with the same number of channels.
 
     A warning names each value that differs from the value of that run.
+
+    Raises:
+        CheckpointError: as in `require_statistics`.
     """
+    require_statistics(file, mean, std)
     records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
     if not file or not records:
         return mean, std
@@ -38,6 +43,16 @@ def statistics(
             )
             logger.warning(f"{now} is used, and {file.origin} was made with {then}")
     return chosen
+
+
+def require_statistics(file: Weights | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises CheckpointError if a file does not record its statistics, may have any, and they are not given."""
+    if file and file.needs_statistics and (mean is None or std is None):
+        raise CheckpointError(
+            f"{file.origin} is of mmpretrain, whose configuration is not read: give mean and std of RGB images from 0 "
+            f"to 1, which are those of its data_preprocessor divided by 255; a model without to_rgb=True is converted "
+            f"as in docs/migrating.md"
+        )
 
 
 def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:

@@ -34,13 +34,13 @@ MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; 
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 CONFIG = "config.json"  # of a folder of transformers or timm
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-MODEL, PIXELS = "settings", "mean and std"  # what a file may record; the names are those of the warning
-ASSUMED = {  # for files of other libraries that do not record it
-    MODEL: "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head on the mean of the "
-    "patches if there is an fc_norm, else on the class token, RGB images with ImageNet's mean and std. A folder with "
-    f"{CONFIG} records them",
-    PIXELS: "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them",
-}
+# For files of other libraries that do not record them
+ASSUMED_MODEL = (
+    "as many attention heads as the model of this size has, GELU, LayerNorm eps 1e-6, a head for one class an image on "
+    "the mean of the patches if there is an fc_norm, else on the class token, RGB images with"
+)
+ASSUMED_PIXELS = "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them"
+OF_MMPRETRAIN = "backbone.patch_embed.projection.weight"
 # Tensors that every file has, and the numbers of their axes. With an encoder of the user's code: a class token.
 AXES = {shapes.PATCHES: 4, "cls_token": 3, "pos_embed": 3, "blocks.0.norm1.weight": 1}
 
@@ -52,6 +52,7 @@ class Weights(NamedTuple):
     settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     origin: str  # path or published name, for messages
+    needs_statistics: bool = False  # whether mean and std have to be given: another library's configuration has them
 
     @property
     def num_cls_tokens(self) -> int:
@@ -74,7 +75,7 @@ class Content(NamedTuple):
 
     tensors: dict[str, Any]  # in nested dicts and lists, under the names of the library that wrote the file
     settings: dict[str, Any]
-    records: set[str]  # MODEL and PIXELS, unless the settings of another library have to be assumed
+    is_ours: bool  # of this library or the published code, whose models and images are known
 
 
 def read(name: Path | str) -> Weights:
@@ -93,7 +94,7 @@ def read(name: Path | str) -> Weights:
     path = file if file.exists() else _download(str(name), file)
     content = _read_folder(path) if path.is_dir() else _reader(path.suffix)(path)
     is_of_hub = path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file()
-    if is_of_hub and not {MODEL, PIXELS} <= content.records:  # its folder has the settings
+    if is_of_hub and not content.is_ours:  # its folder has the settings
         content = _read_folder(path.parent, path)
     settings = content.settings
     # The user's code, which `mae.build` requires, may have any tensors.
@@ -111,18 +112,27 @@ def read(name: Path | str) -> Weights:
                 f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "
                 f"{some(map(str, found))}"
             )
-    if "channel_order" in settings:
-        tensors, settings = _in_rgb(tensors, settings)
     size = settings.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     if invalid := _first_invalid(settings):
         raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    missing = next((what for what in (MODEL, PIXELS) if what not in content.records), None)
-    if missing and path == file:  # the settings of published files are known
-        warn_once(f"{path} records no {missing}. Assumed are: {ASSUMED[missing]}")
-    return Weights(tensors, settings, _kind(sizes, settings), str(name))
+    is_known = content.is_ours or path != file or model_zoo.row_of(str(path)) is not None
+    needs_statistics = not is_known and OF_MMPRETRAIN in found and settings.get("mean") is None
+    if not is_known:
+        _warn_of_assumptions(path, settings, needs_statistics)
+    return Weights(tensors, settings, _kind(sizes, settings), str(name), needs_statistics)
+
+
+def _warn_of_assumptions(path: Path, settings: Mapping[str, Any], needs_statistics: bool) -> None:
+    """Logs what a file of another library does not record."""
+    if not settings.keys() - {"label_names"}:
+        statistics = "the given mean and std" if needs_statistics else "ImageNet's mean and std"
+        folder = "" if needs_statistics else f". A folder with {CONFIG} records them"
+        warn_once(f"{path} records no settings. Assumed are: {ASSUMED_MODEL} {statistics}{folder}")
+    elif settings.get("mean") is None:
+        warn_once(f"{path} records no mean and std. Assumed are: {ASSUMED_PIXELS}")
 
 
 def path_and_model(name: Path | str) -> tuple[Path, str]:
@@ -140,24 +150,6 @@ def _download(name: str, file: Path) -> Path:
 
 def _reader(suffix: str) -> Callable[[Path], Content]:
     return _read_safetensors if suffix == ".safetensors" else _read_pickle
-
-
-def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the weights and settings of a model of mmpretrain for RGB images, with a mean and std for each channel.
-
-    `channel_order` in the settings is the order in which the model gets its channels, which has a meaning for three.
-    """
-    channels, p, q = tensors[shapes.PATCHES].shape[1:]
-    is_bgr = settings["channel_order"] == "bgr" and channels == 3
-    settings = {name: value for name, value in settings.items() if name != "channel_order"}
-    settings |= {name: settings[name] * channels for name in ("mean", "std") if len(settings[name]) == 1}
-    if not is_bgr:
-        return tensors, settings
-    tensors = {**tensors, shapes.PATCHES: tensors[shapes.PATCHES].flip(1)}
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):  # pixels of a patch, the channel last
-        if name in tensors and len(tensors[name]) == p * q * channels:
-            tensors[name] = tensors[name].unflatten(0, (p * q, channels)).flip(1).flatten(0, 1)
-    return tensors, settings | {name: settings[name][::-1] for name in ("mean", "std")}
 
 
 def _first_invalid(settings: Mapping[str, Any]) -> str | None:
@@ -185,7 +177,7 @@ def _read_safetensors(path: Path) -> Content:
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    return Content(tensors, settings, {MODEL, PIXELS} if settings else set())
+    return Content(tensors, settings, bool(settings))
 
 
 def _read_pickle(path: Path) -> Content:
@@ -196,14 +188,11 @@ def _read_pickle(path: Path) -> Content:
         del settings["task"]
     try:
         settings |= foreign_settings.of_timm_run(settings)
-        if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
+        if isinstance(state.get("meta"), dict) and not settings and not model_zoo.row_of(str(path)):
             settings = foreign_settings.of_mmpretrain(state["meta"])
     except Exception as error:  # of another structure
         raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
-    if isinstance(state.get("model"), dict):  # the layout of the published code, whose models this library has
-        return Content(state, settings, {MODEL, PIXELS})
-    records = {MODEL} if settings.keys() - {"label_names"} else set()
-    return Content(state, settings, records | ({PIXELS} if settings.get("mean") is not None else set()))
+    return Content(state, settings, isinstance(state.get("model"), dict))  # the layout of the published code
 
 
 def _read_folder(path: Path, file: Path | None = None) -> Content:
@@ -214,7 +203,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     """
     if (path / file_names.STATE).is_file():
         state = sharded.gather(path)
-        return Content({"model": state["model"]}, checkpoint.settings_of(state.get("args")), {MODEL, PIXELS})
+        return Content({"model": state["model"]}, checkpoint.settings_of(state.get("args")), True)
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
@@ -234,7 +223,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     for file in files:
         content = _reader(file.suffix)(file)
         tensors, settings = tensors | content.tensors, settings | content.settings
-    return Content(tensors, settings, {MODEL, PIXELS} if settings.get("mean") or "model" in settings else {MODEL})
+    return Content(tensors, settings, "model" in settings)
 
 
 def _kind(sizes: Mapping[str, torch.Size], settings: Mapping[str, Any]) -> str:
