@@ -40,17 +40,17 @@ import models_vit
 from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
+from mae.compare import baselines, summary
+from mae.compare.store import Commands
+from mae.compare.summary import ACCURACY, PIXELS, Result
 from mae.data.labels import open_pair, some_of_each_class
 from mae.data.open import open_source
 from mae.data.sources import Source
 from mae.data.user_sets import OpenDataset, with_source
-from mae.evaluate import comparison, pixel_baselines
-from mae.evaluate.comparison import ACCURACY, PIXELS, Result
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tasks import best_of
 from mae.files import recipes
 from mae.files.results import from_line
-from mae.jobs.commands import Commands
 from mae.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.arguments import arguments
 from mae.settings.choices import CLASSIFICATION, DEFAULT_METRICS
@@ -169,9 +169,7 @@ def _compare(run: Run, out: Path) -> str:
         Task(encoder, protocol, *draw)
         for draw in draws
         for encoder in encoders
-        for protocol in (
-            pixel_baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols)
-        )
+        for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols))
     ]
     runs = Runs(
         run,
@@ -201,7 +199,7 @@ def _compare(run: Run, out: Path) -> str:
             )
     finally:
         if results:
-            text = comparison.write(out, [result for _, result in sorted(results)])
+            text = summary.write(out, [result for _, result in sorted(results)])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}; plot: {out / 'plot.png'}")
     return text
 
@@ -505,10 +503,9 @@ class Runs:
         def compute(_: Path) -> dict[str, Any]:
             few = some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
             train, val = (
-                (pixel_baselines.read(source, images, self.run.data.num_workers), source.labels)
-                for source in (few, self.val)
+                (baselines.read(source, images, self.run.data.num_workers), source.labels) for source in (few, self.val)
             )
-            accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
+            accuracy, chosen = baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
         data = {name: self.run[name] for name in ("data_path", "dataset", "train_list", "val_list")}

@@ -13,11 +13,11 @@ from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from mae.cli import entry_point
-from mae.evaluate import comparison
+from mae.compare import summary
+from mae.compare.store import Commands
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.files.results import Results
-from mae.jobs.commands import Commands
 from mae.settings.arguments import arguments
 from mae.training import log
 
@@ -128,7 +128,7 @@ class Ablation:
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in [*baselines, *names]}
         if not accuracies:
             return {}
-        for result in comparison.read(self.compare(names or list(self.runs)[:1], baselines)):
+        for result in summary.read(self.compare(names or list(self.runs)[:1], baselines)):
             if result.encoder in accuracies:
                 accuracies[result.encoder].setdefault(result.protocol, []).append(result.accuracy)
         return accuracies
@@ -148,7 +148,7 @@ class Ablation:
                 run, cost = self.runs[name], self.macs(name) / self.macs(next(iter(self.runs)))
                 pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{cost:.2f}", f"{results[name]['loss']:.4f}"]
             accuracies = results[name]["accuracies"]
-            cells = [comparison.Cell(name, title, dict(enumerate(accuracies[title]))) for title in protocols]
+            cells = [summary.Cell(name, title, dict(enumerate(accuracies[title]))) for title in protocols]
             lines.append([name, *pretraining, *map(str, cells)])
         return markdown(["encoder", "images", "epochs", "cost", "loss", *(f"{name}, %" for name in protocols)], lines)
 

@@ -21,10 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
+from mae.compare import summary
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import keeps_label, to_tensor
-from mae.evaluate import comparison, knn, pictures, tables
+from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
 from mae.training import log
@@ -110,14 +111,14 @@ def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
     return sum(right) / len(test)
 
 
-def few_labels(folder: Path) -> tuple[int, dict[str, comparison.Cell]]:
+def few_labels(folder: Path) -> tuple[int, dict[str, summary.Cell]]:
     """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS.
 
     Raises:
         ValueError: the comparison has several numbers of labels, or lacks a row.
     """
-    cells = comparison.cells_of(comparison.read(folder))
-    counts = comparison.columns_of(cells)
+    cells = summary.cells_of(summary.read(folder))
+    counts = summary.columns_of(cells)
     if len(counts) != 1:
         raise ValueError(f"--comparison {folder} has results for {counts} labels: give one with one number of --labels")
     missing = [row for row in FEW_LABELS if row not in cells]

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from demo.unpack_data import ARCHIVE
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
+from mae.compare.store import Commands
 from mae.data.segmentation_masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
 from mae.files import atomic
 from mae.inference.model import get_model
-from mae.jobs.commands import Commands
 from mae.settings import types
 from mae.training import log
 

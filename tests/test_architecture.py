@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGES = {
     "files": "files", "data": "files", "evaluate": "data|files", "checkpoints": "files",
     "weights": "checkpoints|data|files", "training": "evaluate|data|checkpoints|files", "jobs": "cli|files",
-    "cli": "files",
+    "cli": "files", "compare": "cli|data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = r"mae\.(context|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|user_code)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
@@ -43,6 +43,7 @@ ARROWS = {
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.training\.param_groups": r"models_vit",
+    r"mae\.compare\.encoders": rf"mae\.(build|(weights|files)\.\w+)|{SHARED}",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.parallel": r"mae\.plain_data",

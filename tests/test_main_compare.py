@@ -28,12 +28,12 @@ import main_compare
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint, run_directory
+from mae.compare import baselines, summary
+from mae.compare.store import Commands
+from mae.compare.summary import Result
 from mae.data.labels import hold_out, some_of_each_class
 from mae.data.open import open_source
-from mae.evaluate import comparison, pixel_baselines
-from mae.evaluate.comparison import Result
 from mae.inference import get_model
-from mae.jobs.commands import Commands
 from mae.settings import ImageSpec
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -459,7 +459,7 @@ def test_one_of_several_models_in_a_changed_file_runs_again(tmp_path):
 
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
+    monkeypatch.setattr(baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
     for count in (3, 4):
         files = [file for path in sorted(labelled.glob("train/*")) for file in sorted(path.iterdir())[:count]]
         (tmp_path / "list.csv").write_text("".join(f"{file},{file.parent.name}\n" for file in files))
@@ -494,14 +494,14 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
          r"a \(k-NN\) .* 72.0 %, 3.0 points .* above b \(k-NN\)"),
         ([*results("a", [float("nan")]), *results("b", [69.0])], r"100 labels, b \(k-NN\) .* 69.0 %"),
     ):  # fmt: skip
-        assert re.search(said, comparison.conclusion(comparison.cells_of(found)))
+        assert re.search(said, summary.conclusion(summary.cells_of(found)))
 
 
 @pytest.mark.parametrize("sizes", [(100,), (100, 1000)])
 def test_plots_have_names_that_are_no_formulas_and_the_scale(tmp_path, sizes):
     """Bars with their values for one number of labels, on an axis that names its start; else lines."""
     found = [*results("c", [float("nan")]), *results(r"$\frac{1$", [70.0, 72.0]), *results("b", [80.0])]
-    comparison.draw(comparison.cells_of([r._replace(labels=n) for r in found for n in sizes]), tmp_path / "plot.svg")
+    summary.draw(summary.cells_of([r._replace(labels=n) for r in found for n in sizes]), tmp_path / "plot.svg")
     texts = re.findall(r"<!-- (.*) -->", (tmp_path / "plot.svg").read_text())
     if len(sizes) > 1:
         assert {r"$\frac{1$", "b", "k-NN", "100", "1,000", "test accuracy, %"} <= set(texts)
@@ -513,8 +513,8 @@ def test_plots_have_names_that_are_no_formulas_and_the_scale(tmp_path, sizes):
 
 
 def test_the_table():
-    cells = comparison.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
-    assert comparison.table(cells).splitlines()[2:] == [
+    cells = summary.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
+    assert summary.table(cells).splitlines()[2:] == [
         "| a (k-NN) | **71.0 ± 1.4** |  |", "| b (k-NN) | 60.0 | **80.0** |",
     ]  # fmt: skip
 
@@ -529,25 +529,25 @@ def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     monkeypatch.setattr(SVC, "fit", record)
     images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
     with threadpool_limits(2):
-        pixel_baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
+        baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
     assert threads == [1] * 4  # three values of C, and the choice
 
 
 def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
-    monkeypatch.setattr(pixel_baselines, "MOST", 100)
+    monkeypatch.setattr(baselines, "MOST", 100)
     labels = np.repeat([0, 1, 2], [5, 1000, 1000])
     assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
     train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
-    assert pixel_baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
+    assert baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
     with pytest.raises(ValueError, match="class"):
-        pixel_baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
+        baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
 
 
 def test_pixels_of_the_baselines(labelled, tmp_path):
     """They have at most 32 rows, the default crop of the input size, and one range for files of 8 and 16 bits."""
 
     def read(path, *spec, **options):
-        return pixel_baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
+        return baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
 
     assert np.array_equal(read(labelled, 256, 1), read(labelled, 256, 1, crop_pct=1.0))
     pixels = read(labelled, (64, 32), 1, crop_pct=1)
@@ -619,7 +619,7 @@ def test_a_killed_comparison_ends_its_scripts(tmp_path):
     )
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from mae.jobs.commands import Commands
+from pathlib import Path; from mae.compare.store import Commands
 here = Path({str(tmp_path)!r})
 commands = Commands(here, here / "results.json", 1)
 list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mae.evaluate import comparison, report, robustness_report
+from mae.compare import summary
+from mae.evaluate import report, robustness_report
 
 
 def rows(path):
@@ -41,8 +42,8 @@ def test_names_are_no_formulas_of_spreadsheets(tmp_path):
     matrix = rows(tmp_path / "confusion.csv")
     assert matrix[0][1:] == [row[0] for row in matrix[1:]] == quoted
 
-    results = [comparison.Result(name, "k-NN", 10, 0, 50.0, "", 1.0, "c") for name in names]
-    comparison.write(tmp_path, results)
+    results = [summary.Result(name, "k-NN", 10, 0, 50.0, "", 1.0, "c") for name in names]
+    summary.write(tmp_path, results)
     assert [row[0] for row in rows(tmp_path / "results.csv")[1:]] == quoted
 
     cells = {name: {"images": 10, "acc1": 50.0, "acc5": 60.0} for name in names}

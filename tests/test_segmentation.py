@@ -9,9 +9,9 @@ from PIL import Image
 import main_segment
 from demo import segmentation
 from mae.checkpoints import checkpoint
+from mae.compare.store import Commands
 from mae.data.segmentation_masks import read_palette
 from mae.inference import get_model, maps
-from mae.jobs.commands import Commands
 from mae.settings.arguments import arguments
 
 
