@@ -109,6 +109,12 @@ def translate_srun() -> None:
         slurm.setdefault(variable, value)
 
 
+def launched_processes() -> int:
+    """Returns the number of processes that torchrun or srun started."""
+    translate_srun()
+    return _launched("WORLD_SIZE", 1)
+
+
 def launches() -> list[str]:
     """Returns names of the start of torchrun and of the Slurm job of this process. A restart does not change them."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -148,11 +154,10 @@ def init(
         ValueError: the variables of the launcher are incomplete, or the other processes can't be reached.
         RuntimeError: the backend is nccl without a GPU.
     """
-    translate_srun()
+    world_size = launched_processes()
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
-    world_size = _launched("WORLD_SIZE", 1)
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
