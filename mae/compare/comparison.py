@@ -58,12 +58,12 @@ def compare(run: Run, scripts: Mapping[str, ModuleType]) -> str:
             results[trial.name] = result
             logger.info(
                 f"[{len(results)}/{len(planned)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
-                f"{result.text} ({result.seconds:.0f} s)"
+                f"{result.metric} {result.accuracy:.4g} ({result.seconds:.0f} s)"
             )
     finally:
         if results:
-            found = [results[trial.name] for trial in planned if trial.name in results]
-            text = store.wait_for(lambda: _write(out, found))
+            with store.locked(out / "table.md", waits=True):
+                text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}")
     return text
 
@@ -159,8 +159,3 @@ def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Tria
         if len(busy) == len(pending):
             time.sleep(store.WAIT_SECONDS)
         pending = busy
-
-
-def _write(out: Path, results: Sequence[Result]) -> str:
-    with store.locked(out / "table.md"):
-        return summary.write(out, results)

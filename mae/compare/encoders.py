@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mae.build
-from mae.compare.store import locked, wait_for
+from mae.compare.store import locked
 from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
@@ -113,13 +113,10 @@ def _timm_folder(name: str, folder: Path) -> str:
     import timm  # takes more than a second
     from timm.models import save_for_hf
 
-    def save() -> None:
-        with locked(folder / name):
+    try:
+        with locked(folder / name, waits=True):
             if not (folder / name / "config.json").exists():
                 save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
-
-    try:
-        wait_for(save)
     except Exception as error:  # of timm, of the Hugging Face Hub and of the network
         near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
         raise ValueError(f"--encoders {TIMM}{name}: {str(error).splitlines()[0]}{near}") from error

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -24,7 +24,6 @@ from mae.files.results import Results
 from mae.settings.arguments import arguments
 
 Scores = dict[str, Any]
-T = TypeVar("T")
 
 RECORD = "run.json"  # what the scores of a folder depend on, and the scores once they are computed
 OUTPUT = "output.txt"  # what the script printed
@@ -88,41 +87,32 @@ def run(folder: Path, script: ModuleType, flags: Mapping[str, Any], read: Callab
                 return read(out, script.main(entry_point.parse(parser, arguments(flags))))
             except (ValueError, OSError, ArithmeticError) as error:
                 raise ValueError(f"{entry_point.message(parser, error)} (the output is in {output})") from error
-            finally:
-                _leave_no_state()
+            finally:  # leave no state to the next run; each `main` seeds PyTorch
+                parallel.teardown()
+                gc.collect()
+                if "torch._dynamo" in sys.modules:  # importing it takes seconds
+                    torch.compiler.reset()
 
     return kept(folder, {"script": script.__name__, **flags}, compute)
 
 
-def _leave_no_state() -> None:
-    """Leaves the process group of a run, and frees its memory and its compiled graphs. Each `main` seeds PyTorch."""
-    parallel.teardown()
-    gc.collect()
-    if "torch._dynamo" in sys.modules:  # importing it takes seconds
-        torch.compiler.reset()
-
-
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waits: bool = False) -> Iterator[None]:
     """Context manager that locks a file or folder by a file beside it.
+
+    Args:
+        waits: wait until no other process has locked it.
 
     Raises:
         Busy: another process has locked it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a") as file:
-        if not locks.acquire(file, path):
-            raise Busy(f"{path} is being written to by another process")
-        yield
-
-
-def wait_for(call: Callable[[], T]) -> T:
-    """Calls a function again until no other process keeps it from its folder."""
-    while True:
-        try:
-            return call()
-        except Busy:
+        while not locks.acquire(file, path):
+            if not waits:
+                raise Busy(f"{path} is being written to by another process")
             time.sleep(WAIT_SECONDS)
+        yield
 
 
 def _inputs_of(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,6 @@ class Result(NamedTuple):
         """The title of its row."""
         return f"{self.encoder} ({self.protocol})"
 
-    @property
-    def text(self) -> str:
-        """The score for the log."""
-        return f"{self.accuracy:.2f} %" if self.metric == ACCURACY else f"{self.metric} {self.accuracy:.4g}"
-
 
 class Entry(NamedTuple):
     """The scores of the draws of an encoder, a protocol and a number of labels."""
@@ -99,14 +94,10 @@ def table(entries: Entries) -> str:
             return ""
         return f"**{row[labels]}**" if row[labels].rank == best[labels] else str(row[labels])
 
-    titles = [f"test {title(entries)}", *(f"{labels:,} labels" for labels in columns)]
-    return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in entries.items()])
-
-
-def title(entries: Entries) -> str:
-    """Returns the name of the metric with its unit."""
     metric = next(entry.metric for row in entries.values() for entry in row.values())
-    return "accuracy, %" if metric == ACCURACY else metric
+    title = "accuracy, %" if metric == ACCURACY else metric
+    titles = [f"test {title}", *(f"{labels:,} labels" for labels in columns)]
+    return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in entries.items()])
 
 
 def conclusion(entries: Entries) -> str:

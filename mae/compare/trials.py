@@ -4,6 +4,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ DEFAULTS: dict[str, Flags] = {
 # Flags that all scripts share; the comparison passes those that are given.
 SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
-LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
+LEAST_UPDATES = 3  # of an epoch: batches of few images are smaller
 
 
 class Trial(NamedTuple):
@@ -75,7 +76,6 @@ class Trials:
         self.train, self.val = train, val
         self.shared = {name: run[name] for name in SHARED if name in run.explicit and name not in OF_ENCODER}
         self.recipes = _recipes_of(run)
-        self.notes: set[str] = set()
         self.metric = next(iter(run.evaluation.metric or DEFAULT_METRICS[run.images.task]), ACCURACY)
 
     def flags(self, trial: Trial) -> Flags:
@@ -83,7 +83,7 @@ class Trials:
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
-            ValueError: there are too few labels for a probe that selects its rate, or several temperatures.
+            ValueError: a recipe has several temperatures.
         """
         recipe = self.recipes.get(trial.protocol)
         first = {"config": recipe} if recipe else DEFAULTS[trial.protocol]
@@ -99,8 +99,14 @@ class Trials:
         if trial.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
         settings = self._settings(trial, flags)
-        self._require_usable(trial, settings)
-        return {**flags, **self._smaller_batch(trial, settings.optim.batch_size)}
+        if trial.protocol == KNN and len(temperatures := settings.evaluation.temperature) > 1:
+            values = " ".join(map(str, temperatures))
+            raise ValueError(f"--recipes {KNN}={self.recipes[KNN]}: it has the temperatures {values}; give one")
+        largest = 2 ** max(1, (trial.labels // LEAST_UPDATES).bit_length() - 1)
+        if trial.protocol != KNN and settings.optim.batch_size > largest:
+            _log_batch(TITLES[trial.protocol], trial.labels, largest, settings.optim.batch_size)
+            flags["batch_size"] = largest
+        return flags
 
     def result(self, trial: Trial) -> Result:
         """Returns the result of a trial. Its hyperparameters are chosen on held-out images of the first draw.
@@ -152,48 +158,26 @@ class Trials:
     def _settings(self, trial: Trial, flags: Flags) -> Run:
         return entry_point.parse(self.scripts[trial.protocol].get_args_parser(), arguments(flags))
 
-    def _require_usable(self, trial: Trial, settings: Run) -> None:
-        """Raises ValueError for too few labels, or several temperatures."""
-        rates, temperatures = settings.optim.blr, settings.evaluation.temperature
-        # A probe that selects its rate needs two images for its batch norm, and one that selects.
-        selects = trial.protocol in (LINEAR, ATTENTIVE) and isinstance(rates, list) and len(rates) > 1
-        if selects and trial.labels < 3:
-            least = len(self.train.classes) * -(-3 // len(self.train.classes))
-            raise ValueError(
-                f"--labels {trial.labels}: --protocols {trial.protocol} trains on at least two images, and selects its "
-                f"learning rate on another; give --labels {least} or more"
-            )
-        if trial.protocol == KNN and len(temperatures) > 1:
-            values = " ".join(map(str, temperatures))
-            raise ValueError(f"--recipes {KNN}={self.recipes[KNN]}: it has the temperatures {values}; give one")
-
-    def _smaller_batch(self, trial: Trial, batch_size: int) -> Flags:
-        """Returns a smaller batch size if an epoch has fewer than LEAST_UPDATES updates."""
-        largest = 2 ** max(1, (trial.labels // LEAST_UPDATES).bit_length() - 1)
-        if trial.protocol == KNN or batch_size <= largest:
-            return {}
-        note = f"{TITLES[trial.protocol]} with {trial.labels} labels: batches of {largest} images, not {batch_size}"
-        if note not in self.notes:
-            logger.info(note)
-        self.notes.add(note)
-        return {"batch_size": largest}
-
     def _run(self, name: str, trial: Trial, flags: Flags) -> tuple[store.Scores, str]:
         """Runs the script of a protocol; returns its scores and its command."""
         script, out = self.scripts[trial.protocol], self.folder / name
         if trial.protocol != KNN:
             flags = {**flags, "output_dir": out, "resume": "auto"}
         try:
-            scores = store.run(out, script, flags, self._scores_of_neighbors if trial.protocol == KNN else scores_of)
+            scores = store.run(out, script, flags, self._scores)
         except ValueError as error:  # it may name a flag that the comparison does not have
             hint = f"main_compare.py passes other flags of {script.__name__}.py in a recipe"
             raise ValueError(f"{error}; {hint}: --recipes {trial.protocol}=YAML") from error
         if not self.run.comparison.keep_checkpoints:
-            remove_checkpoints(out)
+            for path in (*out.glob("*.pth"), *out.glob("tokens")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return scores, shlex.join(["python", f"{script.__name__}.py", *arguments(flags)])
 
-    def _scores_of_neighbors(self, _: Path, found: Mapping[tuple[int, float], float]) -> store.Scores:
-        return {f"{self.metric}_k{k}": score for (k, _), score in found.items()}
+    def _scores(self, out: Path, found: Mapping[tuple[int, float], float] | None) -> store.Scores:
+        """Returns the scores of the neighbors that `main` has returned, or those in the last line of log.txt."""
+        if isinstance(found, Mapping):
+            return {f"{self.metric}_k{k}": score for (k, _), score in found.items()}
+        return {name: value for name, value in log.read(out)[-1].items() if name.startswith(("test_", "chosen"))}
 
     def _fit_pixels(self, trial: Trial) -> tuple[store.Scores, str]:
         """Fits a baseline of scikit-learn on the images of the same draw; returns its scores and a description."""
@@ -220,7 +204,7 @@ def _recipes_of(run: Run) -> dict[str, str]:
     """Returns the recipe of each protocol that has one.
 
     Raises:
-        ValueError: --recipes names another protocol, one twice, or no file.
+        ValueError: --recipes names another protocol, or one twice.
     """
     found: dict[str, str] = {}
     for text in run.comparison.recipes:
@@ -229,20 +213,10 @@ def _recipes_of(run: Run) -> dict[str, str]:
         if protocol not in run.comparison.protocols or protocol in found or not recipe:
             protocols = ", ".join(run.comparison.protocols)
             raise ValueError(f"--recipes {text}: give PROTOCOL=YAML once for each of {protocols}")
-        if not Path(recipe).is_file():
-            raise ValueError(f"--recipes {text}: there is no file {recipe}")
         found[protocol] = recipe
     return found
 
 
-def scores_of(out: Path, _: object) -> store.Scores:
-    """Returns the scores in the last line of log.txt of a run directory."""
-    lines = log.read(out)
-    scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
-    return {**scores, "epochs": len(lines)}
-
-
-def remove_checkpoints(out: Path) -> None:
-    """Removes the checkpoints and stored tokens of a run directory."""
-    for path in (*out.glob("*.pth"), *out.glob("tokens")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+@cache  # once for all encoders and draws
+def _log_batch(title: str, labels: int, largest: int, batch_size: int) -> None:
+    logger.info(f"{title} with {labels} labels: batches of {largest} images, not {batch_size}")
