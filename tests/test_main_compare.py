@@ -487,7 +487,7 @@ def test_two_comparisons_share_the_runs(labelled, encoder, tmp_path):
 def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
     """The table has one score for each run."""
     (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
-    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
+    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures .0.1, 0.04.; give one"):
         compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
 
 

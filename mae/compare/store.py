@@ -26,7 +26,6 @@ from mae.settings.arguments import arguments
 Scores = dict[str, Any]
 
 RECORD = "run.json"  # what the scores of a folder depend on, and the scores once they are computed
-OUTPUT = "output.txt"  # what the script printed
 WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir"}  # on a result
 WAIT_SECONDS = 1.0  # between looks at what another process computes
 
@@ -81,7 +80,7 @@ def run(folder: Path, script: ModuleType, flags: Mapping[str, Any], read: Callab
     parser = script.get_args_parser()
 
     def compute(out: Path) -> Scores:
-        output = out / OUTPUT
+        output = out / "output.txt"
         with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), flags_in_log(parser):
             try:
                 return read(out, script.main(entry_point.parse(parser, arguments(flags))))

@@ -100,8 +100,7 @@ class Trials:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
         settings = self._settings(trial, flags)
         if trial.protocol == KNN and len(temperatures := settings.evaluation.temperature) > 1:
-            values = " ".join(map(str, temperatures))
-            raise ValueError(f"--recipes {KNN}={self.recipes[KNN]}: it has the temperatures {values}; give one")
+            raise ValueError(f"--recipes {KNN}={recipe}: it has the temperatures {temperatures}; give one")
         largest = 2 ** max(1, (trial.labels // LEAST_UPDATES).bit_length() - 1)
         if trial.protocol != KNN and settings.optim.batch_size > largest:
             _log_batch(TITLES[trial.protocol], trial.labels, largest, settings.optim.batch_size)
@@ -142,14 +141,14 @@ class Trials:
             return {}  # a probe trains a head for each rate
         epochs = self.budgets[trial.labels]
         chosen = {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
-        rates = self.run.optim.blr or []
-        assert isinstance(rates, list), "the flag takes several"
+        rates: Any = self.run.optim.blr  # the flag takes several
+        if not rates:
+            return chosen
         found = [
             self._run(f"{choices}/{rate}", trial, {**held_out, **chosen, "blr": rate})[0]
             for rate in (rates if len(rates) > 1 else [])
         ]
-        best = self._best(rates, [scores[f"test_{self.metric}"] for scores in found]) if rates else None
-        return chosen | ({"blr": best} if rates else {})
+        return {**chosen, "blr": self._best(rates, [scores[f"test_{self.metric}"] for scores in found])}
 
     def _best(self, values: Sequence[Any], scores: Sequence[float]) -> Any:
         """Returns the value with the best score; without scores, the first."""
