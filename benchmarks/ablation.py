@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +12,16 @@ from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from mae.cli import entry_point
-from mae.evaluate import comparison
+from mae.compare import store, summary
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.files.results import Results
-from mae.jobs.commands import Commands
 from mae.settings.arguments import arguments
 from mae.training import log
 
 DATA = Path("demo/data/fashion_mnist")
 # The demo has whole images and larger updates.
 PRETRAIN = {"config": "recipes/pretrain_fashion_mnist.yaml", "crop": "random", "crop_scale": [0.6, 1.0], "lr": 1e-3}
-JOBS = 2  # pre-trainings at a time
 CURVE = (0, 1, 4, 9, 19, 79, 199, 999)  # epochs whose losses are kept
 
 
@@ -75,6 +72,10 @@ class Ablation:
             "resume": "auto", "output_dir": self.work / name, **others,
         }  # fmt: skip
 
+    def command(self, name: str) -> str:
+        """Returns the command that pre-trains an encoder."""
+        return shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
+
     def macs(self, name: str) -> float:
         """Returns the multiply-adds of all forward passes of a pre-training."""
         args = entry_point.parse(main_pretrain.get_args_parser(), arguments(self.flags(name)))
@@ -90,11 +91,10 @@ class Ablation:
     def pretrain(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Pre-trains encoders; returns the loss of the last epoch and the minutes of training, by name."""
         self.work.mkdir(parents=True, exist_ok=True)
-        commands = Commands(self.work, self.work / "results.json", JOBS)
         for images in {self.runs[name].images for name in names}:
             self.write_list(images)
 
-        def read(out: Path, _: str) -> dict[str, Any]:
+        def read(out: Path, _: object) -> dict[str, Any]:
             lines = log.read(out)
             losses = {line["epoch"]: line["train_loss"] for line in lines if line["epoch"] in CURVE}
             return {
@@ -102,12 +102,9 @@ class Ablation:
                 "minutes": sum(line["seconds"] for line in lines) / 60,
             }  # fmt: skip
 
-        def run(name: str) -> tuple[str, dict[str, Any]]:
-            return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
-
         trained: dict[str, dict[str, Any]] = {}
-        for name, scores in commands.each([partial(run, name) for name in names]):
-            trained[name] = scores
+        for name in names:
+            trained[name] = scores = store.run(self.work / name, main_pretrain, self.flags(name), read)
             progress = f"[{len(trained)}/{len(names)}] {name}"
             print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
         return trained
@@ -128,7 +125,7 @@ class Ablation:
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in [*baselines, *names]}
         if not accuracies:
             return {}
-        for result in comparison.read(self.compare(names or list(self.runs)[:1], baselines)):
+        for result in summary.read(self.compare(names or list(self.runs)[:1], baselines)):
             if result.encoder in accuracies:
                 accuracies[result.encoder].setdefault(result.protocol, []).append(result.accuracy)
         return accuracies
@@ -148,26 +145,21 @@ class Ablation:
                 run, cost = self.runs[name], self.macs(name) / self.macs(next(iter(self.runs)))
                 pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{cost:.2f}", f"{results[name]['loss']:.4f}"]
             accuracies = results[name]["accuracies"]
-            cells = [comparison.Cell(name, title, dict(enumerate(accuracies[title]))) for title in protocols]
-            lines.append([name, *pretraining, *map(str, cells)])
+            entries = [summary.Entry(name, title, dict(enumerate(accuracies[title]))) for title in protocols]
+            lines.append([name, *pretraining, *map(str, entries)])
         return markdown(["encoder", "images", "epochs", "cost", "loss", *(f"{name}, %" for name in protocols)], lines)
 
     def run(self, names: Sequence[str]) -> None:
         """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
         results = self.results.read()
-        names = [
-            name
-            for name in names
-            if results.get(name, {}).get("command")
-            != shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
-        ]
+        names = [name for name in names if results.get(name, {}).get("command") != self.command(name)]
         trained = self.pretrain(names)
         baselines = [name for name in self.baselines if name not in results]
         accuracies = self.accuracies(names, baselines)
         results |= {name: {"accuracies": accuracies[name]} for name in baselines}
         for name in names:
-            own = {key: trained[name][key] for key in ("loss", "losses", "command")}
-            results[name] = {**own, "accuracies": accuracies[name]}
+            kept = {key: trained[name][key] for key in ("loss", "losses")}
+            results[name] = {**kept, "command": self.command(name), "accuracies": accuracies[name]}
         self.results.add(results)
         atomic.write_text(self.here / "table.md", self.table() + "\n")
         print(self.table())

@@ -21,10 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
+from mae.compare import summary
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
-from mae.evaluate import comparison, knn, pictures, tables
+from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
 from mae.training import log
@@ -110,20 +111,20 @@ def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
     return sum(right) / len(test)
 
 
-def few_labels(folder: Path) -> tuple[int, dict[str, comparison.Cell]]:
+def few_labels(folder: Path) -> tuple[int, dict[str, summary.Entry]]:
     """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS.
 
     Raises:
         ValueError: the comparison has several numbers of labels, or lacks a row.
     """
-    cells = comparison.cells_of(comparison.read(folder))
-    counts = comparison.columns_of(cells)
+    entries = summary.entries_of(summary.read(folder))
+    counts = summary.columns_of(entries)
     if len(counts) != 1:
         raise ValueError(f"--comparison {folder} has results for {counts} labels: give one with one number of --labels")
-    missing = [row for row in FEW_LABELS if row not in cells]
+    missing = [row for row in FEW_LABELS if row not in entries]
     if missing:
         raise ValueError(f"--comparison {folder} has no row {missing[0]}: ./run demo has the command that writes it")
-    return counts[0], {title: cells[row][counts[0]] for row, title in FEW_LABELS.items()}
+    return counts[0], {title: entries[row][counts[0]] for row, title in FEW_LABELS.items()}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -155,10 +156,10 @@ def main(args: argparse.Namespace) -> None:
         titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
     )
     if few:
-        results |= {f"{number} labels: {name}": cell.mean / 100 for name, cell in few.items()}
+        results |= {f"{number} labels: {name}": entry.mean / 100 for name, entry in few.items()}
         few_rows = [
-            [name, f"{cell.mean:.1f}%", "one draw" if cell.spread is None else f"{cell.spread:.1f}"]
-            for name, cell in few.items()
+            [name, f"{entry.mean:.1f}%", "one draw" if entry.spread is None else f"{entry.spread:.1f}"]
+            for name, entry in few.items()
         ]
         table += "\n\n" + tables.markdown([f"{number} labels", "test accuracy", "standard deviation"], few_rows)
     atomic.write_text(args.out / "table.md", table + "\n")

@@ -22,14 +22,15 @@ from matplotlib.patches import Patch
 from PIL import Image
 from tqdm import tqdm
 
+import main_segment
 from demo.unpack_data import ARCHIVE
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
+from mae.compare import store
 from mae.data.segmentation_masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
 from mae.files import atomic
 from mae.inference.model import get_model
-from mae.jobs.commands import Commands
 from mae.settings import types
 from mae.training import log
 
@@ -125,7 +126,6 @@ def get_args_parser() -> ArgumentParser:
     for flag, default, text in (
         ("--pictures", 2000, "number of training pictures"),
         ("--seeds", 3, "number of runs of each encoder, with the seeds 0, 1, ..."),
-        ("--jobs", 2, "runs at a time"),
     ):
         parser.add_argument(flag, default=default, type=types.positive_int, metavar="N", help=text)
     parser.add_argument(
@@ -149,21 +149,16 @@ def main(args: Namespace) -> dict[str, list[float]]:
         torch.manual_seed(seed)  # the random weights with which the pre-training of the model begins
         start = {"model": type(model)(model.settings).state_dict(), "args": model.settings}
         checkpoint.write(start, args.out / f"untrained_{seed}.pth")
-    commands = Commands(args.out, args.out / "results.json", args.jobs)
 
-    def run(title: str, seed: int) -> None:
+    def run(title: str, seed: int) -> float:
         start, others = RUNS[title]
         weights = args.out / f"untrained_{seed}.pth" if start == "untrained" else Path(args.model)
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
-        place = args.out / run_name(title, seed)
-        settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
-        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, lambda out, _: log.read(out)[-1])
+        out = args.out / run_name(title, seed)
+        settings |= {"seed": seed, "device": args.device, "output_dir": out, "resume": "auto", **others}
+        return store.run(out, main_segment, settings, lambda out, _: log.read(out)[-1])["test_miou"]
 
-    calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
-    for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):
-        pass
-    stored = commands.results.read()
-    scores = {title: [stored[run_name(title, seed)]["test_miou"] for seed in range(args.seeds)] for title in RUNS}
+    scores = {title: [run(title, seed) for seed in range(args.seeds)] for title in RUNS}
     print(table(scores))
     draw(
         {title: args.out / run_name(title, 0) / "checkpoint-best.pth" for title in RUNS},

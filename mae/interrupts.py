@@ -5,11 +5,9 @@ processes ignore them; the process that started them terminates them.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +17,6 @@ logger = logging.getLogger(__name__)
 # Sent before SIGKILL: SIGTERM by Slurm and torchrun, SIGINT by a keyboard, SIGHUP by a terminal that is closed, SIGUSR1
 # and SIGUSR2 by schedulers.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Interrupted(Exception):
@@ -114,9 +109,3 @@ def ignore_from_others(run: int, *_: object) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Lets the system send SIGTERM to this process when its parent ends for any reason. Linux only."""
-    if _libc:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

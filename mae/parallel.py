@@ -102,6 +102,12 @@ def translate_srun() -> None:
         slurm.setdefault(variable, value)
 
 
+def launched_processes() -> int:
+    """Returns the number of processes that torchrun or srun started."""
+    translate_srun()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_requeued() -> bool:
     """Whether Slurm has started this job before: after a requeue, or the failure of a node."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
@@ -123,11 +129,10 @@ def init(
         ValueError: the variables of the launcher are incomplete, or the other processes can't be reached.
         RuntimeError: the backend is nccl without a GPU.
     """
-    translate_srun()
+    world_size = launched_processes()
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is allocated, which would be on the first GPU
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:

@@ -26,15 +26,15 @@ def command(encoders: Path, out: Path, draws: int) -> list[str]:
         "--in_chans", "1", "--crop_pct", "1", "--num_workers", "0", "--encoders", "scratch", "pixels",
         f"first={encoders / 'checkpoint-0.pth'}", f"last={last}", "--protocols", "knn", "linear", "finetune",
         "--labels", "100", "1000", "--draws", str(draws),
-        "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40", "10", "--jobs", "2",
+        "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40", "10",
         "--output_dir", str(out),
     ]  # fmt: skip
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Returns the complete runs by name."""
-    path = out / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Returns the scores of the complete runs by folder."""
+    records = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in out.rglob("run.json")}
+    return {name: record["scores"] for name, record in records.items() if "scores" in record}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGES = {
     "files": "files", "data": "files", "evaluate": "data|files", "checkpoints": "files",
     "weights": "checkpoints|data|files", "training": "evaluate|data|checkpoints|files", "jobs": "cli|files",
-    "cli": "files",
+    "cli": "files", "compare": "cli|data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = r"mae\.(context|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|user_code)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
@@ -27,7 +27,7 @@ ARROWS = {
     r"models_vit": r"mae\.(context|position_tables)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"mae\.inference\.\w+",
-    r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|models_\w+|mae\..+",
+    r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|main_segment|models_\w+|mae\..+",
     # Studies:
     r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|demo\.unpack_data|models_\w+|mae\..+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+|util\.datasets",
@@ -43,6 +43,7 @@ ARROWS = {
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.training\.param_groups": r"models_vit",
+    r"mae\.compare\.encoders": rf"mae\.(build|(compare|weights)\.\w+)|{SHARED}",
     **{rf"mae\.{name}\.\w+": rf"mae\.({name}|{below})\.\w+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.\w+": r"",  # the rest are leaves

@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from demo import report
-from mae.evaluate import comparison
-from mae.evaluate.comparison import Result
+from mae.compare import summary
+from mae.compare.summary import Result
 from mae.inference import get_model
 
 
@@ -101,7 +101,7 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
             ("pretrained", "fine-tuned"): 70}  # fmt: skip
     written = [Result(*row, 50, draw, acc + draw, "", 1.0, "") for row, acc in rows.items() for draw in (0, 1)]
     (tmp_path / "compared").mkdir()
-    comparison.write(tmp_path / "compared", written)
+    summary.write(tmp_path / "compared", written)
     out = tmp_path / "report"
     script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--comparison",
            tmp_path / "compared", "--out", out)  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
         folder = tmp_path / f"wrong{number}"
         folder.mkdir()
         if wrong:
-            comparison.write(folder, wrong)
+            summary.write(folder, wrong)
         with pytest.raises((ValueError, FileNotFoundError), match=f"{re.escape(str(folder))}.*{message}"):
             report.few_labels(folder)
     assert (out / "loss.png").stat().st_size > 5000

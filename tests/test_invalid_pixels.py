@@ -19,11 +19,11 @@ import main_pretrain
 import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
+from mae.compare import baselines
 from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
 from mae.data.item import Item
 from mae.data.open import open_source
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
-from mae.evaluate import pixel_baselines
 from mae.inference.model import get_model
 from mae.settings import ImageSpec
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
@@ -394,7 +394,7 @@ def test_pixel_baselines_see_the_mean_of_an_image(tmp_path):
     (tmp_path / "a.npy").write_bytes(npy(image))
     (tmp_path / "b.npy").write_bytes(npy(np.full_like(image, np.nan)))
     source = open_source("train", str(tmp_path))
-    rows = pixel_baselines.read(source, ImageSpec(16, 1, crop="none", nodata="nan"), 0)
+    rows = baselines.read(source, ImageSpec(16, 1, crop="none", nodata="nan"), 0)
     image[:5] = np.nanmean(image)
     np.testing.assert_allclose(rows, [image.flatten(), np.zeros(256)], rtol=1e-5)
 

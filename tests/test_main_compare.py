@@ -1,11 +1,10 @@
-"""The comparison of encoders: its cells are runs of the scripts, and an interruption loses none of them."""
+"""The comparison of encoders: its results are those of the scripts, and an interruption loses none of them."""
 
 import csv
-import importlib
 import json
-import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import call, lines, parse, wait_until
+from mains import Stopped, assert_same_run, call, fails, lines, parse, stop_after
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
@@ -25,15 +24,16 @@ from test_library_sets import write_idx
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import main_compare
+import main_finetune
 import main_knn
 import main_linprobe
-from mae.checkpoints import checkpoint, run_directory
+from mae.checkpoints import checkpoint
+from mae.compare import baselines, encoders, store, summary
+from mae.compare.summary import Result
 from mae.data.labels import hold_out, some_of_each_class
 from mae.data.open import open_source
-from mae.evaluate import comparison, pixel_baselines
-from mae.evaluate.comparison import Result
 from mae.inference import get_model
-from mae.jobs.commands import Commands
+from mae.interrupts import Interrupted
 from mae.settings import ImageSpec
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -79,8 +79,7 @@ def blobs(tmp_path_factory):
 def given(blobs):
     """All flags that the scripts share, with other values than the defaults and those of the encoder; and a few."""
     words = ["--protocols", "knn", "linear", "finetune", "--labels", "30", "--draws", "2", "--budget", "3",
-             "--blr", "1e-3", "1e-2", "--jobs", "2", "--keep_checkpoints", "--fast_jpeg", "--no_pin_mem",
-             "--download"]  # fmt: skip
+             "--blr", "1e-3", "1e-2", "--keep_checkpoints", "--fast_jpeg", "--no_pin_mem", "--download"]  # fmt: skip
     for name, value in {**GIVEN, "train_list": blobs / "train.csv", "val_list": blobs / "val.csv"}.items():
         if not isinstance(value, bool):
             words += [f"--{name}", *(value if isinstance(value, list) else [value])]
@@ -110,7 +109,9 @@ def rows(out):
 
 
 def read(out):
-    return json.loads((out / "results.json").read_text())
+    """The scores of the runs by name."""
+    files = sorted(out.glob("runs/**/run.json"))
+    return {str(file.parent.relative_to(out / "runs")): json.loads(file.read_text())["scores"] for file in files}
 
 
 def pixels_of(source):
@@ -172,7 +173,7 @@ def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
     split = [features(part) for part in hold_out(draws[0][0], 0.2, 0, "--val_fraction")]
     held_out = {k: right(k, *split) for k in (5, 20)}
     scores = read(compared[0])["choices/mine/knn/30/0"]
-    assert {k: scores[f"knn_acc1_k{k}"] for k in held_out} == pytest.approx(held_out)
+    assert {k: scores[f"acc1_k{k}"] for k in held_out} == pytest.approx(held_out)
     best = max(held_out, key=held_out.get)
     for draw, source in enumerate(draws[0]):
         found = {k: right(k, features(source), features(draws[1])) for k in (5, 20)}
@@ -219,7 +220,7 @@ def test_settings_of_the_runs(compared, blobs, encoder):
 
 def test_every_result_can_be_repeated(compared):
     out, text = compared
-    words = read(out)["mine/knn/30/1"]["command"].split()
+    (words,) = (row["command"].split() for row in rows(out) if (row["protocol"], row["draw"]) == ("k-NN", "1"))
     assert words[:2] == ["python", "main_knn.py"]
     (accuracy,) = call(main_knn, *words[2:]).values()
     assert accuracy == row_of(out, "k-NN", 1)[0]
@@ -258,23 +259,7 @@ def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
         assert {key: args[key] for key in same | own} == same | own
 
 
-def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
-    """Complete runs are not repeated; results of other flags are not used."""
-    whole, text = compared
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    before = json.loads((whole / "results.json").read_text().replace(str(whole), str(tmp_path)))  # in the commands
-    changed = {**before, "mine/knn/30/0": {**before["mine/knn/30/0"], "command": "another command"}}
-    del changed["pixels/RBF-SVM/30/0"]
-    (tmp_path / "results.json").write_text(json.dumps(changed))
-    (tmp_path / "runs/mine/knn/30/0/command.txt").write_text("another command")
-    (tmp_path / "runs/mine/knn/30/0/rest").touch()
-    assert compare(blobs, tmp_path, encoder, *given) == text
-    again = {name for name, run in read(tmp_path).items() if run != before[name]}  # their seconds differ
-    assert again == {"pixels/RBF-SVM/30/0", "mine/knn/30/0"}
-    assert not (tmp_path / "runs/mine/knn/30/0/rest").exists()
-
-
-def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
+def test_rates_are_selected_with_few_labels(pictures, tmp_path):
     """Of two classes. --held_out is a tenth, and at least one image."""
     for split in ("train", "val"):
         pairs = shutil.copytree(pictures / "train", tmp_path / "pairs" / split).parent
@@ -289,14 +274,11 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, monkeypatch):
     assert row["chosen"] in ("blr 1", "blr 10")
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
-    with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
+    with pytest.raises(ValueError, match=r"1 images, fewer than .*the output is in .*--recipes linear=YAML"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: SCORES)
-    (tmp_path / "linear.yaml").write_text("blr: [1]")
-    compare(pairs, tmp_path / "other", None, *flags, "--labels", "2")
 
 
-SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds": 1.0, "command": ""}  # fmt: skip
+SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -308,23 +290,16 @@ SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds
     ("--recipes linear=x.yaml", "--recipes linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
     ("--recipes finetune", "--recipes finetune: give PROTOCOL=YAML once for each of knn, finetune"),
     (f"--recipes knn={RECIPE} knn={RECIPE}", "--recipes knn=.*: give PROTOCOL=YAML once for each of"),
-    ("--recipes finetune=x.yaml", "--recipes finetune=x.yaml: there is no file x.yaml"),
     ("--encoders a=", "--encoders a=: give a file or a published name"),
     ("--encoders timm:vit_base_patch16_223", r"--encoders timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
     ("--encoders a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
     ("--encoders pixels=a.pth", r"--encoders pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
     ("--encoders choices.pth", "the name choices is reserved"),
+    ("--encoders a+b={encoder} a/b={encoder}", "--encoders: two have the name a_b; give names, such as long="),
 ])  # fmt: skip
 def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
-        compare(labelled, tmp_path / "out", encoder, *flags.split())
-
-
-def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
-    """The table has one score per cell."""
-    (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
-    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures 0.1 0.04; give one"):
-        compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
+        compare(labelled, tmp_path / "out", encoder, *flags.format(encoder=encoder).split())
 
 
 @pytest.mark.parametrize("budget", ["0", "5m", "1.5"])
@@ -344,122 +319,12 @@ def test_names_of_encoders(tmp_path, monkeypatch):
     timms, published = "vit_base_patch16_224.mae", "mae_pretrain_vit_base"
     named = {str(file): ("checkpoint-9", str(file)), f"mine={file}": ("mine", str(file)), "v1.5": ("v1.5", "v1.5"),
              f"timm:{timms}": (timms, f"timm:{timms}"), published: (published, published)}  # fmt: skip
-    assert {text: main_compare.name_and_file(text) for text in named} == named
-
-
-def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
-    """Two encoders of one name would write to one folder of it."""
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(FileExistsError, match="out"):
-        compare(labelled, tmp_path / "out", encoder)
-    with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
-        compare(labelled, tmp_path, encoder)
-    with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
-        compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
-
-
-@pytest.mark.parametrize(("flag", "of_file", "of_folder"), [
-    ("finetune", 2, 4), ("config", 2, 4), ("train_list", 2, 4), ("data_path", 1, 1), ("output_dir", 1, 1),
-    ("log_dir", 1, 1),
-])  # fmt: skip
-def test_a_result_belongs_to_the_contents_of_its_files(tmp_path, flag, of_file, of_folder):
-    """Encoders of transformers and timm and sharded checkpoints are folders. Archives of images are not read."""
-    folder, runs = tmp_path / "encoder", {"encoder": [], "a": []}
-    (folder / "sub").mkdir(parents=True)
-    written = [("a", "one", 1), ("a", "one", 1), ("a", "three", 1), ("sub/b", "b", 1), ("a", "Three", 2)]
-    for number, (name, content, time) in enumerate(written):
-        (folder / name).write_text(content)
-        os.utime(folder / name, (time, time))
-        for path in (folder, folder / "a")[: 1 if number > 2 else 2]:
-            commands, own = Commands(tmp_path / "runs", tmp_path / "results.json", 1), runs[path.name]
-            commands.keep(path.name, "command", {flag: path}, lambda out, own=own: own.append(out) or {})
-    assert (len(runs["a"]), len(runs["encoder"])) == (of_file, of_folder)
-
-
-def test_a_result_belongs_to_the_code_of_a_dataset(tmp_path, own_module):
-    count = []
-    for code, name in (("a = b = 1", "a"), ("a = b = 1", "a"), ("a = b = 1", "b"), ("a = b = 2", "b")):
-        own_module("kept", code)
-        importlib.import_module("kept")
-        flags = {"dataset": f"py:kept:{name}"}
-        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
-        commands.keep("name", f"run.py --dataset py:kept:{name}", flags, lambda out: count.append(out) or {})
-    assert len(count) == 3
-
-
-@pytest.mark.parametrize(("recipe", "command", "resumes"), [
-    ("epochs: 20", "run.py --seed 1", False),
-    ("epochs: 1", "run.py --seed 2", False),
-    ("epochs: 1", "run.py --seed 1 --num_workers 2 --output_dir 'the place'", True),
-])  # fmt: skip
-def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, recipe, command, resumes):
-    def interrupt(out):
-        (out / "state").touch()
-        raise KeyboardInterrupt
-
-    (tmp_path / "recipe").write_text("epochs: 1")
-    commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
-    with pytest.raises(KeyboardInterrupt):
-        commands.keep("name", "run.py --seed 1", {"config": tmp_path / "recipe"}, interrupt)
-    (tmp_path / "recipe").write_text(recipe)
-    commands.keep("name", command, {"config": tmp_path / "recipe"}, lambda out: {"value": (out / "state").exists()})
-    assert commands.results.read()["name"]["value"] is resumes
-
-
-def test_a_moved_comparison_is_complete(tmp_path):
-    """The encoders of timm are in the moved folder. The commands of the results are those of the new folder."""
-    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
-
-    def run(out, **flags):
-        encoder = out / "encoders" / "a.pth"
-        if not encoder.exists():
-            encoder.parent.mkdir(parents=True)
-            encoder.write_text("weights")
-        commands = Commands(out / "runs", out / "results.json", 1)
-        settings = {"finetune": encoder, "data_path": "images", "output_dir": out / "runs/a", **flags}
-        scores = commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
-        assert f"--output_dir {out}/runs/a" in scores["command"]
-        return (tmp_path / "counts.py.txt").read_text().count("run")
-
-    assert run(tmp_path / "one") == 1
-    (tmp_path / "one").rename(tmp_path / "two")
-    assert run(tmp_path / "two", num_workers=2, download=True) == 1
-    assert run(tmp_path / "two", data_path="others") == 2
-
-
-def test_equal_lists_in_another_folder_are_other_images(tmp_path):
-    """The paths in a list are relative to its folder, unless --data_path is given."""
-    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.csv").write_text("path,label\n0.png,cat\n")
-
-    def run(folder, **flags):
-        settings = {"train_list": tmp_path / folder / "train.csv", "data_path": None, **flags}
-        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
-        commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
-        return (tmp_path / "counts.py.txt").read_text().count("run")
-
-    assert [run("a"), run("a"), run("b"), run("b")] == [1, 1, 2, 2]
-    assert [run("a", data_path="images"), run("b", data_path="images")] == [3, 3]
-
-
-def test_one_of_several_models_in_a_changed_file_runs_again(tmp_path):
-    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
-
-    def run(content, model):
-        (tmp_path / "m.pth").write_text(content)
-        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
-        settings = {"finetune": f"{tmp_path / 'm.pth'}#{model}"}
-        commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
-        return (tmp_path / "counts.py.txt").read_text().count("run")
-
-    assert [run("a", "teacher"), run("a", "teacher"), run("ab", "teacher"), run("ab", "student")] == [1, 1, 2, 3]
+    assert {text: encoders.name_and_file(text) for text in named} == named
 
 
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
+    monkeypatch.setattr(baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
     for count in (3, 4):
         files = [file for path in sorted(labelled.glob("train/*")) for file in sorted(path.iterdir())[:count]]
         (tmp_path / "list.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
@@ -469,9 +334,9 @@ def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, m
 
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     names = []
-    monkeypatch.setattr(Commands, "run", lambda self, name, *_: names.append(name) or SCORES)
+    monkeypatch.setattr(store, "run", lambda folder, *_: names.append(folder) or SCORES)
     (tmp_path / "recipe.yaml").write_text("amps: off\n")
-    flags = ("--protocols", "finetune", "knn", "--recipes", f"knn={tmp_path / 'recipe.yaml'}", "--jobs", "1")
+    flags = ("--protocols", "finetune", "knn", "--recipes", f"knn={tmp_path / 'recipe.yaml'}")
     with pytest.raises(SystemExit):
         compare(labelled, tmp_path / "out", encoder, *flags)
     assert "recipe.yaml: there is no flag 'amps'; did you mean amp?" in capsys.readouterr().err
@@ -494,27 +359,12 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
          r"a \(k-NN\) .* 72.0 %, 3.0 points .* above b \(k-NN\)"),
         ([*results("a", [float("nan")]), *results("b", [69.0])], r"100 labels, b \(k-NN\) .* 69.0 %"),
     ):  # fmt: skip
-        assert re.search(said, comparison.conclusion(comparison.cells_of(found)))
-
-
-@pytest.mark.parametrize("sizes", [(100,), (100, 1000)])
-def test_plots_have_names_that_are_no_formulas_and_the_scale(tmp_path, sizes):
-    """Bars with their values for one number of labels, on an axis that names its start; else lines."""
-    found = [*results("c", [float("nan")]), *results(r"$\frac{1$", [70.0, 72.0]), *results("b", [80.0])]
-    comparison.draw(comparison.cells_of([r._replace(labels=n) for r in found for n in sizes]), tmp_path / "plot.svg")
-    texts = re.findall(r"<!-- (.*) -->", (tmp_path / "plot.svg").read_text())
-    if len(sizes) > 1:
-        assert {r"$\frac{1$", "b", "k-NN", "100", "1,000", "test accuracy, %"} <= set(texts)
-    else:
-        assert {r"$\frac{1$ (k-NN)", "b (k-NN)", "71.0 ± 1.4", "80.0", "100 labels"} <= set(texts)
-        (label,) = (text for text in texts if text.startswith("top-1 accuracy (%)"))
-        assert label == f"top-1 accuracy (%); the axis starts at {float(texts[0]):g} %"
-        assert 50 < float(texts[0]) < 69
+        assert re.search(said, summary.conclusion(summary.entries_of(found)))
 
 
 def test_the_table():
-    cells = comparison.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
-    assert comparison.table(cells).splitlines()[2:] == [
+    entries = summary.entries_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
+    assert summary.table(entries).splitlines()[2:] == [
         "| a (k-NN) | **71.0 ± 1.4** |  |", "| b (k-NN) | 60.0 | **80.0** |",
     ]  # fmt: skip
 
@@ -529,25 +379,25 @@ def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     monkeypatch.setattr(SVC, "fit", record)
     images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
     with threadpool_limits(2):
-        pixel_baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
+        baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
     assert threads == [1] * 4  # three values of C, and the choice
 
 
 def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
-    monkeypatch.setattr(pixel_baselines, "MOST", 100)
+    monkeypatch.setattr(baselines, "MOST", 100)
     labels = np.repeat([0, 1, 2], [5, 1000, 1000])
     assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
     train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
-    assert pixel_baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
+    assert baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
     with pytest.raises(ValueError, match="class"):
-        pixel_baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
+        baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
 
 
 def test_pixels_of_the_baselines(labelled, tmp_path):
     """They have at most 32 rows, the default crop of the input size, and one range for files of 8 and 16 bits."""
 
     def read(path, *spec, **options):
-        return pixel_baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
+        return baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
 
     assert np.array_equal(read(labelled, 256, 1), read(labelled, 256, 1, crop_pct=1.0))
     pixels = read(labelled, (64, 32), 1, crop_pct=1)
@@ -560,42 +410,6 @@ def test_pixels_of_the_baselines(labelled, tmp_path):
     found = [read(tmp_path / name, 8, 1, crop_pct=1) for name in ("bytes", "deep")]
     np.testing.assert_allclose(*found, atol=1e-6)
     assert found[0].max() == 1 and found[0].dtype == np.float32
-
-
-@pytest.mark.parametrize(("end", "message"), [
-    ("sys.exit('fails.py: error: --flag 1 is wrong')", r"^fails.py: error: --flag 1 is wrong \(.*output.txt\)$"),
-    ("os.kill(os.getpid(), 9)", r"^mine/linear .*SIGKILL.*memory.*resumes"),
-])  # fmt: skip
-def test_an_error_is_the_last_line_of_its_output(tmp_path, end, message):
-    script = tmp_path / "fails.py"
-    script.write_text(f"import os, sys\nprint('warning: give --amp', flush=True)\n{end}\n")
-    with pytest.raises(ValueError, match=message) as error:
-        Commands(tmp_path / "runs", tmp_path / "results.json", 1).run("mine/linear", script, {}, lambda *_: {})
-    assert "--amp" not in str(error.value)
-
-
-def test_an_error_ends_the_others(tmp_path):
-    """A running script notes its end by a signal, and no script begins any more."""
-    script = tmp_path / "waits.py"
-    script.write_text("import pathlib, signal, sys, time\nfile = pathlib.Path(sys.argv[2])\n"
-                      "signal.signal(signal.SIGTERM, lambda *_: file.write_text('saved') and sys.exit(1))\n"
-                      "file.write_text('waits')\ntime.sleep(60)")  # fmt: skip
-    commands, note, refused = Commands(tmp_path, tmp_path / "results.json", 3), tmp_path / "note", []
-
-    def fail():
-        wait_until(lambda: note.exists() and note.read_text())
-        raise ValueError("failed")
-
-    def begin():
-        wait_until(lambda: commands.stopping)
-        with pytest.raises(ValueError, match="late was not started: another command has failed"):
-            commands.run("late", script, {"note": tmp_path / "late"}, lambda out, text: {})
-        refused.append(True)
-
-    calls = [lambda: commands.run("a", script, {"note": note}, lambda out, text: {}), fail, begin]
-    with pytest.raises(ValueError, match="failed"):
-        list(commands.each(calls))
-    wait_until(lambda: note.read_text() == "saved" and refused)
 
 
 def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path):
@@ -612,21 +426,123 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path):
     assert "fine-tuned" in compare(*few, "--recipes", f"finetune={recipe}")
 
 
-def test_a_killed_comparison_ends_its_scripts(tmp_path):
-    """Otherwise they would train on, beside the resumed comparison."""
-    (tmp_path / "sleeps.py").write_text(
-        "import os, pathlib, sys, time\npathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\ntime.sleep(60)"
-    )
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from mae.jobs.commands import Commands
-here = Path({str(tmp_path)!r})
-commands = Commands(here, here / "results.json", 1)
-list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code])
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
-    process.kill()
-    process.wait()
-    script = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
-    wait_until(lambda: not script.exists(), seconds=20)
+def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
+    """Complete runs are not repeated; results of other flags are not used. A run has one result, after any others."""
+    whole, text = compared
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    runs, before = tmp_path / "runs", read(whole)
+    shutil.rmtree(runs / "mine/finetune/30/1")
+    for name, part, value in (("mine/knn/30/0", "inputs", {}), ("pixels/RBF-SVM/30/0", "scores", None)):
+        record = json.loads((runs / name / "run.json").read_text()) | {part: value}
+        (runs / name / "run.json").write_text(json.dumps({key: own for key, own in record.items() if own is not None}))
+        (runs / name / "rest").touch()
+    assert compare(blobs, tmp_path, encoder, *given) == text
+    after = read(tmp_path)
+    again = {name for name in before if after[name]["seconds"] != before[name]["seconds"]}
+    assert again == {"pixels/RBF-SVM/30/0", "mine/knn/30/0", "mine/finetune/30/1"}
+    assert [{**after[name], "seconds": 0} for name in again] == [{**before[name], "seconds": 0} for name in again]
+    assert [path.parent.parent.parent.name for path in runs.rglob("rest")] == ["RBF-SVM"]
+
+
+def test_an_interrupted_training_goes_on(labelled, encoder, tmp_path, monkeypatch):
+    flags = ("--encoders", encoder, "--protocols", "finetune", "--keep_checkpoints")
+    text = compare(labelled, tmp_path / "whole", encoder, *flags)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 1)
+        compare(labelled, tmp_path / "parts", encoder, *flags)
+    assert compare(labelled, tmp_path / "parts", encoder, *flags) == text
+    assert_same_run(*(tmp_path / out / "runs/mine/finetune/12/0" for out in ("whole", "parts")))
+    assert len((tmp_path / "parts/runs/mine/finetune/12/0/environment.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_signal_ends_the_comparison(labelled, encoder, tmp_path, monkeypatch, capsys):
+    def stop(run):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(main_finetune, "main", stop)
+    flags = ("--data_path", labelled, "--output_dir", tmp_path, "--encoders", encoder, "--protocols", "finetune")
+    line = fails(capsys, monkeypatch, main_compare, *flags)
+    assert line.endswith("stopped by SIGTERM, the state is saved; the same command resumes the run")
+
+
+def test_a_comparison_is_one_process(labelled, encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process: start it without torchrun"):
+        compare(labelled, tmp_path, encoder)
+
+
+def test_two_comparisons_share_the_runs(labelled, encoder, tmp_path):
+    """Of one output directory, at once."""
+    words = [sys.executable, ROOT / "main_compare.py", "--data_path", labelled, "--output_dir", tmp_path, "--labels",
+             "12", "--draws", "4", "--encoders", encoder, "--protocols", "knn", "--device", "cpu", "--num_workers",
+             "0"]  # fmt: skip
+    processes = [subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    tables = [process.communicate()[0].split("\n\n")[1] for process in processes]
+    assert tables[0] == tables[1] and "mine (k-NN)" in tables[0]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert {path.read_text().count("-NN Acc@1") for path in tmp_path.glob("runs/mine/knn/12/*/output.txt")} == {1}
+    assert len(read(tmp_path)) == 4
+
+
+def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path):
+    """The table has one score for each run."""
+    (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
+    with pytest.raises(ValueError, match=r"--recipes knn=.*r.yaml: it has the temperatures .0.1, 0.04.; give one"):
+        compare(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
+
+
+def test_a_result_belongs_to_the_contents_of_its_files(tmp_path):
+    """Files of weights and lists, folders of sharded checkpoints, and one of several models in a file; not images."""
+    (tmp_path / "sharded/sub").mkdir(parents=True)
+    weights, listed, sharded = tmp_path / "checkpoint-last.pth", tmp_path / "train.csv", tmp_path / "sharded"
+    files = (weights, listed, sharded / "sub/a")
+
+    def is_computed(**flags) -> bool:
+        computed = []
+        store.kept(tmp_path / "run", flags, lambda out: computed.append(out) or {})
+        return bool(computed)
+
+    for path in files:
+        path.write_text("first")
+    base = {"finetune": weights, "train_list": listed, "data_path": tmp_path, "blr": 0.1, "num_workers": 1}
+    assert is_computed(**base) and not is_computed(**base | {"num_workers": 2, "output_dir": tmp_path / "other"})
+    for path in files[:2]:
+        path.write_text("other")
+        assert is_computed(**base) and not is_computed(**base)
+    assert is_computed(**base | {"blr": 1})
+    folder = {**base, "finetune": sharded}
+    assert is_computed(**folder) and not is_computed(**folder)
+    files[2].write_text("longer text")
+    assert is_computed(**folder)
+    assert is_computed(finetune=f"{weights}#teacher") and not is_computed(finetune=f"{weights}#teacher")
+    assert is_computed(finetune=f"{weights}#student")
+    weights.write_text("third")
+    assert is_computed(finetune=f"{weights}#student")
+    # The paths in a list are relative to its folder, unless there is a data_path.
+    moved = shutil.copy(listed, tmp_path / "sharded/train.csv")
+    assert is_computed(train_list=listed, data_path=None) and is_computed(train_list=moved, data_path=None)
+    assert is_computed(train_list=listed, data_path="i") and not is_computed(train_list=moved, data_path="i")
+
+
+@pytest.mark.parametrize(("recipe", "flags", "resumes"), [
+    ("epochs: 20", {}, False), ("epochs: 1", {"seed": 2}, False), ("epochs: 1", {"output_dir": "the place"}, True),
+])  # fmt: skip
+def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, recipe, flags, resumes):
+    def interrupt(out):
+        (out / "state").touch()
+        raise KeyboardInterrupt
+
+    (tmp_path / "recipe").write_text("epochs: 1")
+    before = {"seed": 1, "config": tmp_path / "recipe"}
+    with pytest.raises(KeyboardInterrupt):
+        store.kept(tmp_path / "run", before, interrupt)
+    (tmp_path / "recipe").write_text(recipe)
+    found = store.kept(tmp_path / "run", before | flags, lambda out: {"value": (out / "state").exists()})
+    assert found["value"] is resumes
+
+
+def test_files_of_another_command_are_not_removed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.txt").touch()
+    with pytest.raises(FileExistsError, match="has files and no run"):
+        store.kept(tmp_path / "run", {}, dict)

@@ -6,13 +6,11 @@ import torch
 from mains import call
 from PIL import Image
 
-import main_segment
 from demo import segmentation
 from mae.checkpoints import checkpoint
+from mae.compare import store
 from mae.data.segmentation_masks import read_palette
 from mae.inference import get_model, maps
-from mae.jobs.commands import Commands
-from mae.settings.arguments import arguments
 
 
 @pytest.mark.parametrize(("size", "grid"), [((33, 47), (8, 12)), ((5, 70), (1, 18)), ((1, 2), (1, 1))])
@@ -61,20 +59,16 @@ def saved(folder, **settings):
 
 
 def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypatch):
-    calls = {}
+    calls, run = {}, store.run
 
-    def run(self, name, script, flags, read):
-        """Runs main_segment.py in this process, for one epoch."""
-        calls[name] = flags
-        argv = [*arguments(flags), "--epochs", "1", "--num_workers", "0"]
-        call(main_segment, *argv)
-        return self.keep(name, str(argv), {}, lambda out: read(self.folder / name, ""))
+    def run_an_epoch(folder, script, flags, read):
+        calls[folder.name] = flags
+        return run(folder, script, {**flags, "epochs": 1, "num_workers": 0}, read)
 
-    monkeypatch.setattr(Commands, "run", run)
-    monkeypatch.setattr(Commands, "each", lambda self, calls: [call() for call in calls])
+    monkeypatch.setattr(store, "run", run_an_epoch)
     monkeypatch.setattr(segmentation, "VALIDATION", 9)
     encoder = saved(tmp_path, input_size=28, patch_size=7, in_chans=1)
-    scores = call(segmentation, model=encoder, pictures=40, seeds=2, jobs=1, out=tmp_path / "out", device="cpu")
+    scores = call(segmentation, model=encoder, pictures=40, seeds=2, out=tmp_path / "out", device="cpu")
     output = capsys.readouterr().out
     assert list(scores) == list(segmentation.RUNS)
     for title, values in scores.items():

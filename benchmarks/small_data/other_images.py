@@ -3,7 +3,7 @@
     python benchmarks/small_data/other_images.py digits         # 15 minutes on two CPU cores
     python benchmarks/small_data/other_images.py photographs    # 30 minutes
 
-Encoders are pre-trained without labels, two at a time. main_compare.py then compares them with the same architecture
+Encoders are pre-trained without labels. main_compare.py then compares them with the same architecture
 from scratch, and with raw pixels. DATASET.md and DATASET.csv are written beside this file: the accuracies, and the
 command of every run. The same command resumes an interrupted study. The images and the encoders are in
 runs/small_data/DATASET.
@@ -37,7 +37,7 @@ class Dataset(NamedTuple):
     evaluation: dict[str, Any]  # flags of main_compare.py
 
 
-EVALUATION = {"num_workers": 1, "crop_pct": 1, "protocols": ["linear", "finetune"], "draws": [3], "jobs": 2}
+EVALUATION = {"num_workers": 1, "crop_pct": 1, "protocols": ["linear", "finetune"], "draws": [3]}
 SHARED = {"model": "mae_vit_mini_patch4", "batch_size": 64, "lr": 1e-3, "amp": "bf16", "num_workers": 1}
 DIGITS = {"input_size": 8, "in_chans": 1, "mean": [0.306], "std": [0.377]}
 DATASETS = {

@@ -4,7 +4,7 @@
     python benchmarks/small_data/study.py                     # all; about three hours
     python benchmarks/small_data/study.py patch-7 mask-0.9    # these; the table has all so far
 
-Each encoder is pre-trained without labels on 1,000 or 10,000 images, two encoders at a time. main_compare.py then
+Each encoder is pre-trained without labels on 1,000 or 10,000 images. main_compare.py then
 evaluates them, and the same architecture from scratch, with 500 labels: a linear probe and fine-tuning, three random
 subsets each. table.md and results.json are written beside this file; an encoder that has a result there is left out.
 The same command resumes an interrupted study. The encoders are in runs/small_data.
@@ -23,7 +23,7 @@ BASE = {**PRETRAIN, "patch_size": 4, "amp": "bf16", "num_workers": 1}
 EVALUATION = {
     "data_path": DATA, "input_size": 28, "in_chans": 1, "crop_pct": 1, "num_workers": 1,
     "protocols": ["linear", "finetune"], "labels": [500], "draws": [3], "budget": [30],
-    "recipes": ["finetune=recipes/finetune_fashion_mnist_full.yaml"], "jobs": 2,
+    "recipes": ["finetune=recipes/finetune_fashion_mnist_full.yaml"],
 }  # fmt: skip
 # Each row differs from "base", or from "1000-images", in one setting.
 SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {

@@ -278,7 +278,7 @@ def run(
     _open_streams()
     args, explicit = parse_command(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
-    same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
+    same = "the same command with --resume auto" if trains and args.resume != "auto" else "the same command"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
         with flags_in_log(parser):
@@ -302,7 +302,7 @@ def run(
             raise
         _fail(parser, args, error, f"{error}: pip install {error.name}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, _message(parser, error), 1)
+        _fail(parser, args, error, message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
         reason = f"{error}, the state is saved; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
@@ -326,7 +326,7 @@ def _out_of_memory(args: argparse.Namespace) -> str:
     return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
 
 
-def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
+def message(parser: argparse.ArgumentParser, error: Exception) -> str:
     """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number

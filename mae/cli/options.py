@@ -200,10 +200,9 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     add(parser, "recipes")
     add(
         parser, "output_dir", default="runs/compare",
-        help="folder of table, plot and runs. Results in it are reused if the command and the files that it names are "
-        "the same",
+        help="folder of table and runs. Results in it are reused if flags and files are the same",
     )  # fmt: skip
-    add(parser, "jobs", "keep_checkpoints", "device", "debug", "amp")
+    add(parser, "keep_checkpoints", "device", "debug", "amp")
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Writes the scores per class or target of an evaluation as CSV files and a picture."""
+"""Writes the scores of each class or target of an evaluation as CSV files, and the confusion matrix as a picture."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -75,8 +75,7 @@ def write_matrix(
 def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
     """Writes the report of a model of several classes or of numbers.
 
-    classes.csv and curves.png (ROC and precision-recall curves), or targets.csv and predicted.png (predicted against
-    true values).
+    classes.csv or targets.csv: a row for each class or target, with its scores.
 
     Args:
         labels: (n, C); integers 0 and 1 for classes.
@@ -94,48 +93,7 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
         count = int(truth.sum()) if has_classes else len(truth)
         rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(folder) as written:
-        written.mkdir()
-        tables.write_csv(written / ("classes.csv" if has_classes else "targets.csv"), rows)
-        draw = _draw_curves if has_classes else _draw_scatter
-        draw(written / ("curves.png" if has_classes else "predicted.png"), names, labels, predictions)
-
-
-def _draw_curves(path: Path, names: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> None:
-    """Draws ROC and precision-recall curves of up to NAMED classes that have both values."""
-    from sklearn.metrics import precision_recall_curve, roc_curve  # takes a second
-
-    figure = tables.new_figure(10, 4.5)
-    roc, pr = figure.subplots(1, 2)
-    drawn = [number for number in range(len(names)) if 0 < labels[:, number].sum() < len(labels)][:NAMED]
-    for number in drawn:
-        false, true, _ = roc_curve(labels[:, number], scores[:, number])
-        precision, recall, _ = precision_recall_curve(labels[:, number], scores[:, number])
-        roc.plot(false, true, label=names[number])
-        pr.step(recall, precision, where="post")
-    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
-    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
-    pr.set(xlabel="recall", ylabel="precision", title="precision and recall", ylim=(0, 1.05))
-    if drawn:
-        figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    tables.save(figure, path)
-
-
-def _draw_scatter(path: Path, names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
-    """Draws predicted against true values of up to NAMED targets."""
-    count = min(len(names), NAMED)
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    figure = tables.new_figure(3.6 * columns + 0.4, 3.6 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in panels:
-        axes.set_visible(False)
-    for axes, name, truth, own in zip(panels, names, labels.T, predictions.T, strict=False):
-        axes.set_visible(True)
-        axes.scatter(truth, own, s=6, alpha=0.5)
-        axes.axline((truth.mean(), truth.mean()), slope=1, color="0.5", linewidth=1)
-        axes.set(xlabel="true", ylabel="predicted", title=name)
-    tables.save(figure, path)
+    tables.write_csv(folder / ("classes.csv" if has_classes else "targets.csv"), rows)
 
 
 def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ def from_line(line: str) -> dict[str, Any]:
 
 
 class Results:
-    """The results in a file, which need not exist. Several threads may add results.
+    """The results in a file, which need not exist.
 
     Args:
         path: the JSON file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.Lock()
+        self.path = path
 
     def read(self) -> dict[str, Any]:
         """Returns the results by name, each a dictionary.
@@ -50,5 +49,4 @@ class Results:
     def add(self, results: Mapping[str, Any]) -> None:
         """Adds results by name, or replaces them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock:
-            atomic.write_text(self.path, json.dumps({**self.read(), **results}, indent=1, sort_keys=True) + "\n")
+        atomic.write_text(self.path, json.dumps({**self.read(), **results}, indent=1, sort_keys=True) + "\n")

@@ -145,6 +145,4 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
     recipes: list[str] = setting([], nargs="+", metavar="P=YAML",
         help="a recipe for the script of a protocol, such as finetune=finetune_fashion_mnist, instead of "
         "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record")
-    jobs: int = setting(1, positive_int, group="run", metavar="N",
-        help="number of runs at a time, which share the CPU cores or the GPU")
     keep_checkpoints: bool = setting(False, group="run", action="switch", help="keep the checkpoints of completed runs")

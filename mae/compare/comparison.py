@@ -1,0 +1,161 @@
+"""The comparison of encoders: protocols x numbers of labels x random subsets."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mae import parallel
+from mae.compare import baselines, store, summary
+from mae.compare.encoders import PIXELS, Encoder, open_encoders
+from mae.compare.summary import Result
+from mae.compare.trials import Trial, Trials
+from mae.data.labels import open_pair
+from mae.data.open import open_source
+from mae.data.sources import Source
+from mae.settings import Run
+from mae.settings.choices import CLASSIFICATION
+from mae.training import log
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int | None]  # a number of labels, and the number of images of each class; None: all images
+
+
+def compare(run: Run, scripts: Mapping[str, ModuleType]) -> str:
+    """Runs the trials that have no result yet, one after another. Prints, writes and returns table and conclusion.
+
+    The same comparison may run several times at once, also on several machines: each trial runs in one of them.
+
+    Args:
+        scripts: the module of each protocol, with `main` and `get_args_parser`.
+
+    Raises:
+        ValueError: the settings exclude each other, an encoder can't be opened, or a script has failed.
+    """
+    log.start_logging()
+    if parallel.launched_processes() > 1:
+        raise ValueError("main_compare.py is one process: start it without torchrun; a second one shares the trials")
+    _require_comparable(run)
+    out = Path(run.machine.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    encoders = open_encoders(run, out / "encoders")
+    train, val = _open_data(run)
+    sizes = _sizes_of(run, train)
+    budgets = _for_each("--budget", run.comparison.budget, sizes)
+    trials = Trials(run, scripts, out / "runs", dict(zip(dict(sizes), budgets, strict=True)), train, val)
+    planned = _plan(run, encoders, sizes)
+    for trial in planned:
+        if trial.encoder.name != PIXELS:
+            trials.flags(trial)  # the script's error about a flag comes now, and not after hours
+    text, results = "", dict[str, Result]()
+    try:
+        for trial, result in _results_of(trials, planned):
+            results[trial.name] = result
+            logger.info(
+                f"[{len(results)}/{len(planned)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
+                f"{result.metric} {result.accuracy:.4g} ({result.seconds:.0f} s)"
+            )
+    finally:
+        if results:
+            with store.locked(out / "table.md", waits=True):
+                text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
+    logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}")
+    return text
+
+
+def _open_data(run: Run) -> tuple[Source, Source]:
+    """Opens the training and the validation set."""
+    lists = {"train": run.data.train_list, "val": run.data.val_list}
+
+    def open_split(split: str) -> Any:
+        return open_source(
+            split, run.data.data_path, lists[split], run.data.dataset, download=run.data.download, task=run.images.task,
+            label_columns=run.images.label_columns, extras=run.data.extras, whole=not run.data.val_list,
+        )  # fmt: skip
+
+    return open_pair(open_split, run.images.task)
+
+
+def _require_comparable(run: Run) -> None:
+    """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
+    if run.images.task != CLASSIFICATION and run.comparison.labels != ["all"]:
+        raise ValueError(
+            f"--labels {' '.join(run.comparison.labels)}: subsets have equally many images of each class, and --task "
+            f"{run.images.task} has no single class; give --labels all"
+        )
+    if (run.evaluation.metric or run.images.task != CLASSIFICATION) and PIXELS in run.comparison.encoders:
+        raise ValueError(f"--encoders {PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
+
+
+def _sizes_of(run: Run, train: Source) -> list[Size]:
+    """Returns the numbers of labels.
+
+    Raises:
+        ValueError: a number is not one, a class has fewer images, or two numbers are the same images of each class.
+    """
+    sizes = [_size_of(text, train) for text in run.comparison.labels]
+    if len(dict(sizes)) < len(sizes):
+        numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
+        raise ValueError(
+            f"--labels {' '.join(run.comparison.labels)}: these are {numbers} images, equally many of each class; give "
+            f"each once"
+        )
+    return sizes
+
+
+def _size_of(text: str, train: Source) -> Size:
+    if text == "all":
+        return len(train), None
+    per_class = int(text) // len(train.classes) if text.isdecimal() else 0
+    fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+    if not 0 < per_class <= fewest:
+        raise ValueError(
+            f"--labels {text}: give {len(train.classes)} (one image of each class) to {len(train.classes) * fewest} "
+            f"(the smallest class has {fewest}), or all"
+        )
+    if int(text) != (labels := per_class * len(train.classes)):
+        logger.info(f"--labels {text}: {labels} images are used, {per_class} of each class")
+    return labels, per_class
+
+
+def _for_each(flag: str, values: list[int], sizes: Sequence[Size]) -> list[int]:
+    """Returns the value of a flag for each number of labels.
+
+    Raises:
+        ValueError: the flag has another number of values.
+    """
+    if len(values) not in (1, len(sizes)):
+        raise ValueError(f"{flag} has {len(values)} values: give one, or one for each of {len(sizes)} --labels")
+    return values * len(sizes) if len(values) == 1 else values
+
+
+def _plan(run: Run, encoders: Sequence[Encoder], sizes: Sequence[Size]) -> list[Trial]:
+    """Returns the trials in the order of the table. All images are a single draw."""
+    draws = _for_each("--draws", run.comparison.draws, sizes)
+    return [
+        Trial(encoder, protocol, labels, per_class, draw)
+        for encoder in encoders
+        for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols))
+        for (labels, per_class), count in zip(sizes, draws, strict=True)
+        for draw in range(count if per_class else 1)
+    ]
+
+
+def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:
+    """Yields the results of all trials; the first draw of each comes first. It waits for those in other processes."""
+    pending = sorted(planned, key=lambda trial: trial.draw)
+    while pending:
+        busy: list[Trial] = []
+        for trial in pending:
+            try:
+                yield trial, trials.result(trial)
+            except store.Busy:
+                busy.append(trial)
+        if len(busy) == len(pending):
+            time.sleep(store.WAIT_SECONDS)
+        pending = busy

@@ -1,0 +1,123 @@
+"""The encoders of a comparison, with the flags of their architecture and weights."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mae.build
+from mae.compare.store import locked
+from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings.fields import HEAD, LABELS
+from mae.settings.names import FLIPS
+from mae.suggestions import did_you_mean
+from mae.weights import preprocessing, reading
+
+Flags = dict[str, Any]
+
+SCRATCH, PIXELS, TIMM = "scratch", "pixels", "timm:"  # random weights; baselines on raw pixels; a model of timm
+RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
+OF_ENCODER = ("model", "encoder", "encoder_args")  # flags that a file of --encoders replaces
+READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
+
+
+class Encoder(NamedTuple):
+    """An encoder of the comparison."""
+
+    name: str
+    flags: Flags  # of its architecture and weights
+
+
+def open_encoders(run: Run, folder: Path) -> list[Encoder]:
+    """Opens the encoders of --encoders, with the settings that their files record.
+
+    Random weights and baselines have the architecture of the first file, or of --model.
+
+    Args:
+        folder: folder of the models of timm.
+
+    Raises:
+        ValueError: two encoders have one name, or an encoder can't be opened.
+    """
+    given = {name: run[name] for name in OF_ENCODER if run[name] is not None}
+    encoders, of_first = [], Flags()
+    for text in run.comparison.encoders:
+        if text in (SCRATCH, PIXELS):
+            encoders.append(Encoder(text, {}))
+            continue
+        name, file = name_and_file(text)
+        path = _timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
+        weights = reading.read(path)
+        known = _recorded_flags(run, text, weights)
+        flags = {name: value for name, value in known.items() if name not in READ_BY_SCRIPTS}
+        encoders.append(Encoder(name, {**flags, "finetune": path}))
+        if not of_first:
+            of_first = known | {name: weights.settings.get(name) for name in FLIPS}
+            if of_first.get("num_cls_tokens") == 1:  # the default
+                del of_first["num_cls_tokens"]
+    names = Counter(directory_of(encoder.name) for encoder in encoders)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(
+            f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
+        )
+    architecture = of_first or given
+    if "model" in run.explicit:  # the images are those of the first file
+        architecture = given | {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
+    return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
+
+
+def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
+    """Returns the flags of the architecture and the images that a file determines."""
+    recorded = mae.build.classifier_settings(weights)
+    if not recorded:
+        raise ValueError(f"--encoders {text}: no model of this library has its shapes")
+    if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code
+        raise ValueError(f"--encoders {text}: it has an encoder of its own: give --encoder {recorded['encoder']}")
+    if recorded.get("crop_pct") is None and run.images.crop_pct is None:
+        is_explicit = "input_size" in run.explicit
+        size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
+        recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
+    names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in run]
+    return {name: recorded[name] for name in names if recorded.get(name) is not None}
+
+
+def name_and_file(text: str) -> tuple[str, str]:
+    """Splits [NAME=]ENCODER. A path may contain an equals sign.
+
+    Raises:
+        ValueError: the name has another meaning.
+    """
+    name, file = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
+    if not name and file.startswith(TIMM):
+        name = file.removeprefix(TIMM)
+    elif not name:  # a dot of a folder begins no suffix
+        name = Path(file).name if Path(file).is_dir() else Path(file).stem
+    if not file:
+        raise ValueError(f"--encoders {text}: give a file or a published name after the equals sign")
+    if directory_of(name) in RESERVED:
+        raise ValueError(f"--encoders {text}: the name {name} is reserved; give another, such as mine={file}")
+    return name, file
+
+
+def directory_of(name: str) -> str:
+    """Returns the name of the folder of an encoder or protocol."""
+    return re.sub(r"[^\w.-]|^\.+", "_", name)
+
+
+def _timm_folder(name: str, folder: Path) -> str:
+    """Saves a model of timm with its weights as a folder; returns the folder, which `reading.read` reads.
+
+    Raises:
+        ValueError: timm does not have the model, or its weights can't be downloaded.
+    """
+    import timm  # takes more than a second
+    from timm.models import save_for_hf
+
+    try:
+        with locked(folder / name, waits=True):
+            if not (folder / name / "config.json").exists():
+                save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
+    except Exception as error:  # of timm, of the Hugging Face Hub and of the network
+        near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
+        raise ValueError(f"--encoders {TIMM}{name}: {str(error).splitlines()[0]}{near}") from error
+    return str(folder / name)

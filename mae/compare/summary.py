@@ -1,0 +1,154 @@
+"""Results of a comparison of encoders: a table, a CSV file and a conclusion."""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.evaluate.tables import markdown, write_csv
+from mae.files import atomic
+
+ACCURACY = "acc1"  # the metric that is a percentage
+
+
+class Result(NamedTuple):
+    """The score of an encoder with a protocol."""
+
+    encoder: str
+    protocol: str  # title, such as "linear probe"
+    labels: int  # number of training images
+    draw: int  # number of the random subset of the labels
+    accuracy: float  # top-1, in percent; or the score `metric`
+    chosen: str  # hyperparameters that were chosen on held-out training images
+    seconds: float
+    command: str
+    metric: str = ACCURACY  # or a name of --metric
+
+    @property
+    def row(self) -> str:
+        """The title of its row."""
+        return f"{self.encoder} ({self.protocol})"
+
+
+class Entry(NamedTuple):
+    """The scores of the draws of an encoder, a protocol and a number of labels."""
+
+    encoder: str
+    protocol: str
+    by_draw: dict[int, float]
+    metric: str = ACCURACY
+
+    @property
+    def mean(self) -> float:
+        """Mean over the draws."""
+        return statistics.fmean(self.by_draw.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the draws; None with one draw."""
+        return statistics.stdev(self.by_draw.values()) if len(self.by_draw) > 1 else None
+
+    def __str__(self) -> str:
+        """Formats mean ± standard deviation."""
+        return self.format(self.mean) + ("" if self.spread is None else f" ± {self.format(self.spread)}")
+
+    @property
+    def rank(self) -> float:
+        """Higher values are better, and NaN is the worst."""
+        rank = -self.mean if self.metric in LOWER_IS_BETTER else self.mean
+        return -math.inf if math.isnan(rank) else rank
+
+    def format(self, value: float) -> str:
+        """Formats a value of the metric."""
+        return f"{value:.1f}" if self.metric == ACCURACY else f"{value:.4g}"
+
+
+Entries = dict[str, dict[int, Entry]]  # by title of the row and number of labels
+
+
+def entries_of(results: Sequence[Result]) -> Entries:
+    """Collects the draws of each entry of the table."""
+    entries: Entries = {}
+    for result in results:
+        empty = Entry(result.encoder, result.protocol, {}, result.metric)
+        entry = entries.setdefault(result.row, {}).setdefault(result.labels, empty)
+        entry.by_draw[result.draw] = result.accuracy
+    return entries
+
+
+def columns_of(entries: Entries) -> list[int]:
+    """Returns the numbers of labels in ascending order."""
+    return sorted({labels for row in entries.values() for labels in row})
+
+
+def table(entries: Entries) -> str:
+    """Returns the table in Markdown. The best mean of each column is bold."""
+    columns = columns_of(entries)
+    best = {labels: max(row[labels].rank for row in entries.values() if labels in row) for labels in columns}
+
+    def text(row: dict[int, Entry], labels: int) -> str:
+        if labels not in row:
+            return ""
+        return f"**{row[labels]}**" if row[labels].rank == best[labels] else str(row[labels])
+
+    metric = next(entry.metric for row in entries.values() for entry in row.values())
+    title = "accuracy, %" if metric == ACCURACY else metric
+    titles = [f"test {title}", *(f"{labels:,} labels" for labels in columns)]
+    return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in entries.items()])
+
+
+def conclusion(entries: Entries) -> str:
+    """Returns one sentence: the best encoder for each number of labels, and its distance to the best other encoder.
+
+    The distance is the mean over the draws, with its standard deviation: the encoders share the subset of each draw.
+    """
+    parts: list[str] = []
+    for labels in columns_of(entries):
+        column = sorted(
+            ((row[labels], name) for name, row in entries.items() if labels in row), key=lambda c: -c[0].rank
+        )
+        (best, name), *rest = column
+        noun, unit = ("accuracy", " %") if best.metric == ACCURACY else (best.metric, "")
+        part = f"{'; with' if parts else 'With'} {labels:,} labels, {name} has the best {noun}, {best}{unit}"
+        other, other_name = next(((entry, title) for entry, title in rest if entry.encoder != best.encoder), (None, ""))
+        parts.append(part + (f", {_distance(best, other)} {other_name}" if other else ""))
+    return "".join(parts) + "."
+
+
+def _distance(best: Entry, other: Entry) -> str:
+    differences = [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
+    side = "below" if best.metric in LOWER_IS_BETTER else "above"
+    unit = " points" if best.metric == ACCURACY else ""
+    if len(differences) < 2:
+        return f"{best.format(abs(best.mean - other.mean))}{unit} (one draw: the spread is unknown) {side}"
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
+    return f"{best.format(abs(mean))} ± {best.format(spread)}{unit}{verdict} {side}"
+
+
+def write(folder: Path, results: Sequence[Result]) -> str:
+    """Writes table.md and results.csv to a folder.
+
+    Returns:
+        The table and the conclusion.
+    """
+    entries = entries_of(results)
+    text = f"{table(entries)}\n\n{conclusion(entries)}\n"
+    write_csv(folder / "results.csv", [Result._fields, *results])
+    atomic.write_text(folder / "table.md", text)
+    return text
+
+
+def read(folder: Path) -> list[Result]:
+    """Reads the results that `write` has written to a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no results.
+    """
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kinds = get_type_hints(Result)
+    return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]
