@@ -1,6 +1,5 @@
 """The steps of gpu_check.py that measure the machine and data loading."""
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks import gpu_task, input_pipeline, peers, scripts, train_step, whole_run
+from benchmarks import gpu_task, input_pipeline, peers, scripts, train_step
 from benchmarks.gpu_correct import KERNELS, SHAPES
 from benchmarks.gpu_task import TINY, Task
 from mae.training.precision import Precision
@@ -87,7 +86,7 @@ def loader(task: Task) -> None:
     """Images/s from JPEG files to batches, in one worker process and in one for each core."""
     folder, cores = task.folder / "files", os.cpu_count() or 1
     count = 24_000 if task.has_gpu else 6 * input_pipeline.BATCH
-    whole_run.write_files(folder, count, input_pipeline.OF_SCIKIT_LEARN)
+    input_pipeline.write_photographs(folder, count, input_pipeline.OF_SCIKIT_LEARN)
     task.wait_for_turn()
     ways = {"Pillow": {}, "--fast_jpeg": {"fast_jpeg": True}} if scripts.has_fast_jpeg() else {"Pillow": {}}
     found: dict[str, float] = {}
@@ -103,7 +102,7 @@ def whole(task: Task) -> None:
     """main_pretrain.py with data from JPEG files: the second epoch as log.txt has it."""
     folder = task.folder / "files"
     if not folder.exists():
-        whole_run.write_files(folder, 256, input_pipeline.OF_SCIKIT_LEARN)
+        input_pipeline.write_photographs(folder, 256, input_pipeline.OF_SCIKIT_LEARN)
     size, batch, updates = ("base_patch16", 512, 30) if task.has_gpu else (TINY, 8, 4)
     flags = ["--model", f"mae_vit_{size}", "--input_size", peers.image_side(size), "--batch_size", batch, "--device",
              "cuda:0" if task.has_gpu else "cpu", "--epochs", 2, "--warmup_epochs", 1, "--updates_per_epoch", updates,
@@ -114,8 +113,3 @@ def whole(task: Task) -> None:
     line = scripts.pretrain(folder, task.folder / "whole", *flags)[1]
     task.write(size=size, batch_size=batch, fast_jpeg=scripts.has_fast_jpeg(), second_epoch=line)
     task.check("main_pretrain.py trains on JPEG files", line["images_per_s"] > 0)
-    base = task.folder / "base.json"
-    alone = json.loads(base.read_text()).get("images_per_second", {}).get("ours compiled") if base.exists() else None
-    if alone:  # as whole_run.py writes it
-        speed = {"with_data": line["images_per_s"], "without_data": alone, "share": line["images_per_s"] / alone}
-        task.write(name=f"whole_run_{size}_bf16_{task.device.type}", speed=speed)

@@ -191,12 +191,6 @@ def training(task: Task) -> None:
         profile(work, compared_at)
     else:
         task.skip("the largest batch that fits", "kernels of an update")
-    rates = {cell["way"]: cell["images_per_second"] for cell in cells if cell["batch_size"] == compared_at}
-    names = {"eager": "ours eager", "compiled": "ours compiled"}
-    task.write(  # as train_step.py writes it
-        name=f"{kind}_{work.size}_bf16_{task.device.type}", settings={"batch_size": compared_at},
-        images_per_second={names.get(way, way): rate for way, rate in rates.items()},
-    )  # fmt: skip
 
 
 def profile(work: Workload, batch: int) -> None:

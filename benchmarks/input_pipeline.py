@@ -45,6 +45,7 @@ BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
                "rocket.jpg", "china.jpg", "flower.jpg", "grass.png", "gravel.png", "brick.png")  # fmt: skip
 OF_SCIKIT_LEARN = ("china.jpg", "flower.jpg")  # where scikit-image is not installed
+FILES = 1280  # different files; the others are links to them
 CROPS = 200  # random crops whose pixels are compared
 
 CLASSIC = T.Compose([
@@ -62,16 +63,22 @@ def find(name: str) -> Path:
 
 
 def write_photographs(folder: Path, count: int, names: Sequence[str] = PHOTOGRAPHS) -> None:
-    """Writes JPEG files of 500 x 375 pixels, crops of the photographs of these names, to a class folder."""
+    """Writes JPEG files of 500 x 375 pixels, crops of the photographs of these names, to a class folder.
+
+    At most FILES of them are different.
+    """
     draw = random.Random(0)
-    (folder / "train" / "photograph").mkdir(parents=True)
+    out = folder / "train" / "photograph"
+    out.mkdir(parents=True)
     pictures = itertools.cycle([Image.open(find(name)).convert("RGB") for name in names])
-    for number, picture in zip(range(count), pictures, strict=False):
+    for number, picture in zip(range(min(count, FILES)), pictures, strict=False):
         width = min(picture.width, picture.height * 4 / 3) * draw.uniform(0.8, 1)
         left, top = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - width * 3 / 4)
         box = (left, top, left + width, top + width * 3 / 4)
         part = picture.resize((500, 375), Image.Resampling.BICUBIC, box=box)
-        part.save(folder / "train" / "photograph" / f"{number:04}.jpg", quality=95)
+        part.save(out / f"{number:04}.jpg", quality=95)
+    for number in range(FILES, count):
+        (out / f"link{number:07}.jpg").symlink_to(out / f"{number % FILES:04}.jpg")
 
 
 def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:

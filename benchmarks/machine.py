@@ -87,25 +87,3 @@ def write(
 def title(record: dict[str, Any]) -> str:
     """Returns the name of the hardware of a measurement: the GPU's, or the processor's."""
     return str(record["machine"]["gpu"] or record["machine"]["processor"])
-
-
-def folders(root: Path = RESULTS) -> list[Path]:
-    """Returns the folders of the machines, sorted."""
-    return sorted(folder for folder in root.iterdir() if folder.is_dir())
-
-
-def find(name: str, root: Path = RESULTS) -> dict[str, Any] | None:
-    """Reads NAME.json of the first machine that has it; None if no machine has it."""
-    return next(filter(None, (read(name, folder) for folder in folders(root))), None)
-
-
-def read(name: str, folder: Path) -> dict[str, Any] | None:
-    """Reads a measurement: a step of gpu_check.json that has this name, or else NAME.json; None if there is neither."""
-    check, own = (
-        json.loads(file.read_text()) if file.exists() else {}
-        for file in (folder / f"{GPU_CHECK}.json", folder / f"{name}.json")
-    )
-    for step in check.get("steps", {}).values():
-        if step.get("name") == name:
-            return {"machine": check["machine"], **step}
-    return own or None

@@ -1,4 +1,4 @@
-"""Parameters and MACs of the models: the table in benchmarks/README.md.
+"""Parameters and MACs of the models: the table in docs/zoo.md.
 
     python benchmarks/model_table.py
 
@@ -8,7 +8,6 @@ classifier, which other libraries also print for masked autoencoders. "Masked" i
 encoder on a quarter of the patches, the decoder on all.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,16 +65,14 @@ def pretraining_macs(run: Run) -> int:
         return count_macs(model, lambda: model(images, run.model.mask_ratio)) // len(images)
 
 
-def measure(size: str, pixels: int) -> dict[str, Any]:
-    """Computes a row of the table, on the meta device: no weights are allocated."""
+def measure(size: str, pixels: int) -> dict[str, int]:
+    """Counts parameters and MACs on the meta device: no weights are allocated."""
     with torch.device("meta"):
         image = torch.empty(1, 3, pixels, pixels)
         vit = getattr(models_vit, f"vit_{size}")(img_size=pixels, global_pool=True)
         mae = getattr(models_mae, f"mae_vit_{size}")(img_size=pixels).to("meta")  # its tables are computed on the CPU
         noise = torch.empty(1, mae.num_patches)
     return {
-        "model": size,
-        "pixels": pixels,
         "classifier": sum(p.numel() for p in vit.parameters()),
         "autoencoder": sum(p.numel() for p in mae.parameters()),
         "all_tokens": count_macs(vit, lambda: vit.forward_features(image)),
@@ -85,18 +82,20 @@ def measure(size: str, pixels: int) -> dict[str, Any]:
 
 def table() -> str:
     """The table in Markdown."""
-    titles = ["model", "pixels", "classifier, 1000 classes", "autoencoder", "MACs, all tokens",
-              "MACs, masked pre-training"]  # fmt: skip
-    rows = [
-        (
-            f"`{row['model']}`", str(row["pixels"]), f"{row['classifier'] / 1e6:.2f} M",
-            f"{row['autoencoder'] / 1e6:.2f} M", f"{row['all_tokens'] / 1e9:.2f} G", f"{row['masked'] / 1e9:.2f} G",
-        )
-        for row in (measure(*sizes) for sizes in ROWS)
-    ]  # fmt: skip
+    titles = ["model", "pixels", "encoder: width, depth, heads", "decoder: width, depth, heads", "classifier",
+              "autoencoder", "MACs, all tokens", "MACs, masked pre-training"]  # fmt: skip
+    rows = []
+    for size, pixels in ROWS:
+        encoder, decoder, found = models_vit.SIZES[size], models_mae.DECODERS[size], measure(size, pixels)
+        rows.append([
+            f"`mae_vit_{size}`, `vit_{size}`", str(pixels),
+            f"{encoder['embed_dim']}, {encoder['depth']}, {encoder['num_heads']}",
+            f"{decoder['decoder_embed_dim']}, {decoder['decoder_depth']}, {decoder['decoder_num_heads']}",
+            f"{found['classifier'] / 1e6:.2f} M", f"{found['autoencoder'] / 1e6:.2f} M",
+            f"{found['all_tokens'] / 1e9:.2f} G", f"{found['masked'] / 1e9:.2f} G",
+        ])  # fmt: skip
     return markdown(titles, rows)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(table())

@@ -1,17 +1,19 @@
-"""A web page for trained models: reconstruction of uploaded images, attention maps, features and classes.
+"""A web page that masks patches of a picture and reconstructs them with a masked autoencoder.
 
-    python demo/app.py --model mae_visualize_vit_large --classifier mae_finetuned_vit_base
+    python demo/app.py --model mae_visualize_vit_large
     python demo/app.py --model demo/output/pretrain/checkpoint-0.pth --samples my/pictures
 
 The page is served at http://127.0.0.1:7860, to this computer only. SPACE.md describes public hosting.
 """
 
 import argparse
+import contextlib
 import html
 import math
 import os
 import sys
-from functools import partial
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +25,53 @@ try:
 except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
 
-from demo import outputs
+import torch
+from PIL import Image
+
 from mae import parallel
 from mae.cli import entry_point, options
-from mae.data.decode import SUFFIXES
-from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
-from mae.masking import num_visible
+from mae.data.decode import SUFFIXES, Picture, size_of
+from mae.evaluate import pictures
+from mae.inference.model import Autoencoder, Model, get_model
+from mae.inference.reconstruct import psnr, reconstruct, uncropped_input
 from mae.settings import types
-from mae.settings.choices import REGRESSION
+from models_mae import Reconstruction
 
-FOLDER = Path(__file__).parent
-SAMPLES = {1: FOLDER / "clothes", 3: FOLDER / "photos"}  # examples for models with this number of channels
+SAMPLES = {
+    1: Path(__file__).with_name("clothes"),
+    3: Path(__file__).with_name("photos"),
+}  # examples for models with this number of channels
 MAX_SAMPLES = 10
 MAX_BYTES = 10 * 2**20  # of an upload
-CONCURRENCY, MAX_QUEUE = 2, 100  # requests that run at once, and requests that wait
+MAX_PIXELS = 25_000_000  # of an upload; decoding takes a few times 4 bytes for each
+MAX_ASPECT = 4  # long side divided by short side; the memory of the model grows with its square
 CACHE_SECONDS = 3600  # seconds until uploads are deleted
-RATIOS = [step / 20 for step in range(1, 20)]
-# Some of the theme's colors have a contrast below 4.5 to 1 (WCAG 2.1, AA); app.css has one more.
-THEME = gr.themes.Soft(font=("system-ui", "sans-serif")).set(
+MIN_SIDE = 320  # minimum short side of a displayed picture in pixels; smaller ones are enlarged
+# Titles of the panels, and the parts of a `Reconstruction` that they show. A click on the first toggles a patch.
+PANELS = {"visible patches: click to mask or unmask": 1, "reconstruction + visible": 3, "original": 0}
+# Some of the theme's colors have a contrast below 4.5 to 1 (WCAG 2.1, AA). Its fonts would be downloaded.
+THEME = gr.themes.Soft(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
     background_fill_primary="*neutral_50",  # Soft's own, which `set` would reset
     block_label_text_color="*primary_700", block_title_text_color="*primary_700", link_text_color="*primary_700",
     body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
 )  # fmt: skip
-INTRODUCTIONS: dict[Any, str] = {
-    Autoencoder: """<h1>Masked autoencoder</h1>
-<p>The encoder of a masked autoencoder processes only the visible patches of an image, and the decoder predicts the
-others. Choose an image, mask parts of it, and compare the prediction with the original.</p>""",
-    Segmenter: """<h1>Segmentation</h1>
-<p>Choose an image. The model predicts the class of each of its pixels.</p>""",
-}
-WITHOUT_DECODER = """<h1>Vision transformer</h1>
-<p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
-masked patches.</p>"""
-HEADS = "Attention of the class token in the last block"
-QUERIES = "Attention of the class token in the last block (heads) or of the probe (queries)"
-COMPONENTS = """<p>The first three components of the features, as red, green and blue. Patches of a similar
-color have similar features; the colors have no other meaning.</p>"""
-# The values of the mask editor are described in its script.
-EDITOR: dict[str, Any] = {
-    "html_template": """<h3>The mask</h3>
-        <p>Blue patches are masked. Draw to mask patches; start on a masked patch to unmask. Or press arrow keys and
-        space.</p>
-        <canvas width="0" height="0" tabindex="0" role="application" aria-label="mask editor"></canvas>
-        <p role="status"></p><button>Unmask all patches</button>""",
-    "css_template": """
-        canvas {touch-action: none; cursor: crosshair}
-        [role=status] {height: 0; overflow: hidden}
-        button {width: 100%; padding: 6px; border-radius: 6px; cursor: pointer;
-                background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color)}""",
-    "js_on_load": (FOLDER / "mask_editor.js").read_text(encoding="utf-8"),
-}
-CHOICE = """element.onclick = event => {
-    const button = event.target.closest("button");
-    if (button) trigger("click", {index: Number(button.value)});
-};"""
+# Labels stand above their pictures instead of covering patches; examples are small.
+CSS = """
+[data-testid=block-label] {position: static !important; width: max-content; max-width: 100%; margin-bottom: 4px}
+.examples .grid-container {grid-template-columns: repeat(auto-fill, 80px) !important; overflow: visible}
+.examples .grid-wrap {min-height: 0}
+"""
+INTRODUCTION = """# Masked autoencoder
+The encoder of a masked autoencoder processes only the visible patches of an image, and the decoder predicts the others.
+Choose an image, mask parts of it, and compare the prediction with the original.
+
+"""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = entry_point.parser(
-        "Serves a web page for a trained model: reconstructions, attention maps, features and classes."
-    )
+    parser = entry_point.parser("Serves a web page that masks pictures and reconstructs them.")
     options.add_inference_options(parser, images=False, example="mae_visualize_vit_large")
-    parser.add_argument("--classifier", metavar="FILE", help="classifier for the classes, given like --model")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
     )
@@ -103,10 +89,13 @@ def main(args: argparse.Namespace) -> None:
     if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
     device = parallel.choose_device(args.device)
-    chosen = {"pretrained": True, "device": device, **options.chosen_settings(args)}
-    model = get_model(args.model, **chosen)
-    classifier = get_model(args.classifier, **chosen) if args.classifier else None
-    page = build(model, classifier, args.samples)
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
+    if not isinstance(model, Autoencoder):
+        raise ValueError(
+            f"--model {args.model} has no decoder of pixels and can't reconstruct: give a checkpoint of "
+            f"main_pretrain.py, or a published file with a decoder, such as mae_visualize_vit_large"
+        )
+    page = build(model, args.samples)
     try:
         serve(page, args.host, args.port)
     except OSError as error:
@@ -117,165 +106,156 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> 
     """Serves a page until it is interrupted. By default, gradio's environment variables set host and port."""
     # Its own messages offer a public link.
     _, address, _ = page.launch(
-        server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=THEME, css_paths=FOLDER / "app.css",
-        footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
+        server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=THEME, css=CSS, footer_links=[],
+        ssr_mode=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"Running on {address} (Ctrl-C stops the page)", flush=True)
     page.block_thread()
 
 
-def build(model: Model, classifier: Model | None = None, samples: Path | None = None) -> gr.Blocks:
+def build(model: Autoencoder, samples: Path | None = None) -> gr.Blocks:
     """Builds the page for `serve`.
 
     Args:
-        model: an autoencoder, an encoder or a classifier; only an autoencoder has the tab for reconstruction.
-        classifier: model for the classes (default: `model`, if it is a classifier).
         samples: folder of example images (default: images of the kind that the model's channels suggest).
-
-    Raises:
-        ValueError: the classifier has no classification head.
     """
+    examples = find_examples(model, samples)
+    files = list(examples)
 
-    def has_classes(one: Model) -> bool:
-        return isinstance(one, Classifier) and one.settings["nb_classes"] and one.settings.get("task") != REGRESSION
+    def random_mask(photo: str | None, ratio: float, seed: int) -> list[Any]:
+        origin = f"at random with seed {seed}"
+        return answer(model, photo, origin, lambda picture: reconstruct(model, picture, ratio, seed))
 
-    if classifier is None and has_classes(model):
-        classifier = model
-    if classifier is not None and not has_classes(classifier):
-        raise ValueError(
-            f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
-        )
+    def toggle_patch(photo: str | None, mask: torch.Tensor, event: gr.SelectData) -> list[Any]:
+        # After an error, the page stays as it is.
+        return answer(model, photo, "by you", lambda picture: toggle(model, picture, mask, *event.index), gr.skip())
+
+    def choose(event: gr.SelectData) -> str:
+        return files[event.index]
+
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        models = {"Model": model} if classifier in (None, model) else {"Model": model, "Classifier": classifier}
-        descriptions = "".join(f"<p>{name} {outputs.describe(one)}.</p>" for name, one in models.items())
-        gr.HTML(INTRODUCTIONS.get(type(model), WITHOUT_DECODER) + descriptions)
+        photo, seed, mask = gr.State(files[0] if files else None), gr.State(0), gr.State()
+        gr.Markdown(INTRODUCTION + describe(model))
+        gallery = gr.Gallery(
+            [(picture, Path(file).stem) for file, picture in examples.items()], label="Examples", columns=MAX_SAMPLES,
+            height="auto", allow_preview=False, buttons=[], interactive=False, visible=bool(examples),
+            elem_classes="examples",
+        )  # fmt: skip
         with gr.Row():
-            upload = gr.File(label="Upload an image", file_types=list(SUFFIXES), height=140, min_width=320,
-                             elem_classes="upload")  # fmt: skip
-            photo = gr.File(visible="hidden")  # the chosen image; the upload is emptied, so that it takes another one
-            files = _examples(model, photo, samples)
-        upload.upload(lambda file: (None, file), upload, [upload, photo], api_visibility="private")
-        message = gr.HTML(elem_classes="message")
-        opened = photo.change(partial(outputs.check, model), photo, message, api_visibility="private")
-        if isinstance(model, Autoencoder):
-            with gr.Tab("Reconstruct"):
-                opened = _reconstruct_tab(model, photo, opened)
-        if isinstance(model, Segmenter):
-            with gr.Tab("Segment"):
-                _segment_tab(model, photo, opened)
-        with gr.Tab("Attention and features"):
-            _inside_tab(model, classifier, photo, opened)
-        if files:
-            page.load(lambda: files[0], None, photo, api_visibility="private")
-    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=CONCURRENCY)
+            upload = gr.UploadButton("Upload an image", file_types=list(SUFFIXES), min_width=160)
+            another = gr.Button("Another random mask", min_width=160)
+        ratio = gr.Slider(0.05, 0.95, 0.75, step=0.05, label="Mask ratio")
+        caption = gr.HTML()
+        with gr.Row():
+            panels = [
+                gr.Image(label=title, alt_text=title, format="png", buttons=[], interactive=False,
+                         min_width=240)
+                for title in PANELS
+            ]  # fmt: skip
+        choice, drawn = [photo, ratio, seed], [mask, caption, *panels]
+        # One request at a time: a click changes the mask that the click before it has left.
+        event: dict[str, Any] = {
+            "concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden",
+        }  # fmt: skip
+        page.load(random_mask, choice, drawn, **event)
+        upload.upload(lambda file: file, upload, photo, **event).then(random_mask, choice, drawn, **event)
+        gallery.select(choose, None, photo, **event).then(random_mask, choice, drawn, **event)
+        ratio.input(random_mask, choice, drawn, trigger_mode="always_last", **event)
+        another.click(lambda seed: seed + 1, seed, seed, **event).then(random_mask, choice, drawn, **event)
+        panels[0].select(toggle_patch, [photo, mask], drawn, trigger_mode="multiple", **event)
+    return page.queue(max_size=100)
 
 
-def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:
-    """Adds buttons that choose an example; returns its files."""
+def find_examples(model: Autoencoder, samples: Path | None) -> dict[str, Image.Image]:
+    """Returns the pictures of examples by their files."""
     folder = samples or SAMPLES.get(model.in_chans)
-    images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder else []
-    chosen = images[:: max(1, len(images) // MAX_SAMPLES)][:MAX_SAMPLES]  # of all subfolders
-    thumbnails = {
-        str(file): outputs.thumbnail(model, picture)
-        for file in chosen
-        if (picture := outputs.open_usable(model, str(file))) is not None
-    }
-    files = list(thumbnails)
-    gr.set_static_paths(files)  # gradio rejects other files outside of the working directory
-    buttons = []
-    for number, file in enumerate(files):
-        name = html.escape(Path(file).stem)
-        image = f'<img src="{thumbnails[file]}" alt="{name}" title="{name}">'
-        buttons.append(f'<button value="{number}">{image}</button>')
-    if files:
-        row = gr.HTML("<h2>Or choose an example</h2>" + "".join(buttons), js_on_load=CHOICE, elem_classes="examples")
-
-        def choose(event: gr.EventData) -> str:
-            return files[event.index]
-
-        row.click(choose, None, photo, api_visibility="private")
-    return files
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder else []
+    found = {}
+    for file in files[:: max(1, len(files) // MAX_SAMPLES)][:MAX_SAMPLES]:  # of all subfolders
+        with contextlib.suppress(ValueError, OSError):
+            found[str(file)] = to_picture(model, uncropped_input(model, open_photo(model, str(file))))
+    return found
 
 
-def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
-    """Adds the tab; returns the event that follows when its panels are drawn."""
-    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
-    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
-    # A patch, or a block of `--mask_block`, of every image stays visible.
-    largest = max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
-    with gr.Row():
-        with gr.Column(min_width=300):
-            editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)
-        with gr.Column(min_width=300):
-            pasted = image_panel(outputs.PANELS[-1])
-            caption = gr.HTML()
-            with gr.Row():
-                ratio = gr.Slider(RATIOS[0], largest, min(0.75, largest), step=RATIOS[0], label="Mask ratio")
-                seed = gr.Number(0, label="Random seed", precision=0, minimum=0, maximum=outputs.MAX_SEED)
-            another = gr.Button("Another mask")
-    with gr.Row():
-        panels = [*(image_panel(title) for title in outputs.PANELS[:-1]), pasted]
-    settings: dict[str, Any] = {"concurrency_id": "models", "show_progress": "minimal", "show_progress_on": panels}
-
-    def draw(*values: Any) -> list[Any]:
-        state, *rest = outputs.draw_mask(model, *values)
-        return [gr.HTML(**state), *rest]
-
-    def draw_another(*values: Any) -> list[Any]:
-        following, state, *rest = outputs.another_mask(model, *values)
-        return [following, gr.HTML(**state), *rest]
-
-    choice, answer = [photo, ratio, seed], [*panels, caption]
-    gr.on([ratio.input, seed.input], draw, choice, [editor, *answer], api_name="mask", trigger_mode="always_last",
-          **settings)  # fmt: skip
-    another.click(draw_another, [*choice, editor], [seed, editor, *answer], api_visibility="private", **settings)
-    editor.input(partial(outputs.apply_mask, model), [photo, editor], answer, api_name="apply_mask",
-                 trigger_mode="always_last", **settings)  # fmt: skip
-    return opened.then(draw, choice, [editor, *answer], api_visibility="private", **settings)
-
-
-def _segment_tab(model: Segmenter, photo: gr.File, opened: Any) -> None:
-    """Adds the tab."""
-    with gr.Row():
-        panel = image_panel("classes of the pixels")
-        with gr.Column(min_width=200):
-            legend = gr.HTML()
-            opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity")
-    draw = partial(outputs.segment, model)
-    opacity.input(draw, [photo, opacity], [panel, legend], api_name="segment", trigger_mode="always_last",
-                  concurrency_id="models")  # fmt: skip
-    opened.then(draw, [photo, opacity], [panel, legend], api_visibility="private", concurrency_id="models")
-
-
-def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Any) -> None:
-    """Adds the tab."""
-    choices = outputs.attention_maps(model, classifier)
-    names = [choice.name for choice in choices]
-    chosen = gr.Dropdown(names, type="index", label=QUERIES if "query 1" in names else HEADS)
-    with gr.Row():
-        original = image_panel("original")
-        with gr.Column(min_width=200):
-            attention, legend = image_panel("attention"), gr.HTML()
-        with gr.Column(min_width=200):
-            components, _ = image_panel("principal components"), gr.HTML(COMPONENTS)
-        if classifier is not None:
-            classes = gr.Label(label="classes")
-            opened.then(partial(outputs.classify, classifier), photo, classes, api_name="classify",
-                        concurrency_id="models")  # fmt: skip
-
-    def view(file: str | None, index: int) -> list[Any]:
-        return outputs.look_inside(model, file, choices[index])
-
-    answer = [original, attention, components, legend]
-    chosen.change(view, [photo, chosen], answer, api_name="look_inside", trigger_mode="always_last",
-                  concurrency_id="models")  # fmt: skip
-    opened.then(view, [photo, chosen], answer, api_visibility="private", concurrency_id="models")
-
-
-def image_panel(title: str) -> gr.Image:
-    return gr.Image(
-        label=title, alt_text=title, format="png", buttons=["download"], min_width=200, elem_classes="panel"
+def describe(model: Model) -> str:
+    """Returns the name, the input and the patches of a model as Markdown."""
+    (height, width), (p, q) = model.patch_embed.img_size, model.patch_embed.patch_size
+    text = (
+        f"`{model.settings['model']}`: input {width} × {height} pixels, {model.in_chans} channel(s); "
+        f"{model.patch_embed.num_patches} patches of {q} × {p} pixels."
     )
+    if model.norm_pix_loss:
+        text += " It predicts normalized patches, which have the mean and std of the original patches here."
+    return text
+
+
+def answer(
+    model: Autoencoder, photo: str | None, origin: str, compute: Callable[[Picture], Reconstruction],
+    on_error: Any = None,
+) -> list[Any]:  # fmt: skip
+    """Reconstructs a photo.
+
+    Args:
+        photo: its file; None before one is chosen.
+        origin: origin of the mask, for the caption.
+        on_error: mask and pictures after an error.
+
+    Returns:
+        The mask, the caption or an error message of one line as HTML, and the pictures of PANELS.
+    """
+    if photo is None:
+        return [None, "", *[None] * len(PANELS)]
+    try:
+        result = compute(open_photo(model, photo))
+    except (ValueError, OSError) as error:
+        alert = f'<b role="alert">{html.escape(str(error).replace(photo, Path(photo).name))}</b>'
+        return [on_error, alert, *[on_error] * len(PANELS)]
+    count = int(result.mask.sum())
+    text = f"<b>{count} of {result.mask.numel()} patches are masked</b>, {origin}."
+    if count:
+        text += f" PSNR of the masked patches: <b>{psnr(model, result):.2f} dB</b> (higher is better)."
+    return [result.mask, text, *(to_picture(model, result[part]) for part in PANELS.values())]
+
+
+def open_photo(model: Model, photo: str) -> Picture:
+    """Opens an image; raises ValueError or OSError if it can't be read, is too large or too narrow."""
+    picture = model.open(photo, MAX_PIXELS)
+    height, width = size_of(picture)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"{photo}: the aspect ratio of {width} x {height} pixels exceeds {MAX_ASPECT} to 1; crop the image"
+        )
+    return picture
+
+
+def toggle(model: Autoencoder, picture: Picture, mask: torch.Tensor, x: int, y: int) -> Reconstruction:
+    """Masks the patch at a pixel of the displayed picture, or unmasks it.
+
+    Args:
+        mask: (1, N), 1 is masked.
+    """
+    imgs = uncropped_input(model, picture)
+    (rows, columns), (p, q) = model.patch_embed.grid_of(*imgs.shape[2:]), model.patch_embed.patch_size
+    row, column = min(y // (scale_of(imgs) * p), rows - 1), min(x // (scale_of(imgs) * q), columns - 1)
+    mask = mask.clone()
+    mask[0, row * columns + column] = 1 - mask[0, row * columns + column]
+    if mask.all():
+        raise ValueError("the encoder needs a visible patch: this one stays visible")
+    return model.reconstruct(imgs, mask=mask)
+
+
+def to_picture(model: Model, batch: torch.Tensor) -> Image.Image:
+    """Converts the input of a model (1, c, H, W) to a picture with a short side of at least MIN_SIDE."""
+    pixels = pictures.tile([batch], model.normalize.inverse, scale_of(batch))
+    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    # gradio names a file by its contents, and rewrites it while others load it.
+    picture.info["id"] = uuid.uuid4().hex
+    return picture
+
+
+def scale_of(batch: torch.Tensor) -> int:
+    """Side in pixels of the square that displays a pixel of a batch (1, c, H, W)."""
+    return math.ceil(MIN_SIDE / min(batch.shape[2:]))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import leaderboard, machine, model_table, targets
+from benchmarks import leaderboard, model_table
 
 COMMANDS: dict[str, Callable[[], str]] = {
-    "python benchmarks/targets.py": lambda: targets.table(machine.folders()),
     "python benchmarks/model_table.py": model_table.table,
     "python benchmarks/leaderboard.py": leaderboard.table,
 }

@@ -10,7 +10,7 @@ import torch
 
 import models_mae
 import models_vit
-from benchmarks import evaluation, input_pipeline, leaderboard, listing, model_table, peers, train_step, whole_run
+from benchmarks import evaluation, input_pipeline, leaderboard, model_table, peers, train_step
 from models_vit import SIZES
 
 
@@ -106,28 +106,9 @@ def test_neighbors_are_timed(tmp_path, monkeypatch):
     assert 4.0e9 < found["imagenet_bytes"] < 8e9
 
 
-def test_opening_is_measured_for_every_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(listing, "CLASSES", 3)
-    for kind, path in listing.write_files(tmp_path, 30).items():
-        assert len(listing.open_images(kind, path)) == 30, kind
-    result = listing.measure(listing.FOLDER, tmp_path / "images")
-    assert 0 < result["seconds"] < 10
-    assert result["images"] == 30
-
-
-def test_losses_in_two_precisions(tmp_path):
-    flags = ["--model", "mae_vit_mini_patch4", "--input_size", "32", "--batch_size", "4", "--device", "cpu"]
-    args = whole_run.get_args_parser().parse_args(["--batch_size", "4", "--updates", "8"])
-    found = whole_run.losses(args, tmp_path, [*flags, "--warmup_epochs", "1"])
-    assert found.keys() == {"off", "bf16"}
-    assert len(found["off"]) == 2
-    assert found["off"] != found["bf16"]
-    assert found["bf16"] == pytest.approx(found["off"], rel=0.01)
-
-
 def test_files_beyond_the_different_ones_are_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_run, "FILES", 3)
-    whole_run.write_files(tmp_path, 7)
+    monkeypatch.setattr(input_pipeline, "FILES", 3)
+    input_pipeline.write_photographs(tmp_path, 7)
     files = sorted((tmp_path / "train" / "photograph").iterdir())
     assert [file.is_symlink() for file in files] == [False] * 3 + [True] * 4
     assert files[4].read_bytes() == files[1].read_bytes()

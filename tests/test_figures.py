@@ -1,5 +1,6 @@
 """Numbers in the documents: published ones equal those of the papers, measured ones those of the result files."""
 
+import json
 import re
 
 import numpy as np
@@ -117,6 +118,24 @@ def test_the_rows_of_the_readme_are_those_of_the_model_zoo():
     table, zoo = zoo_table("README.md"), zoo_table("docs/zoo.md")
     assert len(table) == 4
     assert {name: zoo[name] for name in table} == table
+
+
+@pytest.mark.parametrize(("machine", "model", "file", "step"), [
+    ("AMD EPYC, two cores", "ViT-B, 16", "amd_epyc/pretrain_base_patch16_bf16_cpu", None),
+    ("Intel Xeon with AMX, two cores", "ViT-B, 16", "intel_xeon_amx/pretrain_base_patch16_bf16_cpu", None),
+    ("NVIDIA H100", "ViT-B, 512", "nvidia_h100/gpu_check", "base"),
+    ("NVIDIA H100", "ViT-L, 512", "nvidia_h100/gpu_check", "large"),
+    ("NVIDIA H100", "ViT-H, 128", "nvidia_h100/gpu_check", "huge"),
+    ("NVIDIA H200", "ViT-B, 512", "nvidia_h200/pretrain_base_patch16_bf16_cuda", None),
+    ("NVIDIA H200", "ViT-L, 256", "nvidia_h200/pretrain_large_patch16_bf16_cuda", None),
+    ("NVIDIA H200", "ViT-H, 128", "nvidia_h200/pretrain_huge_patch14_bf16_cuda", None),
+])  # fmt: skip
+def test_the_speed_of_pretraining(machine, model, file, step):
+    found = json.loads(text(f"benchmarks/results/{file}.json"))
+    rates = (found["steps"][step] if step else found)["images_per_second"]
+    ways = ("transformers eager", "plain eager", "plain compiled", "ours eager", "ours compiled")
+    expected = [f"{rates[way]:,.0f}" if rates[way] > 100 else f"{rates[way]:.2f}" for way in ways if way in rates]
+    assert [cell for cell in row("benchmarks/README.md", f"{machine} | {model}")[1:] if cell] == expected
 
 
 def test_pretraining_is_above_every_baseline_of_the_study():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_training, listed_packages, machine, masked_queries, targets
+from benchmarks import gpu_check, gpu_training, listed_packages, masked_queries
 from models_mae import DECODERS, MaskedAutoencoderViT
 from models_vit import SIZES
 
@@ -44,21 +44,6 @@ def test_the_largest_batch_fills_the_memory(monkeypatch):
         {"way": "eager", "batch_size": 999, "fits": False},
     ]
     assert gpu_training.largest_batch(cells) == 832
-
-
-def test_rows_of_the_gpu_are_those_of_the_file_of_the_check(tmp_path):
-    step = {"name": "pretrain_base_patch16_bf16_cuda", "flops_per_image": 989e9,
-            "images_per_second": {"ours compiled": 420.0, "transformers eager": 200.0}}  # fmt: skip
-    check = {"machine": {"gpu": "NVIDIA H100"}, "steps": {"tests": {}, "base": step}}
-    (tmp_path / "gpu_check.json").write_text(json.dumps(check))
-    (tmp_path / f"{step['name']}.json").write_text('{"images_per_second": {}, "machine": {"gpu": "an earlier one"}}')
-    assert machine.read(step["name"], tmp_path) == {"machine": check["machine"], **step}
-    assert targets.table([tmp_path]).splitlines() == [
-        "| | target | NVIDIA H100 |",
-        "|---|---|---|",
-        "| base_patch16, one GPU, compiled: share of 989 TFLOP/s | 42% | 42% |",
-        "| base_patch16, one GPU, bf16 compiled, relative to transformers eager | 2.00 | 2.10 |",
-    ]
 
 
 def test_masked_queries_have_the_loss_and_the_gradients_of_the_model():

@@ -1,4 +1,4 @@
-"""The table of models in benchmarks/README.md agrees with the published numbers."""
+"""The table of models in docs/zoo.md agrees with the published numbers."""
 
 import pytest
 

@@ -152,7 +152,7 @@ def started(clone, tools):
     for name in ("python", "ruff"):
         (clone / ".venv/bin" / name).unlink(missing_ok=True)
         write_tool(clone / ".venv/bin", name, sleeping)
-    for name in ("apt-get", "chromium", "npm"):
+    for name in ("apt-get", "chromium"):
         write_tool(tools, name, "exit 0")
     write_tool(tools, "id", "echo 0")
 
