@@ -129,8 +129,9 @@ def decode(
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
-        fast_jpeg: decode color JPEG files to a tensor with `mae.data.jpeg`, and return tensors of color bytes
-            unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
+        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images, which `crops.scale` scales faster. Color
+            JPEG files are decoded with `mae.data.jpeg`. Without it, tensors of bytes become Pillow images, except
+            those with up to SMALL pixels per side.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values, and the value of invalid pixels.
 
@@ -148,9 +149,12 @@ def _decode(
 ) -> Picture:  # fmt: skip
     if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
-    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
-        pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
-        if has_bytes(pixels) and len(pixels) == 3:
+    is_fast = fast_jpeg and in_chans == 3
+    if is_fast and has_bytes(data) and len(data) == in_chans:
+        return data
+    if is_fast and isinstance(data, bytes) and not (upright and is_turned(data)):
+        pixels = jpeg.decode_rgb(data, max_pixels)
+        if pixels is not None:
             return pixels
     try:
         picture = read(data, in_chans, max_pixels, values)
@@ -159,7 +163,8 @@ def _decode(
         if upright and is_file and isinstance(picture, Image.Image):
             picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
             picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
-        return fit_channels(picture, in_chans, values)
+        picture = fit_channels(picture, in_chans, values)
+        return to_tensor(picture) if is_fast else picture
     except BadImage:
         raise
     except Exception as error:  # decoders raise any exception on damaged bytes
