@@ -294,7 +294,7 @@ GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "g
 
 @pytest.mark.parametrize("own", [{}, GROUPS], ids=["plain", "groups"])
 def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, clouds):
-    """With masks, NaN and a value; also in a worker process, and with images in memory."""
+    """With masks, NaN and a value; also in a worker process, and with decoded images in a file."""
     first = weights(clouds("first", **own), "checkpoint-0.pth")
     for name, flags in {
         "hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
@@ -312,7 +312,7 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
 
 
 def test_two_processes_train_as_one(clouds):
-    """Also with images in memory, half of which each process decodes."""
+    """Also with decoded images in a file, which one process writes."""
     one, two = clouds("one", batch_size=8), clouds("two", batch_size=4, processes=2)
     cached = clouds("cached", batch_size=4, processes=2, cache_images=True)
     assert_close(one, two, "checkpoint-0.pth")

@@ -40,9 +40,9 @@ class DataSpec(Values, group="data", role=DATA):
         "twice the throughput. Three pixel values in a thousand differ by 1 of 255")
     fast_jpeg_resize: str = fact("pytorch")  # of earlier versions: numba; no flag
     cache_images: bool = setting(False, resumed=FREE, action="switch",
-        help="for small datasets: decode all images at the start and keep them in up to half of the memory of the "
-        "machine, which its processes share. An image takes height x width x channels bytes. The batches are "
-        "the same")
+        help="for small datasets: decode all images once, into a file in the folder $MAE_CACHE (default: "
+        "~/.cache/mae), which all processes of a machine read, and later runs. An image takes height x width x "
+        "channels bytes. The batches are the same")
     num_workers: int = setting(DEFAULT_WORKERS, count, role=MACHINE, metavar="N",
         help="data loader worker processes, at most one per CPU core of this process; 0: load in the training "
         "process")
