@@ -41,7 +41,7 @@ def has_fast_jpeg() -> bool:
     """Whether --fast_jpeg works here: its decoder is installed."""
     try:
         jpeg.decoder()
-    except ImportError:
+    except (ImportError, RuntimeError, OSError):  # not installed, or not for this PyTorch
         return False
     return True
 

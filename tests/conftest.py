@@ -67,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
     tempfile.tempdir = os.environ["TMPDIR"] = folder
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled"))
+    os.environ["MAE_CACHE"] = str(Path(folder, "cache"))
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
     if compiler := shutil.which(os.environ.get("CXX", "g++")):
         fast = Path(folder, "g++")  # without optimization, graphs compile in less than two thirds of the time

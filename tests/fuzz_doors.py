@@ -48,7 +48,7 @@ class Door(NamedTuple):
 
 FORMATS = {b"II*\0": mutations.tiff, b"MM\0*": mutations.tiff, b"\x89PNG": mutations.png,
            b"\xff\xd8": mutations.jpeg}  # fmt: skip
-HAS_FAST_JPEG = importlib.util.find_spec("numba") is not None
+HAS_FAST_JPEG = importlib.util.find_spec("torchcodec") is not None
 
 
 def _images(folder: Path) -> list[tuple[bytes, int]]:

@@ -49,7 +49,7 @@ ARROWS = {
     r"mae\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.
-OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "numba", "datasets",
+OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "datasets",
             "submitit", "webdataset"}  # fmt: skip
 
 

@@ -28,10 +28,10 @@ def test_steps_that_fail_or_are_left_out_are_named(tmp_path, monkeypatch):
 
 def test_packages_that_are_not_listed_are_hidden(tmp_path):
     listed_packages.write_hook(tmp_path)
-    program = "import numpy, yaml, importlib.util as u; assert u.find_spec('submitit') is None; import numba"
+    program = "import numpy, yaml, importlib.util as u; assert u.find_spec('submitit') is None; import torchcodec"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1:] == ["ModuleNotFoundError: No module named 'numba'"]
+    assert done.stderr.splitlines()[-1:] == ["ModuleNotFoundError: No module named 'torchcodec'"]
 
 
 def test_the_largest_batch_fills_the_memory(monkeypatch):

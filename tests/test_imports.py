@@ -14,7 +14,7 @@ SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_
 # Each takes from half a second to two seconds to import; PyTorch itself takes two.
 SLOW = ("torchvision", "timm", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
         "torch.distributed.checkpoint", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers",
-        "datasets", "numba", "onnx", "gradio")  # fmt: skip
+        "datasets", "torchcodec", "onnx", "gradio")  # fmt: skip
 
 
 def test_scripts_and_models_import_slow_packages_at_their_use():

@@ -99,15 +99,27 @@ def test_a_range_maps_values_of_any_type(dtype):
 
 @pytest.mark.parametrize("data", [
     png(np.full((4, 4, 3), 4095), 16, 2), png(np.full((4, 2, 1), 0x35), 4, 0, size=(4, 4)), b"P5 2 1 15\n\x03\x0f",
-    b"P2\n2 1\n4095\n3 4095\n", b"P6 1 1 65535\n" + bytes(6), b"P4 8 1\n\x0f", saved(Image.new("1", (4, 4)), "TIFF"),
-], ids=["PNG 16", "PNG 4", "PGM 15", "PGM 4095", "PPM 65535", "PBM", "TIFF 1"])  # fmt: skip
+    b"P6 1 1 65535\n" + bytes(6), saved(Image.new("1", (4, 4)), "TIFF"), saved(Image.new("L", (4, 4)), "JPEG2000"),
+    saved(Image.new("RGB", (4, 4)), "AVIF"),
+], ids=["PNG 16", "PNG 4", "PGM 15", "PPM 65535", "TIFF 1", "JPEG 2000", "AVIF"])  # fmt: skip
 def test_a_range_is_about_the_values_in_the_file(data):
-    """Pillow scales them to 8 or 16 bits."""
+    """Pillow scales them to 8 or 16 bits, or may do so."""
     decode(data, 3, values=PixelValues("nan"))
     for values in (PixelValues(15), PixelValues(None, (0, 4095))):
         for given in (data, Image.open(io.BytesIO(data))):
             with pytest.raises(BadImage, match="values in the file"):
                 decode(given, 3, values=values)
+
+
+def test_a_range_of_files_with_the_values_that_pillow_reads():
+    """Gray PNG of 8 and 16 bits, color PNG, JPEG and TIFF of 8 bits, and arrays."""
+    gray = Image.fromarray(np.full((4, 4), 51, np.uint8))
+    deep = Image.fromarray(np.full((4, 4), 51, np.uint16))
+    for image in (gray, gray.convert("RGB"), deep):
+        files = [saved(image, kind) for kind in ("PNG", "TIFF", *["JPEG"] * (image is not deep))]
+        for data in (*files, image):
+            decoded = decode(data, 3, values=PixelValues(None, (0, 102)))
+            assert torch.equal(decoded, torch.full((3, 4, 4), 0.5))
 
 
 def test_a_transparent_value_of_16_bits_may_be_invalid():
@@ -308,7 +320,7 @@ GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "g
 
 @pytest.mark.parametrize("own", [{}, GROUPS], ids=["plain", "groups"])
 def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, clouds):
-    """With masks, NaN and a value; also in a worker process, and with images in memory."""
+    """With masks, NaN and a value; also in a worker process, and with decoded images in a file."""
     first = weights(clouds("first", **own), "checkpoint-0.pth")
     for name, flags in {
         "hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
@@ -326,7 +338,7 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
 
 
 def test_two_processes_train_as_one(clouds):
-    """Also with images in memory, half of which each process decodes."""
+    """Also with decoded images in a file, which one process writes."""
     one, two = clouds("one", batch_size=8), clouds("two", batch_size=4, processes=2)
     cached = clouds("cached", batch_size=4, processes=2, cache_images=True)
     assert_close(one, two, "checkpoint-0.pth")

@@ -1,4 +1,4 @@
-"""--fast_jpeg: pixels and crops equal Pillow's for every kind of JPEG file."""
+"""--fast_jpeg: decoded pixels equal Pillow's, and crops almost do, for every kind of JPEG file."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_decode import saved
 
-from mae.data import bicubic, jpeg, transforms
+from mae.data import jpeg, transforms
 from mae.data.decode import BadImage, decode
 from mae.data.generators import seed_generators
 from mae.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
@@ -32,20 +32,10 @@ def pixels(picture) -> np.ndarray:
     return transforms.to_tensor(picture).numpy()
 
 
-@pytest.fixture(params=["torchcodec", "torchvision"])
-def decoder(request, monkeypatch):
-    """torchvision decodes if torchcodec is not installed."""
-    if request.param == "torchvision":
-        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    jpeg.decoder.cache_clear()
-    yield
-    jpeg.decoder.cache_clear()
-
-
 @pytest.mark.parametrize("options", [
     {}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}, {"restart_marker_blocks": 5},
 ], ids=str)  # fmt: skip
-def test_fast_jpeg_equals_pillow(options, decoder):
+def test_decoding_equals_pillows(options):
     for picture in photographs():
         data = encoded(picture, **options)
         fast = decode(data, 3, fast_jpeg=True)
@@ -91,7 +81,7 @@ def test_unsupported_files_are_left_to_pillow():
     assert isinstance(decode(whole, 1, fast_jpeg=True), Image.Image)
 
 
-def test_damaged_files_decode_as_in_pillow(decoder):
+def test_damaged_files_decode_as_in_pillow():
     whole = encoded(photographs()[2].crop((0, 0, 64, 48)))
     draw = np.random.default_rng(0)
     for number in range(300):
@@ -109,65 +99,40 @@ def test_damaged_files_decode_as_in_pillow(decoder):
 
 
 IMAGENET = transforms.IMAGENET_MEAN
-RECIPE = "rand-m9-mstd0.5-inc1"
 
 
 @pytest.mark.parametrize(("transform", "count"), [
-    (pretrain_transform(224), 80),
-    (finetune_transform(224, IMAGENET, RECIPE), 40),
-    (finetune_transform((32, 48), IMAGENET, color_jitter=0.4, crop_scale=(0.01, 0.1), hflip=0), 40),
-    (pretrain_transform(48, vflip=0.5, rotate90=True), 20), (pretrain_transform((96, 32), crop="none"), 6),
-    (finetune_transform(48, IMAGENET, RECIPE, vflip=0.5, rotate90=True), 20),
-    (finetune_transform((96, 32), IMAGENET, RECIPE, crop="none"), 20), (probe_transform((96, 32), crop="none"), 6),
-    (probe_transform(224), 40),
-    (eval_transform(224), 6),
-    (eval_transform(64, crop_pct=1), 6),
-    (eval_transform((48, 200)), 6),
+    (pretrain_transform(224), 24), (pretrain_transform(48, vflip=0.5, rotate90=True), 12),
+    (finetune_transform((32, 48), IMAGENET, crop_scale=(0.01, 0.1), hflip=0), 24),
+    (probe_transform((96, 32), crop="none"), 6), (probe_transform(224), 24),
+    (eval_transform(224), 6), (eval_transform(64, crop_pct=1), 6), (eval_transform((48, 200)), 6),
 ])  # fmt: skip
-def test_transforms_give_pillows_pixels_bit_for_bit(transform, count):
+def test_transforms_give_almost_the_pixels_of_pillow(transform, count):
+    """Values differ by at most 2 of 255, and rarely."""
     files = [encoded(picture) for picture in photographs()]
+    differences = []
     for number in range(count):
         made = []
         for fast in (True, False):
             seed_generators(number)
-            made.append(transform(decode(files[number % len(files)], 3, fast_jpeg=fast)))
-        assert torch.equal(*made)
+            made.append(transform(decode(files[number % len(files)], 3, fast_jpeg=fast)).double())
+        differences.append((made[0] - made[1]).abs().flatten())
+    values = torch.cat(differences)
+    assert values.max() <= 2
+    assert values.mean() < 0.01
 
 
-def test_narrow_strips_are_scaled_as_in_pillow():
-    """Pillow scales columns first if a picture is more than 100 times as tall as wide."""
-    noise = np.random.default_rng(0).integers(256, size=(505, 5, 3), dtype=np.uint8)
-    for picture in (noise, noise[:500], noise.swapaxes(0, 1)):
-        data = encoded(Image.fromarray(picture), subsampling=0)
-        assert decode(data, 3, fast_jpeg=True).shape[1:] == picture.shape[:2]
-        sizes = [scale(decode(data, 3, fast_jpeg=fast), 40, 30) for fast in (True, False)]
-        assert np.array_equal(*map(pixels, sizes))
-
-
-@pytest.mark.parametrize("kind", ["photograph", "noise of black and white"])
-def test_scaling_to_any_size_is_pillows(kind):
-    """Enlarged, reduced, stretched, one side unchanged, sides of one pixel; sums beyond 0 and 255 (sharp edges)."""
-    draw = np.random.default_rng(0)
-    noise = 255 * draw.integers(2, size=(375, 500, 3), dtype=np.uint8)
-    whole = np.array(photographs()[0]) if kind == "photograph" else noise
-    for number in range(150):
-        height, width = draw.integers(1, (376, 501))
-        top, left = draw.integers(0, (376 - height, 501 - width))
-        size = [int(side) for side in draw.integers(1, 300, size=2)]
-        if number % 5 == 0:
-            size[number % 2] = int((height, width)[number % 2])
-        if height > 100 * width:
-            continue  # for which Pillow has another order, as bicubic.resize states
-        cut = whole[top : top + height, left : left + width]
-        expected = Image.fromarray(cut).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        assert np.array_equal(bicubic.resize(cut, *size), np.asarray(expected)), (height, width, size)
+def test_small_pictures_have_the_pixels_of_pillow():
+    """Up to 64 pixels per side, before and after scaling; also if they are enlarged further."""
+    picture = photographs()[0].crop((100, 100, 164, 148))
+    for data in (encoded(picture), saved(picture, "PNG")):
+        for size in (32, (20, 60), 224):
+            slow, fast = (eval_transform(size, crop_pct=1)(decode(data, 3, fast_jpeg=fast)) for fast in (False, True))
+            assert torch.equal(slow, fast)
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "mae.data.bicubic")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     jpeg.decoder.cache_clear()
-    with pytest.raises(ImportError, match="numba"):
+    with pytest.raises(ImportError, match="torchcodec"):
         jpeg.decoder()
-    monkeypatch.undo()
-    jpeg.decoder.cache_clear()

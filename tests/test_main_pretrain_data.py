@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_library_sets import write_idx
 
+from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import jpeg
 
@@ -100,7 +101,7 @@ def test_repeated_sampling_repeats_every_image(pretrain, smooth, tmp_path, strea
     assert len(step_losses(out)) == 400 * 4 / 32
 
 
-def test_fast_jpeg_gives_a_bit_equal_run(pretrain, monkeypatch):
+def test_fast_jpeg_gives_a_bit_equal_run_on_small_pictures(pretrain, monkeypatch):
     """Also if the run is interrupted and resumed, with repeated samples."""
     decoded, decode_rgb = [], jpeg.decode_rgb
     monkeypatch.setattr(jpeg, "decode_rgb", lambda *given: decoded.append(decode_rgb(*given)) or decoded[-1])
@@ -111,6 +112,18 @@ def test_fast_jpeg_gives_a_bit_equal_run(pretrain, monkeypatch):
     flags = {"repeated_sampling": 2, "save_minutes": 0}
     parts = stop_and_resume(monkeypatch, pretrain, 5, **flags, fast_jpeg=True)
     assert_same_run(parts, pretrain("repeated", **flags))
+
+
+def test_a_resumed_run_of_an_earlier_version_says_that_fast_jpeg_scales_otherwise(pretrain, capsys):
+    file = pretrain("run", fast_jpeg=True, epochs=1, warmup_epochs=0) / "checkpoint-0.pth"
+    state = checkpoint.read(file)
+    del state["args"]["fast_jpeg_resize"]
+    for earlier in (False, True):
+        capsys.readouterr()
+        if earlier:
+            checkpoint.write(state, file)
+        pretrain(f"resumed{earlier}", resume=file, fast_jpeg=True, epochs=1, warmup_epochs=0)
+        assert ("`fast_jpeg_resize` was numba" in capsys.readouterr().out) == earlier
 
 
 @pytest.mark.parametrize(("num_bad", "fails"), [(4, False), (5, True)])

@@ -403,6 +403,8 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
     args = checkpoint.settings_of(state.get("args"))
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
+    if args.get("fast_jpeg"):
+        args = {"fast_jpeg_resize": "numba", **args}  # of an earlier version, which did not record it
     return args
 
 

@@ -7,6 +7,7 @@ values are unchanged, unless `PixelValues` says otherwise.
 
 import io
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,8 +18,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
-from mae.data import jpeg, tiff_bounds
-from mae.data.item import Item
+from mae.data import jpeg
 from mae.files.untrusted import printable
 
 Picture = Image.Image | Tensor
@@ -163,8 +163,9 @@ def decode(
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
-        fast_jpeg: decode color JPEG files to a tensor with `mae.data.jpeg`, and return tensors of color bytes
-            unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
+        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images, which `crops.scale` scales faster. Color
+            JPEG files are decoded with `mae.data.jpeg`. Without it, tensors of bytes become Pillow images, except
+            those with up to SMALL pixels per side.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
 
@@ -173,9 +174,12 @@ def decode(
     """
     if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
-    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
-        pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
-        if has_bytes(pixels) and len(pixels) == 3:
+    is_fast = fast_jpeg and in_chans == 3
+    if is_fast and has_bytes(data) and len(data) == in_chans:
+        return data
+    if is_fast and isinstance(data, bytes) and not (upright and is_turned(data)):
+        pixels = jpeg.decode_rgb(data, max_pixels)
+        if pixels is not None:
             return pixels
     try:
         picture = read(data, in_chans, max_pixels, values)
@@ -184,7 +188,8 @@ def decode(
         if upright and is_file and isinstance(picture, Image.Image):
             picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
             picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
-        return fit_channels(picture, in_chans, values)
+        picture = fit_channels(picture, in_chans, values)
+        return to_tensor(picture) if is_fast else picture
     except BadImage:
         raise
     except Exception as error:  # decoders raise any exception on damaged bytes
@@ -321,20 +326,24 @@ def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Pict
     return _with_all_bits(picture, values, data)
 
 
-def is_rescaled(picture: Image.Image, data: bytes = b"") -> bool:
-    """Whether Pillow scales the values of a file to 8 or 16 bits. False if the picture has been decoded before."""
-    tiles = getattr(picture, "tile", None)  # of a file that is not decoded yet
-    if picture.mode in ("P", "PA", "F") or not tiles:
-        return False
-    codec, *_, arguments = tiles[0]
-    if codec in ("ppm", "ppm_plain"):
-        return arguments[1] != (65535 if picture.mode == "I" else 255)
-    if codec == "jpeg2k":
-        start = data.find(b"\xff\x4f\xff\x51")  # the codestream; 42 bytes later are the bits of the first channel
-        return start >= 0 and (data[start + 42] & 127) + 1 != (16 if picture.mode.startswith("I") else 8)
-    stored = str(arguments[0] if isinstance(arguments, tuple) else arguments)  # such as RGB;16B
-    has_bits = not stored.startswith("I") and stored.partition(";")[2][:1].isdigit()
-    return has_bits or picture.mode == "1" or picture.format == "AVIF"  # AVIF may have 10 or 12 bits
+def _require_stored_values(values: PixelValues, are_stored: bool) -> None:
+    """Raises BadImage if `values` is about the values in a file, and a decoder may have scaled or converted them."""
+    if (values.value_range or values.nodata not in (None, "nan")) and not are_stored:
+        raise BadImage(
+            "`value_range` and `nodata` are about the values in the file, and need the path of a TIFF, JPEG or .npy "
+            "file, or of a PNG file of 8 bits or of 16 bits gray; save it as .npy"
+        )
+
+
+def _has_stored_values(picture: Image.Image, data: bytes) -> bool:
+    """Whether a picture is known to have the values of its file. Of TIFF files, `_read_tiff` knows the bits.
+
+    Pillow scales other bits than 8 and 16, and reduces colors of 16 bits to 8. A picture of an array has no file.
+    """
+    if picture.format == "PNG" and data[12:16] == b"IHDR":
+        return data[24] == 8 or picture.mode.startswith("I")
+    is_of_array = not isinstance(picture, ImageFile.ImageFile)
+    return is_of_array or picture.format == "JPEG" or (picture.format == "TIFF" and bool(data))
 
 
 def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"") -> Picture:
@@ -344,11 +353,9 @@ def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"")
         data: the bytes of its file, if they are known.
 
     Raises:
-        BadImage: Pillow scales the values that `values` is about, or their range is unknown.
+        BadImage: Pillow may scale the values that `values` is about, or their range is unknown.
     """
-    if (values.value_range or values.nodata not in (None, "nan")) and is_rescaled(picture, data):
-        raise BadImage("its values are scaled to 8 or 16 bits, and `value_range` and `nodata` are about the values in "
-                       "the file; save it as .npy")  # fmt: skip
+    _require_stored_values(values, _has_stored_values(picture, data))
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
         if picture.info.get("transparency", values.nodata) != values.nodata:  # one gray value
@@ -411,8 +418,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
-        if problem := tiff_bounds.tiles_problem(page):
-            raise BadImage(problem)
+        if math.prod(page.chunks) > VALUES_PER_PIXEL * max_pixels:  # decoders allocate a complete tile
+            raise BadImage(f"its tiles of {' x '.join(map(str, page.chunks))} values are too large")
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
@@ -423,15 +430,24 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues)
             raise BadImage("its value 0 is white, so `nodata` has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
+            _require_stored_values(values, bits == 8)
             return _read_with_pillow(data, max_pixels, values)
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
         if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
         for p in pages:
-            if problem := tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data):
-                raise BadImage(problem)
+            _require_complete(p, len(data))
         picture = _tensor(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
+
+
+def _require_complete(page: tifffile.TiffPage, length: int) -> None:
+    """Raises BadImage if strips or tiles of a page are not in its file. tifffile would replace them by zeros."""
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    if len(segments) != math.prod(page.chunked):
+        raise BadImage(f"it has {len(segments)} strips or tiles instead of {math.prod(page.chunked)}")
+    if any(not size or start + size > length for start, size in segments):
+        raise BadImage("the file is truncated")
 
 
 def _is_stack(pages: Any) -> bool:

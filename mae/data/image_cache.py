@@ -1,13 +1,20 @@
-"""Images of a small dataset, decoded once and kept in memory (--cache_images)."""
+"""`--cache_images`: the images of a small dataset, decoded once, in a file that the processes of a machine map."""
 
-import copy
+import hashlib
+import json
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from importlib import metadata
 from itertools import zip_longest
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,152 +22,73 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae import parallel
+from mae.data import decode, jpeg
 from mae.data.batches import Batches, up_to_cores
 from mae.data.decode import AS_STORED, BadImage, PixelValues, to_tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.samples import Samples
-from mae.data.sources import Source, label_at
+from mae.data.sources import Source, label_at, versions
+from mae.data.transforms import keeps_label, to_tensor
 from mae.data.webdataset_shards import Shards, require_random_access
+from mae.files import atomic
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.5  # of the memory of this machine, for the images of all its processes; the rest is for the training
-CAN_SHARE = hasattr(os, "memfd_create")  # Linux; elsewhere each process has its own images
 BATCH = 16  # images that a worker process decodes at a time
 SAMPLE = 512  # decoded images, evenly spaced, from which the size of all is estimated
-PROCESS_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux; limits are in the latter
+DECODERS = ("pillow", "tifffile", "imagecodecs", "torchcodec")  # packages that determine the pixels
+
+
+def folder() -> Path:
+    """Returns the folder of the files: `$MAE_CACHE`, or `mae` in the cache folder of the user."""
+    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MAE_CACHE") or Path(above, "mae")) / "images"
 
 
 class ImageCache:
-    """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
+    """A source whose images are uint8 tensors (c, H, W) in a file.
 
-    The processes of a machine decode a part each, and share the memory with each other and with their worker processes.
-    Images with more than 8 bits, invalid pixels or extra inputs, and images that can't be read and are skipped, are not
-    kept. They are read from the source, with its result, at each access. The labels are those that the source returned
-    with the images.
+    The file has the bytes of all images and then int64 (3, n): the start, height and width of each image. The height of
+    an image that is not in the file is 0. It is read from the source at each access.
 
     Args:
         source: the encoded images.
-        limit: bytes that the images may take.
-        in_chans: as in `decode`.
-        fast_jpeg: as in `decode`.
-        exif: as in `Samples`.
-        num_workers: worker processes that decode the images.
-        on_bad_image: as in `Samples`.
-        values: as in `decode`.
-
-    Raises:
-        BadImage: an image can't be read, and `on_bad_image` is not "skip".
-        ValueError: the images take more than `limit` bytes, which is estimated after SAMPLE of them.
+        path: the file, which `cached` writes.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        limit: float,
-        *,
-        in_chans: int,
-        fast_jpeg: bool,
-        exif: bool = False,
-        num_workers: int,
-        on_bad_image: str | None = None,
-        values: PixelValues = AS_STORED,
-    ) -> None:
+    def __init__(self, source: Source, path: Path) -> None:
         self.source = source
+        self.path = path
         self.classes = source.classes
         self.labels = source.labels
         self.name, self.version = source.name, source.version
-        self.in_chans = in_chans
-        count = -(-len(source) // BATCH)
-        batches = [list(range(number, len(source), count)) for number in range(count)]
-        processes = parallel.processes_here() if CAN_SHARE else 1
-        mine = range(parallel.local_rank() % processes, count, processes)
-        decoded = Batches(
-            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image, values), up_to_cores(num_workers),
-            batch_sampler=[batches[number] for number in mine], collate_fn=_flatten,
-            generator=torch.Generator(),  # the random numbers of the run are not affected
-        )  # fmt: skip
-        parts, num_bytes, num_images = list[_Part](), 0, 0
-        bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if parallel.is_main() else True)
-        with bar:
-            for number, (pixels, sizes, labels) in zip(mine, decoded, strict=True):
-                others = {
-                    index: copy.deepcopy(label)  # tensors are in the shared memory of the worker process
-                    for index, label in zip(batches[number], labels, strict=True)
-                    if type(label) not in (int, np.ndarray) or not np.array_equal(label, self.labels[index])
-                }
-                parts.append(_Part(number, pixels.numpy().copy(), sizes.numpy(), others))
-                bar.update(len(batches[number]) * processes)
-                num_bytes += len(pixels)
-                num_images += len(batches[number])
-                estimate = num_bytes * len(source) / num_images
-                if num_images >= min(SAMPLE, len(source)) // processes and estimate > limit:
-                    raise ValueError(
-                        f"`cache_images`: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
-                        f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
-                        f"images with examples/resize_folder.py"
-                    )
-        # Two nodes of a job may be one machine, whose processes find each part twice.
-        by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}
-        parts = [by_number[number] for number in sorted(by_number)]
-        self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
-        self.num_bytes = sum(map(len, self.parts))
-        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
-        self.starts = np.zeros(len(source), dtype=np.int64)
-        self.other_labels: dict[int, Any] = {}  # those that differ from `labels`, such as labels with metadata
-        for part, batch in zip(parts, batches, strict=True):
-            lengths = in_chans * part.sizes.prod(axis=1)
-            self.sizes[batch], self.starts[batch] = part.sizes, lengths.cumsum() - lengths
-            self.other_labels |= part.other_labels
+        self._open()
+
+    def _open(self) -> None:
+        data: np.ndarray = np.memmap(self.path, np.uint8, "c")  # tensors can't be read-only
+        self.num_bytes = len(data) - 3 * 8 * len(self.source)
+        self.pixels = data[: self.num_bytes]
+        table = np.frombuffer(data[self.num_bytes :].tobytes(), np.int64)
+        self.starts, self.heights, self.widths = table.reshape(3, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pixels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Item:
-        height, width = self.sizes[index].tolist()
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        start, height, width = (int(values[index]) for values in (self.starts, self.heights, self.widths))
         if not height:
             return self.source[index]
-        start = self.starts[index]
-        pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
-        label = self.other_labels[index] if index in self.other_labels else label_at(self.labels, index)
-        return Item(torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label)
-
-
-class _Part(NamedTuple):
-    """Decoded images of a source."""
-
-    number: int
-    pixels: np.ndarray  # the bytes of all images
-    sizes: np.ndarray  # (n, 2): height and width
-    other_labels: dict[int, Any]  # by the index of the image
-
-
-def _shared(parts: list[_Part]) -> list[_Part]:
-    """Returns the parts of all processes of this machine. They are in memory that the processes share.
-
-    The memory is an anonymous file of Linux. It needs no space in /dev/shm, and no process has to remove it.
-    """
-    key = secrets.token_bytes(16)  # a process of the same number on another machine has another file
-    shared = os.memfd_create("images")
-    with open(shared, "wb", closefd=False) as file:
-        for data in (key, *(part.pixels.tobytes() for part in parts)):
-            file.write(data)
-    lengths = [len(part.pixels) for part in parts]
-    index = [(part.number, part.sizes, list(part.other_labels.items())) for part in parts]
-    found = []
-    for path, expected, own_lengths, own_index in parallel.gather(
-        (f"/proc/{os.getpid()}/fd/{shared}", key.hex(), lengths, index)
-    ):
-        memory: np.ndarray = np.memmap(path, np.uint8, "c") if os.path.isfile(path) else np.zeros(0, np.uint8)
-        if memory[: len(key)].tobytes().hex() != expected:
-            continue
-        ends = np.cumsum([len(key), *own_lengths]).tolist()
-        for start, end, (number, sizes, labels) in zip(ends, ends[1:], own_index, strict=False):
-            found.append(_Part(number, memory[start:end], sizes, dict(labels)))
-    parallel.barrier()
-    os.close(shared)  # the other processes have opened it
-    return found
+        later = self.starts[index + 1] if index + 1 < len(self) else self.num_bytes
+        pixels = torch.from_numpy(self.pixels[start:later]).view(height, width, -1)
+        return pixels.permute(2, 0, 1), label_at(self.labels, index)
 
 
 def cached(
@@ -173,49 +101,119 @@ def cached(
     on_bad_image: Sequence[str | None] = (),
     values: PixelValues = AS_STORED,
 ) -> list[ImageCache]:
-    """Decodes the images of datasets, and keeps them in up to SHARE of the memory.
+    """Returns datasets whose decoded images are in files. One process of each machine writes those that are missing.
+
+    The name of a file is a digest of all that the pixels depend on. A file of a dataset of the user's code, which may
+    depend on anything, is of this run only, and is removed at its end.
 
     Args:
         in_chans: as in `decode`.
         fast_jpeg: as in `decode`.
         exif: as in `Samples`.
-        num_workers: worker processes that decode the images.
+        num_workers: worker processes of each process. The process that decodes uses those of all.
         on_bad_image: as in `Samples`, for the first sources; None for the others.
+        values: as in `decode`.
 
     Raises:
         BadImage: an image can't be read, and `on_bad_image` of its source is not "skip".
-        ValueError: the images take more memory, or the source has no random access.
+        ValueError: the disk has no space for the images, or the source has no random access.
+        OSError: the folder can't be written to.
     """
-    limit = SHARE * memory_bytes() / (1 if CAN_SHARE else parallel.processes_here())
     caches: list[ImageCache] = []
-    for source, on_bad in zip_longest(sources, on_bad_image):
-        left = limit - sum(cache.num_bytes for cache in caches)
-        caches.append(
-            ImageCache(
-                require_random_access(source), left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif,
-                num_workers=num_workers, on_bad_image=on_bad, values=values,
-            )
-        )  # fmt: skip
-    images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
-    logger.info(f"`cache_images`: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
+    for opened, on_bad in zip_longest(sources, on_bad_image):
+        source = require_random_access(opened)
+        decoded = _Decoded(source, in_chans, fast_jpeg, exif, on_bad, values)
+        name = _digest(source, in_chans, fast_jpeg, exif, values)
+        if decoded.samples.runs_code:
+            name = parallel.gather(f"run-{secrets.token_hex(8)}")[0]
+        path = folder() / f"{name}.bin"
+        _once_per_machine(partial(_write, path, decoded, num_workers))
+        caches.append(ImageCache(source, path))
+        if decoded.samples.runs_code and parallel.local_rank() == 0:
+            Finalize(caches[-1], path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
+        size = caches[-1].num_bytes / 1e6
+        logger.info(f"`cache_images`: {len(source):,} decoded images take {size:,.0f} MB in {path}")
     return caches
 
 
-def memory_bytes() -> int:
-    """Returns the memory of this machine, or of the container or Slurm job if their limit is lower."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in PROCESS_GROUPS.read_text().splitlines() if PROCESS_GROUPS.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        folder = GROUPS / ("memory" if controllers else "") / path.strip("/")
-        name = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1 or 2 of control groups
-        files = [parent / name for parent in (folder, *folder.parents)] if controllers in ("", "memory") else []
-        texts = [file.read_text().strip() for file in files if file.exists()]
-        limits += [int(text) for text in texts if text.isdecimal()]  # or "max"
-    return min(limits)
+def _digest(source: Source, *options: Any) -> str:
+    """Returns a digest of all that the decoded images of a source depend on."""
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (decode, jpeg)]
+    packages = [[one.version for one in metadata.distributions(name=name)] for name in DECODERS]
+    text = json.dumps([code, packages, options, os.getcwd(), versions(source)])  # names may be relative
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _once_per_machine(write: Callable[[], None]) -> None:
+    """Calls a function in one process of each machine. The others wait for it.
+
+    Raises:
+        Exception: that of the function; in the other processes, a ValueError with its message.
+    """
+    if parallel.world_size() == 1:
+        write()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(write) if parallel.local_rank() == 0 else None
+        while not all(parallel.gather(not future or bool(wait([future], parallel.EXCHANGE_SECONDS).done))):
+            pass
+    error = future.exception() if future else None
+    messages = parallel.gather(str(error) if error else "")
+    if error:
+        raise error
+    if any(messages):
+        raise ValueError(next(filter(None, messages)))
+
+
+def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
+    """Decodes all images into a file, unless it exists. A failed or interrupted attempt leaves no file of this name.
+
+    Raises:
+        BadImage: an image can't be read.
+        ValueError: the images take more than the free space, which is estimated after SAMPLE of them.
+        OSError: the file can't be written.
+    """
+    if path.exists():
+        return
+    with atomic.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=path.parent)  # another job may write the same file
+    total, done, num_bytes = len(decoded), 0, 0
+    sizes = np.zeros((3, total), np.int64)
+    batches = Batches(
+        decoded, up_to_cores(num_workers) * parallel.processes_here(), batch_size=BATCH, collate_fn=list,
+        generator=torch.Generator(),  # the random numbers of the run are not affected
+    )  # fmt: skip
+    bar = tqdm(total=total, desc="decoding", unit="image", disable=None if parallel.is_main() else True)
+    with temporary, bar, Path(temporary.name, path.name).open("wb") as file:
+        for images in batches:
+            for image in images:
+                sizes[:, done] = num_bytes, *image.shape[1:]
+                with atomic.writing(path):
+                    file.write(image.permute(1, 2, 0).contiguous().numpy())
+                num_bytes += image.numel()
+                done += 1
+            bar.update(len(images))
+            missing, free = num_bytes * (total / done - 1), shutil.disk_usage(path.parent).free
+            if done >= SAMPLE and missing > free:
+                raise ValueError(
+                    f"`cache_images`: {total:,} images take about {num_bytes * total / done / 1e6:,.0f} MB in "
+                    f"{path.parent}, and {free / 1e6:,.0f} MB are free: free space, name another folder in the "
+                    f"environment variable MAE_CACHE, or write smaller images with examples/resize_folder.py"
+                )
+        with atomic.writing(path):
+            file.write(sizes.tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # after a power failure, the file is complete or absent
+            os.replace(file.name, path)
 
 
 class _Decoded(Dataset):
-    """The decoded images of a source, uint8 (c, H, W), and their labels; (c, 0, 0) for those that are not kept."""
+    """The decoded images of a source, uint8 (c, H, W); (c, 0, 0) for those that a file can't replace.
+
+    These are images with more than 8 bits, invalid pixels or extra inputs, images that can't be read and are skipped,
+    and images whose label is not that of the source's `labels`.
+    """
 
     def __init__(
         self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None, values: PixelValues
@@ -231,30 +229,26 @@ class _Decoded(Dataset):
             exif=exif,
             values=values,
         )
-        self.in_chans = in_chans
+        self.nothing = torch.zeros(in_chans, 0, 0, dtype=torch.uint8)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
         try:
             with preserve_generators():
-                item = self.samples.read(index)
-                pixels, label = to_tensor(item.image), item.label
-                if pixels.dtype != torch.uint8 or item.inputs or item.valid is not None:
-                    return nothing, label
-                again = to_tensor(self.samples.read(index, epoch=1).image) if self.samples.runs_code else pixels
+                picture, label, extras = self.samples.read(index)
+                pixels = to_tensor(picture)
+                is_listed = type(label) in (int, np.ndarray) and np.array_equal(label, self.source.labels[index])
+                if pixels.dtype != torch.uint8 or extras or not is_listed:
+                    return self.nothing
+                again = to_tensor(self.samples.read(index, epoch=1)[0]) if self.samples.runs_code else pixels
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
-            return nothing, label_at(self.source.labels, index)
+            return self.nothing
         if not torch.equal(pixels, again):
             raise ValueError(
                 f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "
                 f"epochs would have the first; omit `cache_images`"
             )
-        return pixels, label
-
-
-def _flatten(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
-    """Returns the bytes of all images, their heights and widths (n, 2), and their labels."""
-    images, labels = zip(*samples, strict=True)
-    sizes = torch.tensor([image.shape[1:] for image in images])
-    return torch.cat([image.permute(1, 2, 0).reshape(-1) for image in images]), sizes, list(labels)
+        return pixels

@@ -1,24 +1,21 @@
-"""A faster decoder of JPEG files: that of torchcodec or torchvision, which use libjpeg-turbo as Pillow does.
+"""`--fast_jpeg`: torchcodec decodes color JPEG files, with the pixels of Pillow. Both use libjpeg-turbo.
 
-`mae.data.bicubic` scales the pictures. Decoding and scaling together return the pixels of Pillow, bit for bit.
-
-Pillow decodes all files that the two libraries may decode differently: gray, CMYK, 12 bits, truncated or damaged files.
+Pillow decodes all files that torchcodec may decode differently: gray, CMYK, truncated or damaged files.
 """
 
-import contextlib
+import io
 import re
-import struct
-from functools import cache, partial
-from importlib import import_module
+from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 
-EXIF, END, SCAN = 0xE1, 0xD9, 0xDA
-# Start-of-frame markers are C0 to CF except these: Huffman tables, an extension, and conditioning of arithmetic coding.
-NO_FRAME = (0xC4, 0xC8, 0xCC)
+END, SCAN = 0xD9, 0xDA
 MAX_SCANS = 50  # a progressive file has about 10; each scan of a small file may process all of its pixels
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # with a length, or the end; other bytes follow FF within a scan
+_EXIF = re.compile(rb"\xff\xe1(?=..Exif\0)", re.DOTALL)
+_COMMENT = b"\xff\xfe"
 
 
 def has_many_scans(data: bytes) -> bool:
@@ -34,25 +31,19 @@ def has_many_scans(data: bytes) -> bool:
 
 @cache
 def decoder() -> Any:
-    """Returns the decoder of torchcodec or, if it is not installed, of torchvision; compiles the scaling of pictures.
+    """Returns the decoder of torchcodec.
 
     Raises:
-        ImportError: numba is not installed or is incompatible with the installed NumPy: pip install ".[fast]".
+        ImportError: torchcodec is not installed: pip install ".[fast]".
+        RuntimeError, OSError: the installed version is for another version of PyTorch.
     """
-    import_module("mae.data.bicubic")
-    with contextlib.suppress(ImportError, RuntimeError, OSError):  # not installed, or not for this PyTorch
-        from torchcodec.decoders import decode_jpeg
+    from torchcodec.decoders import decode_jpeg
 
-        return decode_jpeg
-    from torchvision import io  # as fast as torchcodec, but deprecated since torchvision 0.29
-
-    return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
+    return decode_jpeg
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:
-    """Decodes a color JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
-
-    The EXIF data becomes a comment, so that the decoder ignores the orientation.
+    """Decodes a color JPEG file with 8 bits to uint8 (3, H, W), as stored: without the orientation in the EXIF data.
 
     Args:
         max_pixels: larger images are not decoded.
@@ -60,22 +51,14 @@ def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:
     Returns:
         None for all other files, which Pillow must decode.
     """
-    if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
+    is_complete = data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")
+    if not is_complete or has_many_scans(data):
         return None
-    plain, at, is_plain = bytearray(data), 2, False
-    while at + 4 <= len(plain) and plain[at] == 0xFF:
-        marker, length = plain[at + 1], struct.unpack_from(">H", plain, at + 2)[0]
-        if marker == SCAN:
-            if not is_plain or has_many_scans(data):
-                return None
-            try:
-                return decoder()(torch.frombuffer(plain, dtype=torch.uint8))
-            except RuntimeError:  # Pillow reads the file or reports the error
-                return None
-        if marker == EXIF:
-            plain[at + 1] = 0xFE
-        elif 0xC0 <= marker <= 0xCF and marker not in NO_FRAME and at + 10 <= len(plain):
-            bits, height, width, channels = struct.unpack_from(">BHHB", plain, at + 4)
-            is_plain = bits == 8 and channels == 3 and 0 < height * width <= max_pixels
-        at += 2 + length
-    return None
+    try:
+        header = Image.open(io.BytesIO(data), formats=("JPEG",))
+        if header.mode != "RGB" or header.width * header.height > max_pixels:
+            return None
+        # torchcodec would apply the orientation; as a comment, it has no effect.
+        return decoder()(_EXIF.sub(_COMMENT, data))
+    except Exception:  # Pillow reads the file or reports the error
+        return None

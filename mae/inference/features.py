@@ -38,6 +38,7 @@ from mae.data.webdataset_shards import Shards
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model
+from mae.settings import DataSpec
 from mae.settings.choices import REGRESSION
 from mae.training import feature_files
 from mae.training.compiling import compile_model, padded
@@ -134,7 +135,8 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
         "weights": checkpoint.compute_digest(model.state_dict()), "pool": args.pool, "precision": precision.name,
-        "folder": args.data_path, "dataset": args.dataset, "split": args.split, "fast_jpeg": args.fast_jpeg,
+        "folder": args.data_path, "dataset": args.dataset, "split": args.split,
+        "fast_jpeg": args.fast_jpeg and DataSpec.fast_jpeg_resize,
         "images": checkpoint.compute_digest(versions(source)),
     }))  # fmt: skip
 

@@ -90,10 +90,10 @@ class FrozenFeatures:
         """Returns all settings that the tokens depend on, as plain values."""
         run, (mean, std) = self.run, self.data.statistics
         of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
-        names = ("model", "patch_size", *of_images, "fast_jpeg", "dataset", "encoder", "encoder_args")
+        names = ("model", "patch_size", *of_images, "dataset", "encoder", "encoder_args")
         return {
             **{name: run[name] for name in (*names, "data_path") if name in run},
-            "mean": list(mean), "std": list(std),
+            "mean": list(mean), "std": list(std), "fast_jpeg": run.data.fast_jpeg and run.data.fast_jpeg_resize,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
         }  # fmt: skip

@@ -17,7 +17,7 @@ from mae.data.run_data import RunData
 from mae.data.user_sets import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
-from mae.settings import ImageSpec, Run
+from mae.settings import DataSpec, ImageSpec, Run
 from mae.training import costs, environment, lr_sched
 from mae.training.compiling import compile_model
 from mae.training.loading_advice import faster_loading
@@ -54,6 +54,8 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     precision = Precision(machine.amp, device, trains, run.machine.precision)
     if script:
         run = run.changed({"precision": precision.name})
+    if script and run.data.fast_jpeg:
+        run = run.changed({"fast_jpeg_resize": DataSpec.fast_jpeg_resize})
     return run, precision
 
 

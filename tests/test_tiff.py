@@ -1,0 +1,48 @@
+"""TIFF files of each compression: complete ones are decoded, and damaged ones are errors, never silent zeros."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+
+from mae.data.decode import BadImage, decode
+
+PIXELS = np.random.default_rng(0).integers(1, 65536, size=(40, 50), dtype=np.uint16)
+
+
+def encoded(compression, tile) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, PIXELS, compression=compression, tile=tile, rowsperstrip=None if tile else 7)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"])
+@pytest.mark.parametrize("tile", [None, (32, 32)])
+def test_files_are_complete_or_an_error(compression, tile):
+    data = encoded(compression, tile)
+    np.testing.assert_allclose(decode(data, 1)[0] * 65535, PIXELS, atol=0.01)
+    for length in range(8, len(data), 97):
+        with pytest.raises(BadImage):
+            decode(data[:length], 1)
+
+
+def one_strip(segment: bytes, compression: int = 8, tile: int = 0, counts: int = 1) -> bytes:
+    """A file of 16 x 16 pixels of 16 bits in one strip or tile."""
+    tags = [(256, 16), (257, 16), (258, 16), (259, compression), (262, 1), (277, 1)]
+    tags += [(322, tile), (323, tile), (324, 8), (325, len(segment))] if tile else []
+    tags += [] if tile else [(273, 8), (278, 16 // counts), (279, len(segment))]
+    entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in sorted(tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(segment)) + segment + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("data", [
+    one_strip(zlib.compress(bytes(200))), one_strip(b""), one_strip(zlib.compress(bytes(256)), counts=2),
+    one_strip(b"Lerc2 ", 34887), one_strip(zlib.compress(bytes(512)), tile=60_000),
+], ids=["short strip", "empty strip", "a missing strip", "unknown compression", "large tile"])  # fmt: skip
+def test_damaged_files_are_errors(data):
+    assert decode(one_strip(zlib.compress(bytes(512))), 1).shape == (1, 16, 16)
+    with pytest.raises(BadImage):
+        decode(data, 1)
