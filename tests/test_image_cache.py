@@ -16,7 +16,7 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.decode import BadImage, PixelValues, decode
+from mae.data.decode import BadImage, PixelValues, decode, to_tensor
 from mae.data.open import open_source
 from mae.data.webdataset_shards import Shards
 

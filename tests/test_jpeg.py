@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from mae.data.crops import scale
+from augmentations import eval_transform, finetune_transform, pretrain_transform, probe_transform
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_decode import saved
 
 from mae.data import jpeg, transforms
-from mae.data.decode import BadImage, decode
+from mae.data.decode import BadImage, decode, to_tensor
 from mae.data.generators import seed_generators
-from mae.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
 
 
 def photographs() -> list[Image.Image]:
@@ -29,7 +28,7 @@ def encoded(picture: Image.Image, **options) -> bytes:
 
 
 def pixels(picture) -> np.ndarray:
-    return transforms.to_tensor(picture).numpy()
+    return to_tensor(picture).numpy()
 
 
 @pytest.mark.parametrize("options", [

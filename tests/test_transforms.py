@@ -19,6 +19,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from mae.data import transforms
+from mae.data.decode import decode
 from mae.data.transforms import IMAGENET_MEAN
 
 BICUBIC = tv.InterpolationMode.BICUBIC
@@ -281,5 +282,6 @@ def test_pixels_in_memory_are_scaled_as_by_pillow():
             pixels = 255 * (pixels > 127).astype(np.uint8)
         expected = Image.fromarray(pixels.squeeze(2) if number % 2 == 0 else pixels)
         expected = np.asarray(expected.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, -1)
-        found = augmentations.eval_transform(size, crop="none")(torch.from_numpy(pixels).permute(2, 0, 1))
+        picture = decode(pixels, pixels.shape[2])
+        found = augmentations.eval_transform(size, crop="none")(picture)
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)

@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mae.data.decode import MAX_PIXELS, BadImage, require_size, size_of, to_pillow, to_tensor
+from mae.data.decode import MAX_PIXELS, BadImage, require_size, size_of, to_tensor
 from mae.data.item import IGNORED, Item
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
@@ -40,8 +40,7 @@ def prepare(item: Item) -> Item:
     for name, value in item.inputs.items():
         if isinstance(value, tv_tensors.TVTensor):
             require_size(item.image, value.shape[-2:], f"map {name}")
-    picture = to_pillow(item.image)
-    image = tv_tensors.Image(picture) if isinstance(picture, Tensor) else picture
+    image = tv_tensors.Image(item.image) if isinstance(item.image, Tensor) else item.image
     valid = None if item.valid is None else tv_tensors.Image(item.valid[None].float())
     return item._replace(image=image, valid=valid)
 

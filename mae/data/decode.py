@@ -19,6 +19,7 @@ from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
 from mae.data import jpeg
+from mae.data.item import Item
 from mae.files.untrusted import printable
 
 Picture = Image.Image | Tensor
@@ -28,7 +29,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000"
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
-SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
@@ -163,17 +163,14 @@ def decode(
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
-        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images, which `crops.scale` scales faster. Color
-            JPEG files are decoded with `mae.data.jpeg`. Without it, tensors of bytes become Pillow images, except
-            those with up to SMALL pixels per side.
+        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images, which torchvision scales faster. Color
+            JPEG files are decoded with `mae.data.jpeg`.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
-    if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
-        return data
     is_fast = fast_jpeg and in_chans == 3
     if is_fast and has_bytes(data) and len(data) == in_chans:
         return data

@@ -29,7 +29,6 @@ from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.samples import Samples
 from mae.data.sources import Source, label_at, versions
-from mae.data.transforms import keeps_label, to_tensor
 from mae.data.webdataset_shards import Shards, require_random_access
 from mae.files import atomic
 
@@ -82,13 +81,13 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Item:
         start, height, width = (int(values[index]) for values in (self.starts, self.heights, self.widths))
         if not height:
             return self.source[index]
         later = self.starts[index + 1] if index + 1 < len(self) else self.num_bytes
         pixels = torch.from_numpy(self.pixels[start:later]).view(height, width, -1)
-        return pixels.permute(2, 0, 1), label_at(self.labels, index)
+        return Item(pixels.permute(2, 0, 1), label_at(self.labels, index))
 
 
 def cached(
@@ -221,7 +220,7 @@ class _Decoded(Dataset):
         self.source = source
         self.samples = Samples(
             source,
-            lambda item: item._replace(image=to_tensor(item.image)),
+            scaled_transform(0),
             in_chans=in_chans,
             seed=0,
             on_bad_image=on_bad_image,
@@ -237,12 +236,12 @@ class _Decoded(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
             with preserve_generators():
-                picture, label, extras = self.samples.read(index)
-                pixels = to_tensor(picture)
+                item = self.samples.read(index)
+                pixels, label = to_tensor(item.image), item.label
                 is_listed = type(label) in (int, np.ndarray) and np.array_equal(label, self.source.labels[index])
-                if pixels.dtype != torch.uint8 or extras or not is_listed:
+                if pixels.dtype != torch.uint8 or item.inputs or item.valid is not None or not is_listed:
                     return self.nothing
-                again = to_tensor(self.samples.read(index, epoch=1)[0]) if self.samples.runs_code else pixels
+                again = to_tensor(self.samples.read(index, epoch=1).image) if self.samples.runs_code else pixels
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return self.nothing
