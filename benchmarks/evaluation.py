@@ -1,24 +1,17 @@
-"""Throughput from JPEG files to predictions and features, compared with timm and transformers, and of k-NN.
+"""Throughput from JPEG files to predictions and features, compared with timm and transformers.
 
     python benchmarks/evaluation.py                              # ViT-B in bf16, ten minutes on two CPU cores
     python benchmarks/evaluation.py --amp off --rounds 3 --only "timm eager" "transformers eager" "ours eager"
-    python benchmarks/evaluation.py --task knn
 
 eval: `main_finetune.py --eval`, and a loop like timm's validate.py with its dataset, loader, model and accuracy.
 features: `python -m mae.inference.features`, and transformers' image processor and ViTModel in a DataLoader. All read
 the same files of 500 x 375 pixels, with the same batch size and number of worker processes, and take turns. The time
 begins after the first batch, which includes the start of the workers. The share of the peak is the FLOP/s of the
 forward pass divided by the FLOP/s of a large matrix product, which is measured between the rounds.
-
-knn: the classification of `main_knn.py` on random features (bank, 768). Its time on the 1,281,167 training and 50,000
-validation images of ImageNet follows from its share of the peak, and its memory from the formula
-
-    bytes = 4 (bank + queries) width + 8 CHUNK
 """
 
 import argparse
 import itertools
-import statistics
 import sys
 import tempfile
 import time
@@ -47,16 +40,11 @@ from mae.data import loader, transforms
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.sources import Source
-from mae.evaluate import knn
 from mae.inference import features, get_model
 from mae.parallel import choose_device
 from mae.settings import types
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
-
-IMAGENET = {"bank": 1_281_167, "queries": 50_000}
-WIDTH = 768
-BANK, QUERIES = 2**17, 1024  # features of a measurement
 
 
 class Clock:
@@ -206,28 +194,6 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
     return train_step.report(title, precision, runs, peaks, model_table.classifier_flops(args.size))
 
 
-def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """Prints and returns the share of the peak of k-NN, and its expected time and memory on ImageNet."""
-    bank, queries = torch.randn(BANK, WIDTH), torch.randn(QUERIES, WIDTH)
-    labels = torch.randint(1000, (len(bank),))
-
-    def flops_per_second() -> float:
-        step = partial(
-            knn.classify, bank, labels, queries, labels[: len(queries)], ks=[20, 200], temperatures=[0.07],
-            num_classes=1000, device=precision.device,
-        )  # fmt: skip
-        return 2 * len(bank) * len(queries) * WIDTH / train_step.seconds(step, 1, precision.device)
-
-    runs, peaks = train_step.take_turns({task: flops_per_second}, Precision("off", precision.device), args.rounds)
-    share = statistics.median(rate / peak for rate, peak in zip(runs[task], peaks, strict=True))
-    peak = statistics.median(peaks)
-    expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)
-    size = 4 * (IMAGENET["bank"] + IMAGENET["queries"]) * WIDTH + 8 * knn.CHUNK  # features; similarities of a chunk
-    print(f"k-NN: {share:.0%} of the peak matmul throughput in fp32 ({peak / 1e12:.3f} TFLOP/s)")
-    print(f"ImageNet, features of {WIDTH} values: {expected / 60:.1f} minutes (computed), {size / 1e9:.2f} GB")
-    return {"share": share, "peak_flops": peak, "imagenet_seconds": expected, "imagenet_bytes": size}
-
-
 def main(args: argparse.Namespace) -> None:
     """Prints a table for each task and writes it as JSON."""
     if args.images < 2 * args.batch_size:
@@ -235,18 +201,16 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = choose_device(args.device)
     precision = Precision(args.amp, device)
-    tasks = {"eval": compare, "features": compare, "knn": measure_knn}
     for task in args.task:
-        name = f"{task}_{args.size}_{precision.name}_{device.type}_files" if task != "knn" else f"knn_{device.type}"
-        machine.write(name, device, vars(args), tasks[task](task, args, precision), args.out)
+        name = f"{task}_{args.size}_{precision.name}_{device.type}_files"
+        machine.write(name, device, vars(args), compare(task, args, precision), args.out)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = machine.model_parser("Throughput of evaluation and features from files, compared with others; k-NN.")
-    parser.add_argument(
-        "--task", nargs="+", default=["eval", "features"], choices=("eval", "features", "knn"), help="measurements"
-    )
+    parser = machine.model_parser("Throughput of evaluation and features from files, compared with others.")
+    tasks = ("eval", "features")
+    parser.add_argument("--task", nargs="+", default=[*tasks], choices=tasks, help="measurements")
     parser.add_argument("--images", default=192, type=types.positive_int, metavar="N", help="number of image files")
     parser.add_argument("--num_workers", default=1, type=types.count, metavar="N", help="worker processes of all")
     machine.add_rounds(parser)

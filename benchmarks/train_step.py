@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                             # pre-training, ViT-B, 5 minutes on two CPU cores
     python benchmarks/train_step.py --amp off --only transformers ours
-    python benchmarks/train_step.py --task finetune             # also: features (of a probe), attention
+    python benchmarks/train_step.py --task finetune             # also: features (of a probe)
     python benchmarks/train_step.py --size huge_patch14 --batch_size 512 --device cuda
 
 The implementations take turns. "ours compiled" is compiled as by --compile: blocks of a size share a graph. "ours one
@@ -40,10 +40,6 @@ from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 
 Step = Callable[[], Any]
-
-# Heads, tokens and channels per head: ViT-B's encoder in pre-training, its decoder, its encoder on all patches; the
-# encoders of ViT-L and ViT-H in pre-training.
-SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80))
 
 
 def training_step(
@@ -117,30 +113,6 @@ def implementations(args: argparse.Namespace, precision: Precision) -> dict[str,
             else training_step(model, loss_of, precision, is_ours, fused=is_ours or how != "eager")
         )
     return steps
-
-
-def attention_steps(
-    precision: Precision, batch_size: int, shape: tuple[int, int, int], with_backward: bool
-) -> dict[str, Step]:
-    """Forward pass of each implementation of attention, with the backward pass or without gradients."""
-    heads, tokens, width = shape
-    dtype, device = precision.dtype or torch.float32, precision.device
-    qkv = torch.randn(3, batch_size, heads, tokens, width, device=device, dtype=dtype, requires_grad=with_backward)
-
-    def step_of(attend: Callable[..., Tensor]) -> Step:
-        def step() -> None:
-            qkv.grad = None
-            out = attend(*qkv)
-            if with_backward:
-                out.backward(out.detach())
-
-        return step
-
-    return {
-        "fused kernel": step_of(F.scaled_dot_product_attention),
-        "plain products": step_of(lambda q, k, v: models_vit.attention_weights(q, k) @ v),
-        "ours": step_of(models_vit.attend),
-    }
 
 
 def seconds(step: Step, repeats: int, device: torch.device) -> float:
@@ -231,23 +203,6 @@ def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
     return results
 
 
-def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """Prints and returns the milliseconds of each implementation in training and evaluation, for each of SHAPES."""
-    results = {}
-    print(
-        "| heads, tokens, channels | pass | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|---|"
-    )
-    for shape, (title, with_backward) in itertools.product(SHAPES, {"training": True, "evaluation": False}.items()):
-        steps = attention_steps(precision, args.batch_size, shape, with_backward)
-        runs = [
-            {way: seconds(step, 5, precision.device) for way, step in steps.items()} for _ in range(args.rounds + 2)
-        ]
-        times = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
-        results[f"{shape} {title}"] = times
-        print(f"| {shape} | {title} | " + " | ".join(f"{value:.1f}" for value in times.values()) + " |", flush=True)
-    return {"milliseconds": results}
-
-
 def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns the throughput of the implementations, and their activation memory in pre-training."""
     activation_bytes = memory(args, precision) if args.task == "pretrain" and not args.only else {}
@@ -280,15 +235,14 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = choose_device(args.device)
     precision = Precision(args.amp, device)
-    results = (compare_attention if args.task == "attention" else compare_steps)(args, precision)
     name = args.name or f"{args.task}_{args.size}_{precision.name}_{device.type}"
-    machine.write(name, device, vars(args), results, args.out)
+    machine.write(name, device, vars(args), compare_steps(args, precision), args.out)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = machine.model_parser("Throughput and memory of training, compared with other implementations.")
-    parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
+    parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features"))
     machine.add_rounds(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="name of the file (default: from task, size, precision and device)"

@@ -1,4 +1,4 @@
-"""The results of pre-training: reconstructions, the loss curve, and tables of accuracy.
+"""The results of pre-training: reconstructions and tables of accuracy.
 
     python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
         --out demo/output
@@ -28,7 +28,6 @@ from mae.data.transforms import scaled_transform
 from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
-from mae.training import log
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
@@ -91,17 +90,6 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
 
 
-def draw_loss(run: Path, path: Path) -> None:
-    """Draws the training loss of each epoch of a run directory."""
-    lines = log.read(run)
-    figure = tables.new_figure(6, 4)
-    axes = figure.subplots()
-    axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
-    axes.set(xlabel="epoch", ylabel="mean squared error of masked patches", title="Masked pre-training")
-    axes.grid(alpha=0.3)
-    tables.save(figure, path)
-
-
 def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
     """Test accuracy of k-nearest-neighbor classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
@@ -128,7 +116,7 @@ def few_labels(folder: Path) -> tuple[int, dict[str, summary.Entry]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes reconstructions.png, loss.png, table.md and results.json, and prints the table."""
+    """Writes reconstructions.png, table.md and results.json, and prints the table."""
     number, few = few_labels(args.comparison) if args.comparison else (0, {})
     args.out.mkdir(parents=True, exist_ok=True)
     model: Any = get_model(args.checkpoint)
@@ -137,7 +125,6 @@ def main(args: argparse.Namespace) -> None:
     train, labels = read_images(model, args.data_path, "train")
     test, test_labels = read_images(model, args.data_path, "val")
     draw_reconstructions(model, test, args.out / "reconstructions.png")
-    draw_loss(args.checkpoint.parent, args.out / "loss.png")
 
     def raw(images: torch.Tensor) -> np.ndarray:
         return images.flatten(1).numpy() / 255
@@ -165,18 +152,18 @@ def main(args: argparse.Namespace) -> None:
     atomic.write_text(args.out / "table.md", table + "\n")
     atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\naccuracy on {len(test_labels):,} test images:\n\n{table}")
-    print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
+    print(f"\npicture: {args.out / 'reconstructions.png'}; table: {args.out / 'table.md'}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = entry_point.parser("Writes reconstructions, loss curve and accuracies of a pre-training run.")
+    parser = entry_point.parser("Writes reconstructions and accuracies of a pre-training run.")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         required=True,
         metavar="FILE",
-        help="checkpoint of main_pretrain.py, in its run directory",
+        help="checkpoint of main_pretrain.py",
     )
     parser.add_argument(
         "--data_path", required=True, metavar="PATH", help="dataset with class folders in train/ and val/"

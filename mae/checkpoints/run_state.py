@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,7 +330,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         _require_same_data(saved, settings)
         of_model = [*(name for name in names_of(ModelSpec) if name in REBUILDS), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
-        differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
+        differing_settings = _differing(of_model, saved, settings)
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
         remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
         raise CheckpointError(
@@ -341,8 +341,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     saved = {"updates_per_epoch": None, **saved}  # None, in a checkpoint without it: one pass over the images
-    different = {name: saved[name] for name in [*FIXED, "updates_per_epoch"] if _differs(name, saved, settings)}
-    if different:
+    if different := _differing([*FIXED, "updates_per_epoch"], saved, settings):
         before, now = (
             in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
             for values in (saved, settings)
@@ -355,14 +354,15 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
 
 
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in ("classes", "colors", "train_images", "held_out_images"):
-        if _differs(name, saved, settings):
-            raise CheckpointError(f"the resumed run had other {name.replace('_', ' ')}: give the data of that run")
+    if different := _differing(("classes", "colors", "train_images", "held_out_images"), saved, settings):
+        names = " and ".join(different).replace("_", " ")
+        raise CheckpointError(f"the resumed run had other {names}: give the data of that run")
 
 
-def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a setting that both have differs."""
-    return name in saved and name in settings and differs(name, saved[name], settings[name])
+def _differing(names: Iterable[str], saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recorded values of settings that both have and that differ, in the order of the names."""
+    both = [name for name in names if name in saved and name in settings]
+    return {name: saved[name] for name in both if differs(name, saved[name], settings[name])}
 
 
 def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -446,9 +446,8 @@ def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
 
 
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in sorted(saved.keys() & settings.keys() - FREE):
-        if _differs(name, saved, settings):
-            logger.warning(f"`{name}` was {saved[name]} in the resumed run, and is {settings[name]} from now on")
+    for name, before in _differing(sorted(saved.keys() - FREE), saved, settings).items():
+        logger.warning(f"`{name}` was {before} in the resumed run, and is {settings[name]} from now on")
     unknown = sorted(saved.keys() - settings.keys() - FREE)
     if unknown:
         names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)

@@ -26,7 +26,7 @@ def setting(text: str) -> tuple[str, Any]:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as account=lab, got {text}")
     if key in REFUSED:
-        raise argparse.ArgumentTypeError(f"{key} cannot be set: jobs need {', '.join(REFUSED)} of submitit")
+        raise argparse.ArgumentTypeError(f"{key} cannot be set: a job is one run, which its signal requeues")
     if key in LISTS:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):

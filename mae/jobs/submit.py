@@ -73,7 +73,7 @@ class Job:
         from mae.cli import entry_point
         from mae.settings import Run
 
-        restarted = restarted or parallel.is_requeued()
+        restarted = restarted or (job.cluster == "slurm" and parallel.is_requeued())
         sys.argv = [f"{self.main}.py", *(part.replace("%j", job.job_id) for part in self.argv)]
         parser, ours = get_args_parser(self.main)
         stopped_by: list[int] = []

@@ -6,7 +6,7 @@ by the path of its entry and its prefix: `model_ema`, `teacher.backbone`, `state
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: boo
 
     Args:
         origin: path of the file, for messages.
-        name: name of the model; "" for the first, by `PREFERRED`.
+        name: name of the model, or its beginning; "" for any. Of several, the first by `PREFERRED`.
         keeps_names: whether prefixes have a meaning, as in a model with modules of the user's code.
 
     Raises:
@@ -59,15 +59,15 @@ def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: boo
     """
     found = list(models(content, keeps_names))
     names = [model.name for model in found]
-    number = choose(names, name)
-    if number is None and name:
+    fitting = [model for model in found if not name or f"{model.name}.".startswith(f"{name}.")]
+    model = min(fitting, key=lambda model: _rank(model.name), default=None)
+    if model is None and name:
         raise CheckpointError(
             f"{origin} has no weights named {name}; it has {', '.join(filter(None, names)) or 'none'}"
         )
-    if number is None:  # `reading.read` names what is missing
+    if model is None:  # `reading.read` names what is missing
         inner = next((content[key] for key in PREFERRED if isinstance(content.get(key), dict)), content)
         return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
-    model = found[number]
     if model.wrappers or model.name not in USUAL:
         without = f", without {', '.join(model.wrappers)} in their names" if model.wrappers else ""
         logger.info(f"{origin}: its weights {model.name or 'at the top'} are read{without}")
@@ -122,15 +122,6 @@ def _prefixes(names: Iterable[str]) -> list[str]:
             prefix = re.sub(r"(?<![^.])backbone\.$", "", prefix)
         found[prefix] = None
     return list(found)
-
-
-def choose(names: Sequence[str], name: str) -> int | None:
-    """Returns the index of the model with a name, or whose name begins with it; of several, the first by `PREFERRED`.
-
-    Without a name, all models are considered. None: there is none.
-    """
-    fitting = [number for number, other in enumerate(names) if not name or f"{other}.".startswith(f"{name}.")]
-    return min(fitting, key=lambda number: _rank(names[number]), default=None)
 
 
 def _rank(name: str) -> list[int]:
