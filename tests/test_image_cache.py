@@ -16,7 +16,7 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.decode import BadImage, PixelValues, decode, to_tensor
+from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
 from mae.data.open import open_source
 from mae.data.webdataset_shards import Shards
 
@@ -45,7 +45,9 @@ def mixed(pictures, tmp_path):
 def decoded(monkeypatch):
     """The number of images that this process decodes."""
     read = []
-    monkeypatch.setattr(samples_module, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    monkeypatch.setattr(
+        samples_module, "decode_item", lambda *args, **options: read.append(1) or decode_item(*args, **options)
+    )
     return read
 
 
@@ -114,8 +116,8 @@ from test_image_cache import OPTIONS, image_cache, open_source, samples_module
 from mae import parallel
 
 parallel.init("cpu")
-read, decode = [], samples_module.decode
-samples_module.decode = lambda *args, **options: read.append(1) or decode(*args, **options)
+read, decode = [], samples_module.decode_item
+samples_module.decode_item = lambda *args, **options: read.append(1) or decode(*args, **options)
 source = open_source("train", sys.argv[1])
 try:
     (cache,) = image_cache.cached([source], **OPTIONS)

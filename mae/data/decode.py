@@ -30,6 +30,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
+SMALL = 64  # pixels per side, up to which Pillow scales faster than PyTorch
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
 MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
@@ -163,8 +164,8 @@ def decode(
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
-        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images, which torchvision scales faster. Color
-            JPEG files are decoded with `mae.data.jpeg`.
+        fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images with more than SMALL pixels per side.
+            Color JPEG files are decoded with `mae.data.jpeg`.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
 
@@ -173,11 +174,11 @@ def decode(
     """
     is_fast = fast_jpeg and in_chans == 3
     if is_fast and has_bytes(data) and len(data) == in_chans:
-        return data
+        return _fastest(data)
     if is_fast and isinstance(data, bytes) and not (upright and is_turned(data)):
         pixels = jpeg.decode_rgb(data, max_pixels)
         if pixels is not None:
-            return pixels
+            return _fastest(pixels)
     try:
         picture = read(data, in_chans, max_pixels, values)
         # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
@@ -186,12 +187,17 @@ def decode(
             picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
             picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
         picture = fit_channels(picture, in_chans, values)
-        return to_tensor(picture) if is_fast else picture
+        return _fastest(picture) if is_fast else picture
     except BadImage:
         raise
     except Exception as error:  # decoders raise any exception on damaged bytes
         reason = printable(" ".join(str(error).split()))
         raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
+
+
+def _fastest(picture: Picture) -> Picture:
+    """Returns a picture of bytes in the type that is scaled faster: large ones as tensors."""
+    return to_tensor(picture) if max(size_of(picture)) > SMALL else to_pillow(picture)
 
 
 def is_turned(picture: Picture | bytes) -> bool:

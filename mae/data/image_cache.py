@@ -29,6 +29,7 @@ from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.samples import Samples
 from mae.data.sources import Source, label_at, versions
+from mae.data.transforms import scaled_transform
 from mae.data.webdataset_shards import Shards, require_random_access
 from mae.files import atomic
 
