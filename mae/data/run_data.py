@@ -125,11 +125,11 @@ class RunData:
         return val, {}
 
     def cached(self, *sources: Any) -> Sequence[Any]:
-        """Returns the datasets; with --cache_images, with their decoded images in memory.
+        """Returns the datasets; with --cache_images, with their decoded images in files.
 
         Raises:
             BadImage: an image can't be read, and is not skipped.
-            ValueError: the images take too much memory, or a dataset of the user's code augments them.
+            ValueError: the images take too much disk space, or a dataset of the user's code augments them.
         """
         data = self.data
         if not data.cache_images:
