@@ -67,7 +67,7 @@ def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers)
             with pytest.raises(BadImage, match="not an image"):
                 decode(cache[index][0], in_chans)
             continue
-        (ours, label), (theirs, expected) = cache[index], source[index]
+        (ours, label, *_), (theirs, expected, *_) = cache[index], source[index]
         pixels = [decode(data, in_chans, fast_jpeg=fast_jpeg) for data in (ours, theirs)]
         assert torch.equal(*map(to_tensor, pixels))
         if max(to_tensor(pixels[0]).shape[1:]) > 64:  # else a tensor is scaled with the same result

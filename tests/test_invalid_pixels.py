@@ -118,7 +118,7 @@ def test_a_range_of_files_with_the_values_that_pillow_reads():
     for image in (gray, gray.convert("RGB"), deep):
         files = [saved(image, kind) for kind in ("PNG", "TIFF", *["JPEG"] * (image is not deep))]
         for data in (*files, image):
-            decoded = decode(data, 3, values=PixelValues(None, (0, 102)))
+            decoded = decode_item(Item(data), 3, values=PixelValues(None, (0, 102))).image
             assert torch.equal(decoded, torch.full((3, 4, 4), 0.5))
 
 
