@@ -23,7 +23,7 @@ from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from mae.data.joint_transforms import fitted
 from mae.data.segmentation_masks import default_colors
 from mae.data.transforms import split_maps, with_maps
-from mae.evaluate.robustness import imagenet_classes
+from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
 from mae.position_tables import to_pair
