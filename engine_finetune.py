@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from mae import parallel
 from mae.checkpoints import run_directory
-from mae.data import extras, labels
+from mae.checkpoints.checkpoint import compute_digest
+from mae.data import extras, labels, transforms
 from mae.data.batches import prefetch
 from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.sources import Source
 from mae.evaluate import report, tasks
-from mae.evaluate.robustness import synsets
+from mae.evaluate.imagenet import require_imagenet, synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
-from mae.settings import ImageSpec, ModelSpec, Run
+from mae.settings import ImageSpec, ModelSpec, Run, names_with
 from mae.settings.choices import CLASSIFICATION, REGRESSION
+from mae.settings.fields import IMAGES, MODEL
 from mae.training import loop
-from mae.training.compiling import padded
+from mae.training.compiling import compile_model, padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
 from mae.weights.model_zoo import CLASSIFIER
@@ -199,6 +201,55 @@ def load_for_evaluation(
     loading.load_classifier(model, file)
     extras.require_fitting(model, val)
     return model, val
+
+
+def evaluate_suites(
+    build: Callable[[ModelSpec, ImageSpec], nn.Module],
+    run: Run,
+    file: reading.Weights,
+    data: RunData,
+    precision: Precision,
+    crop_pct: float | None,
+) -> None:
+    """Evaluates the classifier of a file on the robustness suites of `--suite`, and logs a table of the results.
+
+    Args:
+        crop_pct: the crop ratio, if it is explicit. Default: that of the file; of imagenet-c, whose images are center
+            crops, 1.
+
+    Raises:
+        ValueError: the classifier is not one of ImageNet-1K, or a folder is no folder of its suite.
+    """
+    from mae.evaluate import suites  # a training does not need it
+
+    if unused := [f"`{name}`" for name in ("metric", "report", "dataset", "val_list", "val_fraction") if run[name]]:
+        logger.warning(f"no effect with `suite`: {' '.join(unused)}")
+    require_imagenet(file.settings, file.num_classes, file.origin)
+    opened = [suites.open_suite(e, run.data.data_path, run.evaluation.subset) for e in run.evaluation.suite or ()]
+    model = build(replace(run.model, nb_classes=file.num_classes), run.images)
+    loading.load_classifier(model, file)
+    model.to(precision.device)
+    weights = compute_digest(model.state_dict())
+    if run.machine.compile:
+        compile_model(model, precision.device, freeze_weights=True)
+
+    def images_of(suite: suites.Suite) -> ImageSpec:
+        return replace(run.images, crop_pct=crop_pct or (1.0 if suite.name == suites.C else run.images.crop_pct))
+
+    def evaluate_source(suite: suites.Suite, source: Source) -> tasks.Evaluation:
+        images = images_of(suite)
+        transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop)
+        batches = data.eval_batches(source, run.optim.batch_size, transform=transform)
+        restricted = suites.Restricted(model, suite.columns).to(precision.device)
+        return evaluate(restricted, batches, normalize=data.normalize, precision=precision)
+
+    def settings_of(suite: suites.Suite) -> dict[str, Any]:
+        settings = {**run.model.record(), **images_of(suite).record()}
+        used = {name: settings[name] for name in names_with(MODEL, IMAGES) if name in run.names & settings.keys()}
+        return {"weights": weights, "precision": precision.name, "subset": run.evaluation.subset, **used}
+
+    table = suites.evaluate(opened, evaluate_source, settings_of, Path(run.machine.output_dir))
+    logger.info(f"\n{table}")
 
 
 def load_frozen(

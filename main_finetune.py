@@ -25,6 +25,7 @@ import mae.build
 import models_vit
 from engine_finetune import (
     evaluate,
+    evaluate_suites,
     load_for_evaluation,
     open_labelled,
     open_weights,
@@ -66,7 +67,7 @@ def get_args_parser() -> ArgumentParser:
     options.add(
         parser, "drop_path", "grad_checkpointing", "layer_decay", "unfreeze_blocks", "smoothing", *options.CROP_FLAGS,
         "aa", "color_jitter", "reprob", "remode", "recount", "resplit", "mixup", "cutmix", "cutmix_minmax",
-        "mixup_prob", "mixup_switch_prob", "mixup_mode", *options.EVALUATION_FLAGS,
+        "mixup_prob", "mixup_switch_prob", "mixup_mode", *options.EVALUATION_FLAGS, "suite", "subset",
     )  # fmt: skip
     options.add_metric_options(parser, selects="checkpoint-best.pth")
     options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
@@ -98,6 +99,7 @@ def main(
     run, precision = trainer.start(run, "main_finetune")
     device = precision.device
     file = open_weights(run)
+    crop_pct = run.images.crop_pct  # None, unless it is explicit
     run = with_recorded_settings(
         run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
@@ -105,7 +107,7 @@ def main(
 
     build = partial(mae.build.classifier, encoder=encoder)
     if run.evaluation.eval and file:
-        return evaluate_file(run, data, file, precision, build)
+        return evaluate_file(run, data, file, precision, build, crop_pct)
 
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
@@ -163,9 +165,21 @@ def build_model(
 
 
 def evaluate_file(
-    run: Run, data: RunData, file: loading.Weights, precision: Precision, build: Callable[..., nn.Module]
-) -> tasks.Evaluation:
-    """Evaluates the classifier of a file on the validation set."""
+    run: Run,
+    data: RunData,
+    file: loading.Weights,
+    precision: Precision,
+    build: Callable[..., nn.Module],
+    crop_pct: float | None = None,
+) -> tasks.Evaluation | None:
+    """Evaluates the classifier of a file on the validation set; with --suite, on these suites, and returns None.
+
+    Args:
+        crop_pct: as in `evaluate_suites`.
+    """
+    if run.evaluation.suite:
+        evaluate_suites(build, run, file, data, precision.of_evaluation(), crop_pct)
+        return None
     model, val = load_for_evaluation(build, run, file, data)
     model.to(precision.device)
     if run.machine.compile:

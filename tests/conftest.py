@@ -49,7 +49,7 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
     return Samples(source, transform, in_chans=3, seed=seed, draw_noise=partial(torch.rand, num_noise), **options)
 
 
-SLOW = ("test_sharded", "test_compiling", "test_main_compare", "test_interrupts", "test_main_robustness", "test_faults",
+SLOW = ("test_sharded", "test_compiling", "test_main_compare", "test_interrupts", "test_suites", "test_faults",
         "test_dist", "test_main_finetune", "test_submit", "test_export_accuracy",
         "test_main_linprobe")  # fmt: skip
 

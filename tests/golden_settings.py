@@ -24,7 +24,7 @@ from mae.jobs import submit
 from mae.weights import model_zoo
 
 GOLDEN = Path(__file__).with_name("golden")
-SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_knn", "main_robustness",
+SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_knn",
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
            "mae.inference.predict", "mae.inference.reconstruct", "mae.inference.features", "mae.inference.segment",
            "mae.inference.export",

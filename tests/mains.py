@@ -28,7 +28,7 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
 def parse(script: Any, *argv: Any, **flags: Any) -> Any:
     """The settings of a script that trains or evaluates (a `Run`), or the arguments of another command."""
     parser, words = script.get_args_parser(), [*map(str, argv), *argv_of(flags)]
-    is_run = script.__name__.startswith("main_") and script.__name__ != "main_robustness"
+    is_run = script.__name__.startswith("main_")
     return entry_point.parse(parser, words) if is_run else entry_point.parse_command(parser, words)[0]
 
 
@@ -48,7 +48,7 @@ def fails(capsys, monkeypatch, script, *argv) -> str:
     """Runs a script like the command line, which it refuses; returns the line of the error message."""
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        is_run = script.__name__.startswith("main_") and script.__name__ != "main_robustness"
+        is_run = script.__name__.startswith("main_")
         (entry_point.run_script if is_run else entry_point.run)(script.main, script.get_args_parser())
     output = capsys.readouterr().err
     assert stop.value.code not in (0, None)

@@ -19,7 +19,6 @@ SHARED = r"mae\.(context|interrupts|masking|parallel|position_tables|settings(\.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
     r"main_compare": r"main_(knn|linprobe|finetune)|models_\w+|mae\..+",
-    r"main_robustness": r"engine_finetune|mae\..+",
     r"main_\w+": r"engine_\w+|models_\w+|mae\..+",
     r"engine_\w+": r"models_mae|mae\..+",
     r"models_mae": r"models_vit|mae\.(context|position_tables|masking)",

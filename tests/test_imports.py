@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_compare", "main_robustness",
+SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_compare",
            "main_segment", "submitit_pretrain",
            "mae.inference.predict", "mae.inference.features", "mae.inference.reconstruct", "mae.inference.maps",
            "mae.inference.segment", "mae.inference.export", "mae.data.check",

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mae.compare import summary
-from mae.evaluate import report, robustness_report
+from mae.evaluate import report
 
 
 def rows(path):
@@ -45,11 +45,6 @@ def test_names_are_no_formulas_of_spreadsheets(tmp_path):
     results = [summary.Result(name, "k-NN", 10, 0, 50.0, "", 1.0, "c") for name in names]
     summary.write(tmp_path, results)
     assert [row[0] for row in rows(tmp_path / "results.csv")[1:]] == quoted
-
-    cells = {name: {"images": 10, "acc1": 50.0, "acc5": 60.0} for name in names}
-    robustness_report.write(tmp_path / "scores", "imagenet-a", cells, r"imagenet-a, $\frac{1$")
-    assert {row[0] for row in rows(tmp_path / "scores.csv")[1:]} == set(quoted)
-    assert (tmp_path / "scores.png").exists()
 
 
 def test_names_of_classes_are_no_formulas_and_may_be_many(tmp_path):

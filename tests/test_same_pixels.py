@@ -5,7 +5,6 @@ processes.
 import multiprocessing
 
 import numpy as np
-import painted
 import pytest
 from mains import assert_equal, call, weights
 from PIL import Image
@@ -14,10 +13,8 @@ from test_jpeg import photographs
 import main_finetune
 import main_knn
 import main_linprobe
-import main_robustness
 from mae.checkpoints import checkpoint
 from mae.data import jpeg
-from mae.evaluate import robustness
 from mae.inference import features, get_model
 from mae.inference.export import export
 
@@ -109,24 +106,3 @@ def test_features(photos, decoded, model_file, tmp_path):
         results.append(np.load(out)["features"])
     assert np.array_equal(*results)
     assert decoded.value == color_files(photos / "train")
-
-
-@pytest.mark.parametrize("owner", ["timm", "ours"])
-def test_robustness(owner, decoded, tmp_path, monkeypatch, photos, model_file):
-    """Models of timm receive Pillow images, because timm's transform computes other pixels for tensors."""
-    source = next(file for file in sorted(photos.rglob("*.jpg")) if Image.open(file).mode == "RGB")
-    for folder in robustness.subset("imagenet-a"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-        (tmp_path / "data" / folder / "1.jpg").symlink_to(source)
-    seen = []
-    monkeypatch.setattr(main_robustness, "score", lambda evaluation, cell: seen.append(evaluation.loss) or
-                        {"images": 1, "acc1": 0.0, "acc5": 0.0})  # fmt: skip
-    model = "timm:reads_colors" if owner == "timm" else model_file
-    for number, flags in enumerate([[], ["--fast_jpeg"]]):
-        call(main_robustness, *flags, suite="imagenet-a", data_path=tmp_path / "data", model=model, num_workers=1,
-             output_dir=tmp_path / str(number), subset=8, device="cpu")  # fmt: skip
-    assert decoded.value == 8
-    assert seen[0] == seen[1]
-
-
-assert painted  # registers the model of timm

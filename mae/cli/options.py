@@ -272,16 +272,13 @@ def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     add_to(parser, "fast_jpeg", "amp", "compile")
 
 
-def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, Any]:
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of `get_model` that the command line has: about the encoder, and about reading images.
-
-    Args:
-        reads: include those about reading images.
 
     Raises:
         ValueError: the class of --encoder can't be imported.
     """
-    names = ("encoder_args", *(("exif", "nodata", "value_range", "channels_last") if reads else ()))
+    names = ("encoder_args", "exif", "nodata", "value_range", "channels_last")
     settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     return settings | ({"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {})
 

@@ -24,7 +24,7 @@ from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode_item, size
 from mae.data.item import Item
 from mae.data.loader import collate
 from mae.data.segmentation_masks import default_colors
-from mae.evaluate.robustness import imagenet_classes
+from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
 from mae.position_tables import to_pair

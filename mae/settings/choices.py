@@ -16,6 +16,7 @@ TF32 = (  # in the help of --amp
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
+SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
 REGRESSION_LOSSES = ("l1", "l2", "huber")
 METRICS = {  # of --metric, by task
     CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1", "kappa", "auroc", "average_precision"),

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from mae.files import recipes
-from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, TF32
+from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, SUITES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive, positive_int, ratio
 
@@ -70,12 +70,25 @@ class EvaluationSpec(Values, group="evaluation", role=TRAINING):
         help="folder for the scores per class and the confusion matrix (CSV and picture)")
     eval: bool = setting(False, role=MACHINE, action="store_true",
         help="evaluate the weights of --resume or --finetune on the validation set, and exit")
+    suite: list[str] | None = setting(None, role=MACHINE, action="extend", nargs="+", metavar="NAME[=PATH]",
+        help=f"with --eval: evaluate a classifier of ImageNet-1K on robustness test sets, any of {', '.join(SUITES)}, "
+        "and print a table with the published results. PATH is the folder of the suite (default: its folder NAME in "
+        "--data_path; of imagenet-real --data_path). suites.json in --output_dir has the results: the same command "
+        "resumes (docs/results.md)")
+    subset: int | None = setting(None, positive_int, role=MACHINE, metavar="N",
+        help="with --suite: evaluate N evenly spaced images of each folder (default: all)")
     dist_eval: bool = setting(False, role=MACHINE, action="store_true",
         help="accepted but ignored: the evaluation is always distributed, and exact")
     k: list[int] = setting([10, 20, 100], positive_int, nargs="+", metavar="K", help="numbers of neighbors")
     temperature: list[float] = setting([0.07], positive, nargs="+", metavar="T",
         help="temperature T of the weight of a neighbor, exp(cosine similarity / T). Several values print a table of "
         "all combinations with --k; the best of them is optimistic, because the validation set selects it")
+
+    def __post_init__(self) -> None:
+        if self.suite and not self.eval:
+            raise ValueError("`suite` evaluates a trained classifier: give `eval` too")
+        if self.subset and not self.suite:
+            raise ValueError("`subset` is for the images of `suite`: give `suite` too")
 
 
 @dataclass(frozen=True)

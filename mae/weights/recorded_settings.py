@@ -77,12 +77,6 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     return run.changed({"mean": mean, "std": std})
 
 
-def warn_of_changes(origin: str, run: Run, recorded: Mapping[str, Any]) -> None:
-    """Logs a warning for each explicit setting that differs from the recorded setting of a file."""
-    for used, made in _changes(run, recorded):
-        logger.warning(f"{used} is used, and {origin} was made {made}")
-
-
 def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
