@@ -30,7 +30,7 @@ from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL = {"datasets", "webdataset", "imagecodecs", "torchcodec"}  # packages that a setting needs
+OPTIONAL = {"datasets", "webdataset", "imagecodecs"}  # packages that a setting needs
 
 
 class _Help(argparse.HelpFormatter):

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 16  # images that a worker process decodes at a time
 SAMPLE = 512  # decoded images, evenly spaced, from which the size of all is estimated
-DECODERS = ("pillow", "tifffile", "imagecodecs", "torchcodec")  # packages that determine the pixels
+DECODERS = ("pillow", "tifffile", "imagecodecs", "torchcodec", "torchvision")  # packages that determine the pixels
 
 
 def folder() -> Path:

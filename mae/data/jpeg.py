@@ -1,11 +1,13 @@
-"""`--fast_jpeg`: torchcodec decodes color JPEG files, with the pixels of Pillow. Both use libjpeg-turbo.
+"""`--fast_jpeg`: torchcodec, or torchvision without it, decodes color JPEG files with the pixels of Pillow.
 
-Pillow decodes all files that torchcodec may decode differently: gray, CMYK, truncated or damaged files.
+All use libjpeg-turbo. Pillow decodes the files that the others may decode differently: gray, CMYK, truncated or damaged
+files.
 """
 
+import contextlib
 import io
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,15 +33,14 @@ def has_many_scans(data: bytes) -> bool:
 
 @cache
 def decoder() -> Any:
-    """Returns the decoder of torchcodec.
+    """Returns the decoder of torchcodec; if it is not installed, or not for this PyTorch, that of torchvision."""
+    with contextlib.suppress(ImportError, RuntimeError, OSError):
+        from torchcodec.decoders import decode_jpeg
 
-    Raises:
-        ImportError: torchcodec is not installed: pip install ".[fast]".
-        RuntimeError, OSError: the installed version is for another version of PyTorch.
-    """
-    from torchcodec.decoders import decode_jpeg
+        return decode_jpeg
+    from torchvision import io  # as fast as torchcodec, but deprecated since torchvision 0.29
 
-    return decode_jpeg
+    return partial(io.decode_jpeg, mode=io.ImageReadMode.RGB)
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mae import parallel
-from mae.data import jpeg
 from mae.data.decode import (
     AS_STORED,
     MAX_BAD_IN_A_ROW,
@@ -56,9 +55,6 @@ class Samples(Dataset):
         fast_jpeg: as in `decode`.
         exif: apply the orientation in the EXIF data of files.
         values: as in `decode`.
-
-    Raises:
-        ImportError: `fast_jpeg` needs a package that is not installed.
     """
 
     def __init__(
@@ -80,8 +76,6 @@ class Samples(Dataset):
         self.seed = seed
         self.draw_noise = draw_noise
         self.on_bad_image = on_bad_image
-        if fast_jpeg:
-            jpeg.decoder()  # raises here if a package is missing, and not in a worker process
         self.decode = partial(decode_item, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif, values=values)
 
     def __len__(self) -> int:
