@@ -17,7 +17,7 @@ from mae.data import extras, labels, transforms
 from mae.data.batches import prefetch
 from mae.data.item import Batch
 from mae.data.run_data import RunData
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.evaluate import report, tasks
 from mae.evaluate.imagenet import require_imagenet, synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation

@@ -25,7 +25,7 @@ import main_linprobe
 import models_vit
 from mae.cli import entry_point, options
 from mae.compare.comparison import compare
-from mae.data.user_sets import OpenDataset, with_source
+from mae.data.kinds.objects import OpenDataset, with_source
 from mae.settings import Run
 from mae.user_code import DATASET
 

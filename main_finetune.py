@@ -36,9 +36,9 @@ from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
+from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
-from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import CLASSIFICATION

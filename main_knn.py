@@ -25,8 +25,8 @@ from engine_finetune import load_frozen, open_labelled
 from mae import user_code
 from mae.cli import entry_point, options
 from mae.data import extras
+from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.run_data import RunData
-from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown

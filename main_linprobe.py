@@ -45,8 +45,8 @@ from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, labels, sampler, transforms
+from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.run_data import RunData
-from mae.data.user_sets import OpenDataset, with_source
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import ATTENTIVE, LINEAR

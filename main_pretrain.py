@@ -30,11 +30,11 @@ from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
 from mae.data.generators import preserve_generators
+from mae.data.kinds.objects import OpenDataset, with_source
+from mae.data.kinds.shards import Shards
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
-from mae.data.sources import Source
-from mae.data.user_sets import OpenDataset, with_source
-from mae.data.webdataset_shards import Shards
+from mae.data.source import Source
 from mae.evaluate import pictures
 from mae.settings import TRAIN, Run
 from mae.training import optimizers, trainer

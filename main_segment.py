@@ -30,8 +30,8 @@ from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
-from mae.data.run_data import RunData
-from mae.data.segmentation_masks import (
+from mae.data.kinds.objects import OpenDataset, with_source
+from mae.data.masks import (
     MASKS_READ,
     MOST_CLASSES,
     VOC,
@@ -40,8 +40,8 @@ from mae.data.segmentation_masks import (
     open_pairs,
     read_palette,
 )
-from mae.data.sources import Source
-from mae.data.user_sets import OpenDataset, with_source
+from mae.data.run_data import RunData
+from mae.data.source import Source
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair

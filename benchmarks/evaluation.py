@@ -39,7 +39,7 @@ from mae.cli import entry_point
 from mae.data import loader, transforms
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.inference import features, get_model
 from mae.parallel import choose_device
 from mae.settings import types

@@ -27,7 +27,7 @@ from demo.unpack_data import ARCHIVE
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
 from mae.compare import store
-from mae.data.segmentation_masks import default_colors, read_palette
+from mae.data.masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
 from mae.files import atomic
 from mae.inference.model import get_model

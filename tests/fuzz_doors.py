@@ -30,10 +30,10 @@ import models_vit
 from mae.checkpoints import checkpoint, file_names, sharded
 from mae.cli import entry_point
 from mae.data import jpeg
-from mae.data.archives import Archive
 from mae.data.decode import decode
-from mae.data.lists import read_list
-from mae.data.webdataset_shards import read_members
+from mae.data.kinds.archives import Archive
+from mae.data.kinds.lists import read_list
+from mae.data.kinds.shards import read_members
 from mae.settings.choices import ADAPT_CHOICES
 from mae.weights import loading, model_zoo, preprocessing, reading
 

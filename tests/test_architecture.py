@@ -53,7 +53,7 @@ OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torc
 
 
 def modules() -> dict[str, Path]:
-    folders = ("util", "mae", "mae/*", "demo", "benchmarks", "benchmarks/*")
+    folders = ("util", "mae", "mae/*", "mae/*/*", "demo", "benchmarks", "benchmarks/*")
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in ROOT.glob(f"{folder}/*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
 

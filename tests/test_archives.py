@@ -17,11 +17,11 @@ from PIL import Image
 from test_decode import saved
 
 from mae.data import transforms
-from mae.data.archives import Archive
 from mae.data.decode import BadImage, decode
+from mae.data.kinds.archives import Archive
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.sources import find_files
+from mae.data.source import find_files
 
 
 def zip_of(path, names, **options):

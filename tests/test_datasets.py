@@ -19,7 +19,7 @@ from mae import parallel
 from mae.data import check as datasets
 from mae.data.decode import BadImage
 from mae.data.open import open_source
-from mae.data.sources import Files
+from mae.data.source import Files
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):

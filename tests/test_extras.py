@@ -21,7 +21,7 @@ from mae.data import loader, transforms
 from mae.data.decode import BadImage
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.sources import versions
+from mae.data.source import versions
 from mae.inference import export, features, get_model
 from mae.position_tables import get_2d_sincos_pos_embed
 from models_vit import Encoder, VisionTransformer

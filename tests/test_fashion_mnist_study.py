@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from mains import parse
 from PIL import Image
-from test_library_sets import write_idx
+from test_libraries import write_idx
 from torchvision.datasets import FashionMNIST
 
 import main_compare

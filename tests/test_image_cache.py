@@ -17,8 +17,8 @@ import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
 from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
+from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
-from mae.data.webdataset_shards import Shards
 
 OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
 

@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.svm import SVC
 from test_knn import predictions
-from test_library_sets import write_idx
+from test_libraries import write_idx
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import main_compare

@@ -12,7 +12,7 @@ import webdataset
 from mains import Stopped, assert_same_run, in_processes, lines, stop_after, stop_and_resume
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_library_sets import write_idx
+from test_libraries import write_idx
 
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError

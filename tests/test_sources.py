@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from mae.data import labels
-from mae.data.archives import Archive
-from mae.data.lists import read_list
+from mae.data.kinds.archives import Archive
+from mae.data.kinds.lists import read_list
 from mae.data.open import open_source
-from mae.data.sources import find_files, versions
+from mae.data.source import find_files, versions
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]
 

@@ -8,7 +8,7 @@ import torch
 from mae.data import loader, transforms
 from mae.data.decode import PixelValues
 from mae.data.samples import Samples
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.position_tables import to_pair
 from mae.settings import ImageSpec
 

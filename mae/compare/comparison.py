@@ -16,7 +16,7 @@ from mae.compare.summary import Result
 from mae.compare.trials import Trial, Trials
 from mae.data.labels import open_pair
 from mae.data.open import open_source
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import log

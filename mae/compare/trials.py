@@ -14,7 +14,7 @@ from mae.compare import baselines, store
 from mae.compare.encoders import OF_ENCODER, PIXELS, Encoder, Flags, directory_of
 from mae.compare.summary import ACCURACY, Result
 from mae.data.labels import some_of_each_class
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tasks import best_of
 from mae.files import recipes

@@ -20,12 +20,12 @@ from mae.cli import entry_point, options
 from mae.data.batches import up_to_cores
 from mae.data.decode import BadImage, PixelValues
 from mae.data.image_facts import ImageFacts, all_facts, statistics_of
+from mae.data.kinds.objects import OpenDataset, UserSet, with_source
+from mae.data.kinds.shards import Shards
 from mae.data.labels import has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
-from mae.data.sources import Source
-from mae.data.user_sets import OpenDataset, UserSet, with_source
-from mae.data.webdataset_shards import Shards
+from mae.data.source import Source
 from mae.settings import Run, types
 
 logger = logging.getLogger(__name__)

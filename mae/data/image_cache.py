@@ -27,10 +27,10 @@ from mae.data.batches import Batches, up_to_cores
 from mae.data.decode import AS_STORED, BadImage, PixelValues, to_tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
+from mae.data.kinds.shards import Shards, require_random_access
 from mae.data.samples import Samples
-from mae.data.sources import Source, label_at, versions
+from mae.data.source import Source, label_at, versions
 from mae.data.transforms import scaled_transform
-from mae.data.webdataset_shards import Shards, require_random_access
 from mae.files import atomic
 
 logger = logging.getLogger(__name__)

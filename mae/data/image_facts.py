@@ -25,11 +25,11 @@ from mae.data.decode import (
 )
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
+from mae.data.kinds.shards import Shards
 from mae.data.labels import Subset
 from mae.data.loader import MAX_BAD_SHARE
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.data.transforms import Normalize, to_unit_range
-from mae.data.webdataset_shards import Shards
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.item import Item
-from mae.data.sources import Files, Source, first_few, strays_of
-from mae.data.webdataset_shards import Shards, require_random_access
+from mae.data.kinds.shards import Shards, require_random_access
+from mae.data.source import Files, Source, first_few, strays_of
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts

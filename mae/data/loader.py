@@ -15,11 +15,11 @@ from mae.data.decode import BadImage
 from mae.data.extras import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
+from mae.data.kinds.shards import Shards
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
-from mae.data.sources import Files
+from mae.data.source import Files
 from mae.data.transforms import of_one_range
-from mae.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae import parallel
-from mae.data.archives import Archive
-from mae.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
-from mae.data.lists import read_list
-from mae.data.sources import Files, Source, check_split_names, find_files, no_split, warn_of_inner_splits
-from mae.data.target_sets import TargetSet
-from mae.data.user_sets import OpenDataset, UserSet
-from mae.data.webdataset_shards import Shards
+from mae.data.kinds.archives import Archive
+from mae.data.kinds.libraries import HuggingFaceSet, TorchvisionSet, dataset_in
+from mae.data.kinds.lists import read_list
+from mae.data.kinds.objects import OpenDataset, UserSet
+from mae.data.kinds.shards import Shards
+from mae.data.kinds.targets import TargetSet
+from mae.data.source import Files, Source, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.settings.choices import CLASSIFICATION
 
 logger = logging.getLogger(__name__)

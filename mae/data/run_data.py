@@ -9,11 +9,11 @@ import torch
 from mae import parallel
 from mae.data import extras, image_cache, image_facts, labels, loader, transforms
 from mae.data.decode import PixelValues
+from mae.data.kinds.objects import OpenDataset
+from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.sources import Files, Source, with_missing
-from mae.data.user_sets import OpenDataset
-from mae.data.webdataset_shards import Shards
+from mae.data.source import Files, Source, with_missing
 from mae.settings import DataSpec, ImageSpec
 
 logger = logging.getLogger(__name__)

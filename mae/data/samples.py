@@ -27,10 +27,10 @@ from mae.data.decode import (
 from mae.data.extras import original
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
-from mae.data.sources import Source
+from mae.data.kinds.objects import UserSet
+from mae.data.kinds.shards import Shards
+from mae.data.source import Source
 from mae.data.transforms import Transform
-from mae.data.user_sets import UserSet
-from mae.data.webdataset_shards import Shards
 
 OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read

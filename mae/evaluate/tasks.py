@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mae import parallel
 from mae.data import labels
-from mae.data.sources import Source, first_few
+from mae.data.source import Source, first_few
 from mae.evaluate import metrics
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.settings import UNSET

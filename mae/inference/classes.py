@@ -23,7 +23,7 @@ from mae.data.batches import to_device
 from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode_item, size_of
 from mae.data.item import Item
 from mae.data.loader import collate
-from mae.data.segmentation_masks import default_colors
+from mae.data.masks import default_colors
 from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file

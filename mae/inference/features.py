@@ -30,11 +30,11 @@ from mae.data import extras, loader
 from mae.data.decode import BadImage
 from mae.data.image_facts import readable
 from mae.data.item import Batch
+from mae.data.kinds.objects import UserSet
+from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.sources import Source, versions
-from mae.data.user_sets import UserSet
-from mae.data.webdataset_shards import Shards
+from mae.data.source import Source, versions
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model

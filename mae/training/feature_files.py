@@ -18,7 +18,7 @@ from mae.data.batches import prefetch, to_host
 from mae.data.item import Batch
 from mae.data.labels import Subset
 from mae.data.sampler import Epochs
-from mae.data.sources import Source
+from mae.data.source import Source
 from mae.files import atomic, locks
 from mae.settings.arguments import changes
 from mae.training.precision import Precision

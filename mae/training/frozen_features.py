@@ -14,7 +14,7 @@ from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.data.item import Batch
 from mae.data.run_data import RunData
-from mae.data.sources import Source, versions
+from mae.data.source import Source, versions
 from mae.settings import REBUILDS, ImageSpec, Run, names_of
 from mae.training import feature_files
 from mae.training.compiling import padded

@@ -11,9 +11,9 @@ from torch import nn
 
 from mae import parallel
 from mae.data import extras, labels
+from mae.data.kinds.shards import Shards
 from mae.data.run_data import RunData
-from mae.data.sources import Source
-from mae.data.webdataset_shards import Shards
+from mae.data.source import Source
 from mae.evaluate import knn
 from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files

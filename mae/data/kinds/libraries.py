@@ -13,8 +13,8 @@ import numpy as np
 from mae import parallel
 from mae.data.decode import BadImage
 from mae.data.item import Item
-from mae.data.lists import LABEL_COLUMNS, are_ids, number_labels
-from mae.data.sources import VALIDATION, first_few, names_of, version_of
+from mae.data.kinds.lists import LABEL_COLUMNS, are_ids, number_labels
+from mae.data.source import VALIDATION, first_few, names_of, version_of
 from mae.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from mae.data import decode, extras
 from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
-from mae.data.library_sets import LibrarySet
-from mae.data.sources import first_few, version_of
+from mae.data.kinds.libraries import LibrarySet
+from mae.data.source import first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.settings import Run
 from mae.user_code import DATASET, call, import_object

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mae.data.archives import StrictTarInfo, check_size, find_members, is_ignored
 from mae.data.decode import SUFFIXES, BadImage
-from mae.data.sources import Source, first_few
+from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored
+from mae.data.source import Source, first_few
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mae.data.user_sets import OpenDataset, UserSet
+from mae.data.kinds.objects import OpenDataset, UserSet
 from mae.files.untrusted import printable
 from mae.settings.choices import MULTILABEL
 

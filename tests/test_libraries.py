@@ -27,12 +27,13 @@ from test_decode import saved
 import main_finetune
 import main_knn
 from mae import parallel
-from mae.data import library_sets, loader, transforms
+from mae.data import loader, transforms
 from mae.data.decode import BadImage, decode
 from mae.data.item import Item
+from mae.data.kinds import libraries
+from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.webdataset_shards import Shards
 from models_vit import vit_mini_patch4
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
@@ -493,9 +494,9 @@ def test_invalid_shards_are_errors(tmp_path):
     assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
 
 
-@pytest.mark.parametrize(("entry", "name"), library_sets.LAYOUTS.items())
+@pytest.mark.parametrize(("entry", "name"), libraries.LAYOUTS.items())
 def test_the_warning_of_stored_datasets_names_a_class_of_torchvision(tmp_path, entry, name):
     (tmp_path / entry).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / entry).touch()
-    assert library_sets.dataset_in(tmp_path) == name
+    assert libraries.dataset_in(tmp_path) == name
     assert issubclass(getattr(torchvision.datasets, name), torch.utils.data.Dataset)

@@ -22,7 +22,7 @@ import numpy as np
 
 from mae.data.decode import BadImage
 from mae.data.item import Item
-from mae.data.sources import (
+from mae.data.source import (
     KINDS,
     Strings,
     check_split_names,

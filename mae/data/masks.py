@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from mae.data import decode
-from mae.data.archives import Archive
 from mae.data.decode import BadImage
 from mae.data.generators import preserve_generators
 from mae.data.item import IGNORED, Item
-from mae.data.library_sets import TorchvisionSet
-from mae.data.lists import read_pairs, require_first
-from mae.data.sources import Files, Source, find_files, first_few
-from mae.data.user_sets import OpenDataset, UserSet, read_named
+from mae.data.kinds.archives import Archive
+from mae.data.kinds.libraries import TorchvisionSet
+from mae.data.kinds.lists import read_pairs, require_first
+from mae.data.kinds.objects import OpenDataset, UserSet, read_named
+from mae.data.source import Files, Source, find_files, first_few
 from mae.files.untrusted import printable, read_file
 from mae.user_code import DATASET
 

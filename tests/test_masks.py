@@ -17,8 +17,8 @@ from test_decode import png as raw_png
 from mae.data import transforms
 from mae.data.decode import BadImage, to_tensor
 from mae.data.item import Item
+from mae.data.masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
 from mae.data.samples import Samples
-from mae.data.segmentation_masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
 
 THREE = MaskFormat(3)
 CLASSES = ["ground", "tree", "water"]
