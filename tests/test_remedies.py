@@ -185,10 +185,10 @@ def test_images_of_five_channels_need_in_chans(tmp_path, call, capsys):
 
 def test_a_class_above_those_of_the_masks_needs_nb_classes(tmp_path, call):
     for split, part in itertools.product(("train", "val"), ("images", "masks")):
-        (tmp_path / part / split).mkdir(parents=True)
+        (tmp_path / split / part).mkdir(parents=True)
         for number in range(4):
             image = Image.new("L", (16, 16), 2 if part == "masks" else 50 * number)
-            image.save(tmp_path / part / split / f"{number}.png")
+            image.save(tmp_path / split / part / f"{number}.png")
     settings = {**RUN, "model": "vit_mini_patch4", "data_path": tmp_path, "output_dir": tmp_path / "out",
                 "batch_size": 2, "head": "linear"}  # fmt: skip
     for wrong in ({"nb_classes": 2}, {"nb_classes": 2, "on_bad_image": "error", "batch_size": 4}):

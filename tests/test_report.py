@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mae.compare import summary
 from mae.evaluate import report
 
 
@@ -28,23 +27,6 @@ def test_report_writes_tables_and_a_picture(tmp_path):
     assert matrix[0][1:] == ["cat", "dog", "emu"]
     assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == [[1, 0, 2], [0, 2, 0], [0, 0, 0]]
     assert Image.open(tmp_path / "new" / "confusion.png").width > 200
-
-
-def test_names_are_no_formulas_of_spreadsheets(tmp_path):
-    """An apostrophe precedes names that a spreadsheet would compute, in every CSV file; numbers stay numbers."""
-    names = ['=HYPERLINK("http://a.org")', "@a", "+b", "-c", "-1.5", "-3e-05", "=", "plain", "it's"]
-    labels = np.arange(len(names))
-    quoted = ['\'=HYPERLINK("http://a.org")', "'@a", "'+b", "'-c", "-1.5", "-3e-05", "'=", "plain", "it's"]
-    report.write(tmp_path, names, labels, np.roll(labels, 1))
-    table = rows(tmp_path / "classes.csv")[1:]
-    assert [row[0] for row in table] == quoted
-    assert sorted(row[-1] for row in table) == sorted(quoted)
-    matrix = rows(tmp_path / "confusion.csv")
-    assert matrix[0][1:] == [row[0] for row in matrix[1:]] == quoted
-
-    results = [summary.Result(name, "k-NN", 10, 0, 50.0, "", 1.0, "c") for name in names]
-    summary.write(tmp_path, results)
-    assert [row[0] for row in rows(tmp_path / "results.csv")[1:]] == quoted
 
 
 def test_names_of_classes_are_no_formulas_and_may_be_many(tmp_path):

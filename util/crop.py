@@ -4,6 +4,8 @@ from torchvision import transforms
 
 from mae.data.augment import sample_once
 
+__all__ = ["RandomResizedCrop"]
+
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
     """Samples area and aspect ratio once, and clips the crop to the image."""

@@ -38,7 +38,10 @@ class Graph(torch.nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
-        x = self.model.normalize(images).to(self.model.pos_embed.dtype)
+        x = self.model.normalize(images)
+        if self.model.values.nodata is not None:  # NaN marks invalid pixels, which are 0, the mean
+            x = x.masked_fill(images.isnan(), 0)
+        x = x.to(self.model.pos_embed.dtype)
         if noise is None:
             return self.model(x)
         return self.model(x, self.model.settings["mask_ratio"], noise=noise)[1:3]

@@ -26,7 +26,8 @@ def statistics(
     Raises:
         CheckpointError: as in `require_statistics`.
     """
-    require_statistics(file, mean, std)
+    if file and file.needs_statistics:
+        require_statistics(file, mean, std)
     records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
     if not file or not records:
         return mean, std
@@ -45,9 +46,9 @@ def statistics(
     return chosen
 
 
-def require_statistics(file: Weights | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raises CheckpointError if a file does not record its statistics, may have any, and they are not given."""
-    if file and file.needs_statistics and (mean is None or std is None):
+def require_statistics(file: Weights, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises CheckpointError if a file may have been made with any statistics, and they are not given."""
+    if file.needs_statistics and (mean is None or std is None):
         raise CheckpointError(
             f"{file.origin} is of mmpretrain, whose configuration is not read: give mean and std of RGB images from 0 "
             f"to 1, which are those of its data_preprocessor divided by 255; a model without to_rgb=True is converted "
