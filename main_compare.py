@@ -25,9 +25,9 @@ import main_linprobe
 import models_vit
 from mae.cli import entry_point, options
 from mae.compare.comparison import compare
-from mae.data.kinds.objects import OpenDataset, with_source
+from mae.data.source import OpenDataset
 from mae.settings import Run
-from mae.user_code import DATASET
+from mae.user_code import DATASET, with_source
 
 SCRIPTS = {"knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "finetune": main_finetune}
 

@@ -36,9 +36,9 @@ from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
-from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
+from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import CLASSIFICATION
@@ -49,6 +49,7 @@ from mae.training.loop import Callback
 from mae.training.mixup import make_erasing, make_mixup
 from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
+from mae.user_code import with_source
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
 

@@ -25,8 +25,8 @@ from engine_finetune import load_frozen, open_labelled
 from mae import user_code
 from mae.cli import entry_point, options
 from mae.data import extras
-from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.run_data import RunData
+from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown
@@ -35,6 +35,7 @@ from mae.settings import Run, names_with
 from mae.settings.fields import LABELS
 from mae.training import feature_files, trainer
 from mae.training.frozen_features import encode_images
+from mae.user_code import with_source
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
 

@@ -45,8 +45,8 @@ from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, labels, sampler, transforms
-from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.run_data import RunData
+from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.choices import ATTENTIVE, LINEAR
@@ -55,6 +55,7 @@ from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_image
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.precision import Precision
+from mae.user_code import with_source
 from mae.weights import loading
 from mae.weights.recorded_settings import with_recorded_settings
 

@@ -30,11 +30,9 @@ from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
 from mae.data.generators import preserve_generators
-from mae.data.kinds.objects import OpenDataset, with_source
-from mae.data.kinds.shards import Shards
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
-from mae.data.source import Source
+from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
 from mae.settings import TRAIN, Run
 from mae.training import optimizers, trainer
@@ -44,6 +42,7 @@ from mae.training.lr_sched import Schedule
 from mae.training.online_probe import open_probe
 from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
+from mae.user_code import with_source
 from mae.weights import loading
 from mae.weights.recorded_settings import with_settings_of
 from models_vit import Encoder
@@ -185,7 +184,7 @@ def build_model(
     return model, run
 
 
-def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Shards]:
+def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Stream]:
     """Opens the training images. The random numbers, which the initial weights depend on, do not change.
 
     Raises:
@@ -202,7 +201,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
 
 
 def open_samples(
-    run: Run, data: RunData, source: Source | Shards, draw_noise: Callable[[], torch.Tensor],
+    run: Run, data: RunData, source: Source | Stream, draw_noise: Callable[[], torch.Tensor],
     model: models_mae.MaskedAutoencoderViT, num_visible: int,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""

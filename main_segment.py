@@ -30,7 +30,6 @@ from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
-from mae.data.kinds.objects import OpenDataset, with_source
 from mae.data.masks import (
     MASKS_READ,
     MOST_CLASSES,
@@ -41,7 +40,7 @@ from mae.data.masks import (
     read_palette,
 )
 from mae.data.run_data import RunData
-from mae.data.source import Source
+from mae.data.source import OpenDataset, Source
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
@@ -51,6 +50,7 @@ from mae.training.compiling import compile_model
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
+from mae.user_code import with_source
 from mae.weights import loading
 from mae.weights.model_zoo import SEGMENTER
 from mae.weights.recorded_settings import with_recorded_settings

@@ -65,6 +65,21 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     return run, *found
 
 
+def with_source(run: Run, source: Callable[..., Any] | None) -> Run:
+    """Records the name of the function `source` in the settings of a run as --dataset.
+
+    Raises:
+        ValueError: the settings have a different dataset.
+    """
+    if source is None:
+        return run
+    named = source if hasattr(source, "__qualname__") else type(source)
+    name = f"{DATASET}{named.__module__}:{named.__qualname__}"
+    if run.data.dataset not in (None, name):
+        raise ValueError(f"dataset={run.data.dataset} and source= ({name}) exclude each other; give one of them")
+    return run.changed({"dataset": name})
+
+
 def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:
     """Calls a function of the user's code. Its mistakes keep their traceback.
 

@@ -28,9 +28,9 @@ import main_finetune
 import main_knn
 from mae import parallel
 from mae.data import loader, transforms
+from mae.data import open as opening
 from mae.data.decode import BadImage, decode
 from mae.data.item import Item
-from mae.data.kinds import libraries
 from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
@@ -494,9 +494,9 @@ def test_invalid_shards_are_errors(tmp_path):
     assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
 
 
-@pytest.mark.parametrize(("entry", "name"), libraries.LAYOUTS.items())
+@pytest.mark.parametrize(("entry", "name"), opening.LAYOUTS.items())
 def test_the_warning_of_stored_datasets_names_a_class_of_torchvision(tmp_path, entry, name):
     (tmp_path / entry).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / entry).touch()
-    assert libraries.dataset_in(tmp_path) == name
+    assert opening.dataset_in(tmp_path) == name
     assert issubclass(getattr(torchvision.datasets, name), torch.utils.data.Dataset)

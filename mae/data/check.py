@@ -20,20 +20,19 @@ from mae.cli import entry_point, options
 from mae.data.batches import up_to_cores
 from mae.data.decode import BadImage, PixelValues
 from mae.data.image_facts import ImageFacts, all_facts, statistics_of
-from mae.data.kinds.objects import OpenDataset, UserSet, with_source
-from mae.data.kinds.shards import Shards
 from mae.data.labels import has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
-from mae.data.source import Source
+from mae.data.source import OpenDataset, Source, Stream, is_stream
 from mae.settings import Run, types
+from mae.user_code import with_source
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
 
 
-def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) -> list[str]:
+def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) -> list[str]:
     """Returns the lines of the report.
 
     Args:
@@ -73,9 +72,9 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
     return lines
 
 
-def _have_classes(source: Source | Shards) -> bool:
+def _have_classes(source: Source | Stream) -> bool:
     """Whether labels are class numbers. Labels of the user's code may be other numbers, for main_finetune.py --task."""
-    if isinstance(source, UserSet):
+    if not is_stream(source) and getattr(source, "runs_code", False):
         try:
             source.labels  # noqa: B018
         except ValueError:

@@ -27,9 +27,8 @@ from mae.data.batches import Batches, up_to_cores
 from mae.data.decode import AS_STORED, BadImage, PixelValues, to_tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
-from mae.data.kinds.shards import Shards, require_random_access
 from mae.data.samples import Samples
-from mae.data.source import Source, label_at, versions
+from mae.data.source import Source, Stream, label_at, require_random_access, versions
 from mae.data.transforms import scaled_transform
 from mae.files import atomic
 
@@ -92,7 +91,7 @@ class ImageCache:
 
 
 def cached(
-    sources: Sequence[Source | Shards],
+    sources: Sequence[Source | Stream],
     *,
     in_chans: int,
     fast_jpeg: bool,

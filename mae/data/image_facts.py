@@ -25,10 +25,9 @@ from mae.data.decode import (
 )
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
-from mae.data.kinds.shards import Shards
 from mae.data.labels import Subset
 from mae.data.loader import MAX_BAD_SHARE
-from mae.data.source import Source
+from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Normalize, to_unit_range
 from mae.files.untrusted import printable
 
@@ -93,10 +92,10 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
 
 
 def all_facts(
-    source: Source | Shards, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED
+    source: Source | Stream, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED
 ) -> Iterator[ImageFacts]:
     """Yields the facts of the images at `indices`; of a stream, the facts of the first len(indices) images."""
-    if isinstance(source, Shards):
+    if is_stream(source):
         unreadable: list[ImageFacts] = []
 
         def report(name: str, error: Exception) -> None:
@@ -156,7 +155,7 @@ def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
 
 
 def check_statistics(
-    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None,
+    source: Source | Stream, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None,
     normalize: Normalize, values: PixelValues = AS_STORED,
 ) -> None:  # fmt: skip
     """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
@@ -168,7 +167,7 @@ def check_statistics(
         ValueError: EXAMPLES images have 8 bits or values from 0 to 1, and the mean is not between 0 and 1. Not all
             images of 8 bits are bytes when they are normalized: they are floats beside maps, and with invalid pixels.
     """
-    if isinstance(source, Shards) or (normalize.fits_bytes and ((mean and std) or not parallel.is_main())):
+    if is_stream(source) or (normalize.fits_bytes and ((mean and std) or not parallel.is_main())):
         return
     facts = FactsDataset(source, in_chans, values)
     few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]

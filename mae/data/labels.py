@@ -11,8 +11,7 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.item import Item
-from mae.data.kinds.shards import Shards, require_random_access
-from mae.data.source import Files, Source, first_few, strays_of
+from mae.data.source import Files, Source, Stream, first_few, require_random_access, strays_of
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -70,7 +69,7 @@ class Targets(Subset):
 
 
 def open_pair(
-    open_split: Callable[[str], Source | Shards],
+    open_split: Callable[[str], Source | Stream],
     task: str = CLASSIFICATION,
     *,
     nb_classes: int | None = None,
@@ -141,7 +140,7 @@ def balanced_accuracy(right: np.ndarray, counts: np.ndarray) -> float | None:
     return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
 
 
-def require(source: Source | Shards, split: str, task: str = CLASSIFICATION) -> Source:
+def require(source: Source | Stream, split: str, task: str = CLASSIFICATION) -> Source:
     """Returns the source if all its images have labels of the task. Of integer ids, those that occur are the classes.
 
     Raises:

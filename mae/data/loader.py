@@ -15,10 +15,9 @@ from mae.data.decode import BadImage
 from mae.data.extras import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
-from mae.data.kinds.shards import Shards
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
-from mae.data.source import Files
+from mae.data.source import Files, is_stream
 from mae.data.transforms import of_one_range
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class TrainLoader:
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)
         options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
-        self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
+        self.stream = StreamedSamples(samples, samples.source, repeats) if is_stream(samples.source) else None
         if self.stream:
             if workers:  # persistent worker processes read the place of the next pass from it
                 require_space(workers)
@@ -131,7 +130,7 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
 
 def examples(samples: Samples, count: int) -> Batch:
     """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
-    if isinstance(samples.source, Shards):
+    if is_stream(samples.source):
         stream = StreamedSamples(samples, samples.source)
         stream.seek(0, 1, min(count, len(samples)))
         chosen = list(stream)
@@ -142,7 +141,7 @@ def examples(samples: Samples, count: int) -> Batch:
 
 def example_names(samples: Samples, count: int) -> list[str]:
     """Returns the file names of `examples`; of a stream, none."""
-    if isinstance(samples.source, Shards):
+    if is_stream(samples.source):
         return []
     return [Path(samples.source.name(index)).name for index in _evenly_spaced(len(samples), count)]
 

@@ -1,4 +1,4 @@
-"""Opens a dataset of any kind."""
+"""Opens a dataset of any kind. The module of a kind is imported when it is used."""
 
 import logging
 import os
@@ -6,16 +6,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae import parallel
-from mae.data.kinds.archives import Archive
-from mae.data.kinds.libraries import HuggingFaceSet, TorchvisionSet, dataset_in
-from mae.data.kinds.lists import read_list
-from mae.data.kinds.objects import OpenDataset, UserSet
-from mae.data.kinds.shards import Shards
-from mae.data.kinds.targets import TargetSet
-from mae.data.source import Files, Source, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.source import (
+    Files,
+    OpenDataset,
+    Source,
+    Stream,
+    check_split_names,
+    find_files,
+    no_split,
+    warn_of_inner_splits,
+)
 from mae.settings.choices import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
+
+# The folders or files that torchvision makes in the folder of a dataset, for a warning.
+LAYOUTS = {
+    "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
+    "MNIST/raw": "MNIST", "FashionMNIST/raw": "FashionMNIST", "KMNIST/raw": "KMNIST", "train_32x32.mat": "SVHN",
+    "flowers-102/jpg": "Flowers102", "food-101/images": "Food101", "oxford-iiit-pet/images": "OxfordIIITPet",
+    "dtd/dtd": "DTD", "fgvc-aircraft-2013b/data": "FGVCAircraft", "eurosat/2750": "EuroSAT", "gtsrb/GTSRB": "GTSRB",
+    "caltech101/101_ObjectCategories": "Caltech101", "SUN397/ClassName.txt": "SUN397",
+}  # fmt: skip
+
+
+def dataset_in(root: Path) -> str | None:
+    """Returns the name of a dataset that torchvision stored in a folder or the folder above, if any."""
+    for folder in (root, root.parent):
+        for entry, name in LAYOUTS.items():
+            if (folder / entry).exists() and (folder == root or root.name == Path(entry).parts[0]):
+                return name
+    return None
 
 
 def open_source(
@@ -23,7 +44,7 @@ def open_source(
     download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
     task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
     whole: bool = True,
-) -> Source | Shards:  # fmt: skip
+) -> Source | Stream:  # fmt: skip
     """Opens a dataset of any kind.
 
     All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
@@ -47,7 +68,7 @@ def open_source(
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
     root = Path(data_path) if data_path else None
-    kind, _, name = (dataset or "").partition(":")
+    kind = (dataset or "").partition(":")[0]
     if file_list and dataset:
         raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
     for flag, value, counts in (
@@ -60,16 +81,10 @@ def open_source(
         if value and not counts:
             logger.warning(f"{flag} has no effect with this dataset")
     if dataset:
-        if kind == "hf":
-            return HuggingFaceSet(name, split)
-        if kind == "py":
-            if task in (None, CLASSIFICATION):
-                return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
-            return TargetSet(function, split, data_path, dataset, task)
-        if kind == "wds":
-            return parallel.from_rank_0(lambda: Shards(name, num_images))
-        return TorchvisionSet(dataset, split, data_path, download)
+        return _open_dataset(split, dataset, data_path, download, num_images, function, task)
     if file_list:
+        from mae.data.kinds.lists import read_list
+
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
         flag = f"`{split}_list`"
@@ -80,10 +95,38 @@ def open_source(
             "(or give `train_list` or `dataset`)"
         )
     if root.is_file():
+        from mae.data.kinds.archives import Archive
+
         return parallel.from_rank_0(lambda: Archive(root, split, whole=whole))
     if not root.is_dir():
         raise ValueError(f"data_path={root}: there is no such folder or archive")
     return parallel.from_rank_0(lambda: _open_folder(root, split, whole))
+
+
+def _open_dataset(
+    split: str, dataset: str, data_path: str | None, download: bool, num_images: int | None,
+    function: OpenDataset | None, task: str | None,
+) -> Source | Stream:  # fmt: skip
+    """Opens a dataset of a library, of shards, or of the user's code."""
+    kind, _, name = dataset.partition(":")
+    if kind == "hf":
+        from mae.data.kinds.libraries import HuggingFaceSet
+
+        return HuggingFaceSet(name, split)
+    if kind == "py":
+        from mae.data.kinds.objects import UserSet
+        from mae.data.kinds.targets import TargetSet
+
+        if task in (None, CLASSIFICATION):
+            return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
+        return TargetSet(function, split, data_path, dataset, task)
+    if kind == "wds":
+        from mae.data.kinds.shards import Shards
+
+        return parallel.from_rank_0(lambda: Shards(name, num_images))
+    from mae.data.kinds.libraries import TorchvisionSet
+
+    return TorchvisionSet(dataset, split, data_path, download)
 
 
 def _open_folder(root: Path, split: str, whole: bool) -> Files:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from mae import parallel
-from mae.data import extras, image_cache, image_facts, labels, loader, transforms
+from mae.data import extras, image_facts, labels, loader, transforms
 from mae.data.decode import PixelValues
-from mae.data.kinds.objects import OpenDataset
-from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.source import Files, Source, with_missing
+from mae.data.source import Files, OpenDataset, Source, Stream, with_missing
 from mae.settings import DataSpec, ImageSpec
 
 logger = logging.getLogger(__name__)
@@ -44,7 +42,7 @@ class RunData:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
-    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Shards:
+    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Stream:
         """Opens the dataset of a split, "train" or "val".
 
         Args:
@@ -65,7 +63,7 @@ class RunData:
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 
-    def check_statistics(self, source: Source | Shards) -> None:
+    def check_statistics(self, source: Source | Stream) -> None:
         """Checks --mean and --std against some images, as `image_facts.check_statistics`."""
         images = self.images
         image_facts.check_statistics(source, images.in_chans, images.mean, images.std, self.normalize, self.values)
@@ -137,13 +135,15 @@ class RunData:
         if any(map(extras.shapes_of, sources)):
             logger.warning("`cache_images` has no effect with extra inputs: images are decoded at each access")
             return sources
+        from mae.data import image_cache
+
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
             num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,
         )  # fmt: skip
 
     def samples(
-        self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
+        self, source: Source | Stream, transform: transforms.Transform, on_bad_image: str | None = None,
         draw_noise: Callable[[], torch.Tensor] | None = None,
     ) -> Samples:  # fmt: skip
         """Returns the decoded and transformed samples of a dataset. The arguments are as in `Samples`."""

@@ -27,9 +27,7 @@ from mae.data.decode import (
 from mae.data.extras import original
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
-from mae.data.kinds.objects import UserSet
-from mae.data.kinds.shards import Shards
-from mae.data.source import Source
+from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Transform
 
 OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
@@ -59,7 +57,7 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        source: Source | Shards,
+        source: Source | Stream,
         transform: Transform,
         *,
         in_chans: int,
@@ -71,7 +69,7 @@ class Samples(Dataset):
         values: PixelValues = AS_STORED,
     ) -> None:
         self.source = source
-        self.runs_code = isinstance(original(source), UserSet)
+        self.runs_code = getattr(original(source), "runs_code", False)
         self.transform = transform
         self.seed = seed
         self.draw_noise = draw_noise
@@ -101,7 +99,7 @@ class Samples(Dataset):
         Raises:
             OSError, BadImage: the sample can't be read.
         """
-        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        assert not is_stream(self.source), "streamed samples come from StreamedSamples"
         if self.runs_code:
             seed_generators(self.seed, epoch, index, OF_DATASET)
         return self.decode(self.source[index])
@@ -157,7 +155,7 @@ class StreamedSamples(IterableDataset):
         repeats: number of consecutive samples of each image.
     """
 
-    def __init__(self, samples: Samples, shards: Shards, repeats: int = 1) -> None:
+    def __init__(self, samples: Samples, shards: Stream, repeats: int = 1) -> None:
         self.samples = samples
         self.shards = shards
         self.repeats = repeats

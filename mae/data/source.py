@@ -6,15 +6,17 @@ A source lists its samples once, in the training process. The worker processes s
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from typing_extensions import TypeIs
 
 from mae.data.decode import SUFFIXES
 from mae.data.item import NO_INPUTS, Item
@@ -34,7 +36,8 @@ class Source(Protocol):
     """A dataset. Its items have images as they are stored; `decode.decode_item` decodes them.
 
     The attribute `input_shapes` of a source whose items have inputs has their names and shapes. The attribute `has_ids`
-    is True if the names of the classes are integers that count the outputs of a head without names, as in lists.
+    is True if the names of the classes are integers that count the outputs of a head without names, as in lists. The
+    attribute `runs_code` is True for a dataset of the user's code, whose items may use random numbers.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """
@@ -62,6 +65,41 @@ class Source(Protocol):
 
     def version(self, index: int) -> str:
         """Returns a text that changes when the file of a sample changes: `version_of` the file."""
+
+
+class Stream(Protocol):
+    """Shards whose samples are read in order, without random access."""
+
+    is_stream: bool
+    title: str  # its name, for messages
+    classes: list[str]
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+
+    def stream(
+        self, seed: int, part: int, parts: int, report: Callable[[str, Exception], None], start: int = 0,
+        passes: int = sys.maxsize,
+    ) -> Iterator[tuple[int, str, bytes, int]]:  # fmt: skip
+        """Yields the samples, as `shards.Shards.stream`."""
+
+
+OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
+
+
+def is_stream(source: Any) -> TypeIs[Stream]:
+    """Whether the samples of a source are read in order only."""
+    return getattr(source, "is_stream", False)
+
+
+def require_random_access(source: Source | Stream) -> Source:
+    """Returns a source. Raises ValueError if it is a stream."""
+    if is_stream(source):
+        raise ValueError(
+            f"{source.title}: streamed shards are for pre-training only, without `cache_images`; unpack them, or pack "
+            f"the images as a zip file"
+        )
+    return source
 
 
 class Strings:

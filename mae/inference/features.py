@@ -30,11 +30,9 @@ from mae.data import extras, loader
 from mae.data.decode import BadImage
 from mae.data.image_facts import readable
 from mae.data.item import Batch
-from mae.data.kinds.objects import UserSet
-from mae.data.kinds.shards import Shards
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.data.source import Source, versions
+from mae.data.source import Source, Stream, is_stream, versions
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model
@@ -83,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     start_logging()
     device = parallel.choose_device(args.device)
     source = open_labelled(args)  # first, because a large model takes long
-    if isinstance(source, Shards):
+    if is_stream(source):
         raise ValueError(
             f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
         )
@@ -118,10 +116,10 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
 
 
-def open_labelled(args: argparse.Namespace) -> Source | Shards:
+def open_labelled(args: argparse.Namespace) -> Source | Stream:
     """Opens the dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
     source = open_source(args.split, args.data_path, dataset=args.dataset)
-    if isinstance(source, UserSet):
+    if not is_stream(source) and getattr(source, "runs_code", False):
         try:
             source.labels  # noqa: B018
         except ValueError:

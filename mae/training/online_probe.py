@@ -11,9 +11,8 @@ from torch import nn
 
 from mae import parallel
 from mae.data import extras, labels
-from mae.data.kinds.shards import Shards
 from mae.data.run_data import RunData
-from mae.data.source import Source
+from mae.data.source import Source, Stream, is_stream
 from mae.evaluate import knn
 from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
@@ -47,7 +46,7 @@ class OnlineProbe:
     """
 
     def __init__(
-        self, data: RunData, source: Source | Shards, path: str | None, batch_size: int, precision: Precision
+        self, data: RunData, source: Source | Stream, path: str | None, batch_size: int, precision: Precision
     ) -> None:
         if path:
             settings = {**data.data.record(), **dict.fromkeys(DATASETS), "extras": None, "data_path": path}
@@ -56,7 +55,7 @@ class OnlineProbe:
                 train, val, _ = data.open_pair()
             except ValueError as error:  # it names settings of a run
                 raise ValueError(f"probe_path={path}: {error}") from error
-        elif isinstance(source, Shards):
+        elif is_stream(source):
             raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
             train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "`probe_every`")
@@ -97,7 +96,7 @@ class OnlineProbe:
 
 
 def open_probe(
-    run: Run, data: RunData, source: Source | Shards, model: nn.Module, precision: Precision
+    run: Run, data: RunData, source: Source | Stream, model: nn.Module, precision: Precision
 ) -> OnlineProbe | None:
     """Opens the data of `probe_every`; returns None if it is 0.
 

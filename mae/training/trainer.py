@@ -13,8 +13,8 @@ from torch import nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
-from mae.data.kinds.objects import OpenDataset
 from mae.data.run_data import RunData
+from mae.data.source import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec, Run

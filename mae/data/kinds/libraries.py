@@ -22,24 +22,6 @@ logger = logging.getLogger(__name__)
 LABELS = (*LABEL_COLUMNS, "labels")  # names of columns of Hugging Face in which integers and texts are labels
 PLAIN_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
 
-# The folders or files that torchvision makes in the folder of a dataset, for a warning.
-LAYOUTS = {
-    "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
-    "MNIST/raw": "MNIST", "FashionMNIST/raw": "FashionMNIST", "KMNIST/raw": "KMNIST", "train_32x32.mat": "SVHN",
-    "flowers-102/jpg": "Flowers102", "food-101/images": "Food101", "oxford-iiit-pet/images": "OxfordIIITPet",
-    "dtd/dtd": "DTD", "fgvc-aircraft-2013b/data": "FGVCAircraft", "eurosat/2750": "EuroSAT", "gtsrb/GTSRB": "GTSRB",
-    "caltech101/101_ObjectCategories": "Caltech101", "SUN397/ClassName.txt": "SUN397",
-}  # fmt: skip
-
-
-def dataset_in(root: Path) -> str | None:
-    """Returns the name of a dataset that torchvision stored in a folder or the folder above, if any."""
-    for folder in (root, root.parent):
-        for entry, name in LAYOUTS.items():
-            if (folder / entry).exists() and (folder == root or root.name == Path(entry).parts[0]):
-                return name
-    return None
-
 
 class LibrarySet:
     """The names of the samples of a library, and the version of its files."""

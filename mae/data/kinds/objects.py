@@ -6,7 +6,7 @@ import operator
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,13 @@ from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
 from mae.data.kinds.libraries import LibrarySet
-from mae.data.source import first_few, version_of
+from mae.data.source import OpenDataset, first_few, version_of
 from mae.files.untrusted import printable, read_file
-from mae.settings import Run
 from mae.user_code import DATASET, call, import_object
 
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
-
-OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
-
-
-def with_source(run: Run, source: OpenDataset | None) -> Run:
-    """Records the name of the function `source` in the settings of a run as --dataset.
-
-    Raises:
-        ValueError: the settings have a different dataset.
-    """
-    if source is None:
-        return run
-    named = source if hasattr(source, "__qualname__") else type(source)
-    name = f"{DATASET}{named.__module__}:{named.__qualname__}"
-    if run.data.dataset not in (None, name):
-        raise ValueError(f"dataset={run.data.dataset} and source= ({name}) exclude each other; give one of them")
-    return run.changed({"dataset": name})
 
 
 class UserSet(LibrarySet):
@@ -74,6 +56,8 @@ class UserSet(LibrarySet):
         OSError: the function can't read a file.
         RuntimeError: as in `user_code.call`.
     """
+
+    runs_code = True
 
     def __init__(
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True

@@ -14,7 +14,7 @@ import numpy as np
 
 from mae.data.decode import SUFFIXES, BadImage
 from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored
-from mae.data.source import Source, first_few
+from mae.data.source import first_few
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class Shards:
         ImportError: the package `webdataset` is not installed.
         ValueError: a file does not exist or is damaged, or a shard is a URL and `num_images` is None.
     """
+
+    is_stream = True
 
     def __init__(self, pattern: str, num_images: int | None) -> None:
         import webdataset  # pip install ".[wds]"
@@ -119,16 +121,6 @@ class Shards:
             skip = 0
             if number - last_with_images > parts:
                 raise ValueError(f"dataset={self.title}: no images in these shards")
-
-
-def require_random_access(source: Source | Shards) -> Source:
-    """Returns a source. Raises ValueError if it is a stream."""
-    if isinstance(source, Shards):
-        raise ValueError(
-            f"{source.title}: streamed shards are for pre-training only, without `cache_images`; unpack them, or pack "
-            f"the images as a zip file"
-        )
-    return source
 
 
 def _images_of(sample: dict[str, Any]) -> list[str]:

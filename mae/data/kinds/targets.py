@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mae.data.kinds.objects import OpenDataset, UserSet
+from mae.data.kinds.objects import UserSet
+from mae.data.source import OpenDataset
 from mae.files.untrusted import printable
 from mae.settings.choices import MULTILABEL
 
