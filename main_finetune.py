@@ -50,7 +50,7 @@ from mae.training.mixup import make_erasing, make_mixup
 from mae.training.param_groups import param_groups_lrd
 from mae.training.precision import Precision
 from mae.user_code import with_source
-from mae.weights import loading
+from mae.weights import loading, model_settings
 from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def main(
     file = open_weights(run)
     crop_pct = run.images.crop_pct  # None, unless it is explicit
     run = with_recorded_settings(
-        run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
+        run, file, model_settings.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
     data = trainer.open_data(run, device, source)
 

@@ -36,7 +36,7 @@ from mae.settings.fields import LABELS
 from mae.training import feature_files, trainer
 from mae.training.frozen_features import encode_images
 from mae.user_code import with_source
-from mae.weights import loading
+from mae.weights import loading, model_settings
 from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def main(
     run, precision = trainer.start(run)
     device = precision.device
     file = loading.read(run.machine.finetune) if run.machine.finetune else None
-    recorded, of_labels = mae.build.classifier_settings(file), names_with(LABELS)
+    recorded, of_labels = model_settings.classifier_settings(file), names_with(LABELS)
     run = with_recorded_settings(run, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(run.images, run.data, device, source)
     train, val, statistics = open_labelled(data, run.model.nb_classes)

@@ -56,7 +56,7 @@ from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.user_code import with_source
-from mae.weights import loading
+from mae.weights import loading, model_settings
 from mae.weights.recorded_settings import with_recorded_settings
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def main(
     device = precision.device
     file = open_encoder(run)
     run = with_recorded_settings(
-        run, file, mae.build.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
+        run, file, model_settings.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
     data = trainer.open_data(run, device, source)
     build = partial(mae.build.probe, encoder=encoder)

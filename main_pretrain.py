@@ -17,7 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,18 +34,18 @@ from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
-from mae.settings import TRAIN, Run
+from mae.settings import Run
 from mae.training import optimizers, trainer
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
-from mae.training.online_probe import open_probe
 from mae.training.param_groups import param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.user_code import with_source
-from mae.weights import loading
-from mae.weights.recorded_settings import with_settings_of
 from models_vit import Encoder
+
+if TYPE_CHECKING:
+    from mae.weights.reading import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,11 @@ def main(
     run, precision = trainer.start(run, "main_pretrain")
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
 
-    run, file = with_initial_weights(run)
+    file = None
+    if run.machine.init_from:
+        from mae.weights.recorded_settings import with_initial_weights
+
+        run, file = with_initial_weights(run)
     data, train = open_images(run, precision.device, source)  # first, because a large model takes long
     model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
@@ -123,7 +127,11 @@ def main(
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_probe(run, data, full_images.source, model, precision)
+    probe = None
+    if run.evaluation.probe_every or run.evaluation.probe_path:
+        from mae.training.online_probe import open_probe
+
+        probe = open_probe(run, data, full_images.source, model, precision)
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
@@ -142,19 +150,9 @@ def main(
     trainer.run(model, built, batches, precision, task, run)
 
 
-def with_initial_weights(run: Run) -> tuple[Run, loading.Weights | None]:
-    """Returns the settings of a run, with those of the file of --init_from, and the file, unless the run resumes."""
-    machine = run.machine
-    resumes = parallel.from_rank_0(lambda: run_directory.source(Path(machine.output_dir), machine.resume) is not None)
-    file = loading.read(machine.init_from) if machine.init_from and not resumes else None
-    if file:
-        run = with_settings_of(file, run, mae.build.autoencoder_settings(file), TRAIN)
-    return run, file
-
-
 def build_model(
     run: Run,
-    file: loading.Weights | None,
+    file: "Weights | None",
     model_class: Callable[..., models_mae.MaskedAutoencoderViT],
     encoder: type[Encoder] | None,
     precision: Precision,
@@ -180,6 +178,8 @@ def build_model(
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         run = run.changed({"predicts_pixels": model.predicts_pixels})
     if file:
+        from mae.weights import loading
+
         loading.init_mae(model, file)
     return model, run
 

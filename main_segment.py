@@ -51,7 +51,7 @@ from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.param_groups import param_groups_lrd
 from mae.user_code import with_source
-from mae.weights import loading
+from mae.weights import loading, model_settings
 from mae.weights.model_zoo import SEGMENTER
 from mae.weights.recorded_settings import with_recorded_settings
 from models_segment import Segmenter
@@ -94,7 +94,7 @@ def main(
     run, precision = trainer.start(run, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(run, SEGMENTER))
-    recorded = mae.build.classifier_settings(file)
+    recorded = model_settings.classifier_settings(file)
     run = with_recorded_settings(run, file, recorded, EVALUATE if run.evaluation.eval else TRAIN)
     evaluated = file if run.evaluation.eval else None
     run = run.changed(pair_settings(run, evaluated, recorded if evaluated else {}))

@@ -35,7 +35,7 @@ ARROWS = {
     r"mae\.build": r"models_\w+|mae\.(probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
-    r"mae\.checkpoints\.run_state": rf"mae\.(checkpoints|weights|files)\.\w+|{SHARED}",
+    r"mae\.checkpoints\.resume": rf"mae\.(checkpoints|weights|files)\.\w+|{SHARED}",
     r"mae\.settings\.\w+": r"mae\.(position_tables|masking|files\.recipes|settings\.\w+)",
     # Modules with a command of their own:
     r"mae\.data\.(__main__|check)": rf"mae\.(cli|data|files)\.\w+|{SHARED}",

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from mae.checkpoints import checkpoint, run_state
+from mae.checkpoints import checkpoint, resume
 from mae.checkpoints.checkpoint import CheckpointError
 
 
@@ -82,7 +82,7 @@ def test_other_files_are_not_checkpoints(tmp_path):
 
 
 def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog):
-    assert run_state.read_newest(tmp_path) is None
+    assert resume.read_newest(tmp_path) is None
     for number in range(3):
         path = tmp_path / f"checkpoint-{number}.pth"
         checkpoint.write(example_state() | {"epoch": number}, path)
@@ -90,12 +90,12 @@ def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog)
     rolling = tmp_path / "checkpoint-last.pth"
     position = {"epoch": 3, "images_done": 8}
     checkpoint.write(example_state() | {"epoch": 2, "progress": position}, rolling)
-    assert run_state.read_newest(tmp_path)["progress"] == position
+    assert resume.read_newest(tmp_path)["progress"] == position
     whole = rolling.read_bytes()
     middle = whole.index(checkpoint.read(rolling)["model"]["weight"].numpy().tobytes())
     rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # only the digest detects the damage
-    assert run_state.read_newest(tmp_path)["epoch"] == 2
+    assert resume.read_newest(tmp_path)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-100])
-    assert run_state.read_newest(tmp_path)["epoch"] == 1
+    assert resume.read_newest(tmp_path)["epoch"] == 1
     assert "skips checkpoint-last.pth" in caplog.text
     assert "skips checkpoint-2.pth" in caplog.text

@@ -14,12 +14,11 @@ from test_models_mae import build
 from torch import nn
 from torch.nn import functional as F
 
-import mae.build
 import models_vit
 from examples.hog_target import HOGTarget
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import get_model
-from mae.weights import loading
+from mae.weights import loading, model_settings
 from models_mae import MaskedAutoencoderViT
 
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
@@ -297,7 +296,7 @@ def test_a_second_decoder_in_the_file_does_not_count(tmp_path):
     """As in an edit of models_mae.py, of which the file records nothing."""
     torch.save({"model": Distills(**WIDE).state_dict()}, tmp_path / "m.pth")
     file = loading.Weights(torch.load(tmp_path / "m.pth")["model"], {}, "full", "m.pth")
-    assert mae.build.file_settings(file, "mae_vit_mini_patch4")["decoder_depth"] == 1
+    assert model_settings.file_settings(file, "mae_vit_mini_patch4")["decoder_depth"] == 1
 
 
 def test_a_call_does_not_affect_the_noise_of_later_calls():

@@ -9,6 +9,7 @@ import mae.build
 import mae.probes
 import models_vit
 from mae.settings import specs
+from mae.weights import model_settings
 from mae.weights.loading import Weights
 from mae.weights.model_zoo import CLASSIFIER
 from models_mae import MaskedAutoencoderViT
@@ -117,9 +118,9 @@ def test_the_recorded_probe_takes_precedence_over_shapes():
     """Another probe may have the tensors of a linear one. An unknown one is an error, not a linear one."""
     model = mae.build.probe(*specs(MINI))
     for recorded in ({}, {"probe": "linear"}, {"probe": True}):  # True: of an earlier version
-        settings = mae.build.file_settings(weights(MINI | recorded, model, CLASSIFIER))
+        settings = model_settings.file_settings(weights(MINI | recorded, model, CLASSIFIER))
         assert mae.build.probe(*specs(settings)).state_dict().keys() == model.state_dict().keys()
-    settings = mae.build.file_settings(weights(MINI | {"probe": "other"}, model, CLASSIFIER))
+    settings = model_settings.file_settings(weights(MINI | {"probe": "other"}, model, CLASSIFIER))
     with pytest.raises(ValueError, match="'other' is unknown"):
         mae.build.probe(*specs(settings))
 
@@ -153,11 +154,11 @@ def test_a_file_without_settings_gives_those_of_its_shapes():
     model = vit_mini_patch4(img_size=16, num_classes=5, global_pool=True)
     file = weights({}, model, CLASSIFIER)
     expected = {"model": "vit_mini_patch4", "patch_size": None, "in_chans": 3, "input_size": 16, "global_pool": True}
-    assert mae.build.classifier_settings(file).items() >= expected.items()
-    named = mae.build.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
+    assert model_settings.classifier_settings(file).items() >= expected.items()
+    named = model_settings.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
     assert named["model"] == "vit_huge_patch14"
     other = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
-    assert mae.build.classifier_settings(weights({}, other, CLASSIFIER)) == {}
+    assert model_settings.classifier_settings(weights({}, other, CLASSIFIER)) == {}
 
 
 @pytest.mark.parametrize(("patch_size", "name"), [(14, "vit_huge_patch14"), (16, "vit_huge_patch16")])
@@ -165,6 +166,6 @@ def test_sizes_that_differ_in_the_patch_size(patch_size, name):
     with torch.device("meta"):
         model = VisionTransformer(img_size=8 * patch_size, patch_size=patch_size, embed_dim=1280, depth=32,
                                   num_heads=16, num_cls_tokens=8)  # fmt: skip
-    settings = mae.build.classifier_settings(weights({}, model, CLASSIFIER))
+    settings = model_settings.classifier_settings(weights({}, model, CLASSIFIER))
     assert (settings["model"], settings["num_cls_tokens"]) == (name, 8)
     assert settings["input_size"] == 8 * patch_size

@@ -65,7 +65,7 @@ def write(folder, *names, epoch):
 
 @pytest.fixture
 def start():
-    """Starts a run up to the choice of its checkpoint, and records the choice, as `run_state.resume` does."""
+    """Starts a run up to the choice of its checkpoint, and records the choice, as `resume.restore_run` does."""
 
     def start(out, resume):
         run_directory.prepare(out, str(resume))

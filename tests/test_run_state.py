@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae.checkpoints import checkpoint, run_state
+from mae.checkpoints import checkpoint, resume, run_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupts
@@ -21,10 +21,10 @@ from models_mae import mae_vit_mini_patch4
 def test_progress_counts_images():
     saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
     progress = Progress(effective_batch_size=48, global_batch_size=12)
-    progress.restore({"epoch": 3, "progress": saved})
+    resume.restore_progress(progress, {"epoch": 3, "progress": saved})
     assert (progress.epoch, progress.first_iteration) == (4, 8)
     with pytest.raises(CheckpointError, match=r"batch size of 48 .*`batch_size` x `accum_iter`.* 8$"):
-        Progress(8, 8).restore({"progress": saved})
+        resume.restore_progress(Progress(8, 8), {"progress": saved})
     foreign = Progress(48, 48)
     foreign.restore({"epoch": 19})
     assert (foreign.epoch, foreign.first_iteration) == (20, 0)
@@ -45,7 +45,7 @@ def test_scale_random_numbers_and_best_accuracy_are_restored(tmp_path, mini_mae)
     writer.close()
     torch.manual_seed(5)
     progress, scaler = Progress(16, 8, num_images=48), torch.amp.GradScaler("cpu")
-    run_state.resume("auto", tmp_path, mini_mae, optimizer, scaler, settings, progress)
+    resume.restore_run("auto", tmp_path, mini_mae, optimizer, scaler, settings, progress)
     assert torch.equal(torch.rand(4), expected)
     assert (progress.epoch, progress.first_iteration, progress.meters) == (5, 4, {"loss": 1.5})
     assert (scaler.get_scale(), progress.best_accuracy) == (1024.0, 70.0)
@@ -55,7 +55,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     args = {"model": "x", "in_chans": 3, "script": "main_pretrain"}
     state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": args}
     with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
-        run_state.restore_model(mini_mae, state, {**args, "model": "y", "in_chans": 1, "input_size": 16})
+        resume.restore_model(mini_mae, state, {**args, "model": "y", "in_chans": 1, "input_size": 16})
     assert str(raised.value).endswith(": give model=x in_chans=3")
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
     with pytest.raises(CheckpointError) as raised:
-        run_state.restore_model(ours, {"model": theirs, "args": {"model": "vit"}}, {"model": "mae_vit"}, which)
+        resume.restore_model(ours, {"model": theirs, "args": {"model": "vit"}}, {"model": "mae_vit"}, which)
     assert remedy in str(raised.value)
 
 
@@ -76,10 +76,10 @@ def test_resuming_with_another_optimizer_is_an_error():
     for ours, theirs in itertools.product(optimizers, optimizers):
         state = {"optimizer": theirs.state_dict()}
         if isinstance(ours, torch.optim.AdamW) is isinstance(theirs, torch.optim.AdamW):
-            run_state.require_same_optimizer(ours, state)
+            resume.require_same_optimizer(ours, state)
         else:
             with pytest.raises(CheckpointError, match="another optimizer"):
-                run_state.require_same_optimizer(ours, state)
+                resume.require_same_optimizer(ours, state)
 
 
 @pytest.mark.parametrize("content", [b"damaged", None])
@@ -88,7 +88,7 @@ def test_checkpoints_that_can_not_be_read_are_not_trained_over(tmp_path, content
     path = tmp_path / "checkpoint-3.pth"
     path.write_bytes(content) if content else path.symlink_to("/nothing/checkpoint-3.pth")
     with pytest.raises(CheckpointError, match=r"contains checkpoint-3\.pth"):
-        run_state.read_newest(tmp_path)
+        resume.read_newest(tmp_path)
     assert "resume=auto skips checkpoint-3.pth" in caplog.text
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_user_is_not_skipped():
         os.seteuid(65534)  # nobody
         try:
             with pytest.raises(OSError, match=r"checkpoint-1.pth .*\(Permission denied\)"):
-                run_state.read_newest(Path(folder))
+                resume.read_newest(Path(folder))
         finally:
             os.seteuid(0)
 
@@ -114,7 +114,7 @@ def test_optimizer_states_of_older_versions_are_loaded(mini_mae):
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.3, fused=True)
     old_group = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05, "amsgrad": False, "params": [0]}
     old_state = {0: {"step": 11, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
-    run_state.restore_optimizer(optimizer, {"state": old_state, "param_groups": [old_group]})
+    resume.restore_optimizer(optimizer, {"state": old_state, "param_groups": [old_group]})
     assert optimizer.param_groups[0]["fused"] is True
     assert optimizer.param_groups[0]["weight_decay"] == 0.3  # settings are this run's
     weight.grad = torch.ones(3)
@@ -130,7 +130,7 @@ def test_what_an_optimizer_keeps_in_its_groups_is_restored():
         return torch.optim.SGD([group], momentum=0.9, weight_decay=estimate)
 
     found = optimizer(1.0)
-    run_state.restore_optimizer(found, optimizer(7.0).state_dict())
+    resume.restore_optimizer(found, optimizer(7.0).state_dict())
     group = found.param_groups[0]
     assert (group["estimate"], group["lr"], group["weight_decay"]) == (7.0, 1.0, 1.0)
 
@@ -138,7 +138,7 @@ def test_what_an_optimizer_keeps_in_its_groups_is_restored():
 def test_resuming_within_an_epoch_requires_the_same_images(caplog):
     position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
     progress = run_state.Progress(8, 8, num_images=161)
-    progress.restore({"progress": {**position, "images_done": 0}})
+    resume.restore_progress(progress, {"progress": {**position, "images_done": 0}})
     assert "had 160 images, and has 161 now" in caplog.text
     with pytest.raises(CheckpointError, match=r"160 images, .*161"):
-        progress.restore({"progress": {**position, "images_done": 16}})
+        resume.restore_progress(progress, {"progress": {**position, "images_done": 16}})

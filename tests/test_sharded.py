@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, run_state, shard_files, sharded
+from mae.checkpoints import checkpoint, file_names, resume, run_state, shard_files, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.training import fsdp
 from models_mae import mae_vit_mini_patch4
@@ -74,8 +74,8 @@ def test_optimizer_states_are_written_and_read_by_name(one_process, tmp_path):
     filled = sharded.fill(contents, other, other_optimizer)
     assert filled["optimizer"]["param_groups"][0].pop("estimate") == 7.0
     assert filled.keys() == state.keys()
-    run_state.restore_model(other, filled, {})
-    run_state.restore_optimizer(other_optimizer, filled["optimizer"])
+    resume.restore_model(other, filled, {})
+    resume.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), moments_by_name(model, optimizer))
     assert_equal(*({k: v.full_tensor() for k, v in kind.state_dict().items()} for kind in (other, model)))
 
@@ -92,7 +92,7 @@ def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
     assert sorted(moments["count"] for moments in gathered.values()) == list(range(len(optimizer.state)))
     other, other_optimizer = sharded_model(seed=1, reverse=True)
     filled = sharded.fill(sharded.read(tmp_path / "checkpoint-0"), other, other_optimizer)
-    run_state.restore_optimizer(other_optimizer, filled["optimizer"])
+    resume.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), expected)
     state["optimizer"]["state"]["norm.weight"]["factors"] = [torch.zeros(2)]
     with pytest.raises(ValueError, match=r"`fsdp` can't save factors .* a list"):
@@ -288,24 +288,24 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
     shutil.copytree(shards / "checkpoint-12", tmp_path / ".checkpoint-last.old")
     shutil.copytree(shards / "checkpoint-24", tmp_path / ".checkpoint-last.tmp")
     (tmp_path / "checkpoint-29").mkdir()
-    assert run_state.read_newest(tmp_path)["epoch"] == 12
+    assert resume.read_newest(tmp_path)["epoch"] == 12
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
         sharded.replace_folder(tmp_path / "gone", tmp_path / "checkpoint-last")
-    assert run_state.read_newest(tmp_path)["epoch"] == 12
+    assert resume.read_newest(tmp_path)["epoch"] == 12
     sharded.replace_folder(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
-    assert run_state.read_newest(tmp_path)["epoch"] == 24
+    assert resume.read_newest(tmp_path)["epoch"] == 24
     assert not (tmp_path / ".checkpoint-last.old").exists()
 
 
 READ_NEWEST = """
 import json, logging, sys
 from pathlib import Path
-from mae import parallel; from mae.checkpoints import run_state; from mae.training import log
+from mae import parallel; from mae.checkpoints import resume, run_state; from mae.training import log
 parallel.init("cpu")
 log.start_logging()
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    state = run_state.read_newest(folder)
+    state = resume.read_newest(folder)
     found[folder.name] = state and state["epoch"]
 Path(sys.argv[2] + str(parallel.rank())).write_text(json.dumps(found))
 """
@@ -402,7 +402,7 @@ def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {"model": "mae_vit_mini_patch4"}
     with pytest.raises(CheckpointError, match="another architecture"):
-        run_state.resume(str(shards / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
+        resume.restore_run(str(shards / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
                         settings, run_state.Progress(24, 24, num_images=24))  # fmt: skip
 
 

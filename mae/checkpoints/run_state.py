@@ -1,49 +1,21 @@
-"""Collects and restores the state of a run. `saver.py` writes it to files."""
+"""The state of a run, which checkpoints contain. `saver.py` writes it to files, and `resume.py` restores it."""
 
-import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, run_directory, sharded
-from mae.checkpoints.checkpoint import CheckpointError
-from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
+from mae.settings import differs
 from mae.settings import fields as roles
-from mae.settings.arguments import advice, in_words
-from mae.settings.choices import published_crop_pct
 from mae.settings.names import names_resumed
-from mae.settings.run import RESUME_PUBLISHED
-from mae.user_code import runs_code
-from mae.weights.fitting import fit
-from mae.weights.reading import Weights
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
-logger = logging.getLogger(__name__)
-
-# A resumed run has the same settings of FIXED, or is an error, and may change settings of FREE without a warning.
-FIXED = names_resumed(roles.FIXED)
-FREE = {
-    *names_resumed(roles.FREE),
-    "distributed",
-    "gpu",
-    "rank",
-}  # published
-
-# Entries of a parameter group that depend on the schedule, the flags and the machine of this start
-OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
-
-BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
-
-ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
-
-ANOTHER_FOLDER = "give another `output_dir`"
+# A resumed run may change these settings without a warning.
+FREE = {*names_resumed(roles.FREE), "distributed", "gpu", "rank"}  # published
 
 
 class Progress:
@@ -71,7 +43,7 @@ class Progress:
         self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
-        """Returns the entry `progress` of a checkpoint, which `restore` reads.
+        """Returns the entry `progress` of a checkpoint, which `resume.restore_progress` reads.
 
         Args:
             iterations: number of iterations of the epoch whose gradients are in the weights.
@@ -86,42 +58,6 @@ class Progress:
             "num_images": self.num_images,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restores the position of a checkpoint. Files of the published code are at the end of their epoch.
-
-        Raises:
-            CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
-        """
-        saved = state.get("progress")
-        factors: list[Any] = [_args_of(state).get(name) for name in BATCH_FACTORS]
-        published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
-        batch = saved["effective_batch_size"] if saved else published
-        if batch not in (None, self.effective_batch_size):
-            raise CheckpointError(
-                f"the checkpoint was trained with an effective batch size of {batch} (`batch_size` x `accum_iter` x "
-                f"processes), and this run has {self.effective_batch_size}"
-            )
-        if saved is None:
-            self.epoch = state["epoch"] + 1
-            return
-        num_images, images_done = saved.get("num_images"), saved["images_done"]
-        if images_done % self.effective_batch_size:
-            raise CheckpointError(
-                f"the checkpoint is {images_done} images into its epoch, within an update of "
-                f"{self.effective_batch_size}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
-            )
-        if None not in (num_images, self.num_images) and num_images != self.num_images:
-            if images_done:
-                raise CheckpointError(
-                    f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
-                    f"{self.num_images}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
-                )
-            logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
-        self.best_accuracy = saved.get("best_accuracy", -math.inf)
-        self.epoch = saved["epoch"]
-        self.first_iteration = images_done // self.global_batch_size
-        self.meters = saved["meters"]
-
 
 def collect(
     model: torch.nn.Module,
@@ -131,75 +67,23 @@ def collect(
     callbacks: Sequence["Stateful"] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
-    is_sharded = parallel.is_sharded(model)
+    if parallel.is_sharded(model):
+        from mae.checkpoints import sharded
+
+        states = sharded.optimizer_state(model, optimizer)
+    else:
+        states = optimizer.state_dict()
     rng = {"cpu": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
         "model": model.state_dict(),
-        "optimizer": sharded.optimizer_state(model, optimizer) if is_sharded else optimizer.state_dict(),
+        "optimizer": states,
         "scaler": scaler.state_dict(),
         "args": settings,
         "rng": rng,
         **({"callbacks": [callback.state_dict() for callback in callbacks]} if callbacks else {}),
     }
-
-
-def with_recorded_settings(run: Run, script: str) -> Run:
-    """Returns the settings of a run: explicit flags, else the settings of the checkpoint from which it resumes.
-
-    The settings of a machine are not taken from a file. Of a file of the published code, only those of the model and
-    the optimization are taken.
-
-    Args:
-        script: name of the script, which checkpoints record.
-
-    Raises:
-        CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
-    """
-    run = replace(run, script=script)
-    which = "" if run.evaluation.eval else run.machine.resume
-    recorded = parallel.from_rank_0(lambda: _recorded(Path(run.machine.output_dir), which, script))
-    if not recorded:
-        return run
-    file, saved, is_ours = recorded
-    before, run = run, resolve(run, saved, RESUME if is_ours else RESUME_PUBLISHED)
-    changed = {name: run[name] for name in sorted(run.names) if differs(name, run[name], before[name])}
-    for name, value in changed.items():
-        _require_setting(file, name, value)
-    if changed:
-        logger.info(f"settings of {file}: {in_words(changed)}")
-    # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
-    facts = {"precision": str(saved.get("precision", ""))}
-    if saved.get("layer_norm_eps"):
-        _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"])
-        facts["layer_norm_eps"] = saved["layer_norm_eps"]
-    return run.changed(facts)
-
-
-def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
-    """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
-    which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
-    if not file:
-        return None
-    if file.is_dir():
-        checkpoint.refuse_run_directory(file)
-    state = checkpoint.read(file, verify=False)
-    saved = _args_of(state)
-    if saved.get("script", script) != script:
-        remedy = _start_from(which, script)
-        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
-            remedy = f"give a checkpoint of {script}.py"
-        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
-    return str(file), saved, "progress" in state
-
-
-def _require_setting(file: str, name: str, value: Any) -> None:
-    """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
-    if value is not None and not fits(name, value):
-        raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
-    if name == "dataset" and runs_code(str(value)):
-        raise CheckpointError(f"{file} records a `dataset` that runs code: give dataset='{value}'")
 
 
 def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
@@ -222,233 +106,3 @@ def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
             raise ValueError(
                 f"process {rank} has {text[:200]}: start all processes with the same command, code and images"
             )
-
-
-def resume(
-    which: str,
-    output_dir: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: dict[str, Any],
-    progress: Progress,
-    callbacks: Sequence["Stateful"] = (),
-) -> None:
-    """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
-
-    Args:
-        which: the path of a checkpoint, "auto" for the newest checkpoint in `output_dir`, if any, or "" for none.
-        settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
-
-    Raises:
-        CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
-            size, or meaning of the data or the task.
-    """
-    which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
-    state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
-    if state is not None:
-        missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
-        if missing:
-            what = " and no ".join(sorted(missing))
-            remedy = _start_from(which, settings.get("script", ""))
-            raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}")
-        if "folder" in state:
-            state = sharded.fill(state, model, optimizer)
-        else:
-            remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
-            checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
-        restore_model(model, state, settings, which)
-        _require_same_meaning(_args_of(state), settings)
-        _require_same_parameters(optimizer, state)
-        require_same_optimizer(optimizer, state)
-        progress.restore(state)
-        _require_same_processes(state, settings)
-        restore_optimizer(optimizer, state["optimizer"])
-        if scaler.is_enabled() and state.get("scaler"):
-            scaler.load_state_dict(state["scaler"])
-        _restore_callbacks(callbacks, state.get("callbacks", []))
-        _restore_rng(state.get("rng", {}))
-        _warn_of_changes(_args_of(state), settings)
-    if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
-        raise CheckpointError(
-            f"resume={which}: the processes found different checkpoints; give all of them the same file"
-        )
-    if which not in ("", "auto") and parallel.is_main():  # after all processes have accepted the checkpoint
-        run_directory.record_source(output_dir, Path(which))
-    parallel.barrier()
-
-
-def read_newest(output_dir: Path) -> dict[str, Any] | None:
-    """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none of them can be read.
-        OSError: the system can't read a checkpoint.
-    """
-    paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
-        lambda: (checkpoint.newest_first(output_dir), [path.name for path in file_names.checkpoints(output_dir)])
-    )
-    for path in paths:
-        try:
-            state = sharded.read(path)
-        except CheckpointError as error:
-            if parallel.is_main():  # the error is the same in all processes
-                logger.warning(f"resume=auto skips {path.name}: {error}")
-            continue
-        logger.info(f"resuming from {path}")
-        return state
-    if names:
-        raise CheckpointError(
-            f"resume=auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read"
-        )
-    logger.info(f"resume=auto: no checkpoint in {output_dir}, starting from the beginning")
-    return None
-
-
-def _start_from(file: str, script: str) -> str:
-    """Returns the remedy for a checkpoint that can't be resumed."""
-    if file == "auto":
-        return ANOTHER_FOLDER
-    name = "init_from" if script == "main_pretrain" else "finetune"
-    return f"{name}={file} instead of `resume` starts from its weights"
-
-
-def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
-    """Loads all weights of a checkpoint.
-
-    Args:
-        settings: settings of this run. The error message names those that differ from the checkpoint.
-        which: as in `resume`.
-
-    Raises:
-        CheckpointError: the checkpoint has another architecture.
-    """
-    saved = _args_of(state)
-    fitted = fit(model, Weights(state["model"], saved, "", which), exact=True)
-    differing = sorted(fitted.missing | fitted.unexpected)
-    if differing:
-        _require_same_data(saved, settings)
-        of_model = [*(name for name in names_of(ModelSpec) if name in REBUILDS), *FIXED]
-        of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
-        differing_settings = _differing(of_model, saved, settings)
-        is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
-        remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
-        raise CheckpointError(
-            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}: {remedy}"
-        )
-
-
-def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    saved = {"updates_per_epoch": None, **saved}  # None, in a checkpoint without it: one pass over the images
-    if different := _differing([*FIXED, "updates_per_epoch"], saved, settings):
-        before, now = (
-            in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
-            for values in (saved, settings)
-        )
-        raise CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task: "
-            f"{advice(different)}"
-        )
-    _require_same_data(saved, settings)
-
-
-def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    if different := _differing(("classes", "colors", "train_images", "held_out_images"), saved, settings):
-        names = " and ".join(different).replace("_", " ")
-        raise CheckpointError(f"the resumed run had other {names}: give the data of that run")
-
-
-def _differing(names: Iterable[str], saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recorded values of settings that both have and that differ, in the order of the names."""
-    both = [name for name in names if name in saved and name in settings]
-    return {name: saved[name] for name in both if differs(name, saved[name], settings[name])}
-
-
-def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    saved, ours = ([len(group["params"]) for group in groups]
-                   for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
-    if saved != ours:
-        raise CheckpointError(
-            f"the parameter groups of the optimizer have {ours} tensors, and in the checkpoint {saved}: train the same "
-            f"blocks and positions (`unfreeze_blocks`, `learned_pos_embed`), and build the groups as before"
-        )
-
-
-def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Checkpoints do not record the class of the optimizer. The settings of Adam and of SGD or LARS differ."""
-    for name in ("betas", "momentum"):
-        saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
-        if saved != ours:
-            raise CheckpointError(
-                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set: "
-                f"{ANOTHER_FOLDER}"
-            )
-
-
-def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
-    saved, position = _args_of(state), state.get("progress") or {}
-    if not (settings.get("cache_features") and position.get("images_done")):
-        return
-    before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), parallel.world_size()
-    if before != now:
-        raise CheckpointError(
-            f"the checkpoint is in the middle of an epoch on stored features, of which each process has a part: start "
-            f"{before} processes, and not {now}"
-        )
-
-
-def _args_of(state: dict[str, Any]) -> dict[str, Any]:
-    args = checkpoint.settings_of(state.get("args"))
-    if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
-        args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
-    if args.get("fast_jpeg"):
-        args = {"fast_jpeg_resize": "numba", **args}  # of an earlier version, which did not record it
-    return args
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the state of an optimizer and the entries of its groups. OF_THIS_START keep the values of this start."""
-    groups = [
-        {**ours, **{name: value for name, value in group.items() if name not in OF_THIS_START}}
-        for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def place(value: Any, parameter: torch.Tensor) -> Any:
-        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        return parallel.placed_as(value, parameter) if is_moment else value
-
-    state = {
-        number: {name: place(value, parameters[number]) for name, value in moments.items()}
-        for number, moments in saved["state"].items()
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
-    if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
-        return
-    if len(callbacks) != len(states):
-        raise CheckpointError(
-            f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}"
-        )
-    for callback, state in zip(callbacks, states, strict=True):
-        callback.load_state_dict(state)
-
-
-def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
-    if "cpu" in rng:
-        torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
-
-
-def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name, before in _differing(sorted(saved.keys() - FREE), saved, settings).items():
-        logger.warning(f"`{name}` was {before} in the resumed run, and is {settings[name]} from now on")
-    unknown = sorted(saved.keys() - settings.keys() - FREE)
-    if unknown:
-        names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)
-        logger.warning(f"the checkpoint has settings that this script does not know, and they have no effect: {names}")

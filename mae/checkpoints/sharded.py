@@ -209,7 +209,7 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
         CheckpointError: the tensors can't be read.
     """
     saved, groups = state["optimizer"]["param_groups"], optimizer_state(model, optimizer)["param_groups"]
-    if len(saved) == len(groups):  # else of another architecture: `run_state.restore_model` raises an error
+    if len(saved) == len(groups):  # else of another architecture: `resume.restore_model` raises an error
         groups = [{**theirs, "params": own["params"]} for theirs, own in zip(saved, groups, strict=True)]
     state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
     ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -236,7 +236,7 @@ def _load(state: dict[str, Any], tensors: dict[str, torch.Tensor], together: boo
         key, _, moment = rest.rpartition(".")
         if kind == "model":
             model[rest] = tensor
-        elif key in number:  # other names are of another architecture, and `run_state.restore_model` raises an error
+        elif key in number:  # other names are of another architecture, and `resume.restore_model` raises an error
             moments.setdefault(number[key], {})[moment] = tensor
     groups = [{**group, "params": [number[str(name)] for name in group["params"]]} for group in groups]
     complete = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}

@@ -5,13 +5,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mae.build
 from mae.compare.store import locked
 from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
 from mae.suggestions import did_you_mean
-from mae.weights import preprocessing, reading
+from mae.weights import model_settings, preprocessing, reading
 
 Flags = dict[str, Any]
 
@@ -68,7 +67,7 @@ def open_encoders(run: Run, folder: Path) -> list[Encoder]:
 
 def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
     """Returns the flags of the architecture and the images that a file determines."""
-    recorded = mae.build.classifier_settings(weights)
+    recorded = model_settings.classifier_settings(weights)
     if not recorded:
         raise ValueError(f"--encoders {text}: no model of this library has its shapes")
     if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code

@@ -25,7 +25,6 @@ from mae.data.decode import (
 )
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
-from mae.data.labels import Subset
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Normalize, to_unit_range
@@ -124,6 +123,8 @@ def readable(
     Raises:
         BadImage: more than `loader.MAX_BAD_SHARE` of `total` can't be read, or all images of the source.
     """
+    from mae.data.labels import Subset
+
     own = list(range(parallel.rank(), len(source), parallel.world_size()))
     with preserve_generators():
         facts = all_facts(source, in_chans, own, up_to_cores(num_workers), values)

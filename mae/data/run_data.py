@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mae import parallel
-from mae.data import extras, image_facts, labels, loader, transforms
+from mae.data import extras, image_facts, loader, transforms
 from mae.data.decode import PixelValues
 from mae.data.open import open_source
 from mae.data.samples import Samples
@@ -87,6 +87,8 @@ class RunData:
             ValueError: a set can't be opened or has no labels, or their classes differ.
             BadImage: more than `loader.MAX_BAD_SHARE` of the training images, or all held-out images, can't be read.
         """
+        from mae.data import labels
+
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("`val_list` has no effect with `val_fraction`, which evaluates on training images")
@@ -118,6 +120,8 @@ class RunData:
         """Opens the validation set; with `val_fraction`, the held-out training images. Returns as `open_pair`."""
         if self.data.val_fraction:
             return self.open_pair()[1:]
+        from mae.data import labels
+
         val = labels.require(self.open_split("val"), "val", self.images.task)
         self.check_statistics(val)
         return val, {}

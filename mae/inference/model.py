@@ -25,7 +25,7 @@ from mae.data.decode import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
 from mae.settings.choices import LINEAR
-from mae.weights import loading, model_zoo, preprocessing, reading
+from mae.weights import loading, model_settings, model_zoo, preprocessing, reading
 from mae.weights.candidates import warn_once
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _load(
 ) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
     preprocessing.require_statistics(file, settings.get("mean"), settings.get("std"))
-    recorded = mae.build.file_settings(file, architecture)
+    recorded = model_settings.file_settings(file, architecture)
     recorded |= {name: value for name, value in row_settings(file.origin).items() if name not in file.settings}
     architecture = recorded["model"]
     if (

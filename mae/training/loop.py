@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -12,19 +12,35 @@ from torch.optim import Optimizer
 
 from mae import parallel
 from mae.data.batches import prefetch
-from mae.data.loader import TrainLoader
+from mae.data.item import Batch
 from mae.interrupts import Interrupted
-from mae.training.feature_files import FeatureBatches
 from mae.training.log import NullLog
 from mae.training.meters import Meters, Stopwatch
 from mae.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver, Request
 
-Loader = TrainLoader | FeatureBatches
 Loss = Tensor | Mapping[str, Tensor]  # (), or its terms by name
 RESERVED = {"loss", "lr"}  # train_NAME in log.txt
 UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
+
+
+class Loader(Protocol):
+    """Batches of an epoch, such as `loader.TrainLoader`."""
+
+    images_per_iteration: int  # in the batches of all processes together
+
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
+        """Sets the epoch and the first batch of the next iteration over this object."""
+
+    def seed_iteration(self, iteration: int) -> None:
+        """Seeds the random numbers of a batch."""
+
+    def __len__(self) -> int:
+        """Returns the number of iterations of an epoch."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of this process."""
 
 
 class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, sharded
+from mae.checkpoints import checkpoint, file_names
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupted, Interrupts
 
@@ -224,6 +224,8 @@ class ShardedSaver(Saver):
 
     def _write_files(self, state: dict[str, Any], paths: list[Path]) -> Path:
         folders = [path.with_suffix("") for path in paths]
+        from mae.checkpoints import sharded
+
         sharded.write(state, *folders, group=self.group)
         self._remove_old()
         return folders[0]

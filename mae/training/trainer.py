@@ -19,7 +19,6 @@ from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec, Run
 from mae.training import costs, environment, lr_sched
-from mae.training.compiling import compile_model
 from mae.training.loading_advice import faster_loading
 from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
 from mae.training.loop import Callback, EpochOptions, Loader
@@ -48,7 +47,11 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     )
     start_logging()
     if script:
-        run = run_state.with_recorded_settings(run, script)
+        run = replace(run, script=script)
+    if script and machine.resume and not run.evaluation.eval:
+        from mae.checkpoints import resume
+
+        run = resume.resumed_settings(run, script)
     torch.manual_seed(run.data.seed)
     trains = bool(script) and trains_encoder and not run.evaluation.eval
     precision = Precision(machine.amp, device, trains, run.machine.precision)
@@ -138,9 +141,13 @@ def run(
         stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, machine.resume))
         if parallel.is_main():
             environment.record(output_dir, precision.device, record)
-        run_state.resume(
-            machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, task.callbacks
-        )
+        if machine.resume:
+            from mae.checkpoints import resume
+
+            resume.restore_run(
+                machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, task.callbacks
+            )
+        parallel.barrier()  # every process has accepted the start of the run
         run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
         saver = open_saver(
@@ -152,6 +159,8 @@ def run(
         trained = task.trained or model
         measure_costs = partial(costs.of_epoch, precision, _flops(task, trained, precision, run.images))
         if machine.compile:
+            from mae.training.compiling import compile_model
+
             compile_model(trained, precision.device)
         train = partial(task.train_one_epoch, parallel.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= optim.epochs:

@@ -4,7 +4,7 @@
     missing, unexpected, resized = fit(model, weights, (ENCODER,))
 
 The caller decides which differences are errors: `mae.weights.loading` for each use of a file, and
-`run_state.restore_model` for a run that resumes.
+`resume.restore_model` for a run that resumes.
 """
 
 import logging

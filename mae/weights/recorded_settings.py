@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from mae import settings
+from mae import parallel, settings
+from mae.checkpoints import run_directory
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
@@ -13,9 +15,21 @@ from mae.settings.images import unused_crops
 from mae.settings.names import FLIPS
 from mae.settings.run import TAKEN
 from mae.user_code import runs_code
-from mae.weights import preprocessing, reading
+from mae.weights import model_settings, preprocessing, reading
 
 logger = logging.getLogger(__name__)
+
+
+def with_initial_weights(run: Run) -> tuple[Run, reading.Weights | None]:
+    """Returns the settings of a pre-training, with those of the file of `init_from`, and the file.
+
+    They are unchanged, and there is no file, if the run resumes.
+    """
+    machine = run.machine
+    if parallel.from_rank_0(lambda: run_directory.source(Path(machine.output_dir), machine.resume) is not None):
+        return run, None
+    file = reading.read(machine.init_from)
+    return with_settings_of(file, run, model_settings.autoencoder_settings(file), TRAIN), file
 
 
 def with_recorded_settings(
