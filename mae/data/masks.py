@@ -22,9 +22,9 @@ from mae.data.decode import BadImage
 from mae.data.generators import preserve_generators
 from mae.data.item import IGNORED, Item
 from mae.data.kinds.archives import Archive
-from mae.data.kinds.libraries import TorchvisionSet
 from mae.data.kinds.lists import read_pairs, require_first
 from mae.data.kinds.objects import UserSet, read_named
+from mae.data.kinds.torchvision import TorchvisionSet
 from mae.data.source import Files, OpenDataset, Source, find_files, first_few
 from mae.files.untrusted import printable, read_file
 from mae.user_code import DATASET

@@ -110,7 +110,7 @@ def _open_dataset(
     """Opens a dataset of a library, of shards, or of the user's code."""
     kind, _, name = dataset.partition(":")
     if kind == "hf":
-        from mae.data.kinds.libraries import HuggingFaceSet
+        from mae.data.kinds.huggingface import HuggingFaceSet
 
         return HuggingFaceSet(name, split)
     if kind == "py":
@@ -124,7 +124,7 @@ def _open_dataset(
         from mae.data.kinds.shards import Shards
 
         return parallel.from_rank_0(lambda: Shards(name, num_images))
-    from mae.data.kinds.libraries import TorchvisionSet
+    from mae.data.kinds.torchvision import TorchvisionSet
 
     return TorchvisionSet(dataset, split, data_path, download)
 

@@ -129,6 +129,21 @@ class Strings:
         return np.insert(self.bytes, self.ends, 0).tobytes()
 
 
+class NumberedItems:
+    """The names of samples that have numbers instead of files, and the version of all files."""
+
+    title: str
+    files_version: Any  # a cached property; of files that are read at once, an attribute that is set before
+
+    def name(self, index: int) -> str:
+        """Returns the name of the dataset and the number of the sample."""
+        return f"{self.title}[{index}]"
+
+    def version(self, index: int) -> str:
+        """Returns the version of all files."""
+        return self.files_version
+
+
 def version_of(path: str | Path) -> str:
     """Returns size and modification time of a file, or a digest of the sizes and times in a folder, as a text."""
     if os.path.isdir(path):

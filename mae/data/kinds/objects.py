@@ -20,8 +20,7 @@ from mae.data import decode, extras
 from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
-from mae.data.kinds.libraries import LibrarySet
-from mae.data.source import OpenDataset, first_few, version_of
+from mae.data.source import NumberedItems, OpenDataset, first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.user_code import DATASET, call, import_object
 
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 MOST_CLASSES = 1_000_000  # without names: their names are those of all numbers
 
 
-class UserSet(LibrarySet):
+class UserSet(NumberedItems):
     """A map-style dataset of the user's code.
 
     Every process that reads samples calls the function, with the same random numbers for each call and each split. Open

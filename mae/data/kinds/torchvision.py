@@ -1,0 +1,149 @@
+"""Datasets of torchvision, chosen by the name of their class."""
+
+import inspect
+import logging
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae import parallel
+from mae.data.decode import BadImage
+from mae.data.item import Item
+from mae.data.kinds.lists import LABEL_COLUMNS
+from mae.data.source import VALIDATION, NumberedItems, names_of, version_of
+from mae.files.untrusted import read_file
+
+logger = logging.getLogger(__name__)
+
+LABELS = (*LABEL_COLUMNS, "labels")  # names of columns of Hugging Face in which integers and texts are labels
+PLAIN_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
+
+
+class TorchvisionSet(NumberedItems):
+    """A dataset of torchvision.
+
+    Args:
+        name: the name of its class, such as CIFAR10, or CLASS:SPLIT for a split or version of the class
+            (STL10:unlabeled, INaturalist:2018).
+        split: "train" or "val". Ignored for the training set if `name` has a split.
+        root: the folder with the files of the dataset.
+        download: download missing files to `root`.
+
+    Raises:
+        ValueError: the class or split does not exist, or torchvision can't open the files.
+    """
+
+    def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
+        import torchvision  # takes more than a second
+
+        self.title, self.root = name, root
+        name, _, part = name.partition(":")
+        make = getattr(torchvision.datasets, name, None)
+        if not inspect.isclass(make):
+            raise ValueError(f"dataset={name}: torchvision has no dataset of this name, such as CIFAR10")
+        takes = _parameters(make)
+        arguments: dict[str, Any] = {"root": root} if root and "root" in takes else {}
+        if "small" in takes and root and any(Path(root).glob("*_256*")):  # Places365 of 256 pixels
+            arguments["small"] = True
+        if "loader" in takes:
+            arguments["loader"] = read_file  # returns bytes, which our own decoder decodes
+        parts = self._parts(make, takes, split, part)
+        if parallel.is_main() and download and "download" in takes:
+            self._open(make, arguments | {"download": True}, parts)
+        parallel.barrier()
+        self.images = self._open(make, arguments, parts)
+        listed = _listed_labels(self.images)
+        self.classes = _class_names(self.images, listed)
+        self.has_ids = bool(self.classes) and not _listed_names(self.images)
+        self._labels = listed if self.classes else np.full(len(self), -1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Returns the labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
+        if self._labels is None:
+            logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples to collect them")
+            self._labels = np.array([self[index].label for index in range(len(self))])
+        return self._labels
+
+    def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
+        """Returns candidate arguments that select a split. The first that the class accepts is used."""
+        chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
+        if part and not chooser:
+            raise ValueError(f"dataset={self.title}: {make.__name__} has no splits of its own")
+        own = {chooser: part} if chooser and part else {}
+        if "train" in takes and split in ("train", *VALIDATION):
+            return [own | {"train": split == "train"}]
+        if split == "train":  # "train" first, because the default split may include the images of "val"
+            return [own] if own or not chooser else [{chooser: "train"}, {}]
+        if not chooser or (own and chooser == "version"):
+            raise ValueError(f"dataset={self.title}: torchvision has no {split} split of it: give val_list=FILE")
+        return [{chooser: name} for name in names_of(split)]
+
+    def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
+        for part in parts:
+            try:
+                images = make(**arguments, **part)
+            except Exception as error:  # classes raise any exception for missing files
+                if isinstance(error, ValueError) and part is not parts[-1]:
+                    continue  # the class has no such split
+                raise ValueError(
+                    f"dataset={self.title}: torchvision reports: {' '.join(str(error).split())} (`data_path` is the "
+                    f"folder with the files, and `download` downloads them to it)"
+                ) from error
+            if part is not parts[0]:
+                used = ", ".join(part.values()) or "default split"
+                logger.info(f"{self.title}: it has no split {', '.join(parts[0].values())}; its {used} is used")
+            return images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image, label = self.images[index][:2]
+        except OSError:
+            raise
+        except Exception as error:
+            raise BadImage(f"torchvision can't read it ({type(error).__name__}: {error})") from error
+        return Item(image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1)
+
+    @cached_property
+    def files_version(self) -> str:
+        return version_of(self.root) if self.root else ""
+
+
+def _parameters(make: type) -> set[str]:
+    """Returns the parameters of a class, including those that it passes to its base classes."""
+    names: set[str] = set()
+    for base in make.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
+def _listed_labels(images: Any) -> np.ndarray | None:
+    """Returns the labels that a dataset of torchvision lists, if they are one integer per sample."""
+    for attribute in ("targets", "labels", "_labels"):
+        listed = getattr(images, attribute, None)
+        numbers = np.asarray([] if listed is None else listed)
+        if numbers.size == len(images) and numbers.dtype.kind in "iu":
+            return numbers.reshape(-1).astype(np.int64)
+    return None
+
+
+def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
+    return _listed_names(images) or ([] if listed is None else [str(n) for n in range(int(listed.max()) + 1)])
+
+
+def _listed_names(images: Any) -> list[str]:
+    """Returns the names of the classes that a dataset of torchvision has."""
+    for attribute in ("classes", "categories", "all_categories"):
+        names = getattr(images, attribute, None)
+        if isinstance(names, (list, tuple)) and names:
+            return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
+    return []
