@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ import numpy as np
 from mae import parallel
 from mae.data.decode import BadImage
 from mae.data.item import Item
-from mae.data.kinds.lists import LABEL_COLUMNS
 from mae.data.source import VALIDATION, NumberedItems, names_of, version_of
 from mae.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
-
-LABELS = (*LABEL_COLUMNS, "labels")  # names of columns of Hugging Face in which integers and texts are labels
-PLAIN_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
 
 
 class TorchvisionSet(NumberedItems):
