@@ -1,13 +1,12 @@
 """One sample of a dataset, from the file to the model, and a batch of them. Both have the same slots."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 IGNORED = 255  # in masks: the value of pixels without a class
-NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
+NO_INPUTS: Mapping[str, Tensor] = {}  # read only; a MappingProxyType can't be sent to another process
 
 
 class Item(NamedTuple):
