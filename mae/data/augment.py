@@ -1,8 +1,9 @@
-"""The stages of transforms, on torchvision's transforms of version 2: crops, scaling, flips and rotations of items.
+"""The stages of transforms, on the functions of torchvision's transforms of version 2.
 
-The image of an item, its valid pixels, its maps and its mask are transformed together. Pictures of 8 bits are Pillow
-images, whose pixels are those of the published results. `transforms.py` imports this module inside functions, because
-importing torchvision takes more than a second.
+A stage changes an image and, in the same way, what has its size: its valid pixels, its maps and its mask, according to
+their types (`torchvision.tv_tensors`). Pictures of 8 bits are Pillow images, whose pixels are those of the published
+results.
+`transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
 """
 
 import math
@@ -10,71 +11,113 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as F
 
-from mae.data.decode import MAX_PIXELS, BadImage, require_size, size_of, to_tensor
+from mae.data.bicubic_weights import weights
+from mae.data.decode import MAX_PIXELS, SMALL, BadImage, has_bytes, require_size, size_of, to_pillow, to_tensor
 from mae.data.item import IGNORED, Item
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
 
-BICUBIC, BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 MAX_INVALID = 0.01  # weight of the invalid pixels in a valid pixel of a scaled image
 
-Stage = Callable[[Item], Item]
+Values = list[Any]  # the image of an item, and then its valid pixels, mask and maps, if there are any
+Stage = Callable[[Values], Values]
 
 
-def prepare(item: Item) -> Item:
-    """Gives the slots of an item the types by which torchvision transforms them.
-
-    Raises:
-        BadImage: the mask or a map has another size than the image.
-    """
-    if isinstance(item.label, tv_tensors.TVTensor):
-        require_size(item.image, item.label.shape[-2:], "mask")
-    for name, value in item.inputs.items():
-        if isinstance(value, tv_tensors.TVTensor):
-            require_size(item.image, value.shape[-2:], f"map {name}")
-    image = tv_tensors.Image(item.image) if isinstance(item.image, Tensor) else item.image
-    valid = None if item.valid is None else tv_tensors.Image(item.valid[None].float())
-    return item._replace(image=image, valid=valid)
-
-
-def finish(item: Item) -> Item:
-    """Returns an item of plain tensors: image (c, H, W), valid pixels and maps (H, W).
+class Transform:
+    """Applies stages to the image of a decoded item, and to what has its size. The result has tensors.
 
     Scaling an image mixes its pixels. A pixel is valid if the weights of the valid pixels have the sum 1.
+
+    Raises (when called):
+        BadImage: the mask or a map has another size than the image.
     """
-    valid = None
-    if item.valid is not None:
-        valid = (_plain(item.valid)[0] - 1).abs() < MAX_INVALID
-        valid = None if valid.all() else valid
-    inputs = item.inputs
-    if inputs:
-        inputs = {name: _plain(value)[0] if _is_map(value) else value for name, value in inputs.items()}
-    return Item(_plain(to_tensor(item.image)), _plain(item.label), valid, inputs)
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
+
+    def __call__(self, item: Item) -> Item:
+        image, label, valid, inputs = item
+        values: Values = [image]
+        if valid is not None:
+            values.append(tv_tensors.Image(valid[None].float()))
+        has_mask = isinstance(label, tv_tensors.TVTensor)
+        if has_mask:
+            require_size(image, label.shape[-2:], "mask")
+            values.append(label)
+        maps = [name for name, value in inputs.items() if isinstance(value, tv_tensors.TVTensor)] if inputs else []
+        for name in maps:
+            require_size(image, inputs[name].shape[-2:], f"map {name}")
+            values.append(inputs[name])
+        for stage in self.stages:
+            values = stage(values)
+        image, *others = values
+        if valid is not None:
+            valid = _valid_pixels(others.pop(0))
+        if has_mask:
+            label = others.pop(0).as_subclass(Tensor)
+        scaled = {name: value.as_subclass(Tensor)[0] for name, value in zip(maps, others, strict=True)}
+        return Item(to_tensor(image), label, valid, {**inputs, **scaled} if scaled else inputs)
 
 
-def _is_map(value: Any) -> bool:
-    return isinstance(value, tv_tensors.Image)
+def _valid_pixels(weights: Tensor) -> Tensor | None:
+    """Weights of the valid pixels (1, H, W) -> the valid pixels (H, W); None: all."""
+    valid = (weights.as_subclass(Tensor)[0] - 1).abs() < MAX_INVALID
+    return None if valid.all() else valid
 
 
-def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, tv_tensors.TVTensor) else value
+def scale(value: Any, height: int, width: int) -> Any:
+    """Scales an image or a map bicubically, with antialiasing, and a mask to the nearest pixel.
+
+    Bytes of Pillow images and of tensors with up to SMALL pixels per side equal the bytes of Pillow.
+    """
+    if isinstance(value, Image.Image):
+        return value.resize((width, height), Image.Resampling.BICUBIC)
+    if type(value) is Tensor and has_bytes(value) and max(value.shape[1:]) <= SMALL:
+        if max(height, width) > SMALL:
+            return scale(to_pillow(value), height, width)
+        # By products of matrices, in a fraction of the time of Pillow.
+        rows = _rounded(value.numpy().astype(np.float64) @ weights(value.shape[2], width).T)
+        return torch.from_numpy(_rounded(weights(value.shape[1], height) @ rows).astype(np.uint8))
+    return _resize(value, [height, width], BICUBIC)
 
 
-def compose(*stages: Stage) -> Stage:
-    """Returns the transform of decoded items to items of tensors."""
-    return v2.Compose([prepare, *stages, finish])
+def _resize(value: Any, size: list[int], mode: InterpolationMode) -> Any:
+    """Scales with antialiasing. Bytes of more channels than color are scaled as floats, and rounded."""
+    if type(value) is Tensor and not has_bytes(value):
+        return TF.resize(value, size, mode)  # of version 1: version 2 computes with integers
+    return F.resize(value, size, mode)
 
 
-class RandomCrop(v2.Transform):
-    """Resizes a random crop to (height, width), bicubically.
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Rounds pixels to bytes, in place."""
+    values += 0.5
+    np.floor(values, out=values)
+    return np.minimum(np.maximum(values, 0, out=values), 255, out=values)
+
+
+class Scale:
+    """Scales images to (height, width). Images of this size are unchanged."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, values: Values) -> Values:
+        return values if size_of(values[0]) == self.size else [scale(value, *self.size) for value in values]
+
+
+class RandomCrop:
+    """Resizes a random crop to (height, width).
 
     Args:
         sample: returns the (top, left, height, width) of a crop of an image, from it, `scale` and `ratio`.
@@ -86,17 +129,59 @@ class RandomCrop(v2.Transform):
         self, sample: Callable[..., Sequence[int]], size: tuple[int, int], scale: Sequence[float],
         ratio: Sequence[float],
     ) -> None:  # fmt: skip
-        super().__init__()
         self.sample, self.size, self.scale, self.ratio = sample, size, scale, ratio
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Samples the crop of the image, which is the first input."""
-        top, left, height, width = self.sample(flat_inputs[0], self.scale, self.ratio)
-        return {"top": top, "left": left, "height": height, "width": width}
+    def __call__(self, values: Values) -> Values:
+        top, left, height, width = self.sample(values[0], self.scale, self.ratio)
+        parts = (
+            value[:, top : top + height, left : left + width]
+            if type(value) is Tensor  # in a fraction of the time of the function
+            else F.crop(value, top, left, height, width)
+            for value in values
+        )
+        return [scale(part, *self.size) for part in parts]
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crops and scales an image, a mask or a map."""
-        return F.resized_crop(inpt, **params, size=list(self.size), interpolation=BICUBIC, antialias=True)
+
+class CenterCrop:
+    """Crops the center (height, width)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, values: Values) -> Values:
+        if size_of(values[0]) == self.size:
+            return values
+        return [F.center_crop(value, list(self.size)) for value in values]
+
+
+class RandomFlip:
+    """Flips images with a probability.
+
+    Args:
+        flip: `F.horizontal_flip` or `F.vertical_flip`.
+    """
+
+    def __init__(self, flip: Callable[[Any], Any], probability: float) -> None:
+        self.flip, self.probability = flip, probability
+
+    def __call__(self, values: Values) -> Values:
+        return [self.flip(value) for value in values] if torch.rand(1) < self.probability else values
+
+
+class ChangeImage:
+    """Applies an augmentation policy of timm to images of bytes with 1 or 3 channels."""
+
+    def __init__(self, change: Callable[[Image.Image], Image.Image]) -> None:
+        self.change = change
+
+    def __call__(self, values: Values) -> Values:
+        picture = to_pillow(values[0])
+        if isinstance(picture, Tensor):
+            raise ValueError(
+                "`aa` and `color_jitter` support 8-bit images with 1 or 3 channels only; give aa=none and omit "
+                "`color_jitter`"
+            )
+        return [self.change(picture), *values[1:]]
 
 
 def sample_once(image: Any, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
@@ -129,53 +214,42 @@ def first_stage(
             raise ValueError(f"{name}=[{low}, {high}]: give a minimum and a maximum between 0 and {limit}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return v2.Resize((height, width), BICUBIC)
+        return Scale((height, width))
     sample = sample or T.RandomResizedCrop.get_params
     return RandomCrop(sample, (height, width), scale, (ratio[0] * (width / height), ratio[1] * (width / height)))
 
 
-class Cover(v2.Transform):
-    """Scales an image to cover (height, width), bicubically."""
+class Cover:
+    """Scales images to cover (height, width)."""
 
     def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
         self.size = size
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Computes the size of the scaled image, and the part of a narrow strip that is scaled."""
+    def __call__(self, values: Values) -> Values:
         height, width = self.size
-        rows, columns = v2.query_size(flat_inputs)
-        # A narrow strip is cropped before it is scaled: else, it could fill the memory.
+        rows, columns = size_of(values[0])
         longest = int(10 * max(height / width, width / height) * min(rows, columns))
-        rows, columns = min(rows, longest), min(columns, longest)
+        if max(rows, columns) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
+            rows, columns = min(rows, longest), min(columns, longest)
+            values = [F.center_crop(value, [rows, columns]) for value in values]
         if height == width:
             shorter = min(rows, columns)  # with the rounding of torchvision, as in the published results
-            return {"part": [rows, columns], "size": [height * rows // shorter, width * columns // shorter]}
-        factor = max(height / rows, width / columns)
-        return {
-            "part": [rows, columns],
-            "size": [max(height, round(rows * factor)), max(width, round(columns * factor))],
-        }
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Scales an image, a mask or a map."""
-        if F.get_size(inpt) != params["part"]:
-            inpt = F.center_crop(inpt, params["part"])
-        return F.resize(inpt, params["size"], interpolation=BICUBIC, antialias=True)
+            height, width = height * rows // shorter, width * columns // shorter
+        else:
+            factor = max(height / rows, width / columns)
+            height, width = max(height, round(rows * factor)), max(width, round(columns * factor))
+        return [scale(value, height, width) for value in values]
 
 
-class RandomRotate90(v2.Transform):
-    """Rotates an image by a random multiple of 90 degrees."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Samples the number of quarter turns."""
-        return {"turns": int(torch.randint(4, (1,)))}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Rotates an image, a mask or a map, counterclockwise."""
-        if isinstance(inpt, Image.Image):
-            return inpt.rotate(90 * params["turns"], expand=True)
-        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
+def _rotate90(values: Values) -> Values:
+    """Rotates images by a random multiple of 90 degrees, counterclockwise."""
+    turns = int(torch.randint(4, (1,)))
+    return [
+        value.rotate(90 * turns, expand=True)
+        if isinstance(value, Image.Image)
+        else tv_tensors.wrap(torch.rot90(value, turns, (-2, -1)), like=value)
+        for value in values
+    ]
 
 
 def flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Stage]:
@@ -189,9 +263,9 @@ def flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Stag
         raise ValueError(f"`rotate90`: input_size=[{height}, {width}] is not a square; omit `rotate90`")
     stages: list[Stage] = []
     if vflip > 0:
-        stages.append(v2.RandomVerticalFlip(vflip))
+        stages.append(RandomFlip(F.vertical_flip, vflip))
     if rotate90:
-        stages.append(RandomRotate90())
+        stages.append(_rotate90)
     return stages
 
 
@@ -211,54 +285,69 @@ def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
     return height, width
 
 
-def resize_short_side(item: Item, short_side: int) -> Item:
-    """Scales the image so that its shorter side has `short_side` pixels; 0: unchanged. The mask keeps its size."""
-    item = prepare(item)
-    if not short_side:
-        return finish(item)
-    size = list(sides_for(size_of(item.image), short_side))
-    image, valid = (value if value is None else F.resize(value, size, BILINEAR) for value in (item.image, item.valid))
-    return finish(item._replace(image=image, valid=valid))
+class ShortSide:
+    """Scales images so that their shorter side has `pixels` pixels, bilinearly; 0: unchanged. Masks keep their size.
+
+    Raises (when called):
+        BadImage: as in `sides_for`.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
+
+    def __call__(self, values: Values) -> Values:
+        if not self.pixels:
+            return values
+        size = list(sides_for(size_of(values[0]), self.pixels))
+        return [value if isinstance(value, tv_tensors.Mask) else _resize(value, size, BILINEAR) for value in values]
 
 
-def scale_and_crop(
-    item: Item, size: tuple[int, int], short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
-) -> Item:
-    """Scales an image and its mask by a random factor, and takes a random crop and a random horizontal flip.
+class ScaleAndCrop:
+    """Scales images and their masks by a random factor, and takes a random crop and a random horizontal flip.
 
     A scaled image that is smaller than the crop is padded at the bottom and at the right: the image with the mean, the
     mask with IGNORED.
 
     Args:
-        item: the label is the mask, classes of pixels (H, W).
         size: (H, W) of the crop.
         short_side: shorter side of the image in pixels for a scale of 1; 0: as in the file.
         scale: minimum and maximum of the random scale.
         hflip: probability of a horizontal flip.
         mean: mean of each channel, for pixel values from 0 to 1.
 
-    Raises:
-        BadImage: as in `sides_for` for the maximum of the scale, or the mask has another size than the image.
+    Raises (when called):
+        BadImage: as in `sides_for` for the maximum of the scale.
     """
-    item = prepare(item)
-    stored = size_of(item.image)
-    short_side = short_side or min(stored)
-    sides_for(stored, short_side * scale[1])  # raises an error for the maximum, also if the scale is smaller
-    height, width = sides_for(stored, short_side * random.uniform(*scale))
-    rows, columns = size
-    top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
-    bottom, right = min(height, top + rows), min(width, left + columns)
-    padding = [0, 0, columns - (right - left), rows - (bottom - top)]
-    flips = random.random() < hflip
 
-    def change(value: Any, mode: v2.InterpolationMode, fill: Any) -> Any:
-        value = F.crop(F.resize(value, [height, width], mode), top, left, bottom - top, right - left)
-        value = F.pad(value, padding, fill=fill)
-        return F.horizontal_flip(value) if flips else value
+    def __init__(
+        self, size: tuple[int, int], short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
+    ) -> None:
+        self.size, self.short_side, self.scale, self.hflip, self.mean = size, short_side, scale, hflip, mean
 
-    is_bytes = isinstance(item.image, Image.Image) or item.image.dtype == torch.uint8
-    color = [round(255 * value) for value in mean] if is_bytes else list(mean)
-    # As an image: masks of torchvision are scaled to the nearest pixel of the upper left corner, not of the center.
-    mask = change(tv_tensors.Image(item.label), v2.InterpolationMode.NEAREST_EXACT, IGNORED)
-    valid = None if item.valid is None else change(item.valid, BILINEAR, 1)
-    return finish(item._replace(image=change(item.image, BILINEAR, color), label=_plain(mask)[0], valid=valid))
+    def __call__(self, values: Values) -> Values:
+        stored, (rows, columns) = size_of(values[0]), self.size
+        short_side = self.short_side or min(stored)
+        sides_for(stored, short_side * self.scale[1])  # raises an error for the maximum, also if the scale is smaller
+        height, width = sides_for(stored, short_side * random.uniform(*self.scale))
+        top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
+        bottom, right = min(height, top + rows), min(width, left + columns)
+        padding = [0, 0, columns - (right - left), rows - (bottom - top)]
+        flips = random.random() < self.hflip
+
+        def change(value: Any, mode: InterpolationMode, fill: Any) -> Any:
+            value = F.crop(_resize(value, [height, width], mode), top, left, bottom - top, right - left)
+            value = F.pad(value, padding, fill=fill)
+            return F.horizontal_flip(value) if flips else value
+
+        image, *others = values
+        is_bytes = isinstance(image, Image.Image) or image.dtype == torch.uint8
+        color = [round(255 * value) for value in self.mean] if is_bytes else list(self.mean)
+        changed = [change(image, BILINEAR, color)]
+        for value in others:
+            if isinstance(value, tv_tensors.Mask):
+                # As an image: masks are scaled to the nearest pixel of the upper left corner, not of the center.
+                mask = change(tv_tensors.Image(value), InterpolationMode.NEAREST_EXACT, IGNORED)
+                changed.append(tv_tensors.Mask(mask[0]))
+            else:
+                changed.append(change(value, BILINEAR, 1))  # valid pixels: the mean is valid
+        return changed

@@ -30,7 +30,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
-SMALL = 64  # pixels per side, up to which Pillow scales faster than PyTorch
+SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
 MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
@@ -165,13 +165,16 @@ def decode(
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
         fast_jpeg: if `in_chans` is 3, return tensors instead of Pillow images with more than SMALL pixels per side.
-            Color JPEG files are decoded with `mae.data.jpeg`.
+            Color JPEG files are decoded with `mae.data.jpeg`. Tensors of bytes with up to SMALL pixels per side are
+            always unchanged.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
+    if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
+        return data
     is_fast = fast_jpeg and in_chans == 3
     if is_fast and has_bytes(data) and len(data) == in_chans:
         return _fastest(data)

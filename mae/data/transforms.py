@@ -5,7 +5,6 @@ torchvision and timm are imported inside functions, because importing them takes
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -189,8 +188,8 @@ def pretrain_transform(
     from mae.data import augment
 
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio)
-    flip = augment.v2.RandomHorizontalFlip(hflip)
-    return augment.compose(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
+    flip = augment.RandomFlip(augment.F.horizontal_flip, hflip)
+    return augment.Transform(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def finetune_transform(
@@ -250,18 +249,9 @@ def finetune_transform(
     # timm samples empty crops of signals with one row.
     sample = RandomResizedCropAndInterpolation.get_params if height == width else None
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio, sample)
-    flip = [augment.v2.RandomHorizontalFlip(hflip)] if hflip > 0 else []
-    policies = [partial(_change_bytes, change=stages[1])] if stages[1].transforms else []
-    return augment.compose(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
-
-
-def _change_bytes(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
-    if not isinstance(item.image, Image.Image):
-        raise ValueError(
-            "`aa` and `color_jitter` support 8-bit images with 1 or 3 channels only; give aa=none and omit "
-            "`color_jitter`"
-        )
-    return item._replace(image=change(item.image))
+    flip = [augment.RandomFlip(augment.F.horizontal_flip, hflip)] if hflip > 0 else []
+    policies = [augment.ChangeImage(stages[1])] if stages[1].transforms else []
+    return augment.Transform(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -280,7 +270,7 @@ def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) 
     height, width = to_pair(input_size)
     sample = augment.sample_once if height == width else None
     first = augment.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, sample)
-    return augment.compose(first, augment.v2.RandomHorizontalFlip(hflip))
+    return augment.Transform(first, augment.RandomFlip(augment.F.horizontal_flip, hflip))
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
@@ -299,16 +289,16 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return augment.compose(augment.v2.Resize((height, width), augment.BICUBIC))
+        return augment.Transform(augment.Scale((height, width)))
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return augment.compose(augment.Cover(scaled), augment.v2.CenterCrop((height, width)))
+    return augment.Transform(augment.Cover(scaled), augment.CenterCrop((height, width)))
 
 
 def segmentation_transform(
     size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
 ) -> Transform:
-    """Returns the random scale, random crop and horizontal flip of an image and its mask, as `augment.scale_and_crop`.
+    """Returns the random scale, random crop and horizontal flip of an image and its mask, as `augment.ScaleAndCrop`.
 
     Args:
         size: (H, W) of the crop.
@@ -324,13 +314,11 @@ def segmentation_transform(
 
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum, above 0")
-    return partial(
-        augment.scale_and_crop, size=to_pair(size), short_side=short_side, scale=scale, hflip=hflip, mean=mean
-    )
+    return augment.Transform(augment.ScaleAndCrop(to_pair(size), short_side, scale, hflip, mean))
 
 
 def scaled_transform(short_side: int) -> Transform:
     """Scales images so that their shorter side has `short_side` pixels; 0: unchanged. Masks keep their size."""
     from mae.data import augment
 
-    return partial(augment.resize_short_side, short_side=short_side)
+    return augment.Transform(augment.ShortSide(short_side))
