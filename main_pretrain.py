@@ -45,6 +45,7 @@ from mae.user_code import with_source
 from models_vit import Encoder
 
 if TYPE_CHECKING:
+    from mae.training.online_probe import OnlineProbe
     from mae.weights.reading import Weights
 
 logger = logging.getLogger(__name__)
@@ -100,11 +101,7 @@ def main(
     run, precision = trainer.start(run, "main_pretrain")
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
 
-    file = None
-    if run.machine.init_from:
-        from mae.weights.recorded_settings import with_initial_weights
-
-        run, file = with_initial_weights(run)
+    run, file = with_initial_weights(run)
     data, train = open_images(run, precision.device, source)  # first, because a large model takes long
     model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
@@ -127,11 +124,7 @@ def main(
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = None
-    if run.evaluation.probe_every or run.evaluation.probe_path:
-        from mae.training.online_probe import open_probe
-
-        probe = open_probe(run, data, full_images.source, model, precision)
+    probe = open_probe(run, data, full_images.source, model, precision)
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
@@ -148,6 +141,26 @@ def main(
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)
+
+
+def with_initial_weights(run: Run) -> "tuple[Run, Weights | None]":
+    """Returns the settings of a run, with those of the file of --init_from, and the file, if any."""
+    if not run.machine.init_from:
+        return run, None
+    from mae.weights import recorded_settings
+
+    return recorded_settings.with_initial_weights(run)
+
+
+def open_probe(
+    run: Run, data: RunData, source: Source | Stream, model: models_mae.MaskedAutoencoderViT, precision: Precision
+) -> "OnlineProbe | None":
+    """Opens the data of --probe_every, if it is given."""
+    if not (run.evaluation.probe_every or run.evaluation.probe_path):
+        return None
+    from mae.training import online_probe
+
+    return online_probe.open_probe(run, data, source, model, precision)
 
 
 def build_model(

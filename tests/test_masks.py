@@ -17,7 +17,7 @@ from test_decode import png as raw_png
 from mae.data import transforms
 from mae.data.decode import BadImage, to_tensor
 from mae.data.item import Item
-from mae.data.masks import IGNORED, VOC, MaskFormat, default_colors, open_pairs, read_palette
+from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, open_pairs, read_palette
 from mae.data.samples import Samples
 
 THREE = MaskFormat(3)
@@ -325,7 +325,7 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
     for seed in range(40):
         torch.manual_seed(seed)
         random.seed(seed)
-        image, classes, *_ = transform(Item(picture, mask))
+        image, classes, *_ = transform(Item(picture, as_mask(mask)))
         assert (image.shape, classes.shape) == ((1, 32, 40), (32, 40))
         assert (image.dtype, classes.dtype) == (torch.uint8, torch.uint8)
         ignored = classes == IGNORED
@@ -344,15 +344,15 @@ def test_scales_are_relative_to_the_short_side():
     sizes = []
     for short_side, scale in ((45, 1), (0, 2), (20, 0.5)):
         transform = transforms.segmentation_transform((200, 200), short_side, (scale, scale), 0, [0.5])
-        classes = transform(Item(picture, mask)).label
+        classes = transform(Item(picture, as_mask(mask))).label
         valid = classes != IGNORED
         sizes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
-        evaluated, same, *_ = transforms.scaled_transform(short_side)(Item(picture, mask))
+        evaluated, same, *_ = transforms.scaled_transform(short_side)(Item(picture, as_mask(mask)))
         assert evaluated.shape[1:] == ((short_side, 2 * short_side) if short_side else (30, 60))
-        assert same is mask
+        assert torch.equal(same, mask)
     assert sizes == [(45, 90), (60, 120), (10, 20)]
     mask = torch.randint(0, 3, (30, 60), dtype=torch.uint8)
-    classes = transforms.segmentation_transform((17, 34), 17, (1, 1), 0, [0.5])(Item(picture, mask)).label
+    classes = transforms.segmentation_transform((17, 34), 17, (1, 1), 0, [0.5])(Item(picture, as_mask(mask))).label
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
     with pytest.raises(ValueError, match=r"scale=\[2, 1\]"):
@@ -385,7 +385,7 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
 def test_images_of_any_channels_are_augmented():
     picture, mask = torch.rand(5, 20, 30), torch.zeros(20, 30, dtype=torch.uint8)
     transform = transforms.segmentation_transform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])
-    image, classes, *_ = transform(Item(picture, mask))
+    image, classes, *_ = transform(Item(picture, as_mask(mask)))
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert classes[-1, -1] == IGNORED
