@@ -45,7 +45,6 @@ from mae.user_code import with_source
 from models_vit import Encoder
 
 if TYPE_CHECKING:
-    from mae.training.online_probe import OnlineProbe
     from mae.weights.reading import Weights
 
 logger = logging.getLogger(__name__)
@@ -154,8 +153,8 @@ def with_initial_weights(run: Run) -> "tuple[Run, Weights | None]":
 
 def open_probe(
     run: Run, data: RunData, source: Source | Stream, model: models_mae.MaskedAutoencoderViT, precision: Precision
-) -> "OnlineProbe | None":
-    """Opens the data of --probe_every, if it is given."""
+) -> Any:
+    """Opens the data of --probe_every. Returns an `online_probe.OnlineProbe`, or None without the flag."""
     if not (run.evaluation.probe_every or run.evaluation.probe_path):
         return None
     from mae.training import online_probe

@@ -26,7 +26,7 @@ def test_progress_counts_images():
     with pytest.raises(CheckpointError, match=r"batch size of 48 .*`batch_size` x `accum_iter`.* 8$"):
         resume.restore_progress(Progress(8, 8), {"progress": saved})
     foreign = Progress(48, 48)
-    foreign.restore({"epoch": 19})
+    resume.restore_progress(foreign, {"epoch": 19})
     assert (foreign.epoch, foreign.first_iteration) == (20, 0)
 
 

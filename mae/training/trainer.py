@@ -141,12 +141,7 @@ def run(
         stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, machine.resume))
         if parallel.is_main():
             environment.record(output_dir, precision.device, record)
-        if machine.resume:
-            from mae.checkpoints import resume
-
-            resume.restore_run(
-                machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, task.callbacks
-            )
+        _resume(run, model, optimizer, precision, record, progress, task.callbacks)
         parallel.barrier()  # every process has accepted the start of the run
         run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
@@ -178,6 +173,20 @@ def run(
         _train_epochs(
             train, options, task, optim.epochs, run.evaluation.eval_every, model, batches, progress, interrupts
         )
+
+
+def _resume(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, record: dict[str, Any],
+    progress: run_state.Progress, callbacks: Sequence[Callback],
+) -> None:  # fmt: skip
+    machine = run.machine
+    if not machine.resume:
+        return
+    from mae.checkpoints import resume
+
+    resume.restore_run(
+        machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
+    )
 
 
 def _flops(task: Task, trained: nn.Module, precision: Precision, images: ImageSpec) -> int | None:
