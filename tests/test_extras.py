@@ -9,6 +9,7 @@ import torch
 from mains import assert_equal, fails, in_processes, lines, parse, stop_and_resume, weights
 from PIL import Image
 from test_decode import saved
+from torchvision import tv_tensors
 
 import mae.build
 import main_finetune
@@ -18,7 +19,8 @@ import main_pretrain
 import main_segment
 from examples.ground_positions import GroundPositions
 from mae.data import loader, transforms
-from mae.data.decode import BadImage
+from mae.data.decode import BadImage, decode
+from mae.data.item import Item
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.source import versions
@@ -237,6 +239,23 @@ def test_maps_of_other_shapes_are_named():
     samples = mapped_samples(transforms.eval_transform(16), wrong=3)
     with pytest.raises(BadImage, match=r"item 3 of .*: its map red has the shape \(22, 30\), and the image \(23, 30\)"):
         samples[0, 3]
+
+
+@pytest.mark.parametrize("value", [np.zeros((2, 16, 16)), None])
+def test_a_declared_map_has_one_channel(value):
+    item = {"image": BLACK, "label": 0} | ({} if value is None else {"depth": value})
+    dataset = type("Maps", (list,), {"maps": ("depth",)})([item])
+    with pytest.raises(ValueError, match=r"item 0 of .*: its map depth has the shape"):
+        opened(dataset)[0]
+
+
+def test_a_policy_of_bytes_does_not_leave_a_map_behind():
+    transform = transforms.finetune_transform(16, [0.5] * 3, "rand-m9-mstd0.5-inc1")
+    depth = tv_tensors.Image(torch.zeros(16, 16))
+    with pytest.raises(ValueError, match=r"maps.*aa=none"):
+        transform(Item(Image.fromarray(BLACK), 0, inputs={"depth": depth}))
+    large = decode(saved(Image.new("RGB", (100, 100)), "JPEG"), 3, fast_jpeg=True)
+    assert transform(Item(large)).image.shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("encoded", [False, True])

@@ -25,6 +25,7 @@ from mae.data.item import Item
 from mae.data.open import open_source
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.inference.model import get_model
+from mae.inference.reconstruct import reconstruct
 from mae.settings import ImageSpec
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 
@@ -370,6 +371,20 @@ def test_features_and_predictions(clouds):
     torch.testing.assert_close(model.extract_feat(image), model.extract_feat(filled))
     two = model.prepare([image, (filled * 255).astype(np.uint8)])  # bytes and floats have one range
     assert two.abs().max() < 4
+
+
+def test_a_reconstruction_has_the_mean_in_place_of_invalid_pixels(clouds):
+    """As in training, whatever the valid pixels are."""
+    model = get_model(clouds("encoder", kind="nan") / "checkpoint-0.pth")
+    image = np.full((16, 16, 3), 0.9, np.float32)
+    image[:, :8] = np.nan
+    result = reconstruct(model, image)
+    assert result.original[0, :, :, 2].abs().max() == 0 and result.original[0, :, :, 14].abs().min() > 0.5
+
+
+def test_a_policy_that_would_leave_valid_pixels_behind_is_refused(clouds):
+    with pytest.raises(ValueError, match="aa=none"):
+        clouds("tuned", main_finetune, model="vit_mini_patch4", value_range="0 1")
 
 
 def test_statistics_exclude_invalid_pixels(tmp_path):

@@ -277,6 +277,13 @@ def test_items_that_are_no_samples_are_one_line(images, attributes, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("label", [np.array([1]), 1.0])
+def test_a_label_that_differs_in_kind_from_the_listed_class_is_refused(label):
+    """It would count as no label, and its image as one of the last class."""
+    with pytest.raises(ValueError, match=r"item 0 of .*: its label is .* no class number"):
+        opened([(BLACK, label)], labels=[1])[0]
+
+
 @pytest.mark.parametrize(("labels", "attributes"), [
     ([0.5, 1.5], {}), ([[0, 1], [1, 1]], {}), ([0, 1.5], {}), ([0, 1], {"labels": [0.0, 1.0]}),
     ([0, 1], {"labels": [[0, 1], [1, 1]]}),

@@ -181,7 +181,12 @@ class ChangeImage:
                 "`aa` and `color_jitter` support 8-bit images with 1 or 3 channels only; give aa=none and omit "
                 "`color_jitter`"
             )
-        return [self.change(picture), *values[1:]]
+        if len(values) > 1:
+            raise ValueError(
+                "`aa` and `color_jitter` change an image without its valid pixels and maps; give aa=none and omit "
+                "`color_jitter`"
+            )
+        return [self.change(picture)]
 
 
 def sample_once(image: Any, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:

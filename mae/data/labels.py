@@ -46,7 +46,11 @@ class Subset:
 
     def __getitem__(self, index: int) -> Item:
         item = self.source[int(self.indices[index])]
-        return item if self.numbers is None else item._replace(label=int(self.numbers[item.label]))
+        if self.numbers is None:
+            return item
+        if item.label < 0:
+            raise ValueError(f"{self.name(index)} has no label when it is read, and has one in the list of labels")
+        return item._replace(label=int(self.numbers[item.label]))
 
     def name(self, index: int) -> str:
         """Returns the name of the sample in the source."""

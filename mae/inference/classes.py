@@ -188,7 +188,11 @@ class ModelMixin(PyTorchModelHubMixin):
         return self.preprocess(Item(picture)).image
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Any:
-        """Decodes an image to a picture with the channels of the model, as `decode`."""
+        """Decodes an image to a picture with the channels of the model, as `decode`.
+
+        Its invalid pixels have the mean of the valid ones. `decode` also returns which they are, and `preprocess` takes
+        them.
+        """
         return self.decode(image, max_pixels, channels_last).image
 
     def decode(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Item:

@@ -14,7 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae import masking, parallel
 from mae.cli import entry_point, flags, options
-from mae.data.decode import BadImage, Picture, size_of, to_tensor
+from mae.data.batches import to_device
+from mae.data.decode import BadImage, Picture, size_of
+from mae.data.item import Item
+from mae.data.loader import collate
 from mae.data.transforms import NO_CROP
 from mae.evaluate import pictures
 from mae.files import atomic
@@ -128,7 +131,7 @@ def reconstruct(
     picture, device = item.image, model.cls_token.device
     if item.valid is not None:
         logger.warning("invalid pixels are the mean in the input, in the original and in the PSNR")
-    imgs = uncropped_input(model, picture, short_side)
+    imgs = uncropped_input(model, item, short_side)
     if mask_boxes:
         scaled = scaled_size(model, size_of(picture), short_side)
         mask = boxes_to_mask(mask_boxes, size_of(picture), scaled, imgs.shape[2:])
@@ -140,20 +143,24 @@ def reconstruct(
     return model.reconstruct(imgs, mask_ratio, noise=noise[None].to(device), amp=amp)
 
 
-def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> torch.Tensor:
+def uncropped_input(model: Model, picture: Picture | Item, short_side: int | None = None) -> torch.Tensor:
     """Converts a picture of any shape to the input of a model (1, c, H, W).
 
-    The picture is scaled. Only margins that do not fill a patch are cropped.
+    The picture is scaled. Only margins that do not fill a patch are cropped. Invalid pixels are 0, the mean.
 
     Args:
+        picture: a decoded picture, or an item with its valid pixels.
         short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
-    from torchvision.transforms import functional as TF  # takes more than a second
+    from mae.data import augment
 
-    scaled = scaled_size(model, size_of(picture), short_side)
-    covered = [side - side % p for side, p in zip(scaled, model.patch_embed.patch_size, strict=True)]
-    small = TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
-    return model.normalize(to_tensor(small)[None].to(model.cls_token.device)).to(model.cls_token.dtype)
+    item = picture if isinstance(picture, Item) else Item(picture)
+    height, width = scaled_size(model, size_of(item.image), short_side)
+    rows, columns = model.patch_embed.patch_size
+    covered = (height - height % rows, width - width % columns)
+    transform = augment.Transform(augment.Scale((height, width)), augment.CenterCrop(covered))
+    batch = to_device(collate([transform(item)]), model.cls_token.device)
+    return batch.normalized(model.normalize).to(model.cls_token.dtype)
 
 
 def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = None) -> list[int]:

@@ -155,10 +155,13 @@ class UserSet(NumberedItems):
                 tensors[str(name)] = extras.to_tensor(value)
             except ValueError as error:
                 raise ValueError(f"{self.place(index)}: its {name} ({_kind(value)}): {error}") from error
-        if self.maps:
+        for name in self.maps:
             from torchvision import tv_tensors  # takes more than a second
 
-            tensors |= {name: tv_tensors.Image(tensors[name]) for name in self.maps if name in tensors}
+            if name not in tensors or tensors[name].ndim != 2:
+                shape = tuple(tensors[name].shape) if name in tensors else "none"
+                raise ValueError(f"{self.place(index)}: its map {name} has the shape {shape}: give (H, W)")
+            tensors[name] = tv_tensors.Image(tensors[name])
         return tensors
 
     @cached_property
@@ -196,7 +199,10 @@ class UserSet(NumberedItems):
         if not self.reads_labels:
             return -1
         value = np.asarray(-1 if label is None else label)
-        if value.ndim or value.dtype.kind not in "iub" or not (self._listed is None or self._are_classes(self._listed)):
+        is_class = value.ndim == 0 and value.dtype.kind in "iub"
+        if self._listed is not None and self._are_classes(self._listed) and not is_class:
+            raise ValueError(f"{self.place(index)}: its label is {printable(str(label))[:80]}, and no class number")
+        if not is_class or not (self._listed is None or self._are_classes(self._listed)):
             return -1
         self._require_known(index, value)
         return int(value)
