@@ -20,7 +20,7 @@ import models_vit
 from mae.data import extras as extra_inputs
 from mae.data import transforms
 from mae.data.batches import to_device
-from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode_item, size_of
+from mae.data.decode import MAX_PIXELS, BadImage, PixelValues, decode_item, size_of, to_tensor
 from mae.data.item import Item
 from mae.data.loader import collate
 from mae.data.masks import default_colors
@@ -185,15 +185,17 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def transform(self, picture: Any) -> Tensor:
         """Returns a decoded picture as in an evaluation: scaled and cropped, uint8 or float (c, H, W)."""
-        return self.preprocess(Item(picture)).image
+        return self.preprocess(self.decode(picture)).image
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Any:
         """Decodes an image to a picture with the channels of the model, as `decode`.
 
-        Its invalid pixels have the mean of the valid ones. `decode` also returns which they are, and `preprocess` takes
-        them.
+        Invalid pixels are NaN in a float tensor, from 0 to 1.
         """
-        return self.decode(image, max_pixels, channels_last).image
+        item = self.decode(image, max_pixels, channels_last)
+        if item.valid is None:
+            return item.image
+        return transforms.to_unit_range(to_tensor(item.image)).masked_fill(~item.valid, torch.nan)
 
     def decode(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Item:
         """Decodes an image to a picture with the channels of the model, and its valid pixels.
