@@ -100,7 +100,7 @@ def main(
     run, precision = trainer.start(run, "main_pretrain")
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
 
-    run, file = with_initial_weights(run)
+    run, file = start_from_file(run)
     data, train = open_images(run, precision.device, source)  # first, because a large model takes long
     model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
@@ -123,7 +123,7 @@ def main(
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_probe(run, data, full_images.source, model, precision)
+    probe = open_online_probe(run, data, full_images.source, model, precision)
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
@@ -142,7 +142,7 @@ def main(
     trainer.run(model, built, batches, precision, task, run)
 
 
-def with_initial_weights(run: Run) -> "tuple[Run, Weights | None]":
+def start_from_file(run: Run) -> "tuple[Run, Weights | None]":
     """Returns the settings of a run, with those of the file of --init_from, and the file, if any."""
     if not run.machine.init_from:
         return run, None
@@ -151,7 +151,7 @@ def with_initial_weights(run: Run) -> "tuple[Run, Weights | None]":
     return recorded_settings.with_initial_weights(run)
 
 
-def open_probe(
+def open_online_probe(
     run: Run, data: RunData, source: Source | Stream, model: models_mae.MaskedAutoencoderViT, precision: Precision
 ) -> Any:
     """Opens the data of --probe_every. Returns an `online_probe.OnlineProbe`, or None without the flag."""

@@ -37,6 +37,17 @@ def test_a_click_masks_a_patch(mae):
         assert np.array_equal(np.asarray(panel), np.asarray(app.to_picture(mae, part)))
 
 
+def test_a_click_on_a_file_with_invalid_pixels(tmp_path):
+    """They are the mean in the reconstruction, as without a click."""
+    values = np.random.default_rng(0).random((32, 32, 1), dtype=np.float32)
+    values[:8] = np.nan
+    np.save(tmp_path / "a.npy", values)
+    model = get_model("mae_vit_mini_patch4", in_chans=1, input_size=32, nodata="nan")
+    mask = torch.zeros(1, 64)
+    result = app.toggle(model, app.open_photo(model, str(tmp_path / "a.npy")), mask, 0, 0)
+    assert all(part.isfinite().all() for part in result)
+
+
 def test_the_last_visible_patch_stays_visible(mae):
     mask = torch.ones(1, 96)
     mask[0, 95] = 0

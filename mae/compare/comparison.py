@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
+import torch
 
 from mae import parallel
 from mae.compare import baselines, store, summary
@@ -15,7 +15,7 @@ from mae.compare.encoders import PIXELS, Encoder, open_encoders
 from mae.compare.summary import Result
 from mae.compare.trials import Trial, Trials
 from mae.data.labels import open_pair
-from mae.data.open import open_source
+from mae.data.run_data import RunData
 from mae.data.source import Source
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
@@ -70,15 +70,8 @@ def compare(run: Run, scripts: Mapping[str, ModuleType]) -> str:
 
 def _open_data(run: Run) -> tuple[Source, Source]:
     """Opens the training and the validation set."""
-    lists = {"train": run.data.train_list, "val": run.data.val_list}
-
-    def open_split(split: str) -> Any:
-        return open_source(
-            split, run.data.data_path, lists[split], run.data.dataset, download=run.data.download, task=run.images.task,
-            label_columns=run.images.label_columns, extras=run.data.extras, whole=not run.data.val_list,
-        )  # fmt: skip
-
-    return open_pair(open_split, run.images.task)
+    data = RunData(run.images, run.data, torch.device("cpu"))
+    return open_pair(data.open_split, run.images.task)
 
 
 def _require_comparable(run: Run) -> None:

@@ -2,8 +2,7 @@
 
 A stage changes an image and, in the same way, what has its size: its valid pixels, its maps and its mask, according to
 their types (`torchvision.tv_tensors`). Pictures of 8 bits are Pillow images, whose pixels are those of the published
-results.
-`transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
+results. `transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
 """
 
 import math
@@ -34,7 +33,7 @@ Values = list[Any]  # the image of an item, and then its valid pixels, mask and 
 Stage = Callable[[Values], Values]
 
 
-class Transform:
+class Stages:
     """Applies stages to the image of a decoded item, and to what has its size. The result has tensors.
 
     Scaling an image mixes its pixels. A pixel is valid if the weights of the valid pixels have the sum 1.

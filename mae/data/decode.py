@@ -29,8 +29,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000"
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
 MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
@@ -126,8 +126,11 @@ def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
     pixels = to_tensor(picture)
     if values.value_range and not pixels.is_floating_point():
         picture = pixels = torch.from_numpy(values.to_float(pixels.numpy(), 255))
-    is_number = not pixels.is_floating_point() and values.nodata not in (None, "nan")
-    invalid = (pixels.eq(float(values.nodata or 0)) if is_number else pixels.isnan()).any(dim=0)
+    nodata = values.nodata
+    if pixels.is_floating_point() or nodata is None or nodata == "nan":
+        invalid = pixels.isnan().any(dim=0)
+    else:
+        invalid = pixels.eq(float(nodata)).any(dim=0)
     if item.valid is not None:
         require_size(picture, item.valid.shape, "mask of valid pixels")
         invalid |= ~item.valid
@@ -139,8 +142,9 @@ def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
 def _with_mean(picture: Picture, pixels: Tensor, invalid: Tensor) -> Picture:
     """Returns a picture whose invalid pixels (H, W) have the mean of the valid ones, or 0 if there are none."""
     mean = pixels[:, ~invalid].double().mean(dim=1).nan_to_num(0)
-    filled = torch.where(invalid, (mean.round() if pixels.dtype == torch.uint8 else mean)[:, None, None], pixels)
-    filled = filled.to(pixels.dtype)
+    if pixels.dtype == torch.uint8:
+        mean = mean.round()
+    filled = torch.where(invalid, mean[:, None, None].to(pixels.dtype), pixels)
     return to_pillow(filled) if isinstance(picture, Image.Image) else filled
 
 

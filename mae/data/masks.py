@@ -204,7 +204,7 @@ class UserPairs(UserSet):
         self.mask_format = mask_format
         super().__init__(function, split, data_path, name)
         if self.maps:
-            raise ValueError(f"{self.flag}: its maps {', '.join(self.maps)} do not follow the crops of segmentation")
+            raise ValueError(f"{self.setting}: its maps {', '.join(self.maps)} do not follow the crops of segmentation")
         self.classes, self.labels = classes, np.full(len(self), -1)  # the images have no label as a whole
 
     def label_of(self, index: int, label: Any) -> Tensor:

@@ -185,11 +185,11 @@ class StreamedSamples(IterableDataset):
         def report(name: str, error: Exception) -> None:
             self.samples.refuse(name, error, bad)
 
-        for number, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
+        for epoch, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
                 with contextlib.nullcontext() if get_worker_info() else preserve_generators():
                     item = self.samples.decode(Item(data, label))
-                    augmented = self.samples.augment(item, bad, number, zlib.crc32(data), self.repeats)
+                    augmented = self.samples.augment(item, bad, epoch, zlib.crc32(data), self.repeats)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue

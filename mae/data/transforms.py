@@ -189,7 +189,7 @@ def pretrain_transform(
 
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio)
     flip = augment.RandomFlip(augment.F.horizontal_flip, hflip)
-    return augment.Transform(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
+    return augment.Stages(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def finetune_transform(
@@ -251,7 +251,7 @@ def finetune_transform(
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio, sample)
     flip = [augment.RandomFlip(augment.F.horizontal_flip, hflip)] if hflip > 0 else []
     policies = [augment.ChangeImage(stages[1])] if stages[1].transforms else []
-    return augment.Transform(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
+    return augment.Stages(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -270,7 +270,7 @@ def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) 
     height, width = to_pair(input_size)
     sample = augment.sample_once if height == width else None
     first = augment.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, sample)
-    return augment.Transform(first, augment.RandomFlip(augment.F.horizontal_flip, hflip))
+    return augment.Stages(first, augment.RandomFlip(augment.F.horizontal_flip, hflip))
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
@@ -289,23 +289,16 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return augment.Transform(augment.Scale((height, width)))
+        return augment.Stages(augment.Scale((height, width)))
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return augment.Transform(augment.Cover(scaled), augment.CenterCrop((height, width)))
+    return augment.Stages(augment.Cover(scaled), augment.CenterCrop((height, width)))
 
 
 def segmentation_transform(
     size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
 ) -> Transform:
-    """Returns the random scale, random crop and horizontal flip of an image and its mask, as `augment.ScaleAndCrop`.
-
-    Args:
-        size: (H, W) of the crop.
-        short_side: shorter side of the image in pixels for a scale of 1; 0: as in the file.
-        scale: minimum and maximum of the random scale.
-        hflip: probability of a horizontal flip.
-        mean: mean of each channel, for pixel values from 0 to 1.
+    """Returns the random scale, random crop and horizontal flip of an image and its mask, `augment.ScaleAndCrop`.
 
     Raises:
         ValueError: `scale` is no range above 0.
@@ -314,11 +307,11 @@ def segmentation_transform(
 
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum, above 0")
-    return augment.Transform(augment.ScaleAndCrop(to_pair(size), short_side, scale, hflip, mean))
+    return augment.Stages(augment.ScaleAndCrop(to_pair(size), short_side, scale, hflip, mean))
 
 
 def scaled_transform(short_side: int) -> Transform:
     """Scales images so that their shorter side has `short_side` pixels; 0: unchanged. Masks keep their size."""
     from mae.data import augment
 
-    return augment.Transform(augment.ShortSide(short_side))
+    return augment.Stages(augment.ShortSide(short_side))

@@ -149,16 +149,16 @@ def uncropped_input(model: Model, picture: Picture | Item, short_side: int | Non
     The picture is scaled. Only margins that do not fill a patch are cropped. Invalid pixels are 0, the mean.
 
     Args:
-        picture: a decoded picture, or an item with its valid pixels.
+        picture: a picture as `model.open` returns it, or an item as `model.decode` returns it.
         short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
     from mae.data import augment
 
-    item = picture if isinstance(picture, Item) else Item(picture)
+    item = picture if isinstance(picture, Item) else model.decode(picture)
     height, width = scaled_size(model, size_of(item.image), short_side)
     rows, columns = model.patch_embed.patch_size
     covered = (height - height % rows, width - width % columns)
-    transform = augment.Transform(augment.Scale((height, width)), augment.CenterCrop(covered))
+    transform = augment.Stages(augment.Scale((height, width)), augment.CenterCrop(covered))
     batch = to_device(collate([transform(item)]), model.cls_token.device)
     return batch.normalized(model.normalize).to(model.cls_token.dtype)
 

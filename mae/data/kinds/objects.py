@@ -62,7 +62,7 @@ class UserSet(NumberedItems):
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
     ) -> None:
         self.reads_labels = reads_labels
-        self.title, self.flag = f"{name.removeprefix(DATASET)} ({split})", f"dataset={name}"
+        self.title, self.setting = f"{name.removeprefix(DATASET)} ({split})", f"dataset={name}"
         self.split, self.data_path = split, data_path
         self.function = function or import_object(f"dataset={DATASET}", name.removeprefix(DATASET))
         self.opened, self.process = self._open(), os.getpid()
@@ -70,7 +70,7 @@ class UserSet(NumberedItems):
         self.maps = tuple(getattr(self.opened, "maps", ()))
         self.start = secrets.token_hex(8)
         if not self.count:
-            raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
+            raise ValueError(f"{self.setting}: the dataset of the split {split} is empty")
 
     @property
     def dataset(self) -> Any:
@@ -80,7 +80,7 @@ class UserSet(NumberedItems):
             self.opened = self._open()
             if len(self.opened) != self.count:
                 raise ValueError(
-                    f"{self.flag}: the dataset of the split {self.split} had {self.count} samples, and has "
+                    f"{self.setting}: the dataset of the split {self.split} had {self.count} samples, and has "
                     f"{len(self.opened)} when it is opened again: return the same dataset in each process"
                 )
         return self.opened
@@ -91,7 +91,7 @@ class UserSet(NumberedItems):
     def _open(self) -> Any:
         with preserve_generators():
             seed_generators(0)
-            return call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+            return call(self.setting, self.function, self.split, self.data_path, expected=BadImage)
 
     def __len__(self) -> int:
         return self.count
@@ -101,25 +101,25 @@ class UserSet(NumberedItems):
         inputs = self._inputs(index, item.inputs)
         if shapes_of(inputs) != self.input_shapes:
             raise ValueError(
-                f"{self.place(index)}: its inputs have the shapes {shapes_of(inputs)}, and those of the first item "
+                f"{self.describe(index)}: its inputs have the shapes {shapes_of(inputs)}, and those of the first item "
                 f"{self.input_shapes}: give the same for each item"
             )
         valid = self._valid(index, item.valid)
         return Item(self._image(index, item.image), self.label_of(index, item.label), valid, inputs)
 
-    def place(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """Returns the item and the dataset, for messages."""
         return f"item {index} of {self.title}"
 
     def _read(self, index: int) -> Item:
         """Returns an item as the dataset returns it."""
-        item = call(self.place(index), operator.getitem, self.dataset, index, expected=BadImage)
+        item = call(self.describe(index), operator.getitem, self.dataset, index, expected=BadImage)
         if isinstance(item, Mapping) and "image" in item:
             inputs = {name: value for name, value in item.items() if name not in ("image", "label", "valid")}
             return Item(item["image"], item.get("label"), item.get("valid"), inputs)
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(
-                f"{self.place(index)} is {_kind(item)}: return (image, label), (image, label, inputs), or a "
+                f"{self.describe(index)} is {_kind(item)}: return (image, label), (image, label, inputs), or a "
                 f"dict with the keys image and label"
             )
         image, label = item[:2]
@@ -131,7 +131,7 @@ class UserSet(NumberedItems):
         if isinstance(image, bytearray | memoryview):
             return bytes(image)
         if not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
-            raise ValueError(f"{self.place(index)}: its image is {_kind(image)}")
+            raise ValueError(f"{self.describe(index)}: its image is {_kind(image)}")
         return image
 
     def _valid(self, index: int, valid: Any) -> Tensor | None:
@@ -139,7 +139,7 @@ class UserSet(NumberedItems):
             return None
         pixels = torch.as_tensor(valid)
         if pixels.is_floating_point():
-            raise ValueError(f"{self.place(index)}: valid is {pixels.dtype}: give booleans, True for valid pixels")
+            raise ValueError(f"{self.describe(index)}: valid is {pixels.dtype}: give booleans, True for valid pixels")
         return pixels != 0
 
     def _inputs(self, index: int, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -154,13 +154,13 @@ class UserSet(NumberedItems):
                 extras.check_name(name)
                 tensors[str(name)] = extras.to_tensor(value)
             except ValueError as error:
-                raise ValueError(f"{self.place(index)}: its {name} ({_kind(value)}): {error}") from error
+                raise ValueError(f"{self.describe(index)}: its {name} ({_kind(value)}): {error}") from error
         for name in self.maps:
             from torchvision import tv_tensors  # takes more than a second
 
             if name not in tensors or tensors[name].ndim != 2:
                 shape = tuple(tensors[name].shape) if name in tensors else "none"
-                raise ValueError(f"{self.place(index)}: its map {name} has the shape {shape}: give (H, W)")
+                raise ValueError(f"{self.describe(index)}: its map {name} has the shape {shape}: give (H, W)")
             tensors[name] = tv_tensors.Image(tensors[name])
         return tensors
 
@@ -183,7 +183,7 @@ class UserSet(NumberedItems):
             shape = tuple(value.shape)
             if name not in self.maps and len(shape) > 1 and not sizes.isdisjoint((shape[:2], shape[-2:])):
                 logger.warning(
-                    f"{self.flag}: its input {name} has the size of the image, and does not follow its crops and "
+                    f"{self.setting}: its input {name} has the size of the image, and does not follow its crops and "
                     f"flips: name it in the attribute maps of the dataset, such as maps = ({name!r},), or make it a "
                     f"channel of the image"
                 )
@@ -199,10 +199,13 @@ class UserSet(NumberedItems):
         if not self.reads_labels:
             return -1
         value = np.asarray(-1 if label is None else label)
-        is_class = value.ndim == 0 and value.dtype.kind in "iub"
-        if self._listed is not None and self._are_classes(self._listed) and not is_class:
-            raise ValueError(f"{self.place(index)}: its label is {printable(str(label))[:80]}, and no class number")
-        if not is_class or not (self._listed is None or self._are_classes(self._listed)):
+        if self._listed is not None and not self._are_classes(self._listed):
+            return -1
+        if value.ndim or value.dtype.kind not in "iub":
+            if self._listed is not None:
+                raise ValueError(
+                    f"{self.describe(index)}: its label is {printable(str(label))[:80]}, and no class number"
+                )
             return -1
         self._require_known(index, value)
         return int(value)
@@ -214,7 +217,7 @@ class UserSet(NumberedItems):
             known, remedy = self.labels, ": return the same dataset in each process"
         if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
             raise ValueError(
-                f"{self.place(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
+                f"{self.describe(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
             )
 
     @cached_property
@@ -237,7 +240,7 @@ class UserSet(NumberedItems):
         if self._listed is not None:
             if not self._are_classes(self._listed):
                 raise ValueError(
-                    f"{self.flag}: its labels are {self._listed.dtype} of shape {self._listed.shape}: give "
+                    f"{self.setting}: its labels are {self._listed.dtype} of shape {self._listed.shape}: give "
                     f"{self.count} class numbers"
                 )
             return self._listed
@@ -261,7 +264,7 @@ class UserSet(NumberedItems):
         if value.ndim or value.dtype.kind not in "iub":
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
             raise ValueError(
-                f"{self.place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
+                f"{self.describe(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
                 f"and numbers are for main_finetune.py `task`)"
             )
         return int(value)
@@ -277,13 +280,13 @@ class UserSet(NumberedItems):
         are_vectors, own = self.labels.ndim > 1, getattr(self.dataset, "classes", None)
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is None and count > MOST_CLASSES:
-            raise ValueError(f"{self.flag}: its highest label is {count - 1}: number the classes from 0")
+            raise ValueError(f"{self.setting}: its highest label is {count - 1}: number the classes from 0")
         names = list(map(str, range(count) if own is None else own))
         lacks_names = count > len(names) or (are_vectors and count < len(names)) or isinstance(own, str)
         if lacks_names or len(set(names)) < len(names):
             labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
             raise ValueError(
-                f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
+                f"{self.setting}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
                 f"{labels}: give one name for each"
             )
         return names
@@ -291,7 +294,7 @@ class UserSet(NumberedItems):
     def name(self, index: int) -> str:
         """Returns `name(index)` of the dataset; default: the number of the item and the name of the dataset."""
         name = getattr(self.dataset, "name", None)
-        return printable(str(name(index))) if callable(name) else self.place(index)
+        return printable(str(name(index))) if callable(name) else self.describe(index)
 
     def version(self, index: int) -> str:
         """Returns `version(index)` of the dataset; default: the version of the files in `data_path` and of the code."""
@@ -307,7 +310,7 @@ class UserSet(NumberedItems):
         if self.data_path:
             return f"{code} {version_of(self.data_path)}"
         logger.warning(
-            f"{self.flag} has neither `data_path` nor version(index), which would show whether its samples have "
+            f"{self.setting} has neither `data_path` nor version(index), which would show whether its samples have "
             f"changed: a resumed run computes stored features again"
         )
         return f"{code} {self.start}"

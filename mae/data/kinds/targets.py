@@ -36,7 +36,7 @@ class TargetSet(UserSet):
         Raises:
             ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
         """
-        vector = self._vectors(label, self.place(index), "its label is").reshape(-1)
+        vector = self._vectors(label, self.describe(index), "its label is").reshape(-1)
         self._require_known(index, vector)
         return vector
 
@@ -58,9 +58,9 @@ class TargetSet(UserSet):
         listed = getattr(self.dataset, "labels", None)
         if listed is None:
             return None
-        labels = self._vectors(listed, self.flag, "its labels have").reshape(len(listed), -1)
+        labels = self._vectors(listed, self.setting, "its labels have").reshape(len(listed), -1)
         if len(labels) != self.count:
-            raise ValueError(f"{self.flag}: it has {self.count} samples and {len(labels)} labels: give equally many")
+            raise ValueError(f"{self.setting}: it has {self.count} samples and {len(labels)} labels: give equally many")
         return labels
 
     @cached_property
