@@ -24,12 +24,14 @@ import main_knn
 import main_linprobe
 import models_vit
 from mae.cli import entry_point, options
+from mae.cli.script import Script
 from mae.compare.comparison import compare
 from mae.data.source import OpenDataset
 from mae.settings import Run
 from mae.user_code import DATASET, with_source
 
-SCRIPTS = {"knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "finetune": main_finetune}
+MODULES = {"knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "finetune": main_finetune}
+SCRIPTS = {protocol: Script(module) for protocol, module in MODULES.items()}
 
 
 def get_args_parser() -> ArgumentParser:

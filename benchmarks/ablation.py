@@ -12,6 +12,7 @@ from benchmarks import scripts
 from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from mae.cli import entry_point
+from mae.cli.script import Script
 from mae.compare import store, summary
 from mae.evaluate.tables import markdown
 from mae.files import atomic
@@ -104,7 +105,7 @@ class Ablation:
 
         trained: dict[str, dict[str, Any]] = {}
         for name in names:
-            trained[name] = scores = store.run(self.work / name, main_pretrain, self.flags(name), read)
+            trained[name] = scores = store.run(self.work / name, Script(main_pretrain), self.flags(name), read)
             progress = f"[{len(trained)}/{len(names)}] {name}"
             print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
         return trained

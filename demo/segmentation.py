@@ -26,6 +26,7 @@ import main_segment
 from demo.unpack_data import ARCHIVE
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
+from mae.cli.script import Script
 from mae.compare import store
 from mae.data.masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
@@ -156,7 +157,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         out = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": out, "resume": "auto", **others}
-        return store.run(out, main_segment, settings, lambda out, _: log.read(out)[-1])["test_miou"]
+        return store.run(out, Script(main_segment), settings, lambda out, _: log.read(out)[-1])["test_miou"]
 
     scores = {title: [run(title, seed) for seed in range(args.seeds)] for title in RUNS}
     print(table(scores))

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOF = (  # mae/jobs has the commands submitit_*.py, mae/compare main_compare.py
-    "main_", "submitit_", "mae/cli/", "mae/settings/", "mae/jobs/", "mae/compare/", "util/", "demo/", "benchmarks/",
-    "examples/", "hubconf",
+ROOF = (  # mae/jobs has the commands submitit_*.py
+    "main_", "submitit_", "mae/cli/", "mae/settings/", "mae/jobs/", "util/", "demo/", "benchmarks/", "examples/",
+    "hubconf",
 )  # fmt: skip
 FLAG = re.compile(r"--[a-z]\w+")
 

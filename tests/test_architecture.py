@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGES = {
     "files": "files", "data": "files", "evaluate": "data|files", "checkpoints": "files",
     "weights": "checkpoints|data|files", "training": "evaluate|data|checkpoints|files", "jobs": "cli|files",
-    "cli": "files", "compare": "cli|data|evaluate|training|weights|files",
+    "cli": "files", "compare": "data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = r"mae\.(context|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|user_code)"
 # A module, or a pattern of modules -> the modules of this project that it may import.

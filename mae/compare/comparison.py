@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -26,13 +25,13 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int | None]  # a number of labels, and the number of images of each class; None: all images
 
 
-def compare(run: Run, scripts: Mapping[str, ModuleType]) -> str:
+def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     """Runs the trials that have no result yet, one after another. Prints, writes and returns table and conclusion.
 
     The same comparison may run several times at once, also on several machines: each trial runs in one of them.
 
     Args:
-        scripts: the module of each protocol, with `main` and `get_args_parser`.
+        scripts: the script of each protocol.
 
     Raises:
         ValueError: the settings exclude each other, an encoder can't be opened, or a script has failed.
@@ -46,7 +45,7 @@ def compare(run: Run, scripts: Mapping[str, ModuleType]) -> str:
     encoders = open_encoders(run, out / "encoders")
     train, val = _open_data(run)
     sizes = _sizes_of(run, train)
-    budgets = _for_each("--budget", run.comparison.budget, sizes)
+    budgets = _for_each("budget", run.comparison.budget, sizes)
     trials = Trials(run, scripts, out / "runs", dict(zip(dict(sizes), budgets, strict=True)), train, val)
     planned = _plan(run, encoders, sizes)
     for trial in planned:
@@ -78,11 +77,11 @@ def _require_comparable(run: Run) -> None:
     """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
     if run.images.task != CLASSIFICATION and run.comparison.labels != ["all"]:
         raise ValueError(
-            f"--labels {' '.join(run.comparison.labels)}: subsets have equally many images of each class, and --task "
-            f"{run.images.task} has no single class; give --labels all"
+            f"labels={run.comparison.labels}: subsets have equally many images of each class, and "
+            f"task={run.images.task} has no single class; give labels=all"
         )
     if (run.evaluation.metric or run.images.task != CLASSIFICATION) and PIXELS in run.comparison.encoders:
-        raise ValueError(f"--encoders {PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
+        raise ValueError(f"encoders={PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
 
 
 def _sizes_of(run: Run, train: Source) -> list[Size]:
@@ -95,8 +94,7 @@ def _sizes_of(run: Run, train: Source) -> list[Size]:
     if len(dict(sizes)) < len(sizes):
         numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
         raise ValueError(
-            f"--labels {' '.join(run.comparison.labels)}: these are {numbers} images, equally many of each class; give "
-            f"each once"
+            f"labels={run.comparison.labels}: these are {numbers} images, equally many of each class; give each once"
         )
     return sizes
 
@@ -108,28 +106,28 @@ def _size_of(text: str, train: Source) -> Size:
     fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
     if not 0 < per_class <= fewest:
         raise ValueError(
-            f"--labels {text}: give {len(train.classes)} (one image of each class) to {len(train.classes) * fewest} "
+            f"labels={text}: give {len(train.classes)} (one image of each class) to {len(train.classes) * fewest} "
             f"(the smallest class has {fewest}), or all"
         )
     if int(text) != (labels := per_class * len(train.classes)):
-        logger.info(f"--labels {text}: {labels} images are used, {per_class} of each class")
+        logger.info(f"labels={text}: {labels} images are used, {per_class} of each class")
     return labels, per_class
 
 
-def _for_each(flag: str, values: list[int], sizes: Sequence[Size]) -> list[int]:
-    """Returns the value of a flag for each number of labels.
+def _for_each(setting: str, values: list[int], sizes: Sequence[Size]) -> list[int]:
+    """Returns the value of a setting for each number of labels.
 
     Raises:
-        ValueError: the flag has another number of values.
+        ValueError: the setting has another number of values.
     """
     if len(values) not in (1, len(sizes)):
-        raise ValueError(f"{flag} has {len(values)} values: give one, or one for each of {len(sizes)} --labels")
+        raise ValueError(f"`{setting}` has {len(values)} values: give one, or one for each of {len(sizes)} `labels`")
     return values * len(sizes) if len(values) == 1 else values
 
 
 def _plan(run: Run, encoders: Sequence[Encoder], sizes: Sequence[Size]) -> list[Trial]:
     """Returns the trials in the order of the table. All images are a single draw."""
-    draws = _for_each("--draws", run.comparison.draws, sizes)
+    draws = _for_each("draws", run.comparison.draws, sizes)
     return [
         Trial(encoder, protocol, labels, per_class, draw)
         for encoder in encoders

@@ -57,7 +57,7 @@ def open_encoders(run: Run, folder: Path) -> list[Encoder]:
     names = Counter(directory_of(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
-            f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
+            f"`encoders`: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )
     architecture = of_first or given
     if "model" in run.explicit:  # the images are those of the first file
@@ -69,9 +69,9 @@ def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
     """Returns the flags of the architecture and the images that a file determines."""
     recorded = model_settings.classifier_settings(weights)
     if not recorded:
-        raise ValueError(f"--encoders {text}: no model of this library has its shapes")
+        raise ValueError(f"encoders={text!r}: no model of this library has its shapes")
     if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code
-        raise ValueError(f"--encoders {text}: it has an encoder of its own: give --encoder {recorded['encoder']}")
+        raise ValueError(f"encoders={text!r}: it has an encoder of its own: give encoder={recorded['encoder']}")
     if recorded.get("crop_pct") is None and run.images.crop_pct is None:
         is_explicit = "input_size" in run.explicit
         size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
@@ -92,9 +92,9 @@ def name_and_file(text: str) -> tuple[str, str]:
     elif not name:  # a dot of a folder begins no suffix
         name = Path(file).name if Path(file).is_dir() else Path(file).stem
     if not file:
-        raise ValueError(f"--encoders {text}: give a file or a published name after the equals sign")
+        raise ValueError(f"encoders={text!r}: give a file or a published name after the equals sign")
     if directory_of(name) in RESERVED:
-        raise ValueError(f"--encoders {text}: the name {name} is reserved; give another, such as mine={file}")
+        raise ValueError(f"encoders={text!r}: the name {name} is reserved; give another, such as mine={file}")
     return name, file
 
 
@@ -118,5 +118,5 @@ def _timm_folder(name: str, folder: Path) -> str:
                 save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
     except Exception as error:  # of timm, of the Hugging Face Hub and of the network
         near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
-        raise ValueError(f"--encoders {TIMM}{name}: {str(error).splitlines()[0]}{near}") from error
+        raise ValueError(f"encoders={TIMM + name!r}: {str(error).splitlines()[0]}{near}") from error
     return str(folder / name)

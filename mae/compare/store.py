@@ -1,33 +1,37 @@
 """Runs of scripts in this process. Each is computed once: its scores are in its folder, and another run reads them."""
 
-import gc
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from mae import parallel
-from mae.cli import entry_point
-from mae.cli.messages import flags_in_log
 from mae.files import locks
 from mae.files.results import Results
-from mae.settings.arguments import arguments
+from mae.settings import Run
 
 Scores = dict[str, Any]
 
 RECORD = "run.json"  # what the scores of a folder depend on, and the scores once they are computed
 WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir"}  # on a result
 WAIT_SECONDS = 1.0  # between looks at what another process computes
+
+
+class Script(Protocol):
+    """A script that takes settings by name, such as `mae.cli.script.Script`."""
+
+    name: str
+
+    def settings(self, given: Mapping[str, Any]) -> Run:
+        """Returns the settings of a run."""
+
+    def run(self, given: Mapping[str, Any], output: Path) -> Any:
+        """Runs the script, and returns its result. It appends what it prints to a file."""
 
 
 class Busy(Exception):
@@ -66,33 +70,22 @@ def kept(folder: Path, flags: Mapping[str, Any], compute: Callable[[Path], Score
         return record.read()["scores"]
 
 
-def run(folder: Path, script: ModuleType, flags: Mapping[str, Any], read: Callable[[Path, Any], Scores]) -> Scores:
-    """Runs the `main` of a script in this process, unless its scores are kept. Its output is in output.txt.
+def run(folder: Path, script: Script, flags: Mapping[str, Any], read: Callable[[Path, Any], Scores]) -> Scores:
+    """Runs a script in this process, unless its scores are kept. Its output is in output.txt.
 
     Args:
-        flags: by name, as `arguments` takes them.
+        flags: its settings by name.
         read: returns the scores of the folder, and of what `main` has returned.
 
     Raises:
         Busy, FileExistsError: as in `kept`.
-        ValueError: the script failed.
+        ValueError: the script has failed.
     """
-    parser = script.get_args_parser()
 
     def compute(out: Path) -> Scores:
-        output = out / "output.txt"
-        with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), flags_in_log(parser):
-            try:
-                return read(out, script.main(entry_point.parse(parser, arguments(flags))))
-            except (ValueError, OSError, ArithmeticError) as error:
-                raise ValueError(f"{entry_point.message(parser, error)} (the output is in {output})") from error
-            finally:  # leave no state to the next run; each `main` seeds PyTorch
-                parallel.teardown()
-                gc.collect()
-                if "torch._dynamo" in sys.modules:  # importing it takes seconds
-                    torch.compiler.reset()
+        return read(out, script.run(flags, out / "output.txt"))
 
-    return kept(folder, {"script": script.__name__, **flags}, compute)
+    return kept(folder, {"script": script.name, **flags}, compute)
 
 
 @contextmanager

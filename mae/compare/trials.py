@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from mae.cli import entry_point
 from mae.compare import baselines, store
 from mae.compare.encoders import OF_ENCODER, PIXELS, Encoder, Flags, directory_of
 from mae.compare.summary import ACCURACY, Result
@@ -62,14 +60,14 @@ class Trials:
 
     Args:
         run: the settings of the comparison.
-        scripts: the module of each protocol, with `main` and `get_args_parser`.
+        scripts: the script of each protocol.
         folder: the run directories. Results in them are kept.
         budgets: epochs of fine-tuning for each number of labels.
         train, val: the data, for the baselines on raw pixels.
     """
 
     def __init__(
-        self, run: Run, scripts: Mapping[str, ModuleType], folder: Path, budgets: dict[int, int], train: Source,
+        self, run: Run, scripts: Mapping[str, store.Script], folder: Path, budgets: dict[int, int], train: Source,
         val: Source,
     ) -> None:  # fmt: skip
         self.run, self.scripts, self.folder, self.budgets = run, scripts, folder, budgets
@@ -100,7 +98,8 @@ class Trials:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
         settings = self._settings(trial, flags)
         if trial.protocol == KNN and len(temperatures := settings.evaluation.temperature) > 1:
-            raise ValueError(f"--recipes {KNN}={recipe}: it has the temperatures {temperatures}; give one")
+            text = f"{KNN}={recipe}"
+            raise ValueError(f"recipes={text!r}: it has the temperatures {temperatures}; give one")
         largest = 2 ** max(1, (trial.labels // LEAST_UPDATES).bit_length() - 1)
         if trial.protocol != KNN and settings.optim.batch_size > largest:
             _log_batch(TITLES[trial.protocol], trial.labels, largest, settings.optim.batch_size)
@@ -155,7 +154,7 @@ class Trials:
         return values[best_of(scores, self.metric in LOWER_IS_BETTER) if scores else 0]
 
     def _settings(self, trial: Trial, flags: Flags) -> Run:
-        return entry_point.parse(self.scripts[trial.protocol].get_args_parser(), arguments(flags))
+        return self.scripts[trial.protocol].settings(flags)
 
     def _run(self, name: str, trial: Trial, flags: Flags) -> tuple[store.Scores, str]:
         """Runs the script of a protocol; returns its scores and its command."""
@@ -165,12 +164,12 @@ class Trials:
         try:
             scores = store.run(out, script, flags, self._scores)
         except ValueError as error:  # it may name a flag that the comparison does not have
-            hint = f"main_compare.py passes other flags of {script.__name__}.py in a recipe"
-            raise ValueError(f"{error}; {hint}: --recipes {trial.protocol}=YAML") from error
+            recipe = f"{trial.protocol}=YAML"
+            raise ValueError(f"{error}; recipes={recipe!r} passes other flags to {script.name}.py") from error
         if not self.run.comparison.keep_checkpoints:
             for path in (*out.glob("*.pth"), *out.glob("tokens")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return scores, shlex.join(["python", f"{script.__name__}.py", *arguments(flags)])
+        return scores, shlex.join(["python", f"{script.name}.py", *arguments(flags)])
 
     def _scores(self, out: Path, found: Mapping[tuple[int, float], float] | None) -> store.Scores:
         """Returns the scores of the neighbors that `main` has returned, or those in the last line of log.txt."""
@@ -211,7 +210,7 @@ def _recipes_of(run: Run) -> dict[str, str]:
         recipe = recipes.find(name)
         if protocol not in run.comparison.protocols or protocol in found or not recipe:
             protocols = ", ".join(run.comparison.protocols)
-            raise ValueError(f"--recipes {text}: give PROTOCOL=YAML once for each of {protocols}")
+            raise ValueError(f"recipes={text!r}: give PROTOCOL=YAML once for each of {protocols}")
         found[protocol] = recipe
     return found
 

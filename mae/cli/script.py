@@ -1,0 +1,55 @@
+"""A script that another program runs in its own process, with settings by name."""
+
+import gc
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mae import parallel
+from mae.cli import entry_point
+from mae.cli.messages import flags_in_log
+from mae.settings import Run
+from mae.settings.arguments import arguments
+
+
+class Script:
+    """A script such as main_finetune.py.
+
+    Args:
+        module: has `main` and `get_args_parser`.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.name = module.__name__
+
+    def settings(self, given: Mapping[str, Any]) -> Run:
+        """Returns the settings of a run.
+
+        Raises:
+            SystemExit: the script refuses them; its message is printed.
+        """
+        return entry_point.parse(self.module.get_args_parser(), arguments(given))
+
+    def run(self, given: Mapping[str, Any], output: Path) -> Any:
+        """Calls `main` with settings, and returns its result. It appends what it prints to a file.
+
+        Raises:
+            ValueError: the script has failed.
+        """
+        parser = self.module.get_args_parser()
+        with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), flags_in_log(parser):
+            try:
+                return self.module.main(self.settings(given))
+            except (ValueError, OSError, ArithmeticError) as error:
+                raise ValueError(f"{entry_point.message(parser, error)} (the output is in {output})") from error
+            finally:  # leave no state to the next run; each `main` seeds PyTorch
+                parallel.teardown()
+                gc.collect()
+                if "torch._dynamo" in sys.modules:  # importing it takes seconds
+                    torch.compiler.reset()
