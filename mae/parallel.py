@@ -14,7 +14,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -24,7 +24,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
+EXCHANGE_SECONDS = 10.0  # between the exchanges of processes that wait for another
 T = TypeVar("T")
 
 
@@ -290,17 +290,14 @@ def interleave(parts: list[np.ndarray]) -> np.ndarray:
 def from_rank_0(compute: Callable[[], T]) -> T:
     """Returns the result of a function that only rank 0 calls. The other processes get a copy.
 
-    They wait as long as the function takes: each exchange with rank 0 ends before the timeout of the process group.
+    They wait as long as the function takes.
 
     Raises:
         Exception: the exception of the function, in all processes.
     """
     if not td.is_initialized():
         return compute()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(compute) if is_main() else None
-        while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
-            pass
+    future = _call_while_waiting(compute, is_main())
     message: list[Any] = [None, None]  # the exception, the result
     if future:
         error = future.exception()
@@ -312,6 +309,33 @@ def from_rank_0(compute: Callable[[], T]) -> T:
     if error:
         raise error
     return cast(T, result)
+
+
+def once_per_machine(compute: Callable[[], None]) -> None:
+    """Calls a function in one process of each machine. The other processes wait as long as the function takes.
+
+    Raises:
+        Exception: the exception of the function, in all processes; of several, that of the first machine.
+    """
+    if not td.is_initialized():
+        return compute()
+    future = _call_while_waiting(compute, local_rank() == 0)
+    error = future.exception() if future else None
+    for raised in (error, *gather(error and _can_be_sent(error))):
+        if raised:
+            raise raised
+
+
+def _call_while_waiting(compute: Callable[[], T], calls: bool) -> "Future[T] | None":
+    """Calls a function in some processes, and returns when it has ended in all of them.
+
+    Each exchange between the processes ends before the timeout of the process group.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(compute) if calls else None
+        while not all(gather(not future or bool(wait([future], EXCHANGE_SECONDS).done))):
+            pass
+    return future
 
 
 def _can_be_sent(error: BaseException) -> BaseException:

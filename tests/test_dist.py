@@ -162,8 +162,8 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5 True [7, 8] 5.0 False"
 
 
-OF_RANK_0 = """
-import time
+OF_ONE = """
+import sys, time
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 calls, exchanges, gather = [], [], parallel.gather
@@ -181,11 +181,12 @@ def fails(error):
         raise error
     return compute
 parallel.init("cpu")
-line = f"{parallel.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
+call = getattr(parallel, sys.argv[1])
+line = f"{call(slow)} {calls} {len(exchanges) > 3}"
 missing = OSError(2, "No such file", "list.txt")
 for error in (CheckpointError("resume=x: no file"), missing, Unpicklable("dataset=x", "empty")):
     try:
-        parallel.from_rank_0(fails(error))
+        call(fails(error))
     except (OSError, ValueError) as caught:
         line += f"\\n{type(caught).__name__} {getattr(caught, 'filename', '')} {caught}"
 open(f"out{parallel.rank()}", "w").write(line)
@@ -193,13 +194,14 @@ parallel.teardown()
 """
 
 
-def test_rank_0_computes_for_all(tmp_path):
+@pytest.mark.parametrize(("function", "returned"), [("from_rank_0", {"rank": 0}), ("once_per_machine", None)])
+def test_one_process_computes_for_all(tmp_path, function, returned):
     """The exchanges keep a long call below the timeout of the process group. An error is raised in all processes."""
-    forks.run_code(OF_RANK_0, tmp_path, count=2)
+    forks.run_code(OF_ONE, tmp_path, function, count=2)
     errors = ["CheckpointError  resume=x: no file", "FileNotFoundError list.txt [Errno 2] No such file: 'list.txt'"]
     for rank, called in enumerate(([0], [])):
         lines = (tmp_path / f"out{rank}").read_text().splitlines()
-        assert lines[:-1] == [f"{{'rank': 0}} {called} True", *errors]
+        assert lines[:-1] == [f"{returned} {called} True", *errors]
         assert lines[-1].partition(" ")[2] == " dataset=x: empty"  # an exception that can't be pickled
 
 

@@ -7,8 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from itertools import zip_longest
@@ -126,7 +125,7 @@ def cached(
         if decoded.samples.runs_code:
             name = parallel.gather(f"run-{secrets.token_hex(8)}")[0]
         path = folder() / f"{name}.bin"
-        _once_per_machine(partial(_write, path, decoded, num_workers))
+        parallel.once_per_machine(partial(_write, path, decoded, num_workers))
         caches.append(ImageCache(source, path))
         if decoded.samples.runs_code and parallel.local_rank() == 0:
             Finalize(caches[-1], path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
@@ -141,27 +140,6 @@ def _digest(source: Source, *options: Any) -> str:
     packages = [[one.version for one in metadata.distributions(name=name)] for name in DECODERS]
     text = json.dumps([code, packages, options, os.getcwd(), versions(source)])  # names may be relative
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _once_per_machine(write: Callable[[], None]) -> None:
-    """Calls a function in one process of each machine. The others wait for it.
-
-    Raises:
-        Exception: that of the function; in the other processes, a ValueError with its message.
-    """
-    if parallel.world_size() == 1:
-        write()
-        return
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(write) if parallel.local_rank() == 0 else None
-        while not all(parallel.gather(not future or bool(wait([future], parallel.EXCHANGE_SECONDS).done))):
-            pass
-    error = future.exception() if future else None
-    messages = parallel.gather(str(error) if error else "")
-    if error:
-        raise error
-    if any(messages):
-        raise ValueError(next(filter(None, messages)))
 
 
 def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
