@@ -239,7 +239,7 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pret
     own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
     flags = {"encoders": f"plain={plain} own={own}", "protocols": "knn", "data_path": labelled, "num_workers": 0,
              "device": "cpu", "output_dir": tmp_path / "compared"}  # fmt: skip
-    with pytest.raises(ValueError, match=r"own=.* give --encoder leads:Leads"):
+    with pytest.raises(ValueError, match=r"own=.* give encoder=leads:Leads"):
         main_compare.main(parse(main_compare, **flags))
     table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
     assert "plain" in table and "own" in table

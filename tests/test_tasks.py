@@ -427,8 +427,8 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     assert f"{best} has the best mae, " in table[-1] and " below scratch" in table[-1]
     logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
     assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
-    for changed, message in (({"labels": 10}, r"--labels 10: .* give --labels all"),
-                             ({"encoders": "pixels scratch"}, r"--encoders pixels: .* omit pixels")):  # fmt: skip
+    for changed, message in (({"labels": 10}, r"labels=.*10.* give labels=all"),
+                             ({"encoders": "pixels scratch"}, r"encoders=.*pixels.* omit pixels")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call(main_compare, **flags | changed)
 
