@@ -103,6 +103,7 @@ def our_features(
     extractor: Any, folder: Path, args: argparse.Namespace, precision: Precision, fast_jpeg: bool = False
 ) -> float:
     """`python -m mae.inference.features`, which also writes them."""
+    source: Any = open_source("train", str(folder))
     clocks, eval_loader = [], loader.eval_loader
 
     def timed_loader(*parts: Any, **options: Any) -> Clock:
@@ -111,9 +112,8 @@ def our_features(
 
     with tempfile.TemporaryDirectory() as out, patch.object(loader, "eval_loader", timed_loader):
         features.extract(
-            extractor, open_source("train", str(folder)), Path(out, "rows"), {}, args.batch_size, args.num_workers,
-            precision, fast_jpeg,
-        )  # fmt: skip
+            extractor, source, Path(out, "rows"), {}, args.batch_size, args.num_workers, precision, fast_jpeg
+        )
         return clocks[0].rate()
 
 
@@ -151,7 +151,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], tuple[Callable[[str], Any], Callable[...,
 
 def passes(task: str, args: argparse.Namespace, folder: Path, precision: Precision) -> dict[str, Callable[[], float]]:
     """Returns the passes of the implementations of a task by name."""
-    found: dict[str, Callable[[], float]] = {}
+    found: dict[str, Any] = {}
     for name, how in timing.implementations((PEERS[task], "ours"), args.only):
         build, measure = IMPLEMENTATIONS[task, name]
         model = build(args.size).eval().to(precision.device)

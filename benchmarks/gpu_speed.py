@@ -19,7 +19,7 @@ from benchmarks.gpu_task import TINY, Task
 from mae.training import log
 from mae.training.precision import Precision
 
-BATCHES = (64, 128, 512)
+BATCHES: tuple[int, ...] = (64, 128, 512)
 # Step: task, size, and the batch size at which it is compared with other implementations.
 TRAINING = {
     "base": ("pretrain", "base_patch16", 512),
@@ -29,7 +29,7 @@ TRAINING = {
 }
 # Blocks of a model that is compiled only for its graphs, which all blocks share. In fine-tuning, the first block drops
 # no path, and the others do.
-FEW = {"pretrain": {"depth": 1, "decoder_depth": 1}, "finetune": {"depth": 2}}
+FEW: dict[str, Any] = {"pretrain": {"depth": 1, "decoder_depth": 1}, "finetune": {"depth": 2}}
 
 
 def training(task: Task) -> None:
