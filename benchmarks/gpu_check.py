@@ -5,10 +5,11 @@
 
 It installs nothing and needs no network. Every step is a process of its own with a limit of seconds, so that a crash or
 a full memory ends one step. gpu_check.json is written after each step, and the table is printed last (table.txt).
-logs.txt has the output of the steps, profile.txt the time of each kernel.
+logs.txt has the output of the steps.
 
-First, steps that check results run together, while others compile. Then each measurement has the machine for itself.
-Compiled kernels choose their launch settings at their first call, when they still share the GPU, by medians of timings.
+First, steps that check results run together, while measurements compile and write images. Then each measurement has the
+machine for itself. Compiled kernels choose their launch settings at their first call, when they still share the GPU, by
+medians of timings.
 The exit status is 0 only if all steps hold; otherwise, the last line names those that failed.
 """
 
@@ -42,28 +43,23 @@ class Step(NamedTuple):
 
     function: str  # in a module of benchmarks
     seconds: float  # at most, with a GPU; on a CPU, the rest of all seconds
-    is_alone: bool = True  # it has the machine for itself
-    is_prepared: bool = False  # it starts, and compiles, together with others, and waits for its turn
 
 
-STEPS = {
-    "tests": Step("gpu_correct:tests", 150, is_alone=False),
-    "equality": Step("gpu_correct:equality", 200, is_alone=False),
-    "numerics": Step("gpu_correct:numerics", 120, is_alone=False),
-    "ceilings": Step("gpu_speed:ceilings", 40, is_prepared=True),
-    # Before the largest batches: its models leave the memory first.
-    "variants": Step("gpu_training:variants", 50, is_prepared=True),
-    "base": Step("gpu_training:training", 70, is_prepared=True),
-    "huge": Step("gpu_training:training", 80, is_prepared=True),
-    "large": Step("gpu_training:training", 70, is_prepared=True),
-    "finetune": Step("gpu_training:training", 60, is_prepared=True),
-    "loader": Step("gpu_speed:loader", 40, is_prepared=True),
+CHECKS = {  # the shortest first: they are waited for in this order
+    "numerics": Step("gpu_correct:numerics", 120),
+    "tests": Step("gpu_correct:tests", 150),
+    "equality": Step("gpu_correct:equality", 200),
+}
+IN_TURNS = {
+    "base": Step("gpu_speed:training", 70),
+    "huge": Step("gpu_speed:training", 80),
+    "large": Step("gpu_speed:training", 70),
+    "finetune": Step("gpu_speed:training", 60),
+    "loader": Step("gpu_speed:loader", 40),
     "whole": Step("gpu_speed:whole", 70),
     "memory": Step("gpu_correct:memory", 50),
-    "autotune": Step("gpu_training:autotune", 200),
 }
-OPTIONAL = {"autotune"}  # may lack time
-PREPARATION = 0.4  # of all seconds, after which the measurements begin
+PREPARATION = 0.4  # of all seconds, after which the turns begin
 FEWEST_SECONDS = 15  # a step that has less is left out
 
 
@@ -76,7 +72,6 @@ class Check:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.ends = time.monotonic() + args.seconds
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.began: dict[str, float] = {}  # for a step that waits, when its turn came
         self.results: dict[str, Any] = {"steps": {}, "seconds": {}, "failed": {}}
 
     @property
@@ -84,7 +79,7 @@ class Check:
         """Seconds that remain."""
         return self.ends - time.monotonic()
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, function: str) -> None:
         """Starts the process of a step in a process group of its own."""
         path = [str(self.work), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
@@ -94,34 +89,21 @@ class Check:
         }
         if self.device.type == "cpu":  # code without vector instructions compiles in half the time
             environment["ATEN_CPU_CAPABILITY"] = "default"
-        command = [sys.executable, "-m", "benchmarks.gpu_task", name, STEPS[name].function, str(self.work)]
+        command = [sys.executable, "-m", "benchmarks.gpu_task", name, function, str(self.work)]
         with (self.work / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        self.began[name] = time.monotonic()
 
-    def rest(self, name: str) -> float:
-        """Seconds that a step may still take."""
-        rest = self.began[name] + STEPS[name].seconds - time.monotonic()
-        return min(rest, self.left) if self.device.type == "cuda" else self.left
-
-    def next_of(self, names: Collection[str]) -> str:
-        """Waits until one of several steps has ended, or has no seconds left; returns its name."""
-        while True:
-            for name in names:
-                if self.running[name].poll() is not None or self.rest(name) <= 0:
-                    return name
-            time.sleep(0.1)
-
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, began: float, seconds: float) -> None:
         """Waits for a step, at most for its seconds, and writes all results."""
+        limit = min(began + seconds, self.ends) if self.device.type == "cuda" else self.ends
         try:
-            code = self.running[name].wait(max(0.1, self.rest(name)))
+            code = self.running[name].wait(max(0.1, limit - time.monotonic()))
             reason = f"exit status {code}"
         except subprocess.TimeoutExpired:
-            code, reason = None, f"ended after {time.monotonic() - self.began[name]:.0f} seconds"
+            code, reason = None, f"ended after {time.monotonic() - began:.0f} seconds"
         self.end(name)
         file = self.work / f"{name}.json"
         found = json.loads(file.read_text()) if file.exists() else {}
@@ -129,18 +111,21 @@ class Check:
             reason = "; ".join(broken)
         elif code == 1:
             reason = last_line((self.work / f"{name}.log").read_text(errors="replace"))
-        if code is None and name in OPTIONAL:
-            found.setdefault("skipped", []).append(reason)
-        elif code != 0 or broken:
-            self.results["failed"][name] = reason
         self.results["steps"][name] = found
-        self.results["seconds"][name] = round(time.monotonic() - self.began[name], 1)
-        self.tell(name, self.results["failed"].get(name, "ok"))
+        self.results["seconds"][name] = round(time.monotonic() - began, 1)
+        self.tell(name, reason if code != 0 or broken else None)
 
-    def tell(self, name: str, state: str) -> None:
-        """Prints the state of a step, and writes all results."""
-        print(f"{self.args.seconds - self.left:4.0f} s  {name}: {state}", flush=True)
-        self.save()
+    def tell(self, name: str, failure: str | None) -> None:
+        """Prints whether a step has failed, and writes all results, the table and the logs."""
+        if failure:
+            self.results["failed"][name] = failure
+        print(f"{self.args.seconds - self.left:4.0f} s  {name}: {failure or 'ok'}", flush=True)
+        out = self.args.out
+        machine.write(machine.GPU_CHECK, self.device, vars(self.args), self.results, out)
+        atomic.write_text(out / "table.txt", gpu_table.table(machine.describe(self.device), self.results))
+        logs = sorted(self.work.glob("*.log"))
+        texts = [f"==== {log.stem}\n{log.read_text(errors='replace')[-20_000:]}\n" for log in logs]
+        atomic.write_text(out / "logs.txt", "".join(texts))
 
     def end(self, name: str) -> None:
         """Ends the process group of a step: also the commands that it has started."""
@@ -149,47 +134,23 @@ class Check:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def leave_out(self, name: str) -> None:
-        """Records a step for which no time is left."""
-        reason = "left out: no time is left, give more --seconds"
-        if name in OPTIONAL:
-            self.results["steps"][name] = {"skipped": [reason]}
-        else:
-            self.results["failed"][name] = reason
-        self.tell(name, reason)
-
-    def save(self) -> None:
-        """Writes the results, the table, the logs and the profiles."""
-        out = self.args.out
-        machine.write(machine.GPU_CHECK, self.device, vars(self.args), self.results, out)
-        atomic.write_text(out / "table.txt", gpu_table.table(machine.describe(self.device), self.results))
-        for name, pattern, end in (("logs", "*.log", -20_000), ("profile", "*.profile.txt", 0)):
-            files = sorted(self.work.glob(pattern))
-            texts = [f"==== {file.stem}\n{file.read_text(errors='replace')[end:]}\n" for file in files]
-            if texts:
-                atomic.write_text(out / f"{name}.txt", "".join(texts))
-
-    def run(self) -> None:
-        """Runs the steps."""
-        chosen = {name: step for name, step in STEPS.items() if name in self.args.only}
-        for name, step in chosen.items():
-            if not step.is_alone or step.is_prepared:
-                self.start(name)
-        while together := self.running.keys() & {name for name, step in chosen.items() if not step.is_alone}:
-            self.finish(self.next_of(together))
-        prepared = [name for name, step in chosen.items() if step.is_prepared]
-        deadline = self.ends - (1 - PREPARATION) * self.args.seconds
-        while time.monotonic() < deadline and not all(map(self.is_ready, prepared)):
+    def run(self, names: Collection[str]) -> None:
+        """Runs steps."""
+        checks, turns = ({n: step for n, step in steps.items() if n in names} for steps in (CHECKS, IN_TURNS))
+        began = time.monotonic()
+        for name, step in {**checks, **turns}.items():
+            self.start(name, step.function)
+        for name, step in checks.items():
+            self.finish(name, began, step.seconds)
+        while time.monotonic() < began + PREPARATION * self.args.seconds and not all(map(self.is_ready, turns)):
             time.sleep(0.1)
-        for name in [name for name, step in chosen.items() if step.is_alone]:
+        for name, step in turns.items():
             if self.left < FEWEST_SECONDS:
-                self.leave_out(name)
-                continue
-            if name not in self.running:
-                self.start(name)
-            self.began[name] = time.monotonic()
-            (self.work / f"{name}.go").touch()
-            self.finish(name)
+                self.end(name)
+                self.tell(name, "left out: no time is left, give more --seconds")
+            else:
+                (self.work / f"{name}.go").touch()
+                self.finish(name, time.monotonic(), step.seconds)
 
     def is_ready(self, name: str) -> bool:
         """Whether a step is prepared, or has ended."""
@@ -198,8 +159,6 @@ class Check:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the steps, prints the table, and exits with an error that names the steps that failed."""
-    if unknown := set(args.only) - STEPS.keys():
-        raise ValueError(f"--only {' '.join(sorted(unknown))}: the steps are {', '.join(STEPS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
@@ -207,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         if args.listed_packages:
             listed_packages.write_hook(Path(folder))
         try:
-            check.run()
+            check.run(args.only)
         finally:
             for name in [*check.running]:
                 check.end(name)
@@ -223,7 +182,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", default=440, type=types.positive, metavar="S", help="seconds of all steps together"
     )
-    parser.add_argument("--only", nargs="+", default=[*STEPS], metavar="STEP", help="steps (default: all)")
+    steps = [*CHECKS, *IN_TURNS]
+    parser.add_argument("--only", nargs="+", default=steps, choices=steps, metavar="STEP", help="steps (default: all)")
     parser.add_argument(
         "--listed_packages", action="store_true",
         help="hide all packages but those of benchmarks/listed_packages.py, as on a machine without them",

@@ -4,7 +4,6 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models_mae
-from benchmarks import gpu_task, input_pipeline
+from benchmarks import gpu_task, image_sets
 from benchmarks.gpu_task import Task
 from mae.checkpoints import checkpoint
 from mae.training import log
@@ -51,7 +50,7 @@ class Runs:
     def __init__(self, task: Task) -> None:
         self.folder = task.folder / "runs"
         self.batch, side, size = (64, 224, "small_patch16") if task.has_gpu else (8, 32, "mini_patch4")
-        input_pipeline.write_photographs(self.folder / "data", 4 * self.batch, input_pipeline.OF_SCIKIT_LEARN)
+        image_sets.write_jpeg_files(self.folder / "data", 4 * self.batch, image_sets.OF_SCIKIT_LEARN)
         self.device = "cuda:0" if task.has_gpu else "cpu"
         self.flags = [
             "--data_path", self.folder / "data", "--model", f"mae_vit_{size}", "--input_size", side, "--epochs", 2,
@@ -210,12 +209,11 @@ def numerics(task: Task) -> None:
 
 def memory(task: Task) -> None:
     """A batch that does not fit: the command ends with the code 1 and one line."""
+    task.wait_for_turn()
     if not task.has_gpu:
         return task.skip("the message of a full GPU memory")
-    data: Path = task.folder / "large_batch"
-    input_pipeline.write_photographs(data, 64, input_pipeline.OF_SCIKIT_LEARN)
-    for number in range(64, 2048):
-        (data / "train" / "photograph" / f"link{number}.jpg").symlink_to("0000.jpg")
+    data = task.folder / "large_batch"
+    image_sets.write_jpeg_files(data, 2048, image_sets.OF_SCIKIT_LEARN, num_different=64)
     done = gpu_task.run(
         "main_pretrain.py", "--data_path", data, "--output_dir", data / "run", "--model", "mae_vit_large_patch16",
         "--batch_size", 2048, "--epochs", 1, "--warmup_epochs", 0, "--amp", "off", "--device", "cuda:0",

@@ -1,111 +1,106 @@
-"""The steps of gpu_check.py that measure the machine and data loading."""
+"""The steps of gpu_check.py that measure: updates, data loading, and a run with data.
 
+An update is that of train_step.py, eager and compiled, at the batch sizes 64, 128 and 512: pre-training of ViT-B, ViT-L
+and ViT-H, and fine-tuning of ViT-B.
+"""
+
+import gc
 import os
+import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
-from benchmarks import gpu_task, input_pipeline, peers, scripts, train_step
-from benchmarks.gpu_correct import KERNELS, SHAPES
+from benchmarks import gpu_task, image_sets, input_pipeline, model_table, peers, timing, train_step
 from benchmarks.gpu_task import TINY, Task
+from mae.training import log
 from mae.training.precision import Precision
 
-# Products of ViT-B's decoder and encoder, ViT-L's and ViT-H's encoder: rows of 512, 512, 256 and 128 images, outputs,
-# inputs.
-PRODUCTS = (
-    (512 * 197, 1536, 512), (512 * 197, 512, 512), (512 * 197, 2048, 512), (512 * 197, 512, 2048),
-    (512 * 50, 2304, 768), (512 * 50, 3072, 768), (256 * 50, 4096, 1024), (128 * 65, 5120, 1280),
-)  # fmt: skip
+BATCHES: tuple[int, ...] = (64, 128, 512)
+# Step: task, size, and the batch size at which it is compared with other implementations.
+TRAINING = {
+    "base": ("pretrain", "base_patch16", 512),
+    "large": ("pretrain", "large_patch16", 512),
+    "huge": ("pretrain", "huge_patch14", 128),
+    "finetune": ("finetune", "base_patch16", 128),
+}
+# Blocks of a model that is compiled only for its graphs, which all blocks share. In fine-tuning, the first block drops
+# no path, and the others do.
+FEW: dict[str, Any] = {"pretrain": {"depth": 1, "decoder_depth": 1}, "finetune": {"depth": 2}}
 
 
-# --------------------------------------------------------------------------------------------------- ceilings
-
-
-def ceilings(task: Task) -> None:
-    """What the machine can do: a copy, matrix products in bf16, and attention of the shapes of the models."""
-    task.wait_for_turn()
-    torch.manual_seed(0)
-    repeats = 20 if task.has_gpu else 1
-
-    def seconds(call: Callable[[], Any]) -> float:
-        train_step.seconds(call, 3, task.device)
-        return train_step.seconds(call, repeats, task.device)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=task.device, dtype=torch.bfloat16)
-
-    a, b = tensor(2**29 if task.has_gpu else 2**20), tensor(2**29 if task.has_gpu else 2**20)
-    task.write(copy_bytes_per_second=2 * a.nbytes / seconds(lambda: b.copy_(a)))
-    side = 8192 if task.has_gpu else 256
-    a, b = tensor(side, side), tensor(side, side)
-    task.write(product_flops=2 * side**3 / seconds(lambda: a @ b))
-    products = {}
-    for rows, outputs, inputs in PRODUCTS if task.has_gpu else [(64, 32, 16)]:
-        x, weight, grad = tensor(rows, inputs), tensor(outputs, inputs), tensor(rows, outputs)
-        calls = {
-            "forward": partial(F.linear, x, weight),
-            "input gradient": partial(torch.matmul, grad, weight),
-            "weight gradient": partial(torch.matmul, grad.T, x),
-        }
-        flops = 2 * rows * outputs * inputs
-        products[f"{rows} x {outputs} x {inputs}"] = {name: flops / seconds(call) for name, call in calls.items()}
-    task.write(products_flops=products)
-    attention(task, seconds)
-
-
-def attention_step(precision: Precision, batch_size: int, shape: tuple[int, int, int]) -> train_step.Step:
-    """Forward and backward pass of PyTorch's attention of a shape (heads, tokens, channels)."""
-    dtype = precision.dtype or torch.float32
-    qkv = torch.randn(3, batch_size, *shape, device=precision.device, dtype=dtype, requires_grad=True)
-
-    def step() -> None:
-        qkv.grad = None
-        out = F.scaled_dot_product_attention(*qkv)
-        out.backward(out.detach())
-
-    return step
-
-
-def attention(task: Task, seconds: Callable[[Callable[[], Any]], float]) -> None:
-    """Microseconds per image of attention, forward and backward pass, with each kernel and with PyTorch's choice."""
-    precision, batch = Precision("bf16", task.device), 256 if task.has_gpu else 2
+def training(task: Task) -> None:
+    """Pre-training or fine-tuning of a size: eager and compiled at each batch size, and other implementations."""
+    kind, size, compared_at = TRAINING[task.name]
+    batches = BATCHES
     if not task.has_gpu:
-        task.skip("kernels of attention compared: cuDNN, flash")
-    kernels: dict[str, Any] = {"default": None, **(KERNELS if task.has_gpu else {})}
-    times: dict[str, dict[str, float | str]] = {}
-    for heads, tokens, width in SHAPES if task.has_gpu else SHAPES[:1]:
-        step = attention_step(precision, batch, (heads, tokens, width))
-        found: dict[str, float | str] = {}
-        for name, kernel in kernels.items():
-            try:
-                with sdpa_kernel(kernel) if kernel else nullcontext():
-                    found[name] = 1e6 * seconds(step) / batch
-            except RuntimeError as error:  # the kernel does not support the shape
-                found[name] = gpu_task.last_line(str(error))[:100]
-        times[f"{heads} heads, {tokens} tokens, {width} channels"] = found
-    task.write(attention_microseconds_per_image=times)
+        size, batches, compared_at = TINY, (2,), 2
+    update = partial(train_step.update, kind, size=size, precision=Precision("bf16", task.device))
+    began = time.monotonic()
+    for batch in batches:
+        update("ours", "compiled", batch_size=batch, **FEW[kind])()
+        empty_cache(task)
+    flops = model_table.training_flops(size) if kind == "pretrain" else 3 * model_table.classifier_flops(size)
+    task.write(task=kind, size=size, flops_per_image=flops, compile_seconds=time.monotonic() - began)
+    task.wait_for_turn()
+    cells, compared = list[dict[str, Any]](), dict[str, float]()
+    for batch in batches:
+        ways = [("ours", "eager"), ("ours", "compiled")]
+        if batch == compared_at and kind == "pretrain":
+            ways += [("transformers", "eager"), ("plain", "eager")]
+        for way in ways:
+            found = measure(partial(update, *way, batch_size=batch), batch, flops, task)
+            cells.append({"way": " ".join(way), "batch_size": batch, **found})
+            if batch == compared_at and "images_per_second" in found:
+                compared[" ".join(way)] = found["images_per_second"]
+            task.write(cells=cells, compared_at=compared_at, images_per_second=compared)
 
 
-# --------------------------------------------------------------------------------------------------- data
+def empty_cache(task: Task) -> None:
+    """Frees the memory of the models that are gone, also for other processes."""
+    gc.collect()
+    if task.has_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(build: Callable[[], train_step.Step], batch_size: int, flops: int, task: Task) -> dict[str, Any]:
+    """Images/s, milliseconds and memory of an update; {"fits": False} if the memory is too small."""
+    empty_cache(task)
+    try:
+        times = timed(build(), task)
+    except torch.OutOfMemoryError:
+        return {"fits": False}
+    rate = batch_size / median(times)
+    return {
+        "images_per_second": rate, "all_images_per_second": [batch_size / time for time in times],
+        "milliseconds": 1000 * median(times), "flops": rate * flops,
+        "peak_bytes": torch.cuda.max_memory_allocated() if task.has_gpu else None,
+    }  # fmt: skip
+
+
+def timed(step: train_step.Step, task: Task) -> list[float]:
+    """Seconds of an update, in three rounds of about a third of a second each; on a CPU, of one update."""
+    timing.seconds(step, 2, task.device)
+    if not task.has_gpu:
+        return [timing.seconds(step, 1, task.device)]
+    repeats = max(2, round(0.35 / timing.seconds(step, 2, task.device)))
+    return [timing.seconds(step, repeats, task.device) for _ in range(3)]
 
 
 def loader(task: Task) -> None:
     """Images/s from JPEG files to batches, in one worker process and in one for each core."""
-    folder, cores = task.folder / "files", os.cpu_count() or 1
+    folder, cores = task.folder / "loader", os.cpu_count() or 1
     count = 24_000 if task.has_gpu else 6 * input_pipeline.BATCH
-    input_pipeline.write_photographs(folder, count, input_pipeline.OF_SCIKIT_LEARN)
+    image_sets.write_jpeg_files(folder, count, image_sets.OF_SCIKIT_LEARN)
     task.wait_for_turn()
-    ways = {"Pillow": {}, "--fast_jpeg": {"fast_jpeg": True}} if scripts.has_fast_jpeg() else {"Pillow": {}}
     found: dict[str, float] = {}
-    for name, options in ways.items():
+    for name, fast_jpeg in (("Pillow", False), ("--fast_jpeg", True)):
         for workers in sorted({1, cores}):
-            batches = input_pipeline.ours(folder, workers, **options)
+            batches = input_pipeline.ours(folder, workers, fast_jpeg)
             limit = min(20 * workers, count // input_pipeline.BATCH - 2) if task.has_gpu else 3
             found[f"{name}, {workers} workers"] = input_pipeline.rate(batches, limit)
             task.write(cores=cores, images_per_second=found)
@@ -113,16 +108,18 @@ def loader(task: Task) -> None:
 
 def whole(task: Task) -> None:
     """main_pretrain.py with data from JPEG files: the second epoch as log.txt has it."""
-    folder = task.folder / "files"
-    if not folder.exists():
-        input_pipeline.write_photographs(folder, 256, input_pipeline.OF_SCIKIT_LEARN)
+    folder, out = task.folder / "whole", task.folder / "whole_run"
     size, batch, updates = ("base_patch16", 512, 30) if task.has_gpu else (TINY, 8, 4)
-    flags = ["--model", f"mae_vit_{size}", "--input_size", peers.image_side(size), "--batch_size", batch, "--device",
-             "cuda:0" if task.has_gpu else "cpu", "--epochs", 2, "--warmup_epochs", 1, "--updates_per_epoch", updates,
-             "--compile", "--save_every", 9]  # fmt: skip
+    image_sets.write_jpeg_files(folder, batch * updates, image_sets.OF_SCIKIT_LEARN)
+    task.wait_for_turn()
+    compiled = ["--compile"] if task.has_gpu else []
     if not task.has_gpu:
         task.skip("--compile of main_pretrain.py with data")
-        flags.remove("--compile")
-    line = scripts.pretrain(folder, task.folder / "whole", *flags)[1]
-    task.write(size=size, batch_size=batch, fast_jpeg=scripts.has_fast_jpeg(), second_epoch=line)
+    gpu_task.run(
+        "main_pretrain.py", "--data_path", folder, "--output_dir", out, "--model", f"mae_vit_{size}", "--input_size",
+        peers.image_side(size), "--batch_size", batch, "--device", task.device, "--epochs", 2, "--warmup_epochs", 1,
+        "--updates_per_epoch", updates, "--save_every", 9, "--vis_every", 0, "--fast_jpeg", *compiled,
+    )  # fmt: skip
+    line = log.read(out)[1]
+    task.write(size=size, batch_size=batch, second_epoch=line)
     task.check("main_pretrain.py trains on JPEG files", line["images_per_s"] > 0)

@@ -30,7 +30,6 @@ from scipy import stats
 import main_knn
 import main_pretrain
 from benchmarks import machine, scripts
-from benchmarks.ablation import DATA, PRETRAIN
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
@@ -46,7 +45,7 @@ ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "
 MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"
 SAME = ("entry", "budget", "images", "kind", "evaluated on", "machine")  # of rows that are repetitions
 PROCESSES = 2  # of one thread each
-BASE = {**PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
+BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -137,8 +136,7 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
 def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
     method = {**BASE, **ENTRIES[name], **(PHOTOGRAPHS if args.photographs else {})}
-    data = args.data_path or (images_of("photographs") if args.photographs else DATA)
-    scripts.require_images(data)
+    data = args.data_path or (images_of("photographs") if args.photographs else scripts.DATA)
     flags = {**method, "data_path": data, "seed": args.seed}
     with tempfile.TemporaryDirectory() as folder:
         _, *lines = pretrain(flags, Path(folder) / "speed", 6)  # the first epoch is slower

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,32 @@ from models_vit import SIZES
 
 RESULTS = Path(__file__).parent / "results"
 GPU_CHECK = "gpu_check"  # the file of gpu_check.py: several measurements
-OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
 
 
-def model_parser(description: str, amp: Iterable[str] = AMP_CHOICES) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of measurements of a model; `amp` are the choices of --amp."""
-    parser = entry_point.parser(description)
-    parser.add_argument("--size", default="base_patch16", choices=SIZES, metavar="SIZE", help="a size of models_vit")
-    parser.add_argument("--batch_size", default=16, type=types.positive_int, metavar="N", help="batch size")
-    parser.add_argument("--amp", default="bf16", choices=amp, help="precision; off is fp32")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
-    return parser
-
-
-def add_rounds(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of measurements that compare implementations."""
-    parser.add_argument(
-        "--rounds", default=5, type=types.positive_int, metavar="N",
+def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of all measurements."""
+    result = entry_point.parser(description)
+    result.add_argument(
+        "--rounds", default=rounds, type=types.positive_int, metavar="N",
         help="repetitions; each measures every implementation once",
     )  # fmt: skip
-    parser.add_argument(
+    result.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the JSON files (default: benchmarks/results/MACHINE)"
+    )
+    return result
+
+
+def model_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of measurements that compare implementations of a model."""
+    result = parser(description)
+    result.add_argument("--size", default="base_patch16", choices=SIZES, metavar="SIZE", help="a size of models_vit")
+    result.add_argument("--batch_size", default=16, type=types.positive_int, metavar="N", help="batch size")
+    result.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="precision; off is fp32")
+    result.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    result.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'ours compiled'"
     )
+    return result
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -76,14 +78,10 @@ def processor() -> str:
 def write(
     name: str, device: torch.device, settings: dict[str, Any], results: dict[str, Any], folder: Path | None
 ) -> None:
-    """Writes NAME.json. The default of `folder` is the machine's folder in `RESULTS`."""
+    """Writes NAME.json. The default of `folder` is the folder of the GPU, or of the processor, in `RESULTS`."""
     settings = {key: value for key, value in settings.items() if key not in ("out", "name")}
-    record = {"machine": describe(device), "settings": settings, **results}
-    folder = folder or RESULTS / re.sub(r"\W+", "_", title(record).lower())
+    machine = describe(device)
+    folder = folder or RESULTS / re.sub(r"\W+", "_", str(machine["gpu"] or machine["processor"]).lower())
     folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine, "settings": settings, **results}
     atomic.write_text(folder / f"{name}.json", json.dumps(record, indent=1, default=str) + "\n")
-
-
-def title(record: dict[str, Any]) -> str:
-    """Returns the name of the hardware of a measurement: the GPU's, or the processor's."""
-    return str(record["machine"]["gpu"] or record["machine"]["processor"])

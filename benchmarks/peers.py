@@ -1,4 +1,4 @@
-"""Implementations that train_step.py compares with ours: transformers' ViTMAE, and plain models of timm's blocks."""
+"""Implementations that are compared with ours: transformers' and timm's models, and a plain one of timm's blocks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from models_mae import DECODERS
 from models_vit import LAYER_NORM, SIZES
@@ -73,19 +73,28 @@ class PlainMAE(nn.Module):
         return ((error * masked).sum() / masked.sum(),)
 
 
+def encoder_config(size: str) -> dict[str, Any]:
+    """transformers' settings of an encoder in one of our sizes."""
+    width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
+    return {
+        "image_size": image_side(size), "patch_size": SIZES[size]["patch_size"], "hidden_size": width,
+        "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": round(mlp_ratio(size) * width),
+    }  # fmt: skip
+
+
 def transformers_mae(size: str) -> nn.Module:
     """transformers' ViTMAEForPreTraining in one of our sizes; the first entry of its output is the loss."""
-    width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
-    narrow, decoder_depth, decoder_heads = (
-        DECODERS[size][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads")
-    )
+    width, depth, heads = (DECODERS[size][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads"))
     config = ViTMAEConfig(
-        image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
-        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=round(mlp_ratio(size) * width),
-        decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
-        decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
+        **encoder_config(size), decoder_hidden_size=width, decoder_num_hidden_layers=depth,
+        decoder_num_attention_heads=heads, decoder_intermediate_size=4 * width,
     )  # fmt: skip
     return ViTMAEForPreTraining(config)
+
+
+def transformers_encoder(size: str) -> nn.Module:
+    """transformers' ViTModel in one of our sizes."""
+    return ViTModel(ViTConfig(**encoder_config(size)), add_pooling_layer=False)
 
 
 def timm_classifier(size: str) -> nn.Module:

@@ -6,7 +6,6 @@ from test_models_mae import build
 
 import mae.build
 import models_vit
-from benchmarks.train_step import saved_bytes
 from models_mae import MaskedAutoencoderViT
 
 
@@ -19,6 +18,22 @@ def loss_and_gradients(model: MaskedAutoencoderViT, *args, **kwargs) -> list[tor
 
 def relative_difference(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ones, others, strict=True))
+
+
+def saved_bytes(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """Bytes that the loss saves for the backward pass, without the weights; shared storage counts once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _loss = model(images)[0]  # keeps the storages alive, so that no address is used twice
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("length", [5, 64, 65])

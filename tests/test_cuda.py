@@ -11,6 +11,7 @@ from mae.data.transforms import Normalize
 from mae.inference.model import Segmenter
 from mae.training import log
 from mae.training.compiling import compile_model
+from mae.training.loop import Loader
 from mae.training.precision import Precision
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed, vit_mini_patch4
@@ -19,16 +20,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CUDA = torch.device("cuda")
 
 
-class Batches(list):
+class Batches(list, Loader):
     """As `loader.TrainLoader`: images in pinned memory."""
 
     images_per_iteration = 8
-
-    def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        pass
-
-    def seed_iteration(self, iteration: int) -> None:
-        pass
 
 
 def batches(count: int = 12) -> Batches:

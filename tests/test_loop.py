@@ -17,15 +17,12 @@ from mae.training.precision import Precision
 from mae.training.saver import NullSaver, Request
 
 
-class Numbers(EpochBatches):
+class Numbers(EpochBatches, loop.Loader):
     """Batches of 28 samples of 3 numbers."""
 
     def __init__(self, batch_size, accum_iter=1):
         super().__init__(28, batch_size, seed=0, accum_iter=accum_iter)
         self.values = torch.randn(28, 3)
-
-    def seed_iteration(self, iteration):
-        pass
 
     def __iter__(self):
         for batch in super().__iter__():

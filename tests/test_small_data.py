@@ -1,4 +1,4 @@
-"""Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
+"""The studies of few images: encoders are pre-trained and compared, and their commands parse."""
 
 import json
 
@@ -11,9 +11,7 @@ from PIL import Image
 import main_compare
 import main_pretrain
 from benchmarks import image_sets
-from benchmarks.ablation import Ablation, Run
-from benchmarks.small_data import other_images
-from benchmarks.small_data import study as small_data
+from benchmarks.small_data.study import STUDIES, Encoder
 from mae.settings.arguments import arguments
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -32,45 +30,46 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
+SETTINGS = STUDIES["settings"]
+
+
 @pytest.mark.slow
-def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
-    study = small_data.STUDY
-    runs = {"base": Run(100, 1, {}), "mask-0.5": Run(100, 2, {"mask_ratio": 0.5})}
-    evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
+def test_two_encoders_are_pretrained_and_compared(data, tmp_path):
+    encoders = {"base": Encoder(100, 1, {}), "mask-0.5": Encoder(100, 2, {"mask_ratio": 0.5})}
+    evaluation = {name: value for name, value in SETTINGS.evaluation.items() if name not in ("recipes", "budget")}
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data, baselines=["scratch"])
-    small.run(list(runs))
+    small = SETTINGS._replace(encoders=encoders, evaluation=evaluation, data=data, work=tmp_path / "runs")
+    small.run(tmp_path, "settings")
     header, _, *rows = (tmp_path / "table.md").read_text().splitlines()
     assert header == "| encoder | images | epochs | cost | loss | k-NN, % |"
     rows = [line.split(" | ")[:3] for line in rows]
     assert rows == [["| scratch", "", ""], ["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
-    results = small.results.read()
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["scratch"]["accuracies"].keys() == {"k-NN"}
     assert "--mask_ratio 0.5" in results["mask-0.5"]["command"]
     assert results["mask-0.5"]["loss"] == lines(tmp_path / "runs/mask-0.5")[1]["train_loss"]
+    assert results["mask-0.5"]["losses"].keys() == {"0", "1"}
 
-    monkeypatch.setattr(small, "compare", None)  # is not called again
-    small.run(list(runs))
-    assert small.results.read() == results
+    before = small.pretrain()
+    assert small.pretrain() == before  # also the seconds: nothing is trained again
 
 
 def test_the_rows_have_means_and_costs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs, accuracies = {"a": Run(100, 2, {}), "b": Run(1_000, 3, {})}, {"a": [70, 72], "b": [80, 84]}
+    accuracies = {"a": [70, 72], "b": [80, 84]}
     results = {name: {"loss": 0.5, "accuracies": {"linear probe": values}} for name, values in accuracies.items()}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    study = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {})
-    assert study.table().splitlines()[2:] == [
+    study = SETTINGS._replace(encoders={"a": Encoder(100, 2, {}), "b": Encoder(1_000, 3, {})}, baselines=[])
+    assert study.table(results).splitlines()[2:] == [
         "| a | 100 | 2 | 1.00 | 0.5000 | 71.0 ± 1.4 |",
         "| b | 1,000 | 3 | 15.00 | 0.5000 | 82.0 ± 2.8 |",
     ]
 
 
-def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
+def test_the_cost_is_that_of_the_layers(monkeypatch):
     """Multiply-adds by hand, of linear layers and attention: they are more than 99 % of all."""
     monkeypatch.chdir(ROOT)
-    runs = {"a": Run(10, 2, {"patch_size": 4, "mask_ratio": 0.75})}
-    counted = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {}).macs("a")
+    encoders = {"a": Encoder(10, 2, {"patch_size": 4, "mask_ratio": 0.75})}
+    counted = SETTINGS._replace(encoders=encoders).macs("a")
 
     def blocks(depth, tokens, width):
         return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
@@ -81,33 +80,24 @@ def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
 
 
 def test_the_commands_parse_and_differ_in_one_setting():
-    study = small_data.STUDY
-    settings = {name: parse(main_pretrain, *arguments(study.flags(name))).record() for name in study.runs}
+    settings = {name: parse(main_pretrain, *arguments(SETTINGS.flags(name))).record() for name in SETTINGS.encoders}
     for name, own in settings.items():
         base = settings["1000-images" if name.startswith("1000-images") else "base"]
         changed = {flag for flag in own if own[flag] != base[flag]} - {"save_every", "warmup_epochs", "output_dir"}
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
 
-STUDIES = [small_data.STUDY, *map(other_images.study, other_images.DATASETS)]
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=["small_data", *other_images.DATASETS])
-def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_commands_of_a_study_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for run in study.runs:
-        parse(main_pretrain, *arguments(study.flags(run)))
+    study = STUDIES[name]
+    for encoder in study.encoders:
+        parse(main_pretrain, *arguments(study.flags(encoder)))
     parse(main_compare, *arguments({**study.evaluation, "encoders": ["base"]}))
 
 
-def test_an_unknown_encoder_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        small_data.get_args_parser().parse_args(["x"])
-    assert "there is no encoder x; the names are base, " in capsys.readouterr().err
-
-
 def test_the_images_are_the_first_of_each_class(data, tmp_path):
-    Ablation(tmp_path, tmp_path, {}, {}, {}, data=data).write_list(100)
+    SETTINGS._replace(data=data, work=tmp_path).write_list(100)
     listed = (tmp_path / "100.txt").read_text().splitlines()
     assert len(listed) == 100
     assert (listed[0], listed[9], listed[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
@@ -125,8 +115,8 @@ def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
     for split in ("train", "val"):
         assert len({path.parent for path in files if path.parts[0] == split}) == classes
     assert Image.open(tmp_path / "a" / next(iter(files))).size == (size, size)
-    images = other_images.DATASETS[dataset].images
-    Ablation(tmp_path, tmp_path, {}, {}, {}, data=tmp_path / "a").write_list(images)
+    (images,) = {encoder.images for encoder in STUDIES[dataset].encoders.values()}
+    SETTINGS._replace(data=tmp_path / "a", work=tmp_path).write_list(images)
     assert len((tmp_path / f"{images}.txt").read_text().splitlines()) == images  # each class has enough
 
 
@@ -136,8 +126,8 @@ def test_the_document_has_the_losses_of_the_runs():
     epochs = [text.strip().removeprefix("epoch ") for text in header.split("|")[2:-1]]
     names = ("1000-images", "1000-images-epochs-1000", "base", "epochs-80")
     for name in names:
-        run = small_data.STUDY.runs[name]
-        losses = small_data.STUDY.results.read()[name]["losses"]
+        run = SETTINGS.encoders[name]
+        losses = json.loads((ROOT / "benchmarks/small_data/results.json").read_text())[name]["losses"]
         (row,) = (line for line in page if line.startswith(f"| {run.images:,}, {run.epochs:,} epochs |"))
         values = [f"{losses[epoch]:.3f}" if epoch in losses else "" for epoch in epochs]
         assert [text.strip() for text in row.split("|")[2:-1]] == values
