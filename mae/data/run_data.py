@@ -141,10 +141,13 @@ class RunData:
             return sources
         from mae.data import image_cache
 
-        return image_cache.cached(
-            list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
-            num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,
-        )  # fmt: skip
+        transform, train = transforms.scaled_transform(0), sources[0]
+        return [
+            image_cache.cached(
+                self.samples(source, transform, data.on_bad_image if source is train else None), data.num_workers
+            )
+            for source in sources
+        ]
 
     def samples(
         self, source: Source | Stream, transform: transforms.Transform, on_bad_image: str | None = None,
