@@ -216,17 +216,14 @@ def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str,
 
 def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
     """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
-    images, data = run_data.images, run_data.data
+    images = run_data.images
     if split == "val":
         height, width = to_pair(images.input_size)
         scale = f"scaled to a shorter side of {images.short_side} pixels" if images.short_side else "at their own size"
         logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
     colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
-    pairs = open_pairs(
-        split, classes, MaskFormat(len(classes), images.reduce_zero_label, colors), data_path=data.data_path,
-        file_list=getattr(data, f"{split}_list"), folders=getattr(data, f"{split}_folders"), dataset=data.dataset,
-        download=data.download, function=run_data.source,
-    )  # fmt: skip
+    mask_format = MaskFormat(len(classes), images.reduce_zero_label, colors)
+    pairs = open_pairs(run_data.data, split, classes, mask_format, run_data.source)
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs
 

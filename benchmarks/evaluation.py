@@ -42,7 +42,7 @@ from mae.data.samples import Samples
 from mae.data.source import Source
 from mae.inference import features, get_model
 from mae.parallel import choose_device
-from mae.settings import types
+from mae.settings import DataSpec, types
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 
@@ -152,7 +152,7 @@ def implementations(
     task: str, args: argparse.Namespace, folder: Path, precision: Precision
 ) -> dict[str, Callable[[], float]]:
     """The passes over all images by name; each returns images/s."""
-    source: Any = open_source("train", str(folder))
+    source: Any = open_source(DataSpec(data_path=str(folder)), "train")
     ours, peer = (our_evaluation, timms_evaluation) if task == "eval" else (our_features, transformers_features)
     builders: dict[str, Callable[[], Any]] = {
         "timm": lambda: peers.timm_classifier(args.size),

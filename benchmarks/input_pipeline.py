@@ -40,6 +40,7 @@ from mae.data.jpeg import decode_rgb
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.evaluate.tables import markdown
+from mae.settings import DataSpec
 
 BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
@@ -93,7 +94,7 @@ def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
 def our_samples(folder: Path, **options: Any) -> Samples:
     """The samples of main_pretrain.py."""
     transform = transforms.pretrain_transform(224)
-    source = open_source("train", str(folder))
+    source = open_source(DataSpec(data_path=str(folder)), "train")
     return Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
 
 

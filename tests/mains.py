@@ -14,6 +14,8 @@ import torch
 
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point
+from mae.data import open as opener
+from mae.settings import DataSpec, names_of
 from mae.training import saver
 
 
@@ -35,6 +37,22 @@ def parse(script: Any, *argv: Any, **flags: Any) -> Any:
 def call(script: Any, *argv: Any, **flags: Any) -> Any:
     """Runs a script in this process with these arguments only."""
     return script.main(parse(script, *argv, **flags))
+
+
+def open_source(split: str, data_path: Any = None, file_list: Any = None, dataset: Any = None, **options: Any) -> Any:
+    """The dataset of a split; options are settings of data, and arguments of `mae.data.open.open_source`."""
+    names = {name: options.pop(name) for name in names_of(DataSpec) if name in options}
+    lists = {f"{split}_list": file_list} if file_list else {}
+    return opener.open_source(DataSpec(data_path=data_path, dataset=dataset, **lists, **names), split, **options)
+
+
+def open_pairs(split: str, classes: list[str], mask_format: Any, function: Any = None, **options: Any) -> Any:
+    """The images of a split with their masks; options are settings of data, `file_list` and `folders`."""
+    from mae.data import masks
+
+    of_split = {"file_list": f"{split}_list", "folders": f"{split}_folders"}
+    data = DataSpec(**{of_split.get(name, name): value for name, value in options.items()})
+    return masks.open_pairs(data, split, classes, mask_format, function)
 
 
 def printed(capsys, script: Any, **flags: Any) -> str:

@@ -10,7 +10,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, assert_equal, lines, stop_after, weights
+from mains import Stopped, assert_equal, lines, open_source, stop_after, weights
 from PIL import Image
 
 import main_finetune
@@ -18,7 +18,6 @@ from mae.data import image_cache
 from mae.data import samples as samples_module
 from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
 from mae.data.kinds.shards import Shards
-from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from mains import open_pairs
 from PIL import Image
 from segments import LAYOUTS, make_scenes
 from test_decode import npy, saved
@@ -17,7 +18,7 @@ from test_decode import png as raw_png
 from mae.data import transforms
 from mae.data.decode import BadImage, to_tensor
 from mae.data.item import Item
-from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, open_pairs, read_palette
+from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, read_palette
 from mae.data.samples import Samples
 
 THREE = MaskFormat(3)

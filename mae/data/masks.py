@@ -27,6 +27,7 @@ from mae.data.kinds.objects import UserSet, read_named
 from mae.data.kinds.torchvision import TorchvisionSet
 from mae.data.source import Files, OpenDataset, Source, find_files, first_few
 from mae.files.untrusted import printable, read_file
+from mae.settings import DataSpec
 from mae.user_code import DATASET
 
 logger = logging.getLogger(__name__)
@@ -289,41 +290,34 @@ def first_classes(pairs: Source) -> list[int]:
 
 
 def open_pairs(
-    split: str,
-    classes: list[str],
-    mask_format: MaskFormat,
-    *,
-    data_path: str | None = None,
-    file_list: str | None = None,
-    folders: Sequence[str] | None = None,
-    dataset: str | None = None,
-    download: bool = False,
-    function: OpenDataset | None = None,
+    data: DataSpec, split: str, classes: list[str], mask_format: MaskFormat, function: OpenDataset | None = None
 ) -> Pairs | UserPairs:
     """Opens images with masks.
 
     Args:
+        data: names the dataset. `data_path`: a folder, or a tar or zip file, with the folders of LAYOUTS; else the
+            start of these paths. `train_list` and `val_list`: a CSV file with the header `image,mask` and a row for
+            each pair. `train_folders` and `val_folders`: the folder of the images and the folder of the masks, which
+            have the same names except for suffixes. `dataset`: a dataset of torchvision with lists of image and mask
+            files, or py:MODULE:FUNCTION.
         split: "train" or "val".
         classes: names of the classes.
         mask_format: decodes the masks.
-        data_path: a folder, or a tar or zip file, with the folders of LAYOUTS. Else the start of these paths:
-        file_list: a CSV file with the header `image,mask` and a row for each pair.
-        folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
-        dataset: a dataset of torchvision with lists of image and mask files, or py:MODULE:FUNCTION.
-        download: download the dataset of torchvision.
         function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, it has no images, or an image has no mask.
         OSError: the dataset can't be read.
     """
-    root = Path(data_path) if data_path else None
+    root, dataset = Path(data.data_path) if data.data_path else None, data.dataset
+    of_split = {"train": (data.train_list, data.train_folders), "val": (data.val_list, data.val_folders)}
+    file_list, folders = of_split[split]
     if sum(map(bool, (file_list, folders, dataset))) > 1:
         raise ValueError(f"`{split}_list`, `{split}_folders` and `dataset` exclude each other; give one of them")
     if dataset and dataset.startswith(DATASET):
-        return UserPairs(function, split, data_path, dataset, classes, mask_format)
+        return UserPairs(function, split, data.data_path, dataset, classes, mask_format)
     if dataset:
-        opened = TorchvisionSet(dataset, split, data_path, download).images
+        opened = TorchvisionSet(dataset, split, data.data_path, data.download).images
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
         listed = read_pairs(Path(file_list), f"`{split}_list`")
@@ -334,9 +328,7 @@ def open_pairs(
         return _listed(start, *listed, classes, mask_format)
     if folders:
         images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
-        images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
-        indices = _matched(_by_key(images, split), _by_key(masks, split), images, str(masks_folder), split)
-        return Pairs(images, masks, indices, classes, mask_format)
+        return _of_folders(images_folder, masks_folder, split, classes, mask_format)
     if root is None:
         raise ValueError(
             f"`data_path` is needed: a folder or an archive with {_layouts_of(split)} (or give `{split}_folders`, "
@@ -345,6 +337,13 @@ def open_pairs(
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     return Pairs(files, files, _of_layout(files, root, split), classes, mask_format)
+
+
+def _of_folders(images: Path, masks: Path, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
+    """Returns the images of a folder with the masks of the same names of another."""
+    image_files, mask_files = find_files(images, "images"), find_files(masks, "masks")
+    indices = _matched(_by_key(image_files, split), _by_key(mask_files, split), image_files, str(masks), split)
+    return Pairs(image_files, mask_files, indices, classes, mask_format)
 
 
 def _layouts_of(split: str) -> str:

@@ -42,24 +42,20 @@ class RunData:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
-    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Stream:
+    def open_split(self, split: str, reads_labels: bool = True) -> Source | Stream:
         """Opens the dataset of a split, "train" or "val".
 
         Args:
-            num_images: number of images in shards, instead of counting them.
             reads_labels: read the labels of lists and of datasets of the user's code.
 
         Raises:
             ValueError: no dataset is given, the dataset does not exist, or it has no images.
         """
         data = self.data
-        file_list = data.train_list if split == "train" else data.val_list
-        found = open_source(
-            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
-            function=self.source, task=self.images.task if reads_labels else None, extras=data.extras,
-            label_columns=self.images.label_columns, whole=not data.val_list or bool(data.val_fraction),
-        )  # fmt: skip
-        if split == "train" and data.on_bad_image == "skip" and isinstance(found, Files) and not file_list:
+        task = self.images.task if reads_labels else None
+        found = open_source(data, split, task=task, label_columns=self.images.label_columns, function=self.source)
+        skips = split == "train" and data.on_bad_image == "skip" and not data.train_list
+        if skips and isinstance(found, Files):
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 
