@@ -30,15 +30,8 @@ from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
-from mae.data.masks import (
-    MASKS_READ,
-    MOST_CLASSES,
-    VOC,
-    MaskFormat,
-    first_classes,
-    open_pairs,
-    read_palette,
-)
+from mae.data.kinds.pairs import MASKS_READ, first_classes
+from mae.data.masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source
 from mae.evaluate.segmentation import Scores
@@ -222,8 +215,8 @@ def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
         scale = f"scaled to a shorter side of {images.short_side} pixels" if images.short_side else "at their own size"
         logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
     colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
-    mask_format = MaskFormat(len(classes), images.reduce_zero_label, colors)
-    pairs = open_pairs(run_data.data, split, classes, mask_format, run_data.source)
+    mask_format = MaskFormat(classes, images.reduce_zero_label, colors)
+    pairs = run_data.open_split(split, masks=mask_format)
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs
 

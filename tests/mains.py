@@ -41,18 +41,10 @@ def call(script: Any, *argv: Any, **flags: Any) -> Any:
 
 def open_source(split: str, data_path: Any = None, file_list: Any = None, dataset: Any = None, **options: Any) -> Any:
     """The dataset of a split; options are settings of data, and arguments of `mae.data.open.open_source`."""
-    names = {name: options.pop(name) for name in names_of(DataSpec) if name in options}
-    lists = {f"{split}_list": file_list} if file_list else {}
-    return opener.open_source(DataSpec(data_path=data_path, dataset=dataset, **lists, **names), split, **options)
-
-
-def open_pairs(split: str, classes: list[str], mask_format: Any, function: Any = None, **options: Any) -> Any:
-    """The images of a split with their masks; options are settings of data, `file_list` and `folders`."""
-    from mae.data import masks
-
-    of_split = {"file_list": f"{split}_list", "folders": f"{split}_folders"}
-    data = DataSpec(**{of_split.get(name, name): value for name, value in options.items()})
-    return masks.open_pairs(data, split, classes, mask_format, function)
+    settings = {name: options.pop(name) for name in names_of(DataSpec) if name in options}
+    if file_list:
+        settings[f"{split}_list"] = file_list
+    return opener.open_source(DataSpec(data_path=data_path, dataset=dataset, **settings), split, **options)
 
 
 def printed(capsys, script: Any, **flags: Any) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mae import parallel
 from mae.data.source import (
@@ -18,6 +19,10 @@ from mae.data.source import (
 )
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
+
+if TYPE_CHECKING:
+    from mae.data.kinds.archives import Archive
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ def dataset_in(root: Path) -> str | None:
 
 def open_source(
     data: DataSpec, split: str, *, task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None,
-    function: OpenDataset | None = None,
+    masks: "MaskFormat | None" = None, function: OpenDataset | None = None,
 ) -> Source | Stream:  # fmt: skip
     """Opens a dataset of any kind.
 
@@ -58,32 +63,28 @@ def open_source(
         task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
             not read.
         label_columns: the columns of the list with the labels.
+        masks: decodes the segmentation masks of the images, which are their labels, as in `pairs.open_pairs`. None: the
+            images have no masks.
         function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
-    root = Path(data.data_path) if data.data_path else None
+    if masks:
+        from mae.data.kinds.pairs import open_pairs
+
+        return open_pairs(data, split, masks, function)
     file_list = {"train": data.train_list, "val": data.val_list}.get(split)
-    kind = (data.dataset or "").partition(":")[0]
     if file_list and data.dataset:
         raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
-    for name, value, counts in (
-        ("download", data.download, data.dataset and kind not in ("hf", "wds", "py")),
-        ("num_images", data.num_images, kind == "wds"),
-        ("data_path", root, kind not in ("hf", "wds")),
-        ("label_columns", label_columns, bool(file_list)),
-        ("extras", data.extras, bool(file_list)),
-    ):
-        if value and not counts:
-            logger.warning(f"`{name}` has no effect with this dataset")
+    _warn_of_unused(data, bool(file_list), label_columns)
     if data.dataset:
         return _open_dataset(data.dataset, split, data, task, function)
+    root = Path(data.data_path) if data.data_path else None
     if file_list:
         from mae.data.kinds.lists import read_list
 
-        # With an archive, paths are relative to the folder of the list.
-        below = None if root and root.is_file() else root
+        below = root if root and not root.is_file() else None  # else, paths are relative to the folder of the list
         setting = f"`{split}_list`"
         return parallel.from_rank_0(
             lambda: read_list(Path(file_list), below, setting, task, label_columns, data.extras)
@@ -93,14 +94,21 @@ def open_source(
             "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
             "(or give `train_list` or `dataset`)"
         )
-    takes_all = not data.val_list or bool(data.val_fraction)
-    if root.is_file():
-        from mae.data.kinds.archives import Archive
+    return parallel.from_rank_0(lambda: _open_path(root, split, not data.val_list or bool(data.val_fraction)))
 
-        return parallel.from_rank_0(lambda: Archive(root, split, whole=takes_all))
-    if not root.is_dir():
-        raise ValueError(f"data_path={root}: there is no such folder or archive")
-    return parallel.from_rank_0(lambda: _open_folder(root, split, takes_all))
+
+def _warn_of_unused(data: DataSpec, is_list: bool, label_columns: Sequence[str] | None) -> None:
+    """Logs a warning for each setting that has no effect with the kind of the dataset."""
+    kind = (data.dataset or "").partition(":")[0]
+    for name, value, counts in (
+        ("download", data.download, data.dataset and kind not in ("hf", "wds", "py")),
+        ("num_images", data.num_images, kind == "wds"),
+        ("data_path", data.data_path, kind not in ("hf", "wds")),
+        ("label_columns", label_columns, is_list),
+        ("extras", data.extras, is_list),
+    ):
+        if value and not counts:
+            logger.warning(f"`{name}` has no effect with this dataset")
 
 
 def _open_dataset(
@@ -128,7 +136,14 @@ def _open_dataset(
     return TorchvisionSet(dataset, split, data.data_path, data.download)
 
 
-def _open_folder(root: Path, split: str, takes_all: bool) -> Files:
+def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":
+    """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training."""
+    if root.is_file():
+        from mae.data.kinds.archives import Archive
+
+        return Archive(root, split, whole=takes_all)
+    if not root.is_dir():
+        raise ValueError(f"data_path={root}: there is no such folder or archive")
     files = _files_of_split(root, split, takes_all)
     if name := dataset_in(root):
         logger.warning(

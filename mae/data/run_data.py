@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.source import Files, OpenDataset, Source, Stream, with_missing
 from mae.settings import DataSpec, ImageSpec
+
+if TYPE_CHECKING:
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +45,21 @@ class RunData:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
-    def open_split(self, split: str, reads_labels: bool = True) -> Source | Stream:
+    def open_split(self, split: str, reads_labels: bool = True, masks: "MaskFormat | None" = None) -> Source | Stream:
         """Opens the dataset of a split, "train" or "val".
 
         Args:
             reads_labels: read the labels of lists and of datasets of the user's code.
+            masks: as in `open_source`.
 
         Raises:
             ValueError: no dataset is given, the dataset does not exist, or it has no images.
         """
         data = self.data
         task = self.images.task if reads_labels else None
-        found = open_source(data, split, task=task, label_columns=self.images.label_columns, function=self.source)
+        found = open_source(
+            data, split, task=task, label_columns=self.images.label_columns, masks=masks, function=self.source
+        )
         skips = split == "train" and data.on_bad_image == "skip" and not data.train_list
         if skips and isinstance(found, Files):
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
