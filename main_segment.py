@@ -33,7 +33,7 @@ from mae.data import extras, transforms
 from mae.data.kinds.pairs import MASKS_READ, first_classes
 from mae.data.masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.run_data import RunData
-from mae.data.source import OpenDataset, Source
+from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
@@ -216,7 +216,7 @@ def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
         logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
     colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
     mask_format = MaskFormat(classes, images.reduce_zero_label, colors)
-    pairs = run_data.open_split(split, masks=mask_format)
+    pairs = require_random_access(run_data.open_split(split, masks=mask_format))
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs
 
