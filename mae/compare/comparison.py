@@ -16,6 +16,7 @@ from mae.compare.trials import Size, Trial, Trials
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
+from mae.files import locks
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import log
@@ -57,7 +58,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
             )
     finally:
         if results:
-            with store.locked(out / "table.md", waits=True):
+            with locks.locked(out, "table.md.lock", waits=True):
                 text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}")
     return text
@@ -140,8 +141,8 @@ def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Tria
         for trial in pending:
             try:
                 yield trial, trials.result(trial)
-            except store.Busy:
+            except locks.Busy:
                 busy.append(trial)
         if len(busy) == len(pending):
-            time.sleep(store.WAIT_SECONDS)
+            time.sleep(locks.WAIT_SECONDS)
         pending = busy

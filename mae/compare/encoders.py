@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae.compare.store import Settings, locked
+from mae.compare.store import Settings
+from mae.files import locks
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
@@ -107,11 +108,12 @@ def _timm_folder(name: str, folder: Path) -> str:
     import timm  # takes more than a second
     from timm.models import save_for_hf
 
+    path = folder / name
     try:
-        with locked(folder / name, waits=True):
-            if not (folder / name / "config.json").exists():
-                save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
+        with locks.locked(path.parent, f"{path.name}.lock", waits=True):
+            if not (path / "config.json").exists():
+                save_for_hf(timm.create_model(name, pretrained=True), str(path))
     except Exception as error:  # of timm, of the Hugging Face Hub and of the network
         near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
         raise ValueError(f"encoders={TIMM + name!r}: {str(error).splitlines()[0]}{near}") from error
-    return str(folder / name)
+    return str(path)

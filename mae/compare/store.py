@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ Scores = dict[str, Any]
 
 RECORD = "run.json"  # what the scores of a folder depend on, and the scores once they are computed
 WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir"}  # on a result
-WAIT_SECONDS = 1.0  # between looks at what another process computes
 
 
 class Script(Protocol):
@@ -35,10 +33,6 @@ class Script(Protocol):
         """Runs the script, and returns its result. It appends what it prints to a file."""
 
 
-class Busy(Exception):
-    """Another process writes to the folder."""
-
-
 def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Scores]) -> Scores:
     """Returns the scores of a folder, and the `seconds` that they took. They are computed unless they are kept.
 
@@ -50,11 +44,11 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Sc
         compute: computes the scores in the folder.
 
     Raises:
-        Busy: another process computes them.
+        locks.Busy: another process computes them.
         FileExistsError: the folder has files, and no record of what they depend on.
     """
     inputs = _inputs_of(settings)
-    with locked(folder):
+    with locks.locked(folder.parent, f"{folder.name}.lock"):
         file = Results(folder / RECORD)
         record = file.read()
         if not record and any(folder.glob("[!.]*")):
@@ -79,7 +73,7 @@ def run(folder: Path, script: Script, settings: Mapping[str, Any], read: Callabl
         read: returns the scores of the folder, and of what `main` has returned.
 
     Raises:
-        Busy, FileExistsError: as in `kept`.
+        locks.Busy, FileExistsError: as in `kept`.
         ValueError: the script has failed.
     """
 
@@ -87,25 +81,6 @@ def run(folder: Path, script: Script, settings: Mapping[str, Any], read: Callabl
         return read(out, script.run(settings, out / "output.txt"))
 
     return kept(folder, {"script": script.name, **settings}, compute)
-
-
-@contextmanager
-def locked(path: Path, waits: bool = False) -> Iterator[None]:
-    """Context manager that locks a file or folder by a file beside it.
-
-    Args:
-        waits: wait until no other process has locked it.
-
-    Raises:
-        Busy: another process has locked it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("a") as file:
-        while not locks.acquire(file, path):
-            if not waits:
-                raise Busy(f"{path} is being written to by another process")
-            time.sleep(WAIT_SECONDS)
-        yield
 
 
 def _inputs_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mae.data.labels import some_of_each_class
 from mae.data.source import Source
 from mae.evaluate.metrics import LOWER_IS_BETTER
 from mae.evaluate.tasks import best_of
-from mae.files import recipes
+from mae.files import locks, recipes
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
 from mae.settings.choices import DEFAULT_METRICS
@@ -118,7 +118,7 @@ class Trials:
         """Returns the result of a trial. Its hyperparameters are chosen on held-out images of the first draw.
 
         Raises:
-            Busy: another process computes it, or chooses the hyperparameters.
+            locks.Busy: another process computes it, or chooses the hyperparameters.
         """
         if trial.encoder.name == PIXELS:
             scores, command = self._fit_pixels(trial)
@@ -164,6 +164,8 @@ class Trials:
             settings |= {"output_dir": out, "resume": "auto"}
         try:
             scores = store.run(out, script, settings, self._scores)
+        except locks.Busy:
+            raise
         except ValueError as error:  # it may name a flag that the comparison does not have
             recipe = f"{trial.protocol}=YAML"
             raise ValueError(f"{error}; recipes={recipe!r} passes other flags to {script.name}.py") from error
