@@ -226,30 +226,31 @@ def evaluate_suites(
         logger.warning(f"no effect with `suite`: {' '.join(unused)}")
     require_imagenet(file.settings, file.num_classes, file.origin)
     opened = [suites.open_suite(e, run.data.data_path, run.evaluation.subset) for e in run.evaluation.suite or ()]
+    opened = [suite._replace(crop_pct=crop_pct or suite.crop_pct or run.images.crop_pct) for suite in opened]
     model = build(replace(run.model, nb_classes=file.num_classes), run.images)
     loading.load_classifier(model, file)
     model.to(precision.device)
-    weights = compute_digest(model.state_dict())
+    settings = {**run.model.record(), **run.images.record()}
+    record = {name: settings[name] for name in names_with(MODEL, IMAGES) if name in run.names & settings.keys()}
+    record |= {"precision": precision.name, "subset": run.evaluation.subset}
+    record["weights"] = compute_digest(model.state_dict())
     if run.machine.compile:
         compile_model(model, precision.device, freeze_weights=True)
-
-    def images_of(suite: suites.Suite) -> ImageSpec:
-        return replace(run.images, crop_pct=crop_pct or (1.0 if suite.name == suites.C else run.images.crop_pct))
-
-    def evaluate_source(suite: suites.Suite, source: Source) -> tasks.Evaluation:
-        images = images_of(suite)
-        transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop)
-        batches = data.eval_batches(source, run.optim.batch_size, transform=transform)
-        restricted = suites.Restricted(model, suite.columns).to(precision.device)
-        return evaluate(restricted, batches, normalize=data.normalize, precision=precision)
-
-    def settings_of(suite: suites.Suite) -> dict[str, Any]:
-        settings = {**run.model.record(), **images_of(suite).record()}
-        used = {name: settings[name] for name in names_with(MODEL, IMAGES) if name in run.names & settings.keys()}
-        return {"weights": weights, "precision": precision.name, "subset": run.evaluation.subset, **used}
-
-    table = suites.evaluate(opened, evaluate_source, settings_of, Path(run.machine.output_dir))
+    evaluate_folder = partial(_evaluate_folder, model, data, run.optim.batch_size, precision)
+    table = suites.evaluate(opened, evaluate_folder, record, Path(run.machine.output_dir))
     logger.info(f"\n{table}")
+
+
+def _evaluate_folder(
+    model: nn.Module, data: RunData, batch_size: int, precision: Precision, suite: Any, source: Source
+) -> tasks.Evaluation:
+    """Evaluates a classifier of ImageNet-1K on the images of a folder of a suite, restricted to its classes."""
+    from mae.evaluate import suites
+
+    transform = transforms.eval_transform(data.images.input_size, suite.crop_pct, data.images.crop)
+    batches = data.eval_batches(source, batch_size, transform=transform)
+    restricted = suites.Restricted(model, suite.columns).to(precision.device)
+    return evaluate(restricted, batches, normalize=data.normalize, precision=precision)
 
 
 def load_frozen(

@@ -209,7 +209,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
         run.evaluation.probe_every and not run.evaluation.probe_path
     )  # the probe classifies the training images
     with preserve_generators():
-        return data, data.open_split("train", run.data.num_images, reads_labels)
+        return data, data.open_split("train", reads_labels)
 
 
 def open_samples(

@@ -30,17 +30,10 @@ from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
-from mae.data.masks import (
-    MASKS_READ,
-    MOST_CLASSES,
-    VOC,
-    MaskFormat,
-    first_classes,
-    open_pairs,
-    read_palette,
-)
+from mae.data.kinds.pairs import MASKS_READ, first_classes
+from mae.data.masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.run_data import RunData
-from mae.data.source import OpenDataset, Source
+from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
@@ -216,17 +209,14 @@ def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str,
 
 def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
     """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
-    images, data = run_data.images, run_data.data
+    images = run_data.images
     if split == "val":
         height, width = to_pair(images.input_size)
         scale = f"scaled to a shorter side of {images.short_side} pixels" if images.short_side else "at their own size"
         logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
     colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
-    pairs = open_pairs(
-        split, classes, MaskFormat(len(classes), images.reduce_zero_label, colors), data_path=data.data_path,
-        file_list=getattr(data, f"{split}_list"), folders=getattr(data, f"{split}_folders"), dataset=data.dataset,
-        download=data.download, function=run_data.source,
-    )  # fmt: skip
+    mask_format = MaskFormat(classes, images.reduce_zero_label, colors)
+    pairs = require_random_access(run_data.open_split(split, masks=mask_format))
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs
 

@@ -39,7 +39,7 @@ from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.inference import features, get_model
 from mae.parallel import choose_device
-from mae.settings import types
+from mae.settings import DataSpec, types
 from mae.training.compiling import compile_model
 from mae.training.precision import Precision
 
@@ -72,7 +72,7 @@ def our_evaluation(
     model: Any, folder: Path, args: argparse.Namespace, precision: Precision, fast_jpeg: bool = False
 ) -> float:
     """`main_finetune.py --eval`."""
-    samples = Samples(open_source("train", str(folder)), model.preprocess, in_chans=3, seed=0, fast_jpeg=fast_jpeg)
+    samples = Samples(open_source(DataSpec(data_path=str(folder)), "train"), model.preprocess, in_chans=3, seed=0, fast_jpeg=fast_jpeg)
     clock = Clock(loader.eval_loader(samples, args.batch_size, args.num_workers, False), args)
     evaluate(model, clock, normalize=model.normalize, precision=precision)
     return clock.rate()
@@ -103,7 +103,7 @@ def our_features(
     extractor: Any, folder: Path, args: argparse.Namespace, precision: Precision, fast_jpeg: bool = False
 ) -> float:
     """`python -m mae.inference.features`, which also writes them."""
-    source: Any = open_source("train", str(folder))
+    source: Any = open_source(DataSpec(data_path=str(folder)), "train")
     clocks, eval_loader = [], loader.eval_loader
 
     def timed_loader(*parts: Any, **options: Any) -> Clock:

@@ -36,6 +36,7 @@ from mae.data.item import Item
 from mae.data.jpeg import decode_rgb
 from mae.data.open import open_source
 from mae.data.samples import Samples
+from mae.settings import DataSpec
 
 BATCH = 64
 IMAGES = 1280
@@ -56,7 +57,7 @@ def classic(folder: Path) -> Iterable[Any]:
 
 def ours(folder: Path, workers: int = 0, fast_jpeg: bool = False) -> Iterable[Any]:
     """Batches of the pipeline of main_pretrain.py."""
-    source, transform = open_source("train", str(folder)), transforms.pretrain_transform(224)
+    source, transform = open_source(DataSpec(data_path=str(folder)), "train"), transforms.pretrain_transform(224)
     draw_noise = partial(torch.rand, 196)
     samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=draw_noise, fast_jpeg=fast_jpeg)
     return loader.TrainLoader(samples, BATCH, 0, workers, pin_memory=False)

@@ -28,6 +28,7 @@ from mae.data.transforms import scaled_transform
 from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
+from mae.settings import DataSpec
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
@@ -47,7 +48,8 @@ FEW_LABELS = {  # row of main_compare.py -> its title here
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     # Without a transform: the images have the size of the model, and a center crop would remove their borders.
-    samples = Samples(open_source(split, data_path), scaled_transform(0), in_chans=model.in_chans, seed=0)
+    source = open_source(DataSpec(data_path=data_path), split)
+    samples = Samples(source, scaled_transform(0), in_chans=model.in_chans, seed=0)
     items = [samples[0, index].item for index in range(len(samples))]
     return torch.stack([item.image for item in items]), np.array([item.label for item in items])
 

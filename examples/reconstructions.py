@@ -20,6 +20,7 @@ from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.evaluate import tables
 from mae.inference.model import get_model
+from mae.settings import DataSpec
 
 ROWS = 2  # images, evenly spaced in the validation set
 TITLES = ("masked", "reconstruction + visible", "original")
@@ -52,10 +53,8 @@ def draw(axes: Any, image: Tensor, as_curves: bool) -> None:
 def main(args: argparse.Namespace) -> None:
     """Writes the figure."""
     model: Any = get_model(args.model, pretrained=True, **options.chosen_settings(args))
-    samples = Samples(
-        open_source("val", args.data_path, dataset=args.dataset), model.preprocess, in_chans=model.in_chans,
-        seed=0, values=model.values,
-    )  # fmt: skip
+    source = open_source(DataSpec(data_path=args.data_path, dataset=args.dataset), "val")
+    samples = Samples(source, model.preprocess, in_chans=model.in_chans, seed=0, values=model.values)
     parts = reconstruct(model, samples)
     height, width = parts[0].shape[2:]
     as_curves = model.patch_embed.patch_size[0] == 1

@@ -25,12 +25,11 @@ torch.set_num_threads(1)  # the models are small, and several tests may share th
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import forks  # noqa: E402
-from mains import parse  # noqa: E402
+from mains import open_source, parse  # noqa: E402
 
 import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
 from mae.data import transforms  # noqa: E402
-from mae.data.open import open_source  # noqa: E402
 from mae.data.samples import Samples  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
 

@@ -14,6 +14,8 @@ import torch
 
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point
+from mae.data import open as opener
+from mae.settings import DataSpec, names_of
 from mae.training import saver
 
 
@@ -35,6 +37,14 @@ def parse(script: Any, *argv: Any, **flags: Any) -> Any:
 def call(script: Any, *argv: Any, **flags: Any) -> Any:
     """Runs a script in this process with these arguments only."""
     return script.main(parse(script, *argv, **flags))
+
+
+def open_source(split: str, data_path: Any = None, file_list: Any = None, dataset: Any = None, **options: Any) -> Any:
+    """The dataset of a split; options are settings of data, and arguments of `mae.data.open.open_source`."""
+    settings = {name: options.pop(name) for name in names_of(DataSpec) if name in options}
+    if file_list:
+        settings[f"{split}_list"] = file_list
+    return opener.open_source(DataSpec(data_path=data_path, dataset=dataset, **settings), split, **options)
 
 
 def printed(capsys, script: Any, **flags: Any) -> str:

@@ -43,7 +43,7 @@ ARROWS = {
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints)\.\w+)|{SHARED}",
     r"mae\.training\.param_groups": r"models_vit",
-    r"mae\.compare\.encoders": rf"mae\.(build|(compare|weights)\.\w+)|{SHARED}",
+    r"mae\.compare\.encoders": rf"mae\.(build|(compare|files|weights)\.\w+)|{SHARED}",
     **{rf"mae\.{name}(\.\w+)+": rf"mae\.({name}|{below})(\.\w+)+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.\w+": r"",  # the rest are leaves

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mains import open_source
 from PIL import Image
 from test_decode import saved
 
 from mae.data import transforms
 from mae.data.decode import BadImage, decode
 from mae.data.kinds.archives import Archive
-from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.source import find_files
 

@@ -58,12 +58,8 @@ def run(script, out, *argv):
 SMALL = ("--size", "mini_patch4", "--batch_size", "2", "--amp", "off")
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["pretrain", "finetune", "features"])
-=======
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
->>>>>>> h_bench
 def test_steps_are_timed(task, tmp_path, capsys):
     peer = "transformers eager" if task == "pretrain" else "timm eager"
     found = run(train_step, tmp_path, "--task", task, *SMALL, "--only", peer, "ours eager")

@@ -8,7 +8,7 @@ import forks
 import numpy as np
 import pytest
 import webdataset
-from mains import call, fails
+from mains import call, fails, open_source
 from PIL import Image
 from test_decode import saved
 
@@ -18,7 +18,6 @@ import main_linprobe
 from mae import parallel
 from mae.data import check as datasets
 from mae.data.decode import BadImage
-from mae.data.open import open_source
 from mae.data.source import Files
 
 

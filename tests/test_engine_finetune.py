@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_samples
-from mains import call, lines, parse
+from mains import call, lines, open_source, parse
 from PIL import Image
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
@@ -20,7 +20,6 @@ from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
 from mae.data.labels import Subset
-from mae.data.open import open_source
 from mae.data.run_data import RunData
 from mae.inference import features
 from mae.training import feature_files

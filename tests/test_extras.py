@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from mains import assert_equal, fails, in_processes, lines, parse, stop_and_resume, weights
+from mains import assert_equal, fails, in_processes, lines, open_source, parse, stop_and_resume, weights
 from PIL import Image
 from test_decode import saved
 from torchvision import tv_tensors
@@ -21,7 +21,6 @@ from examples.ground_positions import GroundPositions
 from mae.data import loader, transforms
 from mae.data.decode import BadImage, decode
 from mae.data.item import Item
-from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.source import versions
 from mae.inference import export, features, get_model

@@ -10,7 +10,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, assert_equal, lines, stop_after, weights
+from mains import Stopped, assert_equal, lines, open_source, stop_after, weights
 from PIL import Image
 
 import main_finetune
@@ -18,9 +18,13 @@ from mae.data import image_cache
 from mae.data import samples as samples_module
 from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
 from mae.data.kinds.shards import Shards
-from mae.data.open import open_source
+from mae.data.samples import Samples
+from mae.data.transforms import scaled_transform
 
-OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
+
+def cached(source, num_workers=0, on_bad_image=None, **options):
+    samples = Samples(source, scaled_transform(0), **{"in_chans": 3, "seed": 0, **options}, on_bad_image=on_bad_image)
+    return image_cache.cached(samples, num_workers)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,7 @@ def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers)
     """Also in a process that does not fork."""
     source = open_source("train", str(mixed))
     options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers}
-    (cache,) = image_cache.cached([source], **options, on_bad_image=["skip"])
+    cache = cached(source, **options, on_bad_image="skip")
     assert (len(cache), cache.classes) == (27, ["cat", "dog"])
     cache, in_file = pickle.loads(pickle.dumps(cache)), 0
     for index in range(27):
@@ -82,7 +86,7 @@ def test_a_file_is_used_again_while_its_pixels_are_the_same(mixed, folder, decod
 
     def read(**options):
         decoded.clear()
-        image_cache.cached([open_source("train", str(mixed))], **OPTIONS | options)
+        cached(open_source("train", str(mixed)), **options)
         return len(decoded)
 
     assert [read(), read(num_workers=0)] == [26, 0]
@@ -100,7 +104,7 @@ def test_the_file_of_a_dataset_of_code_is_removed(folder):
     items = [(np.full((4, 4, 3), number, np.uint8), 0) for number in range(3)]
     for brightness in (0, 100):
         source = open_source("train", dataset="py:tests:none", function=lambda split, path: items)  # noqa: B023
-        (cache,) = image_cache.cached([source], **OPTIONS)
+        cache = cached(source)
         assert [int(cache[index][0].max()) for index in range(3)] == [brightness + number for number in range(3)]
         assert len(list(folder.iterdir())) == 1
         del cache
@@ -112,7 +116,7 @@ OF_TWO = """
 import sys
 import numpy as np
 from pathlib import Path
-from test_image_cache import OPTIONS, image_cache, open_source, samples_module
+from test_image_cache import cached, open_source, samples_module
 from mae import parallel
 
 parallel.init("cpu")
@@ -120,7 +124,7 @@ read, decode = [], samples_module.decode_item
 samples_module.decode_item = lambda *args, **options: read.append(1) or decode(*args, **options)
 source = open_source("train", sys.argv[1])
 try:
-    (cache,) = image_cache.cached([source], **OPTIONS)
+    cache = cached(source)
     same = all(np.array_equal(cache[n][0].numpy(), np.moveaxis(np.load(source.name(n)), 2, 0)) for n in range(40))
     Path(f"out{parallel.rank()}").write_text(f"{len(read)} {same}")
 except ValueError as error:
@@ -152,20 +156,20 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, folder, m
     monkeypatch.setattr(image_cache, "SAMPLE", 10)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"`cache_images`: 40 .* MAE_CACHE"):
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 300 * 24 - 1))
-        image_cache.cached([source], **OPTIONS)
+        cached(source)
     assert len(decoded) == image_cache.BATCH
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"can't write .*images.* \(No space left"):
         patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
-        image_cache.cached([source], **OPTIONS)
+        cached(source)
     assert not list(folder.iterdir())
-    assert len(image_cache.cached([source], **OPTIONS)[0]) == 40
+    assert len(cached(source)) == 40
 
 
 def test_shards_have_no_random_access():
     shards = object.__new__(Shards)
     shards.title = "wds:set.tar"
     with pytest.raises(ValueError, match=r"wds:set.tar: .* without `cache_images`"):
-        image_cache.cached([shards], **OPTIONS)
+        cached(shards)
 
 
 def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch, capsys):

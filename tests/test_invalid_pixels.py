@@ -7,7 +7,18 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import argv_of, assert_close, assert_equal, fails, lines, parse, run_section, stop_and_resume, weights
+from mains import (
+    argv_of,
+    assert_close,
+    assert_equal,
+    fails,
+    lines,
+    open_source,
+    parse,
+    run_section,
+    stop_and_resume,
+    weights,
+)
 from PIL import Image
 from test_decode import npy, png, saved, tiff
 from torchvision import tv_tensors
@@ -22,7 +33,6 @@ from mae.checkpoints import checkpoint
 from mae.compare import baselines
 from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
 from mae.data.item import Item
-from mae.data.open import open_source
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.inference.model import get_model
 from mae.inference.reconstruct import reconstruct

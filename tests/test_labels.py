@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from mains import call, lines, weights
+from mains import call, lines, open_source, weights
 from PIL import Image
 from sklearn import metrics as sk
 
@@ -19,7 +19,6 @@ from mae.checkpoints import checkpoint
 from mae.data import check as datasets
 from mae.data import labels
 from mae.data.kinds.shards import Shards
-from mae.data.open import open_source
 from mae.data.source import find_files
 from mae.inference import get_model
 from models_vit import vit_mini_patch4

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 import webdataset
+from mains import open_source
 from PIL import Image
 from test_decode import saved
 
@@ -32,7 +33,6 @@ from mae.data import open as opening
 from mae.data.decode import BadImage, decode
 from mae.data.item import Item
 from mae.data.kinds.shards import Shards
-from mae.data.open import open_source
 from mae.data.samples import Samples
 from models_vit import vit_mini_patch4
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_samples
-from mains import parse, small_run, wait_until
+from mains import open_source, parse, small_run, wait_until
 from PIL import Image
 
 import main_pretrain
@@ -22,7 +22,6 @@ from mae.data import loader, transforms
 from mae.data.batches import up_to_cores
 from mae.data.decode import BadImage
 from mae.data.loader import TrainLoader
-from mae.data.open import open_source
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Samples
 from mae.training import feature_files

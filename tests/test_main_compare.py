@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_same_run, call, fails, lines, parse, stop_after
+from mains import Stopped, assert_same_run, call, fails, lines, open_source, parse, stop_after
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
@@ -31,7 +31,6 @@ from mae.checkpoints import checkpoint
 from mae.compare import baselines, encoders, store, summary
 from mae.compare.summary import Result
 from mae.data.labels import hold_out, some_of_each_class
-from mae.data.open import open_source
 from mae.inference import get_model
 from mae.interrupts import Interrupted
 from mae.settings import ImageSpec

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from mains import open_source
 from PIL import Image
 from segments import LAYOUTS, make_scenes
 from test_decode import npy, saved
@@ -17,11 +18,15 @@ from test_decode import png as raw_png
 from mae.data import transforms
 from mae.data.decode import BadImage, to_tensor
 from mae.data.item import Item
-from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, open_pairs, read_palette
+from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, read_palette
 from mae.data.samples import Samples
 
-THREE = MaskFormat(3)
 CLASSES = ["ground", "tree", "water"]
+THREE = MaskFormat(CLASSES)
+
+
+def masks_of(count, *options, **named):
+    return MaskFormat([str(number) for number in range(count)], *options, **named)
 
 
 def png(array, mode=None, palette=None):
@@ -40,7 +45,7 @@ def test_indexed_gray_and_color_masks_have_the_same_values():
     colors = [(10, 20, 30), (200, 0, 0), (0, 0, 200)]
     table = np.full((256, 3), 99, dtype=np.uint8)
     table[:3] = colors
-    of_colors = MaskFormat(3, colors=colors)
+    of_colors = masks_of(3, colors=colors)
     for masks, data in (
         (THREE, png(values)), (THREE, png(values, "P", table.tobytes())),
         (of_colors, png(table[values])),  # (99, 99, 99) is ignored
@@ -56,18 +61,18 @@ def test_the_indices_of_an_indexed_mask_are_the_classes():
     white_is_a_class = [*default_colors(20), (224, 224, 192)]  # the color of the index 255
     others = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     for masks, mask, palette, reads in (
-        (THREE, [[0, 1, 2]], optimized, True), (MaskFormat(3, colors=others), [[0, 1, 2]], optimized, True),
-        (MaskFormat(21, colors=default_colors(21)), voc, table, True),
-        (MaskFormat(21, colors=white_is_a_class), voc[:, [0, 1, 3]], table, True),
-        (MaskFormat(3, colors=colors), [[0, 1, 2]], optimized, False),
-        (MaskFormat(3, colors=colors), [[1]], optimized, True),
-        (MaskFormat(2, colors=colors[1:]), [[0, 1]], optimized, False),
-        (MaskFormat(3, True, colors), [[1, 2, 3]], [9, 9, 9, *np.ravel(colors).tolist()], True),
-        (MaskFormat(3, True, colors), [[0, 1]], np.ravel(colors).tolist(), False),  # 0 is no class
+        (THREE, [[0, 1, 2]], optimized, True), (masks_of(3, colors=others), [[0, 1, 2]], optimized, True),
+        (masks_of(21, colors=default_colors(21)), voc, table, True),
+        (masks_of(21, colors=white_is_a_class), voc[:, [0, 1, 3]], table, True),
+        (masks_of(3, colors=colors), [[0, 1, 2]], optimized, False),
+        (masks_of(3, colors=colors), [[1]], optimized, True),
+        (masks_of(2, colors=colors[1:]), [[0, 1]], optimized, False),
+        (masks_of(3, True, colors), [[1, 2, 3]], [9, 9, 9, *np.ravel(colors).tolist()], True),
+        (masks_of(3, True, colors), [[0, 1]], np.ravel(colors).tolist(), False),  # 0 is no class
     ):  # fmt: skip
         data = png(mask, "P", palette)
         if reads:
-            assert masks.decode(data).tolist() == MaskFormat(255, masks.reduce_zero_label).decode(png(mask)).tolist()
+            assert masks.decode(data).tolist() == masks_of(255, masks.reduce_zero_label).decode(png(mask)).tolist()
         else:
             with pytest.raises(BadImage, match=r"colors of the palette in another order .*RGB .*gray"):
                 masks.decode(data)
@@ -75,11 +80,11 @@ def test_the_indices_of_an_indexed_mask_are_the_classes():
 
 @pytest.mark.parametrize("suffix", ["PNG", "PPM"])
 def test_a_mask_of_1_bit_has_two_classes(suffix):
-    assert MaskFormat(2).decode(saved(Image.fromarray(np.array([[True, False]])), suffix)).tolist() == [[1, 0]]
+    assert masks_of(2).decode(saved(Image.fromarray(np.array([[True, False]])), suffix)).tolist() == [[1, 0]]
 
 
 def test_a_single_color_that_is_not_in_the_palette_is_ignored():
-    of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
+    of_colors = masks_of(2, colors=[(10, 20, 30), (200, 0, 0)])
     for pixels, classes in (
         ([[1, 2, 3], [1, 2, 3]], [255, 255]), ([[1, 2, 3], [200, 0, 0]], [255, 1]), ([[1, 2, 3], [4, 5, 6]], None),
         ([[200, 0, 0], [1, 2, 3], [4, 5, 6]], None),
@@ -89,11 +94,11 @@ def test_a_single_color_that_is_not_in_the_palette_is_ignored():
 
 
 def test_reduce_zero_label_ignores_zero_and_counts_from_one():
-    decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
+    decoded = masks_of(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
     assert decoded.dtype == torch.uint8
     with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: correct `nb_classes`"):
-        MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
+        masks_of(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 
 @pytest.mark.parametrize(("data", "reason"), [
@@ -119,7 +124,7 @@ def test_layouts(tmp_path, layout, packed):
     path = shutil.make_archive(str(root), packed, tmp_path, "scenes") if packed else str(root)
     folders, suffix = LAYOUTS[layout]
     for split, count in (("train", 12), ("val", 5)):
-        pairs = open_pairs(split, CLASSES, THREE, data_path=path)
+        pairs = open_source(split, masks=THREE, data_path=path)
         assert (len(pairs), pairs.classes) == (count, CLASSES)
         assert (pairs.labels == -1).all()
         for number, (data, mask, *_) in enumerate(pairs):
@@ -136,7 +141,7 @@ def test_files_of_a_layout_that_are_not_used_are_named(tmp_path, caplog):
     (tmp_path / "images/training/03.jpg").rename(tmp_path / "images/training/x3.jpeg.part")
     shutil.copytree(tmp_path / "images/validation", tmp_path / "images/test")
     shutil.copytree(tmp_path / "images/validation", tmp_path / "extra/validation")
-    assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 11
+    assert len(open_source("train", masks=THREE, data_path=str(tmp_path))) == 11
     unused = [message for message in caplog.messages if "are not read" not in message]
     assert [message[:2] for message in unused] == ["10", "1 "]
     assert "extra/validation/00" in unused[0] and "/03" in unused[1]
@@ -150,9 +155,9 @@ def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
     (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
     swapped = [f"1,{mask},{image}" for image, mask in (row.split(",") for row in rows)]
     (tmp_path / "others.csv").write_text("\n".join(["set,annotation,file", *swapped]))
-    by_folder, *others = (open_pairs("train", CLASSES, THREE, **options) for options in (
-        {"folders": [str(tmp_path / "photos"), str(tmp_path / "truth")]},
-        {"data_path": str(tmp_path), "folders": ["photos", "truth"]},
+    by_folder, *others = (open_source("train", masks=THREE, **options) for options in (
+        {"train_folders": [str(tmp_path / "photos"), str(tmp_path / "truth")]},
+        {"data_path": str(tmp_path), "train_folders": ["photos", "truth"]},
         {"file_list": str(tmp_path / "pairs.csv")}, {"file_list": str(tmp_path / "others.csv")},
     ))  # fmt: skip
     for pairs in others:
@@ -172,7 +177,7 @@ def test_voc_comes_from_torchvision(tmp_path):
             mask = png(np.full((10, 20), 20 - number), "P", bytes(range(256)) * 3)
             (root / "SegmentationClass" / f"{name}.png").write_bytes(mask)
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names))
-    train, val = (open_pairs(split, list(VOC), MaskFormat(21), data_path=str(tmp_path), dataset="VOCSegmentation")
+    train, val = (open_source(split, masks=MaskFormat(VOC), data_path=str(tmp_path), dataset="VOCSegmentation")
                   for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask, *_ in train] == [20, 19]
@@ -212,7 +217,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     place = tmp_path / "annotations/training"
     (place / "01.png").write_bytes(png(np.full((24, 30), 7)))
     (place / "02.png").write_bytes(png(np.zeros((5, 6))))
-    samples = samples_of(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path)))
+    samples = samples_of(open_source("train", masks=THREE, data_path=str(tmp_path)))
     for index, reason in (
         (1, f"its mask {place / '01.png'}: it has the value 7, and the 3 classes are 0 to 2"),
         (2, "its mask has the shape (5, 6), and the image (24, 30)"),
@@ -223,13 +228,13 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
         assert "\n" not in str(error.value)
     (place / "01.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 images have no mask .*/01.jpg"):
-        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
+        open_source("train", masks=THREE, data_path=str(tmp_path))
     folders = ["images/training", "annotations/training"]
     with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(`train_list`\)$"):
-        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=folders)
+        open_source("train", masks=THREE, data_path=str(tmp_path), train_folders=folders)
     rows = [f"images/training/0{n}.jpg,annotations/training/0{n}.png" for n in (0, 1)]
     (tmp_path / "list.csv").write_text("\n".join(["image,mask", *rows]))
-    listed = samples_of(open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / "list.csv")))
+    listed = samples_of(open_source("train", masks=THREE, file_list=str(tmp_path / "list.csv")))
     with pytest.raises(BadImage, match=r"01.jpg: .*01.png: No such file or directory$"):
         listed[0, 1]
     sample = samples_of(listed.source, on_bad_image="skip")[0, 1]
@@ -255,8 +260,8 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
             {"data_path": images},
             r"no images for val in it \(looked for images/validation and annotations/validation, or",
         ),
-        ({"folders": ["a", "b"]}, "No such file or directory: 'a'"),
-        ({"folders": [images, empty]}, "empty: there are no images in it"),
+        ({"val_folders": ["a", "b"]}, "No such file or directory: 'a'"),
+        ({"val_folders": [images, empty]}, "empty: there are no images in it"),
         ({"file_list": lists[0]}, "No such file or directory"),
         ({"file_list": lists[1]}, "its first file, .*none.jpg, does not exist"),
         ({"file_list": lists[2]}, r"1 of its 2 rows have an image and a mask; the header is image,mask"),
@@ -265,18 +270,18 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
         ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
     ):
         with pytest.raises((ValueError, OSError), match=problem):
-            open_pairs("val", CLASSES, THREE, **options)
+            open_source("val", masks=THREE, **options)
 
 
 def test_the_page_moves_the_folders_of_loveda_to_a_layout(tmp_path, monkeypatch):
     make_scenes(tmp_path / "LOVEDA", "loveda")
     with pytest.raises(ValueError, match="there are no images for train in it"):
-        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path / "LOVEDA"))
+        open_source("train", masks=THREE, data_path=str(tmp_path / "LOVEDA"))
     page = (Path(__file__).parents[1] / "docs/segmentation.md").read_text()
     monkeypatch.chdir(tmp_path)
     exec(next(code for code in page.split("```python\n")[1:] if "LOVEDA" in code).partition("```")[0], {})
     for split, folder, count in (("train", "Rural", 12), ("val", "Urban", 5)):
-        pairs = open_pairs(split, CLASSES, THREE, data_path=str(tmp_path / "LOVEDA"))
+        pairs = open_source(split, masks=THREE, data_path=str(tmp_path / "LOVEDA"))
         assert [pairs.name(0), len(pairs)] == [str(tmp_path / f"LOVEDA/{split}/images/{folder}/00.png"), count]
 
 
@@ -288,7 +293,7 @@ def test_the_first_folder_with_the_name_of_a_split_counts(tmp_path):
             for file in [*(tmp_path / kind / split).glob("*.*")]:
                 file.rename(file.parent / "train" / file.name)
     for split, name, count in (("train", "training", 12), ("val", "validation", 5)):
-        pairs = open_pairs(split, CLASSES, THREE, data_path=str(tmp_path))
+        pairs = open_source(split, masks=THREE, data_path=str(tmp_path))
         assert len(pairs) == count
         assert all(f"images/{name}/train/" in pairs.name(index) for index in range(count))
 
@@ -298,21 +303,21 @@ def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
     for place, suffix in (("images/training", "png"), ("annotations/training", "tif")):
         extra = tmp_path / place / f"03.{suffix}"
         Image.new("L", (30, 24)).save(extra)
-        for options in ({}, {"folders": ["images/training", "annotations/training"]}):
+        for options in ({}, {"train_folders": ["images/training", "annotations/training"]}):
             with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(`train_list`\)"):
-                open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), **options)
+                open_source("train", masks=THREE, data_path=str(tmp_path), **options)
         extra.unlink()
-    assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 12
+    assert len(open_source("train", masks=THREE, data_path=str(tmp_path))) == 12
 
 
 def test_an_archive_of_one_split_and_a_list_beside_it(tmp_path):
     make_scenes(tmp_path, "parts")
     archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "val")
     with pytest.raises(ValueError, match="there are no images for train in it"):
-        open_pairs("train", CLASSES, THREE, data_path=archive)
-    pairs = open_pairs("val", CLASSES, THREE, data_path=archive)
+        open_source("train", masks=THREE, data_path=archive)
+    pairs = open_source("val", masks=THREE, data_path=archive)
     (tmp_path / "list.csv").write_text("image,mask\nval/images/Urban/02.png,val/masks/Urban/02.png")
-    listed = open_pairs("val", CLASSES, THREE, data_path=archive, file_list=str(tmp_path / "list.csv"))
+    listed = open_source("val", masks=THREE, data_path=archive, file_list=str(tmp_path / "list.csv"))
     assert (pairs.name(2), pairs[2][0]) == (f"{archive}: val/images/Urban/02.png", listed[0][0])
 
 
@@ -369,7 +374,7 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
 
     save("strip", (6000, 10))
     save("wide", (1000, 100))
-    pairs = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
+    pairs = open_source("train", masks=THREE, data_path=str(tmp_path))
     for transform, scaled in (
         (transforms.scaled_transform(224), "134400 x 224"),
         (transforms.segmentation_transform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from mains import assert_equal, call, in_processes, lines, parse, run_section, stop_and_resume, weights
+from mains import assert_equal, call, in_processes, lines, open_source, parse, run_section, stop_and_resume, weights
 from PIL import Image
 from segments import make_scenes
 from test_decode import saved
@@ -27,7 +27,6 @@ import main_segment
 from mae.checkpoints import checkpoint
 from mae.data import check as datasets
 from mae.data.decode import BadImage, decode, to_tensor
-from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
 

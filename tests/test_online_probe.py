@@ -7,11 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from mains import assert_equal, assert_same_run, call, in_processes, lines, stop_and_resume, weights
+from mains import assert_equal, assert_same_run, call, in_processes, lines, open_source, stop_and_resume, weights
 from PIL import Image
 
 import main_knn
-from mae.data.open import open_source
 from mae.inference import get_model
 from mae.training.online_probe import effective_rank
 

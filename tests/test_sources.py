@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mains import open_source
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from mae.data import labels
 from mae.data.kinds.archives import Archive
 from mae.data.kinds.lists import read_list
-from mae.data.open import open_source
 from mae.data.source import find_files, versions
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]

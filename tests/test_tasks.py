@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import argv_of, assert_same_run, call, lines, stop_and_resume
+from mains import argv_of, assert_same_run, call, lines, open_source, stop_and_resume
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sk
@@ -21,7 +21,6 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.data.open import open_source
 from mae.inference import export, get_model
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]

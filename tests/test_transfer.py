@@ -5,13 +5,12 @@ import json
 import pytest
 import torchvision
 from conftest import ROOT
-from mains import lines
+from mains import lines, open_source
 from PIL import Image
 from test_sources import annotations_of
 
 import main_finetune
 import main_linprobe
-from mae.data.open import open_source
 
 
 def save(path):

@@ -12,17 +12,16 @@ from mae import parallel
 from mae.compare import baselines, store, summary
 from mae.compare.encoders import PIXELS, Encoder, open_encoders
 from mae.compare.summary import Result
-from mae.compare.trials import Trial, Trials
+from mae.compare.trials import Size, Trial, Trials
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
+from mae.files import locks
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import log
 
 logger = logging.getLogger(__name__)
-
-Size = tuple[int, int | None]  # a number of labels, and the number of images of each class; None: all images
 
 
 def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
@@ -43,14 +42,12 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(run, out / "encoders")
-    train, val = _open_data(run)
+    train, val = open_pair(RunData(run.images, run.data, torch.device("cpu")).open_split, run.images.task)
     sizes = _sizes_of(run, train)
-    budgets = _for_each("budget", run.comparison.budget, sizes)
-    trials = Trials(run, scripts, out / "runs", dict(zip(dict(sizes), budgets, strict=True)), train, val)
+    trials = Trials(run, scripts, out / "runs", train, val)
     planned = _plan(run, encoders, sizes)
     for trial in planned:
-        if trial.encoder.name != PIXELS:
-            trials.flags(trial)  # the script's error about a flag comes now, and not after hours
+        trials.settings(trial)  # the script's error about a setting comes now, and not after hours
     text, results = "", dict[str, Result]()
     try:
         for trial, result in _results_of(trials, planned):
@@ -61,16 +58,10 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
             )
     finally:
         if results:
-            with store.locked(out / "table.md", waits=True):
+            with locks.locked(out, "table.md.lock", waits=True):
                 text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}")
     return text
-
-
-def _open_data(run: Run) -> tuple[Source, Source]:
-    """Opens the training and the validation set."""
-    data = RunData(run.images, run.data, torch.device("cpu"))
-    return open_pair(data.open_split, run.images.task)
 
 
 def _require_comparable(run: Run) -> None:
@@ -85,21 +76,27 @@ def _require_comparable(run: Run) -> None:
 
 
 def _sizes_of(run: Run, train: Source) -> list[Size]:
-    """Returns the numbers of labels.
+    """Returns the numbers of labels. All images are a single draw.
 
     Raises:
         ValueError: a number is not one, a class has fewer images, or two numbers are the same images of each class.
     """
-    sizes = [_size_of(text, train) for text in run.comparison.labels]
-    if len(dict(sizes)) < len(sizes):
-        numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
+    texts = run.comparison.labels
+    draws, budgets = (_for_each(texts, name, run[name]) for name in ("draws", "budget"))
+    numbers = [_number_of(text, train) for text in texts]
+    if len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"labels={run.comparison.labels}: these are {numbers} images, equally many of each class; give each once"
+            f"labels={texts}: these are {', '.join(f'{labels:,}' for labels, _ in numbers)} images, equally many of "
+            f"each class; give each once"
         )
-    return sizes
+    return [
+        Size(labels, per_class, count if per_class else 1, epochs)
+        for (labels, per_class), count, epochs in zip(numbers, draws, budgets, strict=True)
+    ]
 
 
-def _size_of(text: str, train: Source) -> Size:
+def _number_of(text: str, train: Source) -> tuple[int, int | None]:
+    """Returns a number of labels, and the number of images of each class; None: all images."""
     if text == "all":
         return len(train), None
     per_class = int(text) // len(train.classes) if text.isdecimal() else 0
@@ -114,26 +111,25 @@ def _size_of(text: str, train: Source) -> Size:
     return labels, per_class
 
 
-def _for_each(setting: str, values: list[int], sizes: Sequence[Size]) -> list[int]:
+def _for_each(labels: Sequence[str], setting: str, values: list[int]) -> list[int]:
     """Returns the value of a setting for each number of labels.
 
     Raises:
         ValueError: the setting has another number of values.
     """
-    if len(values) not in (1, len(sizes)):
-        raise ValueError(f"`{setting}` has {len(values)} values: give one, or one for each of {len(sizes)} `labels`")
-    return values * len(sizes) if len(values) == 1 else values
+    if len(values) not in (1, len(labels)):
+        raise ValueError(f"`{setting}` has {len(values)} values: give one, or one for each of {len(labels)} `labels`")
+    return values * len(labels) if len(values) == 1 else values
 
 
 def _plan(run: Run, encoders: Sequence[Encoder], sizes: Sequence[Size]) -> list[Trial]:
-    """Returns the trials in the order of the table. All images are a single draw."""
-    draws = _for_each("draws", run.comparison.draws, sizes)
+    """Returns the trials in the order of the table."""
     return [
-        Trial(encoder, protocol, labels, per_class, draw)
+        Trial(encoder, protocol, size, draw)
         for encoder in encoders
         for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols))
-        for (labels, per_class), count in zip(sizes, draws, strict=True)
-        for draw in range(count if per_class else 1)
+        for size in sizes
+        for draw in range(size.draws)
     ]
 
 
@@ -145,8 +141,8 @@ def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Tria
         for trial in pending:
             try:
                 yield trial, trials.result(trial)
-            except store.Busy:
+            except locks.Busy:
                 busy.append(trial)
         if len(busy) == len(pending):
-            time.sleep(store.WAIT_SECONDS)
+            time.sleep(locks.WAIT_SECONDS)
         pending = busy

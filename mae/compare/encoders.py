@@ -1,22 +1,20 @@
-"""The encoders of a comparison, with the flags of their architecture and weights."""
+"""The encoders of a comparison, with the settings of their architecture and weights."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae.compare.store import locked
-from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.compare.store import Settings
+from mae.files import locks
+from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
 from mae.suggestions import did_you_mean
 from mae.weights import model_settings, preprocessing, reading
 
-Flags = dict[str, Any]
-
 SCRATCH, PIXELS, TIMM = "scratch", "pixels", "timm:"  # random weights; baselines on raw pixels; a model of timm
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
-OF_ENCODER = ("model", "encoder", "encoder_args")  # flags that a file of --encoders replaces
+ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
 
@@ -24,7 +22,7 @@ class Encoder(NamedTuple):
     """An encoder of the comparison."""
 
     name: str
-    flags: Flags  # of its architecture and weights
+    settings: Settings  # of its architecture and weights
 
 
 def open_encoders(run: Run, folder: Path) -> list[Encoder]:
@@ -38,35 +36,33 @@ def open_encoders(run: Run, folder: Path) -> list[Encoder]:
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
-    given = {name: run[name] for name in OF_ENCODER if run[name] is not None}
-    encoders, of_first = [], Flags()
+    settings: dict[str, Settings] = {}
+    of_first: Settings = {}
     for text in run.comparison.encoders:
-        if text in (SCRATCH, PIXELS):
-            encoders.append(Encoder(text, {}))
-            continue
-        name, file = name_and_file(text)
-        path = _timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
-        weights = reading.read(path)
-        known = _recorded_flags(run, text, weights)
-        flags = {name: value for name, value in known.items() if name not in READ_BY_SCRIPTS}
-        encoders.append(Encoder(name, {**flags, "finetune": path}))
-        if not of_first:
-            of_first = known | {name: weights.settings.get(name) for name in FLIPS}
-            if of_first.get("num_cls_tokens") == 1:  # the default
-                del of_first["num_cls_tokens"]
-    names = Counter(directory_of(encoder.name) for encoder in encoders)
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise ValueError(
-            f"`encoders`: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
-        )
-    architecture = of_first or given
-    if "model" in run.explicit:  # the images are those of the first file
-        architecture = given | {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
-    return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
+        name, file = (text, "") if text in (SCRATCH, PIXELS) else name_and_file(text)
+        if directory_of(name) in map(directory_of, settings):
+            directory = directory_of(name)
+            raise ValueError(
+                f"`encoders`: two have the name {directory}; give names, such as long=runs/b/checkpoint-99.pth"
+            )
+        settings[name] = {}
+        if file:
+            path = _timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
+            weights = reading.read(path)
+            recorded = _recorded_settings(run, text, weights)
+            settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
+            settings[name]["finetune"] = path
+            of_first = of_first or recorded | {key: weights.settings.get(key) for key in FLIPS}
+    untrained = of_first
+    if "model" in run.explicit or not of_first:  # the images are those of the first file
+        untrained = {name: run[name] for name in ARCHITECTURE if run[name] is not None}
+        untrained |= {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
+    untrained["layer_decay"] = 1  # no layer has pre-trained weights
+    return [Encoder(name, own or untrained) for name, own in settings.items()]
 
 
-def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
-    """Returns the flags of the architecture and the images that a file determines."""
+def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:
+    """Returns the settings of the architecture and the images that a file determines."""
     recorded = model_settings.classifier_settings(weights)
     if not recorded:
         raise ValueError(f"encoders={text!r}: no model of this library has its shapes")
@@ -77,7 +73,7 @@ def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
         size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
         recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
     names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in run]
-    return {name: recorded[name] for name in names if recorded.get(name) is not None}
+    return {name: recorded[name] for name in names if recorded.get(name) not in (None, UNSET.get(name))}
 
 
 def name_and_file(text: str) -> tuple[str, str]:
@@ -112,11 +108,12 @@ def _timm_folder(name: str, folder: Path) -> str:
     import timm  # takes more than a second
     from timm.models import save_for_hf
 
+    path = folder / name
     try:
-        with locked(folder / name, waits=True):
-            if not (folder / name / "config.json").exists():
-                save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
+        with locks.locked(path.parent, f"{path.name}.lock", waits=True):
+            if not (path / "config.json").exists():
+                save_for_hf(timm.create_model(name, pretrained=True), str(path))
     except Exception as error:  # of timm, of the Hugging Face Hub and of the network
         near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
         raise ValueError(f"encoders={TIMM + name!r}: {str(error).splitlines()[0]}{near}") from error
-    return str(folder / name)
+    return str(path)

@@ -74,8 +74,7 @@ def entries_of(results: Sequence[Result]) -> Entries:
     entries: Entries = {}
     for result in results:
         empty = Entry(result.encoder, result.protocol, {}, result.metric)
-        entry = entries.setdefault(result.row, {}).setdefault(result.labels, empty)
-        entry.by_draw[result.draw] = result.accuracy
+        entries.setdefault(result.row, {}).setdefault(result.labels, empty).by_draw[result.draw] = result.accuracy
     return entries
 
 
@@ -84,20 +83,23 @@ def columns_of(entries: Entries) -> list[int]:
     return sorted({labels for row in entries.values() for labels in row})
 
 
+def _ranked(entries: Entries, labels: int) -> list[tuple[str, Entry]]:
+    """Returns the entries of a column with the titles of their rows, the best first."""
+    column = [(title, row[labels]) for title, row in entries.items() if labels in row]
+    return sorted(column, key=lambda cell: -cell[1].rank)
+
+
 def table(entries: Entries) -> str:
     """Returns the table in Markdown. The best mean of each column is bold."""
     columns = columns_of(entries)
-    best = {labels: max(row[labels].rank for row in entries.values() if labels in row) for labels in columns}
-
-    def text(row: dict[int, Entry], labels: int) -> str:
-        if labels not in row:
-            return ""
-        return f"**{row[labels]}**" if row[labels].rank == best[labels] else str(row[labels])
-
-    metric = next(entry.metric for row in entries.values() for entry in row.values())
-    title = "accuracy, %" if metric == ACCURACY else metric
-    titles = [f"test {title}", *(f"{labels:,} labels" for labels in columns)]
-    return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in entries.items()])
+    best = {labels: _ranked(entries, labels)[0][1] for labels in columns}
+    metric = next(iter(best.values())).metric
+    titles = [f"test {'accuracy, %' if metric == ACCURACY else metric}", *(f"{labels:,} labels" for labels in columns)]
+    lines = []
+    for title, row in entries.items():
+        texts = {n: f"**{entry}**" if entry.rank == best[n].rank else str(entry) for n, entry in row.items()}
+        lines.append([title, *(texts.get(labels, "") for labels in columns)])
+    return markdown(titles, lines)
 
 
 def conclusion(entries: Entries) -> str:
@@ -105,17 +107,15 @@ def conclusion(entries: Entries) -> str:
 
     The distance is the mean over the draws, with its standard deviation: the encoders share the subset of each draw.
     """
-    parts: list[str] = []
+    parts = []
     for labels in columns_of(entries):
-        column = sorted(
-            ((row[labels], name) for name, row in entries.items() if labels in row), key=lambda c: -c[0].rank
-        )
-        (best, name), *rest = column
+        (title, best), *rest = _ranked(entries, labels)
         noun, unit = ("accuracy", " %") if best.metric == ACCURACY else (best.metric, "")
-        part = f"{'; with' if parts else 'With'} {labels:,} labels, {name} has the best {noun}, {best}{unit}"
-        other, other_name = next(((entry, title) for entry, title in rest if entry.encoder != best.encoder), (None, ""))
-        parts.append(part + (f", {_distance(best, other)} {other_name}" if other else ""))
-    return "".join(parts) + "."
+        part = f"with {labels:,} labels, {title} has the best {noun}, {best}{unit}"
+        others = [f", {_distance(best, other)} {name}" for name, other in rest if other.encoder != best.encoder]
+        parts.append(part + "".join(others[:1]))
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _distance(best: Entry, other: Entry) -> str:

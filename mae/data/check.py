@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
@@ -107,15 +108,14 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
         BadImage: an image can't be read.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    file_list = args.train_list if args.split == "train" else args.val_list
-    dataset = with_source(Run.of(args), source).data.dataset
-    how = {"download": args.download, "num_images": args.num_images, "function": source, "extras": args.extras}
+    data = with_source(Run.of(args), source).data
+    data = replace(data, val_list=data.val_list if args.split == "val" else None)
     try:
-        images = open_source(args.split, args.data_path, file_list, dataset, **how)
+        images = open_source(data, args.split, function=source)
     except ValueError as error:
-        if not file_list:
+        if not (data.train_list if args.split == "train" else data.val_list):
             raise
-        images = open_source(args.split, args.data_path, file_list, dataset, **how, task=None)
+        images = open_source(data, args.split, function=source, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)

@@ -7,10 +7,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
-from itertools import zip_longest
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from tqdm import tqdm
 from mae import parallel
 from mae.data import decode, jpeg
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import AS_STORED, BadImage, PixelValues, to_tensor
+from mae.data.decode import BadImage, to_tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.samples import Samples
-from mae.data.source import Source, Stream, label_at, require_random_access, versions
-from mae.data.transforms import scaled_transform
+from mae.data.source import Source, label_at, require_random_access, versions
 from mae.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -56,26 +53,17 @@ class ImageCache:
     """
 
     def __init__(self, source: Source, path: Path) -> None:
-        self.source = source
-        self.path = path
-        self.classes = source.classes
-        self.labels = source.labels
+        self.source, self.path = source, path
+        self.classes, self.labels = source.classes, source.labels
         self.name, self.version = source.name, source.version
-        self._open()
-
-    def _open(self) -> None:
-        data: np.ndarray = np.memmap(self.path, np.uint8, "c")  # tensors can't be read-only
-        self.num_bytes = len(data) - 3 * 8 * len(self.source)
+        data: np.ndarray = np.memmap(path, np.uint8, "c")  # tensors can't be read-only
+        self.num_bytes = len(data) - 3 * 8 * len(source)
         self.pixels = data[: self.num_bytes]
         table = np.frombuffer(data[self.num_bytes :].tobytes(), np.int64)
         self.starts, self.heights, self.widths = table.reshape(3, -1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "pixels": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageCache, (self.source, self.path)  # another process maps the file
 
     def __len__(self) -> int:
         return len(self.source)
@@ -84,62 +72,43 @@ class ImageCache:
         start, height, width = (int(values[index]) for values in (self.starts, self.heights, self.widths))
         if not height:
             return self.source[index]
-        later = self.starts[index + 1] if index + 1 < len(self) else self.num_bytes
-        pixels = torch.from_numpy(self.pixels[start:later]).view(height, width, -1)
+        end = self.starts[index + 1] if index + 1 < len(self) else self.num_bytes
+        pixels = torch.from_numpy(self.pixels[start:end]).view(height, width, -1)
         return Item(pixels.permute(2, 0, 1), label_at(self.labels, index))
 
 
-def cached(
-    sources: Sequence[Source | Stream],
-    *,
-    in_chans: int,
-    fast_jpeg: bool,
-    exif: bool = False,
-    num_workers: int,
-    on_bad_image: Sequence[str | None] = (),
-    values: PixelValues = AS_STORED,
-) -> list[ImageCache]:
-    """Returns datasets whose decoded images are in files. One process of each machine writes those that are missing.
+def cached(samples: Samples, num_workers: int) -> ImageCache:
+    """Returns a dataset whose decoded images are in a file. One process of each machine writes it if it is missing.
 
-    The name of a file is a digest of all that the pixels depend on. A file of a dataset of the user's code, which may
+    The name of the file is a digest of all that the pixels depend on. A file of a dataset of the user's code, which may
     depend on anything, is of this run only, and is removed at its end.
 
     Args:
-        in_chans: as in `decode`.
-        fast_jpeg: as in `decode`.
-        exif: as in `Samples`.
+        samples: decodes the images, without a transform.
         num_workers: worker processes of each process. The process that decodes uses those of all.
-        on_bad_image: as in `Samples`, for the first sources; None for the others.
-        values: as in `decode`.
 
     Raises:
-        BadImage: an image can't be read, and `on_bad_image` of its source is not "skip".
+        BadImage: an image can't be read, and is not skipped.
         ValueError: the disk has no space for the images, or the source has no random access.
         OSError: the folder can't be written to.
     """
-    caches: list[ImageCache] = []
-    for opened, on_bad in zip_longest(sources, on_bad_image):
-        source = require_random_access(opened)
-        decoded = _Decoded(source, in_chans, fast_jpeg, exif, on_bad, values)
-        name = _digest(source, in_chans, fast_jpeg, exif, values)
-        if decoded.samples.runs_code:
-            name = parallel.gather(f"run-{secrets.token_hex(8)}")[0]
-        path = folder() / f"{name}.bin"
-        parallel.once_per_machine(partial(_write, path, decoded, num_workers))
-        caches.append(ImageCache(source, path))
-        if decoded.samples.runs_code and parallel.local_rank() == 0:
-            Finalize(caches[-1], path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
-        size = caches[-1].num_bytes / 1e6
-        logger.info(f"`cache_images`: {len(source):,} decoded images take {size:,.0f} MB in {path}")
-    return caches
+    source = require_random_access(samples.source)
+    name = parallel.gather(f"run-{secrets.token_hex(8)}")[0] if samples.runs_code else _digest(source, samples)
+    path = folder() / f"{name}.bin"
+    parallel.once_per_machine(partial(_write, path, _Decoded(source, samples), num_workers))
+    cache = ImageCache(source, path)
+    if samples.runs_code and parallel.local_rank() == 0:
+        Finalize(cache, path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
+    logger.info(f"`cache_images`: {len(source):,} decoded images take {cache.num_bytes / 1e6:,.0f} MB in {path}")
+    return cache
 
 
-def _digest(source: Source, *options: Any) -> str:
+def _digest(source: Source, samples: Samples) -> str:
     """Returns a digest of all that the decoded images of a source depend on."""
     code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (decode, jpeg)]
     packages = [[one.version for one in metadata.distributions(name=name)] for name in DECODERS]
-    text = json.dumps([code, packages, options, os.getcwd(), versions(source)])  # names may be relative
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    names = (os.getcwd(), versions(source))  # names may be relative
+    return hashlib.sha256(json.dumps([code, packages, samples.decode.keywords, names]).encode()).hexdigest()[:32]
 
 
 def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
@@ -186,43 +155,31 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
 
 
 class _Decoded(Dataset):
-    """The decoded images of a source, uint8 (c, H, W); (c, 0, 0) for those that a file can't replace.
+    """The decoded images of a source, uint8 (c, H, W); empty (0, 0, 0) for those that a file can't replace.
 
     These are images with more than 8 bits, invalid pixels or extra inputs, images that can't be read and are skipped,
     and images whose label is not that of the source's `labels`.
     """
 
-    def __init__(
-        self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None, values: PixelValues
-    ) -> None:
-        self.source = source
-        self.samples = Samples(
-            source,
-            scaled_transform(0),
-            in_chans=in_chans,
-            seed=0,
-            on_bad_image=on_bad_image,
-            fast_jpeg=fast_jpeg,
-            exif=exif,
-            values=values,
-        )
-        self.nothing = torch.zeros(in_chans, 0, 0, dtype=torch.uint8)
+    def __init__(self, source: Source, samples: Samples) -> None:
+        self.source, self.samples = source, samples
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        nothing = torch.empty(0, 0, 0, dtype=torch.uint8)
         try:
             with preserve_generators():
                 item = self.samples.read(index)
                 pixels, label = to_tensor(item.image), item.label
                 is_listed = type(label) in (int, np.ndarray) and np.array_equal(label, self.source.labels[index])
                 if pixels.dtype != torch.uint8 or item.inputs or item.valid is not None or not is_listed:
-                    return self.nothing
+                    return nothing
                 again = to_tensor(self.samples.read(index, epoch=1).image) if self.samples.runs_code else pixels
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
-            return self.nothing
+            return nothing
         if not torch.equal(pixels, again):
             raise ValueError(
                 f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "

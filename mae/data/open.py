@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mae import parallel
 from mae.data.source import (
@@ -16,7 +17,12 @@ from mae.data.source import (
     no_split,
     warn_of_inner_splits,
 )
+from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
+
+if TYPE_CHECKING:
+    from mae.data.kinds.archives import Archive
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -40,73 +46,74 @@ def dataset_in(root: Path) -> str | None:
 
 
 def open_source(
-    split: str, data_path: str | None = None, file_list: str | None = None, dataset: str | None = None, *,
-    download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
-    task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
-    whole: bool = True,
+    data: DataSpec, split: str, *, task: str | None = CLASSIFICATION, label_columns: Sequence[str] | None = None,
+    masks: "MaskFormat | None" = None, function: OpenDataset | None = None,
 ) -> Source | Stream:  # fmt: skip
     """Opens a dataset of any kind.
 
     All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
 
     Args:
-        split: "train", "val", or the name of another split.
-        data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
-            `file_list`, the folder of its relative paths. With a dataset of torchvision, the folder with its files.
-        file_list: a list of image files.
-        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS, or py:MODULE:FUNCTION.
-        download: download the files of a torchvision dataset.
-        num_images: number of images in shards, instead of counting them.
-        function: the function of py:, instead of importing it.
+        data: names the dataset. `data_path`: a folder of images, a folder that contains the folder `split`, or a tar or
+            zip file of either; with a list, the folder of its relative paths; with a dataset of torchvision, the folder
+            with its files. `train_list` and `val_list`: lists of image files. `dataset`: a dataset of torchvision,
+            hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS (`num_images` replaces counting them), or py:MODULE:FUNCTION.
+        split: "train", "val", or the name of another split. A folder or archive without splits is for training. With
+            `val_list`, it is an error, because the list may name some of its images.
         task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
             not read.
-        label_columns, extras: the columns of `file_list` with the labels, and with extra inputs.
-        whole: take all images of a folder or archive without splits for training. False: they are an error, because a
-            list of validation images may name some of them.
+        label_columns: the columns of the list with the labels.
+        masks: decodes the segmentation masks of the images, which are their labels, as in `pairs.open_pairs`. None: the
+            images have no masks.
+        function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
-    root = Path(data_path) if data_path else None
-    kind = (dataset or "").partition(":")[0]
-    if file_list and dataset:
+    if masks:
+        from mae.data.kinds.pairs import open_pairs
+
+        return open_pairs(data, split, masks, function)
+    file_list = {"train": data.train_list, "val": data.val_list}.get(split)
+    if file_list and data.dataset:
         raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
-    for flag, value, counts in (
-        ("`download`", download, dataset and kind not in ("hf", "wds", "py")),
-        ("`num_images`", num_images, kind == "wds"),
-        ("`data_path`", data_path, kind not in ("hf", "wds")),
-        ("`label_columns`", label_columns, bool(file_list)),
-        ("`extras`", extras, bool(file_list)),
-    ):
-        if value and not counts:
-            logger.warning(f"{flag} has no effect with this dataset")
-    if dataset:
-        return _open_dataset(split, dataset, data_path, download, num_images, function, task)
+    _warn_of_unused(data, bool(file_list), label_columns)
+    if data.dataset:
+        return _open_dataset(data.dataset, split, data, task, function)
+    root = Path(data.data_path) if data.data_path else None
     if file_list:
         from mae.data.kinds.lists import read_list
 
-        # With an archive, paths are relative to the folder of the list.
-        below = None if root and root.is_file() else root
-        flag = f"`{split}_list`"
-        return parallel.from_rank_0(lambda: read_list(Path(file_list), below, flag, task, label_columns, extras))
+        below = root if root and not root.is_file() else None  # else, paths are relative to the folder of the list
+        setting = f"`{split}_list`"
+        return parallel.from_rank_0(
+            lambda: read_list(Path(file_list), below, setting, task, label_columns, data.extras)
+        )
     if root is None:
         raise ValueError(
             "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
             "(or give `train_list` or `dataset`)"
         )
-    if root.is_file():
-        from mae.data.kinds.archives import Archive
+    return parallel.from_rank_0(lambda: _open_path(root, split, not data.val_list or bool(data.val_fraction)))
 
-        return parallel.from_rank_0(lambda: Archive(root, split, whole=whole))
-    if not root.is_dir():
-        raise ValueError(f"data_path={root}: there is no such folder or archive")
-    return parallel.from_rank_0(lambda: _open_folder(root, split, whole))
+
+def _warn_of_unused(data: DataSpec, is_list: bool, label_columns: Sequence[str] | None) -> None:
+    """Logs a warning for each setting that has no effect with the kind of the dataset."""
+    kind = (data.dataset or "").partition(":")[0]
+    for name, value, counts in (
+        ("download", data.download, data.dataset and kind not in ("hf", "wds", "py")),
+        ("num_images", data.num_images, kind == "wds"),
+        ("data_path", data.data_path, kind not in ("hf", "wds")),
+        ("label_columns", label_columns, is_list),
+        ("extras", data.extras, is_list),
+    ):
+        if value and not counts:
+            logger.warning(f"`{name}` has no effect with this dataset")
 
 
 def _open_dataset(
-    split: str, dataset: str, data_path: str | None, download: bool, num_images: int | None,
-    function: OpenDataset | None, task: str | None,
-) -> Source | Stream:  # fmt: skip
+    dataset: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None
+) -> Source | Stream:
     """Opens a dataset of a library, of shards, or of the user's code."""
     kind, _, name = dataset.partition(":")
     if kind == "hf":
@@ -118,19 +125,26 @@ def _open_dataset(
         from mae.data.kinds.targets import TargetSet
 
         if task in (None, CLASSIFICATION):
-            return UserSet(function, split, data_path, dataset, reads_labels=task is not None)
-        return TargetSet(function, split, data_path, dataset, task)
+            return UserSet(function, split, data.data_path, dataset, reads_labels=task is not None)
+        return TargetSet(function, split, data.data_path, dataset, task)
     if kind == "wds":
         from mae.data.kinds.shards import Shards
 
-        return parallel.from_rank_0(lambda: Shards(name, num_images))
+        return parallel.from_rank_0(lambda: Shards(name, data.num_images))
     from mae.data.kinds.torchvision import TorchvisionSet
 
-    return TorchvisionSet(dataset, split, data_path, download)
+    return TorchvisionSet(dataset, split, data.data_path, data.download)
 
 
-def _open_folder(root: Path, split: str, whole: bool) -> Files:
-    files = _files_of_split(root, split, whole)
+def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":
+    """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training."""
+    if root.is_file():
+        from mae.data.kinds.archives import Archive
+
+        return Archive(root, split, whole=takes_all)
+    if not root.is_dir():
+        raise ValueError(f"data_path={root}: there is no such folder or archive")
+    files = _files_of_split(root, split, takes_all)
     if name := dataset_in(root):
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
@@ -138,11 +152,11 @@ def _open_folder(root: Path, split: str, whole: bool) -> Files:
     return files
 
 
-def _files_of_split(root: Path, split: str, whole: bool) -> Files:
+def _files_of_split(root: Path, split: str, takes_all: bool) -> Files:
     if (root / split).is_dir():
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)
-    if split != "train" or (root / "val").is_dir() or not whole:  # never the images of the other split
+    if split != "train" or (root / "val").is_dir() or not takes_all:  # never the images of the other split
         raise no_split(root, split, (root / "train").is_dir())
     files = find_files(root)
     warn_of_inner_splits(files.names, root)

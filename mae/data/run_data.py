@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.source import Files, OpenDataset, Source, Stream, with_missing
 from mae.settings import DataSpec, ImageSpec
+
+if TYPE_CHECKING:
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +45,23 @@ class RunData:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
 
-    def open_split(self, split: str, num_images: int | None = None, reads_labels: bool = True) -> Source | Stream:
+    def open_split(self, split: str, reads_labels: bool = True, masks: "MaskFormat | None" = None) -> Source | Stream:
         """Opens the dataset of a split, "train" or "val".
 
         Args:
-            num_images: number of images in shards, instead of counting them.
             reads_labels: read the labels of lists and of datasets of the user's code.
+            masks: as in `open_source`.
 
         Raises:
             ValueError: no dataset is given, the dataset does not exist, or it has no images.
         """
         data = self.data
-        file_list = data.train_list if split == "train" else data.val_list
+        task = self.images.task if reads_labels else None
         found = open_source(
-            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
-            function=self.source, task=self.images.task if reads_labels else None, extras=data.extras,
-            label_columns=self.images.label_columns, whole=not data.val_list or bool(data.val_fraction),
-        )  # fmt: skip
-        if split == "train" and data.on_bad_image == "skip" and isinstance(found, Files) and not file_list:
+            data, split, task=task, label_columns=self.images.label_columns, masks=masks, function=self.source
+        )
+        skips = split == "train" and data.on_bad_image == "skip" and not data.train_list
+        if skips and isinstance(found, Files):
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 
@@ -141,10 +143,13 @@ class RunData:
             return sources
         from mae.data import image_cache
 
-        return image_cache.cached(
-            list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
-            num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,
-        )  # fmt: skip
+        transform, train = transforms.scaled_transform(0), sources[0]
+        return [
+            image_cache.cached(
+                self.samples(source, transform, data.on_bad_image if source is train else None), data.num_workers
+            )
+            for source in sources
+        ]
 
     def samples(
         self, source: Source | Stream, transform: transforms.Transform, on_bad_image: str | None = None,

@@ -57,6 +57,7 @@ class Suite(NamedTuple):
         sources: the images of its folders, by their names in the table. Labels are indices of the suite's classes.
         columns: the class of ImageNet-1K of each class of the suite, as a column of the logits.
         answers: all correct labels of each image, if there may be several; then there is one folder.
+        crop_pct: the crop ratio of an evaluation. The images of imagenet-c are center crops. None: that of the model.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Suite(NamedTuple):
     sources: dict[str, Subset]
     columns: list[int]
     answers: list[list[int]] | None = None
+    crop_pct: float | None = None
 
 
 class Restricted(torch.nn.Module):
@@ -125,7 +127,7 @@ def open_suite(entry: str, data_path: str | None, limit: int | None = None) -> S
             logger.warning(f"{title}: {len(source):,} images, but {IMAGES[name]:,} were published")
     if name in (A, R):
         columns = [synsets().index(synset) for synset in classes_of(name)]
-    return Suite(name, path, sources, columns, answers)
+    return Suite(name, path, sources, columns, answers, 1.0 if name == C else None)
 
 
 def _variants(root: Path) -> dict[str, Path]:
@@ -200,14 +202,14 @@ def _evenly_spaced(indices: np.ndarray, limit: int | None) -> np.ndarray:
 def evaluate(
     suites: Sequence[Suite],
     evaluate_source: Callable[[Suite, Subset], tasks.Evaluation],
-    settings_of: Callable[[Suite], Mapping[str, Any]],
+    record: Mapping[str, Any],
     output_dir: Path,
 ) -> str:
     """Evaluates the suites that have no results yet, and stores the results of each suite in suites.json.
 
     Args:
         evaluate_source: evaluates the model on the images of a folder of a suite.
-        settings_of: what the results depend on besides the images: the digest of the weights, model, crop, precision.
+        record: what the results depend on besides the suite: the digest of the weights, the model, the precision.
         output_dir: folder of suites.json, whose keys are a suite and a digest of all that its results depend on.
 
     Returns:
@@ -220,7 +222,7 @@ def evaluate(
     with locks.locked(output_dir, "suites.lock") if parallel.is_main() else nullcontext():
         finished = parallel.from_rank_0(results.read)
         for suite in suites:
-            settings = {**settings_of(suite), "path": str(suite.path), "images": _counts(suite)}
+            settings = {**record, "crop_pct": suite.crop_pct, "path": str(suite.path), "images": _counts(suite)}
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
             key = f"{suite.name} {digest[:16]}"
             if key in finished:

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,24 +13,33 @@ from mae.files import atomic
 
 logger = logging.getLogger(__name__)
 
+WAIT_SECONDS = 1.0  # between two attempts
+
+
+class Busy(ValueError):
+    """Another process has locked a folder."""
+
 
 @contextmanager
-def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+def locked(folder: Path, name: str = "lock", waits: bool = False) -> Iterator[None]:
     """Context manager that creates a folder and locks it.
 
     Args:
         name: name of the lock file. It stays in the folder, because another process may have it open.
+        waits: wait until no other process has locked the folder.
 
     Raises:
-        ValueError: another process has locked the folder.
+        Busy: another process has locked the folder.
         OSError: the folder can't be written to.
     """
     with atomic.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("a")
     with file:
-        if not acquire(file, folder):
-            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it")
+        while not acquire(file, folder):
+            if not waits:
+                raise Busy(f"{folder} is being written to by another process: wait for it, or stop it")
+            time.sleep(WAIT_SECONDS)
         yield
 
 

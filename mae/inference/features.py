@@ -118,12 +118,13 @@ def main(args: argparse.Namespace) -> None:
 
 def open_labelled(args: argparse.Namespace) -> Source | Stream:
     """Opens the dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
-    source = open_source(args.split, args.data_path, dataset=args.dataset)
+    data = DataSpec(data_path=args.data_path, dataset=args.dataset)
+    source = open_source(data, args.split)
     if not is_stream(source) and getattr(source, "runs_code", False):
         try:
             source.labels  # noqa: B018
         except ValueError:
-            return open_source(args.split, args.data_path, dataset=args.dataset, task=REGRESSION)
+            return open_source(data, args.split, task=REGRESSION)
     return source
 
 

@@ -70,7 +70,7 @@ class Archive:
         split: "train" or "val"; None: all images.
         enclosing: keep enclosing folders in the names, if `split` is None.
         kind: what the files are, for the log.
-        whole: as in `dataset_kinds.open_source`.
+        whole: an archive without splits contributes all of its images for training. False: it is an error.
 
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
