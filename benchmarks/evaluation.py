@@ -72,7 +72,8 @@ def our_evaluation(
     model: Any, folder: Path, args: argparse.Namespace, precision: Precision, fast_jpeg: bool = False
 ) -> float:
     """`main_finetune.py --eval`."""
-    samples = Samples(open_source(DataSpec(data_path=str(folder)), "train"), model.preprocess, in_chans=3, seed=0, fast_jpeg=fast_jpeg)
+    source = open_source(DataSpec(data_path=str(folder)), "train")
+    samples = Samples(source, model.preprocess, in_chans=3, seed=0, fast_jpeg=fast_jpeg)
     clock = Clock(loader.eval_loader(samples, args.batch_size, args.num_workers, False), args)
     evaluate(model, clock, normalize=model.normalize, precision=precision)
     return clock.rate()
