@@ -27,7 +27,7 @@ from test_decode import TABLE, saved
 import main_pretrain
 import models_mae
 import models_vit
-from mae.checkpoints import checkpoint, file_names, sharded
+from mae.checkpoints import checkpoint, sharded
 from mae.cli import entry_point
 from mae.data import jpeg
 from mae.data.decode import decode
@@ -326,7 +326,7 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
         state = mutations.nested(state, generator)
     stream = io.BytesIO()
     torch.save(state | {"digest": checkpoint.compute_digest(state)} if isinstance(state, dict) else state, stream)
-    files[file_names.STATE] = stream.getvalue()
+    files[checkpoint.STATE] = stream.getvalue()
     if generator.random() < 0.3:
         files[generator.choice(list(files))] = _link(generator)
     return files

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, run_directory, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
@@ -74,8 +74,7 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
     if not file:
         return None
-    if file.is_dir():
-        checkpoint.refuse_run_directory(file)
+    run_directory.refuse(file)
     state = checkpoint.read(file, verify=False)
     saved = _args_of(state)
     if saved.get("script", script) != script:
@@ -155,7 +154,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
         OSError: the system can't read a checkpoint.
     """
     paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
-        lambda: (checkpoint.newest_first(output_dir), [path.name for path in file_names.checkpoints(output_dir)])
+        lambda: (run_directory.newest_first(output_dir), [path.name for path in run_directory.checkpoints(output_dir)])
     )
     for path in paths:
         try:
@@ -306,7 +305,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
 
 
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:
-    args = checkpoint.settings_of(state.get("args"))
+    args = state.get("args") or {}
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
     if args.get("fast_jpeg"):

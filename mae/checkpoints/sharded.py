@@ -20,8 +20,7 @@ import torch.distributed as td
 
 from mae import parallel
 from mae.checkpoints import checkpoint
-from mae.checkpoints.checkpoint import CheckpointError
-from mae.checkpoints.file_names import STATE
+from mae.checkpoints.checkpoint import STATE, CheckpointError
 from mae.cli import entry_point, flags
 from mae.files.untrusted import file_digest
 
