@@ -35,7 +35,7 @@ from mae.data.kinds.archives import Archive
 from mae.data.kinds.lists import read_list
 from mae.data.kinds.shards import read_members
 from mae.settings.choices import ADAPT_CHOICES
-from mae.weights import loading, model_zoo, preprocessing, reading
+from mae.weights import loading, model_settings, model_zoo, reading
 
 
 class Door(NamedTuple):
@@ -301,7 +301,7 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
         loading.load_classifier(vit, file)
     else:
         loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))
-    preprocessing.statistics(file, 3, None, None)
+    model_settings.statistics(file, 3, None, None)
 
 
 def _sharded(folder: Path) -> list[dict[str, bytes]]:

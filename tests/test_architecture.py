@@ -41,7 +41,7 @@ ARROWS = {
     r"mae\.data\.(__main__|check)": rf"mae\.(cli|data|files)\.\w+|{SHARED}",
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
-    r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints)\.\w+)|{SHARED}",
+    r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints|data)\.\w+)|{SHARED}",
     r"mae\.training\.param_groups": r"models_vit",
     r"mae\.compare\.encoders": rf"mae\.(build|(compare|weights)\.\w+)|{SHARED}",
     **{rf"mae\.{name}(\.\w+)+": rf"mae\.({name}|{below})(\.\w+)+|{SHARED}" for name, below in PACKAGES.items()},

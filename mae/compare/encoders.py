@@ -10,7 +10,7 @@ from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.names import FLIPS
 from mae.suggestions import did_you_mean
-from mae.weights import model_settings, preprocessing, reading
+from mae.weights import model_settings, reading
 
 Flags = dict[str, Any]
 
@@ -75,7 +75,7 @@ def _recorded_flags(run: Run, text: str, weights: Any) -> Flags:
     if recorded.get("crop_pct") is None and run.images.crop_pct is None:
         is_explicit = "input_size" in run.explicit
         size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
-        recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
+        recorded["crop_pct"] = model_settings.crop_pct_of_earlier_version(weights, size)
     names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in run]
     return {name: recorded[name] for name in names if recorded.get(name) is not None}
 
