@@ -61,8 +61,9 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     """
     size = size_of(model or str(file.settings.get("model")))
     shape_of = {name: tensor.shape for name, tensor in file.tensors.items()}
-    # Most published models that do not record it were trained with norm_pix_loss.
-    determined = {"norm_pix_loss": True, **row_settings(file.origin), **shapes.determined(shape_of)}
+    # Published files record nothing. Most models that do not record norm_pix_loss were trained with it.
+    published = {} if "norm_pix_loss" in file.settings else row_settings(file.origin)
+    determined = {"norm_pix_loss": True, **published, **shapes.determined(shape_of)}
     if size not in SIZES:
         size = _size_with_shapes(shape_of, {**determined, **file.settings}, file.origin)
     settings = chosen({}, {**file.settings, **shapes.certain(determined)}, determined, {})
