@@ -16,8 +16,7 @@ from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import published_crop_pct
-from mae.settings.names import names_resumed
-from mae.settings.run import RESUME_PUBLISHED
+from mae.settings.run import RESUME_PUBLISHED, names_resumed
 from mae.user_code import runs_code
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights

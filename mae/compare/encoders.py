@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mae.compare.store import locked
 from mae.settings import ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
-from mae.settings.names import FLIPS
+from mae.settings.run import FLIPS
 from mae.suggestions import did_you_mean
 from mae.weights import model_settings, reading
 

@@ -12,8 +12,7 @@ from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
-from mae.settings.names import FLIPS
-from mae.settings.run import TAKEN
+from mae.settings.run import FLIPS, TAKEN
 from mae.user_code import runs_code
 from mae.weights import model_settings, reading
 
