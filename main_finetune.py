@@ -47,7 +47,7 @@ from mae.training.compiling import compile_model
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.mixup import make_erasing, make_mixup
-from mae.training.param_groups import param_groups_lrd
+from mae.training.optimizers import param_groups_lrd
 from mae.training.precision import Precision
 from mae.user_code import with_source
 from mae.weights import loading, model_settings

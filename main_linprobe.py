@@ -127,7 +127,7 @@ def open_encoder(run: Run) -> loading.Weights | None:
     if run.evaluation.eval:
         return open_weights(run)
     which = parallel.from_rank_0(lambda: run_directory.chosen(Path(run.machine.output_dir), run.machine.resume))
-    for path in checkpoint.newest_first(Path(run.machine.output_dir)) if which == "auto" else []:
+    for path in run_directory.newest_first(Path(run.machine.output_dir)) if which == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             return loading.read(path)
     name = run.machine.finetune if which == "auto" else which or run.machine.finetune

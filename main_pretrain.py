@@ -39,7 +39,7 @@ from mae.training import optimizers, trainer
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
-from mae.training.param_groups import param_groups_weight_decay
+from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.user_code import with_source
 from models_vit import Encoder

@@ -42,7 +42,7 @@ from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
 from mae.training.log import NullLog
 from mae.training.loop import Callback
-from mae.training.param_groups import param_groups_lrd
+from mae.training.optimizers import param_groups_lrd
 from mae.user_code import with_source
 from mae.weights import loading, model_settings
 from mae.weights.model_zoo import SEGMENTER

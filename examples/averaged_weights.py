@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import main_pretrain
 from mae import parallel
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point
 from mae.settings import Run
 
@@ -52,7 +52,7 @@ def main(run: Run) -> None:
     main_pretrain.main(run, callbacks=[EMA()])
     if parallel.is_main():
         output_dir = Path(run.machine.output_dir)
-        state = checkpoint.read(next(iter(checkpoint.newest_first(output_dir))))
+        state = checkpoint.read(next(iter(run_directory.newest_first(output_dir))))
         average = state["callbacks"][0]
         weights = {name: average[f"module.{name}"] for name in state["model"]}
         checkpoint.write({"model": weights, "args": state["args"]}, output_dir / "average.pth")

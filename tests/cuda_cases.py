@@ -39,7 +39,7 @@ from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
 from mae.training import loop, optimizers
-from mae.training.param_groups import param_groups_lrd, param_groups_weight_decay
+from mae.training.optimizers import param_groups_lrd, param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
 from models_segment import Segmenter

@@ -32,7 +32,7 @@ from conftest import ROOT, torchrun
 from forks import Forks
 from mains import lines, wait_until
 
-from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 
 EPOCHS = 8
@@ -353,7 +353,7 @@ class Faults:
                 run = self.new_run("damaged", layout)
                 run.start().wait_for("epoch 2 ")
                 run.kill()
-                path = checkpoint.newest_first(run.out)[0]
+                path = run_directory.newest_first(run.out)[0]
                 file = self.random.choice(sorted(path.iterdir())) if path.is_dir() else path
                 data = file.read_bytes()[: self.random.randrange(1, file.stat().st_size)]
                 file.write_bytes(mutations.mutate(data, [data], self.random))

@@ -27,7 +27,7 @@ from test_decode import TABLE, saved
 import main_pretrain
 import models_mae
 import models_vit
-from mae.checkpoints import checkpoint, file_names, sharded
+from mae.checkpoints import checkpoint, sharded
 from mae.cli import entry_point
 from mae.data import jpeg
 from mae.data.decode import decode
@@ -35,7 +35,7 @@ from mae.data.kinds.archives import Archive
 from mae.data.kinds.lists import read_list
 from mae.data.kinds.shards import read_members
 from mae.settings.choices import ADAPT_CHOICES
-from mae.weights import loading, model_zoo, preprocessing, reading
+from mae.weights import loading, model_settings, model_zoo, reading
 
 
 class Door(NamedTuple):
@@ -301,7 +301,7 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
         loading.load_classifier(vit, file)
     else:
         loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))
-    preprocessing.statistics(file, 3, None, None)
+    model_settings.statistics(file, 3, None, None)
 
 
 def _sharded(folder: Path) -> list[dict[str, bytes]]:
@@ -326,7 +326,7 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
         state = mutations.nested(state, generator)
     stream = io.BytesIO()
     torch.save(state | {"digest": checkpoint.compute_digest(state)} if isinstance(state, dict) else state, stream)
-    files[file_names.STATE] = stream.getvalue()
+    files[checkpoint.STATE] = stream.getvalue()
     if generator.random() < 0.3:
         files[generator.choice(list(files))] = _link(generator)
     return files

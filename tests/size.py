@@ -16,7 +16,7 @@ ROOF = (  # mae/jobs has the commands submitit_*.py
     "main_", "submitit_", "mae/cli/", "mae/settings/", "mae/jobs/", "util/", "demo/", "benchmarks/", "examples/",
     "hubconf",
 )  # fmt: skip
-FLAG = re.compile(r"--[a-z]\w+")
+FLAG = re.compile(r"--([a-z]\w+)")
 
 
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:
@@ -50,8 +50,12 @@ def imports_of_the_roof(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def flags_in_strings(trees: dict[str, ast.Module]) -> Counter[str]:
-    """Counts the flags in strings below the roof, by file. Docstrings and modules with a command do not count."""
+    """Counts the flags of settings in strings below the roof, by file.
+
+    Docstrings and modules with a command do not count, nor do flags of other programs, such as git.
+    """
     counts: Counter[str] = Counter()
+    known = definitions(trees)
     for path, tree in trees.items():
         if path.startswith(ROOF) or is_command(tree):
             continue
@@ -60,7 +64,7 @@ def flags_in_strings(trees: dict[str, ast.Module]) -> Counter[str]:
                       if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                counts[path] += len(FLAG.findall(node.value))
+                counts[path] += sum(name in known for name in FLAG.findall(node.value))
     return +counts
 
 

@@ -21,7 +21,7 @@ import main_finetune
 import main_knn
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model, graphs
-from mae.weights import foreign_settings, loading, model_zoo, preprocessing
+from mae.weights import foreign_settings, loading, model_settings, model_zoo
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 
@@ -434,9 +434,9 @@ def test_label_names_of_timm_are_those_of_their_numbers(third, tmp_path):
 def test_statistics_of_a_file_reach_an_evaluation(caplog):
     settings = {"mean": [0.5] * 3, "std": [0.2] * 3}
     file = loading.Weights(vit_mini_patch4(img_size=16).state_dict(), settings, "", "m.pth")
-    assert preprocessing.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
-    assert preprocessing.statistics(file, 1, None, None) == (None, None)
-    assert preprocessing.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
+    assert model_settings.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
+    assert model_settings.statistics(file, 1, None, None) == (None, None)
+    assert model_settings.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
     assert not caplog.text  # the statistics of a file that records none are not known
 
 

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from mains import assert_equal, lines, wait_until, weights
 
-from mae.checkpoints import checkpoint
+from mae.checkpoints import run_directory
 from mae.interrupts import SIGNALS, Interrupted, Interrupts, blocked
 
 EPOCHS = 40
@@ -131,7 +131,7 @@ def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
     process.signal(signal.SIGTERM)
     assert process.wait(30) == [128 + signal.SIGTERM], output.read_text()
     assert "SIGTERM: the run stops now and saves its state" in output.read_text()
-    assert checkpoint.position(tmp_path / "parts/checkpoint-last.pth") == (0, 48)
+    assert run_directory.position(tmp_path / "parts/checkpoint-last.pth") == (0, 48)
     for out in ("parts", "whole"):
         assert finetune(out, "main_finetune.py").wait(120) == [0]
     parts, whole = tmp_path / "parts", tmp_path / "whole"

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from mae.training.param_groups import param_groups_lrd
+from mae.training.optimizers import param_groups_lrd
 from models_vit import vit_mini_patch4
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_knn
 import main_linprobe
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import get_model
 from models_mae import mae_vit_mini_patch4
@@ -195,7 +195,7 @@ def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
     bad.write_bytes(b"")
     with pytest.raises(ValueError, match=r"01.png: the file is empty"):
         finetune(data_path=tmp_path / "broken", epochs=2)
-    assert checkpoint.position(tmp_path / "run" / "checkpoint-last.pth") == (0, 48)
+    assert run_directory.position(tmp_path / "run" / "checkpoint-last.pth") == (0, 48)
     bad.write_bytes(whole)
     assert [line["epoch"] for line in lines(finetune(data_path=tmp_path / "broken", epochs=2, resume="auto"))] == [0, 1]
 

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 from mae import parallel
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.cli.messages import with_flags
 from mae.data import loader
@@ -125,7 +125,7 @@ def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, e
         patch.setattr(log.RunLog, "end_epoch", end)
         pretrain("parts", **settings)
     if epoch < 3:
-        position = checkpoint.position(whole.parent / "parts/checkpoint-last.pth")
+        position = run_directory.position(whole.parent / "parts/checkpoint-last.pth")
         assert position == ((1, 24) if error else (2, 0))
     assert_same_run(whole, pretrain("parts", **settings, resume="auto"), "checkpoint-3.pth")
 
@@ -154,7 +154,7 @@ def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, monkeypa
             stop_after(patch, method, calls)
             pretrain("new", **back)
     new = whole.parent / "new"
-    assert checkpoint.position(new / "checkpoint-last.pth") > (2, 8)
+    assert run_directory.position(new / "checkpoint-last.pth") > (2, 8)
     pretrain("new", **back)
     assert_equal(weights(new, "checkpoint-5.pth"), weights(whole, "checkpoint-5.pth"))
     assert [line["train_loss"] for line in lines(new)] == [line["train_loss"] for line in lines(whole)][2:]
@@ -432,5 +432,5 @@ def test_resumed_with_another_split(pretrain, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 2)
         pretrain("parts", batch_size=4, accum_iter=2, **settings)
-    assert checkpoint.position(whole.parent / "parts/checkpoint-last.pth") == (0, 16)
+    assert run_directory.position(whole.parent / "parts/checkpoint-last.pth") == (0, 16)
     assert_close(whole, pretrain("parts", batch_size=2, accum_iter=4, **settings, resume="auto"))

@@ -30,7 +30,7 @@ from mae.checkpoints import checkpoint
 from mae.inference import export, features, get_model, maps, predict, reconstruct
 from mae.inference.classes import Segmenter
 from mae.inference.model import with_encoder
-from mae.training.param_groups import param_groups_lrd
+from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading, model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter

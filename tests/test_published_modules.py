@@ -19,7 +19,7 @@ from timm.optim import param_groups_weight_decay as timm_groups
 import engine_pretrain
 import models_mae
 from mae.inference import get_model
-from mae.training.param_groups import param_groups_weight_decay
+from mae.training.optimizers import param_groups_weight_decay
 from util import datasets, misc
 from util.lr_sched import adjust_learning_rate
 from util.pos_embed import get_2d_sincos_pos_embed, get_2d_sincos_pos_embed_from_grid

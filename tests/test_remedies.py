@@ -17,7 +17,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
-from mae.checkpoints import checkpoint
+from mae.checkpoints import run_directory
 from mae.cli import entry_point
 from mae.data import check as datasets
 from mae.data.decode import BadImage
@@ -132,7 +132,7 @@ def test_a_run_directory_is_not_a_file_and_has_a_newest_checkpoint(runs, labelle
         assert output.endswith(newest)
         assert call(script, {**settings, flag: newest, "output_dir": tmp_path / f"{script.__name__}-{flag}"}) == ""
     output = call(main_finetune, {**VIT, **data, "eval": True, "resume": runs / "part"})  # of two epochs
-    assert checkpoint.position(Path(output.split()[-1])) == checkpoint.position(runs / "part/checkpoint-1.pth")
+    assert run_directory.position(Path(output.split()[-1])) == run_directory.position(runs / "part/checkpoint-1.pth")
 
 
 def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae.checkpoints import checkpoint
+from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupted, Interrupts
 from mae.training.saver import Request, Saver
@@ -74,7 +74,7 @@ def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
     saver.save(21, 2, {})
     saver.save_epoch(21, accuracy=40.0)
     saver.close()
-    names = {path.name: checkpoint.position(path) for path in (tmp_path / "gone").iterdir()}
+    names = {path.name: run_directory.position(path) for path in (tmp_path / "gone").iterdir()}
     assert names == {"checkpoint-best.pth": (22, 0), "checkpoint-last.pth": (21, 16)}
     assert checkpoint.read(tmp_path / "gone/checkpoint-best.pth")["progress"]["best_accuracy"] == 40.0
 
@@ -96,7 +96,7 @@ def test_a_run_does_not_end_without_its_last_state(tmp_path, caplog):
     saver.save(7, 1, {})
     with pytest.raises(Interrupted):
         saver.raise_if_stopping(stop.value)
-    assert checkpoint.position(tmp_path / "gone/checkpoint-last.pth") == (7, 8)
+    assert run_directory.position(tmp_path / "gone/checkpoint-last.pth") == (7, 8)
 
 
 def test_best_accuracy_requires_an_existing_checkpoint(tmp_path):

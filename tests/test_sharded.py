@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, resume, run_state, shard_files, sharded
+from mae.checkpoints import checkpoint, resume, run_directory, run_state, shard_files, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.training import fsdp
 from models_mae import mae_vit_mini_patch4
@@ -151,7 +151,7 @@ def shards(pictures, tmp_path_factory):
 def test_fsdp_losses_equal_those_of_one_process(shards, single):
     assert len(losses(shards)) == 30
     assert relative_error(shards, single) < 1e-5
-    assert [path.name for path in file_names.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 12, 24, 29)]
+    assert [path.name for path in run_directory.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 12, 24, 29)]
 
 
 def test_a_sharded_checkpoint_resumes_in_one_process(shards, single, pictures, tmp_path):
@@ -200,11 +200,11 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
             run.signal(signal.SIGSTOP)  # else the second process may end because the first one has ended
         run.signal(signum)
         assert run.wait(60) == [code, code]
-    newest = checkpoint.newest_first(out)[0]
+    newest = run_directory.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
     assert (output.count(f"--resume auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
-    assert file_names.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
+    assert run_directory.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
     state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
 
@@ -394,7 +394,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path, small_disk):
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
     output = in_two_processes(FULL, tmp_path, small_disk)
     assert output.count(f"can't write {small_disk}/checkpoint-1 (") == 6  # by rank 0
-    assert checkpoint.newest_first(small_disk)[0] == small_disk / "checkpoint-best"
+    assert run_directory.newest_first(small_disk)[0] == small_disk / "checkpoint-best"
     assert sharded.gather(small_disk / "checkpoint-2")["model"].keys() == {"rank0"}
 
 

@@ -5,10 +5,8 @@ and `callbacks` if there are any. It consists of dicts, lists, tensors and plain
 is a folder (`mae.checkpoints.sharded`); `state.pth` in it has this format, without tensors.
 """
 
-import argparse
 import errno
 import hashlib
-import logging
 import os
 import pickle
 import re
@@ -17,16 +15,15 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
 
-from mae.checkpoints.file_names import STATE, checkpoints
 from mae.files import atomic
 from mae.files.untrusted import open_file, printable
 
-logger = logging.getLogger(__name__)
-
+STATE = "state.pth"  # in the folder of a sharded checkpoint
 MAX_PARTS = 1_000_000  # largest number of parts of a state; a part that is referenced twice counts twice
 MAX_DEPTH = 30
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
@@ -44,6 +41,10 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class Namespace(SimpleNamespace):
+    """Stands for the argparse.Namespace in files of the published code."""
 
 
 def compute_digest(state: Any) -> str:
@@ -157,8 +158,8 @@ def snapshot(value: Any) -> Any:
 def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
     """Reads a checkpoint without executing code from it. If it contains a digest, the content must match.
 
-    Files of the published code are supported; their `args` are an argparse.Namespace. The tensors of a sharded
-    checkpoint are not read; the entry `folder` is its path.
+    The entry `args`, the settings, is a dict, also of files of the published code. The tensors of a sharded checkpoint
+    are not read; the entry `folder` is its path.
 
     Args:
         verify: False for the names and plain values alone; the tensors stay in the file, and no digest is compared.
@@ -168,15 +169,13 @@ def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
         OSError: the system can't read the file, which may be undamaged.
     """
     path = Path(path)
-    if path.is_dir():
-        refuse_run_directory(path)
     file = path / STATE if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint {file}")
     try:
         with open_file(file) as opened:
             is_zip = check_file(opened)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not verify)
         _check_parts(state)
         digest = state.pop("digest", None)
@@ -194,48 +193,9 @@ def read(path: Path | str, verify: bool = True) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno in NO_ACCESS:
             raise OSError(f"{file} can't be read ({error.strerror})") from error
         raise CheckpointError(f"{file} is not a checkpoint, or is damaged: {error}") from error
+    args = state.get("args")
+    state["args"] = vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
     return {**state, "folder": str(path)} if path.is_dir() else state
-
-
-def settings_of(args: Any) -> dict[str, Any]:
-    """Returns the entry `args` of a checkpoint, its settings. Files of the published code have a Namespace, or none."""
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return args if isinstance(args, dict) else {}
-
-
-def refuse_run_directory(path: Path) -> None:
-    """Raises CheckpointError if a folder is a run directory. The message names its newest checkpoint."""
-    if not (path / STATE).is_file() and (files := newest_first(path)):
-        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {files[0]}")
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """Lists the readable checkpoints in a folder, in descending order of their progress.
-
-    File times are ignored, because copying a folder changes them.
-    """
-    positions = []
-    for path in checkpoints(folder):
-        try:
-            positions.append((position(path), path))
-        except CheckpointError as error:
-            logger.warning(f"resume=auto skips {path.name}: {error}")
-    return [path for _, path in sorted(positions, reverse=True)]
-
-
-def position(path: Path) -> tuple[int, int]:
-    """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
-
-    Raises:
-        CheckpointError: the checkpoint can't be read.
-    """
-    state = read(path, verify=False)
-    try:
-        progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
-        return progress["epoch"], progress["images_done"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
 
 
 def check_file(file: BinaryIO) -> bool:
@@ -279,7 +239,7 @@ def _check_parts(state: Any) -> None:
         parts += 1
         if parts > MAX_PARTS or depth > MAX_DEPTH:
             raise ValueError("it contains too many or too deeply nested lists")
-        if isinstance(value, argparse.Namespace):
+        if isinstance(value, Namespace):
             value = vars(value)
         if isinstance(value, dict):
             waiting += [(part, depth + 1) for item in value.items() for part in item]

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, run_directory, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import published_crop_pct
-from mae.settings.names import names_resumed
-from mae.settings.run import RESUME_PUBLISHED
+from mae.settings.run import RESUME_PUBLISHED, names_resumed
 from mae.user_code import runs_code
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIXED = names_resumed(roles.FIXED)  # settings that a resumed run can't change
+# What a resumed run can't change: settings, and what the data determine
+FIXED = [*names_resumed(roles.FIXED), "updates_per_epoch"]
+OF_DATA = ("classes", "colors", "train_images", "held_out_images")
 
 # Entries of a parameter group that depend on the schedule, the flags and the machine of this start
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
@@ -35,7 +36,6 @@ OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturab
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
 ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
-
 ANOTHER_FOLDER = "give another `output_dir`"
 
 
@@ -74,10 +74,9 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
     if not file:
         return None
-    if file.is_dir():
-        checkpoint.refuse_run_directory(file)
+    run_directory.refuse(file)
     state = checkpoint.read(file, verify=False)
-    saved = _args_of(state)
+    saved = _settings_of(state)
     if saved.get("script", script) != script:
         remedy = _start_from(which, script)
         if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
@@ -117,6 +116,7 @@ def restore_run(
     which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
     state = read_newest(output_dir) if which == "auto" else sharded.read(which)
     if state is not None:
+        saved = _settings_of(state)
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             what = " and no ".join(sorted(missing))
@@ -128,17 +128,17 @@ def restore_run(
             remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
             checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
         restore_model(model, state, settings, which)
-        _require_same_meaning(_args_of(state), settings)
-        _require_same_parameters(optimizer, state)
+        _require_same_meaning(saved, settings)
         require_same_optimizer(optimizer, state)
         restore_progress(progress, state)
-        _require_same_processes(state, settings)
+        if settings.get("cache_features") and progress.first_iteration:
+            _require_same_processes(state["progress"], saved)
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         _restore_callbacks(callbacks, state.get("callbacks", []))
         _restore_rng(state.get("rng", {}))
-        _warn_of_changes(_args_of(state), settings)
+        _warn_of_changes(saved, settings)
     if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
         raise CheckpointError(
             f"resume={which}: the processes found different checkpoints; give all of them the same file"
@@ -155,7 +155,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
         OSError: the system can't read a checkpoint.
     """
     paths, names = parallel.from_rank_0(  # an error of rank 0 reaches all processes
-        lambda: (checkpoint.newest_first(output_dir), [path.name for path in file_names.checkpoints(output_dir)])
+        lambda: (run_directory.newest_first(output_dir), [path.name for path in run_directory.checkpoints(output_dir)])
     )
     for path in paths:
         try:
@@ -192,7 +192,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    saved = _args_of(state)
+    saved = _settings_of(state)
     fitted = fit(model, Weights(state["model"], saved, "", which), exact=True)
     differing = sorted(fitted.missing | fitted.unexpected)
     if differing:
@@ -210,7 +210,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     saved = {"updates_per_epoch": None, **saved}  # None, in a checkpoint without it: one pass over the images
-    if different := _differing([*FIXED, "updates_per_epoch"], saved, settings):
+    if different := _differing(FIXED, saved, settings):
         before, now = (
             in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
             for values in (saved, settings)
@@ -223,7 +223,7 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
 
 
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    if different := _differing(("classes", "colors", "train_images", "held_out_images"), saved, settings):
+    if different := _differing(OF_DATA, saved, settings):
         names = " and ".join(different).replace("_", " ")
         raise CheckpointError(f"the resumed run had other {names}: give the data of that run")
 
@@ -234,32 +234,28 @@ def _differing(names: Iterable[str], saved: dict[str, Any], settings: dict[str, 
     return {name: saved[name] for name in both if differs(name, saved[name], settings[name])}
 
 
-def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    saved, ours = ([len(group["params"]) for group in groups]
-                   for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
-    if saved != ours:
-        raise CheckpointError(
-            f"the parameter groups of the optimizer have {ours} tensors, and in the checkpoint {saved}: train the same "
-            f"blocks and positions (`unfreeze_blocks`, `learned_pos_embed`), and build the groups as before"
-        )
-
-
 def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Checkpoints do not record the class of the optimizer. The settings of Adam and of SGD or LARS differ."""
+    """Raises CheckpointError if an optimizer has other parameters than that of a checkpoint, or is another one.
+
+    Checkpoints do not record its class. The settings of Adam and of SGD or LARS differ.
+    """
+    saved, ours = state["optimizer"]["param_groups"], optimizer.param_groups
+    sizes, our_sizes = ([len(group["params"]) for group in groups] for groups in (saved, ours))
+    if sizes != our_sizes:
+        raise CheckpointError(
+            f"the parameter groups of the optimizer have {our_sizes} tensors, and in the checkpoint {sizes}: train the "
+            f"same blocks and positions (`unfreeze_blocks`, `learned_pos_embed`), and build the groups as before"
+        )
     for name in ("betas", "momentum"):
-        saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
-        if saved != ours:
+        if (name in saved[0]) != (name in ours[0]):
             raise CheckpointError(
-                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set: "
-                f"{ANOTHER_FOLDER}"
+                f"the run of the checkpoint had another optimizer: its {name} "
+                f"{'are' if name in saved[0] else 'are not'} set: {ANOTHER_FOLDER}"
             )
 
 
-def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
+def _require_same_processes(position: dict[str, Any], saved: dict[str, Any]) -> None:
     """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
-    saved, position = _args_of(state), state.get("progress") or {}
-    if not (settings.get("cache_features") and position.get("images_done")):
-        return
     before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), parallel.world_size()
     if before != now:
         raise CheckpointError(
@@ -275,7 +271,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
         CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
     """
     saved = state.get("progress")
-    factors: list[Any] = [_args_of(state).get(name) for name in BATCH_FACTORS]
+    factors: list[Any] = [_settings_of(state).get(name) for name in BATCH_FACTORS]
     published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
     batch = saved["effective_batch_size"] if saved else published
     if batch not in (None, progress.effective_batch_size):
@@ -305,8 +301,9 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
     progress.meters = saved["meters"]
 
 
-def _args_of(state: dict[str, Any]) -> dict[str, Any]:
-    args = checkpoint.settings_of(state.get("args"))
+def _settings_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a checkpoint, with those that earlier versions did not record."""
+    args = state.get("args") or {}
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
     if args.get("fast_jpeg"):

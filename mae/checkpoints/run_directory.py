@@ -1,4 +1,4 @@
-"""The run directory. It must not contain another run, and only one run at a time writes to it."""
+"""The run directory, its checkpoints and its lock. It must not contain another run; one run at a time writes to it."""
 
 import contextlib
 import gzip
@@ -12,15 +12,69 @@ from pathlib import Path
 from typing import IO
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import STATE, CheckpointError
 from mae.files import atomic, locks
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
+LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
 LOCK = "run.lock"
 SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
 IMAGES = "train_images.gz"  # the names of the training images, each followed by a zero byte
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Lists the checkpoints in a run directory: files, and folders of sharded runs."""
+    paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
+    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # left by a crash
+
+
+def milestone(epoch: int) -> str:
+    """Returns the file name of the state after an epoch."""
+    return f"{PREFIX}{epoch}.pth"
+
+
+def milestones(folder: Path) -> list[Path]:
+    """Lists the milestones of a run, oldest first."""
+    numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
+    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Lists the readable checkpoints in a folder, in descending order of their progress.
+
+    File times are ignored, because copying a folder changes them.
+    """
+    positions = []
+    for path in checkpoints(folder):
+        try:
+            positions.append((position(path), path))
+        except CheckpointError as error:
+            logger.warning(f"resume=auto skips {path.name}: {error}")
+    return [path for _, path in sorted(positions, reverse=True)]
+
+
+def position(path: Path) -> tuple[int, int]:
+    """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read.
+    """
+    state = checkpoint.read(path, verify=False)
+    try:
+        progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
+        return progress["epoch"], progress["images_done"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
+
+
+def refuse(path: Path) -> None:
+    """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
+    if path.is_dir() and not (path / STATE).is_file() and (files := newest_first(path)):
+        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {files[0]}")
 
 
 def chosen(output_dir: Path, resume: str) -> str:
@@ -30,14 +84,14 @@ def chosen(output_dir: Path, resume: str) -> str:
     """
     if not _continues(output_dir, resume):
         return resume
-    return "auto" if file_names.checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
+    return "auto" if checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
 def source(output_dir: Path, resume: str) -> Path | None:
     """Returns the checkpoint from which a run starts; None: it starts anew."""
     which = chosen(output_dir, resume)
     if which == "auto":
-        return next(iter(checkpoint.newest_first(output_dir)), None)
+        return next(iter(newest_first(output_dir)), None)
     return Path(which) if which else None
 
 
@@ -85,7 +139,7 @@ def _require_unused(output_dir: Path, resume: str) -> None:
             )
         return
     files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
-    existing = sorted({*files, *(path.name for path in file_names.checkpoints(output_dir))})
+    existing = sorted({*files, *(path.name for path in checkpoints(output_dir))})
     if existing:
         raise ValueError(
             f"output_dir={output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
@@ -95,9 +149,9 @@ def _require_unused(output_dir: Path, resume: str) -> None:
 
 def _later(output_dir: Path, file: Path) -> list[str]:
     """Returns the names of the checkpoints after `file`; none if the file can't be read, which ends the run later."""
-    with contextlib.suppress(checkpoint.CheckpointError):
-        position = checkpoint.position(file)
-        return sorted(p.name for p in checkpoint.newest_first(output_dir) if checkpoint.position(p) > position)
+    with contextlib.suppress(CheckpointError):
+        start = position(file)
+        return sorted(p.name for p in newest_first(output_dir) if position(p) > start)
     return []
 
 
@@ -180,8 +234,8 @@ def interrupted_images(output_dir: Path, resume: str) -> list[str]:
         resume: as in `prepare`.
     """
     file = source(output_dir, resume)
-    with contextlib.suppress(checkpoint.CheckpointError):  # of the file, which ends the run later
-        if file and (file.parent / IMAGES).is_file() and checkpoint.position(file)[1]:
+    with contextlib.suppress(CheckpointError):  # of the file, which ends the run later
+        if file and (file.parent / IMAGES).is_file() and position(file)[1]:
             return _read_names(file.parent / IMAGES)
     return []
 

@@ -9,7 +9,7 @@ import torch
 from mae import parallel
 from mae.settings import differs
 from mae.settings import fields as roles
-from mae.settings.names import names_resumed
+from mae.settings.run import names_resumed
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful

@@ -20,8 +20,7 @@ import torch.distributed as td
 
 from mae import parallel
 from mae.checkpoints import checkpoint
-from mae.checkpoints.checkpoint import CheckpointError
-from mae.checkpoints.file_names import STATE
+from mae.checkpoints.checkpoint import STATE, CheckpointError
 from mae.cli import entry_point, flags
 from mae.files.untrusted import file_digest
 
@@ -44,16 +43,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
     from mae.checkpoints import shard_files
 
     temporary = _temporary(folder)
-    tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
-    plain: dict[Any, dict[str, Any]] = {}  # other values of an optimizer of the user's code, such as the step
-    for number, moments in state["optimizer"]["state"].items():
-        for name, value in moments.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{number}.{name}"] = value
-            elif isinstance(value, list | tuple | dict):  # it may contain shards, of which this process has one
-                raise ValueError(f"`fsdp` can't save {name} in the state of the optimizer, a {type(value).__name__}")
-            else:
-                plain.setdefault(number, {})[name] = value
+    tensors, plain = _tensors_and_values(state)
 
     def remove_temporary() -> None:
         if parallel.is_main():
@@ -84,6 +74,21 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         with contextlib.suppress(OSError):
             _in_all(remove_temporary, group)
         raise OSError(f"can't write {folder} ({error})") from error
+
+
+def _tensors_and_values(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[Any, dict[str, Any]]]:
+    """Returns the tensors of a state by name, and the other values of the state of its optimizer, such as a step."""
+    tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    plain: dict[Any, dict[str, Any]] = {}
+    for number, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            elif isinstance(value, list | tuple | dict):  # it may contain shards, of which this process has one
+                raise ValueError(f"`fsdp` can't save {name} in the state of the optimizer, a {type(value).__name__}")
+            else:
+                plain.setdefault(number, {})[name] = value
+    return tensors, plain
 
 
 def _temporary(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from mae.cli.flags import not_in_recipes
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
 from mae.settings.fields import default_of
-from mae.settings.names import FIELDS
+from mae.settings.run import FIELDS
 from mae.settings.types import count_or_all, positive
 from mae.user_code import import_object, runs_code
 

@@ -8,9 +8,9 @@ from mae.compare.store import Settings
 from mae.files import locks
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
-from mae.settings.names import FLIPS
+from mae.settings.run import FLIPS
 from mae.suggestions import did_you_mean
-from mae.weights import model_settings, preprocessing, reading
+from mae.weights import model_settings, reading
 
 SCRATCH, PIXELS, TIMM = "scratch", "pixels", "timm:"  # random weights; baselines on raw pixels; a model of timm
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
@@ -71,7 +71,7 @@ def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:
     if recorded.get("crop_pct") is None and run.images.crop_pct is None:
         is_explicit = "input_size" in run.explicit
         size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
-        recorded["crop_pct"] = preprocessing.crop_pct_of_earlier_version(weights, size)
+        recorded["crop_pct"] = model_settings.crop_pct_of_earlier_version(weights, size)
     names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in run]
     return {name: recorded[name] for name in names if recorded.get(name) not in (None, UNSET.get(name))}
 

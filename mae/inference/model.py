@@ -24,8 +24,7 @@ from mae.data import transforms
 from mae.data.decode import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
-from mae.settings.choices import LINEAR
-from mae.weights import loading, model_settings, model_zoo, preprocessing, reading
+from mae.weights import loading, model_settings, model_zoo, reading
 from mae.weights.candidates import warn_once
 
 logger = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def get_model(
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
         kind = with_encoder(_class_of(architecture), encoder)
-        return kind(merged_settings(architecture, settings, row_settings(name))).to(device)
+        return kind(merged_settings(architecture, settings, model_zoo.row_settings(name))).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
     return _load(loading.read(source), None if source == name else architecture, settings, encoder).to(device)
 
@@ -161,15 +160,6 @@ def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[
     return {**{key: value for key, value in settings.items() if key in EXPORTED}, "model": architecture}
 
 
-def row_settings(name: str) -> dict[str, Any]:
-    """Returns the settings of a model in the table of published weights; {} for other names."""
-    row = model_zoo.TABLE.get(name)
-    if not row:
-        return {}
-    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in name else {}
-    return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
-
-
 def _published_for(name: str) -> str:
     """Returns the name of the published weights for an architecture or a published name."""
     if name in model_zoo.TABLE:
@@ -185,9 +175,8 @@ def _load(
     file: loading.Weights, architecture: str | None, settings: dict[str, Any], encoder: type[models_vit.Encoder] | None
 ) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
-    preprocessing.require_statistics(file, settings.get("mean"), settings.get("std"))
+    model_settings.require_statistics(file, settings.get("mean"), settings.get("std"))
     recorded = model_settings.file_settings(file, architecture)
-    recorded |= {name: value for name, value in row_settings(file.origin).items() if name not in file.settings}
     architecture = recorded["model"]
     if (
         file.kind == model_zoo.CLASSIFIER
@@ -197,14 +186,14 @@ def _load(
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
-        merged["crop_pct"] = preprocessing.crop_pct_of_earlier_version(file, merged["input_size"])
+        merged["crop_pct"] = model_settings.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == model_zoo.SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
     model: Model = kind(merged)
     if isinstance(model, Autoencoder):
         if file.kind != model_zoo.FULL:
             raise CheckpointError(f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind})")
-        if "norm_pix_loss" not in {*file.settings, *settings, *row_settings(file.origin)}:
+        if "norm_pix_loss" not in {*file.settings, *settings, *model_zoo.row_settings(file.origin)}:
             warn_once(f"{file.origin} does not record norm_pix_loss, and it is assumed. If its reconstructions "
                               f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip
         loading.init_mae(model, file)

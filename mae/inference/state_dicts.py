@@ -140,58 +140,72 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
 def write_transformers(model: Model, out: Path) -> None:
     """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
-    transformers = library("transformers")
-    settings, used = model.settings, settings_of(model)
-    block: Any = model.blocks[0]
-    # Its processors scale the short side of a picture to a fixed length. Its decoder interpolates positions in one
-    # dimension.
-    side = _square(model.patch_embed.img_size, "images")
-    same = {
-        "hidden_size": model.pos_embed.shape[-1], "num_hidden_layers": len(model.blocks),
-        "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
-        "image_size": side, "num_channels": model.in_chans,
-        "patch_size": _square(model.patch_embed.patch_size, "patches"), "layer_norm_eps": block.norm1.eps,
-    }  # fmt: skip
-    if model.num_prefix_tokens > 1:
-        theirs = _pixio(model, **same)
-    elif isinstance(model, Autoencoder):
-        decoder: Any = model.decoder_blocks
-        theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
-            **same, mask_ratio=settings["mask_ratio"], norm_pix_loss=model.norm_pix_loss,
-            decoder_hidden_size=model.decoder_pos_embed.shape[-1], decoder_num_hidden_layers=len(decoder),
-            decoder_num_attention_heads=decoder[0].attn.num_heads,
-            decoder_intermediate_size=decoder[0].mlp.fc1.out_features,
-        ))  # fmt: skip
-        logger.info(MASKS.format(ratio=settings["mask_ratio"], folder=out.name, patches=model.num_patches))
-        if (settings.get("mask_block") or 1) > 1:
-            logger.info(f"transformers masks single patches, and this model has mask_block {settings['mask_block']}")
-    elif settings.get("global_pool"):
-        raise ValueError(
-            "to=transformers: its classifier uses the class token, and this classifier pools patch tokens; give "
-            "timm, onnx or torch_export"
-        )
-    elif not settings["nb_classes"]:
-        theirs = transformers.ViTModel(transformers.ViTConfig(**same), add_pooling_layer=False)
-    else:
-        names = model.classes or [f"class {label}" for label in range(settings["nb_classes"])]
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-        theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
-        if model.in_chans == 1:
-            logger.info(GRAY.format(folder=out.name))
+    theirs = _of_transformers(model)
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
-    theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
+    theirs.config.settings = {name: model.settings[name] for name in ONLY_OURS if model.settings.get(name) is not None}
     theirs.save_pretrained(out)
+    _write_processor(model, out)
     _log_of_pixels(model, "transformers")
     if model.in_chans not in (1, 3):
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
                     f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip
+    if isinstance(model, Autoencoder):
+        ratio, block = model.settings["mask_ratio"], model.settings.get("mask_block") or 1
+        logger.info(MASKS.format(ratio=ratio, folder=out.name, patches=model.num_patches))
+        if block > 1:
+            logger.info(f"transformers masks single patches, and this model has mask_block {block}")
+    elif model.in_chans == 1 and model.settings["nb_classes"]:
+        logger.info(GRAY.format(folder=out.name))
+
+
+def _of_transformers(model: Model) -> Any:
+    """Returns a model of transformers with the architecture of a model.
+
+    Raises:
+        ValueError: transformers has no such model, or is not installed.
+    """
+    transformers = library("transformers")
+    block: Any = model.blocks[0]
+    same = {
+        "hidden_size": model.pos_embed.shape[-1], "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
+        # Its processors scale the short side of a picture to a fixed length. Its decoder interpolates positions in one
+        # dimension.
+        "image_size": _square(model.patch_embed.img_size, "images"), "num_channels": model.in_chans,
+        "patch_size": _square(model.patch_embed.patch_size, "patches"), "layer_norm_eps": block.norm1.eps,
+    }  # fmt: skip
+    if model.num_prefix_tokens > 1:
+        return _pixio(model, **same)
+    if isinstance(model, Autoencoder):
+        decoder: Any = model.decoder_blocks
+        return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
+            **same, mask_ratio=model.settings["mask_ratio"], norm_pix_loss=model.norm_pix_loss,
+            decoder_hidden_size=model.decoder_pos_embed.shape[-1], decoder_num_hidden_layers=len(decoder),
+            decoder_num_attention_heads=decoder[0].attn.num_heads,
+            decoder_intermediate_size=decoder[0].mlp.fc1.out_features,
+        ))  # fmt: skip
+    if model.settings.get("global_pool"):
+        raise ValueError(
+            "to=transformers: its classifier uses the class token, and this classifier pools patch tokens; give "
+            "timm, onnx or torch_export"
+        )
+    if not model.settings["nb_classes"]:
+        return transformers.ViTModel(transformers.ViTConfig(**same), add_pooling_layer=False)
+    names = model.classes or [f"class {label}" for label in range(model.settings["nb_classes"])]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
+
+
+def _write_processor(model: Model, out: Path) -> None:
+    """Writes preprocessor_config.json. A log line says where its crop differs."""
+    used, side = settings_of(model), model.patch_embed.img_size[0]
     edge = int(side / used["crop_pct"])
     if not is_uncropped(model):  # transformers rounds half of the difference down, torchvision to an even number
         of_long_side = "" if (edge - side) % 4 == 3 else " where 3, 7, 11, ... pixels of the longer side remain"
         logger.info(f"transformers scales images to {edge} pixels, and its center crop of {side} pixels begins one "
                     f"pixel before that of this library{of_long_side}, which matters for small images")  # fmt: skip
     square = {"height": side, "width": side}
-    transformers.ViTImageProcessor(
+    library("transformers").ViTImageProcessor(
         size=square if is_uncropped(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
         do_center_crop=not is_uncropped(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
         image_mean=used["mean"], image_std=used["std"],

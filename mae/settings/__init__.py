@@ -3,8 +3,25 @@
 from mae.settings.data import DataSpec
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
-from mae.settings.names import DATASETS, EXPORTED, REBUILDS, SIZES, differs, fits, names_of, names_with, specs
-from mae.settings.run import EVALUATE, RESUME, TRAIN, UNSET, Run, chosen, effective, resolve
+from mae.settings.run import (
+    DATASETS,
+    EVALUATE,
+    EXPORTED,
+    REBUILDS,
+    RESUME,
+    SIZES,
+    TRAIN,
+    UNSET,
+    Run,
+    chosen,
+    differs,
+    effective,
+    fits,
+    names_of,
+    names_with,
+    resolve,
+    specs,
+)  # fmt: skip
 from mae.settings.training import EvaluationSpec, MachineSpec, OptimSpec
 
 __all__ = [

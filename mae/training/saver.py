@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names
+from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupted, Interrupts
 
@@ -117,7 +117,7 @@ class Saver(NullSaver):
         self.next_save = time.monotonic() + self.save_seconds
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
-        if not any(path.stem == Path(file_names.BEST).stem for path in file_names.checkpoints(output_dir)):
+        if not any(path.stem == Path(run_directory.BEST).stem for path in run_directory.checkpoints(output_dir)):
             # A later epoch may have overwritten the best state before the resumed one.
             progress.best_accuracy = -math.inf
         self.best_written = progress.best_accuracy
@@ -131,16 +131,16 @@ class Saver(NullSaver):
         return max(super().request(), Request.SAVE)
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
-        self._write([file_names.LAST], epoch, iterations, meters)
+        self._write([run_directory.LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         self.close()  # which may change `best_accuracy`
         names = []
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
-            names.append(file_names.milestone(epoch))
+            names.append(run_directory.milestone(epoch))
         if accuracy is not None and accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = accuracy
-            names.append(file_names.BEST)
+            names.append(run_directory.BEST)
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
@@ -148,7 +148,7 @@ class Saver(NullSaver):
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
-            self._write([file_names.EMERGENCY], epoch, iterations, meters)
+            self._write([run_directory.EMERGENCY], epoch, iterations, meters)
             return str(self._wait())
         except OSError as error:  # the run ends with the earlier error
             logger.error(str(error))
@@ -181,7 +181,7 @@ class Saver(NullSaver):
 
     def _remove_old(self) -> None:
         keep = self.keep_last if parallel.is_main() else None  # all processes of a sharded run write, and one deletes
-        for path in file_names.milestones(self.output_dir)[:-keep] if keep else []:
+        for path in run_directory.milestones(self.output_dir)[:-keep] if keep else []:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:

@@ -19,7 +19,6 @@ from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec, Run
 from mae.training import costs, environment, lr_sched
-from mae.training.loading_advice import faster_loading
 from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
 from mae.training.loop import Callback, EpochOptions, Loader
 from mae.training.meters import Meters
@@ -207,11 +206,17 @@ def _open_log(
 ) -> NullLog:
     if not parallel.is_main():
         return NullLog()
+
+    def remedies() -> list[str]:
+        from mae.training.loading_advice import faster_loading
+
+        return faster_loading(batches, run.record(), device)
+
     return RunLog(
         Path(run.machine.output_dir), Path(run.machine.log_dir), run.optim.epochs, first_epoch=progress.epoch,
         loss_tag=loss_tag,
         first_x=next_x(progress.epoch, progress.first_iteration, len(batches)),
-        measure_costs=measure_costs, remedies=partial(faster_loading, batches, run.record(), device),
+        measure_costs=measure_costs, remedies=remedies,
     )  # fmt: skip
 
 

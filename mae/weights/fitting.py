@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.position_tables import interpolate_pos_embed, sincos_table, to_pair
+from mae.position_tables import Size, interpolate_pos_embed, sincos_table, to_pair
 from mae.weights import shapes
 from mae.weights.reading import Weights
 
@@ -128,14 +128,9 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     if is_autoencoder and weights.learned_pos_embed and not model.learned_pos_embed:
         raise CheckpointError(f"{weights.origin} has learned positions: give learned_pos_embed=True")
     size = weights.settings.get("input_size")
-    recorded = None
-    if size and {"pos_embed", shapes.PATCHES} <= weights.tensors.keys():
-        patch, length = weights.tensors[shapes.PATCHES].shape[2:], weights.tensors["pos_embed"].shape[1]
-        recorded = _recorded_grid(to_pair(size), patch, length, weights.tensors["cls_token"].shape[1])
+    recorded = grid = _recorded_grid(size, {name: tensor.shape for name, tensor in weights.tensors.items()})
     if model.encoder_name and weights.settings.get("encoder") and size:  # the user's code determines its grid
         grid = model.patch_embed.grid_of(*to_pair(size))
-    else:
-        grid = recorded
     if is_autoencoder and not model.learned_pos_embed:
         return {name for name in before if _adapt_fixed_table(model, weights, tensors, name, grid)}
     if not is_autoencoder:
@@ -150,15 +145,16 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     return {name for name, table in before.items() if tensors[name] is not table}
 
 
-def _recorded_grid(
-    size: tuple[int, int], patch_size: torch.Size, length: int, num_prefix_tokens: int
-) -> tuple[int, int] | None:
-    """Returns the (rows, columns) of patches of a recorded image size, if a position table of this length fits it.
+def _recorded_grid(size: Size | None, shape_of: Mapping[str, torch.Size]) -> tuple[int, int] | None:
+    """Returns the (rows, columns) of patches of the recorded image size, if the position table has this length.
 
-    None: it does not fit, as of a file that was fine-tuned at another size.
+    None: it has another, as of a file that was fine-tuned at another size; or the file does not record its image size.
     """
-    grid = size[0] // patch_size[0], size[1] // patch_size[1]
-    return grid if math.prod(grid) in (length, length - num_prefix_tokens) else None
+    if not size or not {"pos_embed", shapes.PATCHES} <= shape_of.keys():
+        return None
+    (height, width), (p, q) = to_pair(size), shape_of[shapes.PATCHES][2:]
+    grid, length = (height // p, width // q), shape_of["pos_embed"][1]
+    return grid if math.prod(grid) in (length, length - shape_of["cls_token"][1]) else None
 
 
 def _lacks_class_positions(model: Any, weights: Weights) -> bool:

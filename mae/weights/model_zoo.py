@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mae.files import atomic
 from mae.files.untrusted import file_digest
+from mae.settings.choices import LINEAR
 from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,15 @@ def row_of(source: str) -> Published | None:
     file = Path(source).name.partition("#")[0]  # FILE#MODEL is one of several models in a file
     files = (row for row in TABLE.values() if row.url and Path(row.url).name == file)
     return TABLE.get(source) or next(files, None)
+
+
+def row_settings(source: str) -> dict[str, Any]:
+    """Returns the settings of a model in the table, for a name or a file as in `row_of`; {} for others."""
+    row = row_of(source)
+    if not row:
+        return {}
+    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in source else {}
+    return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 
 def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None, input_size: int = 224) -> Published:

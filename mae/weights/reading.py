@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mae import parallel
-from mae.checkpoints import checkpoint, file_names, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
@@ -183,7 +183,7 @@ def _read_safetensors(path: Path) -> Content:
 def _read_pickle(path: Path) -> Content:
     """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
     state = checkpoint.read(path)
-    settings = dict(checkpoint.settings_of(state.get("args")))
+    settings = dict(state["args"])
     if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
         del settings["task"]
     try:
@@ -201,15 +201,15 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
     Args:
         file: the file with the weights. A file that contains a part of them stands for all parts.
     """
-    if (path / file_names.STATE).is_file():
+    if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
-        return Content({"model": state["model"]}, checkpoint.settings_of(state.get("args")), True)
+        return Content({"model": state["model"]}, state["args"], True)
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
     file = file or next(iter(present), None)
     if file is None:
-        checkpoint.refuse_run_directory(path)
+        run_directory.refuse(path)
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
         indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]

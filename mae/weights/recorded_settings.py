@@ -12,10 +12,9 @@ from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
-from mae.settings.names import FLIPS
-from mae.settings.run import TAKEN
+from mae.settings.run import FLIPS, TAKEN
 from mae.user_code import runs_code
-from mae.weights import model_settings, preprocessing, reading
+from mae.weights import model_settings, reading
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +82,11 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     if "crop" in changed and (unused := unused_crops(run.images.crop, before.explicit)):
         logger.warning(f"no effect with crop=none: {' '.join(f'`{name}`' for name in unused)}")
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
-        crop_pct = preprocessing.crop_pct_of_earlier_version(file, run.images.input_size)
+        crop_pct = model_settings.crop_pct_of_earlier_version(file, run.images.input_size)
         run = run.changed({"crop_pct": crop_pct})
     if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
         run = run.changed({"layer_norm_eps": recorded["layer_norm_eps"]})
-    mean, std = preprocessing.statistics(file, run.images.in_chans, run.images.mean, run.images.std)
+    mean, std = model_settings.statistics(file, run.images.in_chans, run.images.mean, run.images.std)
     return run.changed({"mean": mean, "std": std})
 
 
