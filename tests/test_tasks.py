@@ -266,7 +266,7 @@ def test_a_file_has_one_label(tune, folder, tmp_path):
     again = [rows[1][0], "5", "6", "blue", *(1 - int(cell) for cell in rows[1][4:])]
     write(tmp_path / "train.csv", [*rows, again])
     for task, columns in (("multilabel", "tags"), ("multilabel", "green red"), ("classification", "red")):
-        with pytest.raises(ValueError, match="`train_list` .*train00.png"):
+        with pytest.raises(ValueError, match=r"`train_list` .*train00.png"):
             tune(task=task, label_columns=columns, train_list=tmp_path / "train.csv")
     tune(task="regression", label_columns="weight", train_list=tmp_path / "train.csv", **MILD)
 
@@ -305,7 +305,7 @@ def test_exports_keep_the_units_or_are_refused(weighed, folder, tmp_path):
         export.export(get_model(weighed), to, tmp_path / f"model{suffix}")
         found = get_model(tmp_path / f"model{suffix}").predict(image)["values"]
         assert found == pytest.approx(get_model(weighed).predict(image)["values"])
-    with pytest.raises(ValueError, match="--to onnx: .*regression"):
+    with pytest.raises(ValueError, match=r"--to onnx: .*regression"):
         export.export(get_model(weighed), "onnx", tmp_path / "model.onnx")
 
 
