@@ -169,15 +169,14 @@ def test_subclasses_train_by_the_script(train):
 
 
 @pytest.mark.parametrize(("kind", "lacking"), [
-    (PublishedMasking, "PublishedMasking.random_masking .* write def random_masking(self, x, mask_ratio, **context)"),
-    (PublishedEncoder, "PublishedEncoder.forward_encoder .* forward_encoder(self, imgs, mask_ratio, **context)"),
-    (PublishedLoss, "PublishedLoss.forward_loss .* write def forward_loss(self, imgs, pred, mask, **context)"),
-    (PublishedForward, "PublishedForward.forward .* write def forward(self, imgs, mask_ratio, **context)"),
+    (PublishedMasking, "def random_masking(self, x, mask_ratio, **context)"),
+    (PublishedEncoder, "forward_encoder(self, imgs, mask_ratio, **context)"),
+    (PublishedLoss, "def forward_loss(self, imgs, pred, mask, **context)"),
+    (PublishedForward, "def forward(self, imgs, mask_ratio, **context)"),
 ])  # fmt: skip
 def test_the_script_refuses_an_override_without_the_context(kind, lacking, train, tmp_path):
     """The masks would depend on the number of processes."""
-    pattern = re.escape(lacking).replace(re.escape(".*"), ".*")
-    with pytest.raises(ValueError, match=rf"^{pattern}[^\n]*$"):
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*{re.escape(lacking)}"):
         train(kind, "run")
     assert not (tmp_path / "run/log.txt").exists()
 

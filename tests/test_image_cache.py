@@ -169,12 +169,12 @@ def test_shards_have_no_random_access():
 
 
 def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch, capsys):
-    settings = {"data_path": mixed, "save_minutes": 0, "on_bad_image": "skip"}
+    settings = {"data_path": mixed, "on_bad_image": "skip"}
     whole = pretrain("whole", **settings)
     assert "text.jpg: the file is not an image" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 3)
-        pretrain("parts", **settings, cache_images=True, num_workers=1)
+        pretrain("parts", **settings, save_minutes=0, cache_images=True, num_workers=1)
     said = capsys.readouterr().out
     assert "`cache_images`: 27 decoded images take" in said
     assert "text.jpg: the file is not an image" in said

@@ -173,29 +173,6 @@ def test_models_of_whole_images_reconstruct_them_at_the_input_size():
     assert result.mask.reshape(4, 8).tolist() == [[0] * 4 + [1] * 4] * 4
 
 
-def test_rows_of_reconstructions_have_labels(files):
-    model = get_model(files / "mae.safetensors")
-    results = [reconstruct.reconstruct(model, PHOTOS[0], ratio) for ratio in (0.5, 0.75)]
-    plain = np.asarray(reconstruct.grid(model, results))
-    with_labels = np.asarray(reconstruct.grid(model, results, ["", "seed 0\n75% masked"]))
-    margin = with_labels.shape[1] - plain.shape[1]
-    assert np.array_equal(with_labels[:-18, margin:], plain[:-18])
-    assert (with_labels[:180, :margin] == 255).all()
-    assert (with_labels[180:, 6:margin] < 128).any()
-    assert (with_labels[:, margin - 6 : margin] == 255).all()
-    two_columns = reconstruct.grid(model, [result[:2] for result in results])
-    assert np.array_equal(two_columns, plain[:-18, : plain.shape[1] // 2])
-    assert (plain[-18:] < 128).any()  # the note on visible patches
-
-
-def test_titles_of_reconstructions_do_not_overlap():
-    model = get_model("mae_vit_mini_patch4")
-    narrow = [reconstruct.reconstruct(model, Image.new("RGB", (88, 88)), short_side=88)]
-    sheet = np.asarray(reconstruct.grid(model, narrow))
-    for column in np.split(sheet[:18], 4, axis=1):
-        assert (column < 128).any() and (column[:, [0, -1]] == 255).all()
-
-
 def test_reconstruct_rectangles(files, tmp_path):
     model = get_model(files / "mae.safetensors")
     picture = Image.new("RGB", (640, 320))  # 64 x 32 for the model: a tenth

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import struct
-import sys
 import tarfile
 import time
 from collections import Counter
@@ -276,13 +275,6 @@ def test_integers_and_texts_are_labels_and_an_id_is_none(many_columns, classify)
     with pytest.raises(ValueError, match=f"{dataset}#picture,.*id, kind"):
         classify(main_knn, data_path=None, dataset=f"{dataset}#picture")
     assert open_source("train", dataset=f"{dataset}#picture,kind").classes == ["x"]
-
-
-@pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])
-def test_a_missing_package_is_named(monkeypatch, package, dataset):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=package):
-        open_source("train", dataset=dataset)
 
 
 def write_shards(writer, bad=()):

@@ -298,15 +298,6 @@ def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures, monkeyp
         assert len(set(numbers)) == 21
 
 
-def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
-    caplog.set_level("INFO")
-    assert [up_to_cores(workers) for workers in (0, 2, parse(main_pretrain).data.num_workers)] == [0, 2, 2]
-    assert caplog.messages == []
-    assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
-    assert caplog.messages == ["num_workers=77: this process has 2 CPU cores and uses 2 worker processes"]
-
-
 @pytest.mark.parametrize(("cores", "environment", "workers"), [
     (16, {}, 16), (192, {}, 32),  # each holds batches in memory
     (96, {"LOCAL_WORLD_SIZE": "8"}, 12), (4, {"LOCAL_WORLD_SIZE": "8"}, 1),  # processes of a machine share its cores

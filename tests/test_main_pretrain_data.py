@@ -150,10 +150,10 @@ def test_an_epoch_resumes_without_an_image_that_has_disappeared(pretrain, pictur
     last = files[np.random.default_rng([0, 0]).permutation(24)[-1]]  # of the first epoch
     damaged, lost = (shutil.copytree(pictures, tmp_path / name) for name in ("damaged", "lost"))
     (damaged / last).write_bytes(b"")
-    flags = {"save_minutes": 0, "data_path": lost}
+    flags = {"data_path": lost}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 3)
-        pretrain("parts", **flags)
+        pretrain("parts", **flags, save_minutes=0)
     (lost / last).unlink()
     with pytest.raises(CheckpointError, match=r"24 .* 23"):
         pretrain("parts", **flags, resume="auto")

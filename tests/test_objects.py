@@ -213,17 +213,6 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
         assert "--dataset py:mine:open_dataset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("nowhere:open_dataset", "nowhere"), ("present:open_datase", "open_datase"),
-    ("present", ""), ("needs:open_dataset", "absent_package"),
-])  # fmt: skip
-def test_names_that_can_not_be_imported(own_module, name, message):
-    own_module("present", OWN + "return []\n")
-    own_module("needs", "import absent_package\n")
-    with pytest.raises(ValueError, match=f"dataset=py:{name}.*{message}"):
-        open_source("train", dataset=f"py:{name}")
-
-
 def opened(images, split="train", data_path=None, **attributes):
     """A list of items as a source; attributes of the dataset by name."""
     dataset = type("Own", (list,), attributes)(images)
@@ -324,7 +313,7 @@ def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     assert ("item 3 of" in capsys.readouterr().out) == unknown
 
 
-@pytest.mark.parametrize("code", ["int('x')", "1 / 0", "next(iter([]))", "raise RuntimeError('mine')", "{}['key']"])
+@pytest.mark.parametrize("code", ["next(iter([]))", "raise RuntimeError('mine')", "{}['key']"])
 def test_mistakes_of_the_code_keep_their_traceback(own_module, code, tmp_path):
     """In a worker process and in the training process, of a script that would replace unreadable images."""
     modules = own_module("wrong", LOSSY.format(bad=3, code=code))

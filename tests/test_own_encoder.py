@@ -19,7 +19,6 @@ import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
-import main_pretrain
 import main_segment
 from examples import reconstructions
 from examples.channel_groups import ChannelGroups
@@ -389,15 +388,6 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):
         pretrain(**flags)
-
-
-def test_a_recipe_names_no_encoder(leads, pretrain, tmp_path, capsys):
-    for flag, name in (("encoder", "leads:Leads"), ("model_class", "leads:Brighter")):
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(f"{flag}: {name}\n")
-        with pytest.raises(SystemExit):
-            parse(main_pretrain, config=recipe)
-        assert f"--{flag} {name}" in capsys.readouterr().err
 
 
 class Located(Encoder):

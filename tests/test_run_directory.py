@@ -45,12 +45,6 @@ def test_the_lock_is_released_when_its_process_ends(tmp_path, caplog):
         os.kill(int(output), 9)  # the worker is still there
 
 
-def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run"):
-        run_directory.prepare(tmp_path / "file" / "run", "")
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root ignores permissions, so the test uses an unprivileged user."""

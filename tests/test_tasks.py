@@ -390,8 +390,9 @@ def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
     assert [line for line in warnings if "r2" in line and "weight" in line]
 
 
-@pytest.mark.parametrize("task", ["regression", "multilabel"])
-@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+@pytest.mark.parametrize(("task", "main"), [
+    ("regression", main_finetune), ("multilabel", main_linprobe), ("regression", main_knn),
+])  # fmt: skip
 def test_class_folders_are_for_classification(task, main, classify):
     with pytest.raises(ValueError, match=f"task={task}: .*`train_list`"):
         classify(main, task=task)
