@@ -267,7 +267,7 @@ BAD = {
     "text": (b"not an image", 3, "not an image of a known format"),
     "postscript, which Pillow would hand to another program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 3, "known format"),
     "truncated JPEG": (saved(flat(1, 2, 3), "JPEG")[:-40], 3, "(?i)truncated"),
-    "truncated PNG": (saved(RGB, "PNG")[:-30], 3, ""),
+    "truncated PNG": (saved(RGB, "PNG")[:-30], 3, "image"),
     "truncated TIFF": (tiff(DEEP, planarconfig="contig")[:-300], 13, "truncated"),
     "truncated npy": (npy(DEEP)[:-1], 13, "buffer is smaller"),
     "PNG bomb": (png(np.zeros((1, 1, 1)), 1, 0, size=(20_000, 20_000)), 1, "DecompressionBombError"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,14 +399,13 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
     classifier, encoder, mae = (files / f"{kind}.safetensors" for kind in ("classifier", "encoder", "mae"))
     grid = ["--out", tmp_path / "grid.png"]
     for module, argv, wanted in (
-        (predict, [tmp_path / "text.jpg", "--model", classifier], "text.jpg: the file is not an image"),
-        (predict, [tmp_path / "bomb.png", "--model", classifier], "can't be read as an image (DecompressionBombError"),
-        (predict, [tmp_path / "none.jpg", "--model", classifier], "No such file or directory"),
-        (predict, [PHOTOS[0], "--model", encoder], "has no classification head"),
-        (predict, [PHOTOS[0], "--model", mae], "has no classification head"),
+        (predict, [tmp_path / "text.jpg", "--model", classifier], "text.jpg"),
+        (predict, [tmp_path / "bomb.png", "--model", classifier], "bomb.png"),
+        (predict, [PHOTOS[0], "--model", encoder], "classification head"),
+        (predict, [PHOTOS[0], "--model", mae], "classification head"),
         (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "mae_visualize_vit_large"),
         (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "mae_visualize_vit_large"),
-        (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),
+        (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], ".npz"),
         (features, [tmp_path / "none", "--model", mae, "--out", tmp_path / "f.npz"], f"error: FOLDER {tmp_path}/none: ")
     ):  # fmt: skip
         assert wanted in fails(capsys, monkeypatch, module, *argv)
@@ -415,14 +415,11 @@ def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, c
     (tmp_path / "folder.png").mkdir()  # and the model does not exist
     for module in (predict, reconstruct):
         command = [PHOTOS[0], "--model", "nothing.pth", "--out"]
-        for out, wanted in ((tmp_path / "grid", "grid: its name must end in .png or .jpg or "),
-                            (tmp_path / "grid.txt", "grid.txt: its name must end in .png"),
-                            (tmp_path / "nowhere/grid.png", f"there is no folder {tmp_path}/nowhere; create it first"),
-                            (tmp_path / "folder.png", "folder.png is a folder: give a file name")):  # fmt: skip
-            assert f"--out: {tmp_path}" in (said := fails(capsys, monkeypatch, module, *command, out))
-            assert wanted in said
+        for name in ("grid", "grid.txt", "nowhere/grid.png", "folder.png"):
+            said = fails(capsys, monkeypatch, module, *command, tmp_path / name)
+            assert "--out: " in said and str(tmp_path / Path(name).parts[0]) in said
     command = [tmp_path, "--model", "nothing.pth", "--out", tmp_path / "nowhere/f.npz"]
-    assert "there is no folder" in fails(capsys, monkeypatch, features, *command)
+    assert f"{tmp_path}/nowhere" in fails(capsys, monkeypatch, features, *command)
 
 
 def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path, capsys, monkeypatch):
@@ -431,10 +428,8 @@ def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path
     for to, name, other in (("safetensors", "x.pth", "x.safetensors"), ("reference", "x.safetensors", "x.pth"),
                             ("onnx", "x", "x.onnx"), ("torch_export", "x.onnx", "x.pt2"), ("timm", "x.onnx", "x"),
                             ("transformers", "x.safetensors", "x")):  # fmt: skip
-        out = tmp_path / name
-        said = fails(capsys, monkeypatch, export, "--model", "nothing.pth", "--to", to, "--out", out)
-        assert f"--out {out}: --to {to} writes " in said
-        assert said.endswith(f"; give --out {tmp_path / other}")
+        argv = ("--model", "nothing.pth", "--to", to, "--out", tmp_path / name)
+        assert f"--out {tmp_path / other}" in fails(capsys, monkeypatch, export, *argv)
         export.check_suffix(to, tmp_path / other)
     export.check_suffix("transformers", tmp_path / "vit-1.5")
     with pytest.raises(ValueError, match="--out"):

@@ -98,7 +98,7 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
 
 @pytest.mark.parametrize(("data", "reason"), [
     (png([[0, 3]]), "value 3"), (png([[[1, 2, 3]]]), "`palette`"), (b"\xff\xd8\xff\xe0", "JPEG"),
-    (b"no image", ""), (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "indexed"),
+    (b"no image", "image"), (npy(np.zeros((4, 5, 3), dtype=np.uint8)), "indexed"),
     (saved(np.array([[1, 2]], dtype=np.uint16), "PNG"), "indexed"),
     # The largest value of 2 bits is 3 for some programs, and 255 for others.
     (saved(np.array([[True, False]]), "PPM"), "8 bits"),
