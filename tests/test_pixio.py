@@ -192,7 +192,6 @@ def test_other_runs_take_the_class_tokens_of_the_file(run_dir, classify, caplog)
     for probe in ("linear", "attentive"):
         out = classify(main_linprobe, probe, finetune=file, probe=probe, epochs=1, warmup_epochs=0)
         assert get_model(out / "checkpoint-0.pth").extract_feat(imgs, "tokens").shape == (2, 19, 128)
-        assert 0 <= lines(out)[0]["test_acc1"] <= 100
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert classify(main_knn, finetune=file, k=3)
