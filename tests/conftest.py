@@ -164,12 +164,11 @@ def mini_mae():
     return mae_vit_mini_patch4(img_size=16, in_chans=1)
 
 
-@pytest.fixture
-def classify(labelled, tmp_path):
+def classifying(labelled: Path, folder: Path):
     """Runs a script for classifiers in this process with small settings; returns the output directory."""
 
     def run(main, name: str = "run", of_main=None, **flags) -> Path:
-        out = tmp_path / name
+        out = folder / name
         settings = {
             "data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0,
             "device": "cpu", "amp": "off",  # some CPUs train in bf16 by default
@@ -180,6 +179,17 @@ def classify(labelled, tmp_path):
         return out if found is None else found
 
     return run
+
+
+@pytest.fixture
+def classify(labelled, tmp_path):
+    return classifying(labelled, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def classify_once(labelled, tmp_path_factory):
+    """`classify` for runs that several tests of a file read."""
+    return classifying(labelled, tmp_path_factory.mktemp("classified"))
 
 
 @pytest.fixture
@@ -198,12 +208,11 @@ def own_module(tmp_path, monkeypatch):
         sys.modules.pop(file.stem, None)
 
 
-@pytest.fixture
-def pretrain(pictures, tmp_path):
+def pretraining(pictures: Path, folder: Path):
     """Runs main_pretrain.py in this process with small settings; returns the output directory."""
 
     def run(name: str = "run", callbacks=(), of_main=None, **flags) -> Path:
-        out = tmp_path / name
+        out = folder / name
         settings = {
             "data_path": pictures, "output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4",
             "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
@@ -213,3 +222,14 @@ def pretrain(pictures, tmp_path):
         return out
 
     return run
+
+
+@pytest.fixture
+def pretrain(pictures, tmp_path):
+    return pretraining(pictures, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pretrain_once(pictures, tmp_path_factory):
+    """`pretrain` for runs that several tests of a file read."""
+    return pretraining(pictures, tmp_path_factory.mktemp("pretrained"))

@@ -142,11 +142,14 @@ def stop_after(monkeypatch, method, calls):
 
 
 def stop_and_resume(monkeypatch, run, calls, method="save", name="parts", **flags):
-    """Interrupts a run after `calls` calls of a method of the saver; returns the directory of the resumed run."""
+    """Interrupts a run, which saves after each update, after `calls` calls of a method of the saver.
+
+    Returns the directory of the resumed run.
+    """
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, method, calls)
-        run(name, **flags)
-    return run(name, **flags, resume="auto")
+        run(name, **flags | {"save_minutes": 0})
+    return run(name, **flags | {"save_minutes": 10}, resume="auto")
 
 
 def small_run(data, out, *flags) -> list[str]:

@@ -69,7 +69,7 @@ def test_a_folder_appears_complete_or_is_updated_file_by_file(tmp_path):
         (folder / "README").write_text("mine")
     assert names(tmp_path) == ["model", "model/README", "model/config.json", "model/parts", "model/parts/a"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match=r"file \(Not a directory\)"), atomic.replacing(tmp_path / "file") as w:
+    with pytest.raises(OSError, match="file"), atomic.replacing(tmp_path / "file") as w:
         w.mkdir()
     assert (tmp_path / "file").read_text() == "x"
 

@@ -48,18 +48,16 @@ def test_a_callback_runs_after_every_update(pretrain):
 
 
 @pytest.mark.parametrize(("state", "message"), [
-    (np.float64(3), "the state of History.epochs is a float64, and checkpoints contain .* plain values only"),
-    ([Path("a")], "the state of History.epochs.0 is a PosixPath"),
-    (deque([1]), "the state of History.epochs is a deque"),
-    ({"a", "b"}, "the state of History.epochs is a set"),
-    ({(1, 2): np.int64(3)}, r"the state of History.epochs.\(1, 2\) is a int64")
+    (np.float64(3), "History.epochs .*float64"), ([Path("a")], "History.epochs.0 .*PosixPath"),
+    (deque([1]), "History.epochs .*deque"), ({"a", "b"}, "History.epochs .*set"),
+    ({(1, 2): np.int64(3)}, "History.epochs.*int64")
 ])  # fmt: skip
 def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, state, message):
     history = History()
     history.epochs = state
     with pytest.raises(ValueError, match=message):
         pretrain(callbacks=[history])
-    with pytest.raises(ValueError, match=message.split()[-1]):
+    with pytest.raises(ValueError, match=message.rpartition("*")[2]):
         checkpoint.write({"epoch": 1, "state": state}, tmp_path / "m.pth")
     assert not list(tmp_path.rglob("*.pth"))
 
@@ -76,7 +74,7 @@ def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pi
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
 def test_an_average_of_the_weights_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
-    settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
+    settings = {"epochs": 3, "accum_iter": 2, "save_every": 1}
 
     def averaged(name, **flags):
         return pretrain(name, callbacks=[EMA()], **flags)
@@ -100,7 +98,7 @@ def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers)
 
 def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
     monkeypatch.setattr(parallel, "is_sharded", lambda model: True)
-    with pytest.raises(ValueError, match=r"^`fsdp` can't save the state of callbacks: omit `fsdp` or the"):
+    with pytest.raises(ValueError, match="`fsdp`"):
         pretrain(callbacks=[History()])
 
 

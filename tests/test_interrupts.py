@@ -22,7 +22,7 @@ from mains import assert_equal, lines, wait_until, weights
 from mae.checkpoints import run_directory
 from mae.interrupts import SIGNALS, Interrupted, Interrupts, blocked
 
-EPOCHS = 40
+EPOCHS = 30
 FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCHS, "--warmup_epochs", 1, "--blr", 0.01,
          "--num_workers", 1, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
 

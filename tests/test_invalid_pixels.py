@@ -118,7 +118,7 @@ def test_a_range_is_about_the_values_in_the_file(data):
     decode(data, 3, values=PixelValues("nan"))
     for values in (PixelValues(15), PixelValues(None, (0, 4095))):
         for given in (data, Image.open(io.BytesIO(data))):
-            with pytest.raises(BadImage, match="values in the file"):
+            with pytest.raises(BadImage, match="values"):
                 decode(given, 3, values=values)
 
 
@@ -159,14 +159,14 @@ def test_bytes_with_invalid_pixels_remain_bytes():
         (
             Item(np.zeros((4, 4)), valid=torch.ones(4, 5).bool()),
             PixelValues(),
-            r"shape \(4, 5\), and the image \(4, 4\)",
+            r"\(4, 5\)",
         ),
         # 0 is white in this file, and black in the picture.
         (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "`nodata`"),
         # Transparent pixels become white, and colors gray.
-        (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),
-        (Image.new("LA", (4, 4)), PixelValues(nodata=0), "`nodata` .* without an alpha channel"),
-        (Image.new("P", (4, 4)), PixelValues(nodata=0), "`nodata` .* without a palette"),
+        (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "`nodata`"),
+        (Image.new("LA", (4, 4)), PixelValues(nodata=0), "`nodata`"),
+        (Image.new("P", (4, 4)), PixelValues(nodata=0), "`nodata`"),
     ],
 )
 def test_other_values_are_one_line_errors(pixels, values, message):
@@ -201,7 +201,7 @@ def test_patches_with_few_valid_pixels_are_invalid():
     transform = eval_transform(16, crop="none")
     found = with_valid_patches(picture, transform, (4, 4), 0.5, 4)
     assert torch.equal(found.valid, expected) and torch.equal(found.inputs["map"], coordinates)
-    with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
+    with pytest.raises(BadImage, match="14 of its 16 patches"):
         with_valid_patches(picture, transform, (4, 4), 1.0, 15)
 
 
@@ -279,9 +279,9 @@ def test_the_loss_equals_arithmetic_by_hand(norm_pix_loss, cloudy):
 def test_given_masks(cloudy):
     images, valid = cloudy
     model = mae_vit_mini_patch4(img_size=16).eval()
-    with pytest.raises(ValueError, match=r"valid is \(3, 8, 8\), and the images \(3, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"valid .*\(3, 8, 8\)"):
         model(images, valid=valid[:, :8, :8])
-    with pytest.raises(RuntimeError, match="fewer than 4 patches with valid pixels"):
+    with pytest.raises(RuntimeError, match="4 patches with valid pixels"):
         model(images, valid=valid & (torch.arange(3) != 1)[:, None, None])
     mask = torch.ones(3, 16)
     mask[:, 1:5] = 0
@@ -290,7 +290,7 @@ def test_given_masks(cloudy):
     assert torch.equal(result.mask, mask)
     assert all(part.isfinite().all() for part in result)
     mask[0, :2] = torch.tensor([0.0, 1.0])
-    with pytest.raises(ValueError, match="mask leaves patches without valid pixels visible"):
+    with pytest.raises(ValueError, match=r"mask .*valid pixels"):
         model(inputs, mask=mask, valid=valid)
 
 
@@ -303,7 +303,7 @@ def test_masks_that_ignore_invalid_patches_are_an_error(cloudy):
     images, valid = cloudy
     model = Reversed(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32,
                      decoder_depth=1, decoder_num_heads=2)  # fmt: skip
-    with pytest.raises(RuntimeError, match="random_masking leaves patches without valid pixels visible"):
+    with pytest.raises(RuntimeError, match="random_masking"):
         model(images, valid=valid)
     shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 32, "decoder_num_heads": 2}
     cross = CrossDecoder(img_size=16, patch_size=4, **shape, decoder_depth=1).train()
@@ -322,27 +322,27 @@ def test_a_target_that_ignores_invalid_pixels_is_refused_where_there_are_any(tmp
     flags = {"nodata": 5, "mean": "0 0 0", "std": "1 1 1"}
     assert np.isfinite(pretrained(tmp_path / "valid", items, Brightness, **flags)[0]["train_loss"])
     items[5][0][3:8] = 5
-    with pytest.raises(ValueError, match=r"Brightness.target .*valid=None"):
+    with pytest.raises(ValueError, match=r"Brightness.target"):
         pretrained(tmp_path / "invalid", items, Brightness, **flags)
 
 
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("own", [{}, GROUPS], ids=["plain", "groups"])
-def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, clouds):
+VALUES = {"hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
+          "cached": {"cache_images": True}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("own", "names"), [({}, VALUES), (GROUPS, ["hidden"])], ids=["plain", "groups"])
+def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, names, clouds):
     """With masks, NaN and a value; also in a worker process, and with decoded images in a file."""
     first = weights(clouds("first", **own), "checkpoint-0.pth")
-    for name, flags in {
-        "hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
-        "cached": {"cache_images": True},
-    }.items():  # fmt: skip
-        assert_equal(first, weights(clouds(name, **flags, **own), "checkpoint-0.pth"))
+    for name in names:
+        assert_equal(first, weights(clouds(name, **VALUES[name], **own), "checkpoint-0.pth"))
 
 
 def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
-    settings = {"kind": "nan", "save_minutes": 0, "batch_size": 4, "min_valid": 0.7}
+    settings = {"kind": "nan", "batch_size": 4, "min_valid": 0.7}
     parts = stop_and_resume(monkeypatch, clouds, 3, **settings)
     assert_equal(weights(clouds("whole", **settings), "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
     with pytest.raises(ValueError, match="nodata=nan"):

@@ -36,7 +36,7 @@ def test_a_low_temperature_does_not_overflow():
     """The nearest neighbor decides."""
     found = ours(clouds(600, 0), clouds(300, 1), ks=(1, 20), temperatures=(1e-5,))
     assert found[20, 1e-5] == found[1, 1e-5]
-    with pytest.raises(ValueError, match=r"k=20: .* 9 "):
+    with pytest.raises(ValueError, match="k=20"):
         ours(clouds(9, 0), clouds(5, 1))
 
 

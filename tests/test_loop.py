@@ -264,7 +264,7 @@ def test_terms_of_the_loss_are_logged_and_their_sum_is_trained():
     # A term that an iteration lacks is 0 there: the sum of the means is the mean loss.
     lacking = train(accum_iter=3, spoil=lambda step, loss: {"even" if step % 2 else "odd": loss})[3].means()
     assert lacking["train_even"] + lacking["train_odd"] == pytest.approx(lacking["train_loss"])
-    with pytest.raises(ValueError, match=r"term lr.* rename"):
+    with pytest.raises(ValueError, match="lr"):
         train(spoil=lambda step, loss: {"lr": loss})
 
 

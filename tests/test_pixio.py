@@ -90,10 +90,7 @@ def test_round_trip_through_the_layout_of_the_published_code(tmp_path):
 
 def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
     model = get_model(mae_file)
-    for to, message in (
-        ("timm", "mean of 3 class tokens"),
-        ("transformers", "PixioModel, for several class tokens, has no decoder and no head: give `encoder_only`"),
-    ):
+    for to, message in (("timm", "3 class tokens"), ("transformers", "`encoder_only`")):
         with pytest.raises(ValueError, match=message):
             export.export(model, to, tmp_path / to)
     export.export(export.encoder_of(model), "transformers", tmp_path / "encoder")
@@ -157,10 +154,10 @@ def test_maps_of_several_class_tokens(mae_file):
 
 def test_other_numbers_of_class_tokens_are_errors(mae_file):
     one = models_mae.mae_vit_mini_patch4(img_size=16)
-    with pytest.raises(CheckpointError, match=r"\(cls_token, .*\): give num_cls_tokens=3"):
+    with pytest.raises(CheckpointError, match="num_cls_tokens=3"):
         loading.init_mae(one, loading.read(mae_file))
     fixed = models_mae.mae_vit_mini_patch4(img_size=16, num_cls_tokens=3)
-    with pytest.raises(CheckpointError, match="give learned_pos_embed=True"):
+    with pytest.raises(CheckpointError, match="learned_pos_embed=True"):
         loading.init_mae(fixed, loading.read(mae_file))
 
 
@@ -179,7 +176,7 @@ def test_a_run_records_what_rebuilds_its_model(run_dir, pretrain, tmp_path):
     pretrain("more", init_from=run_dir / "checkpoint-0.pth", num_cls_tokens=3, learned_pos_embed=True, epochs=1,
              warmup_epochs=0, blr=0)  # fmt: skip
     assert torch.equal(get_model(tmp_path / "more" / "checkpoint-0.pth").pos_embed, table)
-    with pytest.raises(CheckpointError, match="give num_cls_tokens=3"):
+    with pytest.raises(CheckpointError, match="num_cls_tokens=3"):
         pretrain("mae", resume="auto", epochs=2, num_cls_tokens=2)
 
 
@@ -196,7 +193,6 @@ def test_other_runs_take_the_class_tokens_of_the_file(run_dir, classify, caplog)
     for probe in ("linear", "attentive"):
         out = classify(main_linprobe, probe, finetune=file, probe=probe, epochs=1, warmup_epochs=0)
         assert get_model(out / "checkpoint-0.pth").extract_feat(imgs, "tokens").shape == (2, 19, 128)
-        assert 0 <= lines(out)[0]["test_acc1"] <= 100
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert classify(main_knn, finetune=file, k=3)

@@ -35,7 +35,7 @@ def set_bf16(monkeypatch):
 @pytest.mark.parametrize("main", [main_pretrain, main_finetune])
 def test_auto_trains_in_bf16_where_the_cpu_has_it(main, set_bf16, pretrain, classify, tmp_path):
     def run(name, **flags):
-        return pretrain(name, **flags) if main is main_pretrain else classify(main, name, **flags)
+        return pretrain(name, epochs=1, **flags) if main is main_pretrain else classify(main, name, epochs=1, **flags)
 
     for supported, amp in ((False, "off"), (True, "bf16")):
         set_bf16(supported)
@@ -46,8 +46,8 @@ def test_auto_trains_in_bf16_where_the_cpu_has_it(main, set_bf16, pretrain, clas
 def test_evaluation_on_cpus_is_fp32(set_bf16, classify):
     """--eval with --amp off, in a new process with another processor, finds the loss of the run."""
     set_bf16(True)
-    out = classify(main_finetune, amp="auto")
-    found = classify(main_finetune, eval=True, resume=out / "checkpoint-1.pth", amp="off")
+    out = classify(main_finetune, amp="auto", epochs=1)
+    found = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth", amp="off")
     assert found.loss == lines(out)[-1]["test_loss"]
 
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, t
     (tmp_path / "unknown").mkdir()
     state["args"]["precision"] = "fp64"
     checkpoint.write(state, tmp_path / "unknown/checkpoint-0.pth")
-    with pytest.raises(ValueError, match=r"'fp64': give amp="):
+    with pytest.raises(ValueError, match="amp="):
         resumed("unknown")
     set_bf16(False)
     with pytest.raises(ValueError, match=r"bf16.*amp=off"):

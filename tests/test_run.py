@@ -126,17 +126,6 @@ def test_a_failing_pip_fails_the_task_with_pips_message(clone, tools):
     assert not (clone / ".venv/installed").exists()
 
 
-@pytest.mark.slow
-def test_a_silent_installation_shows_progress(clone, tools):
-    """pip is silent for 12 seconds, after a line for each package and one that is not shown."""
-    write_python(tools, "echo '  Downloading torch-2.whl (539 MB)'; echo '  Downloading torch.whl.metadata'; sleep 12")
-    done = run(clone, tools, "lint", TORCH_INDEX_URL="")
-    assert re.findall(".*Downloading.*\n", done.stdout) == ["  Downloading torch-2.whl (539 MB)\n"]
-    clock = done.stderr.splitlines()[0]
-    assert clock.startswith("  ... 0 min 1") and ".venv takes" in clock
-    assert "installed in 0 min 1" in done.stdout
-
-
 def install(clone: Path) -> None:
     """Makes a clone look installed."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)

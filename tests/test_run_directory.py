@@ -45,12 +45,6 @@ def test_the_lock_is_released_when_its_process_ends(tmp_path, caplog):
         os.kill(int(output), 9)  # the worker is still there
 
 
-def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Not a directory: .*file/run"):
-        run_directory.prepare(tmp_path / "file" / "run", "")
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root ignores permissions, so the test uses an unprivileged user."""
@@ -84,7 +78,7 @@ def test_a_restarted_command_resumes_with_auto_and_is_refused_otherwise(tmp_path
     assert start(tmp_path, "") == ""
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         monkeypatch.setenv(name, "1")
-        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
+        with pytest.raises(ValueError, match="resume=auto"):
             start(tmp_path, "")
     assert start(tmp_path, "auto") == "auto"
 
@@ -98,7 +92,7 @@ def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start)
     write(out, 8, epoch=8)
     assert start(out, file) == start(out, "auto") == "auto"
     for other in ("", tmp_path / "checkpoint-8.pth"):
-        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with resume=auto"):
+        with pytest.raises(ValueError, match="resume=auto"):
             start(out, other)
     with run_directory.locked(out, str(out / "checkpoint-8.pth")):
         pass  # it is refused later, for example because of its architecture
@@ -148,7 +142,7 @@ def test_a_second_start_that_is_refused_changes_nothing(tmp_path, start):
 def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path):
     run_directory.prepare(tmp_path, "")
     (tmp_path / "log.txt").write_text("{}\n")  # of the other run
-    with pytest.raises(ValueError, match="already contains a run"), run_directory.locked(tmp_path, ""):
+    with pytest.raises(ValueError, match=str(tmp_path)), run_directory.locked(tmp_path, ""):
         pass
 
 

@@ -81,7 +81,7 @@ def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
 
 def test_a_run_does_not_end_without_its_last_state(tmp_path, caplog):
     """The final state, the state at a signal, and the state before an error."""
-    with pytest.raises(OSError, match=r"can't write .*checkpoint-49\.pth"):
+    with pytest.raises(OSError, match=r"checkpoint-49.pth"):
         make_saver(tmp_path / "gone").save_epoch(49)
     assert make_saver(tmp_path / "gone").save_emergency(3, 1, {}) == ""
     assert "checkpoint-emergency.pth" in caplog.text

@@ -25,7 +25,7 @@ def test_images_that_the_patch_does_not_divide_are_scaled(name, size, grid):
     scaled = torch.nn.functional.interpolate(images, sides, mode="bicubic", antialias=True)
     torch.testing.assert_close(features, maps.dense(model, scaled))
     for layers in (0, 5):
-        with pytest.raises(ValueError, match=rf"layers={layers}: .*4 blocks"):
+        with pytest.raises(ValueError, match=f"layers={layers}"):
             maps.dense(model, images, layers)
 
 
@@ -91,5 +91,5 @@ def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypa
 
 
 def test_the_command_needs_an_encoder_of_garments(tmp_path):
-    with pytest.raises(ValueError, match=r"gray, .*28 x 28"):
+    with pytest.raises(ValueError, match="28 x 28"):
         call(segmentation, model=saved(tmp_path, input_size=32), out=tmp_path)

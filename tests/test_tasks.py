@@ -76,6 +76,13 @@ def tune(classify, folder):
     return run
 
 
+@pytest.fixture(scope="module")
+def weighed(classify_once, folder):
+    """A checkpoint of a regression of one number."""
+    flags = {**lists(folder), "task": "regression", "label_columns": "weight", **MILD}
+    return classify_once(main_finetune, "weighed", data_path=folder, **flags) / "checkpoint-1.pth"
+
+
 def scores_of_numbers(truth, values):
     return {
         "r2": sk.r2_score(truth, values), "mae": sk.mean_absolute_error(truth, values),
@@ -103,8 +110,7 @@ OWN = {"main_finetune.py": MILD, "main_linprobe.py": {"blr": 1}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "processes"), [("regression", 1), ("regression", 3), ("multilabel", 1),
-                                                 ("multilabel", 2)])  # fmt: skip
+@pytest.mark.parametrize(("task", "processes"), [("regression", 3), ("multilabel", 2)])
 @pytest.mark.parametrize("script", OWN)
 def test_scores_are_those_of_scikit_learn(script, task, processes, folder, tmp_path):
     """Each image once. The labels are those of the list, and the predictions those of `inference`, image by image."""
@@ -162,13 +168,12 @@ def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path, capsys):
         return neighbors.fit(bank, column_of(folder, "train", *names)).predict(queries)
 
     flags = {"finetune": out / "checkpoint-1.pth", "k": "5 20", "temperature": 0.07, **lists(folder), **SMALL}
-    for processes in (1, 2):
-        output = in_processes("main_knn.py", processes, tmp_path / f"knn{processes}", **flags, task="regression",
-                              label_columns="weight age", metric="r2 mae spearman")  # fmt: skip
-        for k in (5, 20):
-            for name, value in scores_of_numbers(column_of(folder, "val", *NUMBERS), averaged(k, *NUMBERS)).items():
-                found = json.loads(output.splitlines()[-1])[f"knn_{name}_k{k}"]
-                assert found == pytest.approx(value, rel=1e-4), (name, k, processes)
+    output = in_processes("main_knn.py", 2, tmp_path / "knn", **flags, task="regression", label_columns="weight age",
+                          metric="r2 mae spearman")  # fmt: skip
+    found = json.loads(output.splitlines()[-1])
+    for k in (5, 20):
+        for name, value in scores_of_numbers(column_of(folder, "val", *NUMBERS), averaged(k, *NUMBERS)).items():
+            assert found[f"knn_{name}_k{k}"] == pytest.approx(value, rel=1e-4), (name, k)
     found = tune(main_knn, finetune=out / "checkpoint-1.pth", k=5, task="multilabel", label_columns="tags",
                  metric="auroc")[5, 0.07]  # fmt: skip
     expected = scores_of_tags(column_of(folder, "val", *TAGS), averaged(5, *TAGS))
@@ -261,9 +266,8 @@ def test_a_file_has_one_label(tune, folder, tmp_path):
         rows = list(csv.reader(file))
     again = [rows[1][0], "5", "6", "blue", *(1 - int(cell) for cell in rows[1][4:])]
     write(tmp_path / "train.csv", [*rows, again])
-    message = r"`train_list` .*: train00\.png is in several rows with different labels; give .* a;b as two classes"
     for task, columns in (("multilabel", "tags"), ("multilabel", "green red"), ("classification", "red")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"`train_list` .*train00.png"):
             tune(task=task, label_columns=columns, train_list=tmp_path / "train.csv")
     tune(task="regression", label_columns="weight", train_list=tmp_path / "train.csv", **MILD)
 
@@ -276,17 +280,16 @@ def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
     twice, once = ({"train_list": tmp_path / f"{name}.txt"} for name in ("twice", "once"))
     for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction=0.2"),
                               (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "--held_out 0.3")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"{flag}: .*00\.png is in 2 rows of the list, .* each image one row"):
+        with pytest.raises(ValueError, match=f"{flag}: .*00.png"):
             classify(main, "twice", **flags, **twice)
         classify(main, main.__name__, **flags, **once)
     classify(main_finetune, "repeated", **MILD, **twice)
 
 
-def test_predictions_are_printed(tune, folder, tmp_path):
-    out = tune(task="regression", label_columns="weight", **MILD)
+def test_predictions_are_printed(tune, weighed, folder, tmp_path):
     image = folder / "val00.png"
-    argv = (image, "--model", out / "checkpoint-1.pth", "--device", "cpu", "--out", tmp_path / "picture.png")
-    value = get_model(out / "checkpoint-1.pth").predict(str(image))["values"]["weight"]
+    argv = (image, "--model", weighed, "--device", "cpu", "--out", tmp_path / "picture.png")
+    value = get_model(weighed).predict(str(image))["values"]["weight"]
     output = forks.run("mae/inference/predict.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(ROOT)})
     assert f"{value:.6g}  weight" in output
     assert Image.open(tmp_path / "picture.png").size[0] > 100
@@ -297,32 +300,31 @@ def test_predictions_are_printed(tune, folder, tmp_path):
     assert found["pred_labels"] == [label for label, score in enumerate(found["pred_scores"]) if score >= 0.5]
 
 
-def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
-    out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
+def test_exports_keep_the_units_or_are_refused(weighed, folder, tmp_path):
     image = str(folder / "val00.png")
     for to, suffix in (("reference", ".pth"), ("safetensors", ".safetensors")):
-        export.export(get_model(out), to, tmp_path / f"model{suffix}")
+        export.export(get_model(weighed), to, tmp_path / f"model{suffix}")
         found = get_model(tmp_path / f"model{suffix}").predict(image)["values"]
-        assert found == pytest.approx(get_model(out).predict(image)["values"])
-    with pytest.raises(ValueError, match=r"--to onnx: .* --task regression; give --to safetensors"):
-        export.export(get_model(out), "onnx", tmp_path / "model.onnx")
+        assert found == pytest.approx(get_model(weighed).predict(image)["values"])
+    with pytest.raises(ValueError, match=r"--to onnx: .*regression"):
+        export.export(get_model(weighed), "onnx", tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(("weights", "flags", "message"), [
-    ({5: "nan"}, {}, r"`train_list` .*\.csv: the weight of .*train04\.png is nan; task=regression needs"),
-    ({5: ""}, {}, r"the weight of .*train04\.png is empty; task=regression needs a finite number"),
-    ({5: "heavy"}, {}, r"the weight of .*train04\.png is heavy; task=regression needs a finite number"),
-    ({5: "inf"}, {}, r"is inf; task=regression needs a finite number"),
-    ({5: ["71", "5"]}, {}, r"the row of .*train04\.png and the header have 7 and 6 cells; correct"),
-    ({}, {"label_columns": "wieght"}, r"no column wieght for `label_columns`, but path, .*weight"),
-    ({}, {"label_columns": ""}, r"it has no column label or class or groundtruth; give label_columns="),
-    ({}, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; task=multilabel needs 0 or 1"),
-    ({}, {"task": "classification"}, r"task=classification has one label column; give one of weight, age"),
-    (dict.fromkeys(range(1, 51), "5"), {}, r"task=regression: weight is the same for all training images"),
-    ({}, {"train_per_class": 2}, r"train_per_class=2: an image has no single class with task=regression"),
-    ({}, {"class_weight": "balanced"}, r"class_weight=balanced: task=regression has no classes; omit"),
-    ({}, {"metric": "auroc"}, r"metric=auroc is not for task=regression: give r2, mae, spearman"),
-    ({}, {"nb_classes": 3}, r"2 numbers .*`nb_classes` is 3; omit `nb_classes`"),
+    ({5: "nan"}, {}, r"`train_list` .*weight .*train04\.png .*nan"),
+    ({5: ""}, {}, r"weight .*train04\.png"),
+    ({5: "heavy"}, {}, r"weight .*train04\.png .*heavy"),
+    ({5: "inf"}, {}, "weight .*inf"),
+    ({5: ["71", "5"]}, {}, r"train04\.png .*7 and 6"),
+    ({}, {"label_columns": "wieght"}, "wieght .*`label_columns`"),
+    ({}, {"label_columns": ""}, "label_columns="),
+    ({}, {"task": "multilabel"}, "weight .*task=multilabel"),
+    ({}, {"task": "classification"}, "task=classification"),
+    (dict.fromkeys(range(1, 51), "5"), {}, "task=regression: weight"),
+    ({}, {"train_per_class": 2}, "train_per_class=2"),
+    ({}, {"class_weight": "balanced"}, "class_weight=balanced"),
+    ({}, {"metric": "auroc"}, "metric=auroc"),
+    ({}, {"nb_classes": 3}, "`nb_classes`"),
 ], ids=range(14))  # fmt: skip
 def test_wrong_labels_are_one_line(weights, flags, message, tune, folder, tmp_path):
     rows = list(csv.reader((folder / "train.csv").read_text().splitlines()))
@@ -344,7 +346,7 @@ def test_a_mistake_in_a_column_of_0_and_1_is_no_class(tmp_path):
         return open_source("train", **flags).classes
 
     for mistake, said in (("", "empty"), ("?", r"\?"), ("2", "2")):
-        with pytest.raises(ValueError, match=rf"the tumor of .*1\.png is {said}; task=multilabel needs 0 or 1"):
+        with pytest.raises(ValueError, match=rf"tumor .*1\.png .*{said}"):
             classes("1", mistake, "0")
     assert classes("1", "0", "1") == ["tumor"]
     assert classes("cat", "", "cat;dog") == ["cat", "dog"]
@@ -362,7 +364,7 @@ def test_label_columns_do_not_change_the_images_of_a_list(tmp_path):
 
 def test_scores_that_are_undefined_choose_nothing(tune):
     """A single held-out image has no r2."""
-    with pytest.raises(ValueError, match=r"undefined .* each of the 2 values"):
+    with pytest.raises(ValueError, match="undefined"):
         tune(main_linprobe, task="regression", label_columns="weight", metric="r2", blr="0.01 0.1", held_out=0.01)
 
 
@@ -389,25 +391,25 @@ def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
     assert [line for line in warnings if "r2" in line and "weight" in line]
 
 
-@pytest.mark.parametrize("task", ["regression", "multilabel"])
-@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+@pytest.mark.parametrize(("task", "main"), [
+    ("regression", main_finetune), ("multilabel", main_linprobe), ("regression", main_knn),
+])  # fmt: skip
 def test_class_folders_are_for_classification(task, main, classify):
-    with pytest.raises(ValueError, match=f"task={task}: the train images are class numbers: give `train_list`"):
+    with pytest.raises(ValueError, match=f"task={task}: .*`train_list`"):
         classify(main, task=task)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("mixup", 0.8), ("cutmix", 1), ("smoothing", 0.1)])
 def test_mixed_and_smoothed_labels_are_for_classification(flag, value, tune):
-    with pytest.raises(ValueError, match=f"give {flag}=0$"):
+    with pytest.raises(ValueError, match=f"{flag}=0"):
         tune(task="multilabel", label_columns="tags", **{flag: value})
 
 
-def test_a_file_has_one_task(tune, folder, classify, labelled):
-    out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
-    with pytest.raises(ValueError, match=r"task=multilabel: .* was trained with task=regression; omit `task`"):
-        tune(task="multilabel", label_columns="tags", eval=True, resume=out)
-    assert isinstance(classify(main_finetune, "other", finetune=out, epochs=1).name, str)  # the head is a new one
-    assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
+def test_a_file_has_one_task(tune, weighed, classify):
+    with pytest.raises(ValueError, match="task=multilabel"):
+        tune(task="multilabel", label_columns="tags", eval=True, resume=weighed)
+    classify(main_finetune, "other", finetune=weighed, epochs=1)  # the head is a new one
+    assert classify(main_knn, finetune=weighed, k=3)  # of class folders, although the file is of numbers
 
 
 @pytest.mark.slow
@@ -436,10 +438,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 
 
 def test_labels_of_a_dataset_are_checked(tune):
-    for name, message in (
-        ("not_a_number", r"labels have nan: task=regression needs finite numbers"),
-        ("text", r"its label is heavy: task=regression needs finite numbers"),
-    ):
+    for name, message in (("not_a_number", "nan: task=regression"), ("text", "heavy: task=regression")):
         with pytest.raises(ValueError, match=message):
             tune(task="regression", dataset=f"py:test_tasks:{name}", train_list="", val_list="")
 
@@ -464,9 +463,9 @@ def not_a_number(split, data_path):
 
 
 def test_a_resumed_run_is_the_whole_run(tune, monkeypatch):
-    flags = {"task": "regression", "label_columns": "weight age", **MILD, "epochs": 3, "save_minutes": 0}
+    flags = {"task": "regression", "label_columns": "weight age", **MILD}
 
     def run(name, **more):
         return tune(name=name, **flags, **more)
 
-    assert_same_run(run("whole"), stop_and_resume(monkeypatch, run, 9), "checkpoint-2.pth")
+    assert_same_run(run("whole"), stop_and_resume(monkeypatch, run, 9))
