@@ -47,6 +47,8 @@ if __name__ == "__main__":
     parser.add_argument("--short_side", type=int, default=256, help="pixels (default: 256)")
     args = parser.parse_args()
     files = sorted(path for path in args.folder.rglob("*") if path.is_file())
+    if not files:
+        parser.error(f"there are no files in the folder {args.folder}")
     with ProcessPoolExecutor() as pool:
         copied = pool.map(partial(copy_file, **vars(args)), files, chunksize=16)
         unread = [reason for reason in tqdm(copied, total=len(files), unit="file") if reason]

@@ -25,8 +25,8 @@ def command(encoders: Path, out: Path, draws: int) -> list[str]:
         sys.executable, "main_compare.py", "--data_path", "demo/data/fashion_mnist", "--input_size", "28",
         "--in_chans", "1", "--crop_pct", "1", "--num_workers", "0", "--encoders", "scratch", "pixels",
         f"first={encoders / 'checkpoint-0.pth'}", f"last={last}", "--protocols", "knn", "linear", "finetune",
-        "--labels", "100", "1000", "--draws", str(draws),
-        "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40", "10",
+        "--labels", "100", "--draws", str(draws),
+        "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40",
         "--output_dir", str(out),
     ]  # fmt: skip
 

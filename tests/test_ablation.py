@@ -32,6 +32,7 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
     study = small_data.STUDY
     runs = {"base": Run(100, 1, {}), "mask-0.5": Run(100, 2, {"mask_ratio": 0.5})}
@@ -112,6 +113,7 @@ def test_the_images_are_the_first_of_each_class(data, tmp_path):
     assert (listed[0], listed[9], listed[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "classes", "size"), [("digits", 10, 8), ("photographs", 16, 96)])
 def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
     written = []

@@ -106,6 +106,7 @@ def _sum(archive):
     return sum(len(archive[index][0]) for index in range(len(archive)))
 
 
+@pytest.mark.slow
 def test_several_processes_read_one_archive(pictures, tmp_path):
     """Forked processes inherit the open file, others get the pickled source; no process changes another's offset."""
     archive = Archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")

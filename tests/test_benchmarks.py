@@ -20,6 +20,7 @@ def test_operations_by_hand():
     assert model_table.classifier_flops("base_patch16") / 2e9 == pytest.approx(17.56, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["mini_patch4", "base_patch16", "giant_patch14"])
 def test_operations_are_those_of_the_models(size):
     """The table counts the layer norms too, at most 1 %. The MLP ratio of the giant model adds 6 %."""
@@ -54,6 +55,7 @@ def run(script, out, *argv):
 SMALL = ("--size", "mini_patch4", "--batch_size", "2", "--amp", "off")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "features"])
 def test_steps_are_timed(task, tmp_path, capsys):
     peer = "transformers eager" if task == "pretrain" else "timm eager"
@@ -74,6 +76,7 @@ def test_our_model_saves_the_fewest_bytes_for_the_backward_pass():
     assert 0 < saved["ours"] < min(saved["plain"], saved["transformers"])
 
 
+@pytest.mark.slow
 def test_batches_are_timed_and_compared(tmp_path):
     input_pipeline.write_photographs(tmp_path, 130)
     for batches in (input_pipeline.classic(tmp_path, 0), input_pipeline.ours(tmp_path, 0, fast_jpeg=True)):
@@ -83,6 +86,7 @@ def test_batches_are_timed_and_compared(tmp_path):
     assert max(stages, key=stages.get) in ("decode", "crop, resize, flip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "peer"), [("eval", "timm"), ("features", "transformers")])
 def test_passes_over_files_are_timed(task, peer, tmp_path, capsys):
     rates = run(evaluation, tmp_path, "--task", task, *SMALL, "--images", "6", "--num_workers", "0",

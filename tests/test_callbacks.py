@@ -73,6 +73,7 @@ def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pi
     assert not list(tmp_path.rglob("*.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
 def test_an_average_of_the_weights_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
     settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}

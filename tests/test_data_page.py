@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 from forks import ROOT
 from mains import call, lines, run_section
 
@@ -29,6 +30,7 @@ def run(command: str) -> Any:
     return call(module, *argv)
 
 
+@pytest.mark.slow
 def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     monkeypatch.chdir(tmp_path)

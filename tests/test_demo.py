@@ -89,6 +89,7 @@ def test_neighbors_returns_the_accuracy():
     assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
 
 
+@pytest.mark.slow
 def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 40), ("val", 8)):

@@ -69,6 +69,7 @@ def test_the_pyramid_has_four_strides(patch, stride):
         assert abs((row + 0.5) / scale - 2.5) <= 1.5 and abs((column + 0.5) / scale - 4.5) <= 1.5
 
 
+@pytest.mark.slow
 def test_a_detector_learns_bright_squares():
     """On the encoder of an autoencoder, whose mean and standard deviation it uses."""
     torch.manual_seed(0)

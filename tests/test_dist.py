@@ -89,6 +89,7 @@ def test_an_incomplete_launcher_environment_is_an_error(environment, variables, 
         parallel.init("cpu")
 
 
+@pytest.mark.slow
 def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -106,6 +107,7 @@ def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
     assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, killed):
     """The processes are started without torchrun, which may end the other process before it prints its error."""

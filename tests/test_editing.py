@@ -52,6 +52,7 @@ entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch
 """
 
 
+@pytest.mark.slow
 def test_a_new_size_needs_one_entry(pictures, tmp_path):
     """It trains by its name, and checkpoints restore its number of heads, which no shape records."""
     mini = '    "mini_patch4": {'

@@ -72,6 +72,7 @@ def train_and_resume(pretrain, monkeypatch, **flags):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_model_class_is_trained_and_resumed(name, pretrain, classify, monkeypatch):
     flags = dict(CLASSES[name])
@@ -83,6 +84,7 @@ def test_a_model_class_is_trained_and_resumed(name, pretrain, classify, monkeypa
     assert classify(main_knn, k=3, finetune=whole / "checkpoint-1.pth")[3, 0.07] > 0
 
 
+@pytest.mark.slow
 def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypatch):
     path, model = teacher
     flags = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 64, "patch_size": 16}
@@ -185,6 +187,7 @@ def test_the_width_of_a_decoder_is_a_multiple_of_a_head(width):
         WideDecoder(**SMALL, width=width)
 
 
+@pytest.mark.slow
 def test_muon_trains_resumes_and_fine_tunes(pretrain, classify, monkeypatch):
     name = "examples.muon:muon_and_adamw"
     whole = train_and_resume(pretrain, monkeypatch, optimizer=name)
@@ -299,6 +302,7 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
     torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, monkeypatch):
     """After an epoch of warm-up, five of six updates have the full rate, and the last one 5/6 of it."""
     name = "examples.stable_decay:stable_decay"

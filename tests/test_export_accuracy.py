@@ -73,6 +73,7 @@ def trained(request, data, tmp_path_factory):
     return out, model, dict(zip(["checkpoint", *formats], scores, strict=True))
 
 
+@pytest.mark.slow
 def test_every_export_has_the_accuracy_of_its_checkpoint(trained):
     out, _, scores = trained
     expected = scores.pop("checkpoint")
@@ -128,6 +129,7 @@ def test_the_pipeline_of_transformers_predicts_the_same(trained, data):
     assert pipeline(gray)[0] == {"label": ours["pred_class"], "score": pytest.approx(ours["pred_score"], abs=1e-5)}
 
 
+@pytest.mark.slow
 def test_onnxruntime_with_pixels_and_the_metadata_alone(trained, data):
     out, model, _ = trained
     export.export(model, "onnx", out / "model.onnx")

@@ -77,6 +77,7 @@ def opened(items):
     return open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
 
 
+@pytest.mark.slow
 def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels, pretrain, monkeypatch):
     """The loss of a constant prediction is 1."""
     assert whole_and_resumed(pretrain, monkeypatch, **OWN) < 0.05
@@ -281,6 +282,7 @@ def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
     torch.testing.assert_close(tokens[1][0], double, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_maps_and_resumes(levels, pretrain, monkeypatch):
     """The pixels are noise, and the target is the mean of a map in the patch."""
     (levels / "levels.py").write_text(CODE + MAPS)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from faults import Faults
 from forks import Forks
@@ -15,6 +16,7 @@ from mains import assert_close, lines, small_run, wait_until
 from mae.data.decode import MAX_PIXELS
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_resumes_and_damaged_checkpoints_are_rejected_or_equal(tmp_path):
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True)
     faults = Faults(tmp_path, trials=1, loads=500)
@@ -37,6 +39,7 @@ def open_dataset(split, data_path):
 """
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_numbers_of_processes(own_module, pictures, tmp_path):
     """A signal stops the run within an epoch twice: the losses of all epochs and the weights stay the same."""
     own_module("counting", COUNTING)

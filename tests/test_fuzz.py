@@ -12,6 +12,7 @@ from fuzz_doors import DOORS, Door
 INPUTS = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOORS)
 def test_damaged_files_are_read_or_refused(name, tmp_path):
     assert [fault for _, faults, _ in fuzz([name], INPUTS, tmp_path, processes=1) for fault in faults] == []
@@ -45,6 +46,7 @@ def large_garbage():
     gc.collect()
 
 
+@pytest.mark.slow
 def test_fuzz_reports_every_kind_of_fault(tmp_path, monkeypatch, large_garbage):
     names = {random.Random(f"crooked {number}").random(): name for number, name in enumerate(READ)}
     door = Door(lambda folder: [], lambda seeds, generator: names[generator.random()], lambda name, *_: READ[name]())

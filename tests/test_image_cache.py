@@ -193,6 +193,7 @@ def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, folder, pre
     assert num_workers or len(decoded) == 1
 
 
+@pytest.mark.slow
 def test_a_bad_validation_image_ends_a_run_before_it_trains(labelled, classify, tmp_path):
     folder = shutil.copytree(labelled, tmp_path / "images")
     (folder / "val/kind1/01.png").write_bytes(b"")

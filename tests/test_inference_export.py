@@ -223,6 +223,7 @@ def test_a_gray_classifier_by_the_code_that_its_export_prints(tmp_path, monkeypa
     torch.testing.assert_close(eval(expression, names), ours(ours.prepare(image)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
 def test_graphs_take_pixels(kind, tmp_path, request, caplog):
     caplog.set_level("INFO")
@@ -266,6 +267,7 @@ def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
     assert "timm divides pixels by 255" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "CLOSE", -1.0)
     with pytest.raises(ValueError, match="outputs"):

@@ -103,6 +103,7 @@ def test_names():
         get_model("vit_mini_patch4", num_classes=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "file"), [
     (MMPRETRAIN, "vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth"),
     ("vit_base_patch16", "mae_finetuned_vit_base.pth")

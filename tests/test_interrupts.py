@@ -53,6 +53,7 @@ def undisturbed(pictures, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbed):
     reached, log = 0, tmp_path / "log.txt"
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -86,6 +87,7 @@ def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
     process, workers = start(pictures, tmp_path, "--epochs", 2000), []
     wait_until((tmp_path / "log.txt").exists, process)
@@ -113,6 +115,7 @@ entry_point.run(main_finetune.main, main_finetune.get_args_parser())
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
     """Slurm kills a job 30 seconds after the signal, and an evaluation may take longer."""
     argv = ["--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2, "--warmup_epochs", 1, "--lr", 0.003,

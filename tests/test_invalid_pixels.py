@@ -319,6 +319,7 @@ def test_a_target_that_ignores_invalid_pixels_is_refused_where_there_are_any(tmp
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, GROUPS], ids=["plain", "groups"])
 def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, clouds):
     """With masks, NaN and a value; also in a worker process, and with decoded images in a file."""
@@ -338,6 +339,7 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
         clouds("parts", **{**settings, "kind": "value"}, resume="auto", epochs=2)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(clouds):
     """Also with decoded images in a file, which one process writes."""
     one, two = clouds("one", batch_size=8), clouds("two", batch_size=4, processes=2)
@@ -402,6 +404,7 @@ def test_statistics_exclude_invalid_pixels(tmp_path):
     assert report["invalid"][0] == f"{1 - len(pixels) / 360:.2%}"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_document_run(tmp_path):
     assert "invalid     23.44%" in run_section("docs/data.md", "## Invalid pixels", tmp_path)
     assert np.isfinite(lines(tmp_path / "runs/nodata")[-1]["train_loss"])

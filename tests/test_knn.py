@@ -74,6 +74,7 @@ parallel.teardown()
 """
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_has_no_effect(tmp_path):
     output = forks.run_code(IN_PROCESSES, tmp_path, count=3)
     assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in output

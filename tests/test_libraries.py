@@ -377,6 +377,7 @@ def spawned():
     multiprocessing.set_start_method(method, force=True)
 
 
+@pytest.mark.slow
 def test_processes_share_the_stream_if_their_worker_processes_are_not_forked(shards, monkeypatch, spawned):
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     parts = []

@@ -29,6 +29,7 @@ def test_all_weights_also_for_another_image_size(tmp_path, mini_mae):
     assert mini_mae.pos_embed.shape[1] == 17
 
 
+@pytest.mark.slow
 def test_the_header_of_a_safetensors_file_has_a_limit(tmp_path):
     """The library takes seconds for each megabyte of names, and reads up to 100 MB."""
     entries = {f"{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}

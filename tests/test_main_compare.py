@@ -141,6 +141,7 @@ def recorded(file):
     return checkpoint.read(file)["args"]
 
 
+@pytest.mark.slow
 def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
     """C is chosen on a fifth of the training images of the draw."""
     test, test_labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(draws[1])))
@@ -236,6 +237,7 @@ def test_every_result_can_be_repeated(compared):
     assert (out / "table.md").read_text() == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [[], ["--model", "vit_mini_patch4"]])
 def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
     """Random weights have the settings of the first file, and pixels its size. A dataset of torchvision is shared.
@@ -447,6 +449,7 @@ def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
     assert [path.parent.parent.parent.name for path in runs.rglob("rest")] == ["RBF-SVM"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(labelled, encoder, tmp_path, monkeypatch):
     flags = ("--encoders", encoder, "--protocols", "finetune", "--keep_checkpoints")
     text = compare(labelled, tmp_path / "whole", encoder, *flags)

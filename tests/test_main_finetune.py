@@ -140,6 +140,7 @@ parallel.teardown()
 """
 
 
+@pytest.mark.slow
 def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_path):
     """The counts are equal, and the losses agree to 1e-6."""
     (tmp_path / "telling.py").write_text(TELLING)
@@ -157,6 +158,7 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
     assert all(loss == pytest.approx(found[0][1], rel=1e-6) for _, loss in found)
 
 
+@pytest.mark.slow
 def test_a_head_for_other_classes_or_of_other_features_is_not_loaded(finetune, tuned, labelled, tmp_path):
     for split in ("train", "val"):
         for number in range(6):
@@ -173,6 +175,7 @@ def test_a_head_for_other_classes_or_of_other_features_is_not_loaded(finetune, t
         finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_statistics_of_its_encoder(finetune, tmp_path):
     """The first command names a file that records them, the second names other ones."""
     state = {"model": vit_mini_patch4(img_size=16, num_classes=0).state_dict(),
@@ -257,6 +260,7 @@ def test_the_crop_of_a_file_without_one_follows_the_input_size(labelled, capsys,
         assert default == same != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe])
 def test_runs_from_an_encoder_of_whole_images_use_whole_images(script, classify, pretrain, labelled, capsys):
     encoder = pretrain("mae", data_path=labelled, crop="none") / "checkpoint-1.pth"

@@ -113,6 +113,7 @@ def test_imbalanced_classes_have_a_balanced_accuracy(imbalanced, tmp_path):
             assert f"* {k}-NN Acc@1 {accuracy:.3f} balanced accuracy {balanced:.3f}\n" in output
 
 
+@pytest.mark.slow
 def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys):
     """For a classifier with pooling, and for an autoencoder, whose file records its encoder."""
     shape = {"input_size": 20, "patch_size": 2, "in_chans": 1}

@@ -204,6 +204,7 @@ def test_the_logged_loss_is_that_of_a_head_that_learns(probe, tuned):
     assert [line["train_loss"] for line in both] == [pytest.approx(line["train_loss"], rel=0.3) for line in alone]
 
 
+@pytest.mark.slow
 @CACHED
 def test_the_loss_of_the_selected_rate_counts_the_epoch_before_a_resume(probe, tuned, monkeypatch, cached):
     """The second run is killed after two of five updates of its second epoch."""
@@ -225,6 +226,7 @@ def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
     assert [message.split(", ")[1].removesuffix(" value") for message in warnings] == warned
 
 
+@pytest.mark.slow
 @CACHED
 def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, pretrained, labelled, evaluated, capsys, cached):
     out = probe(finetune=pretrained, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **cached)

@@ -88,6 +88,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
     assert_same_run(pretrain("whole", **settings), parts, "checkpoint-3.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (log.RunLog, "end_epoch"), (parallel, "gather")])
 def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     """PyTorch may report a killed worker process at any time, also between epochs."""
@@ -139,6 +140,7 @@ def test_every_split_of_the_effective_batch_trains_equally(pretrain, pictures, t
     assert_close(one, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_resumes_into_another_directory(pretrain, monkeypatch):
     """The remedy of the error. After an interruption, the same command continues the new run, and equals the rest."""
     settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
@@ -184,6 +186,7 @@ def test_the_sizes_of_encoder_and_decoder_are_logged(pretrain, capsys):
     assert re.search(rf"decoder\b.* 64 wide, 1 deep, {sizes[True]:,} parameters", output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [6, 5000])
 def test_a_run_that_is_stopped_shows_every_x_once(pretrain, tmp_path, monkeypatch, updates):
     """Long epochs have several updates at each x, which is thousandths of an epoch; the first of them is shown."""
@@ -336,6 +339,7 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
+@pytest.mark.slow
 def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
     """The write is slow: if a process ended before it was complete, torchrun would kill the writing process."""
     (tmp_path / "spoiled.py").write_text(ONE_RANK_NAN)
@@ -386,6 +390,7 @@ def test_float_images_of_another_range_have_one_warning(pretrain, tmp_path, caps
     assert re.findall(r"warning: .* from (\S+) to (\S+), .*`mean`", capsys.readouterr().out) == [("0", "255")] * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])
 def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, method, calls, workers):
     """24 images are 6 updates; epochs of 4 and accumulation of 2 begin and end within a pass. All options are on."""

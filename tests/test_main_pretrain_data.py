@@ -86,6 +86,7 @@ def test_an_epoch_on_every_kind_of_data_set(pretrain, smooth, tmp_path, kind):
     assert len(EventAccumulator(str(out)).Reload().Images("reconstruction")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_an_archive_trains_like_its_folder(pretrain, pictures, tmp_path, monkeypatch, kind):
     """Also if the run is interrupted and resumed."""
@@ -94,6 +95,7 @@ def test_an_archive_trains_like_its_folder(pretrain, pictures, tmp_path, monkeyp
     assert_same_run(pretrain("folder"), parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_repeated_sampling_repeats_every_image(pretrain, smooth, tmp_path, streamed):
     data = webdatasets(tmp_path, smooth) if streamed else flat_folder(tmp_path, smooth)
@@ -101,6 +103,7 @@ def test_repeated_sampling_repeats_every_image(pretrain, smooth, tmp_path, strea
     assert len(step_losses(out)) == 400 * 4 / 32
 
 
+@pytest.mark.slow
 def test_fast_jpeg_gives_a_bit_equal_run_on_small_pictures(pretrain, monkeypatch):
     """Also if the run is interrupted and resumed, with repeated samples."""
     decoded, decode_rgb = [], jpeg.decode_rgb
@@ -163,6 +166,7 @@ def test_an_epoch_resumes_without_an_image_that_has_disappeared(pretrain, pictur
     assert lines(parts)[0]["bad_images"] == 1
 
 
+@pytest.mark.slow
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):
     shards = ["--dataset", webdatasets(tmp_path, smooth)["dataset"], "--batch_size", 10]
     in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 1)

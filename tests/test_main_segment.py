@@ -160,6 +160,7 @@ def test_all_parameters_train_with_layer_wise_decay(segment, encoder):
     assert all(group["betas"] == (0.9, 0.999) and group["fused"] for group in groups)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_number_of_processes(scenes, encoder, tmp_path):
     """Five images in one, two and three processes, and the scores of the last epoch of two processes."""
     data = {"data_path": scenes, "num_workers": 0, "device": "cpu"}
@@ -325,6 +326,7 @@ def test_masks_in_an_archive_do_not_count_as_images(segment, scenes, tmp_path, c
     assert counts == {12, 5}
 
 
+@pytest.mark.slow
 def test_compiled_evaluation_of_images_with_many_numbers_of_windows(tmp_path, monkeypatch):
     """A graph for each number would exceed the limit of graphs. They are not compiled to C++, which takes long."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

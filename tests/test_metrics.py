@@ -71,6 +71,7 @@ def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify
     assert "--metric kappa" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
 def test_log_has_the_metrics_of_scikit_learn(script, processes, labelled, tmp_path):
@@ -88,6 +89,7 @@ def test_log_has_the_metrics_of_scikit_learn(script, processes, labelled, tmp_pa
     assert found["test_acc1"] == pytest.approx(100 * found["test_accuracy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_neighbors_have_the_metrics_of_scikit_learn(processes, labelled, classify, tmp_path):
     encoder = classify(main_finetune, "tuned", aa="none", lr=0.003, epochs=4, cls_token=True) / "checkpoint-3.pth"
@@ -110,6 +112,7 @@ def test_neighbors_have_the_metrics_of_scikit_learn(processes, labelled, classif
             assert found[f"knn_{name}_k{k}_t{temperature:g}"] == pytest.approx(value, abs=1e-6), (name, k, temperature)
 
 
+@pytest.mark.slow
 def test_the_first_metric_selects_the_best_checkpoint(classify, imbalanced):
     flags = {"data_path": imbalanced, "aa": "none", "epochs": 8, "lr": 0.003, "warmup_epochs": 0}
     for name in ("balanced_accuracy", "auroc"):

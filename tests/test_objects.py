@@ -77,6 +77,7 @@ def example(kind):
     return f"py:examples.data_{kind}:open_dataset"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITE)
 def test_the_examples_train_as_a_folder_and_resume_exactly(kind, pretrain, samples, labelled, tmp_path, monkeypatch):
     """In a worker process, within an epoch. Float images are scaled with other rounding."""
@@ -93,6 +94,7 @@ def test_the_examples_train_as_a_folder_and_resume_exactly(kind, pretrain, sampl
     assert checkpoint.read(parts / "checkpoint-0.pth")["args"]["dataset"] == example(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "flags"), [
     (main_finetune, {"train_per_class": 4, "mixup": 0.8}),
     (main_finetune, {"val_fraction": 0.3, "cache_images": True, "batch_size": 4}),
@@ -152,6 +154,7 @@ def test_masks_of_a_dataset(tmp_path):
             train("bad", 0, lambda split, data_path, mask=mask: [(BLACK, mask)] * 4)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
     write_hdf5(tmp_path, samples)
     flags = {"data_path": tmp_path, "model": "vit_mini_patch4", "amp": "off", "input_size": 16, "device": "cpu",
@@ -161,6 +164,7 @@ def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
         main_compare.main(parse(main_compare, **flags), source=lambda split, data_path: samples[split])
 
 
+@pytest.mark.slow
 def test_the_page_runs_in_a_working_directory(tmp_path, classify, monkeypatch):
     assert "images      300\nclasses     3" in run_section("docs/data.md", "## Your own dataset", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -302,6 +306,7 @@ LOSSY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["raise OSError('lost')", "raise BadImage('lost')", "return '/nowhere/lost', 0"])
 def test_unreadable_items_are_replaced(pretrain, own_module, code, capsys):
     """Their labels are unknown, unless the dataset lists or returns them."""
@@ -331,6 +336,7 @@ def test_mistakes_of_the_code_keep_their_traceback(own_module, code, tmp_path):
         source[3]
 
 
+@pytest.mark.slow
 def test_random_numbers_of_items_do_not_depend_on_workers_or_interruptions(pretrain, own_module, monkeypatch):
     own_module(
         "noisy",
@@ -370,6 +376,7 @@ def test_a_random_split_is_the_same_in_each_process(classify, own_module, capsys
         classify(main_knn, dataset="py:parts:unseeded", num_workers=2, k=1)
 
 
+@pytest.mark.slow
 def test_random_numbers_of_items_are_not_those_of_the_mask(own_module):
     own_module(
         "coins", "import numpy as np\nimport torch\nclass Coins(list):\n    def __getitem__(self, index):\n"

@@ -18,6 +18,7 @@ from mae.training.online_probe import effective_rank
 NAMES = ("test_knn_acc1", "test_effective_rank")
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_that_of_main_knn_and_training_stays_the_same(pretrain, labelled, monkeypatch):
     """Also for a run that is interrupted after the first epoch."""
     flags = {"data_path": labelled, "batch_size": 8, "num_workers": 1, "save_every": 1, "epochs": 3}

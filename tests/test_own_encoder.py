@@ -169,6 +169,7 @@ def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
     assert rates[id(model.last)] == rates[id(model.head.weight)] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, tmp_path, monkeypatch):
     kind, own, weight = EXAMPLES[name]
@@ -199,6 +200,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, t
     assert isinstance(segmenter, Segmenter) and segmenter(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     file = pretrain(**GROUPS, epochs=1) / "checkpoint-0.pth"
     with pytest.raises(ValueError, match=f"encoder={GROUPS['encoder']}"):
@@ -229,10 +231,12 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
             export.export(model, to, tmp_path / f"other{suffix}")
 
 
+@pytest.mark.slow
 def test_the_section_of_the_page_runs(tmp_path):
     assert "10-NN Acc@1" in run_section("docs/method.md", "## Your encoder", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pretrain, labelled, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{leads}:{ROOT}")
     plain = pretrain("plain", epochs=1) / "checkpoint-0.pth"

@@ -105,6 +105,7 @@ def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["safetensors", "onnx", "torch_export"])
 def test_graphs_and_files_of_several_class_tokens(mae_file, tmp_path, to):
     encoder = export.encoder_of(get_model(mae_file))

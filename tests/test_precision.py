@@ -31,6 +31,7 @@ def set_bf16(monkeypatch):
     return set_bf16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [main_pretrain, main_finetune])
 def test_auto_trains_in_bf16_where_the_cpu_has_it(main, set_bf16, pretrain, classify, tmp_path):
     def run(name, **flags):

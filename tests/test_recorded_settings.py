@@ -39,6 +39,7 @@ def data(pictures, labelled, tmp_path_factory):
     return {main_pretrain: pictures, main_finetune: labelled, main_linprobe: labelled, main_segment: scenes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
 def test_resume_needs_no_other_flag(script, data, tmp_path):
     call(script, *SMALL, *RUNS[script], "--data_path", data[script], "--output_dir", tmp_path / "whole")
@@ -116,6 +117,7 @@ def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
     assert weights(tmp_path / "b")["head.weight"].shape[0] == 6
 
 
+@pytest.mark.slow
 def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp_path):
     """A flip changes the class of signals and letters. Without crops, the loss shows a flip."""
     losses, file = {}, mae / "checkpoint-1.pth"
@@ -131,6 +133,7 @@ def test_supervised_training_does_not_flip_if_pretraining_did_not(mae, data, tmp
         assert losses["recorded"] == losses["exported"] == losses["none"] != losses["flips"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--cache_images"], ["--fast_jpeg"]])
 def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
     """Training on turned files with --exif equals training on upright files."""

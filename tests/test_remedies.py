@@ -75,6 +75,7 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_remedy_works_when_typed(case, runs, labelled, tmp_path, call):
     script, right, wrong, pattern = CASES[case]

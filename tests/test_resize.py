@@ -45,6 +45,8 @@ def test_large_images_are_scaled_and_a_copy_resumes(folder, tmp_path):
     assert Image.open(copy / "train/cat/a.jpg").getexif()[0x0112] == 6
     expected = Image.open(folder / "train/cat/b.PNG").resize((100, 150), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(Image.open(copy / "train/cat/b.PNG")), np.asarray(expected))
+    nothing = run(tmp_path / "nothing", copy)
+    assert nothing.returncode == 2 and "nothing" in nothing.stderr.splitlines()[-1]
     kept = (copy / "train/cat/a.jpg").stat().st_mtime_ns
     (copy / "train/cat/b.PNG").unlink()
     (folder / "train/cat/bad.jpg").write_bytes((folder / "train/cat/a.jpg").read_bytes()[:3000])

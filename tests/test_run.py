@@ -36,9 +36,9 @@ def write_tool(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def run(clone: Path, tools: Path, task: str, **environment: str) -> subprocess.CompletedProcess:
+def run(clone: Path, tools: Path, *task: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(clone / "run"), task], cwd=clone.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        [str(clone / "run"), *task], cwd=clone.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"} | environment, timeout=240,
     )  # fmt: skip
 
@@ -54,8 +54,12 @@ def test_an_interpreter_with_its_packages_is_used_as_it_is(clone, tools):
     write_tool(tools, "my-python", 'echo "it runs: $*"')
     done = run(clone, tools, "test", PYTHON="my-python")
     assert done.returncode == 0, done.stderr
-    assert "it runs: -m pytest" in done.stdout
+    assert "it runs: -m pytest" in done.stdout and "-m not slow" in done.stdout
     assert not (clone / ".venv").exists()
+    of_all = run(clone, tools, "test", "--all", PYTHON="my-python").stdout
+    assert "it runs: -m pytest" in of_all and "slow" not in of_all
+    of_one = run(clone, tools, "test", "tests/test_loop.py", PYTHON="my-python").stdout
+    assert "it runs: -m pytest tests/test_loop.py" in of_one
     done = run(clone, tools, "test", PYTHON="no-such-python")
     assert done.returncode == 1
     assert "no-such-python" in done.stderr
@@ -122,6 +126,7 @@ def test_a_failing_pip_fails_the_task_with_pips_message(clone, tools):
     assert not (clone / ".venv/installed").exists()
 
 
+@pytest.mark.slow
 def test_a_silent_installation_shows_progress(clone, tools):
     """pip is silent for 12 seconds, after a line for each package and one that is not shown."""
     write_python(tools, "echo '  Downloading torch-2.whl (539 MB)'; echo '  Downloading torch.whl.metadata'; sleep 12")

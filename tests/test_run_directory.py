@@ -152,6 +152,7 @@ def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path)
         pass
 
 
+@pytest.mark.slow
 def test_processes_with_different_directories_are_an_error(pictures, tmp_path):
     """On machines with disks of their own, the same path is a directory of each machine."""
     script = tmp_path / "there.py"

@@ -79,6 +79,7 @@ def test_fine_tuning(classify, photos, decoded):
     assert decoded.value == before + color_files(photos / "val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_probes(classify, photos, decoded, cached, capsys):
     flags = {"data_path": photos, "input_size": 32, "num_workers": 1} | ({"cache_features": True} if cached else {})

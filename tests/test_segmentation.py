@@ -58,6 +58,7 @@ def saved(folder, **settings):
     return folder / "model.pth"
 
 
+@pytest.mark.slow
 def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypatch):
     calls, run = {}, store.run
 

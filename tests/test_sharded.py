@@ -147,6 +147,7 @@ def shards(pictures, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_fsdp_losses_equal_those_of_one_process(shards, single):
     assert len(losses(shards)) == 30
     assert relative_error(shards, single) < 1e-5
@@ -160,6 +161,7 @@ def test_a_sharded_checkpoint_resumes_in_one_process(shards, single, pictures, t
     assert relative_error(tmp_path / "run", single) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictures, tmp_path):
     state = single / "checkpoint-24.pth"
     flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
@@ -186,6 +188,7 @@ def test_the_command_converts_to_a_file(shards, single, tmp_path):
         sharded.gather(file)
 
 
+@pytest.mark.slow
 def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     """After SIGTERM, after SIGKILL, and with a damaged newest checkpoint. Old checkpoints are removed."""
     out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0.02, *STEPS, "--keep_last", 2)
@@ -481,6 +484,7 @@ assert torch.equal(model.kernel, torch.arange(3.0))
 """
 
 
+@pytest.mark.slow
 def test_sharded_initial_weights_equal_those_of_one_process(shards, tmp_path):
     """The weights are bit-equal, and so is the state of the random generator. Weights from a file are equal too."""
     in_two_processes(INITIALIZE, tmp_path, shards / "checkpoint-29")
@@ -511,6 +515,7 @@ assert started <= 0.75 * 4 * numel, (started, numel)
 """
 
 
+@pytest.mark.slow
 def test_fsdp_halves_the_memory_of_each_process(tmp_path):
     """Parameters, gradients and optimizer states; and the peak memory of the construction."""
     in_two_processes(MEMORY, tmp_path)

@@ -41,6 +41,7 @@ def test_scripts_are_short(trees):
         assert size.statements(size.ast.walk(trees[script])) <= 130, script
 
 
+@pytest.mark.slow
 def test_a_value_passes_few_functions(traces):
     assert 5 <= len(traces["functions that receive mask_ratio"]) <= 10
     assert 5 <= len(traces["functions that receive a file of --finetune"]) <= 20

@@ -181,6 +181,7 @@ def test_an_error_of_sbatch_is_printed_once(run, tool, tmp_path):
     assert output.count("moon") == 1
 
 
+@pytest.mark.slow
 def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     """In two processes, although the code and the recipe change after the submission."""
     clone, _ = code_copy.make(tmp_path / "clones", None)
@@ -204,6 +205,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     assert "ngpus=" not in log.read_text()  # settings of the run, not of the job
 
 
+@pytest.mark.slow
 def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
     flags = small_job(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
     job = start(*flags)
@@ -217,6 +219,7 @@ def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
     assert [line["epoch"] for line in lines(tmp_path / "job")] == list(range(60))
 
 
+@pytest.mark.slow
 def test_wait_fails_if_the_job_fails(pictures, tmp_path):
     """The error of submitit names the log, which ends with the reason."""
     flags = small_job(pictures, "--data_path", "/nowhere", "--cluster", "local", "--shared_dir", tmp_path, "--wait")
@@ -227,6 +230,7 @@ def test_wait_fails_if_the_job_fails(pictures, tmp_path):
     assert str(log) in output and "main_pretrain.py: error: --data_path /nowhere: " in log.read_text()
 
 
+@pytest.mark.slow
 def test_debug_runs_in_this_process(pictures, tmp_path):
     flags = small_job(pictures, "--epochs", 1, "--cluster", "debug", "--job_dir", tmp_path / "%j")
     job = start(*flags)

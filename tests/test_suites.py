@@ -89,6 +89,7 @@ def accuracies(complete, suite):
     return {title: scores["acc1"] for title, scores in complete[1][suite]["scores"].items()}
 
 
+@pytest.mark.slow
 def test_accuracies_among_all_classes(complete):
     assert accuracies(complete, "imagenet-sketch") == {"imagenet-sketch": 70.0}
     expected = {"imagenet-v2 matched-frequency": 90.0, "imagenet-v2 top": 80.0}

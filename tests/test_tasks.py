@@ -103,6 +103,7 @@ def in_processes(script, processes, out, **flags):
 OWN = {"main_finetune.py": MILD, "main_linprobe.py": {"blr": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "processes"), [("regression", 1), ("regression", 3), ("multilabel", 1),
                                                  ("multilabel", 2)])  # fmt: skip
 @pytest.mark.parametrize("script", OWN)
@@ -148,6 +149,7 @@ def test_an_evaluation_of_the_file_equals_the_last_epoch(main, own, flags, writt
     assert means[0] == pytest.approx(next(iter(expected.values())), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path, capsys):
     out = tune(task="regression", label_columns="weight age", **MILD, cls_token=True)
     said = capsys.readouterr().out
@@ -409,6 +411,7 @@ def test_a_file_has_one_task(tune, folder, classify, labelled):
     assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
 
 
+@pytest.mark.slow
 def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     """The lowest error is the best one. Each cell is the result of the script."""
     out = tune(task="regression", label_columns="weight age", **MILD, epochs=8)

@@ -154,6 +154,7 @@ def inputs_of(script, data, size, output_dir, *flags):
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1024, 128), (224, 448), (1, 200), (96, 96)])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_scripts_read_undistorted_crops_from_files(script, size, tmp_path):
