@@ -31,10 +31,10 @@ from benchmarks import machine, scripts, timing
 from benchmarks.image_sets import write_jpeg_files
 from mae.cli import entry_point
 from mae.data import loader, transforms
-from mae.data.decode import MAX_PIXELS
 from mae.data.item import Item
 from mae.data.jpeg import decode_rgb
 from mae.data.open import open_source
+from mae.data.pixels import MAX_PIXELS
 from mae.data.samples import Samples
 from mae.settings import DataSpec
 

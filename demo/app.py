@@ -30,7 +30,8 @@ from PIL import Image
 
 from mae import parallel
 from mae.cli import entry_point, options
-from mae.data.decode import SUFFIXES, Picture, size_of
+from mae.data.decode import SUFFIXES
+from mae.data.pixels import Picture, size_of
 from mae.evaluate import pictures
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.inference.reconstruct import psnr, reconstruct, uncropped_input

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mae.data.decode import to_tensor
+from mae.data.pixels import to_tensor
 from mae.evaluate.imagenet import synsets
 from mae.inference import get_model
 

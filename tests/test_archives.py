@@ -18,8 +18,9 @@ from PIL import Image
 from test_decode import saved
 
 from mae.data import transforms
-from mae.data.decode import BadImage, decode
+from mae.data.decode import decode
 from mae.data.kinds.archives import Archive
+from mae.data.pixels import BadImage
 from mae.data.samples import Samples
 from mae.data.source import find_files
 

@@ -17,7 +17,7 @@ import main_knn
 import main_linprobe
 from mae import parallel
 from mae.data import check as datasets
-from mae.data.decode import BadImage
+from mae.data.pixels import BadImage
 from mae.data.source import Files
 
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 
 from mae.data import transforms
-from mae.data.decode import BadImage, decode, size_of
+from mae.data.decode import decode
+from mae.data.pixels import BadImage, size_of
 
 RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(3, 4, 3)  # of make_imagemagick.sh
 GENERATOR = np.random.default_rng(0)

@@ -19,8 +19,9 @@ import main_pretrain
 import main_segment
 from examples.ground_positions import GroundPositions
 from mae.data import loader, transforms
-from mae.data.decode import BadImage, decode
+from mae.data.decode import decode
 from mae.data.item import Item
+from mae.data.pixels import BadImage
 from mae.data.samples import Samples
 from mae.data.source import versions
 from mae.inference import export, features, get_model

@@ -13,7 +13,7 @@ from faults import Faults
 from forks import Forks
 from mains import assert_close, lines, small_run, wait_until
 
-from mae.data.decode import MAX_PIXELS
+from mae.data.pixels import MAX_PIXELS
 
 
 @pytest.mark.slow

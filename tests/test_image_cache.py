@@ -16,8 +16,9 @@ from PIL import Image
 import main_finetune
 from mae.data import image_cache
 from mae.data import samples as samples_module
-from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
+from mae.data.decode import decode, decode_item
 from mae.data.kinds.shards import Shards
+from mae.data.pixels import BadImage, PixelValues, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
 

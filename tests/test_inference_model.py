@@ -15,7 +15,7 @@ import mae.build
 import models_mae
 import models_vit
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.data.decode import BadImage
+from mae.data.pixels import BadImage
 from mae.inference import export, features, get_model, inference_model, list_models, maps, reconstruct
 from mae.inference.model import Autoencoder, Classifier, Segmenter
 from mae.settings import specs

@@ -31,8 +31,9 @@ import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
 from mae.compare import baselines
-from mae.data.decode import BadImage, PixelValues, decode, decode_item, to_tensor
+from mae.data.decode import decode, decode_item
 from mae.data.item import Item
+from mae.data.pixels import BadImage, PixelValues, to_tensor
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.inference.model import get_model
 from mae.inference.reconstruct import reconstruct

@@ -13,8 +13,9 @@ from sklearn.datasets import load_sample_images
 from test_decode import saved
 
 from mae.data import jpeg, transforms
-from mae.data.decode import BadImage, decode, to_tensor
+from mae.data.decode import decode
 from mae.data.generators import seed_generators
+from mae.data.pixels import BadImage, to_tensor
 
 
 def photographs() -> list[Image.Image]:

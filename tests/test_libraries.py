@@ -29,9 +29,10 @@ import main_knn
 from mae import parallel
 from mae.data import loader, transforms
 from mae.data import open as opening
-from mae.data.decode import BadImage, decode
+from mae.data.decode import decode
 from mae.data.item import Item
 from mae.data.kinds.shards import Shards
+from mae.data.pixels import BadImage
 from mae.data.samples import Samples
 from models_vit import vit_mini_patch4
 

@@ -20,8 +20,8 @@ import main_pretrain
 from mae import parallel
 from mae.data import loader, transforms
 from mae.data.batches import up_to_cores
-from mae.data.decode import BadImage
 from mae.data.loader import TrainLoader
+from mae.data.pixels import BadImage
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Samples
 from mae.training import feature_files

@@ -21,7 +21,7 @@ import models_vit
 from mae import build, parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.data.decode import BadImage
+from mae.data.pixels import BadImage
 from mae.data.run_data import RunData
 from mae.inference import get_model
 from mae.settings import specs

@@ -16,9 +16,9 @@ from test_decode import npy, saved
 from test_decode import png as raw_png
 
 from mae.data import transforms
-from mae.data.decode import BadImage, to_tensor
 from mae.data.item import Item
 from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, read_palette
+from mae.data.pixels import BadImage, to_tensor
 from mae.data.samples import Samples
 
 CLASSES = ["ground", "tree", "water"]

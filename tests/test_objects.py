@@ -26,7 +26,8 @@ import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
 from mae.data import check as datasets
-from mae.data.decode import BadImage, decode, to_tensor
+from mae.data.decode import decode
+from mae.data.pixels import BadImage, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
 
@@ -294,7 +295,7 @@ def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys
 
 
 LOSSY = (
-    "import numpy as np\nfrom mae.data.decode import BadImage\nclass Lossy(list):\n    def __getitem__(self, index):\n"
+    "import numpy as np\nfrom mae.data.pixels import BadImage\nclass Lossy(list):\n    def __getitem__(self, index):\n"
     "        if index == {bad}:\n            {code}\n        return super().__getitem__(index)\n"
     "def open_dataset(split, data_path):\n    return Lossy([(np.zeros((16, 16, 3), np.uint8), 0)] * 20)\n"
 )

@@ -16,7 +16,7 @@ import main_pretrain
 import main_segment
 import models_segment
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.data.decode import BadImage
+from mae.data.pixels import BadImage
 from mae.inference import export, features, get_model
 
 SMALL = ["--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--save_every", "1", "--device", "cpu",

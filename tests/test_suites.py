@@ -17,7 +17,7 @@ from timm.data import RealLabelsImagenet
 
 import engine_finetune
 import main_finetune
-from mae.data.decode import to_tensor
+from mae.data.pixels import to_tensor
 from mae.evaluate import suites
 from mae.evaluate.imagenet import imagenet_classes, require_imagenet, synsets
 from mae.evaluate.suites import SEVERITIES, classes_of, corruption_errors, open_suite

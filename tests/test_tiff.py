@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from mae.data.decode import BadImage, decode
+from mae.data.decode import decode
+from mae.data.pixels import BadImage
 
 PIXELS = np.random.default_rng(0).integers(1, 65536, size=(40, 50), dtype=np.uint16)
 

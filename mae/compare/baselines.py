@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mae.data import loader, transforms
-from mae.data.decode import PixelValues
+from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import Source
 from mae.position_tables import to_pair

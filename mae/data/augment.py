@@ -21,8 +21,8 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as F
 
 from mae.data.bicubic_weights import weights
-from mae.data.decode import MAX_PIXELS, SMALL, BadImage, has_bytes, require_size, size_of, to_pillow, to_tensor
 from mae.data.item import IGNORED, Item
+from mae.data.pixels import MAX_PIXELS, SMALL, BadImage, has_bytes, require_size, size_of, to_pillow, to_tensor
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
 

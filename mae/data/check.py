@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from mae.cli import entry_point, options
 from mae.data.batches import up_to_cores
-from mae.data.decode import BadImage, PixelValues
 from mae.data.image_facts import ImageFacts, all_facts, statistics_of
 from mae.data.labels import has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
+from mae.data.pixels import BadImage, PixelValues
 from mae.data.source import OpenDataset, Source, Stream, is_stream
 from mae.settings import Run, types
 from mae.user_code import with_source

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae import parallel
-from mae.data import decode, jpeg
+from mae.data import decode, jpeg, pixels, tiff
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import BadImage, to_tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
+from mae.data.pixels import BadImage, to_tensor
 from mae.data.samples import Samples
 from mae.data.source import Source, label_at, require_random_access, versions
 from mae.files import atomic
@@ -105,7 +105,8 @@ def cached(samples: Samples, num_workers: int) -> ImageCache:
 
 def _digest(source: Source, samples: Samples) -> str:
     """Returns a digest of all that the decoded images of a source depend on."""
-    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (decode, jpeg)]
+    decoders = (decode, pixels, tiff, jpeg)
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in decoders]
     packages = [[one.version for one in metadata.distributions(name=name)] for name in DECODERS]
     names = (os.getcwd(), versions(source))  # names may be relative
     return hashlib.sha256(json.dumps([code, packages, samples.decode.keywords, names]).encode()).hexdigest()[:32]

@@ -12,20 +12,11 @@ from tqdm import tqdm
 
 from mae import parallel
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import (
-    AS_STORED,
-    BadImage,
-    PixelValues,
-    find_invalid,
-    fit_channels,
-    is_turned,
-    read,
-    size_of,
-    to_tensor,
-)
+from mae.data.decode import find_invalid, fit_channels, is_turned, read
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
+from mae.data.pixels import AS_STORED, BadImage, PixelValues, size_of, to_tensor
 from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Normalize, to_unit_range
 from mae.files.untrusted import printable

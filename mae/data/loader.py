@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from mae import parallel
 from mae.data.batches import Batches, require_space, up_to_cores
-from mae.data.decode import BadImage
 from mae.data.extras import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
+from mae.data.pixels import BadImage
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
 from mae.data.source import Files, is_stream

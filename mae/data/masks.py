@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from mae.data import decode
-from mae.data.decode import BadImage
 from mae.data.item import IGNORED
+from mae.data.pixels import BadImage
 from mae.files.untrusted import printable, read_file
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file

@@ -8,8 +8,8 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_facts, loader, transforms
-from mae.data.decode import PixelValues
 from mae.data.open import open_source
+from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import Files, OpenDataset, Source, Stream, with_missing
 from mae.settings import DataSpec, ImageSpec

@@ -17,16 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mae import parallel
-from mae.data.decode import (
-    AS_STORED,
-    MAX_BAD_IN_A_ROW,
-    BadImage,
-    PixelValues,
-    decode_item,
-)
+from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
 from mae.data.extras import original
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
+from mae.data.pixels import AS_STORED, BadImage, PixelValues
 from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Transform
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mae.data.decode import BadImage
 from mae.data.item import Item
+from mae.data.pixels import BadImage
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 

@@ -27,10 +27,10 @@ from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
 from mae.data import extras, loader
-from mae.data.decode import BadImage
 from mae.data.image_facts import readable
 from mae.data.item import Batch
 from mae.data.open import open_source
+from mae.data.pixels import BadImage
 from mae.data.samples import Samples
 from mae.data.source import Source, Stream, is_stream, versions
 from mae.files import atomic

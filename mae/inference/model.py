@@ -21,7 +21,7 @@ import models_vit
 from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
-from mae.data.decode import to_tensor
+from mae.data.pixels import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from mae.settings import EXPORTED, REBUILDS, chosen
 from mae.weights import loading, model_settings, model_zoo, reading

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from mae import masking, parallel
 from mae.cli import entry_point, flags, options
 from mae.data.batches import to_device
-from mae.data.decode import BadImage, Picture, size_of
 from mae.data.item import Item
 from mae.data.loader import collate
+from mae.data.pixels import BadImage, Picture, size_of
 from mae.data.transforms import NO_CROP
 from mae.evaluate import pictures
 from mae.files import atomic

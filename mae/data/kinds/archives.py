@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae.data.decode import BadImage
 from mae.data.item import Item
+from mae.data.pixels import BadImage
 from mae.data.source import (
     KINDS,
     Strings,

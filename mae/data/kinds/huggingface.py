@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.data.decode import BadImage
 from mae.data.item import Item
 from mae.data.kinds.lists import LABEL_COLUMNS, are_ids, number_labels
+from mae.data.pixels import BadImage
 from mae.data.source import NumberedItems, first_few, names_of, version_of
 from mae.files.untrusted import read_file
 

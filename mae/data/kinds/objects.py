@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from mae.data import decode, extras
-from mae.data.decode import MAX_BAD_IN_A_ROW, BadImage
+from mae.data.decode import MAX_BAD_IN_A_ROW
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
+from mae.data.pixels import BadImage, size_of
 from mae.data.source import NumberedItems, OpenDataset, first_few, version_of
 from mae.files.untrusted import printable, read_file
 from mae.user_code import DATASET, call, import_object
@@ -328,7 +329,7 @@ def _sizes_of(image: Any) -> set[tuple[int, ...]]:
     with contextlib.suppress(Exception):  # decoders raise any exception; the script reports it when it reads the image
         picture: Any = decode.read(image, 3) if isinstance(image, bytes) else image
         if isinstance(picture, Image.Image):
-            return {decode.size_of(picture)}
+            return {size_of(picture)}
         return {tuple(picture.shape[:2]), tuple(picture.shape[-2:])}
     return set()
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mae.data.decode import SUFFIXES, BadImage
+from mae.data.decode import SUFFIXES
 from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored
+from mae.data.pixels import BadImage
 from mae.data.source import first_few
 from mae.files.untrusted import printable
 

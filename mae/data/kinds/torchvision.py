@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.data.decode import BadImage
 from mae.data.item import Item
+from mae.data.pixels import BadImage
 from mae.data.source import VALIDATION, NumberedItems, names_of, version_of
 from mae.files.untrusted import read_file
 
