@@ -20,9 +20,9 @@ from test_decode import saved
 from mae.data import transforms
 from mae.data.decode import decode
 from mae.data.kinds.archives import Archive
+from mae.data.kinds.folders import find_files
 from mae.data.pixels import BadImage
 from mae.data.samples import Samples
-from mae.data.source import find_files
 
 
 def zip_of(path, names, **options):

@@ -17,8 +17,8 @@ import main_knn
 import main_linprobe
 from mae import parallel
 from mae.data import check as datasets
+from mae.data.kinds.folders import Files
 from mae.data.pixels import BadImage
-from mae.data.source import Files
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):

@@ -18,8 +18,8 @@ import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.data import check as datasets
 from mae.data import labels
+from mae.data.kinds.folders import find_files
 from mae.data.kinds.shards import Shards
-from mae.data.source import find_files
 from mae.inference import get_model
 from models_vit import vit_mini_patch4
 

@@ -15,8 +15,9 @@ from torchvision.datasets import ImageFolder
 
 from mae.data import labels
 from mae.data.kinds.archives import Archive
+from mae.data.kinds.folders import find_files
 from mae.data.kinds.lists import read_list
-from mae.data.source import find_files, versions
+from mae.data.source import versions
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]
 

@@ -11,7 +11,8 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.item import Item
-from mae.data.source import Files, Source, Stream, first_few, require_random_access, strays_of
+from mae.data.kinds.folders import Files, strays_of
+from mae.data.source import Source, Stream, first_few, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts

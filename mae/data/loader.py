@@ -14,10 +14,11 @@ from mae.data.batches import Batches, require_space, up_to_cores
 from mae.data.extras import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
+from mae.data.kinds.folders import Files
 from mae.data.pixels import BadImage
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
-from mae.data.source import Files, is_stream
+from mae.data.source import is_stream
 from mae.data.transforms import of_one_range
 
 logger = logging.getLogger(__name__)

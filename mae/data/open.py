@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae import parallel
-from mae.data.source import (
-    Files,
-    OpenDataset,
-    Source,
-    Stream,
-    check_split_names,
-    find_files,
-    no_split,
-    warn_of_inner_splits,
-)
+from mae.data.kinds.folders import Files, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.source import OpenDataset, Source, Stream
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
 

@@ -8,10 +8,11 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_facts, loader, transforms
+from mae.data.kinds.folders import Files, with_missing
 from mae.data.open import open_source
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
-from mae.data.source import Files, OpenDataset, Source, Stream, with_missing
+from mae.data.source import OpenDataset, Source, Stream
 from mae.settings import DataSpec, ImageSpec
 
 if TYPE_CHECKING:

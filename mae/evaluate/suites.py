@@ -17,8 +17,9 @@ import torch
 
 from mae import parallel
 from mae.data.kinds.archives import Archive
+from mae.data.kinds.folders import Files, find_files
 from mae.data.labels import Subset
-from mae.data.source import Files, find_files, first_few
+from mae.data.source import first_few
 from mae.evaluate import tables, tasks
 from mae.evaluate.imagenet import NUM_CLASSES, synsets
 from mae.files import locks

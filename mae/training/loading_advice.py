@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from mae import parallel
+from mae.data.kinds.folders import Files
 from mae.data.loader import TrainLoader
-from mae.data.source import Files
 from mae.settings.choices import SHORT_SIDE
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae.data.item import Item
-from mae.data.pixels import BadImage
-from mae.data.source import (
+from mae.data.kinds.folders import (
     KINDS,
     Strings,
     check_split_names,
@@ -31,9 +30,10 @@ from mae.data.source import (
     is_image,
     log_listing,
     no_split,
-    version_of,
     warn_of_inner_splits,
 )
+from mae.data.pixels import BadImage
+from mae.data.source import version_of
 from mae.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
-from mae.data.source import Files
+from mae.data.kinds.folders import Files
 from mae.files.untrusted import open_file, printable
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from mae.data.generators import preserve_generators
 from mae.data.item import IGNORED, Item
 from mae.data.kinds.archives import Archive
+from mae.data.kinds.folders import Files, find_files
 from mae.data.kinds.lists import read_pairs, require_first
 from mae.data.kinds.objects import UserSet, read_named
 from mae.data.kinds.torchvision import TorchvisionSet
 from mae.data.masks import MaskFormat, as_mask
 from mae.data.pixels import BadImage
-from mae.data.source import Files, OpenDataset, Source, find_files, first_few
+from mae.data.source import OpenDataset, Source, first_few
 from mae.files.untrusted import printable
 from mae.settings import DataSpec
 from mae.user_code import DATASET
