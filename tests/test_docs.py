@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -264,3 +265,13 @@ def test_the_accuracies_quoted_from_a_study_are_in_its_table(page, section, stud
     quoted = re.findall(r"(\d+\.\d(?: ± \d+\.\d)?) %", " ".join(text.split()))
     assert quoted
     assert [number for number in quoted if not re.search(rf"[ *]{re.escape(number)}[ *]", table)] == []
+
+
+def test_the_signatures_of_the_steps_are_those_of_the_model():
+    page = (ROOT / "docs/method.md").read_text()
+    (shown,) = ast.parse(page.split("```python\n")[1].partition("```")[0]).body
+    for step in shown.body:
+        method = inspect.signature(getattr(models_mae.MaskedAutoencoderViT, step.name))
+        exec(ast.unparse(step), names := {})
+        named = [(p.name, p.kind, p.default) for p in inspect.signature(names[step.name]).parameters.values()]
+        assert named == [(p.name, p.kind, p.default) for p in method.parameters.values()], step.name
