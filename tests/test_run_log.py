@@ -4,9 +4,13 @@ import contextlib
 import io
 import logging
 import math
+import os
+import pty
 import re
 import signal
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ import forks
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mains import argv_of, call, lines, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -101,6 +106,8 @@ def test_the_first_epoch_names_what_makes_data_loading_faster(tmp_path, monkeypa
         file.parent.mkdir(exist_ok=True)
         Image.effect_noise((800, 800), 99).convert("RGB").save(file)
     monkeypatch.setattr("joblib.cpu_count", lambda: 7)
+    if flags:  # decoded images wait for less than a tenth of the time
+        monkeypatch.setattr("mae.training.log.MAX_LOADING", 0)
     images, out = tmp_path / "images", tmp_path / "out"
     call(main_pretrain, *small_run(images, out, "--epochs", 2, "--batch_size", 2, *argv_of(flags)))
     advice = re.findall(r"^data loading limits.*", capsys.readouterr().out, re.MULTILINE)
@@ -272,6 +279,36 @@ def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
     assert re.match(r"epoch 1 \[ 1/10\]  loss 0.5000  lr 1.00e-03  grad 2  [\d,]+ images/s  ", first)
     assert re.match(r"epoch 1 .*loss 0.5000", last)
     assert [(line["epoch"], line["train_loss"]) for line in lines(tmp_path)] == [(1, 0.5)]
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path):
+    code = """
+import time
+from pathlib import Path
+from mae.training.meters import Stopwatch
+from mae.training.log import RunLog
+log = RunLog(Path("."), Path("."), epochs=3)
+log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
+for step in range(1, 5):
+    time.sleep(0.15)  # the bar refreshes ten times a second
+    log.update(step, lr=1e-3, loss=0.25, grad_norm=2.0)
+log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
+"""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 150))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=theirs, env=environment)
+    os.close(theirs)
+    data = b""
+    try:
+        while chunk := os.read(ours, 1 << 16):
+            data += chunk
+    except OSError:  # the terminal's other end is closed
+        pass
+    assert process.wait() == 0
+    text = data.decode()
+    for part in ("epoch 0/3", "loss 0.2500", "lr 1.00e-03", "img/s", "data loading", "run ends in"):
+        assert part in text
 
 
 def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
