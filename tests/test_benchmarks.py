@@ -58,7 +58,6 @@ def run(script, out, *argv):
 SMALL = ("--size", "mini_patch4", "--batch_size", "2", "--amp", "off")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_steps_are_timed(task, tmp_path, capsys):
     peer = "transformers eager" if task == "pretrain" else "timm eager"
@@ -91,7 +90,6 @@ def test_batches_are_timed_and_compared(tmp_path):
     assert input_pipeline.differences(tmp_path)["0"] > 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("task", "peer"), [("eval", "timm"), ("features", "transformers")])
 def test_passes_over_files_are_timed(task, peer, tmp_path, capsys):
     rates = run(evaluation, tmp_path, "--task", task, *SMALL, "--images", "6", "--num_workers", "0",

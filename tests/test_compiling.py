@@ -25,6 +25,8 @@ from mae.training.compiling import compile_model
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from models_vit import SIZES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def _compiler():
@@ -47,7 +49,6 @@ def _fresh(_compiler, monkeypatch):
     counters.clear()
 
 
-@pytest.mark.slow
 def test_blocks_share_graphs_and_have_equal_gradients(monkeypatch):
     """Three graphs: of the encoder's two blocks, of the decoder's block, and of the loss."""
     monkeypatch.setitem(models_vit.SIZES, "mini_patch4", SIZES["mini_patch4"] | {"depth": 2})
@@ -78,7 +79,6 @@ def test_blocks_share_graphs_and_have_equal_gradients(monkeypatch):
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_blocks_of_other_rates_of_drop_path_share_a_graph(monkeypatch):
     """The first block has none, and another graph. The graphs are not compiled to C++."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -150,7 +150,6 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
-@pytest.mark.slow
 def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
     """All runs use the graph of the previous test, which is compiled once."""
     settings = {"accum_iter": 2, "grad_checkpointing": True}
@@ -162,7 +161,6 @@ def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures,
     assert_close(eager, tmp_path / "two")
 
 
-@pytest.mark.slow
 def test_sharded_blocks_have_their_own_rates_of_drop_path(pictures, tmp_path):
     """Each is another graph. They are not compiled to C++, which takes minutes."""
     eager = "import functools, torch\ntorch.compile = functools.partial(torch.compile, backend='eager')\n"
@@ -175,7 +173,6 @@ def test_sharded_blocks_have_their_own_rates_of_drop_path(pictures, tmp_path):
     assert np.isfinite(lines(tmp_path / "deep")[0]["train_loss"])
 
 
-@pytest.mark.slow
 def test_a_classifier_is_compiled_for_training_evaluation_and_features(classify, labelled, tmp_path):
     settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 24}
     eager, compiled = classify(main_finetune, "eager", **settings), classify(main_finetune, compile=True, **settings)
@@ -204,7 +201,6 @@ def test_a_graph_with_frozen_weights_contains_them_in_bf16():
         assert torch.equal(model(imgs), before)
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_run_warns_and_continues(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

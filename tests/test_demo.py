@@ -30,6 +30,7 @@ def unpacked(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
     archive = np.load(ROOT / "demo/data/fashion_mnist_12k.npz")
     assert len(list(unpacked.glob("train/*/*.png"))) == 10_000

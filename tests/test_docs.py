@@ -234,6 +234,7 @@ def test_citation_is_valid_yaml():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == "Apache-2.0"
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_their_sources():
     """python tests/tables.py rewrites them."""
     pages = dict(tables.pages())

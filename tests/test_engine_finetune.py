@@ -45,6 +45,7 @@ def test_evaluation_equals_scikit_learn(pictures):
     assert np.array_equal(scores.labels, labels)
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_has_one_graph(classify, labelled, tmp_path, monkeypatch):
     """The last batch, which is smaller, is no other graph. It is not compiled to C++, which takes long."""
     file = classify(main_finetune, epochs=1) / "checkpoint-0.pth"

@@ -85,6 +85,7 @@ def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels,
     assert lines(blind)[-1]["train_loss"] > 0.8
 
 
+@pytest.mark.slow
 def test_classifiers_and_probes_use_the_extra(levels, tmp_path, classify):
     flags = {"dataset": DATASET, "encoder": OWN["encoder"], "batch_size": 8}
     tuned = classify(main_finetune, "tuned", **flags, epochs=8, blr=0.05, mixup=0, cutmix=0, aa="none", reprob=0,
@@ -386,6 +387,7 @@ def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
             model.predict(items[0]["image"], level=wrong)
 
 
+@pytest.mark.slow
 def test_segmentation_with_extras(levels, classify):
     """The class of all pixels is determined by the extra input alone."""
     (levels / "levels.py").write_text(CODE + MASKS)

@@ -160,6 +160,7 @@ def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
             assert row_of(compared[0], protocol, draw, "pixels") == (pytest.approx(right[best]), f"C {values[best]:g}")
 
 
+@pytest.mark.slow
 def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
     """k is chosen on a fifth of the training images of the first draw."""
     model = get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=True)  # with a layer norm after pooling
@@ -184,6 +185,7 @@ def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
         assert row_of(compared[0], "k-NN", draw) == (pytest.approx(found[best]), f"k {best}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "title"), [("linear", "linear probe"), ("finetune", "fine-tuned")])
 def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws, protocol, title):
     pixels, labels = pixels_of(draws[1])
@@ -197,6 +199,7 @@ def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws, pro
         assert row_of(compared[0], title, draw) == (right, f"blr {rate:g}")
 
 
+@pytest.mark.slow
 def test_settings_of_the_runs(compared, blobs, encoder):
     """Shared flags, flags of the protocols, draws, chosen rates, and epochs."""
     out, scores = compared[0], read(compared[0])
@@ -221,6 +224,7 @@ def test_settings_of_the_runs(compared, blobs, encoder):
         assert args["resume"] == "auto"
 
 
+@pytest.mark.slow
 def test_every_result_can_be_repeated(compared):
     out, text = compared
     (words,) = (row["command"].split() for row in rows(out) if (row["protocol"], row["draw"]) == ("k-NN", "1"))
@@ -430,6 +434,7 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, 
     assert "fine-tuned" in compare(*few, "--recipes", f"finetune={recipe}")
 
 
+@pytest.mark.slow
 def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
     """Complete runs are not repeated; results of other flags are not used. A run has one result, after any others."""
     whole, text = compared

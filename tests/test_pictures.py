@@ -21,7 +21,6 @@ def test_tile_sets_images_side_by_side(channels, shown):
     assert pictures.tile([first], lambda x: x, scale=3).shape == (2 * 12 + gap, 15, shown)
 
 
-@pytest.mark.slow
 def test_reconstruction_shows_the_models_own_pictures(mini_mae):
     images = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
     noise = torch.rand(2, 16)

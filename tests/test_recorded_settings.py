@@ -163,6 +163,7 @@ def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
         call(main_pretrain, "--resume", "auto", "--output_dir", tmp_path / "runs" / "turned", "--no_exif")
 
 
+@pytest.mark.slow
 def test_the_order_of_the_axes_of_arrays_is_given_and_recorded(tmp_path, pretrain, capsys, monkeypatch):
     """The first and the last axis of the arrays (c, H, W) have as many entries as there are channels."""
     arrays = np.random.default_rng(0).integers(0, 256, (8, 16, 32, 16), dtype=np.uint8)

@@ -154,6 +154,7 @@ def test_fsdp_losses_equal_those_of_one_process(shards, single):
     assert [path.name for path in run_directory.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 12, 24, 29)]
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_resumes_in_one_process(shards, single, pictures, tmp_path):
     flags = ("--batch_size", 24, "--resume", shards / "checkpoint-12", *STEPS)
     in_processes(1, pictures, tmp_path / "run", *flags)
@@ -170,6 +171,7 @@ def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictu
     assert relative_error(tmp_path / "run", single) < 1e-2  # bf16 compared with fp32
 
 
+@pytest.mark.slow
 def test_the_command_converts_to_a_file(shards, single, tmp_path):
     file = tmp_path / "plain.pth"
     output = forks.run("mae/checkpoints/sharded.py", [shards / "checkpoint-29", file], tmp_path / "output")
@@ -215,6 +217,7 @@ def rewritten(folder, **entries):
     checkpoint.write({**state, **entries}, folder / "state.pth")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path):
     """Reading them would never end."""
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
@@ -248,6 +251,7 @@ def call_by_name(name: str, module: str = "torch.distributed.checkpoint.filesyst
     ) + pickle.STACK_GLOBAL + pickle.dumps(("done",), 0)[:-1] + pickle.REDUCE + pickle.STOP  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [
     Call(os.mkdir, "done"), {"x": Call(os.mkdir, "done")}, print, torch.load, "os.mkdir", "FileSystem.mkdir",
     "Path.mkdir", "Path.__class__", "FileSystemWriter",
@@ -273,6 +277,7 @@ def test_metadata_of_older_pythons_are_read():
             shard_files.MetadataUnpickler(io.BytesIO(pickle.dumps(Call(getattr, kind, name)))).load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", [[], {}, {"param_groups": 3}, {"param_groups": [["params"]]}, {"param_groups": [{"params": 3}]}]
 )
@@ -286,6 +291,7 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
         sharded.gather(folder)
 
 
+@pytest.mark.slow
 def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
     """The previous checkpoint is read under its temporary name. Incomplete checkpoints are ignored."""
     shutil.copytree(shards / "checkpoint-12", tmp_path / ".checkpoint-last.old")
@@ -318,6 +324,7 @@ def in_two_processes(script, tmp_path, *arguments):
     return forks.run_code(script + "parallel.teardown()\n", tmp_path, *arguments, count=2)
 
 
+@pytest.mark.slow
 def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shards, tmp_path):
     """For every damaged file, both processes use the same older checkpoint, and one warning names the damaged one."""
     newest, runs = shards / "checkpoint-29", tmp_path / "runs"
@@ -398,6 +405,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path, small_disk):
     assert sharded.gather(small_disk / "checkpoint-2")["model"].keys() == {"rank0"}
 
 
+@pytest.mark.slow
 def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"`fsdp` .*amp=bf16"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
@@ -415,6 +423,7 @@ def test_ddp_losses_equal_those_of_one_process(single, pictures, tmp_path):
     assert relative_error(tmp_path / "run", single) < 1e-5
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_rejected(shards, tmp_path):
     files = [path.name for path in (shards / "checkpoint-0").iterdir()]
     assert len(files) == 4  # tensors of two processes, metadata, other state

@@ -96,6 +96,7 @@ def test_accuracies_among_all_classes(complete):
     assert accuracies(complete, "imagenet-v2") == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["imagenet-a", "imagenet-r"])
 def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, data, model, complete):
     file = resources.files("timm.data") / "_info" / f"{suite.replace('-', '_')}_indices.txt"
@@ -115,6 +116,7 @@ def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, data, mod
         assert found["acc1"] < found["balanced_acc"] - 1
 
 
+@pytest.mark.slow
 def test_any_of_the_real_labels_is_right(complete):
     """Images without a label are left out. Odd images have the color of the next class."""
     labels = {number: REAL_LABELS[f"ILSVRC2012_val_{number:08d}.JPEG"] for number in range(1, 101)}
@@ -124,6 +126,7 @@ def test_any_of_the_real_labels_is_right(complete):
     assert complete[1]["imagenet-real"]["settings"]["images"] == {"imagenet-real": len(right)}
 
 
+@pytest.mark.slow
 def test_the_mean_corruption_error_is_relative_to_alexnet(complete):
     """Mean errors are 30 %, of fog 20 %."""
     errors = {name: (20 if name == "fog" else 30) / alexnet for name, alexnet in ALEXNET.items()}
@@ -136,6 +139,7 @@ def test_the_mean_corruption_error_is_relative_to_alexnet(complete):
     assert corruption_errors(five)["mce"] == pytest.approx(mce)
 
 
+@pytest.mark.slow
 def test_finished_suites_are_not_evaluated_again(data, model, complete, monkeypatch, capsys, tmp_path):
     """The table has the published numbers. Other settings are other results."""
     evaluated, evaluate = [], engine_finetune.evaluate
@@ -154,6 +158,7 @@ def test_finished_suites_are_not_evaluated_again(data, model, complete, monkeypa
     assert len(json.loads((out / "suites.json").read_text())) == 9
 
 
+@pytest.mark.slow
 def test_processes_agree(data, model, complete, tmp_path):
     """One of two processes has an image more than the other."""
     flags = flags_of(data, model, tmp_path / "out", "imagenet-r imagenet-real")
