@@ -36,9 +36,8 @@ def test_gradients_are_averaged_in_fp32(process_group, monkeypatch, device, dtyp
     assert found == {(travels_as, torch.float32, False)}
 
 
-@pytest.mark.slow
 def test_one_process_trains_saves_and_resumes_as_without_fsdp(pretrain, capsys):
-    flags = {"batch_size": 12, "save_every": 1}
+    flags = {"batch_size": 12, "save_every": 1, "vis_every": 1}  # pictures gather the weights
     expected = [line["train_loss"] for line in lines(pretrain("plain", **flags))]
     try:
         sharded = pretrain("sharded", fsdp=True, **flags)

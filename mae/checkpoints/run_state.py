@@ -67,6 +67,7 @@ def collect(
     callbacks: Sequence["Stateful"] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
+    weights = model.state_dict()  # first: FSDP2 shards weights again that a pass without gradients has gathered
     if parallel.is_sharded(model):
         from mae.checkpoints import sharded
 
@@ -77,7 +78,7 @@ def collect(
     if next(model.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
-        "model": model.state_dict(),
+        "model": weights,
         "optimizer": states,
         "scaler": scaler.state_dict(),
         "args": settings,
