@@ -1,6 +1,6 @@
 """A comparison that is killed at a random moment and started again, next to an undisturbed one: ./run test-compare.
 
-    python tests/compare.py demo/output/pretrain --draws 2       # 5 minutes on two cores
+    python tests/compare.py demo/output/pretrain --draws 2       # 2 minutes on two cores
 
 The encoders are two checkpoints of ./run demo (after the first and the last epoch), random weights, and raw pixels.
 """
