@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from mae.training.compiling import compile_model, padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
 from mae.weights.model_zoo import CLASSIFIER
+
+if TYPE_CHECKING:
+    from mae.evaluate.suites import Suite
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +245,7 @@ def evaluate_suites(
 
 
 def _evaluate_folder(
-    model: nn.Module, data: RunData, batch_size: int, precision: Precision, suite: Any, source: Source
+    model: nn.Module, data: RunData, batch_size: int, precision: Precision, suite: "Suite", source: Source
 ) -> tasks.Evaluation:
     """Evaluates a classifier of ImageNet-1K on the images of a folder of a suite, restricted to its classes."""
     from mae.evaluate import suites

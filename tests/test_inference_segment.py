@@ -118,6 +118,19 @@ def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path
     assert segment.overlay(image, np.array([[0, 1]]), colors, 0.25).tolist() == [[[100, 100, 100], [125, 100, 75]]]
 
 
+def test_the_legend_has_the_most_frequent_classes():
+    colors = np.random.default_rng(0).integers(0, 256, (150, 3), dtype=np.uint8)
+    names = [f"a class with the number {label}" for label in range(149)] + ["7"]
+    model = SimpleNamespace(num_classes=150, classes=names, colors=colors)
+    classes = np.repeat(np.arange(20, dtype=np.uint8), np.arange(20) + 1)[None]  # 210 pixels
+    texts, swatches = segment.legend(classes, model)
+    assert texts[0] == f"a class with the num… {20 / 210:.1%}"
+    assert texts[-1] == f"4 other classes {10 / 210:.1%}"  # 1 + 2 + 3 + 4 pixels
+    assert len(texts) == len(swatches) == 17
+    assert np.array_equal(swatches[:-1], colors[19:3:-1] / 255)
+    assert segment.legend(np.full((2, 2), 149, dtype=np.uint8), model)[0] == ["class 7 100.0%"]
+
+
 def test_errors_name_the_flag(trained, tmp_path):
     images = [tmp_path / folder / "same.png" for folder in ("a", "b")]
     for image in images:

@@ -94,3 +94,9 @@ def test_the_other_processes_wait_for_a_download_as_long_as_it_takes(monkeypatch
     monkeypatch.setattr(model_zoo, "fetch", lambda name: tmp_path / "m.pth")
     loading.read("mae_pretrain_vit_base")
     assert calls == [tmp_path / "m.pth"]
+
+
+def test_the_name_of_a_folder_does_not_make_a_classifier_a_linear_probe():
+    published = "vit-base-p16_mae-300e-pre_8xb2048-linear-coslr-90e_in1k"
+    assert model_zoo.row_settings(published)["probe"] == "linear"
+    assert "probe" not in model_zoo.row_settings("of-linear-runs/mae_finetuned_vit_base.pth")

@@ -142,8 +142,10 @@ class Trials:
             most = min(round(trial.size.labels * (1 - VAL_FRACTION)), trial.size.labels - 1)
             numbers = self.scripts[KNN].settings(self.settings(trial)).evaluation.k
             ks = [k for k in numbers if k <= most] or [1]
-            scores = self._run(choices, trial, held_out | {"k": ks})[0] if len(ks) > 1 else {}
-            return {"k": self._best({k: scores.get(f"{self.metric}_k{k}", 0) for k in ks})}
+            if len(ks) == 1:
+                return {"k": ks[0]}
+            scores = self._run(choices, trial, held_out | {"k": ks})[0]
+            return {"k": self._best({k: scores[f"{self.metric}_k{k}"] for k in ks})}
         rates: Any = self.run.optim.blr  # the flag takes several
         if trial.protocol != FINETUNE or not rates:
             return {}  # a probe trains a head for each rate

@@ -50,8 +50,8 @@ def open_source(
             zip file of either; with a list, the folder of its relative paths; with a dataset of torchvision, the folder
             with its files. `train_list` and `val_list`: lists of image files. `dataset`: a dataset of torchvision,
             hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS (`num_images` replaces counting them), or py:MODULE:FUNCTION.
-        split: "train", "val", or the name of another split. A folder or archive without splits is for training. With
-            `val_list`, it is an error, because the list may name some of its images.
+        split: "train", "val", or the name of another split. A folder or archive without splits is for training; with
+            `val_list`, it is refused, because the list may name some of its images.
         task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
             not read.
         label_columns: the columns of the list with the labels.

@@ -35,7 +35,7 @@ def names_of(*kinds: type[Values]) -> list[str]:
 
 
 def names_with(*values: str) -> list[str]:
-    """Lists the settings that have one of these"""
+    """Lists the settings that have one of these roles."""
     return [one.name for kind in SPECS for one in fields(kind) if (one.metadata["role"] or kind.role) in values]
 
 

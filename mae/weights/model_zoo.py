@@ -53,7 +53,7 @@ def row_settings(source: str) -> dict[str, Any]:
     row = row_of(source)
     if not row:
         return {}
-    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in source else {}
+    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in Path(source).name else {}
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 
