@@ -15,7 +15,7 @@ from test_decode import saved
 from mae.data import jpeg, transforms
 from mae.data.decode import decode
 from mae.data.generators import seed_generators
-from mae.data.pixels import BadImage, to_tensor
+from mae.data.pixels import MAX_PIXELS, BadImage, to_tensor
 
 
 def photographs() -> list[Image.Image]:
@@ -49,8 +49,8 @@ def decoder(request, monkeypatch):
 def test_decoding_equals_pillows(options):
     for picture in photographs():
         data = encoded(picture, **options)
+        assert jpeg.decode_rgb(data, MAX_PIXELS) is not None  # Pillow would only be slower
         fast = decode(data, 3, fast_jpeg=True)
-        assert isinstance(fast, torch.Tensor)
         assert np.array_equal(fast.numpy(), pixels(decode(data, 3)))
 
 

@@ -59,7 +59,11 @@ def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:
         header = Image.open(io.BytesIO(data), formats=("JPEG",))
         if header.mode != "RGB" or header.width * header.height > max_pixels:
             return None
-        # torchcodec would apply the orientation; as a comment, it has no effect.
-        return decoder()(_EXIF.sub(_COMMENT, data))
-    except Exception:  # Pillow reads the file or reports the error
+    except Exception:  # Pillow reports the error of the header
+        return None
+    # torchcodec would apply the orientation; as a comment, it has no effect.
+    plain = torch.frombuffer(bytearray(_EXIF.sub(_COMMENT, data)), dtype=torch.uint8)
+    try:
+        return decoder()(plain)
+    except RuntimeError:  # Pillow reads the file or reports the error
         return None
