@@ -126,9 +126,9 @@ def test_the_rows_of_the_readme_are_those_of_the_model_zoo():
     ("NVIDIA H100", "ViT-B, 512", "nvidia_h100/gpu_check", "base"),
     ("NVIDIA H100", "ViT-L, 512", "nvidia_h100/gpu_check", "large"),
     ("NVIDIA H100", "ViT-H, 128", "nvidia_h100/gpu_check", "huge"),
-    ("NVIDIA H200", "ViT-B, 512", "nvidia_h200/pretrain_base_patch16_bf16_cuda", None),
-    ("NVIDIA H200", "ViT-L, 256", "nvidia_h200/pretrain_large_patch16_bf16_cuda", None),
-    ("NVIDIA H200", "ViT-H, 128", "nvidia_h200/pretrain_huge_patch14_bf16_cuda", None),
+    ("NVIDIA H200", "ViT-B, 512", "nvidia_h200/gpu_check", "base"),
+    ("NVIDIA H200", "ViT-L, 512", "nvidia_h200/gpu_check", "large"),
+    ("NVIDIA H200", "ViT-H, 128", "nvidia_h200/gpu_check", "huge"),
 ])  # fmt: skip
 def test_the_speed_of_pretraining(machine, model, file, step):
     found = json.loads(text(f"benchmarks/results/{file}.json"))
@@ -136,6 +136,16 @@ def test_the_speed_of_pretraining(machine, model, file, step):
     ways = ("transformers eager", "plain eager", "plain compiled", "ours eager", "ours compiled")
     expected = [f"{rates[way]:,.0f}" if rates[way] > 100 else f"{rates[way]:.2f}" for way in ways if way in rates]
     assert [cell for cell in row("benchmarks/README.md", f"{machine} | {model}")[1:] if cell] == expected
+
+
+def test_the_speed_of_a_run_with_jpeg_files_on_a_gpu():
+    steps = json.loads(text("benchmarks/results/nvidia_h200/gpu_check.json"))["steps"]
+    epoch, decoded = steps["whole"]["second_epoch"], steps["loader"]["images_per_second"]["--fast_jpeg, 16 workers"]
+    page = " ".join(text("benchmarks/README.md").split())
+    assert f"pre-trains ViT-B at {epoch['images_per_s']:,.0f} images/s" in page
+    assert f"cores decode {decoded:,.0f} images/s, and the GPU waits for data during {epoch['data_wait']:.0%}" in (
+        page.replace(" %", "%")
+    )
 
 
 def test_pretraining_is_above_every_baseline_of_the_study():
