@@ -123,7 +123,7 @@ def main(
     built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_online_probe(run, data, full_images.source, model, precision)
+    probe = open_online_probe(run, data, full_images, mask_ratio, model, precision)
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
@@ -152,14 +152,15 @@ def start_from_file(run: Run) -> "tuple[Run, Weights | None]":
 
 
 def open_online_probe(
-    run: Run, data: RunData, source: Source | Stream, model: models_mae.MaskedAutoencoderViT, precision: Precision
-) -> Any:
+    run: Run, data: RunData, images: Samples, mask_ratio: float, model: models_mae.MaskedAutoencoderViT,
+    precision: Precision,
+) -> Any:  # fmt: skip
     """Opens the data of --probe_every. Returns an `online_probe.OnlineProbe`, or None without the flag."""
     if not (run.evaluation.probe_every or run.evaluation.probe_path):
         return None
     from mae.training import online_probe
 
-    return online_probe.open_probe(run, data, source, model, precision)
+    return online_probe.open_probe(run, data, images, mask_ratio, model, precision)
 
 
 def build_model(

@@ -11,10 +11,11 @@ from mains import assert_equal, assert_same_run, call, in_processes, lines, open
 from PIL import Image
 
 import main_knn
+from mae.data.generators import seed_generators
 from mae.inference import get_model
-from mae.training.online_probe import effective_rank
+from mae.training.online_probe import effective_rank, uniformity
 
-NAMES = ("test_knn_acc1", "test_effective_rank")
+NAMES = ("test_knn_acc1", "test_loss", "test_effective_rank", "test_uniformity")
 
 
 @pytest.mark.slow
@@ -46,6 +47,29 @@ def test_the_rank_is_that_of_the_features(pretrain, labelled):
     assert effective_rank(torch.ones(7, 3)) == pytest.approx(1, rel=1e-4)
 
 
+def test_the_loss_is_that_of_held_out_images_with_fixed_masks(pretrain, labelled):
+    """The masks of an image are the same in each epoch: its noise is the first random number of (seed, 0, image)."""
+    run = pretrain(data_path=labelled, probe_every=1, probe_path=labelled, epochs=2, seed=3, save_every=1)
+    held_out = open_source("val", str(labelled))
+    for epoch in (0, 1):
+        model = get_model(run / f"checkpoint-{epoch}.pth")
+        losses = []
+        for number in range(len(held_out)):
+            seed_generators(3, 0, number)
+            noise = torch.rand(1, model.num_patches)
+            imgs = model.normalize(model.transform(Image.open(held_out.name(number)))[None])
+            losses.append(model(imgs, 0.75, noise=noise)[0].item())
+        assert lines(run)[epoch]["test_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_uniformity_is_the_mean_squared_cosine():
+    features = torch.randn(50, 6)
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2)
+    assert uniformity(features) == pytest.approx(cosines.square().mean().item(), rel=1e-5)
+    assert uniformity(torch.ones(7, 3)) == pytest.approx(1)
+    assert uniformity(torch.eye(5)) == pytest.approx(1 / 5)
+
+
 def test_the_images_of_the_run_are_the_default(pretrain, labelled, tmp_path):
     """Five of 48 labelled images are classified by the others. Images without labels have a rank only."""
     score = lines(pretrain("labelled", data_path=labelled, probe_every=2, cache_images=True))[1]["test_knn_acc1"]
@@ -54,7 +78,7 @@ def test_the_images_of_the_run_are_the_default(pretrain, labelled, tmp_path):
     for file in labelled.glob("train/*/*.png"):
         (tmp_path / "flat" / file.name).symlink_to(file)
     found = lines(pretrain("unlabelled", data_path=tmp_path / "flat", probe_every=2))[1]
-    assert "test_effective_rank" in found
+    assert {"test_loss", "test_effective_rank"} <= found.keys()
     assert "test_knn_acc1" not in found
 
 

@@ -61,11 +61,11 @@ class EvaluationSpec(Values, group="evaluation", role=TRAINING):
     vis_every: int = setting(20, count, resumed=FREE, metavar="N",
         help="log reconstructions to TensorBoard every N epochs; 0: never")
     probe_every: int = setting(0, count, resumed=FREE, metavar="N",
-        help="every N epochs, log the k-NN accuracy and the effective rank (RankMe) of the class token of unmasked "
-        "images; the training stays the same; 0: never")
+        help="every N epochs, log the loss of held-out images with fixed masks, and the k-NN accuracy, the effective "
+        "rank (RankMe) and the uniformity of the class token of unmasked images; the training stays the same; 0: never")
     probe_path: str | None = setting(None, resumed=FREE, metavar="PATH",
-        help="labelled dataset of --probe_every, with class folders in train/ and val/ (default: the training "
-        "images, of which a tenth is classified by the others)")
+        help="labelled dataset of --probe_every, with class folders in train/ and val/; val/ is held out (default: the "
+        "training images, of which a tenth is classified by the others)")
     report: str | None = setting(None, resumed=FREE, metavar="DIR",
         help="folder for the scores per class and the confusion matrix (CSV and picture)")
     eval: bool = setting(False, role=MACHINE, action="store_true",

@@ -1,4 +1,4 @@
-"""The features of an encoder while it is pre-trained: k-NN accuracy and effective rank (--probe_every)."""
+"""An autoencoder while it is trained (--probe_every): the loss of held-out images, and scores of the encoder."""
 
 import logging
 import time
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from mae import parallel
-from mae.data import extras, labels
+from mae.data import extras, labels, loader
+from mae.data.batches import prefetch
 from mae.data.run_data import RunData
-from mae.data.source import Source, Stream, is_stream
+from mae.data.samples import Samples
+from mae.data.source import Source, is_stream
 from mae.evaluate import knn
 from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
@@ -29,16 +31,19 @@ HELD_OUT = 0.1  # of the training images, without --probe_path
 class OnlineProbe:
     """Evaluates an autoencoder during its training, and leaves the training as it is.
 
-    The features are the class token after the last norm, as in main_knn.py. With `path`, the training images of that
-    dataset classify its validation images. Without `path`, the training images of the run classify HELD_OUT of them;
-    if they have no labels, there is no accuracy.
+    With `path`, the images of its validation set are held out. Without `path`, HELD_OUT of the training images are; the
+    model is trained on them, too. Their masks depend on the seed and on the number of the image only.
+
+    The features are the class token after the last norm, as in main_knn.py. The training images of `path`, or the other
+    images of the run, classify those that are held out. If they have no labels, there is no accuracy.
 
     Args:
         data: how the images of the run are read.
-        source: the training images of the run.
+        images: the whole training images of the run, and how they are masked.
+        mask_ratio: fraction of masked patches.
         path: a dataset with class folders in train/ and val/.
         batch_size: images in a batch, per process.
-        precision: precision of the features.
+        precision: precision of the run.
 
     Raises:
         ValueError: the dataset of `path` can't be opened, or there is no `path` and the images are streamed.
@@ -46,7 +51,7 @@ class OnlineProbe:
     """
 
     def __init__(
-        self, data: RunData, source: Source | Stream, path: str | None, batch_size: int, precision: Precision
+        self, data: RunData, images: Samples, mask_ratio: float, path: str | None, batch_size: int, precision: Precision
     ) -> None:
         if path:
             settings = {**data.data.record(), **dict.fromkeys(DATASETS), "extras": None, "data_path": path}
@@ -55,50 +60,81 @@ class OnlineProbe:
                 train, val, _ = data.open_pair()
             except ValueError as error:  # it names settings of a run
                 raise ValueError(f"probe_path={path}: {error}") from error
-        elif is_stream(source):
+        elif is_stream(images.source):
             raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
-            train, val = labels.hold_out(source, HELD_OUT, data.data.seed, "`probe_every`")
+            train, val = labels.hold_out(images.source, HELD_OUT, data.data.seed, "`probe_every`")
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
         if not self.is_labelled:
-            logger.info("`probe_every`: the images have no labels, so there is an effective rank and no accuracy")
-        self.encode = partial(_encode, data=data, batch_size=batch_size, precision=precision.of_evaluation())
-        self.device = precision.device
+            logger.info("`probe_every`: the images have no labels, so there is no accuracy")
+        self.data, self.batch_size, self.precision = data, batch_size, precision.of_evaluation()
+        self.masked = data.samples(self.val, images.transform, "skip", images.draw_noise)
+        self.mask_ratio = mask_ratio
 
     def _some(self, source: Source, data: RunData) -> Source:
         order = np.random.default_rng(data.data.seed).permutation(len(source))[:MAX_IMAGES]
         return data.readable(labels.Subset(source, np.sort(order)))
 
     def scores(self, model: Any) -> dict[str, float]:
-        """Returns the entries of log.txt: test_knn_acc1 in percent if there are labels, and test_effective_rank.
+        """Returns the entries of log.txt.
+
+        test_loss is the loss of the images that are held out. The others are of the class tokens: test_knn_acc1 in
+        percent if there are labels, test_effective_rank, and test_uniformity.
 
         All processes call it. The model is in evaluation mode afterwards.
         """
         start = time.perf_counter()
         encode = partial(self.encode, model.eval())
         bank = feature_files.extract(encode, self.train)
-        scores = {"test_effective_rank": effective_rank(torch.cat(parallel.gather(bank[0])))}
+        features = torch.cat(parallel.gather(bank[0]))
+        scores = {
+            "test_loss": self.loss(model), "test_effective_rank": effective_rank(features),
+            "test_uniformity": uniformity(features),
+        }  # fmt: skip
         if self.is_labelled:
             k = min(NEIGHBORS, len(self.train))
             (right,) = knn.classify(
                 *bank, *feature_files.extract(encode, self.val), ks=[k], temperatures=[TEMPERATURE],
-                num_classes=self.num_classes, device=self.device,
+                num_classes=self.num_classes, device=self.precision.device,
             ).values()  # fmt: skip
             scores = {"test_knn_acc1": 100 * sum(right) / len(self.val), **scores}
             logger.info(f"* {k}-NN Acc@1 {scores['test_knn_acc1']:.3f}")
         logger.info(
-            f"* effective rank {scores['test_effective_rank']:.1f} of {bank[0].shape[1]} "
-            f"(probe: {time.perf_counter() - start:.1f} s)"
+            f"* loss of {len(self.val):,} held-out images {scores['test_loss']:.4f}, effective rank "
+            f"{scores['test_effective_rank']:.1f} of {features.shape[1]} (probe: {time.perf_counter() - start:.1f} s)"
         )
         return scores
 
+    @torch.no_grad()
+    def loss(self, model: Any) -> float:
+        """Returns the mean loss of the images that are held out, with the same masks at each call."""
+        data, total = self.data, 0.0
+        batches = loader.eval_loader(self.masked, self.batch_size, data.data.num_workers, data.pin_memory)
+        for batch in prefetch(batches, self.precision.device):
+            with self.precision.autocast():
+                found = model(batch.normalized(data.normalize), self.mask_ratio, noise=batch.noise, **batch.context)[0]
+            terms = found.values() if isinstance(found, dict) else [found]
+            total += len(batch.images) * float(sum(terms))
+        return sum(parallel.gather(total)) / len(self.val)
+
+    def encode(self, model: Any, source: Source) -> Any:
+        """Yields the class tokens of the images of a source, without masks, as `feature_files.encode`."""
+
+        def forward(images: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
+            return model.class_features(model.get_intermediate_layers(images, **extras)[0])
+
+        batches = self.data.eval_batches(source, self.batch_size)
+        return feature_files.encode(
+            padded(forward, model), batches, normalize=self.data.normalize, precision=self.precision
+        )
+
 
 def open_probe(
-    run: Run, data: RunData, source: Source | Stream, model: nn.Module, precision: Precision
+    run: Run, data: RunData, images: Samples, mask_ratio: float, model: nn.Module, precision: Precision
 ) -> OnlineProbe | None:
-    """Opens the data of `probe_every`; returns None if it is 0.
+    """Opens the data of `probe_every`; returns None if it is 0. `images` are as in `OnlineProbe`.
 
     Raises:
         ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
@@ -113,17 +149,9 @@ def open_probe(
             f"probe_every={every}: `fsdp` shards the weights; omit one of them, and evaluate checkpoints with "
             f"main_knn.py"
         )
-    probe = OnlineProbe(data, source, path, run.optim.batch_size, precision)
+    probe = OnlineProbe(data, images, mask_ratio, path, run.optim.batch_size, precision)
     extras.require_fitting(model, probe.train, probe.val)
     return probe
-
-
-def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, precision: Precision) -> Any:
-    def forward(images: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
-        return model.class_features(model.get_intermediate_layers(images, **extras)[0])
-
-    batches = data.eval_batches(source, batch_size)
-    return feature_files.encode(padded(forward, model), batches, normalize=data.normalize, precision=precision)
 
 
 def effective_rank(features: torch.Tensor) -> float:
@@ -136,3 +164,12 @@ def effective_rank(features: torch.Tensor) -> float:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = singular / singular.sum() + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def uniformity(features: torch.Tensor) -> float:
+    """The mean squared cosine over all pairs of features (n, D): 1 if all are parallel, at least 1 / D.
+
+    Zhang et al. 2022 (arXiv 2210.08344, equation 12) train a masked autoencoder to lower it.
+    """
+    normed = nn.functional.normalize(features.double(), dim=1)
+    return float((normed.T @ normed).square().mean() * (features.shape[1] / len(features)) ** 2)
