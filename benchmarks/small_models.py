@@ -20,7 +20,11 @@ from benchmarks import machine, scripts, timing
 from mae.cli import entry_point
 from mae.training import log
 
-WAYS: dict[str, list[str]] = {"pre-training": [], "pre-training, compiled": ["--compile"]}
+WAYS: dict[str, list[str]] = {
+    "pre-training": [],
+    "pre-training, compiled": ["--compile"],
+    "pre-training, Muon": ["--optimizer", "examples.muon:muon_and_adamw"],
+}
 
 
 def measure(flags: list[str]) -> float:

@@ -12,18 +12,21 @@ import torch
 import transformers
 from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from torch import nn
+from torch.optim import Muon
 
 import mae.build
 import main_finetune
 import main_knn
 from examples.colored_masks import ColoredMasks
+from examples.complementary_masks import ComplementaryMasks
 from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
 from examples.dinov3_blocks import RotaryEncoder
 from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
-from examples.muon import muon_and_adamw
+from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from examples.two_crops import TwoCrops
+from examples.uniformity import Uniformity
 from mae.checkpoints import checkpoint
 from mae.inference import get_model
 from mae.user_code import import_object
@@ -44,10 +47,12 @@ def teacher(tmp_path_factory):
 
 
 CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
+           "complementary_masks:ComplementaryMasks": {"model_args": "consistency=0.5"},
            "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5"}, "hog_target:HOGTarget": {},
            "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
            "random_projection:RandomProjection": {"model_args": "width=16"},
            "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
+           "uniformity:Uniformity": {"model_args": "weight=0.1"},
            "wide_decoder:WideDecoder": {"model_args": "width=64"}}  # fmt: skip
 
 
@@ -106,6 +111,35 @@ def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     latent = torch.randn(3, 5, 32).repeat_interleave(2, dim=0)
     unrelated = torch.randn(6, 5, 32)
     assert model.contrast(latent) < model.contrast(unrelated)
+
+
+def test_complementary_masks_show_each_patch_once():
+    model = ComplementaryMasks(**SMALL).train()
+    imgs, noise = torch.rand(3, 3, 16, 16), torch.rand(3, 16)
+    terms, pred, mask = model(imgs, 0.75, noise=noise)
+    visible = 1 - mask.view(4, 3, 16)
+    assert torch.equal(visible.sum(dim=0), torch.ones(3, 16))
+    assert torch.equal(visible.sum(dim=2), torch.full((4, 3), 4.0))
+    plain = MaskedAutoencoderViT(**SMALL)
+    plain.load_state_dict(model.state_dict())
+    losses = [plain(imgs, mask=part)[0] for part in mask.view(4, 3, 16)]
+    torch.testing.assert_close(terms["pixels"], torch.stack(losses).mean())
+    torch.testing.assert_close(model.eval()(imgs, 0.75, noise=noise)[0], plain(imgs, 0.75, noise=noise)[0])
+    pred = pred.view(4, 3, 16, -1)
+    pairs = [(pred[k] - pred[k - 1]).abs().mean(2)[(visible[k] + visible[k - 1]) == 0] for k in range(4)]
+    torch.testing.assert_close(terms["consistency"], torch.cat(pairs).mean())
+    with pytest.raises(ValueError, match="complementary masks"):
+        model.train()(imgs, 0.5)
+
+
+def test_the_uniformity_is_one_for_equal_class_tokens():
+    model = Uniformity(**SMALL, weight=2.0).train()
+    imgs = torch.rand(1, 3, 16, 16).expand(4, -1, -1, -1)
+    noise = torch.rand(1, 16).expand(4, -1)
+    assert model(imgs, noise=noise)[0]["uniformity"].item() == pytest.approx(2)
+    latent = torch.zeros(4, 5, 32)
+    latent[:, 0, :4] = torch.eye(4)
+    assert model.uniformity(latent).item() == pytest.approx(1 / 4)
 
 
 def test_attention_of_the_decoder_is_local():
@@ -197,6 +231,36 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert {id(p) for p in muon["params"]} == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
     assert len(muon["params"]) + len(adamw["params"]) == len([*model.parameters()])
     assert (muon["weight_decay"], muon["lr_scale"], adamw["lr_scale"]) == (0.05, 0.5, 0.5)
+
+
+def test_muon_updates_as_that_of_pytorch():
+    """PyTorch iterates in bf16, so its updates are equal up to that rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(48, 16), (16, 16), (16, 64), (64, 16), (48, 16)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.5}
+    optimizers = BatchedMuon(ours, **options), Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, old in zip(ours, theirs, start, strict=True):
+        assert (one - other).norm() < 0.02 * (other - old).norm()
+    torch.testing.assert_close(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+
+
+def test_matrices_are_orthogonalized_as_by_newton_schulz_iterations():
+    scales = torch.logspace(0, -3, 24)
+    for shape in ((3, 16, 24), (3, 24, 16), (1, 24, 24)):
+        matrices = torch.randn(shape) * scales[: shape[2]]
+        x = matrices.double() / matrices.norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(orthogonalized(matrices).double(), x, rtol=0, atol=1e-3)
 
 
 OPTIMIZERS = """
