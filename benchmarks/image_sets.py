@@ -1,4 +1,4 @@
-"""Images of scikit-learn and scikit-image: digits of 8 x 8 pixels, squares of photographs, and JPEG files of them."""
+"""Datasets that commands write: digits of 8 x 8 pixels, squares of photographs, JPEG files of them, and letters."""
 
 import itertools
 import random
@@ -10,6 +10,7 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image
 
+from benchmarks import letters
 from benchmarks.scripts import ROOT
 from mae.files import atomic
 
@@ -82,7 +83,7 @@ def write_photographs(folder: Path) -> None:
                 square.save(out / f"{number:03}.png")
 
 
-WRITERS = {"digits": write_digits, "photographs": write_photographs}
+WRITERS = {"digits": write_digits, "photographs": write_photographs, "letters": letters.write}
 
 
 def images_of(name: str) -> Path:

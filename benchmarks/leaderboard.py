@@ -1,19 +1,22 @@
 """Pre-training for a fixed time on two CPU cores: which methods help. LEADERBOARD.md has the rules and the table.
 
     python demo/unpack_data.py
-    python benchmarks/leaderboard.py baseline muon                # five minutes of pre-training each, held-out images
-    python benchmarks/leaderboard.py muon --seed 1 --test         # a different seed, test images
-    python benchmarks/leaderboard.py muon --photographs --test    # squares of photographs, 96 x 96 pixels
+    python benchmarks/leaderboard.py baseline muon                     # five minutes of pre-training each
+    python benchmarks/leaderboard.py baseline muon --seeds 0 1 2       # alternating, as a comparison needs
+    python benchmarks/leaderboard.py muon --images letters --test      # other images; evaluated on test images, too
 
 An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs. If the
 speed of the run differs by more than a tenth, it is repeated, once, with the number of epochs that fit at this speed. A
 run of more than half an hour is not repeated: its row has the minutes.
 The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
+The accuracy of a linear probe, and what --probe_every measures without labels, stand beside it.
 Each entry appends a row to leaderboard.jsonl, and writes the table. The command says whether the score agrees with the
-earlier rows of the same entry and machine: whether it is in the 95 % prediction interval of their scores.
+earlier rows of the same entry and machine: whether it is in the 95 % prediction interval of their scores. records.py
+compares two entries.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -42,18 +45,44 @@ from mae.training import log
 from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
-MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"
 SAME = ("entry", "budget", "images", "kind", "evaluated on", "machine")  # of rows that are repetitions
 PROCESSES = 2  # of one thread each
 BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
+NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
+MUON = {"optimizer": "examples.muon:muon_and_adamw"}
+UNIFORMITY = {"model_class": "examples.uniformity:Uniformity"}
+COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
     "demo": DEMO,
     "demo with patches of 4": {**DEMO, "patch_size": 4},
-    "demo with muon": {**DEMO, "optimizer": "examples.muon:muon_and_adamw"},
-    "demo with normalized pixels": {**DEMO, "norm_pix_loss": True},
-    "demo with normalized pixels, muon": {**DEMO, "norm_pix_loss": True, "optimizer": "examples.muon:muon_and_adamw"},
+    "demo with muon": {**DEMO, **MUON},
+    "demo with normalized pixels": NORMALIZED,
+    "demo with normalized pixels, muon": {**NORMALIZED, **MUON},
+    "demo with normalized pixels, uniformity": {**NORMALIZED, **UNIFORMITY},
+    "demo with normalized pixels, uniformity .03": {**NORMALIZED, **UNIFORMITY, "model_args": ["weight=.03"]},
+    "demo with normalized pixels, uniformity .1": {**NORMALIZED, **UNIFORMITY, "model_args": ["weight=.1"]},
+    "demo with normalized pixels, uniformity of patches": {
+        **NORMALIZED,
+        **UNIFORMITY,
+        "model_args": ["tokens=patches"],
+    },
+    "demo with normalized pixels, muon, uniformity": {**NORMALIZED, **MUON, **UNIFORMITY},
+    "demo with normalized pixels, muon, uniformity .03": {
+        **NORMALIZED,
+        **MUON,
+        **UNIFORMITY,
+        "model_args": ["weight=.03"],
+    },
+    "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
+    "demo with normalized pixels, complementary masks without consistency": {
+        **NORMALIZED,
+        **COMPLEMENTARY,
+        "batch_size": 32,
+        "model_args": ["consistency=0"],
+    },
+    "demo with normalized pixels, weight decay .2": {**NORMALIZED, "weight_decay": 0.2},
     "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},
     "128 images per update": {"batch_size": 64, "lr": 2e-3},
     "decoder of 2 blocks": {"decoder_depth": 2},
@@ -63,8 +92,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "green masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=green"]},
     "blue masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=blue"]},
     "red masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=red"]},
-    "muon": {"optimizer": "examples.muon:muon_and_adamw"},
-    "muon, 128 images per update": {"optimizer": "examples.muon:muon_and_adamw", "batch_size": 64, "lr": 2e-3},
+    "muon": MUON,
+    "muon, 128 images per update": {**MUON, "batch_size": 64, "lr": 2e-3},
     "rotary": {"encoder": "examples.dinov3_blocks:RotaryEncoder", "num_cls_tokens": 5},
     "normalized pixels": {"norm_pix_loss": True},
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
@@ -72,24 +101,32 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }
+SCORED = ("500 labels", "k-NN")
+UNLABELLED = ("test_loss", "test_effective_rank", "test_uniformity")  # of the last epoch, on the test images
 MEANS = {
-    "500 labels": ".2f", "k-NN": ".2f", "minutes": ".2f", "epochs": ".0f", "updates": ",.0f", "TMACs": ".1f",
-    "images/s": ",.0f",
+    "500 labels": ".2f", "k-NN": ".2f", "linear": ".2f", "minutes": ".2f", "epochs": ".0f", "updates": ",.0f",
+    "TMACs": ".1f", "images/s": ",.0f",
 }  # fmt: skip
 FINETUNE = {
     "model": "vit_mini_patch4", "aa": "none", "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random",
     "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30,
     "save_every": 1000, "lr": 1e-3,
 }  # fmt: skip
+LINPROBE = {
+    "model": "vit_mini_patch4", "cache_features": True, "num_workers": 0, "batch_size": 256, "blr": [3, 10, 30],
+    "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
+}  # fmt: skip
 LABELS = 500
 TOLERANCE = 0.1  # of the minutes; a run that exceeds it is repeated once
 REPEATED = 30  # minutes; longer runs are not repeated
-PHOTOGRAPHS = {
-    "input_size": SIDE,
-    "patch_size": 12,
-    "in_chans": 3,
-    "mean": IMAGENET_MEAN,
-    "std": IMAGENET_STD,
+FASHION_MNIST = "fashion_mnist"
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # of images: their name in the table, and their flags
+    FASHION_MNIST: ("images of Fashion-MNIST", {}),
+    "photographs": (
+        "squares of photographs",
+        {"input_size": SIDE, "patch_size": 12, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    ),
+    "letters": ("letters", {"mean": [0.081], "std": [0.249]}),
 }
 
 
@@ -118,7 +155,7 @@ def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
 
 
 def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
-    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, and of 20 nearest neighbors."""
+    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
     shared = ("data_path", "train_list", "val_list", "encoder")
     own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
     classes = sum(1 for _ in (scripts.ROOT / flags["data_path"] / "train").iterdir())
@@ -128,28 +165,31 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
         drawn = {"train_per_class": LABELS // classes, "seed": 10 * seed + draw, "output_dir": run_directory}
         scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **drawn}), threads=2)
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
+    scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
+    linear = log.read(out / "linear")[-1]["test_acc1"]
     own |= {"model": "vit_mini_patch4", "k": [20], "num_workers": 0}
     (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
-    return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2)}
+    return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2), "linear": round(linear, 2)}
 
 
-def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
+def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
-    method = {**BASE, **ENTRIES[name], **(PHOTOGRAPHS if args.photographs else {})}
-    data = args.data_path or (images_of("photographs") if args.photographs else scripts.DATA)
-    flags = {**method, "data_path": data, "seed": args.seed}
+    kind, own = KINDS[args.images]
+    method = {**BASE, **ENTRIES[name], **own}
+    data = args.data_path or (scripts.DATA if args.images == FASHION_MNIST else images_of(args.images))
+    flags = {**method, "data_path": data, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         _, *lines = pretrain(flags, Path(folder) / "speed", 6)  # the first epoch is slower
         for out in (Path(folder) / "run", Path(folder) / "run_again"):
             epochs = max(2, round(60 * args.minutes / statistics.median(line["seconds"] for line in lines)))
-            lines = pretrain(flags, out, epochs)
+            lines = pretrain({**flags, "probe_every": epochs, "probe_path": data}, out, epochs)
             seconds = epochs * statistics.median(line["seconds"] for line in lines)
             if abs(seconds / 60 / args.minutes - 1) < TOLERANCE or args.minutes > REPEATED:
                 break
         file = out / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
         sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
         scores = {
-            evaluated: accuracies(file, {**flags, **lists}, args.seed, Path(folder) / evaluated)
+            evaluated: accuracies(file, {**flags, **lists}, seed, Path(folder) / evaluated)
             for evaluated, lists in sets.items()
         }
     rate = statistics.median(line["images_per_s"] for line in lines)
@@ -163,12 +203,15 @@ def run(name: str, args: argparse.Namespace, version: str | None) -> list[dict[s
         "machine": machine.processor(), "commit": version, "date": date.today().isoformat(),
         "command": " ".join(command(method)),
     }  # fmt: skip
-    kind = "squares of photographs" if args.photographs else "images of Fashion-MNIST"
-    entry = {"entry": name, "seed": args.seed, "budget": args.minutes, "images": images, "kind": kind}
+    entry = {"entry": name, "seed": seed, "budget": args.minutes, "images": images, "kind": kind}
+    unlabelled = {measure: float(f"{lines[-1][measure]:.5g}") for measure in UNLABELLED}
     return [
-        {**entry, "evaluated on": evaluated, **found, "score": round(statistics.fmean(found.values()), 2), **shared}
+        {
+            **entry, "evaluated on": evaluated, **found,
+            "score": round(statistics.fmean(found[name] for name in SCORED), 2), **unlabelled, **shared,
+        }
         for evaluated, found in scores.items()
-    ]
+    ]  # fmt: skip
 
 
 def table() -> str:
@@ -191,7 +234,10 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the cells of an entry, with the standard deviation of its scores."""
     scores = [row["score"] for row in rows]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    means = [f"{statistics.fmean(row[name] for row in rows):{form}}" for name, form in MEANS.items()]
+    means = []
+    for name, form in MEANS.items():
+        values = [row[name] for row in rows if name in row]  # the first rows have no linear probe
+        means.append(f"{statistics.fmean(values):{form}}" if values else "")
     seeds = " ".join(str(row["seed"]) for row in rows)
     last = [rows[-1][name] for name in ("machine", "commit", "date")]
     return [rows[0]["entry"], seeds, f"{statistics.fmean(scores):.2f}{spread}", *means, *last]
@@ -214,17 +260,22 @@ def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {place}"
 
 
+def write_table(command: str, text: str) -> None:
+    """Replaces the table of a command in the page."""
+    page, marker = PAGE.read_text(), f"<!-- {command} -->\n"
+    start = page.index(marker) + len(marker)
+    atomic.write_text(PAGE, f"{page[:start]}{text}\n{page[page.index('<!-- end -->', start) :]}")
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs entries, appends their rows, and compares them with earlier rows."""
     version = commit()  # before the first row changes a file
-    for name in args.entries:
+    for seed, name in itertools.product(args.seeds, args.entries):
         earlier = [json.loads(line) for line in ROWS.read_text().splitlines()]
-        rows = run(name, args, version)
+        rows = run(name, seed, args, version)
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        text = PAGE.read_text()
-        before, after = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
-        atomic.write_text(PAGE, text[:before] + table() + "\n" + text[after:])
+        write_table("python benchmarks/leaderboard.py", table())
         print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)
 
 
@@ -233,10 +284,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Pre-trains entries of the leaderboard for a fixed time, and evaluates them.")
     parser.add_argument("entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=", ".join(ENTRIES))
     parser.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
-    parser.add_argument("--seed", default=0, type=int, metavar="S", help="seed of pre-training and draws")
+    parser.add_argument("--seeds", nargs="+", default=[0], type=int, metavar="S", help="of pre-training and draws; the "
+                        "entries alternate")  # fmt: skip
     parser.add_argument("--test", action="store_true", help="evaluate on the test images too, once per entry")
-    parser.add_argument("--photographs", action="store_true", help="squares of photographs, 96 x 96 pixels")
-    parser.add_argument("--data_path", type=Path, metavar="DIR", help="images (default: of demo/unpack_data.py)")
+    parser.add_argument("--images", choices=KINDS, default=FASHION_MNIST, help="letters need benchmarks/letters.py")
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help="images of this kind (default: those of the "
+                        "repository, or written to runs/small_data)")  # fmt: skip
     return parser
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import leaderboard, model_table
+from benchmarks import leaderboard, model_table, records
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
     "python benchmarks/leaderboard.py": leaderboard.table,
+    "python benchmarks/records.py": records.table,
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
 

@@ -13,7 +13,17 @@ from test_attention import saved_bytes
 
 import models_mae
 import models_vit
-from benchmarks import evaluation, image_sets, input_pipeline, leaderboard, model_table, peers, train_step
+from benchmarks import (
+    evaluation,
+    image_sets,
+    input_pipeline,
+    leaderboard,
+    letters,
+    model_table,
+    peers,
+    records,
+    train_step,
+)
 from models_vit import SIZES
 
 
@@ -133,3 +143,55 @@ def test_a_repeated_run_is_compared_with_the_earlier_rows_of_its_entry_and_machi
     assert "within" in leaderboard.agreement({**row, "score": 80.2}, rows)
     assert "OUTSIDE" in leaderboard.agreement({**row, "score": 81.0}, rows)
     assert "within" not in leaderboard.agreement({**row, "machine": "B", "score": 60.0}, rows)
+
+
+def test_a_record_needs_a_gain_that_is_not_chance():
+    """Scores with the same mean are a record in one of a hundred tests."""
+    draw = np.random.default_rng(0)
+    chances = [records.compare(list(draw.normal(80, 0.3, 3)), list(draw.normal(80, 0.3, 3)))[3] for _ in range(3000)]
+    assert np.mean(np.array(chances) < records.LEVEL) == pytest.approx(0.01, abs=0.006)
+    difference, low, high, p = records.compare([82.0, 82.3, 82.4], [80.9, 81.0, 81.3])
+    assert (round(difference, 2), p < records.LEVEL) == (1.17, True)
+    assert low < difference < high
+
+
+def test_entries_are_compared_on_one_machine():
+    rows = {
+        ("new", "A"): [{"score": score} for score in (82.0, 82.2, 82.4)],
+        ("old", "A"): [{"score": score} for score in (81.0, 81.2, 81.1)],
+        ("old", "B"): [{"score": score} for score in (79.0, 79.2, 79.1)],
+        ("new", "B"): [{"score": 81.0}],
+    }
+    assert [*records.tests("new", "old", rows)] == ["A"]
+
+
+def test_correlations_are_those_of_entries_and_of_seeds():
+    """A measure that ranks the entries, and is random between the seeds of an entry."""
+    draw = np.random.default_rng(0)
+    rows = {
+        (f"entry {mean}", "A"): [
+            {"score": mean + draw.normal(0, 0.1), "test_loss": -mean + draw.normal(0, 0.1), "test_effective_rank": 1.0,
+             "test_uniformity": mean}
+            for _ in range(40)
+        ] for mean in range(70, 80)
+    }  # fmt: skip
+    cells = records.correlations(rows).splitlines()[2].strip("| ").split(" | ")
+    assert cells[:3] == ["test_loss", "-1.00", "10"]
+    assert abs(float(cells[3])) < 0.2
+
+
+def test_letters_are_rendered_from_a_font():
+    try:
+        files = letters.fonts("fonts-dejavu-core")
+    except ValueError:
+        pytest.skip("fonts-dejavu-core is not installed")
+    images = dict(letters.glyphs(files[0]))
+    assert len(images) == 62
+    assert {image.size for image in images.values()} == {(28, 28)}
+    assert len({image.tobytes() for image in images.values()}) == 62
+    assert not set(letters.PACKAGES["train"]) & set(letters.PACKAGES["val"])
+
+
+def test_missing_fonts_are_an_error():
+    with pytest.raises(ValueError, match="fonts-of-nobody"):
+        letters.fonts("fonts-of-nobody")

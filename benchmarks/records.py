@@ -1,0 +1,143 @@
+"""The records of the leaderboard, and what predicts a score without labels: two tables of LEADERBOARD.md.
+
+    python benchmarks/records.py                                             # writes both tables
+    python benchmarks/records.py "demo with normalized pixels" baseline      # prints the test of two entries
+
+An entry is a record if its mean score is above that of the last record on the same machine, with p < .01 in a one-sided
+Welch test. Both have rows of at least three seeds, which were run alternately.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scipy import stats
+
+from benchmarks import leaderboard
+from mae.cli import entry_point
+from mae.evaluate.tables import markdown
+
+RECORDS = ("baseline", "demo with normalized pixels")  # each above the one before it
+FEWEST = 3  # rows of an entry in a test
+LEVEL = 0.01  # of the test
+TRACK = {"budget": 5.0, "kind": leaderboard.KINDS[leaderboard.FASHION_MNIST][0], "evaluated on": "held-out"}
+
+Row = dict[str, Any]
+Rows = dict[tuple[str, str], list[Row]]  # by entry and machine
+
+
+def read() -> Rows:
+    """Returns the rows of the track of five minutes."""
+    rows: Rows = defaultdict(list)
+    for row in map(json.loads, leaderboard.ROWS.read_text().splitlines()):
+        if all(row[name] == value for name, value in TRACK.items()):
+            rows[row["entry"], row["machine"]].append(row)
+    return rows
+
+
+def compare(better: list[float], worse: list[float]) -> tuple[float, float, float, float]:
+    """Compares scores: the difference of the means, its 95 % interval, and p of the one-sided Welch test."""
+    p = stats.ttest_ind(better, worse, equal_var=False, alternative="greater").pvalue
+    low, high = stats.ttest_ind(better, worse, equal_var=False).confidence_interval(0.95)
+    return statistics.fmean(better) - statistics.fmean(worse), low, high, p
+
+
+def tests(better: str, worse: str, rows: Rows) -> dict[str, tuple[float, float, float, float]]:
+    """Compares two entries on each machine that has enough rows of both."""
+    scores = {key: [row["score"] for row in found] for key, found in rows.items() if len(found) >= FEWEST}
+    return {
+        machine: compare(values, scores[worse, machine])
+        for (entry, machine), values in scores.items()
+        if entry == better and (worse, machine) in scores
+    }
+
+
+def records(rows: Rows) -> str:
+    """Returns the table of the records. The first has no test."""
+    cells = []
+    for number, entry in enumerate(RECORDS):
+        found = tests(entry, RECORDS[number - 1], rows) if number else {}
+        machine = min(found, key=lambda name: found[name][3]) if found else _most_rows(entry, rows)
+        chosen = rows[entry, machine]
+        gain, p = "", ""
+        if found:
+            difference, low, high, chance = found[machine]
+            gain, p = f"{difference:+.2f} ({low:.2f} to {high:.2f})", f"{chance:.1g}"
+        mean, last = statistics.fmean(row["score"] for row in chosen), chosen[-1]
+        command = f"`{last['command']}`"
+        cells.append([last["date"], entry, f"{mean:.2f}", str(len(chosen)), gain, p, machine, last["commit"], command])
+    return markdown(["date", "entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "command"], cells)
+
+
+def _most_rows(entry: str, rows: Rows) -> str:
+    """Returns the machine with the most rows of an entry."""
+    return max((machine for name, machine in rows if name == entry), key=lambda name: len(rows[entry, name]))
+
+
+def correlations(rows: Rows) -> str:
+    """Returns Spearman's correlations of the score with measures that need no labels.
+
+    Entries are compared on the machine with most of them.
+    """
+    measured = {key: [row for row in found if leaderboard.UNLABELLED[0] in row] for key, found in rows.items()}
+    machines = Counter(machine for (_, machine), found in measured.items() if found)
+    if not machines:
+        return "no rows have these measures"
+    chosen, cells = machines.most_common(1)[0][0], []
+    for measure in leaderboard.UNLABELLED:
+        within = [
+            _spearman([(row[measure], row["score"]) for row in found])
+            for found in measured.values() if len(found) >= FEWEST + 1
+        ]  # fmt: skip
+        means = [
+            (statistics.fmean(row[measure] for row in found), statistics.fmean(row["score"] for row in found))
+            for (_, machine), found in measured.items() if found and machine == chosen
+        ]  # fmt: skip
+        cells.append([
+            measure, f"{_spearman(means):.2f}" if len(means) > FEWEST else "", str(len(means)),
+            f"{statistics.median(within):.2f}" if within else "", str(len(within)),
+        ])  # fmt: skip
+    titles = ["measure", "between entries", "entries", "within an entry, median", "entries with four seeds"]
+    return markdown(titles, cells)
+
+
+def _spearman(pairs: list[tuple[float, float]]) -> float:
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def table() -> str:
+    """Returns both tables."""
+    rows = read()
+    return f"{records(rows)}\n\nSpearman's correlation with the score:\n\n{correlations(rows)}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the test of two entries, or writes the tables to the page."""
+    if not args.entries:
+        leaderboard.write_table("python benchmarks/records.py", table())
+        print(table())
+        return
+    better, worse = args.entries
+    found = tests(better, worse, read())
+    if not found:
+        raise ValueError(f"no machine has {FEWEST} rows of {better} and of {worse}: run leaderboard.py --seeds 0 1 2")
+    for machine, (difference, low, high, p) in found.items():
+        verdict = "a record" if p < LEVEL and difference > 0 else "no record"
+        print(f"{machine}: {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Writes the records of the leaderboard, or compares two entries.")
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help="two entries: the better one first")
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())
