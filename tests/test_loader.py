@@ -225,6 +225,13 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert torch.equal(epoch_of(skipping(half_bad), 1), second)  # the same images replace the bad ones
 
 
+def test_a_resumed_epoch_counts_the_images_that_it_read(half_bad, caplog):
+    batches = skipping(half_bad)
+    batches.seek(0, first_iteration=1)
+    assert sum(len(images) for images, *_ in batches) == 32
+    assert f"{batches.counts()['bad_images']} of 32 images since the start or resume" in caplog.text
+
+
 def test_a_dataset_of_bad_images_only_is_an_error(half_bad):
     for path in half_bad.iterdir():
         path.unlink()
