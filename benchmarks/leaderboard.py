@@ -52,6 +52,7 @@ DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "examples.muon:muon_and_adamw"}
 UNIFORMITY = {"model_class": "examples.uniformity:Uniformity"}
+TWO_CROPS = {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -68,6 +69,11 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **UNIFORMITY,
         "model_args": ["tokens=patches"],
     },
+    "demo with normalized pixels, Gaussian class tokens": {
+        **NORMALIZED,
+        "model_class": "examples.uniformity:Gaussian",
+        "model_args": ["weight=.1"],
+    },
     "demo with normalized pixels, muon, uniformity": {**NORMALIZED, **MUON, **UNIFORMITY},
     "demo with normalized pixels, muon, uniformity .03": {
         **NORMALIZED,
@@ -81,6 +87,13 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **COMPLEMENTARY,
         "batch_size": 32,
         "model_args": ["consistency=0"],
+    },
+    "demo with normalized pixels, two masks": {**NORMALIZED, **TWO_CROPS, "model_args": ["tokens=class", "weight=.1"]},
+    "demo with normalized pixels, two crops": {
+        **NORMALIZED,
+        **TWO_CROPS,
+        "model_args": ["tokens=class", "weight=.1"],
+        "crop": "random",
     },
     "demo with normalized pixels, weight decay .2": {**NORMALIZED, "weight_decay": 0.2},
     "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},
@@ -97,7 +110,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "rotary": {"encoder": "examples.dinov3_blocks:RotaryEncoder", "num_cls_tokens": 5},
     "normalized pixels": {"norm_pix_loss": True},
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
-    "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},
+    "two crops": TWO_CROPS,
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }

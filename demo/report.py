@@ -1,4 +1,4 @@
-"""The results of pre-training: reconstructions and tables of accuracy.
+"""The results of pre-training: reconstructions, nearest neighbors and tables of accuracy.
 
     python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
         --out demo/output
@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from torch.nn import functional
 
 from mae.cli import entry_point
 from mae.compare import summary
@@ -32,6 +33,7 @@ from mae.settings import DataSpec
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
+SHOWN = 8  # test images whose neighbors are shown, and neighbors of each
 SCALE = 4  # side of the square that replaces each pixel
 NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
@@ -92,6 +94,24 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
 
 
+def draw_neighbors(train: torch.Tensor, bank: np.ndarray, test: torch.Tensor, queries: np.ndarray, path: Path) -> None:
+    """Draws evenly spaced test images, and the training images whose features are nearest by cosine similarity.
+
+    Args:
+        train, test: images, uint8 (n, c, H, W).
+        bank, queries: their features (n, D).
+    """
+    chosen = np.linspace(0, len(test) - 1, SHOWN, dtype=int)
+    of_test, of_train = (functional.normalize(torch.from_numpy(part)) for part in (queries[chosen], bank))
+    nearest = (of_test @ of_train.T).topk(SHOWN).indices
+    columns = [test[chosen], *(train[numbers] for numbers in nearest.T)]
+    picture = pictures.tile(columns, lambda images: images / 255, SCALE)
+    titles = ("test image", "nearest neighbor", *(f"{number} nearest" for number in ("2nd", "3rd")))
+    titles += tuple(f"{number}th nearest" for number in range(4, SHOWN + 1))
+    with atomic.replacing(path) as written:
+        Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
+
+
 def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
     """Test accuracy of k-nearest-neighbor classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
@@ -118,7 +138,7 @@ def few_labels(folder: Path) -> tuple[int, dict[str, summary.Entry]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes reconstructions.png, table.md and results.json, and prints the table."""
+    """Writes reconstructions.png, neighbors.png, table.md and results.json, and prints the table."""
     number, few = few_labels(args.comparison) if args.comparison else (0, {})
     args.out.mkdir(parents=True, exist_ok=True)
     model: Any = get_model(args.checkpoint)
@@ -140,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
         results[name], results[f"{name}, neighbours"] = probe(*features), neighbors(*features)
+    draw_neighbors(train, features[0], test, features[2], args.out / "neighbors.png")  # of the last encoder
     titles = [f"{len(labels):,} labels", "logistic regression", f"{NEIGHBORS} nearest neighbors"]
     table = tables.markdown(
         titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
@@ -154,7 +175,8 @@ def main(args: argparse.Namespace) -> None:
     atomic.write_text(args.out / "table.md", table + "\n")
     atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\naccuracy on {len(test_labels):,} test images:\n\n{table}")
-    print(f"\npicture: {args.out / 'reconstructions.png'}; table: {args.out / 'table.md'}")
+    shown = args.out / "reconstructions.png", args.out / "neighbors.png"
+    print(f"\npictures: {shown[0]}, {shown[1]}; table: {args.out / 'table.md'}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -18,16 +18,21 @@ from models_mae import MaskedAutoencoderViT
 
 
 class TwoCrops(MaskedAutoencoderViT):
-    """A masked autoencoder with an InfoNCE loss of the mean visible patch.
+    """A masked autoencoder with an InfoNCE loss of the mean visible patch, or of the class token.
 
     Args:
         weight: factor of the contrast.
         temperature: divides the cosine similarities.
+        tokens: "patches" or "class".
     """
 
-    def __init__(self, *, weight: float = 0.03, temperature: float = 0.1, **arguments: Any) -> None:
+    def __init__(
+        self, *, weight: float = 0.03, temperature: float = 0.1, tokens: str = "patches", **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self.weight, self.temperature = weight, temperature
+        if tokens not in ("patches", "class"):
+            raise ValueError(f"--model_args tokens={tokens}: give patches or class")
+        self.weight, self.temperature, self.tokens = weight, temperature, tokens
         width = self.cls_token.shape[2]
         # Names that start with decoder_: fine-tuning ignores these weights.
         self.decoder_head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 128))
@@ -43,7 +48,8 @@ class TwoCrops(MaskedAutoencoderViT):
 
     def contrast(self, latent: Tensor) -> Tensor:
         """Latent (2 B, T + K, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""
-        vectors = F.normalize(self.decoder_head(self.patch_tokens(latent).mean(dim=1)), dim=1)
+        features = latent[:, 0] if self.tokens == "class" else self.patch_tokens(latent).mean(dim=1)
+        vectors = F.normalize(self.decoder_head(features), dim=1)
         similarity = vectors @ vectors.T / self.temperature
         similarity = similarity.masked_fill(torch.eye(len(vectors), dtype=torch.bool, device=latent.device), -torch.inf)
         partners = torch.arange(len(vectors), device=latent.device) ^ 1  # 0 and 1, 2 and 3, ...

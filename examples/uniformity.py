@@ -5,14 +5,20 @@
 The pixel loss alone lets the features of all images fill few directions. The second loss is the mean squared cosine
 over all pairs of images in the batch of a process. So its weight is for a number of images: --batch_size. log.txt has
 the two terms of the loss, train_pixels and train_uniformity.
+
+The class Gaussian has another second loss, SIGReg (Balestriero and LeCun 2025, section 4): projections of the features
+to random directions are compared with a normal distribution.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models_mae import MaskedAutoencoderViT
+
+DIRECTIONS, POINTS = 64, 17  # of projections; of the integral over their characteristic function
 
 
 class Uniformity(MaskedAutoencoderViT):
@@ -40,6 +46,23 @@ class Uniformity(MaskedAutoencoderViT):
 
     def uniformity(self, latent: Tensor) -> Tensor:
         """Latent (B, T + K, D) -> the mean squared cosine over all pairs of images, ()."""
-        features = latent[:, 0] if self.tokens == "class" else self.patch_tokens(latent).mean(dim=1)
-        normed = F.normalize(features.float(), dim=1)
+        normed = F.normalize(self.features(latent), dim=1)
         return (normed @ normed.T).square().mean()
+
+    def features(self, latent: Tensor) -> Tensor:
+        """Latent (B, T + K, D) -> a vector of each image (B, D), in fp32."""
+        return (latent[:, 0] if self.tokens == "class" else self.patch_tokens(latent).mean(dim=1)).float()
+
+
+class Gaussian(Uniformity):
+    """A masked autoencoder whose class tokens are distributed like independent normal variables."""
+
+    def uniformity(self, latent: Tensor) -> Tensor:
+        """Latent (B, T + K, D) -> the Epps-Pulley statistic of projections, divided by B, ()."""
+        features = self.features(latent)
+        directions = F.normalize(torch.randn(features.shape[1], DIRECTIONS, device=features.device), dim=0)
+        t = torch.linspace(-5, 5, POINTS, device=features.device)
+        angles = (features @ directions)[:, :, None] * t
+        expected = (-t.square() / 2).exp()  # the characteristic function of the normal distribution
+        error = (angles.cos().mean(dim=0) - expected).square() + angles.sin().mean(dim=0).square()
+        return torch.trapezoid(error * expected, t, dim=1).mean()

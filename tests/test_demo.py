@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from demo import report
 from mae.compare import summary
 from mae.compare.summary import Result
+from mae.evaluate import pictures
 from mae.inference import get_model
 
 
@@ -90,6 +91,21 @@ def test_neighbors_returns_the_accuracy():
     assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
 
 
+def test_the_neighbors_that_are_shown_have_the_nearest_features(tmp_path):
+    """Gray images whose features are angles. Each test image has the brightness of its nearest training image."""
+    angles = np.linspace(0, 1.5, 50, dtype=np.float32)
+    images = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28) * 5
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    report.draw_neighbors(images, features, images[::2], 7 * features[::2], tmp_path / "neighbors.png")
+    picture = np.asarray(Image.open(tmp_path / "neighbors.png").convert("L"))[pictures.HEADER :]
+    side = 28 * report.SCALE + pictures.GAP
+    found = picture[5::side, 5::side].astype(int)
+    assert found.shape == (report.SHOWN, report.SHOWN + 1)
+    assert np.array_equal(found[:, 0], found[:, 1])
+    assert np.abs(np.diff(found[:, 1:3])).max() == 5
+    assert (np.abs(found[:, 1:] - found[:, :1]) <= 5 * report.SHOWN).all()
+
+
 @pytest.mark.slow
 def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     data = tmp_path / "data"
@@ -116,6 +132,7 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     assert "| transformer from scratch | 40.5% | 0.7 |" in table
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
+    assert Image.open(out / "neighbors.png").width > 28 * report.SCALE * report.SHOWN
     two_counts = [*written, written[0]._replace(labels=100)]
     cases = ((two_counts, r"\[50, 100\]"), (written[:-2], "pretrained"), ([], "results.csv"))
     for number, (wrong, message) in enumerate(cases):

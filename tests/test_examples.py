@@ -26,7 +26,7 @@ from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from examples.two_crops import TwoCrops
-from examples.uniformity import Uniformity
+from examples.uniformity import Gaussian, Uniformity
 from mae.checkpoints import checkpoint
 from mae.inference import get_model
 from mae.user_code import import_object
@@ -100,6 +100,18 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
         pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
 
 
+def test_a_checkpoint_of_ours_is_a_frozen_teacher(pretrain):
+    first = pretrain("teacher", epochs=1, input_size=16, patch_size=4)
+    teacher, imgs = get_model(first / "checkpoint-0.pth"), torch.randn(2, 3, 16, 16)
+    flags = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 16, "patch_size": 4}
+    whole = pretrain("student", **flags, model_args=f"teacher={first / 'checkpoint-0.pth'}", epochs=2)
+    assert lines(whole)[1]["train_loss"] < lines(whole)[0]["train_loss"]
+    assert weights(whole).keys() == weights(first, "checkpoint-0.pth").keys()
+    ours = FrozenTeacher(**SMALL, teacher=str(first / "checkpoint-0.pth")).train()
+    expected = nn.functional.layer_norm(teacher.forward_features(imgs)[:, 1:], (128,))
+    torch.testing.assert_close(ours.target(imgs), expected)
+
+
 def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     whole = pretrain(model_class="examples.two_crops:TwoCrops", repeated_sampling=2)
     # The terms of two processes are averaged.
@@ -140,6 +152,14 @@ def test_the_uniformity_is_one_for_equal_class_tokens():
     latent = torch.zeros(4, 5, 32)
     latent[:, 0, :4] = torch.eye(4)
     assert model.uniformity(latent).item() == pytest.approx(1 / 4)
+
+
+def test_normal_class_tokens_have_the_smallest_loss():
+    model = Gaussian(**SMALL)
+    normal = torch.randn(4000, 5, 32)
+    assert model.uniformity(normal) < 0.002
+    for other in (0 * normal, 2 * normal, normal + 0.5, normal[:, :, :1].expand(-1, -1, 32)):
+        assert model.uniformity(other) > 5 * model.uniformity(normal)
 
 
 def test_attention_of_the_decoder_is_local():
