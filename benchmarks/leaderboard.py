@@ -88,6 +88,11 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "model_args": ["consistency=0"],
     },
+    "demo, principal components": {  # of examples/principal_components.py
+        **DEMO,
+        "model_class": "examples.principal_components:PrincipalComponents",
+        "model_args": ["components=runs/components.pt"],
+    },
     "demo with normalized pixels, two masks": {**NORMALIZED, **TWO_CROPS, "model_args": ["tokens=class", "weight=.1"]},
     "demo with normalized pixels, two crops": {
         **NORMALIZED,
