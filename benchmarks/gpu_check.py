@@ -89,6 +89,7 @@ class Check:
         }
         if self.device.type == "cpu":  # code without vector instructions compiles in half the time
             environment["ATEN_CPU_CAPABILITY"] = "default"
+            environment["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # with AMX, PyTorch's attention would need vector instructions
         command = [sys.executable, "-m", "benchmarks.gpu_task", name, function, str(self.work)]
         with (self.work / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
