@@ -32,7 +32,8 @@ class OnlineProbe:
     """Evaluates an autoencoder during its training, and leaves the training as it is.
 
     With `path`, the images of its validation set are held out. Without `path`, HELD_OUT of the training images are; the
-    model is trained on them, too. Their masks depend on the seed and on the number of the image only.
+    model is trained on them, too. Their masks depend on the seed and on the number of the image only. Another image
+    replaces one with too few valid patches.
 
     The features are the class token after the last norm, as in main_knn.py. The training images of `path`, or the other
     images of the run, classify those that are held out. If they have no labels, there is no accuracy.
