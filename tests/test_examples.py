@@ -122,9 +122,8 @@ def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     for line in (*lines(whole), *lines(tmp_path / "two")):
         assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
     model = TwoCrops(**SMALL).train()
-    latent = torch.randn(3, 5, 32).repeat_interleave(2, dim=0)
-    unrelated = torch.randn(6, 5, 32)
-    assert model.contrast(latent) < model.contrast(unrelated)
+    pairs, unrelated = torch.randn(3, 32).repeat_interleave(2, dim=0), torch.randn(6, 32)
+    assert model.second_loss(pairs) < model.second_loss(unrelated)
 
 
 def test_complementary_masks_show_each_patch_once():
@@ -151,17 +150,15 @@ def test_the_uniformity_is_one_for_equal_class_tokens():
     imgs = torch.rand(1, 3, 16, 16).expand(4, -1, -1, -1)
     noise = torch.rand(1, 16).expand(4, -1)
     assert model(imgs, noise=noise)[0]["uniformity"].item() == pytest.approx(2)
-    latent = torch.zeros(4, 5, 32)
-    latent[:, 0, :4] = torch.eye(4)
-    assert model.uniformity(latent).item() == pytest.approx(1 / 4)
+    assert model.second_loss(torch.eye(4)).item() == pytest.approx(1 / 4)
 
 
 def test_normal_class_tokens_have_the_smallest_loss():
     model = Gaussian(**SMALL)
-    normal = torch.randn(4000, 5, 32)
-    assert model.uniformity(normal) < 0.002
-    for other in (0 * normal, 2 * normal, normal + 0.5, normal[:, :, :1].expand(-1, -1, 32)):
-        assert model.uniformity(other) > 5 * model.uniformity(normal)
+    normal = torch.randn(4000, 32)
+    assert model.second_loss(normal) < 0.002
+    for other in (0 * normal, 2 * normal, normal + 0.5, normal[:, :1].expand(-1, 32)):
+        assert model.second_loss(other) > 5 * model.second_loss(normal)
 
 
 def test_principal_components_are_masked(pretrain, tmp_path):
