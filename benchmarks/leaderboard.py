@@ -81,6 +81,12 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **UNIFORMITY,
         "model_args": ["weight=.03"],
     },
+    "demo with normalized pixels, muon, uniformity .1": {
+        **NORMALIZED,
+        **MUON,
+        **UNIFORMITY,
+        "model_args": ["weight=.1"],
+    },
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
     "demo with normalized pixels, complementary masks without consistency": {
         **NORMALIZED,
