@@ -4,7 +4,7 @@
     python benchmarks/records.py "demo with normalized pixels" baseline      # prints the test of two entries
 
 An entry is a record if its mean score is above that of the last record on the same machine, with p < .01 in a one-sided
-Welch test. Both have rows of at least three seeds, which were run alternately.
+Welch test. Both have rows of at least three seeds, which were run alternately: at the same commit.
 """
 
 import argparse
@@ -48,13 +48,25 @@ def compare(better: list[float], worse: list[float]) -> tuple[float, float, floa
     return statistics.fmean(better) - statistics.fmean(worse), low, high, p
 
 
+def pairs(better: str, worse: str, rows: Rows) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Returns the rows of two entries by machine: those that have a row of the other entry of the same seed and commit.
+
+    leaderboard.py runs such rows one after the other. Machines with few pairs are left out.
+    """
+    found = {}
+    for machine in [machine for entry, machine in rows if entry == better and (worse, machine) in rows]:
+        runs = [{(row["seed"], row["commit"]): row for row in rows[entry, machine]} for entry in (better, worse)]
+        shared = sorted(runs[0].keys() & runs[1].keys())
+        if len(shared) >= FEWEST:
+            found[machine] = ([runs[0][key] for key in shared], [runs[1][key] for key in shared])
+    return found
+
+
 def tests(better: str, worse: str, rows: Rows) -> dict[str, tuple[float, float, float, float]]:
-    """Compares two entries on each machine that has enough rows of both."""
-    scores = {key: [row["score"] for row in found] for key, found in rows.items() if len(found) >= FEWEST}
+    """Compares two entries on each machine that has enough pairs of rows."""
     return {
-        machine: compare(values, scores[worse, machine])
-        for (entry, machine), values in scores.items()
-        if entry == better and (worse, machine) in scores
+        machine: compare([row["score"] for row in ours], [row["score"] for row in others])
+        for machine, (ours, others) in pairs(better, worse, rows).items()
     }
 
 
@@ -64,7 +76,7 @@ def records(rows: Rows) -> str:
     for number, entry in enumerate(RECORDS):
         found = tests(entry, RECORDS[number - 1], rows) if number else {}
         machine = min(found, key=lambda name: found[name][3]) if found else _most_rows(entry, rows)
-        chosen = rows[entry, machine]
+        chosen = pairs(entry, RECORDS[number - 1], rows)[machine][0] if found else rows[entry, machine]
         gain, p = "", ""
         if found:
             difference, low, high, chance = found[machine]
@@ -126,7 +138,10 @@ def main(args: argparse.Namespace) -> None:
     better, worse = args.entries
     found = tests(better, worse, read())
     if not found:
-        raise ValueError(f"no machine has {FEWEST} rows of {better} and of {worse}: run leaderboard.py --seeds 0 1 2")
+        raise ValueError(
+            f"no machine has {FEWEST} rows of {better} and of {worse} of the same seeds and commit: run leaderboard.py "
+            f"with both entries and --seeds 0 1 2"
+        )
     for machine, (difference, low, high, p) in found.items():
         verdict = "a record" if p < LEVEL and difference > 0 else "no record"
         print(f"{machine}: {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")

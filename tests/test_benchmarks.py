@@ -155,14 +155,21 @@ def test_a_record_needs_a_gain_that_is_not_chance():
     assert low < difference < high
 
 
-def test_entries_are_compared_on_one_machine():
+def test_entries_are_compared_by_runs_that_alternated_on_one_machine():
+    """The rows of a test are of the same seeds and commit. The other rows are of other machines or of other days."""
+
+    def rows_of(commit, *scores):
+        return [{"score": score, "seed": seed, "commit": commit} for seed, score in enumerate(scores)]
+
     rows = {
-        ("new", "A"): [{"score": score} for score in (82.0, 82.2, 82.4)],
-        ("old", "A"): [{"score": score} for score in (81.0, 81.2, 81.1)],
-        ("old", "B"): [{"score": score} for score in (79.0, 79.2, 79.1)],
-        ("new", "B"): [{"score": 81.0}],
+        ("new", "A"): rows_of("c1", 82.0, 82.2, 82.4),
+        ("old", "A"): rows_of("c1", 81.0, 81.2, 81.1, 99.0) + rows_of("c0", 99.0, 99.0, 99.0),
+        ("old", "B"): rows_of("c1", 79.0, 79.2, 79.1),
+        ("new", "B"): rows_of("c2", 81.0, 81.2, 81.1),
     }
-    assert [*records.tests("new", "old", rows)] == ["A"]
+    found = records.tests("new", "old", rows)
+    assert [*found] == ["A"]
+    assert found["A"][0] == pytest.approx(1.1)
 
 
 def test_correlations_are_those_of_entries_and_of_seeds():
