@@ -67,6 +67,8 @@ class MaskedAutoencoderViT(Encoder):
 
     Args:
         norm_pix_loss: normalize each target patch by its mean and variance (section 3, "Reconstruction target").
+        uniformity: in training, weight of a second loss of the class tokens, the `uniformity` of the images in a batch.
+            0: none.
         decoder_mlp_ratio: MLP ratio of the decoder. Default: `mlp_ratio`.
         num_cls_tokens: T, the number of class tokens. The decoder receives all of them and predicts patches only.
         learned_pos_embed: learn the positions of encoder and decoder, instead of the fixed sine-cosine tables.
@@ -95,6 +97,7 @@ class MaskedAutoencoderViT(Encoder):
         mlp_ratio: float = 4.0,
         norm_layer: NormLayer = LAYER_NORM,
         norm_pix_loss: bool = False,
+        uniformity: float = 0.0,
         decoder_mlp_ratio: float | None = None,
         num_cls_tokens: int = 1,
         learned_pos_embed: bool = False,
@@ -105,6 +108,7 @@ class MaskedAutoencoderViT(Encoder):
         self.learned_pos_embed = learned_pos_embed
         self.target_takes_valid = takes(type(self), "target", "valid")
         self.norm_pix_loss = norm_pix_loss
+        self.uniformity = uniformity
         self.in_chans = in_chans
         self.patch_embed = self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
@@ -320,7 +324,10 @@ class MaskedAutoencoderViT(Encoder):
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
         self._check_masking(mask, latent, patch_mask, ids_restore, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
-        loss = self.forward_loss(imgs, pred, patch_mask, **context)
+        loss: Any = self.forward_loss(imgs, pred, patch_mask, **context)
+        if self.uniformity and self.training:
+            terms = loss if isinstance(loss, dict) else {"pixels": loss}
+            loss = {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}
         return loss, pred, patch_mask
 
     def prepare_masking(
@@ -445,6 +452,17 @@ class MaskedAutoencoderViT(Encoder):
             return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, dim))
         # Fixed tables, but parameters: the published checkpoints contain them under these names.
         return nn.Parameter(sincos_table(dim, self.grid_size, self.num_prefix_tokens).clone(), requires_grad=False)
+
+
+def uniformity(features: Tensor) -> Tensor:
+    """Features of images (B, D) -> the mean squared cosine over all pairs, (): 1 if all are parallel, at least 1 / D.
+
+    The pixel loss alone lets the features of all images fill few directions. A weight of this loss spreads them (U-MAE,
+    Zhang et al. 2022, arXiv 2210.08344, equation 12).
+    """
+    normed = nn.functional.normalize(features, dim=1)
+    # As many squares as the cosines, from the smaller product if there are more images than channels.
+    return (normed.T @ normed).float().square().sum() / len(normed) ** 2
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -51,7 +51,6 @@ BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": T
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "examples.muon:muon_and_adamw"}
-UNIFORMITY = {"model_class": "examples.uniformity:Uniformity"}
 TWO_CROPS = {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -61,32 +60,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "demo with muon": {**DEMO, **MUON},
     "demo with normalized pixels": NORMALIZED,
     "demo with normalized pixels, muon": {**NORMALIZED, **MUON},
-    "demo with normalized pixels, uniformity": {**NORMALIZED, **UNIFORMITY},
-    "demo with normalized pixels, uniformity .03": {**NORMALIZED, **UNIFORMITY, "model_args": ["weight=.03"]},
-    "demo with normalized pixels, uniformity .1": {**NORMALIZED, **UNIFORMITY, "model_args": ["weight=.1"]},
-    "demo with normalized pixels, uniformity of patches": {
-        **NORMALIZED,
-        **UNIFORMITY,
-        "model_args": ["tokens=patches"],
-    },
-    "demo with normalized pixels, Gaussian class tokens": {
-        **NORMALIZED,
-        "model_class": "examples.uniformity:Gaussian",
-        "model_args": ["weight=.1"],
-    },
-    "demo with normalized pixels, muon, uniformity": {**NORMALIZED, **MUON, **UNIFORMITY},
-    "demo with normalized pixels, muon, uniformity .03": {
-        **NORMALIZED,
-        **MUON,
-        **UNIFORMITY,
-        "model_args": ["weight=.03"],
-    },
-    "demo with normalized pixels, muon, uniformity .1": {
-        **NORMALIZED,
-        **MUON,
-        **UNIFORMITY,
-        "model_args": ["weight=.1"],
-    },
+    "demo with normalized pixels, uniformity .1": {**NORMALIZED, "uniformity": 0.1},
+    "demo with normalized pixels, muon, uniformity .03": {**NORMALIZED, **MUON, "uniformity": 0.03},
+    "demo with normalized pixels, muon, uniformity .1": {**NORMALIZED, **MUON, "uniformity": 0.1},
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
     "demo with normalized pixels, complementary masks without consistency": {
         **NORMALIZED,
@@ -98,13 +74,6 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **DEMO,
         "model_class": "examples.principal_components:PrincipalComponents",
         "model_args": ["components=runs/components.pt"],
-    },
-    "demo with normalized pixels, two masks": {**NORMALIZED, **TWO_CROPS, "model_args": ["tokens=class", "weight=.1"]},
-    "demo with normalized pixels, two crops": {
-        **NORMALIZED,
-        **TWO_CROPS,
-        "model_args": ["tokens=class", "weight=.1"],
-        "crop": "random",
     },
     "demo with normalized pixels, weight decay .2": {**NORMALIZED, "weight_decay": 0.2},
     "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},

@@ -14,33 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.token_loss import TokenLoss
+from models_mae import MaskedAutoencoderViT
 
 
-class TwoCrops(TokenLoss):
-    """A masked autoencoder with an InfoNCE loss of two crops.
+class TwoCrops(MaskedAutoencoderViT):
+    """A masked autoencoder with an InfoNCE loss of the mean visible patch.
 
     Args:
-        weight, tokens: as in `TokenLoss`.
+        weight: factor of the contrast.
         temperature: divides the cosine similarities.
     """
 
-    loss_name = "contrast"
-
-    def __init__(
-        self, *, weight: float = 0.03, temperature: float = 0.1, tokens: str = "patches", **arguments: Any
-    ) -> None:
-        super().__init__(weight=weight, tokens=tokens, **arguments)
-        self.temperature = temperature
+    def __init__(self, *, weight: float = 0.03, temperature: float = 0.1, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.weight, self.temperature = weight, temperature
         width = self.cls_token.shape[2]
         # Names that start with decoder_: fine-tuning ignores these weights.
         self.decoder_head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 128))
 
-    def second_loss(self, features: Tensor) -> Tensor:
-        """Features (2 B, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""
-        vectors = F.normalize(self.decoder_head(features), dim=1)
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75, **context: Any) -> Any:
+        if not self.training:
+            return super().forward(imgs, mask_ratio, **context)
+        imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, **context)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
+        pred = self.forward_decoder(latent, ids_restore, **context)
+        pixels = self.forward_loss(imgs, pred, mask, **context)
+        return {"pixels": pixels, "contrast": self.weight * self.contrast(latent)}, pred, mask
+
+    def contrast(self, latent: Tensor) -> Tensor:
+        """Latent (2 B, T + K, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""
+        vectors = F.normalize(self.decoder_head(self.patch_tokens(latent).mean(dim=1)), dim=1)
         similarity = vectors @ vectors.T / self.temperature
-        itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-        similarity = similarity.masked_fill(itself, -torch.inf)
-        partners = torch.arange(len(vectors), device=vectors.device) ^ 1  # 0 and 1, 2 and 3, ...
+        similarity = similarity.masked_fill(torch.eye(len(vectors), dtype=torch.bool, device=latent.device), -torch.inf)
+        partners = torch.arange(len(vectors), device=latent.device) ^ 1  # 0 and 1, 2 and 3, ...
         return F.cross_entropy(similarity.float(), partners)

@@ -217,6 +217,7 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encod
         **_shape(spec, image, encoder),
         **decoder,
         "norm_pix_loss": spec.norm_pix_loss,
+        "uniformity": spec.uniformity,
         "learned_pos_embed": spec.learned_pos_embed,
         "drop_path_rate": spec.drop_path,
     }

@@ -28,7 +28,6 @@ from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from examples.principal_components import PrincipalComponents, components_of
 from examples.two_crops import TwoCrops
-from examples.uniformity import Gaussian, Uniformity
 from mae.checkpoints import checkpoint
 from mae.inference import get_model
 from mae.user_code import import_object
@@ -54,7 +53,6 @@ CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
            "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
            "random_projection:RandomProjection": {"model_args": "width=16"},
            "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
-           "uniformity:Uniformity": {"model_args": "weight=0.1"},
            "wide_decoder:WideDecoder": {"model_args": "width=64"}}  # fmt: skip
 
 
@@ -122,8 +120,8 @@ def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     for line in (*lines(whole), *lines(tmp_path / "two")):
         assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
     model = TwoCrops(**SMALL).train()
-    pairs, unrelated = torch.randn(3, 32).repeat_interleave(2, dim=0), torch.randn(6, 32)
-    assert model.second_loss(pairs) < model.second_loss(unrelated)
+    pairs, unrelated = torch.randn(3, 5, 32).repeat_interleave(2, dim=0), torch.randn(6, 5, 32)
+    assert model.contrast(pairs) < model.contrast(unrelated)
 
 
 def test_complementary_masks_show_each_patch_once():
@@ -143,22 +141,6 @@ def test_complementary_masks_show_each_patch_once():
     torch.testing.assert_close(terms["consistency"], torch.cat(pairs).mean())
     with pytest.raises(ValueError, match="complementary masks"):
         model.train()(imgs, 0.5)
-
-
-def test_the_uniformity_is_one_for_equal_class_tokens():
-    model = Uniformity(**SMALL, weight=2.0).train()
-    imgs = torch.rand(1, 3, 16, 16).expand(4, -1, -1, -1)
-    noise = torch.rand(1, 16).expand(4, -1)
-    assert model(imgs, noise=noise)[0]["uniformity"].item() == pytest.approx(2)
-    assert model.second_loss(torch.eye(4)).item() == pytest.approx(1 / 4)
-
-
-def test_normal_class_tokens_have_the_smallest_loss():
-    model = Gaussian(**SMALL)
-    normal = torch.randn(4000, 32)
-    assert model.second_loss(normal) < 0.002
-    for other in (0 * normal, 2 * normal, normal + 0.5, normal[:, :1].expand(-1, 32)):
-        assert model.second_loss(other) > 5 * model.second_loss(normal)
 
 
 def test_principal_components_are_masked(pretrain, tmp_path):

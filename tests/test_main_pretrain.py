@@ -38,6 +38,12 @@ def whole(pretrain_once):
     return pretrain_once("whole", **WHOLE, save_every=1)
 
 
+def test_the_log_has_both_terms_of_a_loss_with_uniformity(pretrain):
+    for line in lines(pretrain(uniformity=0.5)):
+        assert line["train_pixels"] + line["train_uniformity"] == pytest.approx(line["train_loss"], rel=1e-5)
+        assert 0 < line["train_uniformity"] <= 0.5
+
+
 def test_a_run_writes_the_files_of_the_published_code(pretrain):
     out = pretrain(vis_every=1)
     assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1.pth"]

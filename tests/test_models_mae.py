@@ -256,6 +256,15 @@ def test_a_normalized_target_by_hand():
     assert model.forward_loss(1e-3 * imgs, pred, mask).item() == pytest.approx(0.46875, rel=1e-5)
 
 
+def test_uniformity_is_a_second_loss_of_the_class_tokens():
+    """It is the weight if all class tokens are equal. The loss in evaluation mode has no second term."""
+    model = build(uniformity=2.0)
+    imgs, noise = torch.rand(1, 3, 16, 16).expand(4, -1, -1, -1), torch.rand(1, 16).expand(4, -1)
+    terms = model.train()(imgs, noise=noise)[0]
+    assert terms["uniformity"].item() == pytest.approx(2)
+    assert terms["pixels"].item() == pytest.approx(model.eval()(imgs, noise=noise)[0].item())
+
+
 def test_reconstruct_supports_other_image_sizes():
     model = single_layers((4, 4), patch_size=2)
     imgs = torch.arange(32.0).reshape(1, 1, 8, 4)

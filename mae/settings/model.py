@@ -7,7 +7,7 @@ from mae.masking import MASKING_CHOICES
 from mae.position_tables import Size
 from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, PROBE_CHOICES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
-from mae.settings.types import count, positive_int, ratio
+from mae.settings.types import count, non_negative, positive_int, ratio
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class ModelSpec(Values, group="model", role=MODEL):
         help="number of decoder blocks (default: the model's)")
     norm_pix_loss: bool = setting(False, resumed=FIXED, action="switch",
         help="normalize each target patch by its own mean and variance")
+    uniformity: float = setting(0.0, non_negative, role=TRAINING, metavar="W",
+        help="weight of a second loss that spreads the class tokens of the images in a batch: the mean squared cosine "
+        "over all pairs (U-MAE, Zhang et al. 2022); .1 for batches of 64 small images; 0: none")
     mask_ratio: float = setting(0.75, ratio, metavar="R", help="fraction of masked patches")
     mask_block: int = setting(1, positive_int, metavar="N",
         help="--masking random masks blocks of NxN patches instead of single patches; Pixio has 4")

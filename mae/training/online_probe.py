@@ -20,6 +20,7 @@ from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
+from models_mae import uniformity
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class OnlineProbe:
         features = torch.cat(parallel.gather(bank[0]))
         scores = {
             "test_loss": self.loss(model), "test_effective_rank": effective_rank(features),
-            "test_uniformity": uniformity(features),
+            "test_uniformity": float(uniformity(features.double())),
         }  # fmt: skip
         if self.is_labelled:
             k = min(NEIGHBORS, len(self.train))
@@ -165,12 +166,3 @@ def effective_rank(features: torch.Tensor) -> float:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = singular / singular.sum() + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
-
-
-def uniformity(features: torch.Tensor) -> float:
-    """The mean squared cosine over all pairs of features (n, D): 1 if all are parallel, at least 1 / D.
-
-    Zhang et al. 2022 (arXiv 2210.08344, equation 12) train a masked autoencoder to lower it.
-    """
-    normed = nn.functional.normalize(features.double(), dim=1)
-    return float((normed.T @ normed).square().mean() * (features.shape[1] / len(features)) ** 2)
