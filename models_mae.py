@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mae.context import takes
 from mae.masking import exclude_patches, noise_from_mask, shuffle, take
 from mae.position_tables import Size, resize_pos_embed, sincos_table
+from mae.uniformity import uniformity
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 
 
@@ -452,17 +453,6 @@ class MaskedAutoencoderViT(Encoder):
             return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, dim))
         # Fixed tables, but parameters: the published checkpoints contain them under these names.
         return nn.Parameter(sincos_table(dim, self.grid_size, self.num_prefix_tokens).clone(), requires_grad=False)
-
-
-def uniformity(features: Tensor) -> Tensor:
-    """Features of images (B, D) -> the mean squared cosine over all pairs, (): 1 if all are parallel, at least 1 / D.
-
-    The pixel loss alone lets the features of all images fill few directions. A weight of this loss spreads them (U-MAE,
-    Zhang et al. 2022, arXiv 2210.08344, equation 12).
-    """
-    normed = nn.functional.normalize(features, dim=1)
-    # As many squares as the cosines, from the smaller product if there are more images than channels.
-    return (normed.T @ normed).float().square().sum() / len(normed) ** 2
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import main_knn
 from mae.data.generators import seed_generators
 from mae.inference import get_model
 from mae.training.online_probe import effective_rank
-from models_mae import uniformity
+from mae.uniformity import uniformity
 
 NAMES = ("test_knn_acc1", "test_loss", "test_effective_rank", "test_uniformity")
 

@@ -20,7 +20,7 @@ from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
-from models_mae import uniformity
+from mae.uniformity import uniformity
 
 logger = logging.getLogger(__name__)
 
