@@ -136,7 +136,7 @@ def examples(samples: Samples, count: int) -> Batch:
         stream.seek(0, 1, min(count, len(samples)))
         chosen = list(stream)
     else:
-        chosen = [samples[0, index] for index in _evenly_spaced(len(samples), count)]
+        chosen = [samples[0, index] for index in evenly_spaced(len(samples), count)]
     return _collate_good(chosen)
 
 
@@ -144,10 +144,11 @@ def example_names(samples: Samples, count: int) -> list[str]:
     """Returns the file names of `examples`; of a stream, none."""
     if is_stream(samples.source):
         return []
-    return [Path(samples.source.name(index)).name for index in _evenly_spaced(len(samples), count)]
+    return [Path(samples.source.name(index)).name for index in evenly_spaced(len(samples), count)]
 
 
-def _evenly_spaced(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Returns up to `count` indices from 0 to total - 1, in ascending order."""
     return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
 
 

@@ -15,13 +15,13 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mae import parallel
 from mae.checkpoints import checkpoint
@@ -45,18 +45,15 @@ from mae.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
+POOLS = {"cls": "class token", "avg": "mean of the patch tokens"}  # the values of --pool that return a vector
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser(
         "Computes the features of all images in a folder or a dataset. The same command resumes an interrupted run."
     )
-    parser.add_argument(
-        "data_path", nargs="?", metavar="FOLDER",
-        help="folder of images, flat or nested, or a tar or zip file of such a folder",
-    )  # fmt: skip
-    options.add_dataset_option(parser, place="FOLDER")
-    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    add_options(parser, {**POOLS, "tokens": "all tokens"})
     parser.add_argument(
         "--out",
         type=flags.new_file(".npz", ".safetensors"),
@@ -64,41 +61,40 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="output file: .npz or .safetensors",
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOLS) -> None:
+    """Adds the flags of a command that computes features: of the images, the model and the features.
+
+    Args:
+        pools: the values of --pool, and their meanings.
+    """
     parser.add_argument(
-        "--pool", choices=("cls", "avg", "tokens"),
-        help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
+        "data_path", nargs="?", metavar="FOLDER",
+        help="folder of images, flat or nested, or a tar or zip file of such a folder",
     )  # fmt: skip
+    options.add_dataset_option(parser, place="FOLDER")
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in pools.items())
+    parser.add_argument("--pool", choices=(*pools,), help=f"{meanings} (default: the input of the head)")
     options.add_extraction_options(parser)
     options.add_to(parser, "nodata", "value_range", "channels_last")
     text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
     options.add_to(parser, "on_bad_image", default="error", help=text)
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
-    device = parallel.choose_device(args.device)
-    source = open_labelled(args)  # first, because a large model takes long
-    if is_stream(source):
-        raise ValueError(
-            f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
-        )
-    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
-    precision = Precision(args.amp, device)
-    if args.on_bad_image == "skip":
-        source = readable(source, model.in_chans, args.num_workers, model.values)
-    extras.require_fitting(model, source)
+    extractor, source, precision = open_extractor(args)
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
-    extractor = Extractor(model, args.pool)
-    if args.compile:
-        compile_model(extractor, device, freeze_weights=True)
     try:
         rows = extract(
-            extractor, source, partial, row_settings(model, source, args, precision), args.batch_size,
-            args.num_workers, precision, args.fast_jpeg, bool(model.settings.get("exif")),
+            extractor, source, partial, row_settings(extractor.model, source, args, precision), args.batch_size,
+            args.num_workers, precision, args.fast_jpeg,
         )  # fmt: skip
     except BadImage:
         shutil.rmtree(partial)  # it is of these files: a run without the image, or with another file, starts anew
@@ -116,16 +112,56 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
 
 
-def open_labelled(args: argparse.Namespace) -> Source | Stream:
-    """Opens the dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
+def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Precision]:
+    """Opens the model, the images and the precision of a command with the flags of `add_options`.
+
+    Raises:
+        ValueError: the dataset or the model can't be opened, the images are streamed, or they lack extra inputs of the
+            model.
+        BadImage: --on_bad_image skip, and too many images can't be read.
+    """
+    device = parallel.choose_device(args.device)
     data = DataSpec(data_path=args.data_path, dataset=args.dataset)
-    source = open_source(data, args.split)
+    source = open_labelled(data, args.split)  # first, because a large model takes long
+    if is_stream(source):
+        raise ValueError(
+            f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
+        )
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
+    precision = Precision(args.amp, device)
+    if args.on_bad_image == "skip":
+        source = readable(source, model.in_chans, args.num_workers, model.values)
+    extras.require_fitting(model, source)
+    extractor = Extractor(model, args.pool)
+    if args.compile:
+        compile_model(extractor, device, freeze_weights=True)
+    return extractor, source, precision
+
+
+def open_labelled(data: DataSpec, split: str) -> Source | Stream:
+    """Opens a dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
+    source = open_source(data, split)
     if not is_stream(source) and getattr(source, "runs_code", False):
         try:
             source.labels  # noqa: B018
         except ValueError:
-            return open_source(data, args.split, task=REGRESSION)
+            return open_source(data, split, task=REGRESSION)
     return source
+
+
+def samples_of(
+    model: Model, source: Source | Stream, fast_jpeg: bool = False, draw_noise: Callable[[], torch.Tensor] | None = None
+) -> Samples:
+    """Returns the images of a dataset as a model gets them in an evaluation.
+
+    Args:
+        fast_jpeg: as in `decode`.
+        draw_noise: as in `Samples`.
+    """
+    return Samples(
+        source, model.preprocess, in_chans=model.in_chans, seed=0, draw_noise=draw_noise, on_bad_image="error",
+        fast_jpeg=fast_jpeg, exif=bool(model.settings.get("exif")), values=model.values,
+    )  # fmt: skip
 
 
 def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -138,6 +174,18 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
         "fast_jpeg": args.fast_jpeg and DataSpec.fast_jpeg_resize,
         "images": checkpoint.compute_digest(versions(source)),
     }))  # fmt: skip
+
+
+def read(path: str | Path) -> np.ndarray:
+    """Returns the features (n, D) in a file that the command wrote, or (n, T + N, D) with --pool tokens.
+
+    Raises:
+        OSError, ValueError, KeyError: the file can't be read, or has no features.
+    """
+    if Path(path).suffix.lower() == ".npz":
+        with np.load(path) as file:
+            return file["features"]
+    return load_file(path)["features"]
 
 
 class Extractor(torch.nn.Module):
@@ -159,21 +207,20 @@ class Extractor(torch.nn.Module):
 def extract(
     extractor: Extractor,
     source: Source,
-    folder: Path,
+    folder: Path | None,
     settings: dict[str, Any],
     batch_size: int,
     num_workers: int,
     precision: Precision,
     fast_jpeg: bool = False,
-    exif: bool = False,
 ) -> np.ndarray:
-    """Computes features (n, D), or (n, T + N, D) for tokens, in fp32, in a file that is mapped into memory.
+    """Computes features (n, D), or (n, T + N, D) for tokens, in fp32.
 
     Args:
-        folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
-        settings: from `row_settings`.
+        folder: folder of the features, which are mapped into memory, and of their progress. If it exists with the same
+            settings, the run is resumed. None: they are in memory.
+        settings: from `row_settings`, for a folder.
         fast_jpeg: as in `decode`.
-        exif: as in `Samples`.
 
     Raises:
         OSError: the disk is full. The same command resumes the run.
@@ -182,10 +229,7 @@ def extract(
     model = extractor.model
 
     def encode(rest: Source) -> Iterator[Batch]:
-        samples = Samples(
-            rest, model.preprocess, in_chans=model.in_chans, seed=0, on_bad_image="error",
-            fast_jpeg=fast_jpeg, exif=exif, values=model.values,
-        )  # fmt: skip
+        samples = samples_of(model, rest, fast_jpeg)
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
         return feature_files.encode(
             padded(extractor, extractor), batches, normalize=model.normalize, precision=precision
