@@ -19,21 +19,21 @@ from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from torch.nn import functional
 
 from mae.cli import entry_point
 from mae.compare import summary
+from mae.data.loader import evenly_spaced
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
 from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
 from mae.inference.model import Autoencoder, get_model
+from mae.inference.neighbors import QUERIES, draw, find
 from mae.settings import DataSpec
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
-SHOWN = 8  # test images whose neighbors are shown, and neighbors of each
 SCALE = 4  # side of the square that replaces each pixel
 NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
@@ -94,24 +94,6 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
 
 
-def draw_neighbors(train: torch.Tensor, bank: np.ndarray, test: torch.Tensor, queries: np.ndarray, path: Path) -> None:
-    """Draws evenly spaced test images, and the training images whose features are nearest by cosine similarity.
-
-    Args:
-        train, test: images, uint8 (n, c, H, W).
-        bank, queries: their features (n, D).
-    """
-    chosen = np.linspace(0, len(test) - 1, SHOWN, dtype=int)
-    of_test, of_train = (functional.normalize(torch.from_numpy(part)) for part in (queries[chosen], bank))
-    nearest = (of_test @ of_train.T).topk(SHOWN).indices
-    columns = [test[chosen], *(train[numbers] for numbers in nearest.T)]
-    picture = pictures.tile(columns, lambda images: images / 255, SCALE)
-    titles = ("test image", "nearest neighbor", *(f"{number} nearest" for number in ("2nd", "3rd")))
-    titles += tuple(f"{number}th nearest" for number in range(4, SHOWN + 1))
-    with atomic.replacing(path) as written:
-        Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
-
-
 def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
     """Test accuracy of k-nearest-neighbor classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
@@ -160,7 +142,12 @@ def main(args: argparse.Namespace) -> None:
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
         results[name], results[f"{name}, neighbours"] = probe(*features), neighbors(*features)
-    draw_neighbors(train, features[0], test, features[2], args.out / "neighbors.png")  # of the last encoder
+    bank, _, queries, _ = features  # of the last encoder
+    chosen = evenly_spaced(len(test), QUERIES)
+    found = find(bank, torch.from_numpy(queries[chosen]))
+    columns = [test[chosen], *(train[column] for column in found.indices.T)]
+    with atomic.replacing(args.out / "neighbors.png") as written:
+        Image.fromarray(draw(columns, lambda images: images / 255)).save(written)
     titles = [f"{len(labels):,} labels", "logistic regression", f"{NEIGHBORS} nearest neighbors"]
     table = tables.markdown(
         titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
