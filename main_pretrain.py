@@ -137,7 +137,7 @@ def main(
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
         after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
-        forward=lambda images: model(images, mask_ratio),
+        forward=lambda images: model(images, mask_ratio), has_page=True,
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)
 

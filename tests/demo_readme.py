@@ -16,7 +16,7 @@ def test_they_run(tmp_path):
         if entry.name not in ("runs", "images", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
     script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
-    assert len(script) == 13
+    assert len(script) == 15
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -27,7 +27,9 @@ def test_they_run(tmp_path):
     assert done.stdout.count("* Acc@1") == 6 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
     assert "patches masked, PSNR" in done.stdout
-    for name in ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx"):
+    assert "nearest neighbors have the label of their query" in done.stdout
+    written = ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx", "neighbors.png")
+    for name in (*written, "runs/mine/report.html"):
         assert (tmp_path / name).stat().st_size > 5000, name
     assert len(lines(tmp_path / "runs/mine")) == 7
     # What the page says to expect, less a margin.

@@ -1,6 +1,7 @@
-"""Tables in Markdown and CSV, and figures: written completely or not at all."""
+"""Tables in Markdown and CSV, and figures. Files are written completely or not at all."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,23 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: Path) -> None:
     """Writes a figure in the format of the file's suffix. Dollar signs in names do not begin a formula."""
+    _disable_formulas(figure)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
+
+
+def to_svg(figure: Any) -> bytes:
+    """Returns a figure as the content of an SVG file; formulas are as in `save`."""
+    _disable_formulas(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _disable_formulas(figure: Any) -> None:
     from matplotlib.text import Text
 
     ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     for text in (*figure.findobj(Text), *ticks):
         if r"\math" not in text.get_text():  # numbers of a logarithmic axis are formulas of matplotlib
             text.set_parse_math(False)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)

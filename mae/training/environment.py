@@ -18,6 +18,7 @@ from mae import parallel
 
 logger = logging.getLogger(__name__)
 
+FILE = "environment.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -83,8 +84,17 @@ def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) 
     Args:
         settings: the settings of the run, plain values. Checkpoints have the names of the classes, too.
     """
-    path = output_dir / "environment.jsonl"
+    path = output_dir / FILE
     own = {name: settings[name] for name in sorted(settings) if name != "classes"}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**describe(device), "settings": own}) + "\n")
     logger.info(f"settings and versions: {path}")
+
+
+def read_last(output_dir: Path) -> dict[str, Any]:
+    """Returns the entries about the last start of a run: those of `describe`, and its `settings`.
+
+    Raises:
+        OSError: the directory is none of a run.
+    """
+    return json.loads((output_dir / FILE).read_text(encoding="utf-8").splitlines()[-1])

@@ -1,0 +1,240 @@
+"""Writes a page about a pre-training run: report.html, in its directory.
+
+    python -m mae.inference.report runs/mine
+
+The page has the curves of log.txt, reconstructions, nearest neighbors, commands that use the newest checkpoint, and the
+settings. It is one file, which loads nothing else.
+"""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae import masking, parallel
+from mae.checkpoints import run_directory
+from mae.cli import entry_point, options
+from mae.data import extras, loader
+from mae.data.image_facts import readable
+from mae.data.labels import Subset
+from mae.data.open import open_source
+from mae.data.source import Source, Stream, is_stream
+from mae.evaluate import pictures, tables
+from mae.files import atomic
+from mae.inference import features, neighbors, page
+from mae.inference.model import Autoencoder, Model, get_model
+from mae.settings import DATASETS, DataSpec, ModelSpec
+from mae.settings.arguments import arguments
+from mae.settings.fields import default_of
+from mae.settings.run import FIELDS, differs
+from mae.training import environment, log
+from mae.training.precision import Precision
+from mae.user_code import runs_code
+
+IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
+RECONSTRUCTIONS = 8
+FEW = 30  # epochs whose values are dots, because a line needs several
+MEASURES = {
+    "train_loss": "training loss", "test_loss": "held-out loss", "test_knn_acc1": "k-NN accuracy (%)",
+    "test_effective_rank": "effective rank", "test_uniformity": "uniformity",
+}  # fmt: skip
+LABELLED = "LABELLED"  # in commands, in place of images without labels
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Writes a page about a run of main_pretrain.py: report.html, in its directory.")
+    parser.add_argument("run_dir", type=Path, metavar="DIR", help="directory of the run")
+    options.add_to(parser, "data_path", help="images of the run, if it read them elsewhere")
+    options.add_dataset_option(parser)
+    options.add_to(parser, "encoder", "encoder_args", "num_workers", "device", "debug")
+    options.add_to(parser, "batch_size", default=128)
+    return parser
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Writes the page, and returns its path."""
+    log.start_logging()
+    start = environment.read_last(args.run_dir)
+    settings, entries = start["settings"], log.read(args.run_dir)
+    if settings.get("script") != "main_pretrain":
+        raise ValueError(f"{args.run_dir} is a run of {settings.get('script')}.py: give a run of main_pretrain.py")
+    checkpoints = run_directory.newest_first(args.run_dir)
+    if not (entries and checkpoints):
+        raise ValueError(f"{args.run_dir} has no completed epoch with a checkpoint yet")
+    data, device = data_of(settings, args), parallel.choose_device(args.device)
+    source = open_images(data)
+    model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
+    extras.require_fitting(model, source)
+    sections = [page.section("Curves", curves(entries))]
+    if isinstance(model, Autoencoder):
+        sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
+    if not is_stream(source):
+        some: Source = Subset(source, np.array(loader.evenly_spaced(len(source), IMAGES)))
+        if data.on_bad_image == "skip":
+            some = readable(some, model.in_chans, args.num_workers, model.values)
+        sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
+    sections += [
+        page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
+        page.section("Settings", settings_of(start)),
+    ]
+    path, title = args.run_dir / "report.html", f"Pre-training run {args.run_dir.resolve().name}"
+    images = data.train_list or data.dataset or data.data_path
+    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {checkpoints[0].name}."
+    atomic.write_text(path, page.render(title, about, facts_of(entries, settings), sections))
+    print(f"report: {path}")
+    return path
+
+
+def data_of(settings: Mapping[str, Any], args: argparse.Namespace) -> DataSpec:
+    """Returns the dataset of a run, or that of the command line.
+
+    Raises:
+        ValueError: the dataset of the run is code, which a file must not make this program import.
+    """
+    given = {"data_path": args.data_path, "dataset": args.dataset}
+    if args.data_path:
+        return DataSpec.of({**settings, **dict.fromkeys(DATASETS), "extras": None, **given})
+    if args.dataset:
+        return DataSpec.of({**settings, "dataset": args.dataset})
+    data = DataSpec.of(settings)
+    if data.dataset and runs_code(data.dataset):
+        raise ValueError(f"the dataset of the run is code: give dataset='{data.dataset}'")
+    return data
+
+
+def open_images(data: DataSpec) -> Source | Stream:
+    """Opens the training images; with their labels, if each has one class."""
+    try:
+        return features.open_labelled(data, "train")
+    except ValueError:  # of the labels; another error is raised again
+        return open_source(data, "train", task=None)
+
+
+def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the main numbers of a run, by their titles."""
+    last = {name: entry[name] for entry in entries for name in MEASURES if name in entry}
+    numbers = {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
+    return {
+        "epochs": f"{entries[-1]['epoch'] + 1} of {settings['epochs']}", **numbers,
+        "time": log.duration(sum(entry["seconds"] for entry in entries)),
+        "images/s": f"{entries[-1]['images_per_s']:,.0f}",
+    }  # fmt: skip
+
+
+def curves(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Draws the losses, and each other measure of --probe_every and of callbacks."""
+    found = dict.fromkeys(name for entry in entries for name in entry if name.startswith("test_"))
+    losses: list[str] = [name for name in ("train_loss", "test_loss") if name in found or name == "train_loss"]
+    figures = [losses, *([name] for name in found if name not in losses)]
+    return f'<div class="curves">{"".join(curve(entries, names) for names in figures)}</div>'
+
+
+def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Draws entries of log.txt by epoch."""
+    figure = tables.new_figure(5, 3)
+    axes = figure.subplots()
+    titles = [MEASURES.get(name, name) for name in names]
+    for name, title in zip(names, titles, strict=True):
+        points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+        axes.plot(*zip(*points, strict=True), label=title, marker="o" if len(points) <= FEW else "", markersize=4)
+    axes.set_xlabel("epoch")
+    axes.set_title(", ".join(titles), loc="left", fontsize=11)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        axes.legend(frameon=False)
+    return page.image(tables.to_svg(figure), "svg+xml", f"{', '.join(titles)} by epoch")
+
+
+def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec) -> str:
+    """Draws reconstructions of evenly spaced images, masked as in the run."""
+    draw_noise, mask_ratio = masking.sampler(
+        spec.masking, model.grid_size, spec.mask_ratio, spec.mask_block, model.patch_embed.patch_size
+    )
+    batch = loader.examples(features.samples_of(model, source, draw_noise=draw_noise), RECONSTRUCTIONS)
+    scale = neighbors.scale_of(batch.images)
+    pixels = pictures.reconstruction(
+        model, batch.images, batch.noise, model.normalize, mask_ratio, scale, context=batch.inputs
+    )
+    titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in pictures.TITLES]
+    text = f"Training images that are not augmented. {pictures.NOTE}"
+    return page.paragraph(text) + page.pair(pixels, len(batch.images), titles, "images and their reconstructions")
+
+
+def nearest_images(model: Model, source: Source, total: int, args: argparse.Namespace) -> str:
+    """Draws the nearest neighbors of evenly spaced images.
+
+    Args:
+        source: the images among which the neighbors are.
+        total: number of images of the run.
+    """
+    precision = Precision("auto", parallel.choose_device(args.device))
+    rows = torch.from_numpy(features.extract(
+        features.Extractor(model, None), source, None, {}, args.batch_size, args.num_workers, precision
+    ))  # fmt: skip
+    chosen = loader.evenly_spaced(len(source), neighbors.QUERIES)
+    found = neighbors.find(rows, rows[chosen], chosen)
+    columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)
+    pixels = pictures.tile(columns, model.normalize.inverse, neighbors.scale_of(columns[0]))
+    among = f"{len(source):,} of the {total:,}" if len(source) < total else f"the {total:,}"
+    text = f"The images with the nearest features, by cosine similarity, among {among} training images."
+    if agreement := neighbors.agreement(source, rows):
+        text += f" {agreement}."
+    titles = neighbors.titles(len(columns) - 1)
+    return page.paragraph(text) + page.pair(pixels, len(chosen), titles, "images and their nearest neighbors")
+
+
+def commands(
+    run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
+) -> str:
+    """Returns commands that use a checkpoint."""
+    named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
+    labelled, note = ["--data_path", LABELLED], f"{LABELLED} has images in train/CLASS and val/CLASS."
+    if settings.get("probe_path"):
+        labelled, note = ["--data_path", settings["probe_path"]], ""
+    elif source.classes:
+        has_validation = data.val_list or data.dataset or Path(str(data.data_path), "val").is_dir()
+        labelled, note = [*arguments(named), *([] if has_validation else ["--val_fraction", "0.1"])], ""
+    images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
+    if is_stream(source) or not images:
+        images = ["IMAGES"]
+    code = arguments({name: settings.get(name) for name in ("encoder", "encoder_args")})
+    file = str(checkpoint)
+    lines = {
+        "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],
+        "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
+        "Compute the features of all images": [
+            "mae.inference.features", *images, "--model", file, "--out", "features.npz",
+        ],
+        "Find the neighbors of an image": [
+            "mae.inference.neighbors", *images, "--model", file, "--query", "IMAGE", "--out", "neighbors.png",
+        ],
+        "Export the encoder": [
+            "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",
+        ],
+    }  # fmt: skip
+    shown = [f"<h3>{title}</h3>{page.command(['python', '-m', *words, *code])}" for title, words in lines.items()]
+    return page.paragraph(note) * bool(note) + "".join(shown)
+
+
+def settings_of(start: Mapping[str, Any]) -> str:
+    """Returns the command of a start, the settings that are not the defaults, and all settings."""
+    settings = start["settings"]
+    defaults = {name: default_of(one) for name, (_, one) in FIELDS.items()}
+    changed = {name: value for name, value in settings.items() if differs(name, value, defaults.get(name))}
+    machine = {name: value for name, value in start.items() if name not in ("settings", "command")}
+    return (
+        f"<h3>Last start</h3>{page.command(shlex.split(start['command']))}{page.definitions(machine)}"
+        f"<h3>Other than the defaults</h3>{page.definitions(changed)}"
+        f"<details><summary>All {len(settings)} settings</summary>{page.definitions(settings)}</details>"
+    )
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -1,0 +1,174 @@
+"""The page about a pre-training run: what it shows, that it is one file, and the commands that it names."""
+
+import base64
+import html
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from conftest import ROOT
+from golden_settings import parser_of
+from mains import call, fails, in_processes, lines
+from PIL import Image
+
+import main_finetune
+import main_knn
+from mae.cli import entry_point
+from mae.inference import report
+
+
+class Page(HTMLParser):
+    """The images, texts of commands, addresses and names of tags of a page."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.text = file.read_text(encoding="utf-8")
+        self.tags, self.images, self.addresses, self.words = set(), [], [], []
+        self.feed(self.text)
+        lines = re.findall(r"<pre>(.*?)</pre>", self.text)
+        self.commands = [shlex.split(html.unescape(re.sub("</?span>", "", line))) for line in lines]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values["src"])
+            assert values["alt"]
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def pictures(self):
+        """The sizes of the pictures, and the drawings of the curves."""
+        sizes, drawings = [], []
+        for address in self.images:
+            kind, content = re.fullmatch(r"data:image/([a-z+]+);base64,(.*)", address).groups()
+            content = base64.b64decode(content, validate=True)
+            if kind == "svg+xml":
+                drawings.append(ET.fromstring(content))
+            else:
+                sizes.append(Image.open(io.BytesIO(content)).size)
+        return sizes, drawings
+
+
+@pytest.fixture(scope="module")
+def run(pretrain_once, labelled):
+    return pretrain_once("a<b>&c", data_path=labelled, epochs=3, probe_every=2, input_size=16)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page(call(report, run, device="cpu", num_workers=0))
+
+
+def test_the_page_is_one_file(page, run):
+    assert sorted(run.glob("report*")) == [run / "report.html"]
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "script" not in page.tags and "link" not in page.tags
+    style = re.search(r"<style>(.*?)</style>", page.text, re.DOTALL)[1]
+    assert "@import" not in style and "url(" not in style
+
+
+def test_curves_reconstructions_and_neighbors_are_shown(page):
+    """Losses in one figure, and one for k-NN accuracy, rank and uniformity; the pictures in two halves."""
+    sizes, drawings = page.pictures()
+    assert len(drawings) == 4
+    step = 16 * 7 + 2
+    assert sizes == [(4 * step - 2, 4 * step - 2)] * 2 + [(7 * step - 2, 6 * step - 2)] * 2
+
+
+def test_the_numbers_are_those_of_the_log(page, run):
+    text, entries = " ".join(page.words), lines(run)
+    assert "3 of 3" in text
+    for name in ("train_loss", "test_loss", "test_knn_acc1"):
+        assert f"{entries[-1][name]:.4g}" in text
+    assert re.search(r"\d+\.\d% of the 6 nearest neighbors have the label", text)
+    assert "mae_vit_mini_patch4 on 48 images" in text
+
+
+def test_names_are_escaped(page):
+    assert "<b>" not in page.text.partition('class="facts"')[0]
+    assert "Pre-training run a<b>&c" in page.words
+
+
+def test_all_settings_are_listed(page, run):
+    settings = json.loads((run / "environment.jsonl").read_text().splitlines()[-1])["settings"]
+    others, _, every = page.text.partition("<details>")
+    shown = dict(re.findall(r"<dt>(\w+)</dt> <dd>(.*?)</dd>", every))
+    assert {name: html.unescape(value) for name, value in shown.items()} == {n: str(v) for n, v in settings.items()}
+    changed = re.findall(r"<dt>(\w+)</dt>", others)
+    assert {"epochs", "input_size", "probe_every", "torch"} <= {*changed} and "weight_decay" not in changed
+
+
+def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsys):
+    *commands, _ = page.commands  # the last is that of the run
+    assert [words[2] for words in commands] == [
+        "main_finetune", "main_knn", "mae.inference.features", "mae.inference.neighbors", "mae.inference.export",
+    ]  # fmt: skip
+    for python, option, module, *flags in commands:
+        assert (python, option) == ("python", "-m")
+        assert str(run / "checkpoint-2.pth") in flags
+        assert entry_point.parse_command(parser_of(module), flags)
+    capsys.readouterr()
+    call(main_knn, *commands[1][3:], k=5, device="cpu", num_workers=0)
+    assert "* 5-NN Acc@1" in capsys.readouterr().out
+
+
+def test_the_last_line_of_a_run_is_the_command_of_its_page(pictures, tmp_path):
+    """In new processes. Without val/, the commands hold out a part of the training images."""
+    out = tmp_path / "my run"
+    output = in_processes(1, pictures, out, "--epochs", 1, "--batch_size", 4)
+    title, _, command = output.splitlines()[-1].partition(": ")
+    assert title == "report"
+    words = [sys.executable, *shlex.split(command)[1:], "--device", "cpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = Page(out / "report.html")
+    assert page.commands[0][3:7] == ["--data_path", str(pictures), "--val_fraction", "0.1"]
+    sizes, drawings = page.pictures()
+    assert (len(sizes), len(drawings)) == (4, 1)
+
+
+def test_images_without_labels_that_have_moved(pretrain, pictures, tmp_path, capsys, monkeypatch):
+    images = tmp_path / "flat"
+    images.mkdir()
+    for file in (pictures / "train").glob("*/*"):
+        shutil.copy(file, images)
+    out = pretrain(data_path=images, epochs=1, norm_pix_loss=True)
+    moved = images.rename(tmp_path / "moved")
+    assert str(images) in fails(capsys, monkeypatch, report, out, "--device", "cpu")
+    page = Page(call(report, out, data_path=moved, device="cpu", num_workers=0))
+    text = " ".join(page.words)
+    assert "LABELLED has images" in text and "nearest neighbors have" not in text
+    assert [words[4] for words in page.commands[:2]] == ["LABELLED", "LABELLED"]
+    assert page.commands[2][3] == str(moved)
+
+
+def test_a_run_directory_makes_the_command_import_no_code(pretrain, own_module, tmp_path, capsys, monkeypatch):
+    """The user names the code, as the last line of the run does."""
+    image = "np.full((16, 16, 3), 9 * number, np.uint8)"
+    code = f"def make(split, data_path):\n    return [({image}, 0) for number in range(8)]\n"
+    own_module("gray_images", f"import numpy as np\n{code}")
+    out = pretrain(dataset="py:gray_images:make", epochs=1)
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command == f"report: python -m mae.inference.report {out} --dataset py:gray_images:make"
+    sys.modules.pop("gray_images")
+    assert "--dataset py:gray_images:make" in fails(capsys, monkeypatch, report, out, "--device", "cpu")
+    assert "gray_images" not in sys.modules
+    call(report, *shlex.split(command)[4:], device="cpu", num_workers=0)
+    assert (out / "report.html").exists()
+
+
+def test_other_directories_are_refused(classify, tmp_path, capsys, monkeypatch):
+    tuned = classify(main_finetune, epochs=1)
+    assert "main_finetune.py" in fails(capsys, monkeypatch, report, tuned)
+    assert str(tmp_path / "none") in fails(capsys, monkeypatch, report, tmp_path / "none")
