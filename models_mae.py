@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mae.context import takes
 from mae.masking import exclude_patches, noise_from_mask, shuffle, take
-from mae.position_tables import Size, resize_pos_embed, sincos_table
+from mae.position_tables import Size, sincos_table
 from mae.uniformity import uniformity
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 
@@ -438,8 +438,8 @@ class MaskedAutoencoderViT(Encoder):
         The tables of mmpretrain are those of the paper with swapped halves: the row first.
         """
         if self.learned_pos_embed or grid == old_grid:
-            return resize_pos_embed(table, old_grid, grid)
-        dim, result = table.shape[-1], resize_pos_embed(table, old_grid, grid)
+            return self.resize_table(table, old_grid, grid)
+        dim, result = table.shape[-1], self.resize_table(table, old_grid, grid)
         device = "cpu" if table.is_mps else table.device  # MPS has no fp64
         old, new = (sincos_table(dim, size, self.num_prefix_tokens, device).to(table) for size in (old_grid, grid))
         for shift in (dim // 2, 0):

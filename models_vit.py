@@ -205,8 +205,11 @@ class Block(nn.Module):
     """A pre-norm transformer block: (B, L, D) -> (B, L, D). The attention has the `Encoder.block_inputs`.
 
     Attributes:
+        attention: class of the attention, with the arguments of `Attention`.
         grad_checkpointing: in training, store the input only, and recompute the activations in the backward pass.
     """
+
+    attention: ClassVar[type[Attention]] = Attention
 
     def __init__(
         self,
@@ -221,7 +224,7 @@ class Block(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm)
+        self.attn = self.attention(dim, num_heads, qkv_bias, qk_norm)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio))
@@ -274,12 +277,15 @@ class Encoder(nn.Module):
         encoder_name: `module:Class` of the mix-in; None without one.
         extra_inputs: the extra inputs that the steps take by name.
         needed_inputs: those without a default in `tokenize`.
+        adapters: ends of the names of the parameters that adapt a frozen encoder. They are trained in all blocks, and
+            exports merge them: a module with adapters has the method `merged`, which returns its weight.
     """
 
     block: ClassVar[Callable[..., nn.Module]] = Block
     encoder_name: ClassVar[str | None] = None
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
     needed_inputs: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[tuple[str, ...]] = ()
 
     blocks: nn.ModuleList
     norm: nn.Module
@@ -341,7 +347,11 @@ class Encoder(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Returns the positions of class tokens and patches (1, T + N, D) for a grid of (rows, columns) patches."""
-        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
+        return self.resize_table(self.pos_embed, self.patch_embed.grid_size, grid)
+
+    def resize_table(self, table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+        """Interpolates a position table (1, T + N, D) to another grid, in the model and when it loads a file."""
+        return resize_pos_embed(table, old_grid, new_grid)
 
     def block_inputs(
         self, grid: tuple[int, int], ids_restore: Tensor | None = None, num_visible: int | None = None

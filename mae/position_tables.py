@@ -76,7 +76,9 @@ def sincos_table(
     return _sincos(embed_dim, grid_size, num_prefix_tokens, torch.device(device), torch.float32).unsqueeze(0)
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+def resize_pos_embed(
+    pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = False
+) -> torch.Tensor:
     """Interpolates a learned table (1, T + N, D) bicubically to another patch grid.
 
     The rows of the T class tokens are unchanged.
@@ -84,13 +86,16 @@ def resize_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_gri
     Args:
         old_grid: (rows, columns) of the table.
         new_grid: (rows, columns) of the result.
+        antialias: filter before a reduction, as DINOv2 with registers does.
     """
     if old_grid == new_grid:
         return pos_embed
     num_patches = old_grid[0] * old_grid[1]
     cls_rows, patches = pos_embed[:, :-num_patches], pos_embed[:, -num_patches:]
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    patches = torch.nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    patches = torch.nn.functional.interpolate(
+        patches.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=antialias
+    )
     return torch.cat([cls_rows, patches.to(pos_embed.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -106,7 +111,7 @@ def interpolate_pos_embed(
 
     Args:
         model: has `patch_embed.grid_size` and `num_prefix_tokens`; or `patch_embed.num_patches`, of a square grid, and
-            `pos_embed`, as the models of the published code.
+            `pos_embed`, as the models of the published code. Its `resize_table`, if any, interpolates.
         checkpoint_model: state dict; unchanged if it has no table of this name.
         old_grid: (rows, columns) of the patches in the checkpoint. Default: a square, as in published files.
         name: key of the table.
@@ -132,4 +137,4 @@ def interpolate_pos_embed(
             f"the position table of the checkpoint has {num_patches} patches, which is not a square; "
             f"it can only be loaded into a model of the same size (input_size, patch_size)"
         )
-    checkpoint_model[name] = resize_pos_embed(table, old_grid, new_grid)
+    checkpoint_model[name] = getattr(model, "resize_table", resize_pos_embed)(table, old_grid, new_grid)

@@ -3,26 +3,22 @@
 test_own_encoder.py has those that change the encoder only.
 """
 
-import re
 from functools import partial
 
 import pytest
 import timm
 import torch
-import transformers
 from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from sklearn.decomposition import PCA
 from torch import nn
 from torch.optim import Muon
 
-import mae.build
 import main_finetune
 import main_knn
 from examples.colored_masks import ColoredMasks
 from examples.complementary_masks import ComplementaryMasks
 from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
-from examples.dinov3_blocks import RotaryEncoder
 from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
@@ -339,52 +335,6 @@ def test_an_optimizer_of_pytorch_trains_in_python(pretrain):
     state = checkpoint.read(pretrain(epochs=1, of_main={"optimizer": sgd}) / "checkpoint-0.pth")
     assert state["args"]["optimizer"].endswith("sgd")
     assert {tuple(state) for state in state["optimizer"]["state"].values()} == {("momentum_buffer",)}
-
-
-def of_dinov3(state):
-    """The names of transformers' DINOv3 in this library."""
-    first = torch.cat([state["embeddings.cls_token"], state["embeddings.register_tokens"]], dim=1)
-    found = {"cls_token": first, "pos_embed": torch.zeros(1, 5 + 16, 32)}
-    names = {"embeddings.patch_embeddings": "patch_embed.proj", "model.layer": "blocks",
-             "attention.q_proj": "attn.qkv", "attention.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc1_g",
-             "mlp.up_proj": "mlp.fc1_x", "mlp.down_proj": "mlp.fc2", "layer_scale1.lambda1": "scale1.gamma",
-             "layer_scale2.lambda1": "scale2.gamma"}  # fmt: skip
-    for name, value in state.items():
-        if re.search(r"embeddings\.(cls|register|mask)|[kv]_proj", name):
-            continue
-        if "q_proj" in name:
-            value = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        found[name] = value
-    return found
-
-
-def test_features_of_dinov3_blocks_equal_those_of_transformers():
-    config = transformers.DINOv3ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=85, image_size=32, patch_size=8,
-        num_register_tokens=4, use_gated_mlp=True, hidden_act="silu", key_bias=True, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    theirs = transformers.DINOv3ViTModel(config).eval()
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    kind = mae.build.combined(RotaryEncoder, VisionTransformer)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    ours = kind(**sizes, num_classes=0, num_cls_tokens=5).eval()
-    ours.load_state_dict(of_dinov3(theirs.state_dict()))
-    for size in ((32, 32), (32, 64)):
-        imgs = torch.randn(2, 3, *size)
-        (tokens,) = ours.get_intermediate_layers(imgs)
-        torch.testing.assert_close(tokens, theirs(imgs).last_hidden_state, rtol=1e-4, atol=1e-5)
-    # The visible patches of the autoencoder are rotated by their own positions.
-    kind = mae.build.combined(RotaryEncoder, MaskedAutoencoderViT)
-    autoencoder = kind(**sizes, num_cls_tokens=5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
-    autoencoder.load_state_dict({**autoencoder.state_dict(), **of_dinov3(theirs.state_dict())})
-    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    latent, _, _ = autoencoder.forward_encoder(imgs, 0.0, noise=noise)
-    (tokens,) = autoencoder.get_intermediate_layers(imgs)
-    order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
-    torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

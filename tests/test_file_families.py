@@ -490,15 +490,16 @@ def tubelets(state):
 
 
 def layer_scale(state):
-    """DINOv2 and BEiT scale each branch."""
-    return {**state, "blocks.0.ls1.gamma": torch.ones(128), "blocks.0.ls2.gamma": torch.ones(128)}
+    """BEiT scales each branch, and has neither positions of tokens nor registers."""
+    del state["pos_embed"]
+    return {**state, "blocks.0.gamma_1": torch.ones(128), "blocks.0.gamma_2": torch.ones(128)}
 
 
 @pytest.mark.parametrize(("layout", "message"), [
     (groups_of_channels, "patch_embed.proj.weight"),
     (no_class_token, "cls_token"),
     (tubelets, "patch_embed.proj.weight"),
-    (layer_scale, "blocks.0.ls1.gamma"),
+    (layer_scale, "pos_embed"),
     (lambda state: {**state, "reg_token": torch.zeros(1, 1, 128)}, "reg_token"),
     (lambda state: {**state, "dist_token": torch.zeros(1, 1, 128)}, "dist_token"),
 ])  # fmt: skip

@@ -22,7 +22,7 @@ import main_linprobe
 import main_segment
 from examples import reconstructions
 from examples.channel_groups import ChannelGroups
-from examples.dinov3_blocks import RotaryEncoder
+from examples.dino import DINOv3
 from examples.lead_embeddings import LeadEmbeddings
 from examples.wide_decoder import WideDecoder
 from mae.checkpoints import checkpoint
@@ -39,7 +39,7 @@ SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
 EXAMPLES = {"channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
             "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
-            "dinov3_blocks": (RotaryEncoder, {"num_cls_tokens": 3}, "blocks.0.scale1.gamma")}  # fmt: skip
+            "dino": (DINOv3, {"num_cls_tokens": 3, "encoder_args": "swiglu=true"}, "blocks.0.ls1.gamma")}  # fmt: skip
 LEADS = """
 import torch
 from torch import nn

@@ -15,6 +15,7 @@ from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, O
 
 SIZES = ("input_size", "patch_size")  # one number is the size of a square
 DATASETS = ("data_path", "dataset", "train_list", "val_list", "train_folders", "val_folders")  # each names a dataset
+ARGUMENTS = "encoder_args"  # the only setting of which a file may give a part
 FLIPS = ("hflip",)  # they may change labels: a training that starts from a file takes them, and so do exports
 PARTS: dict[str, type[Values]] = {  # of a `Run`
     "model": ModelSpec, "images": ImageSpec, "augmentation": AugmentationSpec, "data": DataSpec, "optim": OptimSpec,
@@ -158,7 +159,9 @@ def resolve(run: Run, of_file: Mapping[str, Any], purpose: str) -> Run:
     taken = TAKEN[purpose] & run.names - run.explicit
     if "blr" in run.explicit:
         taken -= {"lr"}  # it would take precedence
-    return run.changed({name: value for name, value in _known(of_file).items() if name in taken})
+    given = {name: run[name] for name in run.explicit & {ARGUMENTS}}
+    found = {name: value for name, value in _known(of_file).items() if name in taken}
+    return run.changed(found | _arguments(given, of_file))
 
 
 def _of(kind: type[Values], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +181,16 @@ def chosen(
 
     None counts as absent.
     """
-    return {**default, **_known(determined), **_known(recorded), **_known(explicit)}
+    found = {**default, **_known(determined), **_known(recorded), **_known(explicit)}
+    return found | _arguments(explicit, recorded)
+
+
+def _arguments(explicit: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the class of `encoder`, by their names: explicit ones, and others of a file."""
+    given, of_file = (settings.get(ARGUMENTS) for settings in (explicit, recorded))
+    if not (given and of_file):
+        return {}
+    return {ARGUMENTS: [*{text.partition("=")[0]: text for text in [*of_file, *given]}.values()]}
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:

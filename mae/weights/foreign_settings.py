@@ -18,6 +18,7 @@ from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 
+MODEL_TYPES = ("vit", "vit_mae", "pixio", "dinov2", "dinov2_with_registers", "dinov3_vit")  # of transformers
 BICUBIC = 3  # the number of Pillow's resampling filter
 TO_RGB = re.compile(r"to_rgb['\"]?\s*[=:]\s*True")  # in a configuration of mmpretrain, or bgr_to_rgb of mmselfsup
 
@@ -47,10 +48,12 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this library does not support the model.
     """
-    if config.get("model_type") not in (None, "vit", "vit_mae", "pixio"):
-        raise ValueError(f"model_type is {config['model_type']}, and only vit, vit_mae and pixio are supported")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act is {config['hidden_act']}, and only gelu is supported")
+    if config.get("model_type") not in (None, *MODEL_TYPES):
+        raise ValueError(f"model_type is {config['model_type']}, and only {', '.join(MODEL_TYPES)} are supported")
+    activation = "silu" if config.get("use_gated_mlp") else "gelu"  # the gate of DINOv2 has silu whatever it records
+    for name, value in {"hidden_act": activation, "rope_theta": 100}.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]}, and only {value} is supported")
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
              "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
              "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip

@@ -23,7 +23,7 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES
-from mae.weights import candidates, foreign_settings, model_zoo, shapes
+from mae.weights import candidates, dino, foreign_settings, model_zoo, shapes
 from mae.weights.candidates import some, warn_once
 from mae.weights.conversion import to_ours
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
@@ -101,12 +101,16 @@ def read(name: Path | str) -> Weights:
     has_encoder = settings.get("encoder") is not None
     has_class = settings.get("model_class") is not None
     found = candidates.weights_of(content.tensors, str(file), model, has_encoder or has_class)
+    is_dino = not (content.is_ours or has_encoder) and dino.matches(found)
     try:
-        tensors = to_ours(found)
+        tensors, unused = dino.convert(found) if is_dino else (to_ours(found), [])
+        settings = dino.settings_of(tensors, settings) if is_dino else settings
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
+    if unused:
+        logger.info(f"{path}: the features do not depend on {', '.join(unused)}")
     sizes = {name: tensor.shape for name, tensor in tensors.items()}
-    for key in ["cls_token"] if has_encoder else AXES:
+    for key in ["cls_token"] if has_encoder or is_dino else AXES:
         if len(sizes.get(key, ())) != AXES[key]:
             raise CheckpointError(
                 f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "

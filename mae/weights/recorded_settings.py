@@ -12,7 +12,7 @@ from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
-from mae.settings.run import FLIPS, TAKEN
+from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
 from mae.user_code import runs_code
 from mae.weights import model_settings, reading
 
@@ -91,7 +91,7 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
 
 
 def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in sorted(run.explicit & recorded.keys()):
+    for name in sorted((run.explicit & recorded.keys()) - {ARGUMENTS}):
         current, value = run[name], recorded[name]
         if settings.differs(name, current, value):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"

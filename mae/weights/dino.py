@@ -1,0 +1,130 @@
+"""Reads the encoders of DINOv2 (Oquab et al. 2024) and DINOv3 (Siméoni et al. 2025): their names and their sizes.
+
+The layouts are those of the released code, of timm and of transformers. `examples/dino.py` has the models. The weights
+of DINOv2 have the Apache licence. Those of DINOv3 have a licence of their own, and their files are gated.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae.weights import shapes
+from models_vit import SIZES
+
+REGISTERS = "register_tokens"
+NAMES = {  # patterns of their names -> ours; those of the gated MLP are those of timm's SwiGLU
+    r"^embeddings\.patch_embeddings\.(projection\.)?": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^(embeddings\.)?(register_tokens|storage_tokens|reg_token)$": REGISTERS,
+    r"^embeddings\.": "",
+    r"^layernorm\.": "norm.",
+    r"^((encoder|model)\.)?layer\.(?=\d)": "blocks.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.attention\.(attention\.)?": ".attn.",
+    r"\.attn\.(query|q_proj)\.": ".attn.q.",
+    r"\.attn\.(key|k_proj)\.": ".attn.k.",
+    r"\.attn\.(value|v_proj)\.": ".attn.v.",
+    r"\.attn\.([qv])_bias$": r".attn.\1.bias",
+    r"\.(layer_scale|ls|gamma_)([12])(\.lambda1|\.gamma)?$": r".ls\2.gamma",
+    r"\.mlp\.(gate_proj|w1)\.": ".mlp.fc1_g.",
+    r"\.mlp\.(up_proj|w2)\.": ".mlp.fc1_x.",
+    r"\.mlp\.(weights_in|w12)\.": ".mlp.fc1.",
+    r"\.mlp\.(weights_out|down_proj|w3)\.": ".mlp.fc2.",
+}
+# The features do not depend on these. The norm of local crops is only in files of the largest models.
+UNUSED = re.compile(r"mask_token|rope.*|.*\.bias_mask|local_cls_norm\..*")
+HEAD_WIDTH = 64  # channels of a head; state dicts do not show it
+
+
+def matches(names: Collection[str]) -> bool:
+    """Whether the names of a state dict are those of DINO: layer scale, with a position table or registers."""
+    ours = {_our_name(name) for name in names}
+    return "blocks.0.ls1.gamma" in ours and bool({"pos_embed", REGISTERS} & ours)
+
+
+def convert(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the weights under our names, and the patterns of the names that are not used; # is a number.
+
+    Registers follow the class token. They have positions of zeros.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    ours = {name: _our_name(name) for name in weights}
+    unused = [name for name in weights if UNUSED.fullmatch(ours[name])]
+    found = {ours[name]: weights[name] for name in weights if name not in unused}
+    _, depth = shapes.width_and_depth({name: tensor.shape for name, tensor in found.items()})
+    for number in range(depth):
+        _join_qkv(found, f"blocks.{number}.attn", any(name.endswith(".bias_mask") for name in unused))
+        _split_gate(found, f"blocks.{number}.mlp")
+    if REGISTERS in found:
+        found["cls_token"] = torch.cat([found["cls_token"], found.pop(REGISTERS)], dim=1)
+    if "pos_embed" in found:
+        table, count = found["pos_embed"], found["cls_token"].shape[1]
+        first = int(math.isqrt(table.shape[1]) ** 2 != table.shape[1])  # timm's models with registers have none
+        zeros = table.new_zeros(1, count - first, table.shape[2])
+        found["pos_embed"] = torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
+    return found, sorted({re.sub(r"\d+", "#", name) for name in unused})
+
+
+def settings_of(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a model: what its folder records, and what the shapes of the converted tensors say."""
+    sizes = {name: tensor.shape for name, tensor in tensors.items()}
+    width, depth = shapes.width_and_depth(sizes)
+    count, (_, channels, *patch) = sizes["cls_token"][1], sizes[shapes.PATCHES]
+    hidden, is_gated = sizes["blocks.0.mlp.fc2.weight"][1], "blocks.0.mlp.fc1_g.weight" in sizes
+    heads = width // (128 if width == 4096 else HEAD_WIDTH)  # the model of 7B has wider heads
+    arguments = {
+        "embed_dim": width, "depth": depth, "num_heads": recorded.get("num_heads") or max(1, heads),
+        "mlp_ratio": (1.5 if is_gated else 1) * hidden / width, "swiglu": is_gated,
+    }  # fmt: skip
+    has_table = "pos_embed" in sizes
+    nearest = min(SIZES, key=lambda name: [abs(SIZES[name]["embed_dim"] - width), abs(SIZES[name]["depth"] - depth)])
+    settings: dict[str, Any] = {
+        "model": f"vit_{nearest}",  # the arguments determine the encoder, and this name the decoder
+        "encoder": f"examples.dino:DINOv{2 if has_table else 3}",
+        "encoder_args": [f"{name}={value}" for name, value in arguments.items()],
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "in_chans": channels,
+        "num_cls_tokens": count,
+        "learned_pos_embed": has_table,
+        "layer_norm_eps": 1e-6 if has_table else 1e-5,
+    }
+    if has_table:
+        side = math.isqrt(sizes["pos_embed"][1] - count)
+        settings["input_size"] = side * patch[0] if patch[0] == patch[1] else [side * patch[0], side * patch[1]]
+    return settings | {name: value for name, value in recorded.items() if value is not None}
+
+
+def _our_name(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def _join_qkv(found: dict[str, Tensor], prefix: str, lacks_key_bias: bool) -> None:
+    """Makes one matrix of queries, keys and values, in place. A bias that is missing or masked is zero."""
+    if f"{prefix}.q.weight" in found:
+        found[f"{prefix}.qkv.weight"] = torch.cat([found.pop(f"{prefix}.{part}.weight") for part in "qkv"])
+    weight = found[f"{prefix}.qkv.weight"]
+    zeros = weight.new_zeros(len(weight) // 3)
+    whole = found.get(f"{prefix}.qkv.bias")
+    parts = [found.pop(f"{prefix}.{part}.bias", zeros) for part in "qkv"] if whole is None else list(whole.chunk(3))
+    if lacks_key_bias:
+        parts[1] = zeros
+    found[f"{prefix}.qkv.bias"] = torch.cat(parts)
+
+
+def _split_gate(found: dict[str, Tensor], prefix: str) -> None:
+    """Splits the packed matrix of a gated MLP, whose first half is the gate. Without a gate, `up_proj` is `fc1`."""
+    hidden = found[f"{prefix}.fc2.weight"].shape[1]
+    for kind in ("weight", "bias"):
+        first, gate, value = (f"{prefix}.{name}.{kind}" for name in ("fc1", "fc1_g", "fc1_x"))
+        if first in found and len(found[first]) == 2 * hidden:
+            found[gate], found[value] = found.pop(first).chunk(2)
+        elif value in found and gate not in found:
+            found[first] = found.pop(value)

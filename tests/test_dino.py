@@ -1,0 +1,215 @@
+"""Files of DINOv2 and DINOv3: features equal those of transformers and timm, also after a run and an export."""
+
+import json
+import re
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from mains import lines, weights
+from torch import nn
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
+
+import mae.build
+import main_finetune
+from examples.dino import DINOv2, DINOv3
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.inference import export, get_model
+from models_mae import MaskedAutoencoderViT
+from models_vit import vit_mini_patch4
+
+SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+V2, REGISTERS, V3 = Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
+OF_V3 = {"num_register_tokens": 4, "intermediate_size": 512}
+TRANSFORMERS = {
+    "v2": (DINOv2, V2, {}),
+    "v2 giant": (DINOv2, V2, {"use_swiglu_ffn": True}),
+    "v2 registers": (DINOv2, REGISTERS, {"num_register_tokens": 4}),
+    "v2 giant registers": (DINOv2, REGISTERS, {"num_register_tokens": 4, "use_swiglu_ffn": True}),
+    "v3": (DINOv3, V3, OF_V3),
+    "v3 plus": (DINOv3, V3, {**OF_V3, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "v3 heads": (DINOv3, V3, {**OF_V3, "num_attention_heads": 4}),
+}
+SMALL = {"embed_dim": 128, "depth": 2, "num_heads": 2}
+TIMM = {
+    "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56}),
+    "vit_small_patch14_reg4_dinov2": (DINOv2, {"img_size": 56}),
+    "vit_giant_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
+    "vit_giant_patch14_reg4_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
+    "vit_small_patch16_dinov3": (DINOv3, {"img_size": 64}),
+    "vit_small_patch16_dinov3_qkvb": (DINOv3, {"img_size": 64, **SMALL}),
+    "vit_small_plus_patch16_dinov3": (DINOv3, {"img_size": 64, **SMALL}),
+}
+
+
+def random(model):
+    """Random weights, so that a mistake in any of them changes the features."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def of_transformers(name, folder):
+    kind, config, own = TRANSFORMERS[name]
+    model = transformers.AutoModel.from_config(config(**{**SIZES, **own}))
+    random(model).save_pretrained(folder)
+    return kind, model
+
+
+def of_timm(name, path, **arguments):
+    model = random(timm.create_model(name, num_classes=0, **arguments))
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def images(rows, columns, count=2):
+    return torch.randn(count, 3, rows, columns, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_features_of_a_folder_equal_those_of_transformers(name, tmp_path, caplog):
+    """At the size of the file, at other sizes, and in a model for another size."""
+    caplog.set_level("INFO")
+    kind, theirs = of_transformers(name, tmp_path)
+    ours = get_model(tmp_path, encoder=kind)
+    assert "embeddings.mask_token" in caplog.text
+    for size in ((32, 32), (48, 24), (16, 16)):
+        expected = theirs(images(*size)).last_hidden_state
+        assert_same(ours.extract_feat(images(*size), "tokens"), expected)
+    smaller = get_model(tmp_path, encoder=kind, input_size=16)
+    assert_same(smaller.extract_feat(images(16, 16), "tokens"), expected)
+    assert_same(smaller.extract_feat(images(16, 16)), expected[:, 0])
+
+
+@pytest.mark.parametrize("name", ["v2 giant registers", "v3 plus"])
+def test_a_state_dict_in_memory_is_read(name, tmp_path):
+    kind, theirs = of_transformers(name, tmp_path / "folder")
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    ours = get_model(tmp_path / "file.pth", encoder=kind)
+    assert_same(ours.extract_feat(images(32, 32), "tokens"), theirs(images(32, 32)).last_hidden_state)
+
+
+def test_other_rotations_are_refused(tmp_path):
+    _, theirs = of_transformers("v3", tmp_path)
+    theirs.config.rope_theta = 50.0
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="rope_theta is 50"):
+        get_model(tmp_path, encoder=DINOv3)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_features_of_a_file_equal_those_of_timm(name, tmp_path):
+    kind, arguments = TIMM[name]
+    theirs = of_timm(name, tmp_path / "file.pth", **arguments)
+    ours = get_model(tmp_path / "file.pth", encoder=kind)
+    side = arguments["img_size"]
+    assert_same(ours.extract_feat(images(side, side), "tokens"), theirs.forward_features(images(side, side)))
+
+
+def test_the_size_of_a_model_of_timm_may_differ_with_registers(tmp_path):
+    """Both filter the position table."""
+    name, arguments = "vit_small_patch14_reg4_dinov2", {"img_size": 56, "dynamic_img_size": True, **SMALL}
+    theirs = of_timm(name, tmp_path / "file.pth", **arguments)
+    ours = get_model(tmp_path / "file.pth", encoder=DINOv2, input_size=28)
+    expected = theirs.forward_features(images(28, 28))
+    assert_same(ours.extract_feat(images(28, 28), "tokens"), expected)
+
+
+RELEASED = {r"reg_token": "storage_tokens", r"gamma_([12])": r"ls\1.gamma", r"mlp\.fc1_g": "mlp.w1",
+            r"mlp\.fc1_x": "mlp.w2", r"mlp\.fc2": "mlp.w3"}  # fmt: skip
+
+
+def test_a_file_of_the_released_code_has_buffers_that_are_not_used(tmp_path, caplog):
+    """The bias of the keys is masked, whatever its values are."""
+    caplog.set_level("INFO")
+    theirs = of_timm("vit_small_plus_patch16_dinov3_qkvb", tmp_path / "timm.pth", img_size=64, **SMALL)
+    state = {}
+    for name, value in theirs.state_dict().items():
+        if name.endswith("q_bias"):
+            prefix = name.removesuffix("q_bias")
+            parts = value, torch.full((128,), 7.0), theirs.state_dict()[f"{prefix}v_bias"]
+            state[f"{prefix}qkv.bias"] = torch.cat(parts)
+            state[f"{prefix}qkv.bias_mask"] = torch.cat([torch.ones(128), torch.zeros(128), torch.ones(128)])
+        elif not name.endswith("v_bias"):
+            for ours, released in RELEASED.items():
+                name = re.sub(ours, released, name)
+            state[name] = value
+    unused = {"mask_token": torch.zeros(1, 128), "rope_embed.periods": torch.ones(16),
+              "local_cls_norm.weight": torch.ones(128)}  # fmt: skip
+    torch.save(state | unused, tmp_path / "released.pth")
+    ours = get_model(tmp_path / "released.pth", encoder=DINOv3)
+    assert_same(ours.extract_feat(images(64, 64), "tokens"), theirs.forward_features(images(64, 64)))
+    for name in (*unused, "blocks.#.attn.qkv.bias_mask"):
+        assert name in caplog.text
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in state.items()}}, tmp_path / "nested.pth")
+    nested = get_model(tmp_path / "nested.pth", encoder=DINOv3)
+    assert torch.equal(nested.extract_feat(images(64, 64)), ours.extract_feat(images(64, 64)))
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("v2", "DINOv2"), ("v3", "DINOv3")])
+def test_the_error_without_an_encoder_names_it(name, encoder, tmp_path, classify):
+    of_transformers(name, tmp_path)
+    for use in (lambda: get_model(tmp_path), lambda: classify(main_finetune, finetune=tmp_path, input_size=32)):
+        with pytest.raises(ValueError, match=f"encoder=examples.dino:{encoder}"):
+            use()
+
+
+def test_other_weights_are_refused(tmp_path):
+    state = of_timm("vit_small_patch14_dinov2", tmp_path / "file.pth", img_size=56, **SMALL).state_dict()
+    torch.save({**state, "blocks.0.attn.relative_bias": torch.zeros(4)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected \(blocks\.0\.attn\.relative_bias\)"):
+        get_model(tmp_path / "file.pth", encoder=DINOv2)
+    torch.save(dict(vit_mini_patch4(img_size=16).state_dict()), tmp_path / "plain.pth")
+    assert get_model(tmp_path / "plain.pth").settings.get("encoder") is None
+
+
+def test_visible_patches_are_rotated_by_their_own_positions():
+    kind = mae.build.combined(DINOv3, MaskedAutoencoderViT)
+    decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    model = random(kind(img_size=32, patch_size=8, num_cls_tokens=5, **SMALL, **decoder))
+    noise = torch.rand(2, 16)
+    latent, _, _ = model.forward_encoder(images(32, 32), 0.0, noise=noise)
+    (tokens,) = model.get_intermediate_layers(images(32, 32))
+    order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 128)
+    assert_same(latent[:, 5:], tokens[:, 5:].gather(1, order))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v2 registers", "v3 plus"])
+def test_pre_training_starts_from_a_file(name, pretrain, tmp_path):
+    """With a learning rate of 0, the checkpoint has the features of the file. The sizes need no flag."""
+    kind, theirs = of_transformers(name, tmp_path / "file")
+    own = {"init_from": tmp_path / "file", "encoder": f"examples.dino:{kind.__name__}", "input_size": 32}
+    out = pretrain(**own, lr=0, epochs=1)
+    ours = get_model(out / "checkpoint-0.pth", encoder=kind)
+    expected = theirs(images(32, 32)).last_hidden_state
+    assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
+    export.export(export.encoder_of(ours), "onnx", tmp_path / "m.onnx")
+    pixels = images(32, 32) * ours.normalize.std + ours.normalize.mean
+    (found,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": pixels.numpy()})
+    assert_same(torch.from_numpy(found), expected[:, 0])
+    trained = lines(pretrain("trained", **own))
+    assert trained[1]["train_loss"] < trained[0]["train_loss"]
+
+
+@pytest.mark.parametrize("name", ["v2", "v3"])
+def test_fine_tuning_starts_from_a_file(name, classify, tmp_path):
+    """Also at another size, and the checkpoint describes itself."""
+    kind, _ = of_transformers(name, tmp_path / "file")
+    encoder = f"examples.dino:{kind.__name__}"
+    out = classify(main_finetune, finetune=tmp_path / "file", encoder=encoder, input_size=16, lr=0, epochs=1)
+    before, after = get_model(tmp_path / "file", encoder=kind).state_dict(), weights(out, "checkpoint-0.pth")
+    assert [key for key in before if key.startswith("blocks.") and not torch.equal(before[key], after[key])] == []
+    recorded = checkpoint.read(out / "checkpoint-0.pth")["args"]
+    assert {"embed_dim=128", "depth=2"} < set(recorded["encoder_args"])
+    assert recorded["layer_norm_eps"] == json.loads((tmp_path / "file/config.json").read_text())["layer_norm_eps"]
+    scores = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth", encoder=encoder)
+    assert scores.acc1 == pytest.approx(lines(out)[-1]["test_acc1"])
