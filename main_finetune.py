@@ -155,13 +155,11 @@ def build_model(
     file: loading.Weights | None,
     has_ids: bool = False,
 ) -> models_vit.VisionTransformer:
-    """Builds the classifier of a run, with the encoder of a file, and freezes blocks (--unfreeze_blocks)."""
+    """Builds the classifier of a run, with the encoder of a file."""
     spec, task = run.model, run.images.task
     model = build(spec, run.images)
     if file and not loading.load_encoder(model, file, spec.adapt_input, spec.classes, task, has_ids):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
-    if run.model.unfreeze_blocks is not None:
-        mae.build.freeze_below(model, int(run.model.unfreeze_blocks))
     return model
 
 

@@ -61,8 +61,8 @@ def get_args_parser() -> ArgumentParser:
     options.add(
         parser, "num_images", "repeated_sampling", "min_valid", *options.CROP_FLAGS, "mask_ratio", "masking",
         "mask_block", "learned_pos_embed", "drop_path", "decoder_depth", "norm_pix_loss", "uniformity", "model_class",
-        "model_args", "init_from", "grad_checkpointing", "lr_schedule", "updates_per_epoch", "vis_every",
-        "probe_every", "probe_path", "fsdp",
+        "model_args", "init_from", "unfreeze_blocks", "grad_checkpointing", "lr_schedule", "updates_per_epoch",
+        "vis_every", "probe_every", "probe_path", "fsdp",
     )  # fmt: skip
     options.add_optimizer_options(parser)
     options.add(parser, *options.RUN_FLAGS)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=Encoder)
+
+ABOVE_BLOCKS = ("norm.", "fc_norm.", "head.", "mask_token", "decoder_")  # beginnings of names
 
 
 def combined(encoder: type[Encoder], model_class: type[Model]) -> type[Model]:
@@ -73,7 +75,7 @@ _Values.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|f
 _Values.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(null|None|~|)$"), ["n", "N", "~", ""])
 
 
-def _own_parameters(kind: type) -> dict[str, inspect.Parameter]:
+def own_parameters(kind: type) -> dict[str, inspect.Parameter]:
     """Returns the keyword-only parameters of the constructors of a class, as far as each passes others on."""
     own: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
@@ -95,7 +97,7 @@ def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[st
     Raises:
         ValueError: it has no such argument, which may be an argument of the model.
     """
-    own = _own_parameters(kind)
+    own = own_parameters(kind)
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
         if name not in own or not value:
@@ -129,7 +131,7 @@ def autoencoder(
         remedy = "give" if ":" in spec.model_class else "use its own script, or in Python"
         raise ValueError(f"the model has a class of its own: {remedy} model_class={spec.model_class}")
     if model_class is not MaskedAutoencoderViT:
-        of_encoder = _own_parameters(encoder).keys() if encoder else set[str]()
+        of_encoder = own_parameters(encoder).keys() if encoder else set[str]()
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("`model_args` are arguments of the class of `model_class`, which is not given")
@@ -194,8 +196,6 @@ def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None =
     model = _set_options(build(Segmenter, encoder, segmenter_arguments(spec, image, encoder)), spec)
     if spec.unfreeze_blocks == 0:
         model.freeze()
-    elif isinstance(spec.unfreeze_blocks, int):
-        freeze_below(model, spec.unfreeze_blocks)
     return model
 
 
@@ -243,18 +243,24 @@ def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder
     return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
 
 
-def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
-    """Freezes everything below the last `num_blocks` blocks (section 4.3, "Partial fine-tuning").
+def freeze_below(model: Encoder, num_blocks: int | str | None) -> None:
+    """Freezes everything below the last `num_blocks` blocks (section 4.3, "Partial fine-tuning"), except adapters.
+
+    Args:
+        num_blocks: the number of blocks; "all"; or None: all, or 0 with adapters.
 
     Raises:
         ValueError: the model has fewer blocks.
     """
-    if not 0 <= num_blocks <= len(model.blocks):
-        raise ValueError(f"unfreeze_blocks={num_blocks}: the model has {len(model.blocks)} blocks")
-    model.requires_grad_(False)
-    top = [model.head, model.fc_norm if model.global_pool else model.norm]
-    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:
-        module.requires_grad_(True)
+    if num_blocks == "all" or (num_blocks is None and not model.adapters):
+        return
+    depth, count = len(model.blocks), int(num_blocks or 0)
+    if not 0 <= count <= depth:
+        raise ValueError(f"unfreeze_blocks={count}: the model has {depth} blocks")
+    trained = (*ABOVE_BLOCKS, *(f"blocks.{number}." for number in range(depth - count, depth)))
+    for name, parameter in model.named_parameters():
+        if not (name.startswith(trained) or name.endswith(model.adapters)):
+            parameter.requires_grad_(False)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -298,6 +304,7 @@ def _set_options(model: Model, spec: ModelSpec) -> Model:
             f"`grad_checkpointing` has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
             f"models_vit.Block, and override compute instead of forward"
         )
+    freeze_below(model, spec.unfreeze_blocks)
     return model
 
 

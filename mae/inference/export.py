@@ -35,6 +35,7 @@ from mae.inference.graphs import write_onnx, write_torch_export
 from mae.inference.model import Classifier, Model, Segmenter, get_model
 from mae.inference.state_dicts import (
     encoder_of,
+    without_adapters,
     write_reference,
     write_safetensors,
     write_timm,
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def export(model: Model, to: str, out: Path) -> None:
-    """Exports a model. The file or folder is written atomically.
+    """Exports a model. The file or folder is written atomically. Adapters are merged into the weights.
 
     Args:
         to: one of WRITERS.
@@ -95,6 +96,7 @@ def export(model: Model, to: str, out: Path) -> None:
         ValueError: the format does not support this model or the suffix of `out`, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
+    model = without_adapters(model)
     if reason := _unsupported(model, to):
         raise ValueError(f"--to {to}: the format has no {reason}; give --to safetensors")
     check_suffix(to, out)

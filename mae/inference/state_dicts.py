@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 import mae.build
+from mae import user_code
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
-from mae.inference.model import Autoencoder, Classifier, Model, is_uncropped, settings_of, with_encoder
+from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from mae.settings.arguments import in_words
 from mae.weights import conversion, foreign_settings
 from mae.weights.reading import SETTINGS
+from models_vit import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,26 @@ def encoder_of(model: Model) -> Classifier:
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
     encoder.initial = {name: values for name, values in model.initial.items() if name in names}
     return encoder
+
+
+def without_adapters(model: Model) -> Model:
+    """Returns a model with the updates of its adapters merged into its weights. Its class has no adapters."""
+    if not model.adapters:
+        return model
+    assert model.encoder
+    plain = next(kind for kind in model.encoder.__mro__ if not getattr(kind, "adapters", ()))
+    encoder = None if plain is Encoder else plain
+    known = mae.build.own_parameters(plain)
+    texts = [text for text in model.settings.get("encoder_args") or [] if text.partition("=")[0] in known]
+    names = {"encoder": encoder and user_code.name_of(encoder), "encoder_args": texts or None}
+    kind: Any = next(kind for kind in (Autoencoder, Classifier, Segmenter) if isinstance(model, kind))
+    merged: Model = with_encoder(kind, encoder)({**model.settings, **names})
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(model.adapters)}
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    state |= {f"{name}.weight": module.merged() for name, module in modules if hasattr(module, "merged")}
+    merged.load_state_dict(state)
+    merged.initial = {name: values for name, values in model.initial.items() if name in state}
+    return merged
 
 
 def write_reference(model: Model, out: Path) -> None:

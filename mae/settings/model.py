@@ -45,7 +45,8 @@ class ModelSpec(Values, group="model", role=MODEL):
     grad_checkpointing: bool = setting(False, role=TRAINING, resumed=FREE, action="store_true",
         help="recompute activations in the backward pass: less memory, a third more computation")
     unfreeze_blocks: int | str | None = setting(None, count, group="optimization", role=TRAINING, metavar="K",
-        help="train the head and the last K blocks only (default: all parameters)")
+        help="train the last K blocks, adapters, and the head or the decoder only (default: all parameters; with "
+        "adapters, 0)")
     decoder_depth: int | None = setting(None, positive_int, metavar="N",
         help="number of decoder blocks (default: the model's)")
     norm_pix_loss: bool = setting(False, resumed=FIXED, action="switch",

@@ -26,7 +26,7 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
 ADDED_TO_BLOCK = re.compile(  # to models_vit.Block
-    r"(decoder_)?blocks\.\d+\.(?!(norm[12]|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.)"
+    r"(decoder_)?blocks\.\d+\.(?!(norm[12]|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.(weight|bias)$)"
 )
 LIBRARY = ("models_mae", "models_vit", "mae.inference.classes")  # a user's class may have the name of one of theirs
 

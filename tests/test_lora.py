@@ -1,0 +1,168 @@
+"""Low-rank updates: they start from the file, alone are trained, and are merged in exports."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from mains import assert_close, assert_equal, assert_same_run, in_processes, lines, stop_and_resume, weights
+from test_dino import assert_same, images, of_transformers
+from torch import nn
+
+import mae.build
+import main_finetune
+import main_knn
+import main_linprobe
+from examples.dino import DINOv2
+from examples.lora import LoRA, LoRADINOv2
+from mae.checkpoints import checkpoint
+from mae.inference import export, get_model
+from models_vit import VisionTransformer
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+OWN = {"encoder": "examples.lora:LoRA", "encoder_args": "rank=4 alpha=8"}
+FLAGS = tuple(word for name, value in OWN.items() for word in (f"--{name}", *value.split()))
+ADAPTERS = ("lora_a", "lora_b")
+
+
+@pytest.fixture(scope="module")
+def plain(pretrain_once):
+    """A checkpoint without updates."""
+    return pretrain_once("plain", epochs=1) / "checkpoint-0.pth"
+
+
+def changed(before, after):
+    return {name for name in before if name in after and not torch.equal(before[name], after[name])}
+
+
+def test_the_start_is_the_model_without_updates():
+    lora = mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=4).eval()
+    plain = VisionTransformer(**SMALL).eval()
+    state = {name: value for name, value in lora.state_dict().items() if not name.endswith(ADAPTERS)}
+    plain.load_state_dict(state)
+    assert torch.equal(lora(images(16, 16)), plain(images(16, 16)))
+
+
+def test_updates_are_low_rank_and_of_queries_and_values():
+    lora = mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=4, alpha=12)
+    layer = lora.blocks[1].attn.qkv
+    nn.init.normal_(layer.lora_b)
+    q, k, v = (layer.merged() - layer.weight).chunk(3)
+    for number, update in ((0, q), (1, v)):
+        assert torch.linalg.matrix_rank(update) == 4
+        torch.testing.assert_close(update, 3 * layer.lora_b[number] @ layer.lora_a[number])
+    assert not k.any()
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(layer(x), x @ layer.merged().T + layer.bias)
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_pre_training_changes_updates_decoder_and_last_blocks(blocks, plain, pretrain):
+    own = {"unfreeze_blocks": blocks} if blocks else {}
+    out = pretrain(init_from=plain, **OWN, **own)
+    before, state = weights(plain.parent, "checkpoint-0.pth"), checkpoint.read(out / "checkpoint-1.pth")
+    after = state["model"]
+    encoder = {name for name in changed(before, after) if not name.startswith(("decoder_", "mask_token"))}
+    last = {name for name in after if name.startswith("blocks.3.") and not name.endswith(ADAPTERS)}
+    assert encoder == {"norm.weight", "norm.bias"} | (last if blocks else set())
+    assert all(value.any() for name, value in after.items() if name.endswith("lora_b"))
+    trained = {name for name in after if name.endswith(ADAPTERS) or name in encoder or name.startswith("decoder_")}
+    trained = trained - {"decoder_pos_embed"} | {"mask_token"}
+    assert len(state["optimizer"]["state"]) == len(trained)
+    assert lines(out)[1]["train_loss"] < lines(out)[0]["train_loss"]
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_to_the_bit(plain, pretrain, classify, monkeypatch):
+    own = {"init_from": plain, **OWN, "unfreeze_blocks": 1, "num_workers": 1}
+    assert_same_run(pretrain("whole", **own), stop_and_resume(monkeypatch, pretrain, 3, **own))
+    own = {"finetune": plain, **OWN, "drop_path": 0.1}
+
+    def tune(name, **flags):
+        return classify(main_finetune, name, **flags)
+
+    assert_same_run(tune("tuned", **own), stop_and_resume(monkeypatch, tune, 3, name="tuned_parts", **own))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [(), ("--fsdp",)])
+def test_two_processes_equal_one(own, plain, pictures, tmp_path):
+    flags = (*FLAGS, "--init_from", plain, "--epochs", 2, "--unfreeze_blocks", 1)
+    in_processes(1, pictures, tmp_path / "one", "--batch_size", 8, *flags)
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, *flags, *own)
+    if own:
+        expected = [line["train_loss"] for line in lines(tmp_path / "one")]
+        assert [line["train_loss"] for line in lines(tmp_path / "two")] == pytest.approx(expected, rel=1e-5)
+        in_processes(2, pictures, tmp_path / "three", "--batch_size", 4, *FLAGS, "--unfreeze_blocks", 1, "--epochs", 2,
+                     "--fsdp", "--resume", tmp_path / "two/checkpoint-1")  # fmt: skip
+    else:
+        assert_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_fine_tuning_trains_updates_head_and_norm(plain, classify):
+    out = classify(main_finetune, finetune=plain, **OWN, epochs=1, blr=0.01, warmup_epochs=0)
+    before, after = weights(plain.parent, "checkpoint-0.pth"), weights(out, "checkpoint-0.pth")
+    assert {name for name in changed(before, after) if name.startswith(("blocks", "cls", "pos", "patch"))} == set()
+    assert all(value.any() for name, value in after.items() if name.endswith("lora_b"))
+    count = 4 * 2 * 2 * 4 * 128 + 128 * 6 + 6 + 2 * 128  # updates of 4 blocks, head, norm
+    assert lines(out)[0]["n_parameters"] == count
+
+
+def test_a_probe_and_neighbors_have_the_updates(plain, pretrain, classify):
+    own = {name: OWN[name] for name in ("encoder",)}  # the checkpoint has the arguments
+    file = pretrain(init_from=plain, **OWN, epochs=1) / "checkpoint-0.pth"
+    assert classify(main_knn, k=3, finetune=file, **own)[3, 0.07] > 0
+    out = classify(main_linprobe, "probe", finetune=file, **own, epochs=1, blr=1)
+    before, after = (weights(one, "checkpoint-0.pth") for one in (file.parent, out))
+    assert {name for name in changed(before, after) if name.startswith("blocks")} == set()
+    assert any(name.endswith("lora_b") for name in after)
+    with pytest.raises(ValueError, match=f"encoder={OWN['encoder']}"):
+        classify(main_knn, k=3, finetune=file)
+
+
+@pytest.mark.slow
+def test_exports_merge_the_updates(plain, classify, tmp_path):
+    out = classify(main_finetune, finetune=plain, **OWN, epochs=1, blr=0.1, warmup_epochs=0)
+    model = get_model(out / "checkpoint-0.pth", encoder=LoRA)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    expected = model(images(16, 16))
+    without = get_model(out / "checkpoint-0.pth", encoder=LoRA)
+    assert (expected - without(images(16, 16))).abs().max() > 1e-3
+    for to, suffix in (("safetensors", ".safetensors"), ("onnx", ".onnx"), ("timm", ""), ("reference", ".pth")):
+        export.export(model, to, tmp_path / f"model{suffix}")
+    for suffix in (".safetensors", ".pth"):
+        found = get_model(tmp_path / f"model{suffix}")
+        assert not [name for name in found.state_dict() if "lora" in name]
+        assert_same(found(images(16, 16)), expected)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    assert_same(theirs(images(16, 16)), expected)
+    pixels = (images(16, 16) * model.normalize.std + model.normalize.mean).numpy()
+    (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": pixels})
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_updates_of_dino(pretrain, tmp_path):
+    """The file gives its sizes, and the command the rank. The export is a model of DINO."""
+    _, theirs = of_transformers("v2 registers", tmp_path / "file")
+    own = {"encoder": "examples.lora:LoRADINOv2", "encoder_args": "rank=2", "input_size": 32}
+    out = pretrain(init_from=tmp_path / "file", **own, lr=0, epochs=1)
+    ours = get_model(out / "checkpoint-0.pth", encoder=LoRADINOv2)
+    expected = theirs(images(32, 32)).last_hidden_state
+    assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
+    assert {"rank=2", "depth=2"} < set(ours.settings["encoder_args"])
+    export.export(ours, "safetensors", tmp_path / "merged.safetensors")
+    merged = get_model(tmp_path / "merged.safetensors", encoder=DINOv2)
+    assert_same(merged.extract_feat(images(32, 32), "tokens"), expected)
+    assert_equal(*({key: value for key, value in model.state_dict().items() if key.startswith("decoder")}
+                   for model in (merged, ours)))  # fmt: skip
+    trained = weights(pretrain("trained", init_from=tmp_path / "file", **own))
+    assert trained["blocks.0.attn.qkv.lora_b"].any()
+
+
+@pytest.mark.parametrize("blocks", [-1, 5])
+def test_a_wrong_number_of_blocks_is_an_error(blocks):
+    model = mae.build.combined(LoRA, VisionTransformer)(**SMALL)
+    with pytest.raises(ValueError, match=f"unfreeze_blocks={blocks}"):
+        mae.build.freeze_below(model, blocks)
