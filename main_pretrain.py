@@ -105,8 +105,9 @@ def main(
     model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
     draw_noise, mask_ratio = masking.sampler(
-        run.model.masking, model.grid_size, run.model.mask_ratio, run.model.mask_block, model.patch_embed.patch_size
-    )
+        run.model.masking, model.grid_size, run.model.mask_ratio, run.model.mask_block, model.patch_embed.patch_size,
+        model.scores_visible,
+    )  # fmt: skip
     model.to(precision.device)
 
     num_visible = masking.num_visible(model.num_patches, mask_ratio)

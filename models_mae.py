@@ -80,9 +80,11 @@ class MaskedAutoencoderViT(Encoder):
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch. A constructor may
             set it before it calls that of this class.
+        scores_visible: `forward_loss` also scores visible patches, so that a training may have a mask ratio of 0.
     """
 
     target_dim: int | None = None
+    scores_visible = False
 
     def __init__(
         self,

@@ -1,38 +1,61 @@
-"""The features of a frozen teacher as the target (EVA, Fang et al. 2023, section 2).
+"""The features of a frozen teacher as the target (EVA, Fang et al. 2023, section 2), also of visible patches.
 
     python main_pretrain.py --model_class examples.frozen_teacher:FrozenTeacher \\
         --model_args teacher=vit_base_patch16_dinov3 --mask_ratio .4 ...
+    python main_pretrain.py --model mae_vit_tiny_patch16 --model_class examples.frozen_teacher:FrozenTeacher \\
+        --model_args teacher=dinov3-small distance=cosine class_token=true --mask_ratio 0 ...
 
-The teacher is any Vision Transformer of timm, or a checkpoint of this library: teacher=runs/mine/checkpoint-399.pth.
+The teacher is any Vision Transformer of timm; a checkpoint of this library: teacher=runs/mine/checkpoint-399.pth; or a
+file of `examples/dino.py`. The second command distils it to a smaller model: without masked patches, all are scored.
 The teacher sees the whole image, as the student's input is normalized: give the --mean and --std of the teacher. It has
 the student's patch size and number of channels. It is not trained, is always in evaluation mode, and checkpoints do not
 contain it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.dino import DINOv2, DINOv3
 from mae import get_model
+from mae.user_code import name_of
+from mae.weights import reading
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
+
+ENCODERS = {name_of(kind): kind for kind in (DINOv2, DINOv3)}  # a file can't make a program import code
+# Predictions and targets (B, N, P) -> (B, N)
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda pred, target: (pred - target).square().mean(dim=-1),
+    "smooth_l1": lambda pred, target: F.smooth_l1_loss(pred, target, reduction="none").mean(dim=-1),
+    "cosine": lambda pred, target: 1 - F.cosine_similarity(pred, target, dim=-1),
+}
 
 
 class FrozenTeacher(MaskedAutoencoderViT):
     """Predicts the normalized features of a teacher for each patch.
 
     Args:
-        teacher: name of a model of timm with patch tokens, or a checkpoint of this library.
+        teacher: name of a model of timm with patch tokens, or a checkpoint of this library, or a file of DINO.
         weights: file of the weights of a name. Default: its published weights.
+        distance: l2, smooth_l1 or cosine.
+        class_token: also predict the first class token of the teacher, by a linear layer on that of the student.
     """
 
-    def __init__(self, *, teacher: str, weights: str = "", img_size: Any = 224, **arguments: Any) -> None:
-        if Path(teacher).is_file():
-            model: Any = get_model(teacher)
+    scores_visible = True
+
+    def __init__(
+        self, *, teacher: str, weights: str = "", distance: str = "l2", class_token: bool = False, img_size: Any = 224,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
+        if Path(teacher).exists():
+            encoder = ENCODERS.get(reading.read(teacher).settings.get("encoder", ""))
+            model: Any = get_model(teacher, encoder=encoder, input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
         else:
             model = timm.create_model(
@@ -46,7 +69,22 @@ class FrozenTeacher(MaskedAutoencoderViT):
                 f"--model_args teacher={teacher}: it has {model.patch_embed.grid_size} patches and the model "
                 f"{self.grid_size}: give another --patch_size or --input_size"
             )
+        self.distance = DISTANCES[distance]
         self.teacher = (model.eval().requires_grad_(False),)  # in a tuple: not a module of this one
+        self.decoder_class = nn.Linear(self.cls_token.shape[2], self.target_dim) if class_token else None
+
+    def forward_decoder(self, latent: Tensor, *args: Any, **context: Any) -> Tensor:
+        """Returns predictions of the patches (B, N, P), after that of the class token with `class_token`."""
+        pred = super().forward_decoder(latent, *args, **context)
+        return pred if self.decoder_class is None else torch.cat([self.decoder_class(latent[:, :1]), pred], dim=1)
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, **context: Any) -> Any:
+        """The distance of the masked patches, or of all patches if none is masked, and that of the class token."""
+        loss = self.distance(pred, self.target(imgs, **context))
+        of_patches = loss[:, -mask.shape[1] :]
+        scored = torch.where(mask.any(), mask, 1)
+        patches = (of_patches * scored).sum() / scored.sum()
+        return patches if self.decoder_class is None else {"patches": patches, "class": loss[:, 0].mean()}
 
     @torch.no_grad()
     def target(self, imgs: Tensor, **context: Any) -> Tensor:
@@ -54,4 +92,6 @@ class FrozenTeacher(MaskedAutoencoderViT):
         is_ours = isinstance(teacher, Encoder)
         tokens = teacher.get_intermediate_layers(imgs)[0] if is_ours else teacher.forward_features(imgs)
         features = tokens[:, teacher.num_prefix_tokens :]
+        if self.decoder_class is not None:
+            features = torch.cat([tokens[:, :1], features], dim=1)
         return F.layer_norm(features.float(), features.shape[-1:])

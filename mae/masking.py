@@ -180,6 +180,7 @@ def sampler(
     mask_ratio: float,
     mask_block: int = 1,
     patch_size: tuple[int, int] = (16, 16),
+    scores_visible: bool = False,
 ) -> tuple[Callable[[], Tensor], float]:
     """Returns the masking strategy of training.
 
@@ -190,6 +191,7 @@ def sampler(
             masked blocks, of which int(blocks · (1 - mask_ratio)) are visible.
         mask_block: side of the blocks of random masking, in patches.
         patch_size: (rows, columns) of pixels in a patch, for the error message.
+        scores_visible: the loss has visible patches, so that `mask_ratio` may be 0: then no patch is masked.
 
     Returns:
         A function that returns noise (N,) from PyTorch's default generator, and the mask ratio, both for
@@ -199,6 +201,8 @@ def sampler(
         ValueError: the strategy is unknown, the ratio masks all or none of the patches or blocks, the strategy is grid
             with another ratio than GRID_RATIO, or `mask_block` does not divide the grid or is not for this strategy.
     """
+    if scores_visible and not mask_ratio:
+        return partial(torch.rand, math.prod(grid_size)), mask_ratio
     check_ratio(math.prod(grid_size), mask_ratio)
     if mask_block > 1:
         if masking != "random":

@@ -10,6 +10,7 @@ import timm
 import torch
 from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from sklearn.decomposition import PCA
+from test_dino import of_transformers
 from torch import nn
 from torch.optim import Muon
 
@@ -106,6 +107,31 @@ def test_a_checkpoint_of_ours_is_a_frozen_teacher(pretrain):
     ours = FrozenTeacher(**SMALL, teacher=str(first / "checkpoint-0.pth")).train()
     expected = nn.functional.layer_norm(teacher.forward_features(imgs)[:, 1:], (128,))
     torch.testing.assert_close(ours.target(imgs), expected)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
+def test_a_teacher_of_dino_is_distilled_without_masks(distance, pretrain, tmp_path):
+    """All patches and the class token are the target of a student of another width and depth."""
+    _, theirs = of_transformers("v3", tmp_path / "teacher")
+    flags = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 32, "patch_size": 8}
+    own = f"teacher={tmp_path / 'teacher'} distance={distance} class_token=true"
+    out = pretrain(**flags, model_args=own, mask_ratio=0)
+    first, last = lines(out)
+    for line in (first, last):
+        assert line["train_patches"] + line["train_class"] == pytest.approx(line["train_loss"], rel=1e-5)
+    assert last["train_loss"] < first["train_loss"]
+    small = {**SMALL, "img_size": 32, "patch_size": 8}
+    model = FrozenTeacher(**small, teacher=str(tmp_path / "teacher"), distance=distance, class_token=True)
+    imgs = torch.randn(2, 3, 32, 32)
+    terms, pred, mask = model(imgs, 0.0)
+    tokens = theirs(imgs).last_hidden_state
+    target = nn.functional.layer_norm(torch.cat([tokens[:, :1], tokens[:, 5:]], dim=1), (128,))
+    if distance == "cosine":
+        expected = 1 - nn.functional.cosine_similarity(pred, target, dim=2)
+    else:
+        expected = nn.functional.smooth_l1_loss(pred, target, reduction="none").mean(dim=2)
+    assert not mask.any()
+    torch.testing.assert_close(terms, {"patches": expected[:, 1:].mean(), "class": expected[:, 0].mean()})
 
 
 def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
