@@ -89,8 +89,7 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
-        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
-            --lr_schedule MODULE:FUNCTION.
+        lr_schedule: function(progress) -> factor of the rate after the warm-up; as --lr_schedule MODULE:FUNCTION.
     """
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder, optimizer, lr_schedule = user_code.with_objects(
