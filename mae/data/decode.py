@@ -159,12 +159,14 @@ def is_turned(picture: Picture | bytes) -> bool:
 
 
 def read(
-    data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS, values: PixelValues = AS_STORED
-) -> Picture:
+    data: bytes | Picture | np.ndarray, in_chans: int | None, max_pixels: int = MAX_PIXELS,
+    values: PixelValues = AS_STORED,
+) -> Picture:  # fmt: skip
     """Returns the picture of the data of `decode`, with its own channels.
 
     Args:
-        in_chans: determines whether the pages of a TIFF file, or the first axis of an array, are the channels.
+        in_chans: determines whether the pages of a TIFF file, or the first axis of an array, are the channels. None:
+            equal pages and the shorter axis are.
 
     Raises:
         Exception: any exception of the decoder.
@@ -269,7 +271,7 @@ def _with_all_bits(picture: Image.Image, values: PixelValues, data: bytes = b"")
     return picture
 
 
-def _channel_axis(shape: tuple[int, ...], in_chans: int, channels_last: bool | None) -> int | None:
+def _channel_axis(shape: tuple[int, ...], in_chans: int | None, channels_last: bool | None) -> int | None:
     """Returns the axis of the channels: the last or first with `in_chans`, else 1 or 3 entries. None for (H, W).
 
     If neither axis fits, it is the shorter one of both, and `fit_channels` refuses its length.
@@ -295,7 +297,7 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int, channels_last: bool | N
     return 2 if shape[2] <= shape[0] else 0
 
 
-def _read_npy(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Tensor:
+def _read_npy(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues) -> Tensor:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

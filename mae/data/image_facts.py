@@ -1,12 +1,16 @@
 """Facts of the images of a dataset: sizes, channels, statistics, and which can't be read."""
 
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -16,7 +20,7 @@ from mae.data.decode import find_invalid, fit_channels, is_turned, read
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
-from mae.data.pixels import AS_STORED, BadImage, PixelValues, size_of, to_tensor
+from mae.data.pixels import AS_STORED, BadImage, Picture, PixelValues, size_of, to_tensor
 from mae.data.source import Source, Stream, is_stream
 from mae.data.transforms import Normalize, to_unit_range
 from mae.files.untrusted import printable
@@ -24,6 +28,8 @@ from mae.files.untrusted import printable
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # images that `check_statistics` reads
+COUNTED = 64  # images that `channels_of` reads
+GRAY_MODES = ("1", "L", "LA")  # of Pillow; any other is converted to color
 
 
 class ImageFacts(NamedTuple):
@@ -37,6 +43,9 @@ class ImageFacts(NamedTuple):
     valid: int = 0  # number of valid pixels
     unreadable: tuple[str, str] | None = None  # name and reason
     turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
+    low: float = np.inf  # smallest and largest valid value, scaled as in training
+    high: float = -np.inf
+    digest: bytes = b""  # of the decoded pixels
 
 
 class FactsDataset(Dataset):
@@ -76,9 +85,47 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     sums = torch.stack([pixels.sum(dim=1), pixels.square().sum(dim=1)]).numpy()
     channels = len(stored) if isinstance(stored, torch.Tensor) else len(stored.getbands())
     deep = isinstance(stored, torch.Tensor) and stored.is_floating_point()
+    low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (np.inf, -np.inf)
+    digest = hashlib.blake2b(np.ascontiguousarray(to_tensor(decoded.image).numpy()), digest_size=8).digest()
     return ImageFacts(
-        item.label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored)
+        item.label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored), low=low,
+        high=high, digest=digest,
     )  # fmt: skip
+
+
+def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int:
+    """Returns the number of channels that the images of a dataset need, from up to COUNTED evenly spaced images.
+
+    It is that of most images, and 3 if some are gray and some are in color. Color images whose channels are equal are
+    gray. If no image can be read, it is 3.
+    """
+    counts = Counter[int]()
+    for image in _examples(source):
+        with suppress(Exception):  # the facts have the reason
+            counts[_channels_in(read(image, None, values=values))] += 1
+    if counts.keys() <= {1, 3}:
+        return 1 if counts.keys() == {1} else 3
+    return counts.most_common(1)[0][0]
+
+
+def _examples(source: Source | Stream) -> Iterator[Any]:
+    """Yields the stored images of up to COUNTED items; of a stream, of the first ones."""
+    if is_stream(source):
+        for _, _, data, _ in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), COUNTED):
+            yield data
+        return
+    for index in np.unique(np.linspace(0, len(source) - 1, COUNTED, dtype=int)):
+        with suppress(BadImage, OSError):
+            yield source[int(index)].image
+
+
+def _channels_in(stored: Picture) -> int:
+    """Returns the number of channels of an image as it enters the model; 1 if all three are equal."""
+    if isinstance(stored, Image.Image):
+        if stored.mode in GRAY_MODES:
+            return 1
+        stored = to_tensor(fit_channels(stored, 3))
+    return 1 if len(stored) == 3 and (stored == stored[:1]).all() else len(stored)
 
 
 def all_facts(
@@ -132,12 +179,17 @@ def readable(
     return Subset(source, np.delete(np.arange(len(source)), list(bad)))
 
 
-def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
-    """Returns mean and standard deviation of each channel over the valid pixels, as arguments of --mean and --std."""
+def moments_of(good: list[ImageFacts]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of each channel over the valid pixels; of a constant channel, 0 and not 1."""
     pixels = max(1, sum(fact.valid for fact in good))
     mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
-    std = np.sqrt(np.maximum(squares - mean**2, 0))
-    std = np.where(std > 0, std, 1)  # a constant channel has std 0
+    return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+
+
+def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
+    """Returns mean and standard deviation of each channel over the valid pixels, as arguments of --mean and --std."""
+    mean, std = moments_of(good)
+    std = np.where(std > 0, std, 1)  # the std of a setting is above 0
     # Without exponents, because argparse parses -1e-05 as a flag.
     texts = [
         " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)

@@ -37,7 +37,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged files are raised instead
 
 
-def read(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Tensor | None:
+def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues) -> Tensor | None:
     """Returns the picture (c, H, W) of a TIFF file; None if Pillow reads it without changing its values.
 
     Args:
@@ -55,7 +55,7 @@ def read(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Te
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
         if math.prod(page.chunks) > VALUES_PER_PIXEL * max_pixels:  # decoders allocate a complete tile
             raise BadImage(f"its tiles of {' x '.join(map(str, page.chunks))} values are too large")
-        pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
+        pages: Any = file.pages if channels == 1 and in_chans in (None, len(file.pages)) else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
         if len(pages) == 1 and _is_stack(file.pages):
@@ -68,7 +68,7 @@ def read(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Te
             require_stored_values(values, bits == 8)
             return None
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
-        if len(pages) == 1:  # checked before many channels are decoded
+        if len(pages) == 1 and in_chans:  # checked before many channels are decoded
             check_channels(channels - has_alpha, in_chans)
         for p in pages:
             _require_complete(p, len(data))
