@@ -101,14 +101,19 @@ def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
     add(parser, "nodata", "value_range", "channels_last", "pin_mem")
 
 
-def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
-    """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
+def add_source_options(group: argparse._ActionsContainer, labels: bool = False, **in_chans: Any) -> None:
+    """Adds the flags of data sources other than --data_path, of channels, and of worker processes.
+
+    Args:
+        in_chans: a default or a help text of --in_chans that differs.
+    """
     entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
     add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of iNaturalist")
     add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
     add_to(group, "extras")
     add_to(group, "download", help="download a --dataset of torchvision to --data_path")
-    add_to(group, "in_chans", "num_workers")
+    add_to(group, "in_chans", **in_chans)
+    add_to(group, "num_workers")
 
 
 def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place: str = "--data_path") -> None:

@@ -1,10 +1,12 @@
-"""Checks a dataset before training. `open_source` opens a dataset of any kind.
+"""Checks a dataset before training, and writes a recipe for it.
 
     python -m mae.data IMAGES
-    python -m mae.data IMAGES.zip --in_chans 1
+    python -m mae.data IMAGES.zip --recipe mine.yaml --minutes 30
 
 The command prints the number of images, their sizes, channels and classes, the unreadable images with the reason, the
-mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s.
+mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s. With
+--recipe, it measures the training for some seconds, writes the settings of main_pretrain.py with their reasons, and
+prints the command that runs them.
 """
 
 import argparse
@@ -17,9 +19,9 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from mae.cli import entry_point, options
+from mae.cli import entry_point, flags, options
 from mae.data.batches import up_to_cores
-from mae.data.image_facts import ImageFacts, all_facts, statistics_of
+from mae.data.image_facts import ImageFacts, all_facts, channels_of, statistics_of
 from mae.data.labels import has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
@@ -31,6 +33,9 @@ from mae.user_code import with_source
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
+GIVEN = (  # settings that a recipe has if they are given
+    "data_path", "dataset", "train_list", "extras", "num_images", "nodata", "value_range", "channels_last",
+)  # fmt: skip
 
 
 def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) -> list[str]:
@@ -58,16 +63,16 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
         (size, most), *others = Counter(fact.size for fact in good).most_common()
         channels = Counter(fact.channels for fact in good).most_common()
-        mean, std = statistics_of(good)
+        different = {(fact.size, fact.digest) for fact in good}
         pixels, valid = int((heights * widths).sum()), sum(fact.valid for fact in good)
         lines += [
             f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
             "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
             f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
+            f"duplicates  {len(good) - len(different):,} images equal another one",
             *[f"invalid     {1 - valid / pixels:.2%} of the pixels"] * (valid < pixels),
             f"rotated     {sum(fact.turned for fact in good):,} images by EXIF data, which is ignored in training",
-            f"--mean      {mean}",
-            f"--std       {std}",
         ]
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
@@ -87,25 +92,32 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
-    options.add_source_options(parser)
+    channels = "input channels: 3 RGB, 1 gray (default: those of the images)"
+    options.add_source_options(parser, default=None, help=channels)
     options.add_to(parser, "nodata", "value_range", "channels_last", "num_images")
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
         "--limit", type=types.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
     )
+    parser.add_argument(
+        "--recipe", type=flags.new_file(".yaml"), metavar="FILE", help="write a recipe for main_pretrain.py --config"
+    )
+    parser.add_argument(
+        "--minutes", type=types.positive, default=30.0, metavar="M", help="time of the pre-training of --recipe"
+    )
     return parser
 
 
 def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
-    """Prints the report.
+    """Prints the report, and writes the recipe.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
 
     Raises:
-        ValueError: the dataset can't be opened.
-        BadImage: an image can't be read.
+        ValueError: the dataset can't be opened, or there is no recipe for it.
+        BadImage: an image can't be read; with a recipe, more than `loader.MAX_BAD_SHARE` of the images.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     data = with_source(Run.of(args), source).data
@@ -120,12 +132,40 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)
     values = PixelValues(args.nodata, args.value_range, args.channels_last)
-    facts_of = all_facts(images, args.in_chans, indices, workers, values)
+    in_chans = args.in_chans or channels_of(images, values)
+    facts_of = all_facts(images, in_chans, indices, workers, values)
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
-    print("\n".join(report_on(images, facts, time.perf_counter() - started)))
-    if bad := [fact for fact in facts if fact.unreadable]:
+    seconds = time.perf_counter() - started
+    print("\n".join(report_on(images, facts, seconds)))
+    bad = [fact for fact in facts if fact.unreadable]
+    if not args.recipe and len(bad) < len(facts):  # a recipe has them
+        mean, std = statistics_of(facts)
+        print(f"--in_chans  {in_chans}\n--mean      {mean}\n--std       {std}")
+    if len(bad) > (MAX_BAD_SHARE * len(facts) if args.recipe else 0):
         raise BadImage(
             f"{len(bad):,} of {len(facts):,} images can't be read; main_pretrain.py --on_bad_image skip excludes up to "
             f"{MAX_BAD_SHARE:.0%} of an epoch"
         )
+    if args.recipe:
+        write_recipe(args, images, facts, in_chans, len(facts) / seconds)
+
+
+def write_recipe(
+    args: argparse.Namespace, source: Source | Stream, facts: list[ImageFacts], in_chans: int, decoding: float
+) -> None:
+    """Writes the recipe, and prints the command that runs it.
+
+    Args:
+        decoding: images/s that are read and decoded.
+
+    Raises:
+        ValueError: as in `recommend.recipe.write`.
+    """
+    from mae.recommend import recipe
+    from mae.recommend.facts import Images
+
+    found = Images.of(facts, len(source), in_chans, args.value_range is not None)
+    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+    machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
+    print("\n".join(recipe.write(args.recipe, found, machine, given, args.minutes, decoding)))

@@ -86,7 +86,7 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     channels = len(stored) if isinstance(stored, torch.Tensor) else len(stored.getbands())
     deep = isinstance(stored, torch.Tensor) and stored.is_floating_point()
     low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (np.inf, -np.inf)
-    digest = hashlib.blake2b(np.ascontiguousarray(to_tensor(decoded.image).numpy()), digest_size=8).digest()
+    digest = hashlib.blake2b(to_tensor(decoded.image).numpy().tobytes(), digest_size=8).digest()
     return ImageFacts(
         item.label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored), low=low,
         high=high, digest=digest,

@@ -1,0 +1,117 @@
+"""What the rules of a recipe know about a dataset and a machine, and what is wrong with a dataset."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mae.data.image_facts import ImageFacts, moments_of
+
+MEASURED_IMAGES = 1000  # fewer were not measured
+ASPECT_SPREAD = 1.1  # ratio of aspect ratios, up to which they count as equal
+MAX_ASPECT = 4  # ratio of the sides, above which square patches fit badly
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the rules know about a dataset.
+
+    Args:
+        count: number of images that can be read.
+        distinct: number of different images among them.
+        bad: share of the images that can't be read.
+        height, width, shorter: sides that half of the images do not exceed, in pixels.
+        spread: range of the shorter side in pixels.
+        has_one_shape: the aspect ratios of nine tenths of the images are equal.
+        mean, std: of each channel.
+        value_range: the smallest and the largest value, if they should become 0 and 1; else None.
+        is_deep: all images have more than 8 bits.
+        num_bytes: size of all decoded images.
+    """
+
+    count: int
+    distinct: int
+    bad: float
+    height: int
+    width: int
+    shorter: int
+    spread: tuple[int, int]
+    has_one_shape: bool
+    in_chans: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    value_range: tuple[float, float] | None
+    is_deep: bool
+    num_bytes: float
+
+    @classmethod
+    def of(cls, facts: list[ImageFacts], total: int, in_chans: int, has_range: bool) -> "Images":
+        """Summarizes the facts of images.
+
+        Args:
+            facts: of all images, or of a sample.
+            total: number of images of the dataset.
+            has_range: `value_range` is given.
+
+        Raises:
+            ValueError: the images have nothing to learn.
+        """
+        good = [fact for fact in facts if fact.sums is not None]
+        heights, widths = np.array([fact.size for fact in good]).T
+        shorter, aspect = np.minimum(heights, widths), heights / widths
+        narrow, wide = np.quantile(aspect, (0.05, 0.95))
+        mean, std = moments_of(good)
+        if not std.any():
+            raise ValueError(f"every pixel has the value {' '.join(f'{value:g}' for value in mean)}: nothing to learn")
+        low, high = min(fact.low for fact in good), max(fact.high for fact in good)
+        is_deep = all(fact.deep for fact in good)
+        count = round(total * len(good) / len(facts))
+        return cls(
+            count=count,
+            distinct=round(count * len({(fact.size, fact.digest) for fact in good}) / len(good)),
+            bad=1 - len(good) / len(facts),
+            height=_median(heights),
+            width=_median(widths),
+            shorter=_median(shorter),
+            spread=(int(shorter.min()), int(shorter.max())),
+            has_one_shape=bool(wide <= ASPECT_SPREAD * narrow),
+            in_chans=in_chans,
+            mean=mean.tolist(),
+            std=np.where(std > 0, std, 1).tolist(),
+            value_range=(low, high) if is_deep and not has_range and (low < 0 or high > 1) else None,
+            is_deep=is_deep,
+            num_bytes=float((heights * widths).mean()) * in_chans * count,
+        )
+
+
+class Machine(NamedTuple):
+    """What the rules know about a machine."""
+
+    gpus: int
+    cores: int
+    cache_bytes: float  # that decoded images may take; 0: they can't be kept
+
+
+def warnings_of(images: Images) -> list[str]:
+    """Returns what is wrong with a dataset."""
+    found = []
+    if images.distinct < MEASURED_IMAGES:
+        found.append(
+            f"{images.distinct:,} different images are few: fewer than {MEASURED_IMAGES:,} were not measured. Compare "
+            f"the encoder with released weights (docs/small_data.md)"
+        )
+    if images.distinct < images.count:
+        found.append(
+            f"{images.count - images.distinct:,} images equal another one: an epoch shows these more than once"
+        )
+    if images.has_one_shape and max(images.height / images.width, images.width / images.height) > MAX_ASPECT:
+        found.append(
+            f"images of {images.height} x {images.width} pixels may need patches that are no squares (docs/data.md, "
+            f"signals)"
+        )
+    return found
+
+
+def _median(sides: np.ndarray) -> int:
+    return int(np.quantile(sides, 0.5, method="lower"))  # a side that an image has

@@ -1,0 +1,116 @@
+"""Writes a recipe: the settings of the rules, with a trial run for the number of epochs."""
+
+import math
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mae import parallel
+from mae.data import image_cache
+from mae.files import atomic
+from mae.position_tables import to_pair
+from mae.recommend import rules, trial
+from mae.recommend.facts import Images, Machine, warnings_of
+from mae.recommend.rules import Line
+from mae.settings.arguments import arguments
+from mae.user_code import runs_code
+
+
+def this_machine(can_cache: bool) -> Machine:
+    """Returns the machine of this process. Decoded images may take half of the memory and of the free disk."""
+    device = parallel.choose_device("auto")
+    gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}.get(device.type, 1)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    folder = image_cache.folder()
+    existing = next(one for one in (folder, *folder.parents) if one.exists())
+    free = min(memory, shutil.disk_usage(existing).free) / 2
+    return Machine(gpus, parallel.cores_of_process(), free if can_cache else 0)
+
+
+def write(
+    path: Path, images: Images, machine: Machine, given: Mapping[str, Any], minutes: float, decoding: float
+) -> list[str]:
+    """Writes a recipe that pre-trains for a time.
+
+    Args:
+        path: the file.
+        given: settings of the dataset, by name.
+        minutes: time of the run, with its start.
+        decoding: images/s that are read and decoded.
+
+    Returns:
+        The lines that the command prints: what is wrong with the images, and the command that runs the recipe.
+
+    Raises:
+        ValueError: the images are too small, or the trial run failed.
+    """
+    start = [Line(name, value, "as given") for name, value in given.items() if not _is_refused(name, value)]
+    flags = arguments({name: value for name, value in given.items() if _is_refused(name, value)})
+    inputs, loading = rules.image_lines(images), rules.loading_lines(images, machine, decoding)
+    settings = {line.name: line.value for line in inputs}
+    patches = math.prod(side // settings["patch_size"] for side in to_pair(settings["input_size"]))
+    processes = rules.processes_of(machine, images)
+    threads = max(1, machine.cores // processes)
+
+    def lines_of(model: str) -> list[Line]:
+        optimization = rules.optimization_lines(images, machine, model)
+        return [*start, rules.model_line(images, patches, model), *inputs, *optimization, *loading]
+
+    def measure(model: str) -> trial.Trial:
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder, "recipe.yaml")
+            draft.write_text(text_of(lines_of(model)))
+            return trial.run(draft, processes, threads, flags)
+
+    model = rules.MODELS[0]
+    measured = measure(model)
+    seconds = 60 * minutes - measured.startup
+    larger = rules.choose_model(images, patches, measured.images_per_s, seconds)
+    if larger != model:
+        model, measured = larger, measure(larger)
+    length = rules.length_lines(images, measured.images_per_s, 60 * minutes - measured.startup)
+    command = launch(path, processes, 0 if machine.gpus else threads, flags)
+    header = f"# Pre-training for {minutes:g} minutes on the machine that wrote this file.\n#\n#   {command}\n#\n"
+    atomic.write_text(path, header + text_of([*lines_of(model), *length]))
+    return [
+        f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
+        *[f"warning     {text}" for text in warnings_of(images)],
+        f"recipe      {path}\n",
+        command,
+    ]
+
+
+def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
+    """Returns the command that runs a recipe.
+
+    Args:
+        threads: threads of each process; 0: the default.
+        flags: arguments that a recipe must not set.
+    """
+    script = ["main_pretrain.py"] if Path("main_pretrain.py").is_file() else ["-m", "main_pretrain"]
+    settings = {"config": path, "output_dir": Path("runs", path.stem), "resume": "auto"}
+    words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *script, *arguments(settings), *flags]
+    return f"OMP_NUM_THREADS={threads} " * (threads > 0) + shlex.join(words)
+
+
+def text_of(lines: list[Line]) -> str:
+    """Returns settings as YAML, each with its reason in a comment."""
+    return "".join(f"{line.name}: {_value(line.value)}  # {line.reason}\n" for line in lines)
+
+
+def _value(value: Any) -> str:
+    """Returns a value as YAML in one line."""
+    in_list = yaml.safe_dump([value], default_flow_style=True, width=math.inf)
+    return in_list.strip()[1:-1]
+
+
+def _is_refused(name: str, value: Any) -> bool:
+    """Whether a recipe must not have a setting, because it runs code."""
+    return name == "dataset" and runs_code(value)

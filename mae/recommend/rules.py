@@ -1,0 +1,229 @@
+"""The rules of a recipe: settings of pre-training with their reasons, from the facts of images and a machine.
+
+The numbers come from the paper (He et al. 2021), from benchmarks/LEADERBOARD.md and from docs/small_data.md.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae.recommend.facts import Images, Machine
+from mae.settings.choices import SMALL
+from models_vit import SIZES
+
+MODELS = ("mini_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16")  # from small to large
+PARAMETERS_PER_PATCH = 4  # of the dataset; ViT-H on ImageNet-1K has 2.5, and mini on the images of the demo 5
+PASSES, IMAGES = 80, 800_000  # that the measured runs process at least, whichever is more
+MAX_EPOCHS = 1600  # the longest published run
+MAX_SIDE = 224  # pixels
+PATCH_SCALE = 1.25  # patch side = scale x root of the image side: 7 of 28 pixels, 12 of 96, 16 of 224
+PATCH_TOLERANCE = 1.5  # ratio to this side, up to which a divisor of the image side is better
+MIN_GRID = 4  # patches along the shorter side
+LR, WIDTH, BATCH = 2e-3, 128, 128  # measured on small images; the rule for others meets 2.4e-3 of ViT-B with 4096
+UPDATES_PER_EPOCH = 64  # at least, so that large batches have enough updates
+MAX_BATCH = 4096  # images per update, as published
+MAX_PROCESS_BATCH = 256  # images in the memory of a GPU at a time
+MIN_PROCESS_BATCH = 16  # images, below which a process is no faster
+
+
+class Line(NamedTuple):
+    """A setting of a recipe."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def patch_of(height: int, width: int) -> int:
+    """Returns the side of a patch in pixels, for images of height x width pixels.
+
+    It grows with the root of the shorter side. A common divisor of both sides is preferred.
+
+    Raises:
+        ValueError: a side has fewer than MIN_GRID pixels.
+    """
+    shorter = min(height, width)
+    largest, best = shorter // MIN_GRID, PATCH_SCALE * math.sqrt(shorter)
+    if not largest:
+        raise ValueError(f"images of {height} x {width} pixels are too small: give at least {MIN_GRID} pixels a side")
+    divisors = [side for side in range(1, largest + 1) if math.gcd(height, width) % side == 0]
+    nearest = min(divisors, key=lambda side: abs(math.log(side / best)))
+    is_near = 1 / PATCH_TOLERANCE <= nearest / best <= PATCH_TOLERANCE
+    return nearest if is_near else min(largest, round(best))
+
+
+def image_lines(images: Images) -> list[Line]:
+    """Returns the settings of the input and the augmentation.
+
+    Raises:
+        ValueError: as `patch_of`.
+    """
+    shorter = images.shorter
+    is_whole = images.has_one_shape and shorter < SMALL
+    height, width = (images.height, images.width) if is_whole else (min(shorter, MAX_SIDE),) * 2
+    patch = patch_of(height, width)
+    height, width = (patch * round(side / patch) for side in (height, width))
+    low, high = images.spread
+    sides = f"half of the images have at most {shorter} pixels along the shorter side"
+    sides = sides if low < high else f"the shorter side has {low} pixels"
+    multiple = "; the nearest multiple of the patch size" if shorter <= MAX_SIDE and shorter % patch else ""
+    capped = f"; {MAX_SIDE} as published" if shorter > MAX_SIDE else ""
+    grid = f"{height // patch} x {width // patch} patches: the patch side grows with the root of the image side"
+    return [
+        Line("input_size", height if height == width else [height, width], sides + multiple + capped),
+        Line("patch_size", patch, grid),
+        *_value_lines(images),
+        *_crop_lines(images, shorter, is_whole),
+    ]
+
+
+def _value_lines(images: Images) -> list[Line]:
+    channels = {1: "gray images", 3: "color images; gray and transparent ones are converted"}
+    lines = [Line("in_chans", images.in_chans, channels.get(images.in_chans, "channels of the files"))]
+    mean, std, of = np.array(images.mean), np.array(images.std), "of these images, for pixels from 0 to 1"
+    if images.value_range:
+        low, high = _rounded(images.value_range)
+        reason = "the values of the files, which become 0 and 1: pictures of the log show this range"
+        lines.append(Line("value_range", [low, high], reason))
+        mean, std, of = (mean - low) / (high - low), std / (high - low), "of these images in this range"
+    return [*lines, Line("mean", _rounded(mean), of), Line("std", _rounded(std), of)]
+
+
+def _rounded(values: Any) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _crop_lines(images: Images, shorter: int, is_whole: bool) -> list[Line]:
+    if is_whole:
+        crops = [Line("crop", "none", f"whole images: better than crops below {SMALL} pixels, and faster")]
+    elif shorter < SMALL:
+        crops = [
+            Line("crop", "random", "aspect ratios differ"),
+            Line("crop_scale", [0.6, 1.0], "large crops, because the images are small"),
+        ]
+    else:
+        crops = [
+            Line("crop", "random", f"as published, for images of {SMALL} pixels or more"),
+            Line("crop_scale", [0.2, 1.0], "as published"),
+        ]
+    return [
+        *crops,
+        Line("hflip", 0.5, "as published; 0 if a mirrored image means something else, as of letters and signals"),
+        Line("vflip", 0.0, "0.5, and rotate90: true, if the images have no upper side, as of microscopes"),
+    ]
+
+
+def parameters_of(model: str) -> int:
+    """Returns the number of parameters in the blocks of an encoder."""
+    size = SIZES[model]
+    return 12 * size["depth"] * size["embed_dim"] ** 2  # attention has 4 D x D, the MLP 8
+
+
+def choose_model(images: Images, patches: int, images_per_s: float, seconds: float) -> str:
+    """Returns the largest model that the number of patches and the time allow; the smallest one if none does.
+
+    Args:
+        patches: number of patches in an image.
+        images_per_s: throughput of the smallest model. That of others is estimated from their parameters.
+        seconds: time of the pre-training.
+    """
+    needed = max(IMAGES, PASSES * images.count)
+    chosen = MODELS[0]
+    for model in MODELS[1:]:
+        parameters = parameters_of(model)
+        processed = seconds * images_per_s * parameters_of(MODELS[0]) / parameters
+        if parameters <= PARAMETERS_PER_PATCH * patches * images.distinct and processed >= needed:
+            chosen = model
+    return chosen
+
+
+def model_line(images: Images, patches: int, model: str) -> Line:
+    """Returns the model of a recipe."""
+    reason = (
+        f"{parameters_of(model):,} parameters for {patches * images.distinct:,} patches; a larger model needs one "
+        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {max(IMAGES, PASSES * images.count):,} images"
+    )
+    return Line("model", f"mae_vit_{model}", reason)
+
+
+def processes_of(machine: Machine, images: Images) -> int:
+    """Returns the number of processes: one for each GPU, or one for each core that has enough images of a batch."""
+    return machine.gpus or min(machine.cores, max(1, effective_batch(images, False) // MIN_PROCESS_BATCH))
+
+
+def effective_batch(images: Images, has_gpu: bool) -> int:
+    """Returns the number of images per update: a power of two, at most all images."""
+    largest = min(MAX_BATCH, max(BATCH, images.count // UPDATES_PER_EPOCH)) if has_gpu else BATCH
+    return 2 ** int(math.log2(min(largest, images.count)))
+
+
+def optimization_lines(images: Images, machine: Machine, model: str) -> list[Line]:
+    """Returns the settings of the loss, the batches and the learning rate."""
+    processes, width = processes_of(machine, images), SIZES[model]["embed_dim"]
+    of_process = max(1, effective_batch(images, machine.gpus > 0) // processes)
+    accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
+    batch_size = of_process // accum_iter
+    effective = batch_size * accum_iter * processes
+    lr = LR * WIDTH / width * math.sqrt(effective / BATCH)
+    split = f"{effective} images per update in {processes} process(es)"
+    batches = [Line("batch_size", batch_size, f"{split}; an epoch has {images.count // effective:,} updates")]
+    if accum_iter > 1:
+        batches.append(Line("accum_iter", accum_iter, f"at most {MAX_PROCESS_BATCH} images are in memory at a time"))
+    rate = (
+        f"{LR:g} for {WIDTH} channels and {BATCH} images per update; a wider model has a smaller rate, a larger batch "
+        f"one that grows with its root"
+    )
+    return [
+        Line("norm_pix_loss", True, "a point better on the leaderboard, at no cost"),
+        *batches,
+        Line("lr", float(f"{lr:.2g}"), rate),
+    ]
+
+
+def loading_lines(images: Images, machine: Machine, decoding: float) -> list[Line]:
+    """Returns the settings of reading images.
+
+    Args:
+        decoding: images/s that are read and decoded.
+    """
+    lines = [_cache_line(images, machine, images.count / decoding)]
+    if machine.gpus:
+        lines.append(Line("num_workers", machine.cores // machine.gpus, "the cores of a GPU"))
+    else:
+        lines.append(Line("num_workers", 0, "the processes compute on all cores: each loads its own batches"))
+    if images.bad:
+        reason = f"{images.bad:.1%} of the images can't be read; others replace them"
+        lines.append(Line("on_bad_image", "skip", reason))
+    return lines
+
+
+def _cache_line(images: Images, machine: Machine, seconds: float) -> Line:
+    """Returns whether decoded images are kept in a file; decoding takes `seconds`."""
+    size = f"{images.num_bytes / 1e6:,.0f} MB of decoded images"
+    if images.is_deep:
+        return Line("cache_images", False, "images of more than 8 bits can't be cached")
+    if images.num_bytes > machine.cache_bytes:
+        return Line("cache_images", False, f"{size} are too many, or change in each epoch")
+    return Line("cache_images", True, f"{size}; decoding takes {seconds:,.1f} s, once instead of in each epoch")
+
+
+def length_lines(images: Images, images_per_s: float, seconds: float) -> list[Line]:
+    """Returns the number of epochs, of which the last ends in time, and the warm-up.
+
+    Args:
+        images_per_s: throughput of the training.
+        seconds: time of the training.
+    """
+    fitting = int(seconds * images_per_s / images.count)
+    epochs = min(MAX_EPOCHS, max(1, fitting))
+    reason = f"they fit the time at {images_per_s:,.0f} images/s, measured here"
+    if fitting > MAX_EPOCHS:
+        reason = f"{MAX_EPOCHS:,} is the longest published run; {fitting:,} would fit"
+    if fitting < 1:
+        reason = f"one epoch exceeds the time: it takes {images.count / images_per_s / 60:,.0f} minutes"
+    return [
+        Line("epochs", epochs, reason),
+        Line("warmup_epochs", epochs / 20, "a twentieth of the epochs"),
+        Line("save_every", math.ceil(epochs / 10), "ten checkpoints"),
+    ]

@@ -1,0 +1,57 @@
+"""A few updates of a recipe: the throughput of this machine, with all processes, the loading and the precision."""
+
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mae.settings.arguments import arguments
+from mae.training import log
+
+logger = logging.getLogger(__name__)
+
+EPOCHS, UPDATES = 4, 15  # of the trial; its first epoch is slower and does not count
+
+
+class Trial(NamedTuple):
+    """The speed of a recipe on this machine."""
+
+    images_per_s: float  # throughput of all processes
+    startup: float  # seconds that a run takes besides its updates
+
+
+def run(recipe: Path, processes: int, threads: int, given: Sequence[str]) -> Trial:
+    """Trains with a recipe for EPOCHS x UPDATES updates in new processes.
+
+    Args:
+        recipe: the file.
+        threads: threads of each process.
+        given: arguments that a recipe must not set.
+
+    Raises:
+        ValueError: the run failed, for example for lack of memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "config": recipe, "output_dir": folder, "epochs": EPOCHS, "updates_per_epoch": UPDATES, "warmup_epochs": 1,
+            "save_every": EPOCHS, "vis_every": 0,
+        }  # fmt: skip
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *launcher, "-m", "main_pretrain", *arguments(settings), *given]
+        logger.info(f"measuring   {EPOCHS * UPDATES} updates in {processes} process(es)")
+        started = time.perf_counter()
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            reasons = [line for line in done.stderr.splitlines() if ": error: " in line] or [done.stderr[-2000:]]
+            raise ValueError(f"a trial run of the recipe failed: {reasons[0].partition(': error: ')[2] or reasons[0]}")
+        lines = log.read(Path(folder))
+    rate = statistics.median(line["images_per_s"] for line in lines[1:])
+    return Trial(rate, seconds - sum(line["seconds"] for line in lines))

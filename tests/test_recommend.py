@@ -1,0 +1,273 @@
+"""`python -m mae.data --recipe`: the recipe fits the images, the machine and the time, or a line says what is wrong."""
+
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+from conftest import ROOT
+from mains import call, lines
+from PIL import Image
+
+import main_pretrain
+from demo import unpack_data
+from mae.data import check
+from mae.data.pixels import BadImage
+from mae.recommend import rules, trial
+from mae.recommend.facts import Images, Machine
+
+PHOTOS = Images(
+    count=100_000, distinct=100_000, bad=0, height=375, width=500, shorter=375, spread=(200, 900), has_one_shape=False,
+    in_chans=3, mean=[0.5] * 3, std=[0.2] * 3, value_range=None, is_deep=False, num_bytes=5e10,
+)  # fmt: skip
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def write_images(folder: Path, count: int, *shape: int) -> None:
+    for number in range(count):
+        Image.fromarray(noise(*shape, seed=number)).save(folder / f"{number}.png")
+
+
+def gray(folder):
+    write_images(folder, 48, 28, 28)
+
+
+def gray_as_color(folder):
+    for number in range(48):
+        Image.fromarray(noise(28, 28, seed=number)).convert("RGB").save(folder / f"{number}.png")
+
+
+def transparent(folder):
+    write_images(folder, 48, 32, 32, 4)
+
+
+def deep(folder):
+    for number in range(48):
+        Image.fromarray(noise(28, 28, seed=number).astype(np.uint16) * 16).save(folder / f"{number}.png")
+
+
+def five_channels(folder):
+    for number in range(48):
+        pixels = noise(32, 32, 5, seed=number).astype(np.uint16) * 200
+        tifffile.imwrite(folder / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig")
+
+
+def floats(folder):
+    for number in range(48):
+        values = np.random.default_rng(number).normal(-500, 100, (32, 32)).astype(np.float32)
+        np.save(folder / f"{number}.npy", values)
+
+
+def cmyk(folder):
+    for number in range(48):
+        Image.frombytes("CMYK", (32, 32), noise(32, 32, 4, seed=number).tobytes()).save(folder / f"{number}.jpg")
+
+
+def mixed(folder):
+    for number in range(48):
+        Image.fromarray(noise(20 + number, 67 - number, seed=number)).save(folder / f"{number}.png")
+
+
+def one_long(folder):
+    gray(folder)
+    Image.fromarray(noise(20, 20_000)).save(folder / "long.png")
+
+
+def broken(folder):
+    gray(folder)
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(b"\x89PNG broken")
+
+
+def forty(folder):
+    write_images(folder, 40, 28, 28)
+
+
+def two_sizes(folder):
+    for number in range(48):
+        side = 28 if number % 2 else 56
+        Image.fromarray(noise(side, side, seed=number)).save(folder / f"{number}.png")
+
+
+def duplicates(folder):
+    for number in range(48):
+        Image.fromarray(noise(28, 28, seed=number % 4)).save(folder / f"{number}.png")
+
+
+SMALL_GRAY = {"input_size": 28, "patch_size": 7, "in_chans": 1, "crop": "none", "model": "mae_vit_mini_patch4"}
+FORMATS = {  # settings, and what a line says
+    gray: (SMALL_GRAY | {"cache_images": True}, "duplicates  0 images"),
+    gray_as_color: (SMALL_GRAY, "channels    3: 48 images"),
+    transparent: ({"in_chans": 3, "patch_size": 8, "crop": "none"}, "channels    4: 48 images"),
+    deep: (SMALL_GRAY | {"cache_images": False}, "depth       48 images"),
+    five_channels: ({"in_chans": 5, "input_size": 32, "patch_size": 8}, "channels    5: 48 images"),
+    floats: ({"in_chans": 1, "input_size": 32, "cache_images": False}, "values      -"),
+    cmyk: ({"in_chans": 3, "input_size": 32}, "channels    4: 48 images"),
+    mixed: ({"crop": "random", "crop_scale": [0.6, 1.0]}, "20 to 67 x 20 to 67"),
+    one_long: (SMALL_GRAY, "20 to 28 x 28 to 20000"),
+    broken: (SMALL_GRAY | {"on_bad_image": "skip"}, "unreadable  3"),
+    forty: (SMALL_GRAY, "warning     40 different images are few"),
+    two_sizes: (SMALL_GRAY, "28 to 56 x 28 to 56"),
+    duplicates: (SMALL_GRAY, "warning     44 images equal another one"),
+}
+
+
+def recipe_of(folder: Path, out: Path, *flags) -> dict:
+    call(check, folder, "--recipe", out, "--num_workers", 0, *flags)
+    return yaml.safe_load(out.read_text())
+
+
+@pytest.fixture
+def fast_machine(monkeypatch):
+    """A machine of two cores, without a trial run."""
+    monkeypatch.setattr(trial, "run", lambda *arguments: trial.Trial(4000, 10))
+    monkeypatch.setattr("mae.parallel.cores_of_process", lambda: 2)
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+def test_a_recipe_fits_the_format_of_the_images(fast_machine, write, tmp_path, capsys):
+    """It trains, too."""
+    folder, out = tmp_path / "images", tmp_path / "mine.yaml"
+    folder.mkdir()
+    write(folder)
+    recipe = recipe_of(folder, out)
+    settings, line = FORMATS[write]
+    assert {name: recipe.get(name) for name in settings} == settings
+    assert line in capsys.readouterr().out
+    assert len(recipe["mean"]) == len(recipe["std"]) == recipe["in_chans"]
+    assert all(0 < value < 1 for value in recipe["mean"])
+    assert all(re.search(r"  # \w", text) for text in out.read_text().splitlines() if text[0] != "#")
+    assert recipe["batch_size"] * 2 <= 48
+    call(
+        main_pretrain, config=out, output_dir=tmp_path / "run", epochs=1, warmup_epochs=0, updates_per_epoch=2,
+        vis_every=0, device="cpu", amp="off",
+    )  # fmt: skip
+    (entry,) = lines(tmp_path / "run")
+    assert 0.5 < entry["train_loss"] < 3  # targets have a variance of 1
+
+
+def test_float_images_have_the_range_of_their_values(fast_machine, tmp_path):
+    floats(tmp_path)
+    recipe = recipe_of(tmp_path, tmp_path / "mine.yaml")
+    low, high = recipe["value_range"]
+    values = np.stack([np.load(file) for file in tmp_path.glob("*.npy")])
+    assert [low, high] == pytest.approx([values.min(), values.max()], rel=1e-3)
+    assert recipe["mean"] == pytest.approx([(values.mean() - low) / (high - low)], rel=1e-2)
+    assert recipe["std"] == pytest.approx([values.std() / (high - low)], rel=1e-2)
+    given = recipe_of(tmp_path, tmp_path / "given.yaml", "--value_range", -1000, 0)
+    assert given["value_range"] == [-1000, 0]
+    assert given["mean"] == pytest.approx([(values.mean() + 1000) / 1000], rel=1e-2)
+
+
+@pytest.mark.parametrize(("pixels", "reason"), [
+    (np.zeros((28, 28), np.uint8), "every pixel has the value 0"), (noise(3, 28), "3 x 28 pixels are too small"),
+])  # fmt: skip
+def test_images_without_a_recipe_are_refused(fast_machine, tmp_path, pixels, reason):
+    for number in range(8):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match=reason):
+        recipe_of(tmp_path, tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_a_dataset_of_mostly_broken_files_has_no_recipe(fast_machine, tmp_path):
+    gray(tmp_path)
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(BadImage, match="10 of 48 "):
+        recipe_of(tmp_path, tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_says_why(tmp_path, monkeypatch):
+    gray(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MAE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"trial run .*file"):
+        recipe_of(tmp_path, tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_rules_give_the_recipe_of_the_demo(tmp_path):
+    """Model, patches, crops and rate of the 10,000 images follow from rules that know no dataset."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number, pixels in enumerate(np.load(unpack_data.ARCHIVE)["train_images"]):
+            Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+            archive.writestr(f"{number}.png", file.getvalue())
+    command = [sys.executable, "-m", "mae.data", "images.zip", "--recipe", "mine.yaml", "--minutes", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mine = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    demo = yaml.safe_load((ROOT / "recipes/pretrain_fashion_mnist.yaml").read_text())
+    same = ("model", "patch_size", "input_size", "in_chans", "crop", "cache_images", "num_workers")
+    assert {name: mine[name] for name in same} == {name: demo[name] for name in same}
+    assert mine["lr"] == pytest.approx(demo["blr"] * 2 * demo["batch_size"] / 256)
+    assert mine["mean"] + mine["std"] == pytest.approx(demo["mean"] + demo["std"], abs=2e-3)
+    # The printed command trains.
+    launched = f"{done.stdout.splitlines()[-1]} --epochs 1 --warmup_epochs 0"
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-ec", launched], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (entry,) = lines(tmp_path / "runs/mine")
+    assert mine["epochs"] * 10_000 / entry["images_per_s"] < 3 * 120
+
+
+@pytest.mark.parametrize(("side", "patch"), [(8, 2), (28, 7), (32, 8), (64, 8), (96, 12), (128, 16), (224, 16)])
+def test_patches_are_those_of_the_measured_and_published_runs(side, patch):
+    assert rules.patch_of(side, side) == patch
+
+
+@pytest.mark.parametrize("height", range(4, 225, 5))
+@pytest.mark.parametrize("width", [4, 13, 28, 97, 224])
+def test_the_input_is_a_multiple_of_the_patch(height, width):
+    images = replace(PHOTOS, height=height, width=width, shorter=min(height, width), has_one_shape=True)
+    settings = {line.name: line.value for line in rules.image_lines(images)}
+    size = settings["input_size"]
+    sides = size if isinstance(size, list) else [size, size]
+    assert all(side % settings["patch_size"] == 0 and side >= 4 * settings["patch_size"] for side in sides)
+
+
+def test_photographs_have_the_published_input_and_crops():
+    settings = {line.name: line.value for line in rules.image_lines(PHOTOS)}
+    assert settings | {"input_size": 224, "patch_size": 16, "crop": "random", "crop_scale": [0.2, 1.0]} == settings
+
+
+def test_larger_models_need_images_and_time():
+    few = replace(PHOTOS, count=1000, distinct=1000)
+    chosen = [rules.choose_model(images, 196, 100_000, seconds) for images, seconds in
+              ((PHOTOS, 60), (PHOTOS, 3600), (PHOTOS, 86_400), (few, 86_400))]  # fmt: skip
+    sizes = [rules.MODELS.index(model) for model in chosen]
+    assert sizes[0] <= sizes[1] <= sizes[2] and sizes[0] < sizes[2]
+    assert chosen[3] == "mini_patch4"
+
+
+def test_the_rate_is_near_the_published_one():
+    """ViT-B with 4,096 images per update has 1.5e-4 x 4096 / 256."""
+    million = replace(PHOTOS, count=1_281_167, distinct=1_281_167)
+    machine = Machine(gpus=8, cores=64, cache_bytes=0)
+    lines_of = rules.optimization_lines(million, machine, "base_patch16")
+    settings = {line.name: line.value for line in lines_of}
+    assert 8 * settings["batch_size"] * settings["accum_iter"] == 4096
+    assert settings["lr"] == pytest.approx(2.4e-3, rel=0.25)
+
+
+@pytest.mark.parametrize("rate", [100, 4000, 1e6])
+def test_the_epochs_fit_the_time(rate):
+    settings = {line.name: line.value for line in rules.length_lines(PHOTOS, rate, 1800)}
+    assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / PHOTOS.count)))
+    assert settings["warmup_epochs"] == settings["epochs"] / 20
