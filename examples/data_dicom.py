@@ -1,6 +1,6 @@
 """DICOM: files below train/ and val/, in physical units such as Hounsfield units, without labels (pip install pydicom).
 
-Float values are not scaled: python -m mae.data prints --mean and --std.
+Float values are not scaled: python -m mae.data --recipe writes their range, mean and std.
 
 python main_pretrain.py --dataset py:examples.data_dicom:open_dataset --data_path FOLDER --in_chans 1
 """

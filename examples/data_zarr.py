@@ -1,6 +1,6 @@
 """zarr: groups train/ and val/ with the arrays `images` (n, c, H, W) and `labels` (n,) (pip install zarr).
 
-Float values are not scaled: python -m mae.data prints --mean and --std.
+Float values are not scaled: python -m mae.data --recipe writes their range, mean and std.
 
 python main_pretrain.py --dataset py:examples.data_zarr:open_dataset --data_path FOLDER --in_chans 4
 """

@@ -35,7 +35,7 @@ NOTEBOOK = ROOT / "demo/mae_visualize.ipynb"
 RUN = (ROOT / "run").read_text()
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, uvx, Docker, Slurm and tests/golden_settings.py
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
-    "--from", "--gpus-per-node", "--index-url", "--shm-size", "--signal", "--write",
+    "--from", "--gpus-per-node", "--index-url", "--shm-size", "--signal", "--standalone", "--write",
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def script_commands() -> list[tuple[str, list[str]]]:
         complete = [line for line in commands(docstring) if not line.endswith("...")]
         lines += [line for line in complete if line.strip().startswith("python ")]
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
+    lines = [re.sub(r"--config (mine|microscope)\.yaml", "--config pretrain_vit_base", line) for line in lines]
     scripts = r"(?:main|submitit)_\w+\.py|(?<=-m )main_\w+|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
