@@ -13,6 +13,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 
 import logging
 import math
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
 from mae.settings import Run
+from mae.settings.arguments import arguments
 from mae.training import optimizers, trainer
 from mae.training.log import NullLog
 from mae.training.loop import Callback
@@ -89,7 +91,8 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
-        lr_schedule: function(progress) -> factor of the rate after the warm-up; as --lr_schedule MODULE:FUNCTION.
+        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
+            --lr_schedule MODULE:FUNCTION.
     """
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder, optimizer, lr_schedule = user_code.with_objects(
@@ -103,10 +106,7 @@ def main(
     data, train = open_images(run, precision.device, source)  # first, because a large model takes long
     model, run = build_model(run, file, model_class, encoder, precision)
     del file  # its memory
-    draw_noise, mask_ratio = masking.sampler(
-        run.model.masking, model.grid_size, run.model.mask_ratio, run.model.mask_block, model.patch_embed.patch_size,
-        model.scores_visible,
-    )  # fmt: skip
+    draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
 
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
@@ -137,9 +137,18 @@ def main(
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
         after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
-        forward=lambda images: model(images, mask_ratio), has_page=True,
+        forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)
+    logger.info(f"report: {page_command(run)}")
+
+
+def page_command(run: Run) -> str:
+    """Returns the command that writes the page about a run. It names the user's code, which no file makes it import."""
+    code: dict[str, Any] = {"encoder": run.model.encoder, "encoder_args": run.model.encoder_args}
+    if run.data.dataset and user_code.runs_code(run.data.dataset):
+        code["dataset"] = run.data.dataset
+    return shlex.join(["python", "-m", "mae.inference.report", run.machine.output_dir, *arguments(code)])
 
 
 def start_from_file(run: Run) -> "tuple[Run, Weights | None]":

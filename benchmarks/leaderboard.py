@@ -51,7 +51,6 @@ BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": T
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "examples.muon:muon_and_adamw"}
-TWO_CROPS = {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -90,7 +89,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "rotary": {"encoder": "examples.dino:DINOv3", "encoder_args": ["swiglu=true"], "num_cls_tokens": 5},
     "normalized pixels": {"norm_pix_loss": True},
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
-    "two crops": TWO_CROPS,
+    "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }

@@ -26,6 +26,7 @@ from mae.evaluate.tables import markdown
 RECORDS = ("baseline", "demo with normalized pixels")  # each above the one before it
 FEWEST = 3  # rows of an entry in a test
 LEVEL = 0.01  # of the test
+MEASURES = ("score", *leaderboard.SCORED, "linear")
 TRACK = {"budget": 5.0, "kind": leaderboard.KINDS[leaderboard.FASHION_MNIST][0], "evaluated on": "held-out"}
 
 Row = dict[str, Any]
@@ -51,13 +52,13 @@ def compare(better: list[float], worse: list[float]) -> tuple[float, float, floa
 def pairs(better: str, worse: str, rows: Rows) -> dict[str, tuple[list[Row], list[Row]]]:
     """Returns the rows of two entries by machine: those that have a row of the other entry of the same seed and commit.
 
-    leaderboard.py runs such rows one after the other. Machines with few pairs are left out.
+    leaderboard.py runs such rows one after the other.
     """
     found = {}
     for machine in [machine for entry, machine in rows if entry == better and (worse, machine) in rows]:
         runs = [{(row["seed"], row["commit"]): row for row in rows[entry, machine]} for entry in (better, worse)]
         shared = sorted(runs[0].keys() & runs[1].keys())
-        if len(shared) >= FEWEST:
+        if shared:
             found[machine] = ([runs[0][key] for key in shared], [runs[1][key] for key in shared])
     return found
 
@@ -67,7 +68,18 @@ def tests(better: str, worse: str, rows: Rows) -> dict[str, tuple[float, float, 
     return {
         machine: compare([row["score"] for row in ours], [row["score"] for row in others])
         for machine, (ours, others) in pairs(better, worse, rows).items()
+        if len(ours) >= FEWEST
     }
+
+
+def gains(ours: list[Row], others: list[Row]) -> str:
+    """Returns the differences between the means of the accuracies that all rows have."""
+    means = [
+        {name: statistics.fmean(row[name] for row in rows) for name in MEASURES if all(name in row for row in rows)}
+        for rows in (ours, others)
+    ]
+    shared = [name for name in MEASURES if all(name in mean for mean in means)]
+    return ", ".join(f"{name} {means[0][name]:.2f} - {means[1][name]:.2f}" for name in shared)
 
 
 def records(rows: Rows) -> str:
@@ -136,15 +148,21 @@ def main(args: argparse.Namespace) -> None:
         print(table())
         return
     better, worse = args.entries
-    found = tests(better, worse, read())
+    rows = read()
+    tested, found = tests(better, worse, rows), pairs(better, worse, rows)
+    for machine, (ours, others) in found.items():
+        print(f"{machine}, {len(ours)} seed(s): {gains(ours, others)}")
+        if machine in tested:
+            difference, low, high, p = tested[machine]
+            verdict = "a record" if p < LEVEL and difference > 0 else "no record"
+            print(f"score {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
+        else:
+            print(f"no test: it needs {FEWEST} seeds of each, of one command of leaderboard.py")
     if not found:
         raise ValueError(
-            f"no machine has {FEWEST} rows of {better} and of {worse} of the same seeds and commit: run leaderboard.py "
-            f"with both entries and --seeds 0 1 2"
+            f"no machine has rows of {better} and of {worse} of the same seed and commit: run leaderboard.py with both "
+            f"entries and --seeds 0 1 2"
         )
-    for machine, (difference, low, high, p) in found.items():
-        verdict = "a record" if p < LEVEL and difference > 0 else "no record"
-        print(f"{machine}: {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

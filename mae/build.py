@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from mae import user_code
+from mae import masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run
 from mae.settings.model import BLOCK_ARGUMENTS
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
@@ -194,7 +194,7 @@ def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None =
     from models_segment import Segmenter
 
     model = _set_options(build(Segmenter, encoder, segmenter_arguments(spec, image, encoder)), spec)
-    if spec.unfreeze_blocks == 0:
+    if spec.unfreeze_blocks == 0 and not model.adapters:
         model.freeze()
     return model
 
@@ -241,6 +241,14 @@ def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder
     """Returns the arguments of `Segmenter` and of a mix-in."""
     arguments = classifier_arguments(spec, image, encoder)
     return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
+
+
+def mask_sampler(spec: ModelSpec, model: MaskedAutoencoderViT) -> tuple[Callable[[], Tensor], float]:
+    """Returns the masking strategy of a training, as `masking.sampler`."""
+    return masking.sampler(
+        spec.masking, model.grid_size, spec.mask_ratio, spec.mask_block, model.patch_embed.patch_size,
+        model.scores_visible,
+    )  # fmt: skip
 
 
 def freeze_below(model: Encoder, num_blocks: int | str | None) -> None:

@@ -1,6 +1,7 @@
 """The README's commands on the embedded images, one after the other as they stand there."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_they_run(tmp_path):
     assert done.stdout.count("* Acc@1") == 6 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
     assert "patches masked, PSNR" in done.stdout
-    assert "nearest neighbors have the label of their query" in done.stdout
+    assert re.search(r"[1-9][\d.]*% of the 6 nearest neighbors", done.stdout)
     written = ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx", "neighbors.png")
     for name in (*written, "runs/mine/report.html"):
         assert (tmp_path / name).stat().st_size > 5000, name

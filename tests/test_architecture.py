@@ -32,7 +32,7 @@ ARROWS = {
     r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_(pretrain|knn)|models_\w+|mae\..+",
     r"util\.\w+": r"models_vit|mae\..+",  # the names of the paper's code
     r"mae\.probes": r"models_vit|mae\.settings(\.\w+)?",
-    r"mae\.build": r"models_\w+|mae\.(probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
+    r"mae\.build": r"models_\w+|mae\.(masking|probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
     r"mae\.checkpoints\.resume": rf"mae\.(checkpoints|weights|files)\.\w+|{SHARED}",

@@ -13,15 +13,16 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from conftest import ROOT
 from golden_settings import parser_of
-from mains import call, fails, in_processes, lines
+from mains import call, fails, in_processes, lines, weights
 from PIL import Image
 
 import main_finetune
 import main_knn
 from mae.cli import entry_point
-from mae.inference import report
+from mae.inference import get_model, report
 
 
 class Page(HTMLParser):
@@ -166,6 +167,18 @@ def test_a_run_directory_makes_the_command_import_no_code(pretrain, own_module, 
     assert "gray_images" not in sys.modules
     call(report, *shlex.split(command)[4:], device="cpu", num_workers=0)
     assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("own", ["cross_decoder:CrossDecoder", "wide_decoder:WideDecoder"])
+def test_a_run_whose_class_has_another_decoder(own, pretrain):
+    """The encoder is loaded, and nothing is reconstructed."""
+    arguments = {"model_args": "width=32"} if own.startswith("wide") else {}
+    out = pretrain(model_class=f"examples.{own}", epochs=1, **arguments)
+    page = Page(call(report, out, device="cpu", num_workers=0))
+    assert "Reconstructions" not in page.words and "Nearest neighbors" in page.words
+    encoder = get_model(out / "checkpoint-0.pth").state_dict()
+    assert all(torch.equal(value, encoder[name]) for name, value in weights(out, "checkpoint-0.pth").items()
+               if name.startswith("blocks."))  # fmt: skip
 
 
 def test_other_directories_are_refused(classify, tmp_path, capsys, monkeypatch):

@@ -121,6 +121,15 @@ def test_a_probe_and_neighbors_have_the_updates(plain, pretrain, classify):
 
 
 @pytest.mark.slow
+def test_an_argument_that_differs_from_the_file_is_named(plain, pretrain, classify, capsys):
+    """An argument that the file does not have is no difference."""
+    file = pretrain(init_from=plain, **OWN, epochs=1) / "checkpoint-0.pth"
+    assert "is used, and" not in "".join(line for line in capsys.readouterr().out.splitlines() if "alpha" in line)
+    classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "is used, and" in line)
+    assert "alpha=16" in line and "alpha=8" in line
+
+
 def test_exports_merge_the_updates(plain, classify, tmp_path):
     out = classify(main_finetune, finetune=plain, **OWN, epochs=1, blr=0.1, warmup_epochs=0)
     model = get_model(out / "checkpoint-0.pth", encoder=LoRA)

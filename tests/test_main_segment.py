@@ -272,6 +272,13 @@ def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):
     segment(eval=True, resume=out / "checkpoint-0.pth")
 
 
+def test_adapters_of_a_frozen_encoder_learn(segment, encoder):
+    out = segment(finetune=encoder, encoder="examples.lora:LoRA", encoder_args="rank=2", epochs=1)
+    state, before = checkpoint.read(out / "checkpoint-0.pth")["model"], checkpoint.read(encoder)["model"]
+    assert all(value.any() for name, value in state.items() if name.endswith("lora_b"))
+    assert torch.equal(state["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_classifier_is_an_encoder(segment, tmp_path, pooled):
     """The norm after pooling becomes that of the tokens; the head of the classifier is not used."""

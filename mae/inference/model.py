@@ -193,6 +193,9 @@ def _load(
     if isinstance(model, Autoencoder):
         if file.kind != model_zoo.FULL:
             raise CheckpointError(f"{file.origin} contains no decoder of pixels and can't reconstruct ({file.kind})")
+        if (name := file.settings.get("model_class")) and not loading.has_decoder_for(model, file):
+            warn_once(f"{file.origin}: {name} has a decoder of its own, which is not loaded; the encoder is")
+            return _load(file, architecture.removeprefix("mae_"), settings, encoder)
         if "norm_pix_loss" not in {*file.settings, *settings, *model_zoo.row_settings(file.origin)}:
             warn_once(f"{file.origin} does not record norm_pix_loss, and it is assumed. If its reconstructions "
                               f"are wrong, give get_model norm_pix_loss=False")  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae import masking, parallel
+import mae.build
+from mae import parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, loader
@@ -154,9 +155,7 @@ def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec) -> str:
     """Draws reconstructions of evenly spaced images, masked as in the run."""
-    draw_noise, mask_ratio = masking.sampler(
-        spec.masking, model.grid_size, spec.mask_ratio, spec.mask_block, model.patch_embed.patch_size
-    )
+    draw_noise, mask_ratio = mae.build.mask_sampler(spec, model)
     batch = loader.examples(features.samples_of(model, source, draw_noise=draw_noise), RECONSTRUCTIONS)
     scale = neighbors.scale_of(batch.images)
     pixels = pictures.reconstruction(

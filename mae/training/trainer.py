@@ -1,7 +1,6 @@
 """Runs training from the first or the resumed epoch to the last: resume, train, evaluate, log, save."""
 
 import logging
-import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from mae.data.source import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec, Run
-from mae.settings.arguments import arguments
 from mae.training import costs, environment, lr_sched
 from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
 from mae.training.loop import Callback, EpochOptions, Loader
@@ -27,7 +25,6 @@ from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
 from mae.training.saver import open_saver
-from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +89,6 @@ class Task:
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up. Default: the
             decay of `lr_sched`.
         forward: calls the model with images, so that its FLOPs are counted. Default: log.txt has no TFLOP/s.
-        has_page: mae.inference.report writes a page about the run. The last line of the log has its command.
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
@@ -105,7 +101,6 @@ class Task:
     callbacks: Sequence[Callback] = ()
     lr_schedule: lr_sched.Schedule | None = None
     forward: Callable[[torch.Tensor], Any] | None = None
-    has_page: bool = False
 
 
 def run(
@@ -174,9 +169,9 @@ def run(
             progress.epoch, schedule, precision, guard, log, saver, accum_iter=optim.accum_iter,
             clip_grad=optim.clip_grad, after_update=after_update,
         )  # fmt: skip
-        _train_epochs(train, options, task, run, model, batches, progress, interrupts)
-    if task.has_page:
-        logger.info(f"report: {_page_command(run)}")
+        _train_epochs(
+            train, options, task, optim.epochs, run.evaluation.eval_every, model, batches, progress, interrupts
+        )
 
 
 def _resume(
@@ -191,14 +186,6 @@ def _resume(
     resume.restore_run(
         machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
     )
-
-
-def _page_command(run: Run) -> str:
-    """Returns the command that writes the page about a run. It names the user's code, which no file makes it import."""
-    code: dict[str, Any] = {"encoder": run.model.encoder, "encoder_args": run.model.encoder_args}
-    if run.data.dataset and runs_code(run.data.dataset):
-        code["dataset"] = run.data.dataset
-    return shlex.join(["python", "-m", "mae.inference.report", run.machine.output_dir, *arguments(code)])
 
 
 def _flops(task: Task, trained: nn.Module, precision: Precision, images: ImageSpec) -> int | None:
@@ -289,13 +276,14 @@ def _train_epochs(
     train: Callable[[EpochOptions], None],
     options: EpochOptions,
     task: Task,
-    run: Run,
+    num_epochs: int,
+    eval_every: int,
     model: nn.Module,
     batches: Any,
     progress: run_state.Progress,
     interrupts: Interrupts,
 ) -> None:
-    saver, log, num_epochs = options.saver, options.log, run.optim.epochs
+    saver, log = options.saver, options.log
     for epoch in range(progress.epoch, num_epochs):
         meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
@@ -303,7 +291,7 @@ def _train_epochs(
             progress.next_epoch()
             parallel.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
-            if (epoch + 1) % run.evaluation.eval_every == 0 or epoch + 1 == num_epochs:
+            if (epoch + 1) % eval_every == 0 or epoch + 1 == num_epochs:
                 if task.evaluates:
                     log.flush()
                     saver.save(epoch, len(batches), meters.state_dict())

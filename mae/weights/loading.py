@@ -80,6 +80,13 @@ def init_mae(model: Any, weights: Weights) -> None:
     logger.info(f"weights from {weights.origin}")
 
 
+def has_decoder_for(model: nn.Module, weights: Weights) -> bool:
+    """Whether a file has the tensors of the decoder of a model. A user's class may have a decoder of its own."""
+    shapes = {name: value.shape for name, value in model.state_dict().items() if part_of(name) == DECODER}
+    found = {name: weights.tensors[name].shape for name in shapes if name in weights.tensors}
+    return all(found.get(name) == shape for name, shape in shapes.items() if name not in TABLES)
+
+
 def load_encoder(
     model: Any,
     weights: Weights,

@@ -91,8 +91,11 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
 
 
 def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in sorted((run.explicit & recorded.keys()) - {ARGUMENTS}):
+    for name in sorted(run.explicit & recorded.keys()):
         current, value = run[name], recorded[name]
+        if name == ARGUMENTS:  # those that both have
+            texts = [{text.partition("=")[0]: text for text in of or []} for of in (current, value)]
+            current, value = ([named[key] for key in sorted(texts[0].keys() & texts[1].keys())] for named in texts)
         if settings.differs(name, current, value):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
             yield in_words({name: current}), before
