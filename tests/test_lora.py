@@ -170,6 +170,11 @@ def test_updates_of_dino(pretrain, tmp_path):
     assert trained["blocks.0.attn.qkv.lora_b"].any()
 
 
+def test_a_rank_below_one_is_an_error():
+    with pytest.raises(ValueError, match="rank=0"):
+        mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=0)
+
+
 @pytest.mark.parametrize("blocks", [-1, 5])
 def test_a_wrong_number_of_blocks_is_an_error(blocks):
     model = mae.build.combined(LoRA, VisionTransformer)(**SMALL)

@@ -60,6 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> Path:
     """Writes the page, and returns its path."""
     log.start_logging()
+    if not (args.run_dir / environment.FILE).is_file():
+        raise ValueError(f"{args.run_dir} is no run directory: give the --output_dir of a run of main_pretrain.py")
     start = environment.read_last(args.run_dir)
     settings, entries = start["settings"], log.read(args.run_dir)
     if settings.get("script") != "main_pretrain":
