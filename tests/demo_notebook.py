@@ -14,7 +14,7 @@ from PIL import Image
 from mae.inference import export, get_model
 
 NOTEBOOK = ROOT / "demo" / "mae_visualize.ipynb"
-PICTURES = 7  # one of each section but the first
+PICTURES = 8  # one of each section but the first
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +77,14 @@ def test_without_a_trained_model_the_notebook_shows_masks(tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(path)
     pictures, output = execute(tmp_path / "clone")
-    assert len(pictures) == PICTURES - 2
+    assert len(pictures) == PICTURES - 3
     assert "an untrained model: 14 x 14 patches of 16 x 16 pixels; images of photographs\n" in output
-    for start in ("mae_visualize_vit_large is neither in the cache nor", "attention needs", "features need"):
+    for start in (
+        "mae_visualize_vit_large is neither in the cache nor",
+        "attention needs",
+        "features need",
+        "neighbors need",
+    ):
         assert [line for line in output.splitlines() if line.startswith(start) and "type ./run demo" in line]
 
 
