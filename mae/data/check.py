@@ -33,6 +33,7 @@ from mae.user_code import with_source
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
+MINUTES = 30  # of a recipe
 GIVEN = (  # settings that a recipe has if they are given
     "data_path", "dataset", "train_list", "extras", "num_images", "nodata", "value_range", "channels_last",
 )  # fmt: skip
@@ -104,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--recipe", type=flags.new_file(".yaml"), metavar="FILE", help="write a recipe for main_pretrain.py --config"
     )
     parser.add_argument(
-        "--minutes", type=types.positive, default=30.0, metavar="M", help="time of the pre-training of --recipe"
+        "--minutes", type=types.positive, metavar="M", help=f"time of the pre-training of --recipe (default: {MINUTES})"
     )
     return parser
 
@@ -119,6 +120,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
         ValueError: the dataset can't be opened, or there is no recipe for it.
         BadImage: an image can't be read; with a recipe, more than `loader.MAX_BAD_SHARE` of the images.
     """
+    if args.minutes and not args.recipe:
+        raise ValueError(f"--minutes {args.minutes:g} is the time of a recipe: give --recipe FILE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     data = with_source(Run.of(args), source).data
     data = replace(data, val_list=data.val_list if args.split == "val" else None)
@@ -168,4 +171,4 @@ def write_recipe(
     found = Images.of(facts, len(source), in_chans, args.value_range is not None)
     given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
     machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
-    print("\n".join(recipe.write(args.recipe, found, machine, given, args.minutes, decoding)))
+    print("\n".join(recipe.write(args.recipe, found, machine, given, args.minutes or MINUTES, decoding)))
