@@ -191,12 +191,12 @@ def test_a_dataset_of_mostly_broken_files_has_no_recipe(fast_machine, tmp_path):
     assert not (tmp_path / "mine.yaml").exists()
 
 
-@pytest.mark.slow
 def test_minutes_without_a_recipe_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="--recipe"):
         call(check, tmp_path, "--minutes", 3)
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_says_why(tmp_path, monkeypatch):
     gray(tmp_path)
     (tmp_path / "file").touch()
