@@ -11,9 +11,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
         --batch_size 64 --accum_iter 8 --output_dir runs/large --resume auto
 """
 
-import logging
 import math
-import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,9 +34,8 @@ from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
 from mae.settings import Run
-from mae.settings.arguments import arguments
 from mae.training import optimizers, trainer
-from mae.training.log import NullLog
+from mae.training.log import NullLog, log_report_command
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
@@ -48,8 +45,6 @@ from models_vit import Encoder
 
 if TYPE_CHECKING:
     from mae.weights.reading import Weights
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # reconstructions in TensorBoard
 BETAS = (0.9, 0.95)  # of AdamW, as published
@@ -140,15 +135,7 @@ def main(
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run)
-    logger.info(f"report: {page_command(run)}")
-
-
-def page_command(run: Run) -> str:
-    """Returns the command that writes the page about a run. It names the user's code, which no file makes it import."""
-    code: dict[str, Any] = {"encoder": run.model.encoder, "encoder_args": run.model.encoder_args}
-    if run.data.dataset and user_code.runs_code(run.data.dataset):
-        code["dataset"] = run.data.dataset
-    return shlex.join(["python", "-m", "mae.inference.report", run.machine.output_dir, *arguments(code)])
+    log_report_command(run)
 
 
 def start_from_file(run: Run) -> "tuple[Run, Weights | None]":

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shlex
 import sys
 import threading
 import time
@@ -16,8 +17,11 @@ from tqdm import tqdm
 from mae import parallel
 from mae.files import atomic, results
 from mae.files.untrusted import printable
+from mae.settings import Run
+from mae.settings.arguments import arguments
 from mae.training import costs
 from mae.training.meters import Stopwatch
+from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +222,18 @@ class RunLog(NullLog):
             if time.monotonic() >= self.next_warning:
                 self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
                 logger.warning(f"{error}. The run continues and tries again later.")
+
+
+def log_report_command(run: Run) -> None:
+    """Logs the command that writes a page about a run of `main_pretrain.py`.
+
+    The command names the user's code, because no file makes a command import code.
+    """
+    code: dict[str, Any] = {"encoder": run.model.encoder, "encoder_args": run.model.encoder_args}
+    if run.data.dataset and runs_code(run.data.dataset):
+        code["dataset"] = run.data.dataset
+    command = ["python", "-m", "mae.inference.report", run.machine.output_dir, *arguments(code)]
+    logger.info(f"report: {shlex.join(command)}")
 
 
 def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
