@@ -4,7 +4,7 @@ Under ten minutes on two CPU cores:
 
     python demo/unpack_data.py
     python main_compare.py --data_path demo/data/fashion_mnist --input_size 28 --in_chans 1 \\
-        --encoders scratch pixels mine=demo/output/pretrain/checkpoint-119.pth --labels 100 1000 --draws 2 \\
+        --encoders scratch pixels mine=demo/output/pretrained.pth --labels 100 1000 --draws 2 \\
         --recipes finetune=recipes/finetune_fashion_mnist.yaml --budget 30 --output_dir runs/compare
 
 Released weights on your own images, on one GPU:

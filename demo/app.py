@@ -1,7 +1,7 @@
 """A web page that masks patches of a picture and reconstructs them with a masked autoencoder.
 
     python demo/app.py --model mae_visualize_vit_large
-    python demo/app.py --model demo/output/pretrain/checkpoint-0.pth --samples my/pictures
+    python demo/app.py --model demo/output/pretrained.pth --samples my/pictures
 
 The page is served at http://127.0.0.1:7860, to this computer only. SPACE.md describes public hosting.
 """

@@ -1,6 +1,6 @@
 """The results of pre-training: reconstructions, nearest neighbors and tables of accuracy.
 
-    python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
+    python demo/report.py --checkpoint demo/output/pretrained.pth --data_path demo/data/fashion_mnist \\
         --out demo/output
 """
 

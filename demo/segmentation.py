@@ -1,6 +1,6 @@
 """Segmentation of garments: a frozen encoder before and after pre-training, and full fine-tuning.
 
-    python demo/segmentation.py --model demo/output/pretrain/checkpoint-119.pth --out demo/output/segmentation
+    python demo/segmentation.py --model demo/output/pretrained.pth --out demo/output/segmentation
 
 The command writes pictures of garments on textures with their masks, trains and evaluates main_segment.py on them for
 each encoder and seed, and prints a table of the mean IoU. The same command resumes an interrupted comparison. With

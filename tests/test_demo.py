@@ -44,6 +44,14 @@ def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
         assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
 
 
+@pytest.mark.parametrize(("seconds", "epochs"), [(1.0, 60), (3.0, 45), (9.0, 30)])
+def test_a_slower_machine_trains_the_demo_for_fewer_epochs(seconds, epochs, tmp_path):
+    (tmp_path / "log.txt").write_text("".join(json.dumps({"seconds": each}) + "\n" for each in (20.0, seconds)))
+    command = [sys.executable, "demo/epochs.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) == epochs
+
+
 def test_an_interrupted_command_leaves_the_pictures_that_exist(unpacked, tmp_path):
     """No byte can be written to a file, as after a kill or on a full disk."""
     first = min(unpacked.glob("train/*/*.png"), key=lambda path: path.name)

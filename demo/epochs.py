@@ -1,0 +1,42 @@
+"""Prints the number of epochs of ./run demo for this machine: one of three, by the speed of a short run.
+
+    python demo/epochs.py demo/output/speed
+
+With each of these numbers, the pre-trained encoder is better than raw pixels. times.md has the time of the demo.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
+
+from mae.cli import entry_point
+from mae.training import log
+
+EPOCHS = (30, 45, 60)
+SECONDS = 150  # of the pre-training; the fine-tuning and the evaluation take most of the other time of four minutes
+
+
+def epochs_for(seconds: float) -> int:
+    """Returns the largest number of epochs that take at most SECONDS, or the smallest number."""
+    return max((epochs for epochs in EPOCHS if epochs * seconds <= SECONDS), default=EPOCHS[0])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the number of epochs, and the reason to stderr."""
+    seconds = log.read(args.run_directory)[-1]["seconds"]  # the first epoch is slower
+    epochs = epochs_for(seconds)
+    print(f"an epoch takes {seconds:.1f} s: {epochs} of {EPOCHS} epochs", file=sys.stderr)
+    print(epochs)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Prints the number of epochs of ./run demo for this machine.")
+    parser.add_argument("run_directory", type=Path, metavar="DIR", help="run directory of a short pre-training")
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())
