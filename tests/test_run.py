@@ -95,8 +95,8 @@ def disks(tools: Path, here: int, temporary: int) -> None:
 
 
 @pytest.mark.parametrize(("here", "temporary", "environment", "message"), [
-    (2, 90, {}, "my clone needs 8 GB of free disk, and has 2 GB"),
-    (90, 1, {}, "needs 4 GB of free disk, and has 1 GB; type: TMPDIR=FOLDER ./run demo"),
+    (2, 90, {"CPU": "0"}, "my clone needs 8 GB of free disk, and has 2 GB"),
+    (90, 1, {"CPU": "0"}, "needs 4 GB of free disk, and has 1 GB; type: TMPDIR=FOLDER ./run demo"),
     (2, 90, {"CPU": "1"}, "my clone needs 3 GB of free disk, and has 2 GB"),
 ])  # fmt: skip
 def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here, temporary, environment, message):
@@ -106,8 +106,8 @@ def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here,
     (line,) = done.stderr.splitlines()
     assert message in line
     assert not (clone / ".venv").exists()
-    assert ("download.pytorch.org/whl/cpu" in done.stdout) == ("CPU" in environment)
-    assert ("CPU=1 ./run demo" in done.stdout) != ("CPU" in environment)
+    assert ("download.pytorch.org/whl/cpu" in done.stdout) == (environment["CPU"] == "1")
+    assert ("CPU=1 ./run demo" in done.stdout) != (environment["CPU"] == "1")
 
 
 def write_python(tools: Path, pip: str) -> None:
@@ -115,6 +115,26 @@ def write_python(tools: Path, pip: str) -> None:
     disks(tools, 90, 90)
     venv = 'mkdir -p .venv/bin; cp "$0" .venv/bin/python'
     write_tool(tools, "python3", f'case "$*" in "-m venv .venv") {venv} ;; "-m pip install "*) {pip} ;; esac')
+
+
+@pytest.mark.parametrize(("gpu", "cluster", "network", "index"), [
+    (False, False, True, True), (False, False, False, False), (True, False, True, False), (False, True, True, False),
+])  # fmt: skip
+def test_without_a_gpu_the_cpu_build_is_installed(clone, tools, gpu, cluster, network, index):
+    """PyPI's build is installed where the index of the CPU build does not answer, and where GPUs may be."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    commands = clone.parent / "commands"
+    commands.mkdir()
+    for path in Path("/usr/bin").iterdir():
+        if path.name not in ("nvidia-smi", "sbatch"):
+            (commands / path.name).symlink_to(path)
+    write_python(tools, "echo $* >> ../arguments; exit 3")
+    write_tool(tools, "timeout", f"exit {int(not network)}")
+    for name in ["nvidia-smi"] * gpu + ["sbatch"] * cluster:
+        write_tool(tools, name, "")
+    assert run(clone, tools, "demo", PATH=f"{tools}:{commands}").returncode == 1
+    assert ("--index-url https://download.pytorch.org/whl/cpu" in (clone.parent / "arguments").read_text()) == index
 
 
 def test_a_failing_pip_fails_the_task_with_pips_message(clone, tools):
