@@ -9,13 +9,16 @@ An entry is pre-trained for the number of epochs that fit into the minutes, at t
 speed of the run differs by more than a tenth, it is repeated, once, with the number of epochs that fit at this speed. A
 run of more than half an hour is not repeated: its row has the minutes.
 The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
-The accuracy of a linear probe, and what --probe_every measures without labels, stand beside it.
+The accuracy of a linear probe, and what --probe_every measures without labels, stand beside it. The entry "raw pixels"
+has no encoder.
 Each entry appends a row to leaderboard.jsonl, and writes the table. The command says whether the score agrees with the
 earlier rows of the same entry and machine: whether it is in the 95 % prediction interval of their scores. records.py
 compares two entries.
 """
 
 import argparse
+import csv
+import io
 import itertools
 import json
 import math
@@ -32,19 +35,22 @@ from scipy import stats
 
 import main_knn
 import main_pretrain
-from benchmarks import machine, scripts
+from benchmarks import machine, raw_pixels, scripts
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
 from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
 from mae.files import atomic
+from mae.recommend import board
+from mae.settings import DataSpec, ImageSpec
 from mae.settings.arguments import arguments
 from mae.settings.types import positive
 from mae.training import log
 from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
+BOARD = scripts.ROOT / "mae/recommend/board.csv"
 SAME = ("entry", "budget", "images", "kind", "evaluated on", "machine")  # of rows that are repetitions
 PROCESSES = 2  # of one thread each
 BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
@@ -52,14 +58,17 @@ DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "examples.muon:muon_and_adamw"}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
+PIXELS = "raw pixels"
+RECIPE = "demo with normalized pixels, uniformity .1"  # the settings of python -m mae.data --recipe
 ENTRIES: dict[str, dict[str, Any]] = {
+    PIXELS: {},
     "baseline": {},
     "demo": DEMO,
     "demo with patches of 4": {**DEMO, "patch_size": 4},
     "demo with muon": {**DEMO, **MUON},
     "demo with normalized pixels": NORMALIZED,
     "demo with normalized pixels, muon": {**NORMALIZED, **MUON},
-    "demo with normalized pixels, uniformity .1": {**NORMALIZED, "uniformity": 0.1},
+    RECIPE: {**NORMALIZED, "uniformity": 0.1},
     "demo with normalized pixels, muon, uniformity .03": {**NORMALIZED, **MUON, "uniformity": 0.03},
     "demo with normalized pixels, muon, uniformity .1": {**NORMALIZED, **MUON, "uniformity": 0.1},
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
@@ -109,16 +118,19 @@ LINPROBE = {
     "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
 }  # fmt: skip
 LABELS = 500
+DRAWS = 3  # of labels
+NEIGHBORS = 20
 TOLERANCE = 0.1  # of the minutes; a run that exceeds it is repeated once
 REPEATED = 30  # minutes; longer runs are not repeated
 FASHION_MNIST = "fashion_mnist"
+SMALL: dict[str, Any] = {"input_size": 28, "in_chans": 1}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # of images: their name in the table, and their flags
-    FASHION_MNIST: ("images of Fashion-MNIST", {}),
+    FASHION_MNIST: ("images of Fashion-MNIST", SMALL),
     "photographs": (
         "squares of photographs",
         {"input_size": SIDE, "patch_size": 12, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     ),
-    "letters": ("letters", {"mean": [0.081], "std": [0.249]}),
+    "letters": ("letters", {**SMALL, "mean": [0.081], "std": [0.249]}),
 }
 
 
@@ -134,6 +146,15 @@ def command(flags: dict[str, Any]) -> list[str]:
     """Returns the script that pre-trains an entry, and its flags."""
     others = {name: value for name, value in flags.items() if name not in ("script", "weights")}
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
+
+
+def accuracies_of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
+    """Returns the accuracies of raw pixels in percent, as `accuracies` does."""
+    lists = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
+    data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
+    images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
+    fitted, neighbors = raw_pixels.accuracies(data, images, LABELS, range(10 * seed, 10 * seed + DRAWS), NEIGHBORS)
+    return {"500 labels": round(fitted, 2), "k-NN": round(neighbors, 2)}
 
 
 def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
@@ -152,14 +173,14 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
     own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
     classes = sum(1 for _ in (scripts.ROOT / flags["data_path"] / "train").iterdir())
     tuned = []
-    for draw in range(3):
+    for draw in range(DRAWS):
         run_directory = out / f"draw{draw}"
         drawn = {"train_per_class": LABELS // classes, "seed": 10 * seed + draw, "output_dir": run_directory}
         scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **drawn}), threads=2)
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
     scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
     linear = log.read(out / "linear")[-1]["test_acc1"]
-    own |= {"model": "vit_mini_patch4", "k": [20], "num_workers": 0}
+    own |= {"model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
     (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
     return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2), "linear": round(linear, 2)}
 
@@ -170,46 +191,79 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
     method = {**BASE, **ENTRIES[name], **own}
     data = args.data_path or (scripts.DATA if args.images == FASHION_MNIST else images_of(args.images))
     flags = {**method, "data_path": data, "seed": seed}
+    images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     with tempfile.TemporaryDirectory() as folder:
-        _, *lines = pretrain(flags, Path(folder) / "speed", 6)  # the first epoch is slower
-        for out in (Path(folder) / "run", Path(folder) / "run_again"):
-            epochs = max(2, round(60 * args.minutes / statistics.median(line["seconds"] for line in lines)))
-            lines = pretrain({**flags, "probe_every": epochs, "probe_path": data}, out, epochs)
-            seconds = epochs * statistics.median(line["seconds"] for line in lines)
-            if abs(seconds / 60 / args.minutes - 1) < TOLERANCE or args.minutes > REPEATED:
-                break
-        file = out / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
+        measured = {} if name == PIXELS else pretrain_for(args.minutes, flags, images, Path(folder))
+        file = measured.pop("file", None)
         sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
         scores = {
             evaluated: accuracies(file, {**flags, **lists}, seed, Path(folder) / evaluated)
+            if file
+            else accuracies_of_pixels({**flags, **lists}, seed)
             for evaluated, lists in sets.items()
         }
-    rate = statistics.median(line["images_per_s"] for line in lines)
-    images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
-    batch = PROCESSES * flags["batch_size"]
-    updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
-    settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
-    shared = {
-        "minutes": round(seconds / 60, 2), "epochs": epochs, "updates": updates,
-        "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1), "images/s": round(rate),
-        "machine": machine.processor(), "commit": version, "date": date.today().isoformat(),
-        "command": " ".join(command(method)),
-    }  # fmt: skip
     entry = {"entry": name, "seed": seed, "budget": args.minutes, "images": images, "kind": kind}
-    unlabelled = {measure: float(f"{lines[-1][measure]:.5g}") for measure in UNLABELLED}
+    shared = {"machine": machine.processor(), "commit": version, "date": date.today().isoformat()}
     return [
         {
             **entry, "evaluated on": evaluated, **found,
-            "score": round(statistics.fmean(found[name] for name in SCORED), 2), **unlabelled, **shared,
+            "score": round(statistics.fmean(found[name] for name in SCORED), 2), **measured, **shared,
+            **({"command": " ".join(command(method))} if measured else {}),
         }
         for evaluated, found in scores.items()
     ]  # fmt: skip
 
 
+def pretrain_for(minutes: float, flags: dict[str, Any], images: int, folder: Path) -> dict[str, Any]:
+    """Pre-trains for a time. Returns what is measured, and the file of the weights."""
+    _, *lines = pretrain(flags, folder / "speed", 6)  # the first epoch is slower
+    for out in (folder / "run", folder / "run_again"):
+        epochs = max(2, round(60 * minutes / statistics.median(line["seconds"] for line in lines)))
+        lines = pretrain({**flags, "probe_every": epochs, "probe_path": flags["data_path"]}, out, epochs)
+        seconds = epochs * statistics.median(line["seconds"] for line in lines)
+        if abs(seconds / 60 / minutes - 1) < TOLERANCE or minutes > REPEATED:
+            break
+    batch = PROCESSES * flags["batch_size"]
+    updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
+    settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
+    return {
+        "file": out / flags.get("weights", f"checkpoint-{epochs - 1}.pth"),
+        **{measure: float(f"{lines[-1][measure]:.5g}") for measure in UNLABELLED},
+        "minutes": round(seconds / 60, 2), "epochs": epochs, "updates": updates,
+        "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1),
+        "images/s": round(statistics.median(line["images_per_s"] for line in lines)),
+    }  # fmt: skip
+
+
+def read() -> list[dict[str, Any]]:
+    """Returns all rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()]
+
+
+def board_csv(rows: list[dict[str, Any]]) -> str:
+    """Returns the best mean score of each kind and time, for `mae.recommend.board`: on test images, if there is one."""
+    scores: dict[tuple[str, int, float], dict[str, dict[tuple[str, str], list[float]]]] = {}
+    for row in rows:
+        kinds = scores.setdefault((row["kind"], row["images"], row["budget"]), {})
+        entries = kinds.setdefault(row["evaluated on"], {})
+        entries.setdefault((row["machine"], row["entry"]), []).append(row["score"])
+    sides = {kind: flags["input_size"] for kind, flags in KINDS.values()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(board.COLUMNS)
+    for (kind, images, minutes), sets in scores.items():
+        means = {key: statistics.fmean(found) for key, found in sets.get("test", sets["held-out"]).items()}
+        pixels = [means.pop(key) for key in list(means) if key[1] == PIXELS]
+        if pixels and means:
+            (_, entry), score = max(means.items(), key=lambda pair: pair[1])
+            writer.writerow([images, kind, sides[kind], minutes, entry, f"{score:.2f}", f"{pixels[0]:.2f}"])
+    return text.getvalue()
+
+
 def table() -> str:
     """Returns a table for each budget, with a row for each entry: the means over its seeds, the best first."""
     tables: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
-    for row in map(json.loads, ROWS.read_text().splitlines()):
+    for row in read():
         title = (
             f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}, evaluated on {row['evaluated on']} images:"
         )
@@ -263,11 +317,12 @@ def main(args: argparse.Namespace) -> None:
     """Runs entries, appends their rows, and compares them with earlier rows."""
     version = commit()  # before the first row changes a file
     for seed, name in itertools.product(args.seeds, args.entries):
-        earlier = [json.loads(line) for line in ROWS.read_text().splitlines()]
+        earlier = read()
         rows = run(name, seed, args, version)
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         write_table("python benchmarks/leaderboard.py", table())
+        atomic.write_text(BOARD, board_csv(read()))
         print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""The records of the leaderboard, and what predicts a score without labels: two tables of LEADERBOARD.md.
+"""The records of the leaderboard, the recipes of `python -m mae.data`, and what predicts a score without labels.
 
-    python benchmarks/records.py                                             # writes both tables
+    python benchmarks/records.py                                             # writes three tables of LEADERBOARD.md
     python benchmarks/records.py "demo with normalized pixels" baseline      # prints the test of two entries
 
 An entry is a record if its mean score is above that of the last record on the same machine, with p < .01 in a one-sided
@@ -8,7 +8,6 @@ Welch test. Both have rows of at least three seeds, which were run alternately: 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -36,7 +35,7 @@ Rows = dict[tuple[str, str], list[Row]]  # by entry and machine
 def read() -> Rows:
     """Returns the rows of the track of five minutes."""
     rows: Rows = defaultdict(list)
-    for row in map(json.loads, leaderboard.ROWS.read_text().splitlines()):
+    for row in leaderboard.read():
         if all(row[name] == value for name, value in TRACK.items()):
             rows[row["entry"], row["machine"]].append(row)
     return rows
@@ -135,10 +134,37 @@ def _spearman(pairs: list[tuple[float, float]]) -> float:
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
+def recipes(rows: list[Row]) -> str:
+    """Returns the score of the automatic recipe and of the best other entry, on the same machine, for each kind."""
+    scores: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        track = f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}"
+        scores[track, row["evaluated on"], row["machine"]][row["entry"]].append(row["score"])
+    cells = []
+    for track, entries in scores.items():
+        means = {entry: statistics.fmean(found) for entry, found in entries.items()}
+        ours = means.pop(leaderboard.RECIPE, None)
+        pixels = means.pop(leaderboard.PIXELS, None)
+        if ours is None or not means:
+            continue
+        best = max(means, key=lambda entry: means[entry])
+        cells.append([
+            *track, f"{ours:.2f}", f"{ours - means[best]:+.2f}", best, f"{means[best]:.2f}",
+            "" if pixels is None else f"{pixels:.2f}",
+        ])  # fmt: skip
+    return markdown(
+        ["track", "evaluated on", "machine", "recipe", "difference", "best other entry", "its score", "raw pixels"],
+        cells,
+    )
+
+
 def table() -> str:
-    """Returns both tables."""
+    """Returns the tables."""
     rows = read()
-    return f"{records(rows)}\n\nSpearman's correlation with the score:\n\n{correlations(rows)}"
+    return (
+        f'{records(rows)}\n\n`python -m mae.data --recipe` gives the settings of "{leaderboard.RECIPE}":\n\n'
+        f"{recipes(leaderboard.read())}\n\nSpearman's correlation with the score:\n\n{correlations(rows)}"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

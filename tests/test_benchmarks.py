@@ -202,3 +202,7 @@ def test_letters_are_rendered_from_a_font():
 def test_missing_fonts_are_an_error():
     with pytest.raises(ValueError, match="fonts-of-nobody"):
         letters.fonts("fonts-of-nobody")
+
+
+def test_the_board_of_the_recipes_is_that_of_the_rows():
+    assert leaderboard.BOARD.read_text() == leaderboard.board_csv(leaderboard.read())

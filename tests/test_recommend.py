@@ -19,10 +19,11 @@ from mains import call, lines
 from PIL import Image
 
 import main_pretrain
+from benchmarks import leaderboard
 from demo import unpack_data
 from mae.data import check
 from mae.data.pixels import BadImage
-from mae.recommend import rules, trial
+from mae.recommend import board, rules, trial
 from mae.recommend.facts import Images, Machine
 
 PHOTOS = Images(
@@ -217,6 +218,7 @@ def test_the_rules_give_the_recipe_of_the_demo(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "measured    10,000 images of Fashion-MNIST, 28 pixels, 5 minutes on two cores: score " in done.stdout
     mine = yaml.safe_load((tmp_path / "mine.yaml").read_text())
     demo = yaml.safe_load((ROOT / "recipes/pretrain_fashion_mnist.yaml").read_text())
     same = ("model", "patch_size", "input_size", "in_chans", "crop", "cache_images", "num_workers")
@@ -230,6 +232,31 @@ def test_the_rules_give_the_recipe_of_the_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     (entry,) = lines(tmp_path / "runs/mine")
     assert mine["epochs"] * 10_000 / entry["images_per_s"] < 3 * 120
+
+
+@pytest.mark.parametrize(("count", "side", "channels", "kind"), [
+    (10_000, 28, 1, "fashion_mnist"), (10_922, 28, 1, "letters"), (960, 96, 3, "photographs"),
+])  # fmt: skip
+def test_the_rules_give_the_settings_of_an_entry_of_the_board(count, side, channels, kind):
+    """So its rows say what a recipe reaches."""
+    images = replace(PHOTOS, count=count, distinct=count, height=side, width=side, shorter=side, spread=(side, side),
+                     has_one_shape=True, in_chans=channels)  # fmt: skip
+    machine = Machine(gpus=0, cores=2, cache_bytes=1e12)
+    flags = {**leaderboard.BASE, **leaderboard.ENTRIES[leaderboard.RECIPE], **leaderboard.KINDS[kind][1]}
+    found = [*rules.image_lines(images), *rules.optimization_lines(images, machine, "mini_patch4")]
+    settings = {line.name: line.value for line in found}
+    same = ("input_size", "in_chans", "patch_size", "crop", "batch_size", "lr", "norm_pix_loss", "uniformity")
+    assert {name: settings[name] for name in same} == {name: flags[name] for name in same}
+
+
+@pytest.mark.parametrize(("images", "side", "minutes", "first"), [
+    (9_000, 30, 4, "10,000 images of Fashion-MNIST, 28 pixels, 5 minutes"),
+    (50_000, 64, 120, "60,000 images of Fashion-MNIST, 28 pixels, 75 minutes"),
+    (500, 128, 10, "960 squares of photographs, 96 pixels, 5 minutes"),
+])  # fmt: skip
+def test_the_nearest_measured_runs_are_listed(images, side, minutes, first):
+    found = board.nearest(images, side, minutes)
+    assert len(found) == 2 and found[0].startswith(first) and "raw pixels" in found[0]
 
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 2), (28, 7), (32, 8), (64, 8), (96, 12), (128, 16), (224, 16)])

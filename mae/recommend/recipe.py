@@ -16,7 +16,7 @@ from mae import parallel
 from mae.data import image_cache
 from mae.files import atomic
 from mae.position_tables import to_pair
-from mae.recommend import rules, trial
+from mae.recommend import board, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
@@ -81,6 +81,7 @@ def write(
     atomic.write_text(path, header + text_of([*lines_of(model), *length]))
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
+        *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes)],
         *[f"warning     {text}" for text in warnings_of(images)],
         f"recipe      {path}\n",
         command,
