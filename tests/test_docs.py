@@ -258,7 +258,7 @@ def test_results_md_has_the_published_robustness():
     ("page", "section", "study"),
     [("docs/small_data", "## Settings", "small_data/table"), ("docs/small_data", "## Digits", "small_data/digits"),
      ("benchmarks/fashion_mnist/README", "## Accuracy", "fashion_mnist/table"),
-     ("README", "## What is measured", "fashion_mnist/table")],
+     ("README", "## Is it worth it?", "fashion_mnist/table")],
 )  # fmt: skip
 def test_the_accuracies_quoted_from_a_study_are_in_its_table(page, section, study):
     """Numbers with a decimal and a percent sign, also with a standard deviation."""
