@@ -142,6 +142,22 @@ def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, An
     return log.read(out)
 
 
+def pretrain_for(minutes: float, flags: dict[str, Any], folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Trains for the number of epochs that fit into the minutes; returns the run directory and the lines of log.txt."""
+    _, *lines = pretrain(flags, folder / "speed", 6)  # the first epoch is slower
+    for out in (folder / "run", folder / "run_again"):
+        epochs = max(2, round(60 * minutes / statistics.median(line["seconds"] for line in lines)))
+        lines = pretrain({**flags, "probe_every": epochs, "probe_path": flags["data_path"]}, out, epochs)
+        if abs(minutes_of(lines) / minutes - 1) < TOLERANCE or minutes > REPEATED:
+            break
+    return out, lines
+
+
+def minutes_of(lines: list[dict[str, Any]]) -> float:
+    """Returns the time of a run, from the median of its epochs."""
+    return len(lines) * statistics.median(line["seconds"] for line in lines) / 60
+
+
 def command(flags: dict[str, Any]) -> list[str]:
     """Returns the script that pre-trains an entry, and its flags."""
     others = {name: value for name, value in flags.items() if name not in ("script", "weights")}
@@ -153,8 +169,8 @@ def accuracies_of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
     lists = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
     data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
     images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
-    fitted, neighbors = raw_pixels.accuracies(data, images, LABELS, range(10 * seed, 10 * seed + DRAWS), NEIGHBORS)
-    return {"500 labels": round(fitted, 2), "k-NN": round(neighbors, 2)}
+    fitted, near = raw_pixels.accuracies(data, images, LABELS, range(10 * seed, 10 * seed + DRAWS), NEIGHBORS)
+    return {"500 labels": round(fitted, 2), "k-NN": round(near, 2)}
 
 
 def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
@@ -180,9 +196,15 @@ def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
     scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
     linear = log.read(out / "linear")[-1]["test_acc1"]
-    own |= {"model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
-    (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
-    return {"500 labels": round(statistics.fmean(tuned), 2), "k-NN": round(neighbors, 2), "linear": round(linear, 2)}
+    found = {"500 labels": statistics.fmean(tuned), "k-NN": neighbors(own), "linear": linear}
+    return {name: round(accuracy, 2) for name, accuracy in found.items()}
+
+
+def neighbors(flags: dict[str, Any]) -> float:
+    """Returns the accuracy of k-NN in percent."""
+    own = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
+    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
+    return accuracy
 
 
 def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
@@ -193,8 +215,11 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
     flags = {**method, "data_path": data, "seed": seed}
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     with tempfile.TemporaryDirectory() as folder:
-        measured = {} if name == PIXELS else pretrain_for(args.minutes, flags, images, Path(folder))
-        file = measured.pop("file", None)
+        file, measured = None, {}
+        if name != PIXELS:
+            out, lines = pretrain_for(args.minutes, flags, Path(folder))
+            file = out / flags.get("weights", f"checkpoint-{len(lines) - 1}.pth")
+            measured = measures(flags, lines, images)
         sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
         scores = {
             evaluated: accuracies(file, {**flags, **lists}, seed, Path(folder) / evaluated)
@@ -214,22 +239,14 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
     ]  # fmt: skip
 
 
-def pretrain_for(minutes: float, flags: dict[str, Any], images: int, folder: Path) -> dict[str, Any]:
-    """Pre-trains for a time. Returns what is measured, and the file of the weights."""
-    _, *lines = pretrain(flags, folder / "speed", 6)  # the first epoch is slower
-    for out in (folder / "run", folder / "run_again"):
-        epochs = max(2, round(60 * minutes / statistics.median(line["seconds"] for line in lines)))
-        lines = pretrain({**flags, "probe_every": epochs, "probe_path": flags["data_path"]}, out, epochs)
-        seconds = epochs * statistics.median(line["seconds"] for line in lines)
-        if abs(seconds / 60 / minutes - 1) < TOLERANCE or minutes > REPEATED:
-            break
+def measures(flags: dict[str, Any], lines: list[dict[str, Any]], images: int) -> dict[str, Any]:
+    """Returns what a pre-training on a number of images cost, and what it measured without labels."""
     batch = PROCESSES * flags["batch_size"]
-    updates = epochs * (images * flags.get("repeated_sampling", 1) // batch)
+    updates = len(lines) * (images * flags.get("repeated_sampling", 1) // batch)
     settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
     return {
-        "file": out / flags.get("weights", f"checkpoint-{epochs - 1}.pth"),
         **{measure: float(f"{lines[-1][measure]:.5g}") for measure in UNLABELLED},
-        "minutes": round(seconds / 60, 2), "epochs": epochs, "updates": updates,
+        "minutes": round(minutes_of(lines), 2), "epochs": len(lines), "updates": updates,
         "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1),
         "images/s": round(statistics.median(line["images_per_s"] for line in lines)),
     }  # fmt: skip
@@ -306,11 +323,11 @@ def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {place}"
 
 
-def write_table(command: str, text: str) -> None:
-    """Replaces the table of a command in the page."""
-    page, marker = PAGE.read_text(), f"<!-- {command} -->\n"
+def write_table(command: str, text: str, path: Path = PAGE) -> None:
+    """Replaces the table of a command in a page."""
+    page, marker = path.read_text(), f"<!-- {command} -->\n"
     start = page.index(marker) + len(marker)
-    atomic.write_text(PAGE, f"{page[:start]}{text}\n{page[page.index('<!-- end -->', start) :]}")
+    atomic.write_text(path, f"{page[:start]}{text}\n{page[page.index('<!-- end -->', start) :]}")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import leaderboard, model_table, records
+from benchmarks import leaderboard, model_table, records, start_from
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
     "python benchmarks/leaderboard.py": leaderboard.table,
     "python benchmarks/records.py": records.table,
+    "python benchmarks/start_from.py": start_from.table,
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
 

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from mains import lines
+from PIL import Image
 from test_attention import saved_bytes
 
+import main_pretrain
 import models_mae
 import models_vit
 from benchmarks import (
@@ -19,11 +23,14 @@ from benchmarks import (
     input_pipeline,
     leaderboard,
     letters,
+    machine,
     model_table,
     peers,
     records,
+    start_from,
     train_step,
 )
+from mae.cli.script import Script
 from models_vit import SIZES
 
 
@@ -185,6 +192,54 @@ def test_correlations_are_those_of_entries_and_of_seeds():
     cells = records.correlations(rows).splitlines()[2].strip("| ").split(" | ")
     assert cells[:3] == ["test_loss", "-1.00", "10"]
     assert abs(float(cells[3])) < 0.2
+
+
+@pytest.mark.slow
+def test_an_encoder_is_adapted_and_distilled(tmp_path, monkeypatch):
+    """The table has a row for each way, with the weights that it trains, and the page has the table."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 70), ("val", 5)):
+        for label in range(2):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 128, (28, 28)) + 127 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+    def pretrain(flags, out, epochs):
+        out.parent.mkdir(exist_ok=True)
+        script = Script(main_pretrain)
+        script.run({**flags, "epochs": epochs, "save_every": epochs, "output_dir": out}, out.with_suffix(".txt"))
+        return lines(out)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(leaderboard, "pretrain", pretrain)  # in one process
+    monkeypatch.setattr(leaderboard, "LABELS", 80)
+    monkeypatch.setattr(start_from, "DRAWS", 2)
+    for _, flags in start_from.WAYS.values():
+        for name, value in {"epochs": 1, "warmup_epochs": 0}.items():
+            monkeypatch.setitem(flags, name, value)
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(start_from, "PAGE", tmp_path / "page.md")
+    start_from.PAGE.write_text("<!-- python benchmarks/start_from.py -->\n<!-- end -->\n")
+    argv = ["--data_path", tmp_path / "images", "--minutes", 0.001, "--student_minutes", 0.001]
+    start_from.main(start_from.get_args_parser().parse_args(list(map(str, argv))))
+    (file,) = (tmp_path / "results").glob("*/start_from_fashion_mnist.json")
+    found = json.loads(file.read_text())
+    weights = {name: row["weights"] for name, row in found["adapted"].items()}
+    assert [*weights] == [*start_from.WAYS]
+    above = 2 * 128 + 2 * (128 + 1)  # norm and head
+    assert weights["LoRA of rank 4"] == 4 * 2 * 2 * 4 * 128 + above
+    assert weights["LoRA of rank 16"] == 4 * 2 * 2 * 16 * 128 + above
+    assert weights["frozen, with a linear head"] == 2 * (128 + 1)
+    full, *students = (row["weights"] for row in found["encoders"].values())
+    assert full == weights["fine-tuned in full"]
+    assert students[0] == students[1] < 0.3 * full
+    assert all(len(row["accuracies"]) == 2 for row in (*found["adapted"].values(), *found["encoders"].values()))
+    rows = start_from.PAGE.read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows if row.startswith("| student")] == [
+        "| student, distilled from it", "| student, pre-trained alone"
+    ]  # fmt: skip
 
 
 def test_letters_are_rendered_from_a_font():
