@@ -123,7 +123,8 @@ def table() -> str:
             [name, _accuracy(of), f"{of['weights']:,}", f"{of['seconds']:.0f}"] for name, of in found["adapted"].items()
         ]
         encoders = [
-            [name, f"{of['minutes']:.1f}", f"{_score(of):.2f}", _accuracy(of), f"{of['k-NN']:.1f}", f"{of['weights']:,}"]
+            [name, f"{of['minutes']:.1f}", f"{_score(of):.2f}", _accuracy(of), f"{of['k-NN']:.1f}",
+             f"{of['weights']:,}"]
             for name, of in found["encoders"].items()
         ]  # fmt: skip
         parts += [

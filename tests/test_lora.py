@@ -1,18 +1,25 @@
 """Low-rank updates: they start from the file, alone are trained, and are merged in exports."""
 
+import re
+import shlex
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
-from mains import assert_close, assert_equal, assert_same_run, in_processes, lines, stop_and_resume, weights
-from test_dino import assert_same, images, of_transformers
+from conftest import ROOT
+from mains import assert_close, assert_equal, assert_same_run, call, in_processes, lines, stop_and_resume, weights
+from test_dino import assert_same, images, of_transformers, random
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
 import mae.build
 import main_finetune
 import main_knn
 import main_linprobe
+import main_pretrain
 from examples.dino import DINOv2
 from examples.lora import LoRA, LoRADINOv2
 from mae.checkpoints import checkpoint
@@ -23,6 +30,7 @@ SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_head
 OWN = {"encoder": "examples.lora:LoRA", "encoder_args": "rank=4 alpha=8"}
 FLAGS = tuple(word for name, value in OWN.items() for word in (f"--{name}", *value.split()))
 ADAPTERS = ("lora_a", "lora_b")
+SCRIPTS = (main_finetune, main_linprobe, main_pretrain)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +176,27 @@ def test_updates_of_dino(pretrain, tmp_path):
                    for model in (merged, ours)))  # fmt: skip
     trained = weights(pretrain("trained", init_from=tmp_path / "file", **own))
     assert trained["blocks.0.attn.qkv.lora_b"].any()
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_page_run(labelled, tmp_path, monkeypatch):
+    """With a small encoder whose patches have the size of DINOv2, for an epoch."""
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=56, patch_size=14)
+    random(Dinov2Model(config)).save_pretrained(tmp_path / "dinov2-small")
+    monkeypatch.chdir(tmp_path)
+    small = "--epochs 1 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --amp off".split()
+    page = (ROOT / "docs/start_from.md").read_text().replace("\\\n", "")
+    done = []
+    for command in "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines():
+        words = shlex.split(command.replace("IMAGES", str(labelled)), comments=True)
+        if words[:1] == ["python"]:
+            module = {script.__name__: script for script in SCRIPTS}[words[1].removesuffix(".py")]
+            call(module, *words[2:], *small)
+            done.append(Path(words[-1]))
+    assert len(done) == 5
+    assert all((tmp_path / out / "checkpoint-0.pth").exists() for out in done)
+    assert get_model("runs/continued/checkpoint-0.pth", encoder=LoRADINOv2).settings["input_size"] == 224
+    assert get_model("runs/student/checkpoint-0.pth").settings.get("encoder") is None
 
 
 def test_a_rank_below_one_is_an_error():
