@@ -160,11 +160,15 @@ def test_exports_merge_the_updates(plain, classify, tmp_path):
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_updates_of_dino(pretrain, tmp_path):
-    """The file gives its sizes, and the command the rank. The export is a model of DINO."""
+def test_updates_of_dino(pretrain, own_module, tmp_path, capsys):
+    """The file gives its sizes, and the command the rank. The export is a model of DINO. Only another encoder warns."""
     _, theirs = of_transformers("v2 registers", tmp_path / "file")
     own = {"encoder": "examples.lora:LoRADINOv2", "encoder_args": "rank=2", "input_size": 32}
     out = pretrain(init_from=tmp_path / "file", **own, lr=0, epochs=1)
+    assert "was made with" not in capsys.readouterr().out
+    own_module("another", "from examples.dino import DINOv2\nclass Another(DINOv2):\n    pass\n")
+    pretrain("other", init_from=tmp_path / "file", encoder="another:Another", input_size=32, lr=0, epochs=1)
+    assert "was made with encoder='examples.dino:DINOv2'" in capsys.readouterr().out
     ours = get_model(out / "checkpoint-0.pth", encoder=LoRADINOv2)
     expected = theirs(images(32, 32)).last_hidden_state
     assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
@@ -184,14 +188,14 @@ def test_the_five_commands_of_the_page_run(labelled, tmp_path, monkeypatch):
     config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=56, patch_size=14)
     random(Dinov2Model(config)).save_pretrained(tmp_path / "dinov2-small")
     monkeypatch.chdir(tmp_path)
-    small = "--epochs 1 --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --amp off".split()
+    small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "device": "cpu", "amp": "off"}
     page = (ROOT / "docs/start_from.md").read_text().replace("\\\n", "")
     done = []
     for command in "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines():
         words = shlex.split(command.replace("IMAGES", str(labelled)), comments=True)
         if words[:1] == ["python"]:
             module = {script.__name__: script for script in SCRIPTS}[words[1].removesuffix(".py")]
-            call(module, *words[2:], *small)
+            call(module, *words[2:], **small)
             done.append(Path(words[-1]))
     assert len(done) == 5
     assert all((tmp_path / out / "checkpoint-0.pth").exists() for out in done)

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mae import parallel, settings
+import mae.build
+from mae import parallel, settings, user_code
 from mae.checkpoints import run_directory
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
@@ -96,6 +98,13 @@ def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         if name == ARGUMENTS:  # those that both have
             texts = [{text.partition("=")[0]: text for text in of or []} for of in (current, value)]
             current, value = ([named[key] for key in sorted(texts[0].keys() & texts[1].keys())] for named in texts)
-        if settings.differs(name, current, value):
+        if settings.differs(name, current, value) and not (name == "encoder" and _adapts(current, value)):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
             yield in_words({name: current}), before
+
+
+def _adapts(encoder: str, recorded: str | None) -> bool:
+    """Whether a mix-in that the user names adds adapters to an encoder. The features at the start are the same."""
+    with suppress(ValueError):  # a class in a function can't be imported
+        return user_code.name_of(mae.build.plain_encoder(user_code.import_object("encoder=", encoder))) == recorded
+    return False
