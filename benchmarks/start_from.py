@@ -44,7 +44,7 @@ DRAWS = 3
 RECIPE = leaderboard.ENTRIES["demo with normalized pixels, uniformity .1"]
 STUDENT = {"encoder": "benchmarks.start_from:HalfWidth"}
 FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, leaderboard.FINETUNE)
-LORA = {**leaderboard.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 3e-3, "layer_decay": 1}
+LORA = {**leaderboard.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}
 WAYS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "fine-tuned in full": FULL,
     "LoRA of rank 16": (main_finetune, {**LORA, "encoder_args": ["rank=16"]}),

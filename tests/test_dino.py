@@ -13,11 +13,14 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
 
 import mae.build
+import mae.settings
 import main_finetune
 from examples.dino import DINOv2, DINOv3
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
+from mae.position_tables import resize_pos_embed
+from mae.weights import dino
 from models_mae import MaskedAutoencoderViT
 from models_vit import vit_mini_patch4
 
@@ -53,9 +56,9 @@ def random(model):
     return model.eval()
 
 
-def of_transformers(name, folder):
+def of_transformers(name, folder, **sizes):
     kind, config, own = TRANSFORMERS[name]
-    model = transformers.AutoModel.from_config(config(**{**SIZES, **own}))
+    model = transformers.AutoModel.from_config(config(**{**SIZES, **own, **sizes}))
     random(model).save_pretrained(folder)
     return kind, model
 
@@ -121,6 +124,65 @@ def test_the_size_of_a_model_of_timm_may_differ_with_registers(tmp_path):
     ours = get_model(tmp_path / "file.pth", encoder=DINOv2, input_size=28)
     expected = theirs.forward_features(images(28, 28))
     assert_same(ours.extract_feat(images(28, 28), "tokens"), expected)
+
+
+class Filtered(DINOv2):
+    """DINOv2 whose position table is filtered when it is resized."""
+
+    def resize_table(self, table, old_grid, new_grid):
+        return resize_pos_embed(table, old_grid, new_grid, antialias=True)
+
+
+@pytest.mark.parametrize("side", [28, 84])
+def test_other_sizes_without_registers_are_those_of_transformers(side, tmp_path):
+    """timm filters the position table, transformers does not: with equal weights, this is the only difference."""
+    kind, model = of_transformers("v2", tmp_path / "folder", patch_size=14, image_size=56)
+    theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, dynamic_img_size=True, **SMALL)
+    theirs.eval().load_state_dict(dino.convert(model.state_dict())[0])
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    assert_same(theirs.forward_features(images(56, 56)), model(images(56, 56)).last_hidden_state)
+    expected = model(images(side, side)).last_hidden_state
+    for file in (tmp_path / "folder", tmp_path / "file.pth"):
+        for size in (56, side):
+            ours = get_model(file, encoder=kind, input_size=size)
+            assert_same(ours.extract_feat(images(side, side), "tokens"), expected)
+    of_timm = theirs.forward_features(images(side, side))
+    assert (of_timm - expected).abs().max() > 1e-3
+    filtered = get_model(tmp_path / "file.pth", encoder=Filtered, input_size=side)
+    assert_same(filtered.extract_feat(images(side, side), "tokens"), of_timm)
+    overlay = {"file": str(tmp_path / "file.pth")}
+    resized = timm.create_model(
+        "vit_small_patch14_dinov2", num_classes=0, img_size=side, pretrained=True, pretrained_cfg_overlay=overlay,
+        **SMALL,
+    )  # fmt: skip
+    assert_same(resized.eval().forward_features(images(side, side)), of_timm)
+
+
+LARGE = {
+    "vit_base_patch14_dinov2": DINOv2,
+    "vit_large_patch14_dinov2": DINOv2,
+    "vit_large_patch14_reg4_dinov2": DINOv2,
+    "vit_giant_patch14_dinov2": DINOv2,
+    "vit_giant_patch14_reg4_dinov2": DINOv2,
+    "vit_base_patch16_dinov3": DINOv3,
+    "vit_large_patch16_dinov3": DINOv3,
+    "vit_huge_plus_patch16_dinov3": DINOv3,
+    "vit_7b_patch16_dinov3": DINOv3,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_larger_models_have_the_shapes_of_their_files(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=0)
+        found, _ = dino.convert(theirs.state_dict())
+        settings = dino.settings_of(found, {})
+        settings["input_size"] = [theirs.patch_embed.grid_size[0] * settings["patch_size"]] * 2
+        model, image = mae.settings.specs(settings)
+        ours = mae.build.classifier(model, image, LARGE[name])
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in found.items()}
+    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
 
 
 RELEASED = {r"reg_token": "storage_tokens", r"gamma_([12])": r"ls\1.gamma", r"mlp\.fc1_g": "mlp.w1",
@@ -198,6 +260,43 @@ def test_pre_training_starts_from_a_file(name, pretrain, tmp_path):
     assert_same(torch.from_numpy(found), expected[:, 0])
     trained = lines(pretrain("trained", **own))
     assert trained[1]["train_loss"] < trained[0]["train_loss"]
+
+
+S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 56, "patch_size": 14}
+FAMILIES = {
+    "v2": (S, "vit_small_patch14_dinov2"),
+    "v2 registers": (S, "vit_small_patch14_reg4_dinov2"),
+    "v3": ({**S, "intermediate_size": 1536, "image_size": 64, "patch_size": 16}, "vit_small_patch16_dinov3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_size_s_are_the_same_after_a_run_and_exports(name, library, pretrain, tmp_path):
+    """A run with a learning rate of 0."""
+    sizes, name_in_timm = FAMILIES[name]
+    side = sizes["image_size"]
+    if library == "timm":
+        kind, file = TRANSFORMERS[name][0], tmp_path / "file.pth"
+        theirs = of_timm(name_in_timm, file, img_size=side)
+        expected = theirs.forward_features(images(side, side))
+    else:
+        file = tmp_path / "folder"
+        kind, theirs = of_transformers(name, file, **sizes)
+        expected = theirs(images(side, side)).last_hidden_state
+    own = {"encoder": f"examples.dino:{kind.__name__}", "model": "mae_vit_small_patch16", "input_size": side}
+    out = pretrain(init_from=file, **own, decoder_depth=1, lr=0, epochs=1, batch_size=24)
+    ours = get_model(out / "checkpoint-0.pth", encoder=kind)
+    assert_same(ours.extract_feat(images(side, side), "tokens"), expected)
+    export.export(export.encoder_of(ours), "safetensors", tmp_path / "model.safetensors")
+    exported = get_model(tmp_path / "model.safetensors", encoder=kind)
+    assert_same(exported.extract_feat(images(side, side), "tokens"), expected)
+    if library == "transformers":
+        export.export(export.encoder_of(ours), "onnx", tmp_path / "model.onnx")
+        pixels = images(side, side) * ours.normalize.std + ours.normalize.mean
+        (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": pixels.numpy()})
+        assert_same(torch.from_numpy(found), expected[:, 0])
 
 
 @pytest.mark.parametrize("name", ["v2", "v3"])

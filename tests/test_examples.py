@@ -8,7 +8,18 @@ from functools import partial
 import pytest
 import timm
 import torch
-from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
+from mains import (
+    Stopped,
+    argv_of,
+    assert_close,
+    assert_equal,
+    assert_same_run,
+    in_processes,
+    lines,
+    stop_after,
+    stop_and_resume,
+    weights,
+)
 from sklearn.decomposition import PCA
 from test_dino import of_transformers
 from torch import nn
@@ -132,6 +143,36 @@ def test_a_teacher_of_dino_is_distilled_without_masks(distance, pretrain, tmp_pa
         expected = nn.functional.smooth_l1_loss(pred, target, reduction="none").mean(dim=2)
     assert not mask.any()
     torch.testing.assert_close(terms, {"patches": expected[:, 1:].mean(), "class": expected[:, 0].mean()})
+
+
+OF_OURS = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 16, "patch_size": 4, "mask_ratio": 0}
+
+
+@pytest.fixture(scope="module")
+def distilled(pretrain_once):
+    """The flags of a distillation from a checkpoint."""
+    file = pretrain_once("teacher", epochs=1, input_size=16, patch_size=4) / "checkpoint-0.pth"
+    return {**OF_OURS, "model_args": f"teacher={file} distance=cosine class_token=true"}
+
+
+@pytest.mark.slow
+def test_a_distillation_is_resumed_to_the_bit(distilled, pretrain, monkeypatch):
+    """In the middle of an epoch, with the states of the optimizer."""
+    parts = stop_and_resume(monkeypatch, pretrain, 3, **distilled, num_workers=1)
+    assert_same_run(pretrain("whole", **distilled, num_workers=1), parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [(), ("--fsdp",)])
+def test_a_distillation_in_two_processes_equals_that_in_one(own, distilled, pictures, tmp_path):
+    flags = (*argv_of(distilled), "--epochs", 2)
+    in_processes(1, pictures, tmp_path / "one", "--batch_size", 8, *flags)
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, *flags, *own)
+    if own:
+        expected = [line["train_loss"] for line in lines(tmp_path / "one")]
+        assert [line["train_loss"] for line in lines(tmp_path / "two")] == pytest.approx(expected, rel=1e-5)
+    else:
+        assert_close(tmp_path / "one", tmp_path / "two")
 
 
 def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
