@@ -46,11 +46,6 @@ def _require_mix_in(name: str, encoder: Any) -> None:
         )
 
 
-def plain_encoder(encoder: type[Encoder]) -> type[Encoder]:
-    """Returns a mix-in, or with adapters its first base class without them."""
-    return next(kind for kind in encoder.__mro__ if not getattr(kind, "adapters", ()))
-
-
 def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
     """Returns the arguments of the constructor of a mix-in, `encoder_args`.
 

@@ -47,6 +47,11 @@ def name_of(kind: Any) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def plain_encoder(encoder: type) -> type:
+    """Returns a mix-in, or with adapters its first base class without them."""
+    return next(kind for kind in encoder.__mro__ if not getattr(kind, "adapters", ()))
+
+
 def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     """Returns the settings of a run, and the classes and functions of the user's code: given, or named by settings.
 

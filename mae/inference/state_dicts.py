@@ -60,7 +60,7 @@ def without_adapters(model: Model) -> Model:
     if not model.adapters:
         return model
     assert model.encoder
-    plain = mae.build.plain_encoder(model.encoder)
+    plain = user_code.plain_encoder(model.encoder)
     encoder = None if plain is Encoder else plain
     known = mae.build.own_parameters(plain)
     texts = [text for text in model.settings.get("encoder_args") or [] if text.partition("=")[0] in known]

@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import mae.build
-from mae import parallel, settings, user_code
+from mae import parallel, settings
 from mae.checkpoints import run_directory
 from mae.data import transforms
 from mae.settings import EVALUATE, TRAIN, Run
@@ -15,7 +14,7 @@ from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
-from mae.user_code import runs_code
+from mae.user_code import import_object, name_of, plain_encoder, runs_code
 from mae.weights import model_settings, reading
 
 logger = logging.getLogger(__name__)
@@ -106,5 +105,5 @@ def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 def _adapts(encoder: str, recorded: str | None) -> bool:
     """Whether a mix-in that the user names adds adapters to an encoder. The features at the start are the same."""
     with suppress(ValueError):  # a class in a function can't be imported
-        return user_code.name_of(mae.build.plain_encoder(user_code.import_object("encoder=", encoder))) == recorded
+        return name_of(plain_encoder(import_object("encoder=", encoder))) == recorded
     return False
