@@ -40,8 +40,7 @@ from models_vit import Encoder
 
 PAGE = scripts.ROOT / "docs/start_from.md"
 NAME = "start_from"  # of the files of the results
-DRAWS = 3
-RECIPE = leaderboard.ENTRIES["demo with normalized pixels, uniformity .1"]
+RECIPE = leaderboard.ENTRIES[leaderboard.RECIPE]
 STUDENT = {"encoder": "benchmarks.start_from:HalfWidth"}
 FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, leaderboard.FINETUNE)
 LORA = {**leaderboard.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}
@@ -76,7 +75,7 @@ def adapt(way: tuple[ModuleType, dict[str, Any]], own: dict[str, Any], out: Path
 
     drawn = {"train_per_class": leaderboard.LABELS // classes}
     found = []
-    for draw in range(DRAWS):
+    for draw in range(leaderboard.DRAWS):
         given = {**flags, **own, **drawn, "seed": draw, "output_dir": out / str(draw)}
         found.append(store.run(out / str(draw), Script(module), given, read))
     return {
