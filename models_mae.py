@@ -239,7 +239,7 @@ class MaskedAutoencoderViT(Encoder):
         num_masked = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
         patches = take(torch.cat([visible, mask_tokens], dim=1), ids_restore)
-        x = torch.cat([cls_tokens, patches], dim=1) + self.decoder_positions(grid_size or self.grid_size)
+        x = torch.cat([cls_tokens, patches], dim=1) + self.decoder_positions(grid_size or self.grid_size, **context)
         for block in self.decoder_blocks:
             x = block(x)
         return self.patch_tokens(self.decoder_pred(self.decoder_norm(x)))
@@ -430,8 +430,10 @@ class MaskedAutoencoderViT(Encoder):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         return self.resized(self.pos_embed, grid, self.grid_size)
 
-    def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
-        """Returns the positions of the decoder (1, T + N, E) for a grid of (rows, columns) patches."""
+    def decoder_positions(self, grid: tuple[int, int], **context: Any) -> Tensor:
+        """Returns the positions of the decoder for a grid of (rows, columns) patches: (1, T + N, E), or (B, T + N, E)
+        in an override that takes extra inputs.
+        """
         return self.resized(self.decoder_pos_embed, grid, self.grid_size)
 
     def resized(self, table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:

@@ -67,8 +67,8 @@ class CrossDecoder(MaskedAutoencoderViT):
         tokens = self.decoder_embed(latent)
         num_visible, num_patches = self.patch_tokens(tokens).shape[1], ids_restore.shape[1]
         order = ids_restore.argsort(dim=1)[:, num_visible : self.last(num_visible, num_patches)]  # (B, M)
-        positions = self.patch_tokens(self.decoder_positions(grid_size or self.grid_size)).expand(len(latent), -1, -1)
-        x = self.mask_token + take(positions, order)
+        positions = self.patch_tokens(self.decoder_positions(grid_size or self.grid_size, **context))
+        x = self.mask_token + take(positions.expand(len(latent), -1, -1), order)
         for block in self.decoder_blocks:
             x = block(x, tokens)
         pred = self.decoder_pred(self.decoder_norm(x))

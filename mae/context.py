@@ -12,7 +12,7 @@ from torch import nn
 # The steps that subclasses override, and the number of their published arguments.
 STEPS = {
     "forward": 2, "tokenize": 1, "forward_encoder": 2, "random_masking": 2, "forward_decoder": 2, "forward_loss": 3,
-    "target": 1,
+    "decoder_positions": 1, "target": 1,
 }  # fmt: skip
 OF_LIBRARY = ("mask", "noise", "valid", "grid_size")  # arguments of the steps that are not extra inputs
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -28,12 +28,13 @@ def _overrides(kind: type, steps: Iterable[str]) -> Iterator[tuple[type, str, li
 
 def extra_inputs(kind: type, steps: Iterable[str] = STEPS) -> dict[str, bool]:
     """Returns the extra inputs that the steps of a model's class take by name, and whether they need them."""
-    return {
-        parameter.name: parameter.default is parameter.empty
+    found = {
+        (parameter.name, step): parameter.default is parameter.empty
         for _, step, parameters in _overrides(kind, steps)
         for parameter in parameters[STEPS[step] :]
         if parameter.kind in NAMED and parameter.name not in OF_LIBRARY
     }
+    return {name: any(is_needed for (one, _), is_needed in found.items() if one == name) for name, _ in found}
 
 
 def needed_inputs(kind: type, steps: Iterable[str] = STEPS) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Extra inputs of images: from datasets of the user's code and from columns of lists, to the model."""
 
+import io
 import json
 import os
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from mains import assert_equal, fails, in_processes, lines, open_source, parse, stop_and_resume, weights
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_decode import saved
 from torchvision import tv_tensors
 
@@ -26,6 +28,7 @@ from mae.data.samples import Samples
 from mae.data.source import versions
 from mae.inference import export, features, get_model
 from mae.position_tables import get_2d_sincos_pos_embed
+from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder, VisionTransformer
 
 # The pixels are noise. The target, and the class, is determined by the extra input `level` alone.
@@ -41,8 +44,17 @@ class LevelTarget(MaskedAutoencoderViT):
     target_dim = 1
     def target(self, imgs, level=None, **context):
         return level[:, None, None].expand(-1, self.num_patches, 1)
+class DecoderLevel(LevelTarget):
+    def decoder_positions(self, grid, *, level, **context):
+        positions = super().decoder_positions(grid, **context)
+        return positions + 3 * level[:, None, None] * self.mask_token.detach().sign()
+class Painted(MaskedAutoencoderViT):
+    def forward_decoder(self, latent, ids_restore, grid_size=None, *, level, **context):
+        return 0 * super().forward_decoder(latent, ids_restore, grid_size, **context) + 9 * level[:, None, None]
 def open_dataset(split, data_path):
     return Noise(split)
+def open_without(split, data_path):
+    return [(Noise(split)[index]["image"], index % 2) for index in range(8)]
 class Noise:
     def __init__(self, split):
         self.split = split
@@ -83,6 +95,41 @@ def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels,
     assert whole_and_resumed(pretrain, monkeypatch, **OWN) < 0.05
     blind = pretrain("blind", **TRAIN, model_class=OWN["model_class"])
     assert lines(blind)[-1]["train_loss"] > 0.8
+
+
+@pytest.mark.slow
+def test_a_target_that_only_the_extra_determines_is_learned_by_a_decoder_that_takes_it(levels, pretrain, monkeypatch):
+    assert whole_and_resumed(pretrain, monkeypatch, model_class="levels:DecoderLevel") < 0.05
+
+
+@pytest.mark.slow
+def test_a_decoder_has_the_extra_in_two_processes_and_in_pictures(levels, pictures, tmp_path):
+    """The prediction of an image is its extra input: black or white."""
+    flags = ("--dataset", DATASET, "--model_class", "levels:Painted", "--epochs", 1, "--vis_every", 1)
+    for count in (1, 2):
+        in_processes(count, pictures, tmp_path / str(count), *flags, "--batch_size", 8 // count,
+                     environment={"PYTHONPATH": str(levels)})  # fmt: skip
+    one, two = (lines(tmp_path / name)[0]["train_loss"] for name in "12")
+    assert one == pytest.approx(two, rel=1e-4)
+    (shown,) = EventAccumulator(str(tmp_path / "2")).Reload().Images("reconstruction")
+    picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)).convert("L"))
+    column = picture[18:-18, -3 * 80 - 40 - 2 * 2 :][:, 80 + 40 + 2]  # the third of four columns
+    assert set(column.tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize(("flags", "dataset"), [
+    ({"model_class": "levels:DecoderLevel"}, "levels:open_without"),
+    ({"model_class": "levels:Painted"}, "levels:open_without"),
+    ({"encoder": "levels:Level", "model_class": "levels:LevelTarget"}, "levels:open_without"),  # one has a default
+])  # fmt: skip
+def test_an_input_of_any_step_that_no_image_has_stops_before_the_first_update(flags, dataset, levels, pretrain):
+    with pytest.raises(ValueError, match=r"needs the extra input level .*extras=level"):
+        pretrain(dataset=f"py:{dataset}", **flags)
+
+
+def test_held_out_images_without_an_input_of_the_decoder_stop_before_the_first_update(levels, labelled, pretrain):
+    with pytest.raises(ValueError, match="level"):
+        pretrain(dataset=DATASET, model_class="levels:Painted", probe_every=1, probe_path=labelled)
 
 
 @pytest.mark.slow
@@ -278,6 +325,11 @@ def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
     torch.testing.assert_close(tokens[0][0], table, rtol=1e-4, atol=1e-5)
     double = torch.from_numpy(get_2d_sincos_pos_embed(32, 7)).float().view(7, 7, 32)[::2, ::2].flatten(0, 1)
     torch.testing.assert_close(tokens[1][0], double, rtol=1e-4, atol=1e-5)
+    autoencoder = mae.build.combined(GroundPositions, MaskedAutoencoderViT)(
+        **arguments, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2
+    )
+    found = autoencoder.decoder_positions((4, 4), east[None], north[None])
+    torch.testing.assert_close(found, autoencoder.decoder_pos_embed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from mae.masking import (
     noise_from_mask,
     num_visible,
     random_block_noise,
+    ratio_of,
     ratio_of_patches,
     sampler,
     shuffle,
 )
-from models_mae import mae_vit_mini_patch4
+from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 
 
 def test_every_form_of_a_mask_is_equivalent():
@@ -37,6 +38,34 @@ def test_every_form_of_a_mask_is_equivalent():
 def test_invalid_masks_are_errors(mask, message):
     with pytest.raises(ValueError, match=message):
         noise_from_mask(mask, (2, 2), (4, 4))
+
+
+def test_a_number_of_visible_patches_has_a_ratio():
+    for num_patches in range(1, 1501):
+        ratios = [ratio_of(visible, num_patches) for visible in range(num_patches + 1)]
+        assert min(ratios) >= 0 and max(ratios) < 1
+        assert [num_visible(num_patches, ratio) for ratio in ratios] == [*range(num_patches + 1)]
+
+
+class Rows(MaskedAutoencoderViT):
+    """A strategy that shows whole rows, as many as the mask ratio allows."""
+
+    def random_masking(self, x, mask_ratio, noise=None, **context):
+        rows, columns = self.grid_size
+        ranks = noise.unflatten(1, (rows, columns))[..., 0].argsort(dim=1).argsort(dim=1)
+        visible = num_visible(rows, mask_ratio) * columns
+        return super().random_masking(
+            x, ratio_of(visible, x.shape[1]), ranks.repeat_interleave(columns, dim=1), **context
+        )
+
+
+def test_a_strategy_of_rows_shows_whole_rows():
+    """4 of 24 rows of 40 patches. A fifth of the patches, 191, would split a row."""
+    model = Rows(img_size=(24, 40), patch_size=1, in_chans=1, embed_dim=8, depth=1, num_heads=1, decoder_embed_dim=8,
+                 decoder_depth=1, decoder_num_heads=1)  # fmt: skip
+    mask = model(torch.rand(3, 1, 24, 40), 0.8, noise=torch.rand(3, 960))[2].view(3, 24, 40)
+    assert ((mask == 0).sum(dim=(1, 2)) == 160).all()
+    assert set(mask.mean(dim=2).flatten().tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mae import parallel
+from mae.context import STEPS
 from mae.data import extras, labels, loader
 from mae.data.batches import prefetch
 from mae.data.run_data import RunData
@@ -152,7 +153,7 @@ def open_probe(
             f"main_knn.py"
         )
     probe = OnlineProbe(data, images, mask_ratio, path, run.optim.batch_size, precision)
-    extras.require_fitting(model, probe.train, probe.val)
+    extras.require_fitting(model, probe.train, probe.val, STEPS)
     return probe
 
 
