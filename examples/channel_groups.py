@@ -17,46 +17,42 @@ from models_vit import Encoder, PatchEmbed
 
 
 class GroupEmbed(PatchEmbed):
-    """Embeds the patches of each group: (B, c, H, W) -> (B, G·N, D). The grids of the groups are below each other."""
+    """Embeds the patches of each group by the same projection: (B, c, H, W) -> (B, G·N, D)."""
 
     def __init__(self, groups: int, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         self.groups = groups
         if in_chans % groups:
             raise ValueError(f"--encoder_args groups={groups}: it must divide --in_chans {in_chans}")
         super().__init__(img_size, patch_size, in_chans // groups, embed_dim)
-        self.projections = nn.ModuleList(
-            nn.Conv2d(in_chans // groups, embed_dim, self.patch_size, self.patch_size) for _ in range(groups)
-        )
-        del self.proj
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = super().grid_of(height, width)
         return self.groups * rows, columns
 
     def forward(self, imgs: Tensor) -> Tensor:
+        parts = imgs.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        return self.proj(parts).flatten(2).unflatten(0, (-1, self.groups)).transpose(2, 3).flatten(1, 2)
+
+
+class SeparateEmbed(GroupEmbed):
+    """Embeds the patches of each group by a projection of its own."""
+
+    def __init__(self, groups: int, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
+        super().__init__(groups, img_size, patch_size, in_chans, embed_dim)
+        self.projections = nn.ModuleList(
+            nn.Conv2d(in_chans // groups, embed_dim, self.patch_size, self.patch_size) for _ in range(groups)
+        )
+        del self.proj
+
+    def forward(self, imgs: Tensor) -> Tensor:
         parts = zip(self.projections, imgs.chunk(self.groups, dim=1), strict=True)
         return torch.cat([projection(part).flatten(2) for projection, part in parts], dim=2).transpose(1, 2)
 
 
-class ChannelGroups(Encoder):
-    """Tokens of each group of channels.
+class Groups(Encoder):
+    """Tokens of each of G groups of channels. The grids of the groups are below each other."""
 
-    Args:
-        groups: G, the number of groups.
-    """
-
-    def __init__(self, *, groups: int, **arguments: Any) -> None:
-        self.groups = groups
-        super().__init__(**arguments)
-        self.group_embed = nn.Parameter(torch.empty(groups, 1, self.cls_token.shape[2]).normal_(std=0.02))
-
-    def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
-        return GroupEmbed(self.groups, img_size, patch_size, in_chans, embed_dim)
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        table, count = super().positions(grid), grid[0] * grid[1] // self.groups
-        classes, patches = table[:, : self.num_prefix_tokens], self.patch_tokens(table)[:, :count]
-        return torch.cat([classes, (patches + self.group_embed).flatten(0, 1).unsqueeze(0)], dim=1)
+    groups: int  # G
 
     def patch_maps(self, patches: Tensor, height: int, width: int) -> Tensor:
         return super().patch_maps(patches.unflatten(1, (self.groups, -1)).mean(dim=1), height, width)
@@ -73,3 +69,24 @@ class ChannelGroups(Encoder):
         p, q = self.patch_embed.patch_size
         x = x.reshape(x.shape[0], self.groups, rows // self.groups, columns, p, q, -1)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(1, 2)
+
+
+class ChannelGroups(Groups):
+    """Tokens of each group of channels, with embeddings of the groups.
+
+    Args:
+        groups: G, the number of groups.
+    """
+
+    def __init__(self, *, groups: int, **arguments: Any) -> None:
+        self.groups = groups
+        super().__init__(**arguments)
+        self.group_embed = nn.Parameter(torch.empty(groups, 1, self.cls_token.shape[2]).normal_(std=0.02))
+
+    def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
+        return SeparateEmbed(self.groups, img_size, patch_size, in_chans, embed_dim)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        table, count = super().positions(grid), grid[0] * grid[1] // self.groups
+        classes, patches = table[:, : self.num_prefix_tokens], self.patch_tokens(table)[:, :count]
+        return torch.cat([classes, (patches + self.group_embed).flatten(0, 1).unsqueeze(0)], dim=1)

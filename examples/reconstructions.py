@@ -33,10 +33,19 @@ def reconstruct(model: Any, samples: Samples) -> list[Tensor]:
     noise = torch.rand(ROWS, model.num_patches, generator=torch.Generator().manual_seed(0))
     images = batch.normalized(model.normalize)
     result = model.reconstruct(images, model.settings["mask_ratio"], noise=noise, **batch.context)
-    mask = result.mask.unflatten(1, model.grid_size)
-    for axis, side in enumerate(model.patch_embed.patch_size, start=1):
-        mask = mask.repeat_interleave(side, dim=axis)
-    return [result.original.masked_fill(mask.bool().unsqueeze(1), torch.nan), result.pasted, result.original]
+    mask = model.unpatchify(result.mask.unsqueeze(2).expand(-1, -1, model.values_per_patch))
+    return [result.original.masked_fill(mask.bool(), torch.nan), result.pasted, result.original]
+
+
+def beside(image: Tensor, count: int) -> Tensor:
+    """Returns `count` evenly spaced channels of an image (c, H, W) beside each other, with gaps (1, H, count·(W + 1)).
+
+    0: the image itself.
+    """
+    if not count:
+        return image
+    chosen = image[torch.linspace(0, len(image) - 1, count).round().long()]
+    return torch.nn.functional.pad(chosen, (0, 1), value=torch.nan).transpose(0, 1).flatten(1).unsqueeze(0)
 
 
 def draw(axes: Any, image: Tensor, as_curves: bool) -> None:
@@ -56,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(DataSpec(data_path=args.data_path, dataset=args.dataset), "val")
     samples = Samples(source, model.preprocess, in_chans=model.in_chans, seed=0, values=model.values)
     parts = reconstruct(model, samples)
+    parts = [torch.stack([beside(image, args.frames) for image in part]) for part in parts]
     height, width = parts[0].shape[2:]
     as_curves = model.patch_embed.patch_size[0] == 1
     figure = tables.new_figure(6, 0.3 + ROWS * 2 * (0.6 if as_curves else height / width))
@@ -73,6 +83,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_to(parser, "encoder", "encoder_args")
     parser.add_argument("--data_path", metavar="PATH", help="as --data_path of main_pretrain.py")
     parser.add_argument("--dataset", metavar="NAME", help="as --dataset of main_pretrain.py")
+    parser.add_argument(
+        "--frames", type=int, default=0, metavar="N", help="draw N channels as frames or slices beside each other"
+    )
     parser.add_argument("--out", type=flags.new_file(".png", ".svg", ".pdf"), required=True, metavar="FILE")
     return parser
 

@@ -9,10 +9,14 @@ from test_data_page import read, run
 from test_docs import commands
 
 
-@pytest.mark.parametrize("name", ["data_spectrograms", "data_bands", "data_signals"])
-def test_pretraining_helps(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "heading"), [
+    ("data_spectrograms", "Sounds, bands and signals"), ("data_bands", "Sounds, bands and signals"),
+    ("data_signals", "Sounds, bands and signals"), ("data_clips", "Clips and volumes"),
+    ("data_volumes", "Clips and volumes"),
+])  # fmt: skip
+def test_pretraining_helps(name, heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section, _ = read("Sounds, bands and signals")
+    section, _ = read(heading)
     margin = int(re.search(rf"\[{name}\.py\].*?at least (\d+) points above", section)[1])
     docstring = ast.get_docstring(ast.parse((ROOT / f"examples/{name}.py").read_text()))
     _, _, trained, random, _ = [run(line) for line in commands(docstring) if line.startswith("    python ")]

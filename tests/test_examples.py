@@ -3,8 +3,10 @@
 test_own_encoder.py has those that change the encoder only.
 """
 
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,19 +16,23 @@ from mains import (
     assert_close,
     assert_equal,
     assert_same_run,
+    call,
     in_processes,
     lines,
     stop_after,
     stop_and_resume,
     weights,
 )
+from PIL import Image
 from sklearn.decomposition import PCA
 from test_dino import of_transformers
 from torch import nn
 from torch.optim import Muon
 
+import mae.build
 import main_finetune
 import main_knn
+from examples import data_clips, data_volumes, reconstructions
 from examples.colored_masks import ColoredMasks
 from examples.complementary_masks import ComplementaryMasks
 from examples.cross_decoder import CrossDecoder
@@ -35,10 +41,12 @@ from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
 from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from examples.principal_components import PrincipalComponents, components_of
+from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
 from mae.checkpoints import checkpoint
-from mae.inference import get_model
+from mae.inference import features, get_model
 from mae.user_code import import_object
+from mae.weights import loading, reading
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 
@@ -306,6 +314,104 @@ def test_colored_masks_have_the_patches_without_valid_pixels_and_no_other_shape(
     assert mask[:, 0].all() and len(mask[:, 1].unique(dim=0)) > 1
     with pytest.raises(RuntimeError, match="masking=random"):
         model(imgs, noise=torch.arange(16.0).expand(8, 16))
+
+
+TUBES = {"encoder": "examples.tubes:Tubes", "num_workers": 1, "crop": "none"}
+DATA = {"clips": (data_clips, {"in_chans": 8, "input_size": 32, "patch_size": 8}, "masks=true"),
+        "volumes": (data_volumes, {"in_chans": 16, "input_size": 24, "patch_size": 8}, "tube=4")}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_clips_and_volumes_train_resume_and_serve_the_other_scripts(name, pretrain, classify, tmp_path, monkeypatch):
+    module, shape, arguments = DATA[name]
+    module.generate(tmp_path / "data", {"train": 24, "val": 12})
+    data = TUBES | {"dataset": f"py:examples.data_{name}:open_dataset", "data_path": tmp_path / "data"}
+    flags = data | shape | {"encoder_args": arguments, "epochs": 1, "warmup_epochs": 0}
+    whole = pretrain("whole", **flags, vis_every=1)
+    parts = stop_and_resume(monkeypatch, pretrain, 3, **flags, vis_every=1)
+    assert_equal(weights(whole, "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
+    given = data | {"finetune": whole / "checkpoint-0.pth"}
+    assert classify(main_knn, k=3, **given)[3, 0.07] > 0
+    tuned = classify(main_finetune, "tuned", **given, epochs=1, aa="none")
+    scores = classify(main_finetune, **data, eval=True, resume=tuned / "checkpoint-0.pth")
+    assert scores.acc1 == pytest.approx(lines(tuned)[-1]["test_acc1"])
+    own = {"model": whole / "checkpoint-0.pth", "encoder": TUBES["encoder"], "dataset": data["dataset"]}
+    call(features, tmp_path / "data", **own, split="val", out=tmp_path / "features.npz")
+    assert np.load(tmp_path / "features.npz")["features"].shape == (12, 128)
+    call(reconstructions, **own, data_path=tmp_path / "data", frames=4, out=tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size[0] > 500
+
+
+FOUR_STEPS = SMALL | {"img_size": (16, 8), "in_chans": 24, "tube": 2, "colors": 3}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def test_patches_of_tubes_are_those_of_a_3d_convolution():
+    model, clips = mae.build.combined(Tubes, MaskedAutoencoderViT)(**FOUR_STEPS, **DECODER), torch.rand(2, 24, 16, 8)
+    torch.testing.assert_close(model.unpatchify(model.patchify(clips)), clips)
+    frames = clips.unflatten(1, (8, 3)).transpose(1, 2)  # (B, colors, frames, H, W)
+    conv = nn.Conv3d(3, 32, (2, 4, 4), (2, 4, 4))
+    with torch.no_grad():
+        conv.weight.copy_(model.patch_embed.proj.weight.unflatten(1, (2, 3)).transpose(1, 2))
+        conv.bias.copy_(model.patch_embed.proj.bias)
+    torch.testing.assert_close(model.patch_embed(clips), conv(frames).flatten(2).transpose(1, 2))
+
+
+def test_positions_of_tubes_are_factorized():
+    model = mae.build.combined(Tubes, MaskedAutoencoderViT)(**FOUR_STEPS, **DECODER)
+
+    def encoding(place, width):
+        angles = [place / 10000 ** (2 * number / width) for number in range(width // 2)]
+        return [*map(math.sin, angles), *map(math.cos, angles)]
+
+    for table, dim in ((model.pos_embed, 32), (model.decoder_pos_embed, 16)):
+        assert not table.requires_grad and not table[0, 0].any()
+        expected = [
+            encoding(column, 6 * dim // 16) + encoding(row, 6 * dim // 16) + encoding(step, 4 * dim // 16)
+            for step in range(4) for row in range(4) for column in range(2)
+        ]  # fmt: skip
+        torch.testing.assert_close(table[0, 1:], torch.tensor(expected))
+    larger = mae.build.combined(Tubes, MaskedAutoencoderViT)(**FOUR_STEPS | {"img_size": 24}, **DECODER)
+    torch.testing.assert_close(model.positions((24, 6)), larger.pos_embed)
+    with pytest.raises(ValueError, match="learned_pos_embed"):
+        mae.build.combined(Tubes, MaskedAutoencoderViT)(**FOUR_STEPS, **DECODER, learned_pos_embed=True)
+    with pytest.raises(ValueError, match="in_chans=24"):
+        mae.build.combined(Tubes, VisionTransformer)(**FOUR_STEPS | {"tube": 3})
+
+
+def test_tubes_are_masked_in_all_time_steps():
+    """Of 8 patches, int(8 · 0.3) are visible in each of four steps; 32 · 0.3 tokens would split a tube."""
+    model, clips = (
+        mae.build.combined(Tubes, MaskedAutoencoderViT)(**FOUR_STEPS, **DECODER, masks=True),
+        torch.rand(9, 24, 16, 8),
+    )
+    mask = model(clips, 0.7)[2].view(9, 4, 8)
+    assert torch.equal(mask, mask[:, :1].expand(-1, 4, -1)) and (mask.sum(dim=2) == 6).all()
+    assert len(mask[:, 0].unique(dim=0)) > 1
+    equal = torch.zeros(9, 32)  # noise of equal numbers splits no tube
+    assert torch.equal(*(model(clips, 0.7, noise=equal)[2].view(9, 4, 8)[:, step] for step in (0, 3)))
+    valid = torch.ones(9, 16, 8, dtype=torch.bool)
+    valid[:, :8] = False
+    assert model(clips, 0.7, valid=valid)[2].view(9, 4, 8)[:, :, :4].all()
+    for given in (mask.flatten(1), 1 - mask.flatten(1)):
+        assert torch.equal(model(clips, mask=given)[2], given)
+    with pytest.raises(ValueError, match="ignores the mask"):
+        model(clips, mask=torch.arange(32).expand(9, -1) < 16)
+
+
+def test_weights_of_single_frames_are_inflated(pretrain, tmp_path):
+    """A frame that stands still has in each time step the tokens of the frame."""
+    file = pretrain(epochs=1) / "checkpoint-0.pth"
+    own = {"encoder": Tubes, "encoder_args": ["colors=3"], "in_chans": 24, "nb_classes": 0}
+    clip = get_model("vit_mini_patch4", input_size=16, **own)
+    loading.load_encoder(clip, reading.read(file), adapt_input="repeat")
+    frame, single = torch.rand(2, 3, 16, 16), get_model(file)
+    tokens = clip.patch_embed(frame.repeat(1, 8, 1, 1)).unflatten(1, (4, 16))
+    for step in range(4):
+        torch.testing.assert_close(tokens[:, step], single.patch_embed(frame))
+    assert torch.equal(clip.pos_embed, clip.table(128, (16, 4)))
+    assert torch.equal(clip.blocks[3].mlp.fc2.weight, single.blocks[3].mlp.fc2.weight)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from examples import reconstructions
 from examples.channel_groups import ChannelGroups
 from examples.dino import DINOv3
 from examples.lead_embeddings import LeadEmbeddings
+from examples.tubes import Tubes
 from examples.wide_decoder import WideDecoder
 from mae.checkpoints import checkpoint
 from mae.inference import export, features, get_model, maps, predict, reconstruct
@@ -39,6 +40,7 @@ SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
 EXAMPLES = {"channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
             "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
+            "tubes": (Tubes, {"encoder_args": "tube=1 masks=true"}, "patch_embed.proj.weight"),
             "dino": (DINOv3, {"num_cls_tokens": 3, "encoder_args": "swiglu=true"}, "blocks.0.ls1.gamma")}  # fmt: skip
 LEADS = """
 import torch
@@ -177,7 +179,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, t
     assert_equal(weights(whole), weights(stop_and_resume(monkeypatch, pretrain, 3, **flags, encoder=name, **own)))
     file = whole / "checkpoint-1.pth"
     recorded = checkpoint.read(file)["args"]
-    arguments = [own["encoder_args"]] if "encoder_args" in own else None
+    arguments = own["encoder_args"].split() if "encoder_args" in own else None
     assert (recorded["encoder"], recorded["encoder_args"]) == (name, arguments)
     given = {"finetune": file, "encoder": name}  # the file has the arguments
     assert classify(main_knn, k=3, **given)[3, 0.07] > 50
