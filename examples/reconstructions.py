@@ -38,13 +38,13 @@ def reconstruct(model: Any, samples: Samples) -> list[Tensor]:
 
 
 def beside(image: Tensor, count: int) -> Tensor:
-    """Returns `count` evenly spaced channels of an image (c, H, W) beside each other, with gaps (1, H, count·(W + 1)).
+    """Returns the middle channels of `count` equal parts of an image (c, H, W), with gaps: (1, H, count·(W + 1)).
 
     0: the image itself.
     """
     if not count:
         return image
-    chosen = image[torch.linspace(0, len(image) - 1, count).round().long()]
+    chosen = image[(torch.arange(count) + 0.5).mul(len(image) / count).long()]
     return torch.nn.functional.pad(chosen, (0, 1), value=torch.nan).transpose(0, 1).flatten(1).unsqueeze(0)
 
 

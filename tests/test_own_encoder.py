@@ -21,7 +21,7 @@ import main_knn
 import main_linprobe
 import main_segment
 from examples import reconstructions
-from examples.channel_groups import ChannelGroups
+from examples.channel_groups import ChannelGroups, Groups
 from examples.dino import DINOv3
 from examples.lead_embeddings import LeadEmbeddings
 from examples.tubes import Tubes
@@ -271,7 +271,7 @@ def test_maps_of_several_tokens_per_patch_are_those_of_the_image(monkeypatch):
     assert difference.nonzero().tolist() == [[2, 1]]
     weights_of_head = maps.attention(model, images)
     assert weights_of_head.shape[2:] == (6, 4)
-    monkeypatch.delattr(ChannelGroups, "patch_maps")
+    monkeypatch.delattr(Groups, "patch_maps")
     with pytest.raises(RuntimeError, match="72"):
         maps.dense(model, images)
 
