@@ -8,15 +8,15 @@ draw the figure of docs/data.md:
         --encoder examples.tubes:Tubes --encoder_args tube=4 --in_chans 16 --input_size 24 --patch_size 6 \
         --mean .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 \
         --std .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 --crop none --vflip .5 \
-        --model mae_vit_mini_patch4 --batch_size 20 --blr 1e-2 --epochs 10 --warmup_epochs 2 --output_dir runs/volumes
+        --model mae_vit_mini_patch4 --batch_size 20 --blr 1e-2 --epochs 30 --warmup_epochs 4 --output_dir runs/volumes
     python main_knn.py --dataset py:examples.data_volumes:open_dataset --data_path data/volumes --k 10 \
-        --encoder examples.tubes:Tubes --finetune runs/volumes/checkpoint-9.pth
+        --encoder examples.tubes:Tubes --finetune runs/volumes/checkpoint-29.pth
     python main_knn.py --dataset py:examples.data_volumes:open_dataset --data_path data/volumes --k 10 \
         --encoder examples.tubes:Tubes --encoder_args tube=4 --in_chans 16 --input_size 24 --patch_size 6 \
         --mean .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 .04 \
         --std .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 .3 --crop none --model vit_mini_patch4
     python examples/reconstructions.py --dataset py:examples.data_volumes:open_dataset --data_path data/volumes \
-        --encoder examples.tubes:Tubes --model runs/volumes/checkpoint-9.pth --frames 4 --out volumes.png
+        --encoder examples.tubes:Tubes --model runs/volumes/checkpoint-29.pth --frames 4 --out volumes.png
 """
 
 import sys
