@@ -8,8 +8,9 @@ An encoder of the leaderboard is pre-trained for four minutes. It is adapted wit
 by low-rank updates, and by a linear head on its features. A student learns its features for three minutes, and the same
 student is pre-trained without it for three minutes. The score is that of the leaderboard, on the test images.
 
-The seconds of an adaptation are those of a run in this process, from its settings to its test accuracy. The results are
-written to benchmarks/results, and the table to the page.
+The seconds of an adaptation are those of a run in this process, from its settings to its test accuracy. The learning
+rate of the updates was chosen on held-out training images. The results are written to benchmarks/results, and the table
+to the page.
 """
 
 import argparse
