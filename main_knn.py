@@ -15,7 +15,6 @@ On ImageNet, 8 GPUs of one machine:
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,7 +74,7 @@ def main(
     data = RunData(run.images, run.data, device, source)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = mae.build.classifier(replace(run.model, nb_classes=0), run.images, encoder)
+    model = mae.build.frozen_encoder(run.model, run.images, encoder)
     load_frozen(model, file, run.model.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)

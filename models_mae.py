@@ -138,11 +138,6 @@ class MaskedAutoencoderViT(Encoder):
         return self.patch_embed.grid_size
 
     @property
-    def num_patches(self) -> int:
-        """N, the number of patches of an image of `img_size`."""
-        return self.patch_embed.num_patches
-
-    @property
     def values_per_patch(self) -> int:
         """p·p·c, the number of values of a patch."""
         picture = torch.empty(1, self.in_chans, *self.patch_embed.img_size, device="meta")

@@ -308,6 +308,11 @@ class Encoder(nn.Module):
         """T, the number of class tokens. They precede the patch tokens."""
         return self.cls_token.shape[1]
 
+    @property
+    def num_patches(self) -> int:
+        """N, the number of patches of an image of `img_size`."""
+        return self.patch_embed.num_patches
+
     def class_features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T + N, D) -> the class token (B, D), or the mean of several class tokens."""
         return tokens[:, : self.num_prefix_tokens].mean(dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mae import masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run
 from mae.settings.model import BLOCK_ARGUMENTS
+from mae.weights.timm_models import TIMM, TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_vit import SIZES, Block, Encoder, VisionTransformer
 
@@ -179,11 +180,18 @@ def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None 
     return _set_options(build(VisionTransformer, encoder, classifier_arguments(spec, image, encoder)), spec)
 
 
+def frozen_encoder(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
+    """Builds the encoder of a run without a head. It may be a model of timm."""
+    if spec.model.startswith(TIMM):
+        return TimmEncoder(**timm_arguments(spec, image, encoder))
+    return classifier(replace(spec, nb_classes=0), image, encoder)
+
+
 def probe(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
     """Builds a frozen classifier with the head of a probe."""
     from mae.probes import set_probe_head
 
-    model = classifier(replace(spec, nb_classes=0), image, encoder)
+    model = frozen_encoder(spec, image, encoder)
     set_probe_head(model, spec)
     model.freeze()
     return model
@@ -235,6 +243,20 @@ def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encode
         "drop_path_rate": spec.drop_path,
         "global_pool": spec.global_pool,
     }
+
+
+def timm_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `TimmEncoder`.
+
+    Raises:
+        ValueError: a setting of other models is given.
+    """
+    given = [
+        name for name in ("patch_size", "qk_norm", "encoder", "encoder_args", "global_pool") if getattr(spec, name)
+    ]
+    if given or encoder:
+        raise ValueError(f"`{[*given, 'encoder'][0]}` has no effect on {spec.model}, a model of timm: omit it")
+    return {"name": spec.model.removeprefix(TIMM), "img_size": image.input_size, "in_chans": image.in_chans}
 
 
 def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
@@ -317,7 +339,16 @@ def _set_options(model: Model, spec: ModelSpec) -> Model:
 
 
 def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
-    """Returns the entry of SIZES, with the image size, channels and patch size of a run, and arguments of a mix-in."""
+    """Returns the entry of SIZES, with the image size, channels and patch size of a run, and arguments of a mix-in.
+
+    Raises:
+        ValueError: the model is one of timm, or as in `encoder_arguments`.
+    """
+    if spec.model.startswith(TIMM):
+        raise ValueError(
+            f"model={spec.model}: a model of timm is a frozen encoder, for nearest neighbors, linear and attentive "
+            f"probes, and features; docs/migrating.md lists the files of timm that can be trained further"
+        )
     shape: dict[str, Any] = {
         "img_size": image.input_size,
         "in_chans": image.in_chans,

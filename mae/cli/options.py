@@ -194,7 +194,7 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
 
 def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:
     """Adds the flags of main_compare.py."""
-    add(parser, "encoders")
+    add(parser, "encoders", "timm_weights")
     add(parser, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
     add(parser, "labels", "draws", "budget")
     add_to(

@@ -12,7 +12,7 @@ from mae import parallel
 from mae.compare import baselines, store, summary
 from mae.compare.encoders import PIXELS, Encoder, open_encoders
 from mae.compare.summary import Result
-from mae.compare.trials import Size, Trial, Trials
+from mae.compare.trials import FINETUNE, Size, Trial, Trials
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
@@ -41,7 +41,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     _require_comparable(run)
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    encoders = open_encoders(run, out / "encoders")
+    encoders = open_encoders(run)
     train, val = open_pair(RunData(run.images, run.data, torch.device("cpu")).open_split, run.images.task)
     sizes = _sizes_of(run, train)
     trials = Trials(run, scripts, out / "runs", train, val)
@@ -127,10 +127,28 @@ def _plan(run: Run, encoders: Sequence[Encoder], sizes: Sequence[Size]) -> list[
     return [
         Trial(encoder, protocol, size, draw)
         for encoder in encoders
-        for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(run.comparison.protocols))
+        for protocol in _protocols_of(encoder, run.comparison.protocols)
         for size in sizes
         for draw in range(size.draws)
     ]
+
+
+def _protocols_of(encoder: Encoder, protocols: Sequence[str]) -> list[str]:
+    """Returns the protocols of an encoder, or its baselines. A model of timm is not fine-tuned, which a warning says.
+
+    Raises:
+        ValueError: no protocol is left.
+    """
+    if encoder.name == PIXELS:
+        return [*baselines.STRENGTHS]
+    names = [*dict.fromkeys(protocols)]
+    if encoder.without and FINETUNE in names:
+        names.remove(FINETUNE)
+        text = f"{encoder.name}: models of timm are frozen encoders, and are not fine-tuned"
+        if not names:
+            raise ValueError(f"protocols={FINETUNE}: {text}")
+        logger.warning(text)
+    return names
 
 
 def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:

@@ -1,20 +1,24 @@
 """The encoders of a comparison, with the settings of their architecture and weights."""
 
+import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae.compare.store import Settings
-from mae.files import locks
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
-from mae.suggestions import did_you_mean
 from mae.weights import model_settings, reading
+from mae.weights.timm_models import TIMM
 
-SCRATCH, PIXELS, TIMM = "scratch", "pixels", "timm:"  # random weights; baselines on raw pixels; a model of timm
+logger = logging.getLogger(__name__)
+
+SCRATCH, PIXELS = "scratch", "pixels"  # random weights; baselines on raw pixels
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
 ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
+OF_TIMM = ("input_size", "mean", "std", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
 
@@ -23,21 +27,22 @@ class Encoder(NamedTuple):
 
     name: str
     settings: Settings  # of its architecture and weights
+    architecture: Settings  # complete, without the settings of its weights
+    without: Collection[str] = ()  # settings of the comparison that it does not take: those of a model of timm
 
 
-def open_encoders(run: Run, folder: Path) -> list[Encoder]:
+def open_encoders(run: Run) -> list[Encoder]:
     """Opens the encoders of --encoders, with the settings that their files record.
 
     Random weights and baselines have the architecture of the first file, or of --model.
-
-    Args:
-        folder: folder of the models of timm.
 
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
     settings: dict[str, Settings] = {}
+    of_timm: dict[str, Settings] = {}
     of_first: Settings = {}
+    timm_files = _timm_files(run)
     for text in run.comparison.encoders:
         name, file = (text, "") if text in (SCRATCH, PIXELS) else name_and_file(text)
         if directory_of(name) in map(directory_of, settings):
@@ -47,8 +52,12 @@ def open_encoders(run: Run, folder: Path) -> list[Encoder]:
             )
         settings[name] = {}
         if file:
-            path = _timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
+            path = timm_files.get(file, file)
             weights = reading.read(path)
+            if TIMM in path:
+                settings[name] = {"finetune": path, "global_pool": False}
+                of_timm[name] = weights.settings | {"in_chans": _channels_of_timm(run, text, weights.settings)}
+                continue
             recorded = _recorded_settings(run, text, weights)
             settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
             settings[name]["finetune"] = path
@@ -58,7 +67,39 @@ def open_encoders(run: Run, folder: Path) -> list[Encoder]:
         untrained = {name: run[name] for name in ARCHITECTURE if run[name] is not None}
         untrained |= {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
     untrained["layer_decay"] = 1  # no layer has pre-trained weights
-    return [Encoder(name, own or untrained) for name, own in settings.items()]
+    given = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run.explicit - {*ARCHITECTURE}}
+    return [
+        Encoder(name, own, of_timm[name], OF_TIMM)
+        if name in of_timm
+        else Encoder(name, own or untrained, {**run.record(), **(own or untrained), **given})
+        for name, own in settings.items()
+    ]
+
+
+def _timm_files(run: Run) -> dict[str, str]:
+    """Returns the files of --timm_weights, as `reading.read` takes them, by the names of the models.
+
+    Raises:
+        ValueError: a text is not NAME=FILE, with a model of --encoders.
+    """
+    files: dict[str, str] = {}
+    for text in run.comparison.timm_weights:
+        name, _, path = text.partition("=")
+        if not Path(path).is_file() or not any(own.endswith(f"{TIMM}{name}") for own in run.comparison.encoders):
+            raise ValueError(f"timm_weights={text!r}: give NAME=FILE, the file of a model {TIMM}NAME of `encoders`")
+        files[f"{TIMM}{name}"] = f"{path}#{TIMM}{name}"
+    return files
+
+
+def _channels_of_timm(run: Run, text: str, recorded: Settings) -> int:
+    """Returns the channels of the images for a model of timm, and warns of those that it was not trained with."""
+    if "in_chans" not in run.explicit or run.images.in_chans == recorded["in_chans"]:
+        return recorded["in_chans"]
+    logger.warning(
+        f"encoders={text!r}: its weights for {recorded['in_chans']} channels are adapted to in_chans="
+        f"{run.images.in_chans}; gray images without `in_chans` are read as colors"
+    )
+    return run.images.in_chans
 
 
 def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:
@@ -97,23 +138,3 @@ def name_and_file(text: str) -> tuple[str, str]:
 def directory_of(name: str) -> str:
     """Returns the name of the folder of an encoder or protocol."""
     return re.sub(r"[^\w.-]|^\.+", "_", name)
-
-
-def _timm_folder(name: str, folder: Path) -> str:
-    """Saves a model of timm with its weights as a folder; returns the folder, which `reading.read` reads.
-
-    Raises:
-        ValueError: timm does not have the model, or its weights can't be downloaded.
-    """
-    import timm  # takes more than a second
-    from timm.models import save_for_hf
-
-    path = folder / name
-    try:
-        with locks.locked(path.parent, f"{path.name}.lock", waits=True):
-            if not (path / "config.json").exists():
-                save_for_hf(timm.create_model(name, pretrained=True), str(path))
-    except Exception as error:  # of timm, of the Hugging Face Hub and of the network
-        near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
-        raise ValueError(f"encoders={TIMM + name!r}: {str(error).splitlines()[0]}{near}") from error
-    return str(path)

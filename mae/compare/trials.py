@@ -92,7 +92,8 @@ class Trials:
         run = script.settings(first)
         of_encoder = run.names - run.explicit.intersection(names_of(ImageSpec))
         settings = first | {name: value for name, value in trial.encoder.settings.items() if name in of_encoder}
-        settings |= self.shared | {"seed": trial.draw}
+        shared = {name: value for name, value in self.shared.items() if name not in trial.encoder.without}
+        settings |= shared | {"seed": trial.draw}
         if trial.size.per_class:
             settings["train_per_class"] = trial.size.per_class
         if trial.protocol == FINETUNE:

@@ -75,20 +75,20 @@ def _valid_pixels(weights: Tensor) -> Tensor | None:
     return None if valid.all() else valid
 
 
-def scale(value: Any, height: int, width: int) -> Any:
-    """Scales an image or a map bicubically, with antialiasing, and a mask to the nearest pixel.
+def scale(value: Any, height: int, width: int, mode: InterpolationMode = BICUBIC) -> Any:
+    """Scales an image or a map with antialiasing, and a mask to the nearest pixel.
 
     Bytes of Pillow images and of tensors with up to SMALL pixels per side equal the bytes of Pillow.
     """
     if isinstance(value, Image.Image):
-        return value.resize((width, height), Image.Resampling.BICUBIC)
-    if type(value) is Tensor and has_bytes(value) and max(value.shape[1:]) <= SMALL:
+        return value.resize((width, height), Image.Resampling[mode.name])
+    if mode == BICUBIC and type(value) is Tensor and has_bytes(value) and max(value.shape[1:]) <= SMALL:
         if max(height, width) > SMALL:
             return scale(to_pillow(value), height, width)
         # By products of matrices, in a fraction of the time of Pillow.
         rows = _rounded(value.numpy().astype(np.float64) @ weights(value.shape[2], width).T)
         return torch.from_numpy(_rounded(weights(value.shape[1], height) @ rows).astype(np.uint8))
-    return _resize(value, [height, width], BICUBIC)
+    return _resize(value, [height, width], mode)
 
 
 def _resize(value: Any, size: list[int], mode: InterpolationMode) -> Any:
@@ -108,11 +108,11 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 class Scale:
     """Scales images to (height, width). Images of this size are unchanged."""
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
+        self.size, self.mode = size, mode
 
     def __call__(self, values: Values) -> Values:
-        return values if size_of(values[0]) == self.size else [scale(value, *self.size) for value in values]
+        return values if size_of(values[0]) == self.size else [scale(value, *self.size, self.mode) for value in values]
 
 
 class RandomCrop:
@@ -226,8 +226,8 @@ def first_stage(
 class Cover:
     """Scales images to cover (height, width)."""
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
+        self.size, self.mode = size, mode
 
     def __call__(self, values: Values) -> Values:
         height, width = self.size
@@ -242,7 +242,7 @@ class Cover:
         else:
             factor = max(height / rows, width / columns)
             height, width = max(height, round(rows * factor)), max(width, round(columns * factor))
-        return [scale(value, height, width) for value in values]
+        return [scale(value, height, width, self.mode) for value in values]
 
 
 def _rotate90(values: Values) -> Values:

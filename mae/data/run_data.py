@@ -184,6 +184,6 @@ class RunData:
         """
         if transform is None:
             images = self.images
-            transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop)
+            transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop, images.interpolation)
         samples = self.samples(source, transform, on_bad_image)
         return loader.eval_loader(samples, batch_size, self.data.num_workers, self.pin_memory)

@@ -273,26 +273,30 @@ def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) 
     return augment.Stages(first, augment.RandomFlip(augment.F.horizontal_flip, hflip))
 
 
-def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
+def eval_transform(
+    input_size: Size, crop_pct: float | None = None, crop: str | None = None, interpolation: str | None = None
+) -> Transform:
     """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:
         crop_pct: crop ratio. Default: `default_crop_pct`.
         crop: "none" for the whole picture, scaled to `input_size`; None or "random" for the center.
+        interpolation: a value of torchvision's `InterpolationMode`. Default: bicubic.
 
     Raises:
-        ValueError: `crop` has another value.
+        ValueError: `crop` or `interpolation` has another value.
     """
     from mae.data import augment
 
     if crop not in (None, *CROP_CHOICES):
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
+    mode = augment.InterpolationMode(interpolation or "bicubic")
     if crop == NO_CROP:
-        return augment.Stages(augment.Scale((height, width)))
+        return augment.Stages(augment.Scale((height, width), mode))
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return augment.Stages(augment.Cover(scaled), augment.CenterCrop((height, width)))
+    return augment.Stages(augment.Cover(scaled, mode), augment.CenterCrop((height, width)))
 
 
 def segmentation_transform(

@@ -34,6 +34,7 @@ from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision
 from mae.weights.candidates import some
 from mae.weights.shapes import require_settings
+from mae.weights.timm_models import TimmEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class ModelMixin(PyTorchModelHubMixin):
         self.in_chans = settings["in_chans"]
         self.values = PixelValues(settings.get("nodata"), settings.get("value_range"), settings.get("channels_last"))
         self.preprocess = transforms.eval_transform(
-            settings["input_size"], settings.get("crop_pct"), settings.get("crop")
+            settings["input_size"], settings.get("crop_pct"), settings.get("crop"), settings.get("interpolation")
         )
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
@@ -354,14 +355,28 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
     """A classifier with its preprocessing; with 0 classes, an encoder."""
 
     network = models_vit.VisionTransformer
+    arguments = staticmethod(mae.build.classifier_arguments)
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**mae.build.classifier_arguments(*specs(settings), self.encoder))
+        super().__init__(**self.arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
             mae.probes.set_probe_head(self, specs(settings)[0])
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()
+
+
+class TimmClassifier(Classifier, TimmEncoder):
+    """A model of timm with its preprocessing, and perhaps the head of a probe."""
+
+    network = TimmEncoder
+    arguments = staticmethod(mae.build.timm_arguments)
+
+    def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
+        """As `ModelMixin.compute_features`; by default, the pooled features of timm, or of an attentive probe."""
+        if pool is None and not self.head_pools:
+            return self.forward_features(x, **extras)
+        return super().compute_features(x, pool, **extras)
 
 
 class Segmenter(ModelMixin, models_segment.Segmenter):

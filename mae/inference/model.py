@@ -22,10 +22,11 @@ from mae import user_code
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
 from mae.data.pixels import to_tensor
-from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
+from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter, TimmClassifier
 from mae.settings import EXPORTED, REBUILDS, chosen
 from mae.weights import loading, model_settings, model_zoo, reading
 from mae.weights.candidates import warn_once
+from mae.weights.timm_models import TIMM
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ def get_model(
     """Returns a model in evaluation mode.
 
     Args:
-        name: an architecture, a published name (`list_models` lists both), a checkpoint file, or a folder of
-            transformers. A file is always loaded, and determines the architecture.
+        name: an architecture, a published name (`list_models` lists both), a checkpoint file, a folder of
+            transformers, or a model of timm (`timm_models`). A file is always loaded, and determines the architecture.
         pretrained: for a name, whether to load its weights; results of random weights have a warning. The published
             weights of an architecture are the fine-tuned weights for vit_*, and those with a decoder for mae_vit_*. Or
             the weights to load: a published name or a file.
@@ -114,7 +115,7 @@ def get_model(
     name = str(name)
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has aliases
-    if reading.path_and_model(name)[0].exists():
+    if name.startswith(TIMM) or reading.path_and_model(name)[0].exists():
         return _load(loading.read(name), None, settings, encoder).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
         raise ValueError(f"there is no file, model or published weights {name}{model_zoo.advice(name, list_models())}")
@@ -148,12 +149,14 @@ def with_encoder(kind: type[Kind], encoder: type[models_vit.Encoder] | None) -> 
 
 
 def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
+    if architecture.startswith(TIMM):
+        return TimmClassifier
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
 
 def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a model: the arguments of `get_model`, else the record of a file, else the defaults."""
-    size = models_vit.SIZES[mae.build.size_of(architecture)]
+    size = models_vit.SIZES.get(mae.build.size_of(architecture), {})
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
     settings = chosen(explicit, recorded, {}, usual)

@@ -27,6 +27,7 @@ class ImageSpec(Values, group="data", role=IMAGES):
     crop_pct: float | None = setting(None, positive_share, resumed=FIXED, metavar="S",
         help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 for "
         "squares above 224 pixels, and if the shorter side of --input_size is below 112)")
+    interpolation: str | None = fact(None)  # of scaling in evaluation, of models of timm; None: bicubic
     exif: bool | None = setting(None, resumed=FIXED, action="switch")  # orientation; None: of photographs
     # may change labels
     hflip: float = setting(0.5, share, group="augmentation", role=TRAINING, metavar="P",

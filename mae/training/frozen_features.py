@@ -101,7 +101,7 @@ class FrozenFeatures:
     def _require_space(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         count = sum(map(len, self.sets.values()))
-        size = 2 * count * self.model.patch_embed.num_patches * self.model.embed_dim
+        size = 2 * count * self.model.num_patches * self.model.embed_dim
         existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{parallel.world_size()}/features.*"))
         free = shutil.disk_usage(self.folder).free
         text = f"the tokens of {count:,} images take {size / 1e6:,.0f} MB in {self.folder}"

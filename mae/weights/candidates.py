@@ -66,8 +66,7 @@ def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: boo
             f"{origin} has no weights named {name}; it has {', '.join(filter(None, names)) or 'none'}"
         )
     if model is None:  # `reading.read` names what is missing
-        inner = next((content[key] for key in PREFERRED if isinstance(content.get(key), dict)), content)
-        return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
+        return tensors_of(content)
     if model.wrappers or model.name not in USUAL:
         without = f", without {', '.join(model.wrappers)} in their names" if model.wrappers else ""
         logger.info(f"{origin}: its weights {model.name or 'at the top'} are read{without}")
@@ -81,6 +80,12 @@ def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: boo
         count = f"{len(model.unread)} tensors beside {model.name}"
         warn_once(f"{origin}: {count} are not read ({some(model.unread)})")
     return model.tensors
+
+
+def tensors_of(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors of the preferred entry of a file, or those at its top."""
+    inner = next((content[key] for key in PREFERRED if isinstance(content.get(key), dict)), content)
+    return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
 
 
 def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterator[Found]:

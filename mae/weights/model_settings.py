@@ -18,6 +18,7 @@ from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_settings
 from mae.weights.reading import Weights
+from mae.weights.timm_models import TIMM
 from models_vit import SIZES
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def classifier_settings(file: Weights | None) -> dict[str, Any]:
         of_task = names_with(HEAD, LABELS)
         settings = {name: settings[name] for name in settings if name in file.settings or name not in of_task}
     result = {name: settings[name] for name in REBUILDS if name in settings}
-    return {**result, "model": f"vit_{size_of(settings['model'])}"}
+    model = settings["model"]
+    return {**result, "model": model if model.startswith(TIMM) else f"vit_{size_of(model)}"}
 
 
 def autoencoder_settings(file: Weights) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: no size or several sizes have these shapes.
     """
+    if str(file.settings.get("model")).startswith(TIMM):
+        return file.settings
     size = size_of(model or str(file.settings.get("model")))
     shape_of = {name: tensor.shape for name, tensor in file.tensors.items()}
     # Published files record nothing. Most models that do not record norm_pix_loss were trained with it.
@@ -106,9 +110,12 @@ def statistics(
     if not file or not records:
         return mean, std
     patches = file.tensors.get(shapes.PATCHES)  # an encoder of the user's code may have none
+    theirs = file.settings.get("mean"), file.settings.get("std")
+    if str(file.settings.get("model")).startswith(TIMM) and in_chans != file.settings["in_chans"]:
+        means = [[sum(values) / len(values)] * in_chans for values in theirs if values]
+        return mean or means[0], std or means[1]
     if in_chans != (file.settings.get("in_chans") if patches is None else patches.shape[1]):
         return mean, std
-    theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
     for name, (used, recorded) in zip(("mean", "std"), pairs, strict=True):

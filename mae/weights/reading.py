@@ -9,6 +9,7 @@ segmentation model.
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,11 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES
-from mae.weights import candidates, dino, foreign_settings, model_zoo, shapes
+from mae.weights import candidates, dino, foreign_settings, model_zoo, shapes, timm_models
 from mae.weights.candidates import some, warn_once
 from mae.weights.conversion import to_ours
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
+from mae.weights.timm_models import TIMM
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +86,26 @@ def read(name: Path | str) -> Weights:
     Args:
         name: a file of this library, of the published code, of mmpretrain or timm; a folder of transformers or timm, or
             a sharded checkpoint; or a published name, which is downloaded. FILE#MODEL is one of several models in a
-            file, such as FILE#model_ema.
+            file, such as FILE#model_ema. A model of timm is timm:NAME, or FILE#timm:NAME.
 
     Raises:
         CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
         ValueError: the file or name does not exist, or can't be downloaded.
     """
     file, model = path_and_model(name) if "#" in str(name) else (Path(name), "")
+    if (model or str(name)).startswith(TIMM):
+        return _read_timm(str(name), file if model else None)
     path = file if file.exists() else _download(str(name), file)
     content = _read_folder(path) if path.is_dir() else _reader(path.suffix)(path)
     is_of_hub = path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file()
     if is_of_hub and not content.is_ours:  # its folder has the settings
         content = _read_folder(path.parent, path)
     settings = content.settings
+    if str(settings.get("model")).startswith(TIMM):  # a probe of this library
+        tensors = candidates.tensors_of(content.tensors)
+        return Weights(
+            tensors, settings, _kind({key: value.shape for key, value in tensors.items()}, settings), str(name)
+        )
     # The user's code, which `mae.build` requires, may have any tensors.
     has_encoder = settings.get("encoder") is not None
     has_class = settings.get("model_class") is not None
@@ -127,6 +136,19 @@ def read(name: Path | str) -> Weights:
     if not is_known:
         _warn_of_assumptions(path, settings, needs_statistics)
     return Weights(tensors, settings, _kind(sizes, settings), str(name), needs_statistics)
+
+
+def _read_timm(name: str, file: Path | None) -> Weights:
+    """Reads a model of timm, from a file or from its hub."""
+    tensors = None
+    if file:
+        found = candidates.tensors_of(_reader(file.suffix)(file).tensors)
+        tensors = {re.sub(f"^{candidates.WRAPPERS}", "", key): tensor for key, tensor in found.items()}
+        if not tensors:
+            raise CheckpointError(f"{file} contains no weights")
+        checkpoint.require_finite(tensors, name, "give another file")
+    tensors, settings = timm_models.load(name.rpartition(TIMM)[2], tensors, name)
+    return Weights(tensors, settings, ENCODER, name)
 
 
 def _warn_of_assumptions(path: Path, settings: Mapping[str, Any], needs_statistics: bool) -> None:

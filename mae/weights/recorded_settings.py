@@ -85,8 +85,8 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
     if purpose == EVALUATE and "crop_pct" in run and run.images.crop_pct is None:
         crop_pct = model_settings.crop_pct_of_earlier_version(file, run.images.input_size)
         run = run.changed({"crop_pct": crop_pct})
-    if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
-        run = run.changed({"layer_norm_eps": recorded["layer_norm_eps"]})
+    of_foreign = {name: recorded[name] for name in ("layer_norm_eps", "interpolation") if recorded.get(name)}
+    run = run.changed(of_foreign)  # there are no flags
     mean, std = model_settings.statistics(file, run.images.in_chans, run.images.mean, run.images.std)
     return run.changed({"mean": mean, "std": std})
 

@@ -19,7 +19,7 @@ PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of 
 
 def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
     """Returns all settings that names and shapes of tensors determine; images are assumed to be squares."""
-    count = sizes["cls_token"][1]
+    count = sizes["cls_token"][1] if "cls_token" in sizes else 1  # a model of timm may have none
     settings: dict[str, Any] = {
         "num_cls_tokens": count,
         "learned_pos_embed": count > 1,  # as in published autoencoders
@@ -56,7 +56,7 @@ def certain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def width_and_depth(sizes: Mapping[str, Size]) -> tuple[int, int]:
     """Returns the channels of a token of the encoder, and the number of its blocks."""
-    return sizes["cls_token"][2], _depth(sizes, "blocks")
+    return sizes["cls_token"][2] if "cls_token" in sizes else 0, _depth(sizes, "blocks")
 
 
 def _depth(names: Iterable[str], blocks: str) -> int:
