@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mae import masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run
 from mae.settings.model import BLOCK_ARGUMENTS
+from mae.weights import timm_models
 from mae.weights.timm_models import TIMM, TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_vit import SIZES, Block, Encoder, VisionTransformer
@@ -344,11 +345,7 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
     Raises:
         ValueError: the model is one of timm, or as in `encoder_arguments`.
     """
-    if spec.model.startswith(TIMM):
-        raise ValueError(
-            f"model={spec.model}: a model of timm is a frozen encoder, for nearest neighbors, linear and attentive "
-            f"probes, and features; docs/migrating.md lists the files of timm that can be trained further"
-        )
+    timm_models.require_other(spec.model)
     shape: dict[str, Any] = {
         "img_size": image.input_size,
         "in_chans": image.in_chans,

@@ -42,10 +42,10 @@ ARROWS = {
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints|data)\.\w+)|{SHARED}",
-    r"mae\.weights\.(dino|timm_models)": rf"models_vit|mae\.weights\.\w+|{SHARED}",
+    r"mae\.weights\.(dino|timm_models)": rf"models_vit|mae\.(checkpoints|weights)\.\w+|{SHARED}",
     r"mae\.training\.optimizers": rf"models_vit|{SHARED}",
     r"mae\.recommend\.\w+": rf"models_vit|mae\.(recommend|training|data|files)\.\w+|{SHARED}",
-    r"mae\.compare\.encoders": rf"mae\.(build|(compare|files|weights)\.\w+)|{SHARED}",
+    r"mae\.compare\.(encoders|costs)": rf"mae\.(build|(compare|evaluate|files|training|weights)\.\w+)|{SHARED}",
     **{rf"mae\.{name}(\.\w+)+": rf"mae\.({name}|{below})(\.\w+)+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.\w+": r"",  # the rest are leaves

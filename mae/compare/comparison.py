@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mae import parallel
-from mae.compare import baselines, store, summary
+from mae.compare import baselines, costs, store, summary
 from mae.compare.encoders import PIXELS, Encoder, open_encoders
 from mae.compare.summary import Result
 from mae.compare.trials import FINETUNE, Size, Trial, Trials
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     """Runs the trials that have no result yet, one after another. Prints, writes and returns table and conclusion.
+
+    It also prints and writes what the encoders cost, `costs.write`.
 
     The same comparison may run several times at once, also on several machines: each trial runs in one of them.
 
@@ -48,6 +50,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     planned = _plan(run, encoders, sizes)
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
+    costs_text = costs.write(out, encoders, run)
     text, results = "", dict[str, Result]()
     try:
         for trial, result in _results_of(trials, planned):
@@ -60,7 +63,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
                 text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
-    logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}")
+    logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 
 

@@ -32,7 +32,7 @@ from typing import Any
 from mae.cli import entry_point, options
 from mae.files import atomic
 from mae.inference.graphs import write_onnx, write_torch_export
-from mae.inference.model import Classifier, Model, Segmenter, get_model
+from mae.inference.model import Classifier, Model, Segmenter, TimmClassifier, get_model
 from mae.inference.state_dicts import (
     encoder_of,
     without_adapters,
@@ -107,6 +107,8 @@ def export(model: Model, to: str, out: Path) -> None:
 
 def _unsupported(model: Model, to: str) -> str:
     """Returns the part of a model that a format does not have, or ""."""
+    if isinstance(model, TimmClassifier) and to != "safetensors":
+        return "model of timm"
     is_other_code = to in WITHOUT_OTHER_HEADS
     pools_patches = isinstance(model, Classifier) and model.global_pool
     if to == "timm" and not pools_patches and model.num_prefix_tokens > 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings.arguments import advice
 from mae.settings.choices import CLASSIFICATION
-from mae.weights import model_zoo, shapes
+from mae.weights import model_zoo, shapes, timm_models
 from mae.weights.candidates import some
 from mae.weights.fitting import DECODER, ENCODER, HEAD, TABLES, Fit, fit, part_of
 from mae.weights.reading import Weights, read
@@ -39,7 +39,10 @@ def require_fit(model: nn.Module, weights: Weights, fitted: Fit, optional: Colle
 
     Raises:
         CheckpointError: it names the tensors, and the settings of the model that differ from those of the file.
+        ValueError: the file has a model of timm, and the model is another one.
     """
+    if not isinstance(model, timm_models.TimmEncoder):
+        timm_models.require_other(str(weights.settings.get("model")))
     reshaped = fitted.missing & fitted.unexpected
     missing, unexpected = (names - reshaped - {*optional} for names in (fitted.missing, fitted.unexpected))
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):

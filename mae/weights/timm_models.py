@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,10 @@ class TimmEncoder(VisionTransformer):
                 self.widths = [self.net.forward_head(features, pre_logits=True).flatten(1).shape[1]]
             except (AttributeError, TypeError) as error:
                 raise ValueError(f"{TIMM}{name}: timm has no pooled features of this model ({error})") from error
-        self.widths.append(features.shape[-1 if features.ndim == 3 else self._channel_axis])
-        self.length = features[0].numel() // self.widths[1]
+        # The tokens of several grids are a list.
+        has_tokens = isinstance(features, Tensor) and features.ndim in (3, 4)
+        self.length, width = self._tokens(features).shape[1:] if has_tokens else (0, 0)
+        self.widths.append(width)
 
     @property
     def embed_dim(self) -> int:
@@ -76,11 +78,6 @@ class TimmEncoder(VisionTransformer):
         """N, the number of patch tokens."""
         return self.length - self.num_prefix_tokens
 
-    @property
-    def _channel_axis(self) -> int:
-        """Axis of the channels of a map."""
-        return 3 if getattr(self.net, "output_fmt", None) == "NHWC" else 1
-
     def class_features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T + N, D) -> the class token (B, D).
 
@@ -91,13 +88,16 @@ class TimmEncoder(VisionTransformer):
             raise ValueError(f"pool=cls: {TIMM}{self.name} has no class token; give pool=avg, or omit `pool`")
         return tokens[:, 0]
 
-    def get_intermediate_layers(self, imgs: Tensor, **options: Any) -> list[Tensor]:
+    def get_intermediate_layers(
+        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False,
+        **context: Any,
+    ) -> Any:  # fmt: skip
         """Returns the tokens (B, T + N, D) of timm's `forward_features` for images (B, c, H, W).
 
         Raises:
             ValueError: the model has no tokens, or they are those of other layers.
         """
-        if options:
+        if n != 1 or not norm or return_attention:
             raise ValueError(f"{TIMM}{self.name}: only the tokens of the last layer of models of timm are read")
         return [self._tokens(self.net.forward_features(self._to_colors(imgs)))]
 
@@ -108,13 +108,14 @@ class TimmEncoder(VisionTransformer):
             return self.patch_tokens(self._tokens(features))
         return self.net.forward_head(features, pre_logits=True).flatten(1)
 
-    def _tokens(self, features: Tensor) -> Tensor:
+    def _tokens(self, features: Any) -> Tensor:
         """Output of timm's `forward_features` -> tokens (B, T + N, D)."""
-        if features.ndim == 4:
-            return features.movedim(self._channel_axis, 3).flatten(1, 2)
-        if features.ndim != 3:
-            raise ValueError(f"{TIMM}{self.name} has no tokens, but pooled features only")
-        return features
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(f"{TIMM}{self.name} has no tokens of one grid, but pooled features only")
+        if features.ndim == 3:
+            return features
+        axis = 3 if getattr(self.net, "output_fmt", None) == "NHWC" else 1
+        return features.movedim(axis, 3).flatten(1, 2)
 
     def _to_colors(self, imgs: Tensor) -> Tensor:
         """Images (B, c, H, W) -> images with the channels of the weights."""
@@ -132,6 +133,15 @@ def require_name(name: str) -> None:
 
     if not timm.is_model(name):
         raise ValueError(f"{TIMM}{name}: timm has no such model{did_you_mean(name, timm.list_models())}")
+
+
+def require_other(model: str) -> None:
+    """Raises ValueError if a model that is trained, or built for a setting `model`, is one of timm."""
+    if model.startswith(TIMM):
+        raise ValueError(
+            f"{model} is a frozen encoder, for nearest neighbors, probes and features, without `model`; "
+            f"docs/migrating.md lists the files of timm that can be trained further"
+        )
 
 
 def load(name: str, tensors: Mapping[str, Tensor] | None, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
