@@ -9,7 +9,7 @@ Under ten minutes on two CPU cores:
 
 Released weights on your own images, on one GPU:
 
-    python main_compare.py --data_path IMAGES --encoders scratch mae_pretrain_vit_base timm:vit_base_patch16_224 \\
+    python main_compare.py --data_path IMAGES --encoders scratch mae_pretrain_vit_base timm:vit_small_patch16_dinov3 \\
         --labels 500 5000 all --draws 3 --budget 50 --output_dir runs/compare
 
 Each result is that of a run of main_knn.py, main_linprobe.py or main_finetune.py, in this process. The same command

@@ -299,7 +299,7 @@ SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
     ("--recipes finetune", "--recipes finetune: give PROTOCOL=YAML once for each of knn, finetune"),
     (f"--recipes knn={RECIPE} knn={RECIPE}", "--recipes knn=.*: give PROTOCOL=YAML once for each of"),
     ("--encoders a=", "--encoders a=: give a file or a published name"),
-    ("--encoders timm:vit_base_patch16_223", r"--encoders timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
+    ("--encoders timm:vit_base_patch16_223", r"timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
     ("--encoders a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
     ("--encoders pixels=a.pth", r"--encoders pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
     ("--encoders choices.pth", "the name choices is reserved"),

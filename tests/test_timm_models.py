@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import warnings
 
 import huggingface_hub.constants
 import numpy as np
@@ -12,6 +11,7 @@ import timm
 import torch
 from mains import call, fails, lines
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score
 from test_knn import predictions
 from timm.data import create_transform, resolve_model_data_config
@@ -25,7 +25,8 @@ from mae.inference import export, features, get_model, neighbors
 from mae.weights import loading
 
 # A class token; a register, and a pooling by attention; both, and rotary positions; maps; maps (B, h, w, D).
-MODELS = ("test_vit", "test_vit3", "vit_small_patch16_dinov3", "test_convnext", "swin_tiny_patch4_window7_224")
+LARGE = ("vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224")
+MODELS = ("test_vit", "test_vit3", "test_convnext", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,22 @@ def test_features_are_those_of_timm(saved, name):
             ours.extract_feat(images, "cls")
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_files_of_weights(saved, tmp_path, suffix):
+    """As on the hub, and as of timm's train.py."""
+    model, _, path = saved("test_vit")
+    images, file = torch.randn(2, 3, 160, 160), tmp_path / f"model.{suffix}"
+    if suffix == "pth":
+        own = {f"module.{name}": value for name, value in model.state_dict().items()}
+        torch.save({"state_dict": own, "epoch": 3, "arch": "test_vit"}, file)
+    else:
+        save_file(torch.load(path), file)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.equal(get_model(f"{file}#timm:test_vit").extract_feat(images), expected)
+
+
+@pytest.mark.slow
 def test_a_model_with_another_width_of_pooled_features(saved, labelled, tmp_path):
     """MobileNetV3 pools before its last layer: 288 channels of a map, 1,024 features."""
     model, name, _ = saved("mobilenetv3_small_050")
@@ -110,6 +127,7 @@ def test_a_model_with_another_width_of_pooled_features(saved, labelled, tmp_path
         assert file.tensors["head.1.weight"].shape == (6, width)
 
 
+@pytest.mark.slow
 def test_the_preprocessing_is_that_of_timm(saved, tmp_path):
     """Scaling, crop, mean and std: bicubic, bilinear, and a scaling of the whole image to a square."""
     pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
@@ -165,6 +183,7 @@ def test_gray_images_of_one_channel(saved, mixed):
     assert found == {(5, 0.07): pytest.approx(100 * accuracy_score(labels, expected))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["linear", "attentive"])
 def test_probes_train_on_the_features_of_timm(saved, mixed, tmp_path, probe, capsys):
     """A checkpoint predicts by timm's features; it is evaluated and exported, and a run resumes from it."""
@@ -210,6 +229,7 @@ def compared(data, out, *words):
     return call(main_compare, "--data_path", data, "--num_workers", 0, "--device", "cpu", "--output_dir", out, *words)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_models_of_timm(saved, mixed, tmp_path, capsys):
     """Flags about the architecture and the preprocessing are for the other encoders, and so is fine-tuning."""
     model, _, path = saved("test_vit")
@@ -269,9 +289,13 @@ def test_errors_of_a_comparison(saved, labelled, words, message, capsys, monkeyp
     assert re.search(message, fails(capsys, monkeypatch, main_compare, *flags))
 
 
-@pytest.mark.parametrize(("script", "flag"), [(main_finetune, "--finetune"), (main_pretrain, "--init_from")])
-def test_a_model_of_timm_is_not_trained(saved, labelled, script, flag, capsys, monkeypatch, tmp_path):
-    words = ["--data_path", labelled, flag, saved("test_vit")[1], "--output_dir", tmp_path, "--device", "cpu",
-             "--num_workers", 0]  # fmt: skip
-    with warnings.catch_warnings():
-        assert re.search("timm:test_vit.*is a frozen encoder", fails(capsys, monkeypatch, script, *words))
+@pytest.mark.parametrize(("script", "words"), [
+    (main_finetune, "--finetune {file}"), (main_pretrain, "--init_from {file} --model mae_vit_mini_patch4"),
+    (main_knn, "--finetune {file} --model vit_mini_patch4"),
+])  # fmt: skip
+def test_a_model_of_timm_is_not_trained(saved, labelled, script, words, capsys, monkeypatch, tmp_path):
+    """Nor is it a model of this library, which --model names."""
+    flags = ["--data_path", labelled, "--device", "cpu", "--num_workers", 0]
+    flags += [] if script is main_knn else ["--output_dir", tmp_path]
+    line = fails(capsys, monkeypatch, script, *flags, *words.format(file=saved("test_vit")[1]).split())
+    assert re.search("timm:test_vit is a frozen encoder, .* without --model", line)

@@ -354,7 +354,7 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
 class Classifier(ModelMixin, models_vit.VisionTransformer):
     """A classifier with its preprocessing; with 0 classes, an encoder."""
 
-    network = models_vit.VisionTransformer
+    network: ClassVar[type[models_vit.Encoder]] = models_vit.VisionTransformer
     arguments = staticmethod(mae.build.classifier_arguments)
 
     def __init__(self, settings: dict[str, Any]) -> None:

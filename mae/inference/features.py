@@ -75,7 +75,9 @@ def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOL
         help="folder of images, flat or nested, or a tar or zip file of such a folder",
     )  # fmt: skip
     options.add_dataset_option(parser, place="FOLDER")
-    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    options.add_inference_options(
+        parser, images=False, example="mae_pretrain_vit_base", also="; or timm:NAME, a model of timm"
+    )
     parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in pools.items())
     parser.add_argument("--pool", choices=(*pools,), help=f"{meanings} (default: the input of the head)")

@@ -38,6 +38,8 @@ class TimmEncoder(VisionTransformer):
         ValueError: timm does not have the model, it has no features, or `img_size` is not that of its weights.
     """
 
+    net: Any  # the model of timm
+
     def __init__(self, name: str, img_size: Size, in_chans: int) -> None:
         import timm
 
@@ -45,7 +47,8 @@ class TimmEncoder(VisionTransformer):
         self.name, self.in_chans = name, in_chans
         self.global_pool, self.frozen, self.head_pools, self.num_classes = False, False, False, 0
         require_name(name)
-        self.net: Any = timm.create_model(name, num_classes=0)
+        self.net = timm.create_model(name)
+        self.net.reset_classifier(0)
         self.colors, *size = self.net.pretrained_cfg["input_size"]
         if to_pair(img_size) != tuple(size):
             raise ValueError(f"input_size={img_size}: {TIMM}{name} has {size[0]} x {size[1]} pixels; omit `input_size`")
@@ -64,7 +67,7 @@ class TimmEncoder(VisionTransformer):
         self.widths.append(width)
 
     @property
-    def embed_dim(self) -> int:
+    def embed_dim(self) -> int:  # type: ignore[override]
         """D, channels of the input of the head."""
         return self.widths[self.head_pools]
 
