@@ -210,6 +210,8 @@ def test_probes_train_on_the_features_of_timm(saved, mixed, tmp_path, probe, cap
     export.export(get_model(file), "safetensors", tmp_path / "probe.safetensors")
     again = get_model(tmp_path / "probe.safetensors").predict(str(val[0]))
     assert again["pred_class"] == found[0]["pred_class"]
+    flags = ["--encoders", f"again={file}", "--protocols", "knn", "--labels", "12", "--draws", 1]
+    assert "| again (k-NN) |" in compared(mixed, tmp_path / "compare", *flags)
     with pytest.raises(ValueError, match="no model of timm"):
         export.export(get_model(file), "onnx", tmp_path / "probe.onnx")
 

@@ -54,7 +54,7 @@ def open_encoders(run: Run) -> list[Encoder]:
         if file:
             path = timm_files.get(file, file)
             weights = reading.read(path)
-            if TIMM in path:
+            if str(weights.settings.get("model")).startswith(TIMM):
                 settings[name] = {"finetune": path, "global_pool": False}
                 of_timm[name] = weights.settings | {"in_chans": _channels_of_timm(run, text, weights.settings)}
                 continue
@@ -67,11 +67,12 @@ def open_encoders(run: Run) -> list[Encoder]:
         untrained = {name: run[name] for name in ARCHITECTURE if run[name] is not None}
         untrained |= {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
     untrained["layer_decay"] = 1  # no layer has pre-trained weights
-    given = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run.explicit - {*ARCHITECTURE}}
+    shared = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run and name not in ARCHITECTURE}
+    given = {name: value for name, value in shared.items() if name in run.explicit}
     return [
         Encoder(name, own, of_timm[name], OF_TIMM)
         if name in of_timm
-        else Encoder(name, own or untrained, {**run.record(), **(own or untrained), **given})
+        else Encoder(name, own or untrained, {**shared, **(own or untrained), **given})
         for name, own in settings.items()
     ]
 
