@@ -262,6 +262,17 @@ def test_a_comparison_of_models_of_timm(saved, mixed, tmp_path, capsys):
     assert json.loads((tmp_path / "out/runs/t/knn/48/0/run.json").read_text()) != before
 
 
+def test_a_comparison_of_gray_images(saved, mixed, tmp_path, capsys):
+    """With --in_chans, --mean and --std are for models of timm, too; a warning says that their weights are adapted."""
+    name = saved("test_vit")[1]
+    flags = ["--in_chans", 1, "--mean", ".2", "--std", ".6", "--protocols", "knn", "--labels", "all"]
+    (tmp_path / "knn.yaml").write_text("k: [5]\n")
+    text = compared(mixed, tmp_path, "--encoders", f"t={name}", *flags, "--recipes", f"knn={tmp_path / 'knn.yaml'}")
+    assert "adapted to 1" in capsys.readouterr().out
+    (found,) = call(main_knn, *flags[:6], data_path=mixed, finetune=name, k=5, num_workers=0, device="cpu").values()
+    assert f"| t (k-NN) | **{found:.1f}** |" in text
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ("--finetune timm:test_vit", r"timm:test_vit: its weights can't be downloaded: give a file, FILE#timm:test_vit"),
     ("--finetune timm:test_vitt", r"timm:test_vitt: timm has no such model; did you mean test_vit"),

@@ -1,6 +1,5 @@
 """The encoders of a comparison, with the settings of their architecture and weights."""
 
-import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -13,12 +12,10 @@ from mae.settings.run import FLIPS
 from mae.weights import model_settings, reading
 from mae.weights.timm_models import TIMM
 
-logger = logging.getLogger(__name__)
-
 SCRATCH, PIXELS = "scratch", "pixels"  # random weights; baselines on raw pixels
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
 ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
-OF_TIMM = ("input_size", "mean", "std", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
+OF_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
 
@@ -40,7 +37,7 @@ def open_encoders(run: Run) -> list[Encoder]:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
     settings: dict[str, Settings] = {}
-    of_timm: dict[str, Settings] = {}
+    of_timm: dict[str, Encoder] = {}
     of_first: Settings = {}
     timm_files = _timm_files(run)
     for text in run.comparison.encoders:
@@ -55,8 +52,7 @@ def open_encoders(run: Run) -> list[Encoder]:
             path = timm_files.get(file, file)
             weights = reading.read(path)
             if str(weights.settings.get("model")).startswith(TIMM):
-                settings[name] = {"finetune": path, "global_pool": False}
-                of_timm[name] = weights.settings | {"in_chans": _channels_of_timm(run, text, weights.settings)}
+                of_timm[name] = _of_timm(run, name, path, weights.settings)
                 continue
             recorded = _recorded_settings(run, text, weights)
             settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
@@ -70,9 +66,7 @@ def open_encoders(run: Run) -> list[Encoder]:
     shared = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run and name not in ARCHITECTURE}
     given = {name: value for name, value in shared.items() if name in run.explicit}
     return [
-        Encoder(name, own, of_timm[name], OF_TIMM)
-        if name in of_timm
-        else Encoder(name, own or untrained, {**shared, **(own or untrained), **given})
+        of_timm.get(name) or Encoder(name, own or untrained, {**shared, **(own or untrained), **given})
         for name, own in settings.items()
     ]
 
@@ -92,15 +86,11 @@ def _timm_files(run: Run) -> dict[str, str]:
     return files
 
 
-def _channels_of_timm(run: Run, text: str, recorded: Settings) -> int:
-    """Returns the channels of the images for a model of timm, and warns of those that it was not trained with."""
-    if "in_chans" not in run.explicit or run.images.in_chans == recorded["in_chans"]:
-        return recorded["in_chans"]
-    logger.warning(
-        f"encoders={text!r}: its weights for {recorded['in_chans']} channels are adapted to in_chans="
-        f"{run.images.in_chans}; gray images without `in_chans` are read as colors"
-    )
-    return run.images.in_chans
+def _of_timm(run: Run, name: str, path: str, recorded: Settings) -> Encoder:
+    """Returns a model of timm. Images of other channels may have any values, and keep --mean and --std."""
+    channels = run.images.in_chans if "in_chans" in run.explicit else recorded["in_chans"]
+    without = OF_TIMM if channels != recorded["in_chans"] else (*OF_TIMM, "mean", "std")
+    return Encoder(name, {"finetune": path, "global_pool": False}, recorded | {"in_chans": channels}, without)
 
 
 def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.position_tables import Size, to_pair
 from mae.suggestions import did_you_mean
-from mae.weights.candidates import warn_once
 from models_vit import Encoder, VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class TimmEncoder(VisionTransformer):
         if to_pair(img_size) != tuple(size):
             raise ValueError(f"input_size={img_size}: {TIMM}{name} has {size[0]} x {size[1]} pixels; omit `input_size`")
         if in_chans != self.colors:
-            warn_once(f"{TIMM}{name} has weights for {self.colors} channels, which are adapted to {in_chans}")
+            logger.warning(f"{TIMM}{name} has weights for {self.colors} channels, which are adapted to {in_chans}")
         self.head: nn.Module = nn.Identity()
         with torch.no_grad():
             features = self.net.eval().forward_features(torch.zeros(1, self.colors, *size))
