@@ -166,7 +166,7 @@ def command(flags: dict[str, Any]) -> list[str]:
 
 def accuracies_of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
     """Returns the accuracies of raw pixels in percent, as `accuracies` does."""
-    lists = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
+    lists: Any = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
     data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
     images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
     fitted, near = raw_pixels.accuracies(data, images, LABELS, range(10 * seed, 10 * seed + DRAWS), NEIGHBORS)

@@ -2,12 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from mae.compare import baselines
 from mae.data.labels import some_of_each_class
 from mae.data.open import open_source
+from mae.data.source import Source
 from mae.evaluate import knn
 from mae.settings import DataSpec, ImageSpec
 
@@ -20,7 +22,7 @@ def accuracies(data: DataSpec, images: ImageSpec, labels: int, seeds: Sequence[i
         seeds: of the draws of labels, whose mean counts.
         k: number of neighbors.
     """
-    train, val = (open_source(data, split) for split in ("train", "val"))
+    train, val = (cast(Source, open_source(data, split)) for split in ("train", "val"))
     bank, queries = (baselines.read(source, images, 0) for source in (train, val))
     fitted: dict[str, list[float]] = {name: [] for name in baselines.STRENGTHS}
     for seed in seeds:

@@ -141,7 +141,7 @@ def recipes(rows: list[Row]) -> str:
         track = f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}"
         scores[track, row["evaluated on"], row["machine"]][row["entry"]].append(row["score"])
     cells = []
-    for track, entries in scores.items():
+    for place, entries in scores.items():
         means = {entry: statistics.fmean(found) for entry, found in entries.items()}
         ours = means.pop(leaderboard.RECIPE, None)
         pixels = means.pop(leaderboard.PIXELS, None)
@@ -149,7 +149,7 @@ def recipes(rows: list[Row]) -> str:
             continue
         best = max(means, key=lambda entry: means[entry])
         cells.append([
-            *track, f"{ours:.2f}", f"{ours - means[best]:+.2f}", best, f"{means[best]:.2f}",
+            *place, f"{ours:.2f}", f"{ours - means[best]:+.2f}", best, f"{means[best]:.2f}",
             "" if pixels is None else f"{pixels:.2f}",
         ])  # fmt: skip
     return markdown(

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 from mae.cli import entry_point
 from mae.training import log
 
-EPOCHS = (30, 45, 60)
+EPOCHS = (45, 60, 90)
 SECONDS = 150  # of the pre-training; the fine-tuning and the evaluation take most of the other time of four minutes
 
 

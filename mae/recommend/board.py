@@ -34,12 +34,12 @@ class Row(NamedTuple):
 
 def read() -> list[Row]:
     """Returns the rows of board.csv."""
-    with resources.files("mae.recommend").joinpath("board.csv").open(encoding="utf-8", newline="") as file:
-        return [
-            Row(int(line["images"]), line["kind"], int(line["side"]), float(line["minutes"]), line["entry"],
-                float(line["score"]), float(line["pixels"]))
-            for line in csv.DictReader(file)
-        ]  # fmt: skip
+    text = resources.files("mae.recommend").joinpath("board.csv").read_text(encoding="utf-8")
+    return [
+        Row(int(line["images"]), line["kind"], int(line["side"]), float(line["minutes"]), line["entry"],
+            float(line["score"]), float(line["pixels"]))
+        for line in csv.DictReader(text.splitlines())
+    ]  # fmt: skip
 
 
 def nearest(images: int, side: int, minutes: float) -> list[str]:
