@@ -5,8 +5,8 @@
     python main_pretrain.py --encoder examples.dino:DINOv3 --encoder_args swiglu=true --num_cls_tokens 5 ...
 
 A file is a folder of transformers (`hf download facebook/dinov2-small --local-dir dinov2-small`), or a state dict of
-timm or of the released code. It determines the sizes. The weights of DINOv2 have the Apache licence. Those of DINOv3
-have a licence of their own, and their files are gated.
+timm or of the released code. It determines the sizes. The weights of DINOv2 have the Apache license. Those of DINOv3
+have a license of their own, and their files are gated.
 
 Class tokens after the first are registers. At equal weights, the features equal those of transformers, at all sizes of
 images. For images of another size than that of the file, timm and the released code interpolate the positions of

@@ -217,7 +217,7 @@ def test_an_encoder_is_adapted_and_distilled(tmp_path, monkeypatch):
     monkeypatch.setattr(leaderboard, "pretrain", pretrain)  # in one process
     monkeypatch.setattr(leaderboard, "LABELS", 80)
     monkeypatch.setattr(leaderboard, "TOLERANCE", math.inf)
-    monkeypatch.setattr(start_from, "DRAWS", 2)
+    monkeypatch.setattr(leaderboard, "DRAWS", 2)
     for _, flags in start_from.WAYS.values():
         for name, value in {"epochs": 1, "warmup_epochs": 0}.items():
             monkeypatch.setitem(flags, name, value)

@@ -1,7 +1,7 @@
 """Reads the encoders of DINOv2 (Oquab et al. 2024) and DINOv3 (Siméoni et al. 2025): their names and their sizes.
 
 The layouts are those of the released code, of timm and of transformers. `examples/dino.py` has the models. The weights
-of DINOv2 have the Apache licence. Those of DINOv3 have a licence of their own, and their files are gated.
+of DINOv2 have the Apache license. Those of DINOv3 have a license of their own, and their files are gated.
 """
 
 import math
