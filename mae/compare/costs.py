@@ -28,7 +28,7 @@ def write(folder: Path, encoders: Sequence[Encoder], run: Run) -> str:
         if encoder.name != PIXELS:
             scores = _kept(encoder, run, folder / "costs" / directory_of(encoder.name))
             speed = scores["images_per_s"]
-            rows.append([encoder.name, f"{scores['parameters']:,}", f"{speed:.3g}" if speed else ""])
+            rows.append([encoder.name, f"{scores['parameters']:,}", f"{speed:,.1f}" if speed else ""])
     text = markdown(["encoder, without a head", "parameters", "images/s"], rows)
     atomic.write_text(folder / "costs.md", f"{text}\n")
     return text
