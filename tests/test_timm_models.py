@@ -249,7 +249,7 @@ def test_a_comparison_of_models_of_timm(saved, mixed, tmp_path, capsys):
     assert rows == ["t (k-NN)", "test_convnext (k-NN)", "scratch (k-NN)", "scratch (fine-tuned)"]
     assert "t: models of timm are frozen encoders, and are not fine-tuned" in capsys.readouterr().out
     costs = (tmp_path / "out/costs.md").read_text()
-    found = dict(re.findall(r"^\| (\w+) \| ([\d,]+) \| [\d.e+]+ \|$", costs, re.MULTILINE))
+    found = dict(re.findall(r"^\| (\w+) \| ([\d,]+) \| [\d,.]+ \|$", costs, re.MULTILINE))
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
     assert found.keys() == {"t", "test_convnext", "scratch"} and found["t"] == f"{parameters:,}"
     assert compared(mixed, tmp_path / "out", *words) == text
