@@ -35,8 +35,9 @@ from mae.checkpoints import checkpoint  # noqa: E402
 EPOCHS, IMAGES, BATCH = 20, 640, 32
 UPDATES = EPOCHS * IMAGES // BATCH
 SECONDS = 900  # timeout of every wait, on a machine that has other work
-FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1, "--amp", "off",
-         "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
+# Uniformity is that of the batch of a process, and the runs are compared with a run in one process.
+FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--uniformity", 0, "--epochs", EPOCHS, "--warmup_epochs", 1,
+         "--amp", "off", "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # Prints the device of a task, on a machine without GPUs.
