@@ -249,7 +249,7 @@ class Cases:
     def preempt(self) -> list[Row]:
         """Three preemptions by jobs of higher priority, on a cluster that sends jobs their `--signal` first."""
         job = self.pretrain("preempt", nodes="n[1-2]")
-        for epochs in (2, 6, 10):
+        for epochs in (1, 7, 13):  # a preempted job trains on for some epochs until it stops
             job.train(epochs)
             self._preempt(self.signals)
         row = self.row("three preemptions, with the signal of submitit", job, stopped=True)
