@@ -94,15 +94,6 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
 
 
-def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Test accuracy of k-nearest-neighbor classification."""
-    bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
-    (right,) = knn.classify(
-        *bank, *queries, ks=[NEIGHBORS], temperatures=[0.07], num_classes=len(set(labels)), device=torch.device("cpu")
-    ).values()
-    return sum(right) / len(test)
-
-
 def few_labels(folder: Path) -> tuple[int, dict[str, summary.Entry]]:
     """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS.
 
@@ -141,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     results: dict[str, float] = {}
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
-        results[name], results[f"{name}, neighbours"] = probe(*features), neighbors(*features)
+        results[name], results[f"{name}, neighbours"] = probe(*features), knn.accuracy(*features, NEIGHBORS)
     bank, _, queries, _ = features  # of the last encoder
     chosen = evenly_spaced(len(test), QUERIES)
     found = find(bank, torch.from_numpy(queries[chosen]))

@@ -28,13 +28,12 @@ def _overrides(kind: type, steps: Iterable[str]) -> Iterator[tuple[type, str, li
 
 def extra_inputs(kind: type, steps: Iterable[str] = STEPS) -> dict[str, bool]:
     """Returns the extra inputs that the steps of a model's class take by name, and whether they need them."""
-    found = {
-        (parameter.name, step): parameter.default is parameter.empty
-        for _, step, parameters in _overrides(kind, steps)
-        for parameter in parameters[STEPS[step] :]
-        if parameter.kind in NAMED and parameter.name not in OF_LIBRARY
-    }
-    return {name: any(is_needed for (one, _), is_needed in found.items() if one == name) for name, _ in found}
+    needed: dict[str, dict[str, bool]] = {}  # by name and step
+    for _, step, parameters in _overrides(kind, steps):
+        for parameter in parameters[STEPS[step] :]:
+            if parameter.kind in NAMED and parameter.name not in OF_LIBRARY:
+                needed.setdefault(parameter.name, {})[step] = parameter.default is parameter.empty
+    return {name: any(of_steps.values()) for name, of_steps in needed.items()}
 
 
 def needed_inputs(kind: type, steps: Iterable[str] = STEPS) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from demo import report
 from mae.compare import summary
 from mae.compare.summary import Result
-from mae.evaluate import pictures
+from mae.evaluate import knn, pictures
 from mae.inference import get_model
 
 
@@ -96,7 +96,7 @@ def test_neighbors_returns_the_accuracy():
     train = np.concatenate([np.stack([np.cos(a + angles), np.sin(a + angles)], axis=1) for a in (0.0, 3.0)])
     labels = np.repeat([0, 1], 40)
     test, test_labels = train[[0, 20, 39, 45, 79]], np.array([0, 0, 0, 1, 0])
-    assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
+    assert knn.accuracy(train.astype(np.float32), labels, test.astype(np.float32), test_labels, 20) == 0.8
 
 
 @pytest.mark.slow

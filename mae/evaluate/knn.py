@@ -54,6 +54,19 @@ def classify(
     return {pair: np.bincount(truth[right], minlength=num_classes).tolist() for pair, (truth, right) in found.items()}
 
 
+def accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Returns the share of queries (n, D) that k neighbors in a bank (m, D) classify correctly, on the CPU.
+
+    Raises:
+        ValueError: as `classify`.
+    """
+    parts = (torch.tensor(part) for part in (bank, bank_labels, queries, labels))
+    (right,) = classify(
+        *parts, ks=[k], temperatures=[0.07], num_classes=int(bank_labels.max()) + 1, device=torch.device("cpu")
+    ).values()
+    return sum(right) / len(labels)
+
+
 def predict(
     bank: Tensor,
     bank_targets: Tensor,
