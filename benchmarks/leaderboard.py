@@ -130,7 +130,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # of images: their name in the
         "squares of photographs",
         {"input_size": SIDE, "patch_size": 12, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     ),
-    "letters": ("letters", {**SMALL, "mean": [0.081], "std": [0.249]}),
+    "letters": ("letters", {**SMALL, "mean": [0.081], "std": [0.249], "hflip": 0}),  # a mirrored b is a d
 }
 
 
