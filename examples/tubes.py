@@ -10,9 +10,10 @@ The positions are fixed: sines and cosines of column, row (6/16 of the channels 
 before (VideoMAE, Tong et al. 2022).
 
 Weights for single frames are inflated (Carreira and Zisserman 2017), that is, repeated over the frames of a token and
-divided by their number. Fine-tuning and probes do it with `--adapt_input repeat`:
+divided by their number. Fine-tuning and probes do it with `--adapt_input repeat`, if the frames have the colors of the
+file, and with `--adapt_input mean` for gray frames:
 
-    python main_finetune.py --finetune FILE --adapt_input repeat --encoder examples.tubes:Tubes --in_chans 16 ...
+    python main_finetune.py --finetune FILE --adapt_input mean --encoder examples.tubes:Tubes --in_chans 16 ...
 """
 
 from typing import Any
@@ -78,7 +79,10 @@ class Tubes(Groups):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.masks:
             noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
-            first = noise.unflatten(1, (self.groups, -1))[:, 0]
+            steps, is_drawn = noise.unflatten(1, (self.groups, -1)), (noise < 1) | noise.isinf()
+            is_same = ((steps > 0) == (steps[:, :1] > 0)).all()  # the masked patches have ranks
+            torch._assert_async(is_drawn.all() | is_same, "masks=true: the mask splits tubes; give masking=random")
+            first = steps[:, 0]
             ranks = first.argsort(dim=1, stable=True).argsort(dim=1).float()  # noise may have equal numbers
             noise, visible = ranks.repeat(1, self.groups), self.groups * num_visible(first.shape[1], mask_ratio)
             mask_ratio = ratio_of(visible, x.shape[1])

@@ -396,8 +396,13 @@ def test_tubes_are_masked_in_all_time_steps():
     assert model(clips, 0.7, valid=valid)[2].view(9, 4, 8)[:, :, :4].all()
     for given in (mask.flatten(1), 1 - mask.flatten(1)):
         assert torch.equal(model(clips, mask=given)[2], given)
-    with pytest.raises(ValueError, match="ignores the mask"):
-        model(clips, mask=torch.arange(32).expand(9, -1) < 16)
+    split = torch.arange(32).expand(9, -1) < 16
+    with pytest.raises(RuntimeError, match="splits tubes"):
+        model(clips, mask=split)
+    for masking, mask_block in (("block", 1), ("random", 2)):
+        noise = sampler(masking, model.grid_size, 0.75, mask_block)[0]()
+        with pytest.raises(RuntimeError, match="splits tubes"):
+            model(clips, 0.75, noise=noise.expand(9, -1))
 
 
 def test_weights_of_single_frames_are_inflated(pretrain, tmp_path):

@@ -23,7 +23,7 @@ from benchmarks import leaderboard
 from demo import unpack_data
 from mae.data import check
 from mae.data.pixels import BadImage
-from mae.recommend import board, rules, trial
+from mae.recommend import board, recipe, rules, trial
 from mae.recommend.facts import Images, Machine
 
 PHOTOS = Images(
@@ -143,14 +143,14 @@ def test_a_recipe_fits_the_format_of_the_images(fast_machine, write, tmp_path, c
     folder, out = tmp_path / "images", tmp_path / "mine.yaml"
     folder.mkdir()
     write(folder)
-    recipe = recipe_of(folder, out)
+    found = recipe_of(folder, out)
     settings, line = FORMATS[write]
-    assert {name: recipe.get(name) for name in settings} == settings
+    assert {name: found.get(name) for name in settings} == settings
     assert line in capsys.readouterr().out
-    assert len(recipe["mean"]) == len(recipe["std"]) == recipe["in_chans"]
-    assert all(0 < value < 1 for value in recipe["mean"])
+    assert len(found["mean"]) == len(found["std"]) == found["in_chans"]
+    assert all(0 < value < 1 for value in found["mean"])
     assert all(re.search(r"  # \w", text) for text in out.read_text().splitlines() if text[0] != "#")
-    assert recipe["batch_size"] * 2 <= 48
+    assert found["batch_size"] * 2 <= 48
     call(
         main_pretrain, config=out, output_dir=tmp_path / "run", epochs=1, warmup_epochs=0, updates_per_epoch=2,
         vis_every=0, device="cpu", amp="off",
@@ -161,12 +161,12 @@ def test_a_recipe_fits_the_format_of_the_images(fast_machine, write, tmp_path, c
 
 def test_float_images_have_the_range_of_their_values(fast_machine, tmp_path):
     floats(tmp_path)
-    recipe = recipe_of(tmp_path, tmp_path / "mine.yaml")
-    low, high = recipe["value_range"]
+    found = recipe_of(tmp_path, tmp_path / "mine.yaml")
+    low, high = found["value_range"]
     values = np.stack([np.load(file) for file in tmp_path.glob("*.npy")])
     assert [low, high] == pytest.approx([values.min(), values.max()], rel=1e-3)
-    assert recipe["mean"] == pytest.approx([(values.mean() - low) / (high - low)], rel=1e-2)
-    assert recipe["std"] == pytest.approx([values.std() / (high - low)], rel=1e-2)
+    assert found["mean"] == pytest.approx([(values.mean() - low) / (high - low)], rel=1e-2)
+    assert found["std"] == pytest.approx([values.std() / (high - low)], rel=1e-2)
     given = recipe_of(tmp_path, tmp_path / "given.yaml", "--value_range", -1000, 0)
     assert given["value_range"] == [-1000, 0]
     assert given["mean"] == pytest.approx([(values.mean() + 1000) / 1000], rel=1e-2)
@@ -226,7 +226,7 @@ def test_the_rules_give_the_recipe_of_the_demo(tmp_path):
     assert mine["lr"] == pytest.approx(demo["blr"] * 2 * demo["batch_size"] / 256)
     assert mine["mean"] + mine["std"] == pytest.approx(demo["mean"] + demo["std"], abs=2e-3)
     # The printed command trains.
-    launched = f"{done.stdout.splitlines()[-1]} --epochs 1 --warmup_epochs 0"
+    launched = f"{done.stdout.splitlines()[-1]} --epochs 1 --warmup_epochs 0 --updates_per_epoch 20"
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-ec", launched], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -264,14 +264,14 @@ def test_patches_are_those_of_the_measured_and_published_runs(side, patch):
     assert rules.patch_of(side, side) == patch
 
 
-@pytest.mark.parametrize("height", range(4, 225, 5))
 @pytest.mark.parametrize("width", [4, 13, 28, 97, 224])
-def test_the_input_is_a_multiple_of_the_patch(height, width):
-    images = replace(PHOTOS, height=height, width=width, shorter=min(height, width), has_one_shape=True)
-    settings = {line.name: line.value for line in rules.image_lines(images)}
-    size = settings["input_size"]
-    sides = size if isinstance(size, list) else [size, size]
-    assert all(side % settings["patch_size"] == 0 and side >= 4 * settings["patch_size"] for side in sides)
+def test_the_input_is_a_multiple_of_the_patch(width):
+    for height in range(4, 225, 5):
+        images = replace(PHOTOS, height=height, width=width, shorter=min(height, width), has_one_shape=True)
+        settings = {line.name: line.value for line in rules.image_lines(images)}
+        size, patch = settings["input_size"], settings["patch_size"]
+        sides = size if isinstance(size, list) else [size, size]
+        assert all(side % patch == 0 and side >= 4 * patch for side in sides), height
 
 
 def test_photographs_have_the_published_input_and_crops():
@@ -279,13 +279,60 @@ def test_photographs_have_the_published_input_and_crops():
     assert settings | {"input_size": 224, "patch_size": 16, "crop": "random", "crop_scale": [0.2, 1.0]} == settings
 
 
-def test_larger_models_need_images_and_time():
-    few = replace(PHOTOS, count=1000, distinct=1000)
-    chosen = [rules.choose_model(images, 196, 100_000, seconds) for images, seconds in
-              ((PHOTOS, 60), (PHOTOS, 3600), (PHOTOS, 86_400), (few, 86_400))]  # fmt: skip
-    sizes = [rules.MODELS.index(model) for model in chosen]
-    assert sizes[0] <= sizes[1] <= sizes[2] and sizes[0] < sizes[2]
-    assert chosen[3] == "mini_patch4"
+@pytest.mark.parametrize(("count", "minutes", "gpus", "rates", "model", "trials"), [
+    (100_000, 1, 0, {"mini": 4000}, "mini", ["mini"]),  # no time for a larger model
+    (1000, 10_000, 0, {"mini": 4000}, "mini", ["mini"]),  # no patches for one
+    (100_000, 300, 0, {"mini": 4000, "tiny": 600}, "tiny", ["mini", "tiny"]),
+    # Decoding limits all models of a GPU alike.
+    (1_000_000, 480, 1, {"mini": 6000, "tiny": 6000, "small": 6000, "base": 3500, "large": 200}, "base",
+     ["mini", "tiny", "small", "base", "large"]),
+])  # fmt: skip
+def test_the_largest_model_that_fits_images_and_time_is_chosen(
+    count, minutes, gpus, rates, model, trials, tmp_path, monkeypatch
+):
+    measured = []
+
+    def run(draft, *_):
+        measured.append(yaml.safe_load(draft.read_text())["model"].split("_")[2])
+        return trial.Trial(rates[measured[-1]], 10)
+
+    monkeypatch.setattr(trial, "run", run)
+    images, machine = replace(PHOTOS, count=count, distinct=count), Machine(gpus=gpus, cores=2, cache_bytes=0)
+    recipe.write(tmp_path / "mine.yaml", images, machine, {}, minutes, decoding=1000)
+    chosen = yaml.safe_load((tmp_path / "mine.yaml").read_text())["model"]
+    assert (chosen.split("_")[2], measured) == (model, trials)
+
+
+def test_images_that_take_long_to_decode_are_cached_before_the_trial(tmp_path, monkeypatch):
+    """So the start of the trial is that of the run."""
+    updates = []
+    monkeypatch.setattr(trial, "run", lambda *arguments: updates.append(arguments[-1]) or trial.Trial(4000, 10))
+    images, machine = replace(PHOTOS, count=1000, distinct=1000), Machine(gpus=0, cores=2, cache_bytes=1e12)
+    for decoding in (1000, 100):
+        recipe.write(tmp_path / "mine.yaml", images, machine, {}, 5, decoding)
+    assert updates == [trial.UPDATES, 1, trial.UPDATES]
+
+
+def test_a_time_that_is_too_short_has_a_warning(fast_machine, tmp_path, capsys):
+    gray(tmp_path)
+    recipe_of(tmp_path, tmp_path / "mine.yaml", "--minutes", 0.1)
+    assert "warning     one epoch exceeds the time: the run takes 0.2 minutes" in capsys.readouterr().out
+
+
+def test_the_printed_command_does_not_continue_an_earlier_run(fast_machine, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gray(tmp_path)
+    for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
+        recipe_of(tmp_path, tmp_path / "mine.yaml")
+        assert f"--output_dir {expected} " in capsys.readouterr().out
+        Path(expected).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("flags", [("--split", "val"), ("--extras", "age")])
+def test_a_recipe_is_for_the_training_images_of_the_standard_model(flags, tmp_path):
+    gray(tmp_path)
+    with pytest.raises(ValueError, match=flags[0]):
+        recipe_of(tmp_path, tmp_path / "mine.yaml", *flags)
 
 
 def test_the_rate_is_near_the_published_one():
@@ -300,6 +347,6 @@ def test_the_rate_is_near_the_published_one():
 
 @pytest.mark.parametrize("rate", [100, 4000, 1e6])
 def test_the_epochs_fit_the_time(rate):
-    settings = {line.name: line.value for line in rules.length_lines(PHOTOS, rate, 1800)}
-    assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / PHOTOS.count)))
+    settings = {line.name: line.value for line in rules.length_lines(99_968, rate, 1800)}
+    assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / 99_968)))
     assert settings["warmup_epochs"] == settings["epochs"] / 20

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_LISTED = 20  # unreadable images that are listed
 MINUTES = 30  # of a recipe
 GIVEN = (  # settings that a recipe has if they are given
-    "data_path", "dataset", "train_list", "extras", "num_images", "nodata", "value_range", "channels_last",
+    "data_path", "dataset", "train_list", "num_images", "nodata", "value_range", "channels_last",
 )  # fmt: skip
 
 
@@ -122,6 +122,10 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     """
     if args.minutes and not args.recipe:
         raise ValueError(f"--minutes {args.minutes:g} is the time of a recipe: give --recipe FILE")
+    if args.recipe and args.split != "train":
+        raise ValueError(f"--split {args.split}: a recipe is for the training set")
+    if args.recipe and args.extras:
+        raise ValueError("--extras: a recipe has no `encoder` for them; give both to main_pretrain.py beside --config")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     data = with_source(Run.of(args), source).data
     data = replace(data, val_list=data.val_list if args.split == "val" else None)

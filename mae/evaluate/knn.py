@@ -83,9 +83,10 @@ def predict(
 
     Args:
         bank_targets: classes (m,), or vectors (m, C).
+        targets: of the queries (n, ...), for `columns`.
         columns: outputs (b, C) and targets of b queries -> tensors (b, ...). The outputs are the shares of the votes
             for the classes, or the weighted means of the vectors of the neighbors.
-        others: as in `classify`.
+        bank, queries, ks, temperatures, num_classes, device: as in `classify`.
 
     Returns:
         The columns of all queries of all processes in the order of the dataset, by k and temperature.
@@ -123,7 +124,9 @@ def neighbors(
     """Yields parts of the queries of all processes, with their k nearest neighbors in descending order.
 
     Args:
-        others: as in `predict`.
+        bank, bank_targets, queries, num_classes, device: as in `predict`.
+        targets: of the queries (n, ...).
+        k: number of neighbors.
 
     Yields:
         The rank of the queries, cosine similarities (b, k), targets of the neighbors (b, k, ...), and targets of the

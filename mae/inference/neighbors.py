@@ -16,6 +16,7 @@ In Python, `find` returns features and indices:
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,8 +75,8 @@ def main(args: argparse.Namespace) -> Neighbors:
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip
     if args.query:
-        index_of = {os.path.abspath(source.name(index)): index for index in range(len(source))}
-        known = [index_of.get(os.path.abspath(path), -1) for path in args.query]
+        index_of = {_place(source.name(index)): index for index in range(len(source))}
+        known = [index_of.get(_place(path), -1) for path in args.query]
         found = find(rows, model.extract_feat(args.query, args.pool, amp=args.amp).float().cpu(), known)
         queries, names = model.prepare(args.query), [Path(path).name for path in args.query]
     else:
@@ -89,6 +90,17 @@ def main(args: argparse.Namespace) -> Neighbors:
         print(text)
     print(f"picture: {args.out}")
     return found
+
+
+def _place(path: str) -> str:
+    """Returns the path of a file in a folder that is no link."""
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)
+
+
+@cache
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def find(
@@ -146,7 +158,8 @@ def agreement(source: Source, features: Tensor) -> str:
     chosen = evenly_spaced(len(labels), SCORED)
     indices = find(features, features[chosen], chosen).indices
     share = float((labels[indices] == labels[chosen][:, None]).double().mean())
-    chance = float((labels.bincount() / len(labels)).square().sum())
+    counts = labels.bincount().double()
+    chance = float((counts * (counts - 1)).sum()) / (len(labels) * (len(labels) - 1))
     return (
         f"{share:.1%} of the {indices.shape[1]} nearest neighbors have the label of their query; {chance:.1%} at random"
     )

@@ -161,7 +161,7 @@ def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec
     batch = loader.examples(features.samples_of(model, source, draw_noise=draw_noise), RECONSTRUCTIONS)
     scale = neighbors.scale_of(batch.images)
     pixels = pictures.reconstruction(
-        model, batch.images, batch.noise, model.normalize, mask_ratio, scale, context=batch.inputs
+        model, batch.images, batch.noise, model.normalize, mask_ratio, scale, context=batch.context
     )
     titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in pictures.TITLES]
     text = f"Training images that are not augmented. {pictures.NOTE}"

@@ -1,11 +1,13 @@
 """Writes a recipe: the settings of the rules, with a trial run for the number of epochs."""
 
+import itertools
+import logging
 import math
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
 from mae.user_code import runs_code
+
+logger = logging.getLogger(__name__)
+
+LONG = 5  # seconds of decoding, above which a trial run before the others caches the images
 
 
 def this_machine(can_cache: bool) -> Machine:
@@ -53,7 +59,7 @@ def write(
     """
     start = [Line(name, value, "as given") for name, value in given.items() if not _is_refused(name, value)]
     flags = arguments({name: value for name, value in given.items() if _is_refused(name, value)})
-    inputs, loading = rules.image_lines(images), rules.loading_lines(images, machine, decoding)
+    inputs, loading = rules.image_lines(images), rules.loading_lines(images, machine)
     settings = {line.name: line.value for line in inputs}
     patches = math.prod(side // settings["patch_size"] for side in to_pair(settings["input_size"]))
     processes = rules.processes_of(machine, images)
@@ -63,29 +69,53 @@ def write(
         optimization = rules.optimization_lines(images, machine, model)
         return [*start, rules.model_line(images, patches, model), *inputs, *optimization, *loading]
 
-    def measure(model: str) -> trial.Trial:
+    def measure(model: str, updates: int = trial.UPDATES) -> trial.Trial:
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder, "recipe.yaml")
             draft.write_text(text_of(lines_of(model)))
-            return trial.run(draft, processes, threads, flags)
+            return trial.run(draft, processes, threads, flags, updates)
 
-    model = rules.MODELS[0]
-    measured = measure(model)
-    seconds = 60 * minutes - measured.startup
-    larger = rules.choose_model(images, patches, measured.images_per_s, seconds)
-    if larger != model:
-        model, measured = larger, measure(larger)
-    length = rules.length_lines(images, measured.images_per_s, 60 * minutes - measured.startup)
+    if images.count / decoding > LONG and {line.name: line.value for line in loading}["cache_images"]:
+        logger.info("decoding    the images, into the cache of --cache_images")
+        measure(rules.MODELS[0], updates=1)
+    model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
+    lines, rate, seconds = lines_of(model), measured.images_per_s, 60 * minutes - measured.startup
+    batch = {line.name: line.value for line in lines}
+    effective = processes * batch["batch_size"] * batch.get("accum_iter", 1)
+    in_epoch = images.count // effective * effective
+    length = rules.length_lines(in_epoch, rate, seconds)
+    too_long = f"one epoch exceeds the time: the run takes {(measured.startup + in_epoch / rate) / 60:,.1f} minutes"
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     header = f"# Pre-training for {minutes:g} minutes on the machine that wrote this file.\n#\n#   {command}\n#\n"
-    atomic.write_text(path, header + text_of([*lines_of(model), *length]))
+    atomic.write_text(path, header + text_of([*lines, *length]))
     return [
-        f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
+        f"training    {rate:,.0f} images/s, after a start of {measured.startup:.0f} s",
         *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes)],
         *[f"warning     {text}" for text in warnings_of(images)],
+        *[f"warning     {too_long}"] * (in_epoch > seconds * rate),
         f"recipe      {path}\n",
         command,
     ]
+
+
+def _largest(
+    models: Sequence[str], images: Images, machine: Machine, seconds: float, measure: Callable[[str], trial.Trial]
+) -> tuple[str, trial.Trial]:
+    """Returns the largest model that processes enough images in a time, at least the first one, and its trial.
+
+    On CPUs, the time of an update grows with the parameters, so that a model that is too slow needs no trial.
+    """
+    needed, model = rules.images_needed(images), models[0]
+    measured = measure(model)
+    for larger in models[1:]:
+        factor = 1 if machine.gpus else rules.parameters_of(model) / rules.parameters_of(larger)
+        if needed > factor * measured.images_per_s * (seconds - measured.startup):
+            break
+        of_larger = measure(larger)
+        if needed > of_larger.images_per_s * (seconds - of_larger.startup):
+            break
+        model, measured = larger, of_larger
+    return model, measured
 
 
 def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
@@ -96,7 +126,8 @@ def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
         flags: arguments that a recipe must not set.
     """
     script = ["main_pretrain.py"] if Path("main_pretrain.py").is_file() else ["-m", "main_pretrain"]
-    settings = {"config": path, "output_dir": Path("runs", path.stem), "resume": "auto"}
+    folders = (Path("runs", name) for name in (path.stem, *(f"{path.stem}-{number}" for number in itertools.count(2))))
+    settings = {"config": path, "output_dir": next(folder for folder in folders if not folder.exists()), "resume": "auto"}
     words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *script, *arguments(settings), *flags]
     return f"OMP_NUM_THREADS={threads} " * (threads > 0) + shlex.join(words)
 

@@ -20,7 +20,7 @@ MAX_SIDE = 224  # pixels
 PATCH_SCALE = 1.25  # patch side = scale x root of the image side: 7 of 28 pixels, 12 of 96, 16 of 224
 PATCH_TOLERANCE = 1.5  # ratio to this side, up to which a divisor of the image side is better
 MIN_GRID = 4  # patches along the shorter side
-LR, WIDTH, BATCH = 2e-3, 128, 128  # measured on small images; the rule for others meets 2.4e-3 of ViT-B with 4096
+LR, WIDTH, BATCH = 2e-3, 128, 128  # measured on small images; for ViT-B with 4096, the rule has 1.9e-3, the paper 2.4e-3
 UPDATES_PER_EPOCH = 64  # at least, so that large batches have enough updates
 MAX_BATCH = 4096  # images per update, as published
 MAX_PROCESS_BATCH = 256  # images in the memory of a GPU at a time
@@ -74,7 +74,7 @@ def image_lines(images: Images) -> list[Line]:
         Line("input_size", height if height == width else [height, width], sides + multiple + capped),
         Line("patch_size", patch, grid),
         *_value_lines(images),
-        *_crop_lines(images, shorter, is_whole),
+        *_crop_lines(shorter, is_whole),
     ]
 
 
@@ -94,7 +94,7 @@ def _rounded(values: Any) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
 
 
-def _crop_lines(images: Images, shorter: int, is_whole: bool) -> list[Line]:
+def _crop_lines(shorter: int, is_whole: bool) -> list[Line]:
     if is_whole:
         crops = [Line("crop", "none", f"whole images: better than crops below {SMALL} pixels, and faster")]
     elif shorter < SMALL:
@@ -120,29 +120,26 @@ def parameters_of(model: str) -> int:
     return 12 * size["depth"] * size["embed_dim"] ** 2  # attention has 4 D x D, the MLP 8
 
 
-def choose_model(images: Images, patches: int, images_per_s: float, seconds: float) -> str:
-    """Returns the largest model that the number of patches and the time allow; the smallest one if none does.
+def models_for(images: Images, patches: int) -> list[str]:
+    """Returns the models that the number of patches allows, from small to large: at least the smallest one.
 
     Args:
         patches: number of patches in an image.
-        images_per_s: throughput of the smallest model. That of others is estimated from their parameters.
-        seconds: time of the pre-training.
     """
-    needed = max(IMAGES, PASSES * images.count)
-    chosen = MODELS[0]
-    for model in MODELS[1:]:
-        parameters = parameters_of(model)
-        processed = seconds * images_per_s * parameters_of(MODELS[0]) / parameters
-        if parameters <= PARAMETERS_PER_PATCH * patches * images.distinct and processed >= needed:
-            chosen = model
-    return chosen
+    most = PARAMETERS_PER_PATCH * patches * images.distinct
+    return [MODELS[0], *(model for model in MODELS[1:] if parameters_of(model) <= most)]
+
+
+def images_needed(images: Images) -> int:
+    """Returns the number of images that the pre-training of a larger model processes at least."""
+    return max(IMAGES, PASSES * images.count)
 
 
 def model_line(images: Images, patches: int, model: str) -> Line:
     """Returns the model of a recipe."""
     reason = (
         f"{parameters_of(model):,} parameters for {patches * images.distinct:,} patches; a larger model needs one "
-        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {max(IMAGES, PASSES * images.count):,} images"
+        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {images_needed(images):,} images"
     )
     return Line("model", f"mae_vit_{model}", reason)
 
@@ -182,13 +179,9 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
     ]
 
 
-def loading_lines(images: Images, machine: Machine, decoding: float) -> list[Line]:
-    """Returns the settings of reading images.
-
-    Args:
-        decoding: images/s that are read and decoded.
-    """
-    lines = [_cache_line(images, machine, images.count / decoding)]
+def loading_lines(images: Images, machine: Machine) -> list[Line]:
+    """Returns the settings of reading images."""
+    lines = [_cache_line(images, machine)]
     if machine.gpus:
         lines.append(Line("num_workers", machine.cores // machine.gpus, "the cores of a GPU"))
     else:
@@ -199,30 +192,31 @@ def loading_lines(images: Images, machine: Machine, decoding: float) -> list[Lin
     return lines
 
 
-def _cache_line(images: Images, machine: Machine, seconds: float) -> Line:
-    """Returns whether decoded images are kept in a file; decoding takes `seconds`."""
+def _cache_line(images: Images, machine: Machine) -> Line:
+    """Returns whether decoded images are kept in a file."""
     size = f"{images.num_bytes / 1e6:,.0f} MB of decoded images"
     if images.is_deep:
         return Line("cache_images", False, "images of more than 8 bits can't be cached")
     if images.num_bytes > machine.cache_bytes:
         return Line("cache_images", False, f"{size} are too many, or change in each epoch")
-    return Line("cache_images", True, f"{size}; decoding takes {seconds:,.1f} s, once instead of in each epoch")
+    return Line("cache_images", True, f"{size}: they are decoded once instead of in each epoch")
 
 
-def length_lines(images: Images, images_per_s: float, seconds: float) -> list[Line]:
+def length_lines(images_per_epoch: int, images_per_s: float, seconds: float) -> list[Line]:
     """Returns the number of epochs, of which the last ends in time, and the warm-up.
 
     Args:
+        images_per_epoch: images of the complete updates of an epoch.
         images_per_s: throughput of the training.
         seconds: time of the training.
     """
-    fitting = int(seconds * images_per_s / images.count)
+    fitting = int(seconds * images_per_s / images_per_epoch)
     epochs = min(MAX_EPOCHS, max(1, fitting))
     reason = f"they fit the time at {images_per_s:,.0f} images/s, measured here"
     if fitting > MAX_EPOCHS:
         reason = f"{MAX_EPOCHS:,} is the longest published run; {fitting:,} would fit"
     if fitting < 1:
-        reason = f"one epoch exceeds the time: it takes {images.count / images_per_s / 60:,.0f} minutes"
+        reason = f"one epoch exceeds the time: it takes {images_per_epoch / images_per_s / 60:,.1f} minutes"
     return [
         Line("epochs", epochs, reason),
         Line("warmup_epochs", epochs / 20, "a twentieth of the epochs"),

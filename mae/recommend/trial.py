@@ -26,8 +26,8 @@ class Trial(NamedTuple):
     startup: float  # seconds that a run takes besides its updates
 
 
-def run(recipe: Path, processes: int, threads: int, given: Sequence[str]) -> Trial:
-    """Trains with a recipe for EPOCHS x UPDATES updates in new processes.
+def run(recipe: Path, processes: int, threads: int, given: Sequence[str], updates: int = UPDATES) -> Trial:
+    """Trains with a recipe for EPOCHS x `updates` updates in new processes.
 
     Args:
         recipe: the file.
@@ -39,12 +39,12 @@ def run(recipe: Path, processes: int, threads: int, given: Sequence[str]) -> Tri
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "config": recipe, "output_dir": folder, "epochs": EPOCHS, "updates_per_epoch": UPDATES, "warmup_epochs": 1,
+            "config": recipe, "output_dir": folder, "epochs": EPOCHS, "updates_per_epoch": updates, "warmup_epochs": 1,
             "save_every": EPOCHS, "vis_every": 0,
         }  # fmt: skip
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *launcher, "-m", "main_pretrain", *arguments(settings), *given]
-        logger.info(f"measuring   {EPOCHS * UPDATES} updates in {processes} process(es)")
+        logger.info(f"measuring   {EPOCHS * updates} updates in {processes} process(es)")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -108,6 +108,11 @@ def _adapt_input(weights: Weights, tensors: dict[str, Tensor], channels: int, ho
     if how == "skip":
         del tensors[name], tensors["patch_embed.proj.bias"]
         return set()
+    if how == "repeat" and channels % projection.shape[1]:
+        logger.warning(
+            f"adapt_input=repeat: {channels} channels are no multiple of the {projection.shape[1]} of {weights.origin}, "
+            f"so that some of these count more than others"
+        )
     taken = projection.mean(dim=1, keepdim=True) if how == "mean" else projection
     tensors[name] = taken[:, torch.arange(channels) % taken.shape[1]] * (projection.shape[1] / channels)
     return {name}

@@ -185,6 +185,8 @@ def _settings_of(name: str, model: Any) -> dict[str, Any]:
     is_whole = config["crop_mode"] == "squash" and config["crop_pct"] == 1
     if config["crop_mode"] != "center" and not is_whole:
         logger.warning(f"{TIMM}{name}: its images are cropped by {config['crop_mode']} in timm, and their center here")
+    if "quickgelu" not in name and any("quickgelu" in note for note in model.pretrained_cfg.get("notes") or ()):
+        logger.warning(f"{TIMM}{name} was trained with QuickGELU: the model of timm for it has quickgelu in its name")
     return {
         "model": f"{TIMM}{name}", "nb_classes": 0, "num_cls_tokens": 1, "in_chans": channels,
         "input_size": size[0] if size[0] == size[1] else size, "mean": list(config["mean"]), "std": list(config["std"]),
