@@ -324,7 +324,7 @@ class MaskedAutoencoderViT(Encoder):
         pred = self.forward_decoder(latent, ids_restore, **context)
         loss: Any = self.forward_loss(imgs, pred, patch_mask, **context)
         if self.uniformity and self.training:
-            terms = loss if isinstance(loss, dict) else {"pixels": loss}
+            terms = loss if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
             loss = {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}
         return loss, pred, patch_mask
 

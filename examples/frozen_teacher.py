@@ -7,13 +7,13 @@
 
 The teacher is any Vision Transformer of timm; a checkpoint of this library: teacher=runs/mine/checkpoint-399.pth; or a
 file of `examples/dino.py`. The second command distils it to a smaller model: without masked patches, all are scored.
-The teacher sees the whole image, as the student's input is normalized: give the --mean and --std of the teacher. It has
-the student's patch size and number of channels. It is not trained, is always in evaluation mode, and checkpoints do not
-contain it.
+The teacher sees the whole image, as the student's input is normalized: give the --mean and --std of the teacher, which
+the log names. It has the student's patch size and number of channels. It is not trained, is always in evaluation mode,
+and checkpoints do not contain it.
 """
 
+import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,9 +24,11 @@ from torch.nn import functional as F
 from examples.dino import DINOv2, DINOv3
 from mae import get_model
 from mae.user_code import name_of
-from mae.weights import reading
+from mae.weights import model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
+
+logger = logging.getLogger(__name__)
 
 ENCODERS = {name_of(kind): kind for kind in (DINOv2, DINOv3)}  # a file can't make a program import code
 # Predictions and targets (B, N, P) -> (B, N)
@@ -53,17 +55,30 @@ class FrozenTeacher(MaskedAutoencoderViT):
         self, *, teacher: str, weights: str = "", distance: str = "l2", class_token: bool = False, img_size: Any = 224,
         **arguments: Any,
     ) -> None:  # fmt: skip
-        if Path(teacher).exists():
-            encoder = ENCODERS.get(reading.read(teacher).settings.get("encoder", ""))
-            model: Any = get_model(teacher, encoder=encoder, input_size=img_size)
+        if reading.path_and_model(teacher)[0].exists() or teacher in model_zoo.TABLE:
+            kind = reading.read(teacher).settings.get("encoder")
+            if kind and kind not in ENCODERS:
+                raise ValueError(
+                    f"--model_args teacher={teacher}: it has the class {kind}, which a file can't import: export it "
+                    f"with mae.inference.export --to safetensors"
+                )
+            model: Any = get_model(teacher, encoder=ENCODERS.get(kind), input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
+            mean, std = model.settings["mean"], model.settings["std"]
         else:
             model = timm.create_model(
                 teacher, pretrained=not weights, checkpoint_path=weights, num_classes=0, img_size=img_size,
                 in_chans=arguments.get("in_chans", 3),
             )  # fmt: skip
             self.target_dim = model.num_features
+            config = timm.data.resolve_model_data_config(model)
+            mean, std = list(config["mean"]), list(config["std"])
         super().__init__(img_size=img_size, **arguments)
+        logger.info(f"the teacher was trained with mean {mean} and std {std}: the images should have them")
+        if class_token and getattr(model, "cls_token", None) is None:
+            raise ValueError(f"--model_args teacher={teacher} class_token=true: it has no class token")
+        if distance not in DISTANCES:
+            raise ValueError(f"--model_args distance={distance}: give one of {', '.join(DISTANCES)}")
         if model.patch_embed.grid_size != self.grid_size:
             raise ValueError(
                 f"--model_args teacher={teacher}: it has {model.patch_embed.grid_size} patches and the model "

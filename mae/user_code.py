@@ -48,8 +48,25 @@ def name_of(kind: Any) -> str:
 
 
 def plain_encoder(encoder: type) -> type:
-    """Returns a mix-in, or with adapters its first base class without them."""
-    return next(kind for kind in encoder.__mro__ if not getattr(kind, "adapters", ()))
+    """Returns a mix-in, or with adapters its first base class without them.
+
+    Raises:
+        ValueError: this class lacks a step of the mix-in.
+    """
+    plain = next(kind for kind in encoder.__mro__ if not getattr(kind, "adapters", ()))
+    others = [kind for kind in encoder.__mro__ if not issubclass(plain, kind)]
+    lost = sorted(
+        f"{kind.__name__}.{name}"
+        for kind in others
+        for name in vars(kind)
+        if name != "adapters" and not name.startswith("__") and hasattr(plain, name)
+    )
+    if lost:
+        raise ValueError(
+            f"{plain.__name__}, the base class of {encoder.__name__} without adapters, lacks {', '.join(lost)}: move "
+            f"them to a base class of it"
+        )
+    return plain
 
 
 def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:

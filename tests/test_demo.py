@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mains import call
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from demo import epochs as choose_epochs
 from demo import report
 from mae.compare import summary
 from mae.compare.summary import Result
@@ -45,11 +47,10 @@ def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
 
 
 @pytest.mark.parametrize(("images_per_s", "epochs"), [(9_000, 90), (4_500, 60), (500, 45)])
-def test_a_slower_machine_trains_the_demo_for_fewer_epochs(images_per_s, epochs, tmp_path):
+def test_a_slower_machine_trains_the_demo_for_fewer_epochs(images_per_s, epochs, tmp_path, capsys):
     (tmp_path / "log.txt").write_text("".join(json.dumps({"images_per_s": rate}) + "\n" for rate in (9, images_per_s)))
-    command = [sys.executable, "demo/epochs.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
-    assert int(done.stdout) == epochs
+    call(choose_epochs, tmp_path)
+    assert int(capsys.readouterr().out) == epochs
 
 
 def test_an_interrupted_command_leaves_the_pictures_that_exist(unpacked, tmp_path):

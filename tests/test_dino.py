@@ -38,11 +38,11 @@ TRANSFORMERS = {
 }
 SMALL = {"embed_dim": 128, "depth": 2, "num_heads": 2}
 TIMM = {
-    "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56}),
-    "vit_small_patch14_reg4_dinov2": (DINOv2, {"img_size": 56}),
+    "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
+    "vit_small_patch14_reg4_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
     "vit_giant_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
     "vit_giant_patch14_reg4_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
-    "vit_small_patch16_dinov3": (DINOv3, {"img_size": 64}),
+    "vit_small_patch16_dinov3": (DINOv3, {"img_size": 64, **SMALL}),
     "vit_small_patch16_dinov3_qkvb": (DINOv3, {"img_size": 64, **SMALL}),
     "vit_small_plus_patch16_dinov3": (DINOv3, {"img_size": 64, **SMALL}),
 }
@@ -231,6 +231,37 @@ def test_other_weights_are_refused(tmp_path):
         get_model(tmp_path / "file.pth", encoder=DINOv2)
     torch.save(dict(vit_mini_patch4(img_size=16).state_dict()), tmp_path / "plain.pth")
     assert get_model(tmp_path / "plain.pth").settings.get("encoder") is None
+
+
+def test_other_rotary_positions_are_refused(tmp_path):
+    """Models of timm with layer scale, a position table and rotations have the names of DINOv2."""
+    theirs = timm.create_model("vit_small_patch16_rope_ape_224", num_classes=0, img_size=64, **SMALL)
+    timm.models.save_for_hf(theirs, tmp_path / "folder", model_args=SMALL, safe_serialization=True)
+    with pytest.raises(CheckpointError, match="rope_ape"):
+        get_model(tmp_path / "folder", encoder=DINOv2)
+    learned = {**theirs.state_dict(), "rope.freqs": torch.zeros(2, 2, 4)}
+    torch.save(learned, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected \(rope\.freqs\)"):
+        get_model(tmp_path / "file.pth", encoder=DINOv2)
+
+
+def test_what_a_file_of_tensors_does_not_show_is_named(tmp_path, caplog):
+    _, theirs = of_transformers("v3 heads", tmp_path / "folder")
+    get_model(tmp_path / "folder", encoder=DINOv3)
+    assert "channels a head" not in caplog.text
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    get_model(tmp_path / "file.pth", encoder=DINOv3)
+    assert "64 channels a head" in caplog.text
+
+
+def test_a_training_does_not_take_the_crop_of_an_evaluation(tmp_path, classify):
+    """Fine-tuning of a folder of timm, which records its crop."""
+    theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, **SMALL)
+    timm.models.save_for_hf(theirs, tmp_path / "folder", model_args={"img_size": 56, **SMALL}, safe_serialization=True)
+    own = {"finetune": tmp_path / "folder", "encoder": "examples.dino:DINOv2"}
+    assert get_model(tmp_path / "folder", encoder=DINOv2).settings["crop_pct"] == 1
+    out = classify(main_finetune, **own, input_size=28, epochs=1)
+    assert get_model(out / "checkpoint-0.pth", encoder=DINOv2).settings["crop_pct"] == 224 / 256
 
 
 def test_visible_patches_are_rotated_by_their_own_positions():

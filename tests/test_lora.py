@@ -24,7 +24,8 @@ from examples.dino import DINOv2
 from examples.lora import LoRA, LoRADINOv2
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model
-from models_vit import VisionTransformer
+from mae.user_code import plain_encoder
+from models_vit import Encoder, VisionTransformer
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 OWN = {"encoder": "examples.lora:LoRA", "encoder_args": "rank=4 alpha=8"}
@@ -136,6 +137,45 @@ def test_an_argument_that_differs_from_the_file_is_named(plain, pretrain, classi
     classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "is used, and" in line)
     assert "alpha=16" in line and "alpha=8" in line
+
+
+@pytest.mark.slow
+def test_an_argument_that_the_file_left_at_its_default_is_named(plain, pretrain, classify, capsys):
+    """Its updates are scaled by alpha / rank."""
+    file = pretrain(init_from=plain, **{**OWN, "encoder_args": "rank=4"}, epochs=1) / "checkpoint-0.pth"
+    classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
+    assert "encoder_args=alpha=16 is used, and" in capsys.readouterr().out.replace("'", "")
+
+
+def test_frozen_random_weights_have_a_warning(plain, classify, capsys):
+    """Of a run without a file, and of what a file does not have. A resumed run has its checkpoint."""
+    assert "stay random" not in capsys.readouterr().out
+    out = classify(main_finetune, "random", **OWN, epochs=1)
+    assert "stay random" in capsys.readouterr().out
+    classify(main_finetune, "random", **OWN, epochs=1, resume=out / "checkpoint-0.pth")
+    assert "stay random" not in capsys.readouterr().out
+    classify(main_finetune, "tuned", finetune=plain, **OWN, epochs=1)
+    assert "frozen" not in capsys.readouterr().out
+    classify(main_finetune, "skipped", finetune=plain, **OWN, in_chans=1, adapt_input="skip", epochs=1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "frozen" in line)
+    assert "patch_embed.proj.weight" in line
+
+
+def test_steps_that_an_export_would_lose_are_refused():
+    class Step(Encoder):
+        def class_features(self, tokens):
+            return tokens[:, 1]
+
+    class Own(LoRA):
+        class_features = Step.class_features
+
+    class Several(LoRA, DINOv2, Step):
+        pass
+
+    assert plain_encoder(LoRADINOv2) is DINOv2 and plain_encoder(LoRA) is Encoder
+    for kind, name in ((Own, "Own"), (Several, "Step")):
+        with pytest.raises(ValueError, match=rf"{name}\.class_features"):
+            plain_encoder(kind)
 
 
 def test_exports_merge_the_updates(plain, classify, tmp_path):

@@ -23,24 +23,17 @@ PASSES = 3
 
 def write(folder: Path, encoders: Sequence[Encoder], run: Run) -> str:
     """Writes costs.md to a folder: a table in Markdown of the encoders. A resumed comparison has the same."""
-    rows = []
-    for encoder in encoders:
-        if encoder.name != PIXELS:
-            scores = _kept(encoder, run, folder / "costs" / directory_of(encoder.name))
-            speed = scores["images_per_s"]
-            rows.append([encoder.name, f"{scores['parameters']:,}", f"{speed:,.1f}" if speed else ""])
-    text = markdown(["encoder, without a head", "parameters", "images/s"], rows)
-    atomic.write_text(folder / "costs.md", f"{text}\n")
+    machine, rows = {"device": run.machine.device, "amp": run.machine.amp}, []
+    with locks.locked(folder, "costs.md.lock", waits=True):
+        for encoder in encoders:
+            if encoder.name != PIXELS:
+                out, settings = folder / "costs" / directory_of(encoder.name), encoder.architecture | machine
+                scores = store.kept(out, settings, lambda _, own=encoder.architecture: _measure(own, run))
+                speed = scores["images_per_s"]
+                rows.append([encoder.name, f"{scores['parameters']:,}", f"{speed:,.1f}" if speed else ""])
+        text = markdown(["encoder, without a head", "parameters", "images/s"], rows)
+        atomic.write_text(folder / "costs.md", f"{text}\n")
     return text
-
-
-def _kept(encoder: Encoder, run: Run, folder: Path) -> store.Scores:
-    machine = {"device": run.machine.device, "amp": run.machine.amp}
-    while True:
-        try:
-            return store.kept(folder, encoder.architecture | machine, lambda _: _measure(encoder.architecture, run))
-        except locks.Busy:
-            time.sleep(locks.WAIT_SECONDS)
 
 
 @torch.inference_mode()
@@ -50,7 +43,7 @@ def _measure(architecture: Mapping[str, Any], run: Run) -> store.Scores:
     device = parallel.choose_device(run.machine.device)
     model = mae.build.frozen_encoder(*specs(architecture), kind if architecture.get("encoder") else None)
     model.to(device).eval()
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if model.needed_inputs:  # their shapes are unknown
         return {"parameters": parameters, "images_per_s": None}
     count = BATCH.get(device.type, BATCH["cpu"])

@@ -126,8 +126,10 @@ def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
         flags: arguments that a recipe must not set.
     """
     script = ["main_pretrain.py"] if Path("main_pretrain.py").is_file() else ["-m", "main_pretrain"]
-    folders = (Path("runs", name) for name in (path.stem, *(f"{path.stem}-{number}" for number in itertools.count(2))))
-    settings = {"config": path, "output_dir": next(folder for folder in folders if not folder.exists()), "resume": "auto"}
+    out, numbers = Path("runs", path.stem), itertools.count(2)
+    while out.exists():  # --resume would continue another run
+        out = out.with_name(f"{path.stem}-{next(numbers)}")
+    settings = {"config": path, "output_dir": out, "resume": "auto"}
     words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *script, *arguments(settings), *flags]
     return f"OMP_NUM_THREADS={threads} " * (threads > 0) + shlex.join(words)
 

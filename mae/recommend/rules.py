@@ -20,7 +20,8 @@ MAX_SIDE = 224  # pixels
 PATCH_SCALE = 1.25  # patch side = scale x root of the image side: 7 of 28 pixels, 12 of 96, 16 of 224
 PATCH_TOLERANCE = 1.5  # ratio to this side, up to which a divisor of the image side is better
 MIN_GRID = 4  # patches along the shorter side
-LR, WIDTH, BATCH = 2e-3, 128, 128  # measured on small images; for ViT-B with 4096, the rule has 1.9e-3, the paper 2.4e-3
+# Measured on small images. For ViT-B with 4,096 images, the rule for others has 1.9e-3, and the paper 2.4e-3.
+LR, WIDTH, BATCH = 2e-3, 128, 128
 UPDATES_PER_EPOCH = 64  # at least, so that large batches have enough updates
 MAX_BATCH = 4096  # images per update, as published
 MAX_PROCESS_BATCH = 256  # images in the memory of a GPU at a time

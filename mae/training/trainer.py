@@ -141,6 +141,8 @@ def run(
         if parallel.is_main():
             environment.record(output_dir, precision.device, record)
         _resume(run, model, optimizer, precision, record, progress, task.callbacks)
+        if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
+            _warn_of_frozen(model)
         parallel.barrier()  # every process has accepted the start of the run
         run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
@@ -186,6 +188,13 @@ def _resume(
     resume.restore_run(
         machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
     )
+
+
+def _warn_of_frozen(model: nn.Module) -> None:
+    """Logs a warning if the model starts without a file, and has frozen weights besides fixed position tables."""
+    frozen = [name for name, weight in model.named_parameters() if not (weight.requires_grad or "pos_embed" in name)]
+    if frozen:
+        logger.warning(f"no `finetune` or `init_from`: {len(frozen)} frozen weights stay random, such as {frozen[0]}")
 
 
 def _flops(task: Task, trained: nn.Module, precision: Precision, images: ImageSpec) -> int | None:

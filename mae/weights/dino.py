@@ -36,7 +36,7 @@ NAMES = {  # patterns of their names -> ours; those of the gated MLP are those o
     r"\.mlp\.(weights_out|down_proj|w3)\.": ".mlp.fc2.",
 }
 # The features do not depend on these. The norm of local crops is only in files of the largest models.
-UNUSED = re.compile(r"mask_token|rope.*|.*\.bias_mask|local_cls_norm\..*")
+UNUSED = re.compile(r"mask_token|rope(_embed|_embeddings)?\.(periods|inv_freq)|.*\.bias_mask|local_cls_norm\..*")
 HEAD_WIDTH = 64  # channels of a head; state dicts do not show it
 
 

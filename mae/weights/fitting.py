@@ -19,6 +19,7 @@ from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.position_tables import Size, interpolate_pos_embed, sincos_table, to_pair
 from mae.weights import shapes
+from mae.weights.candidates import some
 from mae.weights.reading import Weights
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,9 @@ def fit(
     if parallel.is_sharded(model):
         loaded = {name: parallel.placed_as(tensor, ours[name]) for name, tensor in loaded.items()}
     model.load_state_dict(loaded, strict=False)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad} & ours.keys()
+    if frozen := frozen - loaded.keys() - TABLES:
+        logger.warning(f"{weights.origin} has no {some(frozen)}: they are frozen, with their initial values")
     return Fit(ours.keys() - loaded.keys(), tensors.keys() - loaded.keys(), resized)
 
 
@@ -110,8 +114,8 @@ def _adapt_input(weights: Weights, tensors: dict[str, Tensor], channels: int, ho
         return set()
     if how == "repeat" and channels % projection.shape[1]:
         logger.warning(
-            f"adapt_input=repeat: {channels} channels are no multiple of the {projection.shape[1]} of {weights.origin}, "
-            f"so that some of these count more than others"
+            f"adapt_input=repeat: {channels} channels are no multiple of the {projection.shape[1]} of "
+            f"{weights.origin}, so that some of these count more than others"
         )
     taken = projection.mean(dim=1, keepdim=True) if how == "mean" else projection
     tensors[name] = taken[:, torch.arange(channels) % taken.shape[1]] * (projection.shape[1] / channels)

@@ -122,6 +122,8 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this library does not support the model.
     """
+    if "rope" in config.get("architecture", ""):
+        raise ValueError(f"architecture is {config['architecture']}, and only the rotary positions of DINOv3 are read")
     _check_timm_arguments(config.get("model_args", {}))
     pretrained = config["pretrained_cfg"]
     channels, *size = pretrained["input_size"]

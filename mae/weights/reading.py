@@ -55,6 +55,7 @@ class Weights(NamedTuple):
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     origin: str  # path or published name, for messages
     needs_statistics: bool = False  # whether mean and std have to be given: another library's configuration has them
+    is_foreign: bool = False  # of another library, whose crops are about evaluation
 
     @property
     def num_cls_tokens(self) -> int:
@@ -135,7 +136,10 @@ def read(name: Path | str) -> Weights:
     needs_statistics = not is_known and OF_MMPRETRAIN in found and settings.get("mean") is None
     if not is_known:
         _warn_of_assumptions(path, settings, needs_statistics)
-    return Weights(tensors, settings, _kind(sizes, settings), str(name), needs_statistics)
+    if is_dino and "num_heads" not in content.settings:
+        warn_once(f"{path} records no heads. Assumed are: {settings['encoder']}, {dino.HEAD_WIDTH} channels a head")
+    is_foreign = is_dino or "model" not in settings
+    return Weights(tensors, settings, _kind(sizes, settings), str(name), needs_statistics, is_foreign)
 
 
 def _read_timm(name: str, file: Path | None) -> Weights:

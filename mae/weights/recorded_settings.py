@@ -65,7 +65,7 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
         # The images that were held out from the training of the file, or a warning that it held out none.
         also = settings.names_with(SPLIT) if file.settings["val_fraction"] else ["val_fraction"]
     left_out = {"nb_classes", "mean", "std"}
-    if purpose == TRAIN and "model" not in file.settings:
+    if purpose == TRAIN and file.is_foreign:
         left_out |= {"crop", "crop_pct"}
     taken = TAKEN[purpose] & run.names - left_out
     of_file = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}
@@ -92,11 +92,13 @@ def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any
 
 
 def _changes(run: Run, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in sorted(run.explicit & recorded.keys()):
-        current, value = run[name], recorded[name]
-        if name == ARGUMENTS:  # those that both have
-            texts = [{text.partition("=")[0]: text for text in of or []} for of in (current, value)]
-            current, value = ([named[key] for key in sorted(texts[0].keys() & texts[1].keys())] for named in texts)
+    for name in sorted(run.explicit & {*recorded, ARGUMENTS}):
+        current, value = run[name], recorded.get(name)
+        if name == ARGUMENTS:  # those that are given; of another encoder, those that both have
+            given, known = ({text.partition("=")[0]: text for text in of or []} for of in (current, value))
+            is_same = recorded.get("encoder") == run["encoder"]
+            keys = sorted(key for key in given if key in known or is_same)
+            current, value = [given[key] for key in keys], [known[key] for key in keys if key in known]
         if settings.differs(name, current, value) and not (name == "encoder" and _adapts(current, value)):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
             yield in_words({name: current}), before
