@@ -5,20 +5,13 @@
     python benchmarks/leaderboard.py baseline muon --seeds 0 1 2       # alternating, as a comparison needs
     python benchmarks/leaderboard.py muon --images letters --test      # other images; evaluated on test images, too
 
-An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs. If the
-speed of the run differs by more than a tenth, it is repeated, once, with the number of epochs that fit at this speed. A
-run of more than half an hour is not repeated: its row has the minutes.
-The score is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels.
-The accuracy of a linear probe, and what --probe_every measures without labels, stand beside it. The entry "raw pixels"
-has no encoder.
-Each entry appends a row to leaderboard.jsonl, and writes the table. The command says whether the score agrees with the
-earlier rows of the same entry and machine: whether it is in the 95 % prediction interval of their scores. records.py
-compares two entries.
+An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs.
+scoring.py evaluates it. The entry "raw pixels" has no encoder. Each entry appends a row to leaderboard.jsonl, and
+writes the table and the board of the recipes. The command says whether the score agrees with the earlier rows of the
+same entry and machine. records.py compares two entries.
 """
 
 import argparse
-import csv
-import io
 import itertools
 import json
 import math
@@ -33,24 +26,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scipy import stats
 
-import main_knn
 import main_pretrain
-from benchmarks import machine, raw_pixels, scripts
+from benchmarks import machine, scoring, scripts
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
 from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
 from mae.files import atomic
-from mae.recommend import board
-from mae.settings import DataSpec, ImageSpec
 from mae.settings.arguments import arguments
 from mae.settings.types import positive
 from mae.training import log
 from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
-BOARD = scripts.ROOT / "mae/recommend/board.csv"
+BOARD = scripts.ROOT / "mae/recommend/board.json"
 SAME = ("entry", "budget", "images", "kind", "evaluated on", "machine")  # of rows that are repetitions
 PROCESSES = 2  # of one thread each
 BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
@@ -102,24 +92,11 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }
-SCORED = ("500 labels", "k-NN")
 UNLABELLED = ("test_loss", "test_effective_rank", "test_uniformity")  # of the last epoch, on the test images
 MEANS = {
     "500 labels": ".2f", "k-NN": ".2f", "linear": ".2f", "minutes": ".2f", "epochs": ".0f", "updates": ",.0f",
     "TMACs": ".1f", "images/s": ",.0f",
 }  # fmt: skip
-FINETUNE = {
-    "model": "vit_mini_patch4", "aa": "none", "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random",
-    "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30,
-    "save_every": 1000, "lr": 1e-3,
-}  # fmt: skip
-LINPROBE = {
-    "model": "vit_mini_patch4", "cache_features": True, "num_workers": 0, "batch_size": 256, "blr": [3, 10, 30],
-    "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
-}  # fmt: skip
-LABELS = 500
-DRAWS = 3  # of labels
-NEIGHBORS = 20
 TOLERANCE = 0.1  # of the minutes; a run that exceeds it is repeated once
 REPEATED = 30  # minutes; longer runs are not repeated
 FASHION_MNIST = "fashion_mnist"
@@ -164,49 +141,6 @@ def command(flags: dict[str, Any]) -> list[str]:
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
 
 
-def accuracies_of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
-    """Returns the accuracies of raw pixels in percent, as `accuracies` does."""
-    lists: Any = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
-    data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
-    images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
-    fitted, near = raw_pixels.accuracies(data, images, LABELS, range(10 * seed, 10 * seed + DRAWS), NEIGHBORS)
-    return {"500 labels": round(fitted, 2), "k-NN": round(near, 2)}
-
-
-def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
-    """Writes lists of four fifths and of a fifth of the training images; returns the flags that read them."""
-    images = sorted((scripts.ROOT / data_path / "train").glob("*/*"))
-    flags = {"train_list": out / "train.csv", "val_list": out / "held_out.csv"}
-    for flag, path in flags.items():
-        chosen = [image for number, image in enumerate(images) if (number % 5 == 0) == (flag == "val_list")]
-        path.write_text("path,label\n" + "".join(f"{image},{image.parent.name}\n" for image in chosen))
-    return flags
-
-
-def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
-    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
-    shared = ("data_path", "train_list", "val_list", "encoder")
-    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
-    classes = sum(1 for _ in (scripts.ROOT / flags["data_path"] / "train").iterdir())
-    tuned = []
-    for draw in range(DRAWS):
-        run_directory = out / f"draw{draw}"
-        drawn = {"train_per_class": LABELS // classes, "seed": 10 * seed + draw, "output_dir": run_directory}
-        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **drawn}), threads=2)
-        tuned.append(log.read(run_directory)[-1]["test_acc1"])
-    scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
-    linear = log.read(out / "linear")[-1]["test_acc1"]
-    found = {"500 labels": statistics.fmean(tuned), "k-NN": neighbors(own), "linear": linear}
-    return {name: round(accuracy, 2) for name, accuracy in found.items()}
-
-
-def neighbors(flags: dict[str, Any]) -> float:
-    """Returns the accuracy of k-NN in percent."""
-    own = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
-    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
-    return accuracy
-
-
 def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
     kind, own = KINDS[args.images]
@@ -220,11 +154,11 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
             out, lines = pretrain_for(args.minutes, flags, Path(folder))
             file = out / flags.get("weights", f"checkpoint-{len(lines) - 1}.pth")
             measured = measures(flags, lines, images)
-        sets = {"held-out": hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
-        scores = {
-            evaluated: accuracies(file, {**flags, **lists}, seed, Path(folder) / evaluated)
+        sets = {"held-out": scoring.hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
+        accuracies = {
+            evaluated: scoring.of_encoder(file, {**flags, **lists}, seed, Path(folder) / evaluated)
             if file
-            else accuracies_of_pixels({**flags, **lists}, seed)
+            else scoring.of_pixels({**flags, **lists}, seed)
             for evaluated, lists in sets.items()
         }
     entry = {"entry": name, "seed": seed, "budget": args.minutes, "images": images, "kind": kind}
@@ -232,10 +166,10 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
     return [
         {
             **entry, "evaluated on": evaluated, **found,
-            "score": round(statistics.fmean(found[name] for name in SCORED), 2), **measured, **shared,
+            "score": round(statistics.fmean(found[name] for name in scoring.SCORED), 2), **measured, **shared,
             **({"command": " ".join(command(method))} if measured else {}),
         }
-        for evaluated, found in scores.items()
+        for evaluated, found in accuracies.items()
     ]  # fmt: skip
 
 
@@ -257,7 +191,7 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
-def board_csv(rows: list[dict[str, Any]]) -> str:
+def board_of(rows: list[dict[str, Any]]) -> str:
     """Returns the best mean score of each kind and time, for `mae.recommend.board`: on test images, if there is one."""
     scores: dict[tuple[str, int, float], dict[str, dict[tuple[str, str], list[float]]]] = {}
     for row in rows:
@@ -265,16 +199,14 @@ def board_csv(rows: list[dict[str, Any]]) -> str:
         entries = kinds.setdefault(row["evaluated on"], {})
         entries.setdefault((row["machine"], row["entry"]), []).append(row["score"])
     sides = {kind: flags["input_size"] for kind, flags in KINDS.values()}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(board.COLUMNS)
+    found = []
     for (kind, images, minutes), sets in scores.items():
         means = {key: statistics.fmean(found) for key, found in sets.get("test", sets["held-out"]).items()}
         pixels = [means.pop(key) for key in list(means) if key[1] == PIXELS]
         if pixels and means:
-            (_, entry), score = max(means.items(), key=lambda pair: pair[1])
-            writer.writerow([images, kind, sides[kind], minutes, entry, f"{score:.2f}", f"{pixels[0]:.2f}"])
-    return text.getvalue()
+            best = {"score": round(max(means.values()), 2), "pixels": round(pixels[0], 2)}
+            found.append({"images": images, "kind": kind, "side": sides[kind], "minutes": minutes, **best})
+    return f"{json.dumps(found, indent=2)}\n"
 
 
 def table() -> str:
@@ -339,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         write_table("python benchmarks/leaderboard.py", table())
-        atomic.write_text(BOARD, board_csv(read()))
+        atomic.write_text(BOARD, board_of(read()))
         print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)
 
 

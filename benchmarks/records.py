@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scipy import stats
 
-from benchmarks import leaderboard
+from benchmarks import leaderboard, scoring
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
 
 RECORDS = ("baseline", "demo with normalized pixels")  # each above the one before it
 FEWEST = 3  # rows of an entry in a test
 LEVEL = 0.01  # of the test
-MEASURES = ("score", *leaderboard.SCORED, "linear")
+MEASURES = ("score", *scoring.SCORED, "linear")
 TRACK = {"budget": 5.0, "kind": leaderboard.KINDS[leaderboard.FASHION_MNIST][0], "evaluated on": "held-out"}
 
 Row = dict[str, Any]

@@ -4,13 +4,9 @@
     python benchmarks/start_from.py                     # Fashion-MNIST, under 20 minutes on two cores
     python benchmarks/start_from.py --images letters    # benchmarks/letters.py says what to install
 
-An encoder of the leaderboard is pre-trained for four minutes. It is adapted with 500 labels (496 of letters): in full,
-by low-rank updates, and by a linear head on its features. A student learns its features for three minutes, and the same
-student is pre-trained without it for three minutes. The score is that of the leaderboard, on the test images.
-
-The seconds of an adaptation are those of a run in this process, from its settings to its test accuracy. The learning
-rate of the updates was chosen on held-out training images. The results are written to benchmarks/results, and the table
-to the page.
+docs/start_from.md says what is measured. The seconds of an adaptation are those of a run in this process, from its
+settings to its test accuracy. The learning rate of the updates was chosen on held-out training images. The results are
+written to benchmarks/results, and the table to the page.
 """
 
 import argparse
@@ -28,7 +24,7 @@ import torch
 
 import main_finetune
 import main_linprobe
-from benchmarks import leaderboard, machine, scripts
+from benchmarks import leaderboard, machine, scoring, scripts
 from benchmarks.image_sets import images_of
 from mae.cli import entry_point
 from mae.cli.script import Script
@@ -43,13 +39,13 @@ PAGE = scripts.ROOT / "docs/start_from.md"
 NAME = "start_from"  # of the files of the results
 RECIPE = leaderboard.ENTRIES[leaderboard.RECIPE]
 STUDENT = {"encoder": "benchmarks.start_from:HalfWidth"}
-FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, leaderboard.FINETUNE)
-LORA = {**leaderboard.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}
+FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, scoring.FINETUNE)
+LORA = {**scoring.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}
 WAYS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "fine-tuned in full": FULL,
     "LoRA of rank 16": (main_finetune, {**LORA, "encoder_args": ["rank=16"]}),
     "LoRA of rank 4": (main_finetune, {**LORA, "encoder_args": ["rank=4"]}),
-    "frozen, with a linear head": (main_linprobe, {**leaderboard.LINPROBE, "batch_size": 32}),
+    "frozen, with a linear head": (main_linprobe, {**scoring.LINPROBE, "batch_size": 32}),
 }
 
 
@@ -68,15 +64,14 @@ def adapt(way: tuple[ModuleType, dict[str, Any]], own: dict[str, Any], out: Path
         own: flags of the encoder and the images.
     """
     module, flags = way
-    classes = sum(1 for _ in (own["data_path"] / "train").iterdir())
 
     def read(folder: Path, _: object) -> dict[str, Any]:
         last = log.read(folder)[-1]
         return {"accuracy": round(last["test_acc1"], 2), "weights": last["n_parameters"]}
 
-    drawn = {"train_per_class": leaderboard.LABELS // classes}
+    drawn = {"train_per_class": scoring.labels_per_class(own["data_path"])}
     found = []
-    for draw in range(leaderboard.DRAWS):
+    for draw in range(scoring.DRAWS):
         given = {**flags, **own, **drawn, "seed": draw, "output_dir": out / str(draw)}
         found.append(store.run(out / str(draw), Script(module), given, read))
     return {
@@ -98,7 +93,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         file = out / f"checkpoint-{len(lines) - 1}.pth"
         encoder = data | {name: flags[name] for name in STUDENT if name in flags} | {"finetune": file}
         encoders[name] = {
-            **adapt(FULL, encoder, folder / name / "tuned"), "k-NN": round(leaderboard.neighbors(encoder), 2),
+            **adapt(FULL, encoder, folder / name / "tuned"), "k-NN": round(scoring.neighbors(encoder), 2),
             "minutes": round(leaderboard.minutes_of(lines), 2), "epochs": len(lines),
         }  # fmt: skip
         return file

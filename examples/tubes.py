@@ -28,21 +28,6 @@ from mae.position_tables import Size, get_1d_sincos_pos_embed_from_grid
 from models_vit import PatchEmbed
 
 
-def factorized(dim: int, grid: tuple[int, int, int], num_prefix_tokens: int) -> Tensor:
-    """Returns the positions (1, T + N, dim) of a grid of (time steps, rows, columns) after rows of zeros.
-
-    Raises:
-        ValueError: `dim` is not a multiple of 16.
-    """
-    if dim % 16:
-        raise ValueError(f"the positions in time and space need a multiple of 16 channels, got {dim}")
-    places = np.meshgrid(*map(np.arange, grid), indexing="ij")
-    widths = (4 * dim // 16, 6 * dim // 16, 6 * dim // 16)
-    parts = [get_1d_sincos_pos_embed_from_grid(*pair) for pair in zip(widths, places, strict=True)]
-    table = torch.from_numpy(np.concatenate(parts[::-1], axis=1)).float()
-    return torch.nn.functional.pad(table, (0, 0, num_prefix_tokens, 0)).unsqueeze(0)
-
-
 class Tubes(Groups):
     """Tokens of several frames.
 
@@ -68,8 +53,18 @@ class Tubes(Groups):
         return GroupEmbed(self.groups, img_size, patch_size, in_chans, embed_dim)
 
     def table(self, dim: int, grid: tuple[int, int]) -> Tensor:
-        """Returns the positions (1, T + N, dim). The grids of the time steps are below each other."""
-        return factorized(dim, (self.groups, grid[0] // self.groups, grid[1]), self.num_prefix_tokens)
+        """Returns the positions (1, T + N, dim). The grids of the time steps are below each other.
+
+        Raises:
+            ValueError: `dim` is not a multiple of 16.
+        """
+        if dim % 16:
+            raise ValueError(f"the positions in time and space need a multiple of 16 channels, got {dim}")
+        places = np.meshgrid(*map(np.arange, (self.groups, grid[0] // self.groups, grid[1])), indexing="ij")
+        widths = (4 * dim // 16, 6 * dim // 16, 6 * dim // 16)
+        parts = [get_1d_sincos_pos_embed_from_grid(*pair) for pair in zip(widths, places, strict=True)]
+        table = torch.from_numpy(np.concatenate(parts[::-1], axis=1)).float()
+        return torch.nn.functional.pad(table, (0, 0, self.num_prefix_tokens, 0)).unsqueeze(0)
 
     def resize_table(self, table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
         return table if old_grid == new_grid else self.table(table.shape[2], new_grid).to(table)

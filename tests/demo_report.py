@@ -5,7 +5,6 @@ These tests need Chromium. They save screenshots in runs/report_screenshots.
 
 import shutil
 
-import pytest
 from conftest import ROOT
 from mains import call
 from playwright.sync_api import sync_playwright
@@ -15,8 +14,7 @@ from mae.inference import report
 SCREENSHOTS = ROOT / "runs" / "report_screenshots"
 
 
-@pytest.mark.parametrize(("width", "beside"), [(400, False), (1400, True)])
-def test_the_page_fits_narrow_and_wide_windows(pretrain, labelled, width, beside):
+def test_the_page_fits_narrow_and_wide_windows(pretrain, labelled):
     """Nothing is wider than the window, every picture is decoded, and nothing is requested from elsewhere."""
     out = pretrain(data_path=labelled, epochs=3, probe_every=1)
     address = call(report, out, device="cpu", num_workers=0).as_uri()
@@ -24,14 +22,16 @@ def test_the_page_fits_narrow_and_wide_windows(pretrain, labelled, width, beside
     assert chromium, "there is no chromium here: apt-get install chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page()
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(address)
-        page.screenshot(path=SCREENSHOTS / f"{width}.png", full_page=True)
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        widths = page.evaluate("Array.from(document.images, image => image.naturalWidth * image.width)")
-        assert len(widths) == 8 and all(widths)
-        lefts = page.evaluate("Array.from(document.querySelectorAll('.pair > div'), part => part.offsetLeft)")
-        assert (lefts[0] < lefts[1] and lefts[2] < lefts[3]) == beside
+        for width, beside in ((400, False), (1400, True)):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(address)
+            page.screenshot(path=SCREENSHOTS / f"{width}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            widths = page.evaluate("Array.from(document.images, image => image.naturalWidth * image.width)")
+            assert len(widths) == 8 and all(widths)
+            lefts = page.evaluate("Array.from(document.querySelectorAll('.pair > div'), part => part.offsetLeft)")
+            assert (lefts[0] < lefts[1] and lefts[2] < lefts[3]) == beside
         browser.close()
     assert [url for url in requests if url != address and not url.startswith("data:")] == []

@@ -28,6 +28,7 @@ from benchmarks import (
     model_table,
     peers,
     records,
+    scoring,
     start_from,
     train_step,
 )
@@ -130,7 +131,7 @@ def test_entries_are_evaluated_on_a_fifth_of_each_class(tmp_path):
             path = tmp_path / "train" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    flags = leaderboard.hold_out(tmp_path, tmp_path)
+    flags = scoring.hold_out(tmp_path, tmp_path)
     (train, of_train), (held_out, of_held_out) = (
         zip(*([row["path"], row["label"]] for row in csv.DictReader(path.open())), strict=True)
         for path in flags.values()
@@ -211,9 +212,9 @@ def test_an_encoder_is_adapted_and_distilled(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(leaderboard, "pretrain", pretrain)  # in one process
-    monkeypatch.setattr(leaderboard, "LABELS", 80)
+    monkeypatch.setattr(scoring, "LABELS", 80)
     monkeypatch.setattr(leaderboard, "TOLERANCE", math.inf)
-    monkeypatch.setattr(leaderboard, "DRAWS", 2)
+    monkeypatch.setattr(scoring, "DRAWS", 2)
     for _, flags in start_from.WAYS.values():
         for name, value in {"epochs": 1, "warmup_epochs": 0}.items():
             monkeypatch.setitem(flags, name, value)
@@ -258,4 +259,4 @@ def test_missing_fonts_are_an_error():
 
 
 def test_the_board_of_the_recipes_is_that_of_the_rows():
-    assert leaderboard.BOARD.read_text() == leaderboard.board_csv(leaderboard.read())
+    assert leaderboard.BOARD.read_text() == leaderboard.board_of(leaderboard.read())

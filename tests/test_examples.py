@@ -45,6 +45,7 @@ from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
 from mae.checkpoints import checkpoint
 from mae.inference import features, get_model
+from mae.masking import sampler as masking_sampler
 from mae.user_code import import_object
 from mae.weights import loading, reading
 from models_mae import MaskedAutoencoderViT
@@ -196,7 +197,9 @@ def test_the_model_of_a_file_is_a_teacher(pretrain, tmp_path):
     state["model_ema"] = {name: value + 1 for name, value in state["model"].items()}
     torch.save(state, tmp_path / "two.pth")
     imgs = torch.randn(2, 3, 16, 16)
-    targets = [FrozenTeacher(**SMALL, teacher=f"{tmp_path / 'two.pth'}{suffix}").target(imgs) for suffix in ("", "#model_ema")]
+    targets = [
+        FrozenTeacher(**SMALL, teacher=f"{tmp_path / 'two.pth'}{suffix}").target(imgs) for suffix in ("", "#model_ema")
+    ]
     assert not torch.equal(*targets)
 
 
@@ -412,7 +415,7 @@ def test_tubes_are_masked_in_all_time_steps():
     with pytest.raises(RuntimeError, match="splits tubes"):
         model(clips, mask=split)
     for masking, mask_block in (("block", 1), ("random", 2)):
-        noise = sampler(masking, model.grid_size, 0.75, mask_block)[0]()
+        noise = masking_sampler(masking, model.grid_size, 0.75, mask_block)[0]()
         with pytest.raises(RuntimeError, match="splits tubes"):
             model(clips, 0.75, noise=noise.expand(9, -1))
 

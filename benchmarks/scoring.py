@@ -1,0 +1,92 @@
+"""Accuracies of the leaderboard: of an encoder and of raw pixels, with few labels and with all.
+
+The score is the mean of those in SCORED.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any, cast
+
+import main_knn
+from benchmarks import scripts
+from mae.cli import entry_point
+from mae.compare import baselines
+from mae.data.labels import some_of_each_class
+from mae.data.open import open_source
+from mae.data.source import Source
+from mae.evaluate import knn
+from mae.settings import DataSpec, ImageSpec
+from mae.settings.arguments import arguments
+from mae.training import log
+
+SCORED = ("500 labels", "k-NN")
+FINETUNE = {
+    "model": "vit_mini_patch4", "aa": "none", "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random",
+    "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30,
+    "save_every": 1000, "lr": 1e-3,
+}  # fmt: skip
+LINPROBE = {
+    "model": "vit_mini_patch4", "cache_features": True, "num_workers": 0, "batch_size": 256, "blr": [3, 10, 30],
+    "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
+}  # fmt: skip
+LABELS = 500
+DRAWS = 3  # of labels
+NEIGHBORS = 20
+
+
+def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
+    """Writes lists of four fifths and of a fifth of the training images; returns the flags that read them."""
+    images = sorted((scripts.ROOT / data_path / "train").glob("*/*"))
+    flags = {"train_list": out / "train.csv", "val_list": out / "held_out.csv"}
+    for flag, path in flags.items():
+        chosen = [image for number, image in enumerate(images) if (number % 5 == 0) == (flag == "val_list")]
+        path.write_text("path,label\n" + "".join(f"{image},{image.parent.name}\n" for image in chosen))
+    return flags
+
+
+def labels_per_class(data_path: Path) -> int:
+    """Returns the number of labels of each class that are LABELS together, or a few less."""
+    return LABELS // sum(1 for _ in (scripts.ROOT / data_path / "train").iterdir())
+
+
+def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
+    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
+    shared = ("data_path", "train_list", "val_list", "encoder")
+    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
+    few, tuned = {"train_per_class": labels_per_class(flags["data_path"])}, []
+    for draw in range(DRAWS):
+        run_directory = out / f"draw{draw}"
+        drawn = {"seed": 10 * seed + draw, "output_dir": run_directory}
+        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **few, **drawn}), threads=2)
+        tuned.append(log.read(run_directory)[-1]["test_acc1"])
+    scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
+    linear = log.read(out / "linear")[-1]["test_acc1"]
+    found = {"500 labels": statistics.fmean(tuned), "k-NN": neighbors(own), "linear": linear}
+    return {name: round(accuracy, 2) for name, accuracy in found.items()}
+
+
+def neighbors(flags: dict[str, Any]) -> float:
+    """Returns the accuracy of k-NN in percent."""
+    own = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
+    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
+    return accuracy
+
+
+def of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
+    """Returns the accuracies of raw pixels in percent: fitted with few labels, and of neighbors with all labels.
+
+    The better of logistic regression and an RBF-SVM counts, by its mean over the draws of labels.
+    """
+    lists: Any = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
+    data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
+    images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
+    train, val = (cast(Source, open_source(data, split)) for split in ("train", "val"))
+    bank, queries = (baselines.read(source, images, 0) for source in (train, val))
+    fitted: dict[str, list[float]] = {name: [] for name in baselines.STRENGTHS}
+    for draw in range(10 * seed, 10 * seed + DRAWS):
+        few = some_of_each_class(train, labels_per_class(flags["data_path"]), draw)
+        pixels = baselines.read(few, images, 0)
+        for name, found in fitted.items():
+            found.append(baselines.evaluate(name, pixels, few.labels, queries, val.labels, draw)[0])
+    near = 100 * knn.accuracy(bank, train.labels, queries, val.labels, NEIGHBORS)
+    return {"500 labels": round(max(map(statistics.fmean, fitted.values())), 2), "k-NN": round(near, 2)}
