@@ -64,7 +64,7 @@ class FrozenTeacher(MaskedAutoencoderViT):
                 )
             model: Any = get_model(teacher, encoder=ENCODERS.get(kind), input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
-            mean, std = model.settings["mean"], model.settings["std"]
+            mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
         else:
             model = timm.create_model(
                 teacher, pretrained=not weights, checkpoint_path=weights, num_classes=0, img_size=img_size,
@@ -72,8 +72,9 @@ class FrozenTeacher(MaskedAutoencoderViT):
             )  # fmt: skip
             self.target_dim = model.num_features
             config = timm.data.resolve_model_data_config(model)
-            mean, std = list(config["mean"]), list(config["std"])
+            mean, std = config["mean"], config["std"]
         super().__init__(img_size=img_size, **arguments)
+        mean, std = ([float(f"{value:.4g}") for value in values] for values in (mean, std))
         logger.info(f"the teacher was trained with mean {mean} and std {std}: the images should have them")
         if class_token and getattr(model, "cls_token", None) is None:
             raise ValueError(f"--model_args teacher={teacher} class_token=true: it has no class token")

@@ -58,8 +58,8 @@ def plain_encoder(encoder: type) -> type:
     lost = sorted(
         f"{kind.__name__}.{name}"
         for kind in others
-        for name in vars(kind)
-        if name != "adapters" and not name.startswith("__") and hasattr(plain, name)
+        for name, value in vars(kind).items()
+        if (callable(value) or isinstance(value, property)) and not name.startswith("__") and hasattr(plain, name)
     )
     if lost:
         raise ValueError(

@@ -193,9 +193,9 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, caplog):
 
 def test_the_model_of_a_file_is_a_teacher(pretrain, tmp_path):
     file = pretrain("teacher", epochs=1) / "checkpoint-0.pth"
-    state = torch.load(file, weights_only=False)
-    state["model_ema"] = {name: value + 1 for name, value in state["model"].items()}
-    torch.save(state, tmp_path / "two.pth")
+    own = checkpoint.read(file)
+    average = {name: value + 1 for name, value in own["model"].items()}
+    torch.save({"model": own["model"], "model_ema": average, "args": own["args"]}, tmp_path / "two.pth")
     imgs = torch.randn(2, 3, 16, 16)
     targets = [
         FrozenTeacher(**SMALL, teacher=f"{tmp_path / 'two.pth'}{suffix}").target(imgs) for suffix in ("", "#model_ema")
@@ -430,6 +430,10 @@ def test_weights_of_single_frames_are_inflated(pretrain, tmp_path):
     tokens = clip.patch_embed(frame.repeat(1, 8, 1, 1)).unflatten(1, (4, 16))
     for step in range(4):
         torch.testing.assert_close(tokens[:, step], single.patch_embed(frame))
+    gray = get_model("vit_mini_patch4", input_size=16, encoder=Tubes, in_chans=8, nb_classes=0)
+    loading.load_encoder(gray, reading.read(file), adapt_input="mean")
+    still = gray.patch_embed(frame[:, :1].repeat(1, 8, 1, 1)).unflatten(1, (4, 16))
+    torch.testing.assert_close(still[:, 2], single.patch_embed(frame[:, :1].expand(-1, 3, -1, -1)))
     assert torch.equal(clip.pos_embed, clip.table(128, (16, 4)))
     assert torch.equal(clip.blocks[3].mlp.fc2.weight, single.blocks[3].mlp.fc2.weight)
 

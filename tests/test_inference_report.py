@@ -12,6 +12,7 @@ import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -22,6 +23,7 @@ from PIL import Image
 import main_finetune
 import main_knn
 from mae.cli import entry_point
+from mae.evaluate import pictures
 from mae.inference import get_model, report
 
 
@@ -179,6 +181,27 @@ def test_a_run_whose_class_has_another_decoder(own, pretrain):
     encoder = get_model(out / "checkpoint-0.pth").state_dict()
     assert all(torch.equal(value, encoder[name]) for name, value in weights(out, "checkpoint-0.pth").items()
                if name.startswith("blocks."))  # fmt: skip
+
+
+def test_reconstructions_know_the_invalid_pixels(pretrain, tmp_path, monkeypatch):
+    """As in training: patches without valid pixels are never visible."""
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(1, 256, (16, 16)).astype(np.uint8)
+        pixels[:8] = 0
+        (tmp_path / "images/train/0").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"images/train/0/{number}.png")
+    shape = {"in_chans": 1, "input_size": 16, "crop": "none", "hflip": 0}
+    out = pretrain(data_path=tmp_path / "images", nodata="0", **shape, epochs=1, batch_size=4)
+    drawn, reconstruction = [], pictures.reconstruction
+
+    def draw(*arguments, context, **options):
+        drawn.append(context["valid"])
+        return reconstruction(*arguments, context=context, **options)
+
+    monkeypatch.setattr(pictures, "reconstruction", draw)
+    call(report, out, device="cpu", num_workers=0)
+    (valid,) = drawn
+    assert not valid[:, :8].any() and valid[:, 8:].all()
 
 
 def test_other_directories_are_refused(classify, tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mae.cli import entry_point, flags, options
 from mae.data.batches import up_to_cores
 from mae.data.image_facts import ImageFacts, all_facts, channels_of, statistics_of
-from mae.data.labels import has_ids
+from mae.data.labels import has_class_numbers, has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
@@ -50,7 +50,7 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
     bad = [fact.unreadable for fact in facts if fact.unreadable]
     lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
     counts = Counter(fact.label for fact in good if fact.label >= 0)
-    if counts and _have_classes(source):
+    if counts and has_class_numbers(source):
         every = counts if has_ids(source) else range(max(len(source.classes), max(counts) + 1))
         of_each = [counts[label] for label in every]
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
@@ -77,16 +77,6 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
         ]
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
-
-
-def _have_classes(source: Source | Stream) -> bool:
-    """Whether labels are class numbers. Labels of the user's code may be other numbers, for main_finetune.py --task."""
-    if not is_stream(source) and getattr(source, "runs_code", False):
-        try:
-            source.labels  # noqa: B018
-        except ValueError:
-            return False
-    return True
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from mae import parallel
 from mae.data import extras
 from mae.data.item import Item
 from mae.data.kinds.folders import Files, strays_of
-from mae.data.source import Source, Stream, first_few, require_random_access
+from mae.data.source import Source, Stream, first_few, is_stream, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -182,6 +182,16 @@ def require(source: Source | Stream, split: str, task: str = CLASSIFICATION) -> 
 def has_ids(source: Any) -> bool:
     """Whether the names of the classes of a source, or of a subset of it, are integer ids, as in `Source`."""
     return getattr(extras.original(source), "has_ids", False)
+
+
+def has_class_numbers(source: Source | Stream) -> bool:
+    """Whether labels are class numbers. Labels of the user's code may be other numbers, for main_finetune.py --task."""
+    if not is_stream(source) and getattr(source, "runs_code", False):
+        try:
+            source.labels  # noqa: B018
+        except ValueError:
+            return False
+    return True
 
 
 def outputs(count: int) -> list[str]:

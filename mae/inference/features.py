@@ -29,6 +29,7 @@ from mae.cli import entry_point, flags, options
 from mae.data import extras, loader
 from mae.data.image_facts import readable
 from mae.data.item import Batch
+from mae.data.labels import has_class_numbers
 from mae.data.open import open_source
 from mae.data.pixels import BadImage
 from mae.data.samples import Samples
@@ -143,12 +144,7 @@ def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Preci
 def open_labelled(data: DataSpec, split: str) -> Source | Stream:
     """Opens a dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
     source = open_source(data, split)
-    if not is_stream(source) and getattr(source, "runs_code", False):
-        try:
-            source.labels  # noqa: B018
-        except ValueError:
-            return open_source(data, split, task=REGRESSION)
-    return source
+    return source if has_class_numbers(source) else open_source(data, split, task=REGRESSION)
 
 
 def samples_of(

@@ -76,7 +76,7 @@ def write(
             return trial.run(draft, processes, threads, flags, updates)
 
     if images.count / decoding > LONG and {line.name: line.value for line in loading}["cache_images"]:
-        logger.info("decoding    the images, into the cache of --cache_images")
+        logger.info("decoding    the images, for `cache_images`")
         measure(rules.MODELS[0], updates=1)
     model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
     lines, rate, seconds = lines_of(model), measured.images_per_s, 60 * minutes - measured.startup

@@ -141,8 +141,6 @@ def run(
         if parallel.is_main():
             environment.record(output_dir, precision.device, record)
         _resume(run, model, optimizer, precision, record, progress, task.callbacks)
-        if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
-            _warn_of_frozen(model)
         parallel.barrier()  # every process has accepted the start of the run
         run_directory.record_images(output_dir, getattr(batches, "image_names", bytes)())
         interrupts = Interrupts()
@@ -181,13 +179,14 @@ def _resume(
     progress: run_state.Progress, callbacks: Sequence[Callback],
 ) -> None:  # fmt: skip
     machine = run.machine
-    if not machine.resume:
-        return
-    from mae.checkpoints import resume
+    if machine.resume:
+        from mae.checkpoints import resume
 
-    resume.restore_run(
-        machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
-    )
+        resume.restore_run(
+            machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
+        )
+    if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
+        _warn_of_frozen(model)
 
 
 def _warn_of_frozen(model: nn.Module) -> None:
