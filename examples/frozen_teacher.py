@@ -56,7 +56,7 @@ class FrozenTeacher(MaskedAutoencoderViT):
         **arguments: Any,
     ) -> None:  # fmt: skip
         if reading.path_and_model(teacher)[0].exists() or teacher in model_zoo.TABLE:
-            kind = reading.read(teacher).settings.get("encoder")
+            kind = reading.read(teacher).settings.get("encoder") or ""
             if kind and kind not in ENCODERS:
                 raise ValueError(
                     f"--model_args teacher={teacher}: it has the class {kind}, which a file can't import: export it "

@@ -144,7 +144,7 @@ def test_an_argument_that_the_file_left_at_its_default_is_named(plain, pretrain,
     """Its updates are scaled by alpha / rank."""
     file = pretrain(init_from=plain, **{**OWN, "encoder_args": "rank=4"}, epochs=1) / "checkpoint-0.pth"
     classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
-    assert "encoder_args=alpha=16 is used, and" in capsys.readouterr().out.replace("'", "")
+    assert "encoder_args=[alpha=16] is used, and" in capsys.readouterr().out.replace("'", "")
 
 
 def test_frozen_random_weights_have_a_warning(plain, classify, capsys):

@@ -23,17 +23,21 @@ PASSES = 3
 
 def write(folder: Path, encoders: Sequence[Encoder], run: Run) -> str:
     """Writes costs.md to a folder: a table in Markdown of the encoders. A resumed comparison has the same."""
-    machine, rows = {"device": run.machine.device, "amp": run.machine.amp}, []
+    rows = []
     with locks.locked(folder, "costs.md.lock", waits=True):
         for encoder in encoders:
             if encoder.name != PIXELS:
-                out, settings = folder / "costs" / directory_of(encoder.name), encoder.architecture | machine
-                scores = store.kept(out, settings, lambda _, own=encoder.architecture: _measure(own, run))
+                scores = _scores_of(encoder, run, folder / "costs" / directory_of(encoder.name))
                 speed = scores["images_per_s"]
                 rows.append([encoder.name, f"{scores['parameters']:,}", f"{speed:,.1f}" if speed else ""])
         text = markdown(["encoder, without a head", "parameters", "images/s"], rows)
         atomic.write_text(folder / "costs.md", f"{text}\n")
     return text
+
+
+def _scores_of(encoder: Encoder, run: Run, folder: Path) -> store.Scores:
+    machine = {"device": run.machine.device, "amp": run.machine.amp}
+    return store.kept(folder, encoder.architecture | machine, lambda _: _measure(encoder.architecture, run))
 
 
 @torch.inference_mode()
