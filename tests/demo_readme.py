@@ -24,6 +24,7 @@ def test_they_run(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "images      10,000" in done.stdout
+    assert re.search(r"training    [1-9][\d,]* images/s, after a start of \d+ s\n", done.stdout)
     assert done.stdout.count("* Acc@1") == 6 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
     assert "patches masked, PSNR" in done.stdout
