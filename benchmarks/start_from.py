@@ -123,7 +123,7 @@ def table() -> str:
             for name, of in found["encoders"].items()
         ]  # fmt: skip
         parts += [
-            f"{found['kind'].capitalize()}, {found['machine']['processor']}:",
+            f"{found['kind'][0].upper()}{found['kind'][1:]}, {found['machine']['processor']}:",
             markdown(["500 labels", "accuracy, %", "trained weights", "seconds"], adapted),
             markdown(["encoder", "minutes", "score", "500 labels, %", "k-NN, %", "weights"], encoders),
         ]
