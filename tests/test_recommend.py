@@ -298,6 +298,17 @@ def test_the_largest_model_that_fits_images_and_time_is_chosen(
     assert (chosen.split("_")[2], measured) == (model, trials)
 
 
+def test_a_larger_model_that_fails_leaves_the_smaller_one(tmp_path, monkeypatch):
+    def run(draft, *_):
+        if "tiny" in draft.read_text():
+            raise ValueError("out of memory")
+        return trial.Trial(4000, 10)
+
+    monkeypatch.setattr(trial, "run", run)
+    recipe.write(tmp_path / "mine.yaml", PHOTOS, Machine(gpus=0, cores=2, cache_bytes=0), {}, 300, decoding=1000)
+    assert "mini" in yaml.safe_load((tmp_path / "mine.yaml").read_text())["model"]
+
+
 def test_images_that_take_long_to_decode_are_cached_before_the_trial(tmp_path, monkeypatch):
     """So the start of the trial is that of the run."""
     updates = []

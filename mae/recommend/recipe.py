@@ -111,7 +111,11 @@ def _largest(
         factor = 1 if machine.gpus else rules.parameters_of(model) / rules.parameters_of(larger)
         if needed > factor * measured.images_per_s * (seconds - measured.startup):
             break
-        of_larger = measure(larger)
+        try:
+            of_larger = measure(larger)
+        except ValueError as error:  # for example, for lack of memory
+            logger.warning(f"{larger} can't be trained here: {error}")
+            break
         if needed > of_larger.images_per_s * (seconds - of_larger.startup):
             break
         model, measured = larger, of_larger
