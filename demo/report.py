@@ -22,9 +22,9 @@ from sklearn.model_selection import GridSearchCV
 
 from mae.cli import entry_point
 from mae.compare import summary
-from mae.data.loader import evenly_spaced
 from mae.data.open import open_source
 from mae.data.samples import Samples
+from mae.data.source import evenly_spaced
 from mae.data.transforms import scaled_transform
 from mae.evaluate import knn, pictures, tables
 from mae.files import atomic
@@ -78,7 +78,7 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
 
 def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -> None:
     """Draws test images of all classes as in figure 2 of the paper: masked, reconstruction + visible, original."""
-    chosen = images[np.linspace(0, len(images) - 1, PICTURES, dtype=int)]
+    chosen = images[evenly_spaced(len(images), PICTURES)]
     noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
     ratio = model.settings["mask_ratio"]
     result = model.reconstruct(model.normalize(chosen), ratio, noise=noise)

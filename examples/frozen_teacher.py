@@ -55,6 +55,8 @@ class FrozenTeacher(MaskedAutoencoderViT):
         self, *, teacher: str, weights: str = "", distance: str = "l2", class_token: bool = False, img_size: Any = 224,
         **arguments: Any,
     ) -> None:  # fmt: skip
+        if distance not in DISTANCES:
+            raise ValueError(f"--model_args distance={distance}: give one of {', '.join(DISTANCES)}")
         if reading.path_and_model(teacher)[0].exists() or teacher in model_zoo.TABLE:
             kind = reading.read(teacher).settings.get("encoder") or ""
             if kind and kind not in ENCODERS:
@@ -78,8 +80,6 @@ class FrozenTeacher(MaskedAutoencoderViT):
         logger.info(f"the teacher was trained with mean {mean} and std {std}: the images should have them")
         if class_token and getattr(model, "cls_token", None) is None:
             raise ValueError(f"--model_args teacher={teacher} class_token=true: it has no class token")
-        if distance not in DISTANCES:
-            raise ValueError(f"--model_args distance={distance}: give one of {', '.join(DISTANCES)}")
         if model.patch_embed.grid_size != self.grid_size:
             raise ValueError(
                 f"--model_args teacher={teacher}: it has {model.patch_embed.grid_size} patches and the model "

@@ -185,6 +185,13 @@ def test_other_channels_require_adapt_input(tmp_path):
     torch.testing.assert_close(gray.forward_features(picture), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "uneven"), [(5, True), (6, False)])
+def test_channels_that_count_more_than_others_have_a_warning(channels, uneven, tmp_path, caplog):
+    path = saved(tmp_path / "rgb.pth", vit(in_chans=3))
+    loading.load_encoder(vit(in_chans=channels), loading.read(path), "repeat")
+    assert ("count more than others" in caplog.text) == uneven
+
+
 @pytest.mark.parametrize(("load", "build", "setting", "heads"), [
     (loading.load_classifier, vit_mini_patch4, "num_heads", 4), (loading.load_encoder, vit_mini_patch4, "num_heads", 4),
     (loading.init_mae, mae_vit_mini_patch4, "decoder_num_heads", 2),

@@ -75,6 +75,14 @@ def pooled(model, names):
     return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224"])
+def test_the_other_activation_of_clip_has_a_warning(saved, name, caplog):
+    """timm builds the weights of OpenAI's CLIP with GELU, unless the name of the model says otherwise."""
+    get_model(saved(f"{name}.openai")[1])
+    assert ("QuickGELU" in caplog.text) == ("quickgelu" not in name)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_those_of_timm(saved, name):
     ours, theirs = get_model(saved(name)[1]), saved(name)[0]

@@ -26,7 +26,7 @@ from mae.data.labels import has_class_numbers, has_ids
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
-from mae.data.source import OpenDataset, Source, Stream, is_stream
+from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, is_stream
 from mae.settings import Run, types
 from mae.user_code import with_source
 
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
             raise
         images = open_source(data, args.split, function=source, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
-    indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
+    indices = evenly_spaced(len(images), args.limit or len(images))
     workers = up_to_cores(args.num_workers)
     values = PixelValues(args.nodata, args.value_range, args.channels_last)
     in_chans = args.in_chans or channels_of(images, values)

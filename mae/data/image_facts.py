@@ -21,7 +21,7 @@ from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.pixels import AS_STORED, BadImage, Picture, PixelValues, size_of, to_tensor
-from mae.data.source import Source, Stream, is_stream
+from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.data.transforms import Normalize, to_unit_range
 from mae.files.untrusted import printable
 
@@ -114,9 +114,9 @@ def _examples(source: Source | Stream) -> Iterator[Any]:
         for _, _, data, _ in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), COUNTED):
             yield data
         return
-    for index in np.unique(np.linspace(0, len(source) - 1, COUNTED, dtype=int)):
+    for index in evenly_spaced(len(source), COUNTED):
         with suppress(BadImage, OSError):
-            yield source[int(index)].image
+            yield source[index].image
 
 
 def _channels_in(stored: Picture) -> int:
@@ -214,7 +214,7 @@ def check_statistics(
     if is_stream(source) or (normalize.fits_bytes and ((mean and std) or not parallel.is_main())):
         return
     facts = FactsDataset(source, in_chans, values)
-    few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
+    few = [facts[index] for index in evenly_spaced(len(source), EXAMPLES)]
     good = [fact for fact in few if fact.sums is not None]
     if not good:
         return

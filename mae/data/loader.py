@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
@@ -18,7 +17,7 @@ from mae.data.kinds.folders import Files
 from mae.data.pixels import BadImage
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
-from mae.data.source import is_stream
+from mae.data.source import evenly_spaced, is_stream
 from mae.data.transforms import of_one_range
 
 logger = logging.getLogger(__name__)
@@ -145,11 +144,6 @@ def example_names(samples: Samples, count: int) -> list[str]:
     if is_stream(samples.source):
         return []
     return [Path(samples.source.name(index)).name for index in evenly_spaced(len(samples), count)]
-
-
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """Returns up to `count` indices from 0 to total - 1, in ascending order."""
-    return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
 
 
 def _collate_good(samples: list[Sample]) -> Batch:

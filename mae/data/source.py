@@ -121,6 +121,11 @@ def versions(source: Source, start: int = 0, step: int = 1) -> list[str]:
     return [f"{source.name(index)} {source.version(index)}" for index in range(start, len(source), step)]
 
 
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Returns up to `count` indices from 0 to total - 1, in ascending order."""
+    return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
+
+
 def first_few(names: Sequence[str]) -> str:
     """Joins up to five names for a message, and counts the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -19,7 +19,7 @@ from mae import parallel
 from mae.data.kinds.archives import Archive
 from mae.data.kinds.folders import Files, find_files
 from mae.data.labels import Subset
-from mae.data.source import first_few
+from mae.data.source import evenly_spaced, first_few
 from mae.evaluate import tables, tasks
 from mae.evaluate.imagenet import NUM_CLASSES, synsets
 from mae.files import locks
@@ -171,7 +171,7 @@ def _with_class_folders(name: str, files: Files | Archive, path: Path, limit: in
         )
     number_of = {folder: number for number, folder in enumerate(classes)}
     numbers = np.array([number_of.get(folder, -1) for folder in files.classes])  # -1: an empty folder, of any name
-    return Subset(files, _evenly_spaced(np.arange(len(files)), limit), classes, numbers)
+    return Subset(files, np.array(evenly_spaced(len(files), limit or len(files))), classes, numbers)
 
 
 def _with_real_labels(files: Files | Archive, path: Path, limit: int | None) -> tuple[Subset, list[list[int]]]:
@@ -192,12 +192,8 @@ def _with_real_labels(files: Files | Archive, path: Path, limit: int | None) -> 
         raise ValueError(f"suite={REAL}: none of the {len(names)} images in {path} has a label")
     files.classes = synsets()
     files.labels = np.array([(labels[name] or [0])[0] for name in names])
-    chosen = _evenly_spaced(labelled, limit)
+    chosen = labelled[evenly_spaced(len(labelled), limit or len(labelled))]
     return Subset(files, chosen), [labels[names[index]] for index in chosen]
-
-
-def _evenly_spaced(indices: np.ndarray, limit: int | None) -> np.ndarray:
-    return indices[np.linspace(0, len(indices) - 1, min(limit or len(indices), len(indices)), dtype=int)]
 
 
 def evaluate(

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from mae.cli import entry_point, flags
 from mae.data.batches import to_device
-from mae.data.loader import collate, evenly_spaced
-from mae.data.source import Source
+from mae.data.loader import collate
+from mae.data.source import Source, evenly_spaced
 from mae.evaluate import knn, pictures
 from mae.files import atomic
 from mae.files.untrusted import require_files

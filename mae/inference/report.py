@@ -23,7 +23,7 @@ from mae.data import extras, loader
 from mae.data.image_facts import readable
 from mae.data.labels import Subset
 from mae.data.open import open_source
-from mae.data.source import Source, Stream, is_stream
+from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
 from mae.inference import features, neighbors, page
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> Path:
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
     if not is_stream(source):
-        some: Source = Subset(source, np.array(loader.evenly_spaced(len(source), IMAGES)))
+        some: Source = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
         if data.on_bad_image == "skip":
             some = readable(some, model.in_chans, args.num_workers, model.values)
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
@@ -179,7 +179,7 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     rows = torch.from_numpy(features.extract(
         features.Extractor(model, None), source, None, {}, args.batch_size, args.num_workers, precision
     ))  # fmt: skip
-    chosen = loader.evenly_spaced(len(source), neighbors.QUERIES)
+    chosen = evenly_spaced(len(source), neighbors.QUERIES)
     found = neighbors.find(rows, rows[chosen], chosen)
     columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)
     pixels = pictures.tile(columns, model.normalize.inverse, neighbors.scale_of(columns[0]))

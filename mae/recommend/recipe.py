@@ -79,20 +79,19 @@ def write(
         logger.info("decoding    the images, for `cache_images`")
         measure(rules.MODELS[0], updates=1)
     model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
-    lines, rate, seconds = lines_of(model), measured.images_per_s, 60 * minutes - measured.startup
+    lines = lines_of(model)
     batch = {line.name: line.value for line in lines}
     effective = processes * batch["batch_size"] * batch.get("accum_iter", 1)
     in_epoch = images.count // effective * effective
-    length = rules.length_lines(in_epoch, rate, seconds)
-    too_long = f"one epoch exceeds the time: the run takes {(measured.startup + in_epoch / rate) / 60:,.1f} minutes"
+    length = rules.length_lines(in_epoch, measured.images_per_s, measured.startup, 60 * minutes)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     header = f"# Pre-training for {minutes:g} minutes on the machine that wrote this file.\n#\n#   {command}\n#\n"
     atomic.write_text(path, header + text_of([*lines, *length]))
     return [
-        f"training    {rate:,.0f} images/s, after a start of {measured.startup:.0f} s",
+        f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
         *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes)],
         *[f"warning     {text}" for text in warnings_of(images)],
-        *[f"warning     {too_long}"] * (in_epoch > seconds * rate),
+        *[f"warning     {line.reason}" for line in length if line.is_warning],
         f"recipe      {path}\n",
         command,
     ]

@@ -34,6 +34,7 @@ class Line(NamedTuple):
     name: str
     value: Any
     reason: str
+    is_warning: bool = False  # the recipe does not do what was asked for
 
 
 def patch_of(height: int, width: int) -> int:
@@ -203,23 +204,24 @@ def _cache_line(images: Images, machine: Machine) -> Line:
     return Line("cache_images", True, f"{size}: they are decoded once instead of in each epoch")
 
 
-def length_lines(images_per_epoch: int, images_per_s: float, seconds: float) -> list[Line]:
+def length_lines(images_per_epoch: int, images_per_s: float, startup: float, seconds: float) -> list[Line]:
     """Returns the number of epochs, of which the last ends in time, and the warm-up.
 
     Args:
         images_per_epoch: images of the complete updates of an epoch.
         images_per_s: throughput of the training.
-        seconds: time of the training.
+        startup: seconds that a run takes besides its updates.
+        seconds: time of the run.
     """
-    fitting = int(seconds * images_per_s / images_per_epoch)
+    fitting = int((seconds - startup) * images_per_s / images_per_epoch)
     epochs = min(MAX_EPOCHS, max(1, fitting))
     reason = f"they fit the time at {images_per_s:,.0f} images/s, measured here"
     if fitting > MAX_EPOCHS:
         reason = f"{MAX_EPOCHS:,} is the longest published run; {fitting:,} would fit"
     if fitting < 1:
-        reason = f"one epoch exceeds the time: it takes {images_per_epoch / images_per_s / 60:,.1f} minutes"
+        reason = f"one epoch exceeds the time: the run takes {(startup + images_per_epoch / images_per_s) / 60:,.1f} minutes"
     return [
-        Line("epochs", epochs, reason),
+        Line("epochs", epochs, reason, is_warning=fitting < 1),
         Line("warmup_epochs", epochs / 20, "a twentieth of the epochs"),
         Line("save_every", math.ceil(epochs / 10), "ten checkpoints"),
     ]

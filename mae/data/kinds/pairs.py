@@ -20,7 +20,7 @@ from mae.data.kinds.objects import UserSet, read_named
 from mae.data.kinds.torchvision import TorchvisionSet
 from mae.data.masks import MaskFormat, as_mask
 from mae.data.pixels import BadImage
-from mae.data.source import OpenDataset, Source, first_few
+from mae.data.source import OpenDataset, Source, evenly_spaced, first_few
 from mae.files.untrusted import printable
 from mae.settings import DataSpec
 from mae.user_code import DATASET
@@ -122,7 +122,7 @@ def first_classes(pairs: Source) -> list[int]:
     """Returns the classes in evenly spaced masks, until there are two or more, or MASKS_READ masks have been read."""
     found: set[int] = set()
     with preserve_generators():  # a dataset of the user's code may use them
-        for index in np.unique(np.linspace(0, len(pairs) - 1, MASKS_READ, dtype=int)).tolist():
+        for index in evenly_spaced(len(pairs), MASKS_READ):
             with suppress(BadImage, OSError):  # training reports or skips it
                 found.update(pairs[index].label.unique().tolist())
             if len(found - {IGNORED}) > 1:
