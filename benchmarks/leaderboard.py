@@ -46,10 +46,10 @@ PROCESSES = 2  # of one thread each
 BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
-MUON = {"optimizer": "examples.muon:muon_and_adamw"}
+MUON = {"optimizer": "muon"}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 PIXELS = "raw pixels"
-RECIPE = "demo with normalized pixels, uniformity .1"  # the settings of python -m mae.data --recipe
+RECIPE = "demo with normalized pixels, muon, uniformity .1"  # the settings of python -m mae.data --recipe
 ENTRIES: dict[str, dict[str, Any]] = {
     PIXELS: {},
     "baseline": {},
@@ -58,9 +58,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "demo with muon": {**DEMO, **MUON},
     "demo with normalized pixels": NORMALIZED,
     "demo with normalized pixels, muon": {**NORMALIZED, **MUON},
-    RECIPE: {**NORMALIZED, "uniformity": 0.1},
+    "demo with normalized pixels, uniformity .1": {**NORMALIZED, "uniformity": 0.1},
     "demo with normalized pixels, muon, uniformity .03": {**NORMALIZED, **MUON, "uniformity": 0.03},
-    "demo with normalized pixels, muon, uniformity .1": {**NORMALIZED, **MUON, "uniformity": 0.1},
+    RECIPE: {**NORMALIZED, **MUON, "uniformity": 0.1},
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
     "demo with normalized pixels, complementary masks without consistency": {
         **NORMALIZED,

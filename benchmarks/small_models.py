@@ -23,7 +23,7 @@ from mae.training import log
 WAYS: dict[str, list[str]] = {
     "pre-training": [],
     "pre-training, compiled": ["--compile"],
-    "pre-training, Muon": ["--optimizer", "examples.muon:muon_and_adamw"],
+    "pre-training, Muon": ["--optimizer", "muon"],
 }
 
 

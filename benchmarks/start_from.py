@@ -37,7 +37,7 @@ from models_vit import Encoder
 
 PAGE = scripts.ROOT / "docs/start_from.md"
 NAME = "start_from"  # of the files of the results
-RECIPE = leaderboard.ENTRIES[leaderboard.RECIPE]
+RECIPE = leaderboard.ENTRIES["demo with normalized pixels, uniformity .1"]
 STUDENT = {"encoder": "benchmarks.start_from:HalfWidth"}
 FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, scoring.FINETUNE)
 LORA = {**scoring.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}

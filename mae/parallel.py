@@ -375,6 +375,11 @@ def placed_as(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def gathered(tensor: Any) -> Tensor:
+    """Returns a full tensor from its shards in all processes. Returns it unchanged if it is not sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps the model in DistributedDataParallel, unless it is sharded or there is one process."""
     if world_size() == 1 or is_sharded(model):

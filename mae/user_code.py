@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mae.settings.choices import MUON
 from mae.settings.run import Run
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
@@ -83,7 +84,8 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     for name, value in given.items():
         if value is not None:
             run = run.changed({name: name_of(value)})
-        found.append(import_object(f"{name}=", run[name]) if value is None and run[name] else value)
+        is_code = value is None and run[name] not in (None, MUON)
+        found.append(import_object(f"{name}=", run[name]) if is_code else value)
     return run, *found
 
 

@@ -27,10 +27,8 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from test_dino import of_transformers
 from torch import nn
-from torch.optim import Muon
 
 import mae.build
-import main_finetune
 import main_knn
 from examples import data_clips, data_volumes, reconstructions
 from examples.colored_masks import ColoredMasks
@@ -39,7 +37,6 @@ from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
 from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
-from examples.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from examples.principal_components import PrincipalComponents, components_of
 from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
@@ -75,7 +72,7 @@ CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
 
 def train_and_resume(pretrain, monkeypatch, **flags):
     """Returns the directory of a run that is equal to an interrupted and resumed run."""
-    own = {name: flags[name] for name in ("model_class", "optimizer", "lr_schedule") if name in flags}
+    own = {name: flags[name] for name in ("model_class", "lr_schedule") if name in flags}
     whole = pretrain("whole", **flags)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 3)
@@ -436,102 +433,6 @@ def test_weights_of_single_frames_are_inflated(pretrain, tmp_path):
     torch.testing.assert_close(still[:, 2], single.patch_embed(frame[:, :1].expand(-1, 3, -1, -1)))
     assert torch.equal(clip.pos_embed, clip.table(128, (16, 4)))
     assert torch.equal(clip.blocks[3].mlp.fc2.weight, single.blocks[3].mlp.fc2.weight)
-
-
-@pytest.mark.slow
-def test_muon_trains_resumes_and_fine_tunes(pretrain, classify, monkeypatch):
-    name = "examples.muon:muon_and_adamw"
-    whole = train_and_resume(pretrain, monkeypatch, optimizer=name)
-    assert lines(whole)[1]["train_loss"] < lines(whole)[0]["train_loss"]
-    moments = checkpoint.read(whole / "checkpoint-1.pth")["optimizer"]["state"].values()
-    assert {tuple(sorted(state)) for state in moments} == {("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")}
-    tuned = classify(main_finetune, "tuned", finetune=whole / "checkpoint-1.pth", optimizer=name, layer_decay=0.5)
-    plain = classify(main_finetune, "plain", finetune=whole / "checkpoint-1.pth", layer_decay=0.5)
-    key = "blocks.0.mlp.fc1.weight"
-    assert not torch.equal(weights(tuned)[key], weights(plain)[key])
-
-
-def test_muon_has_the_matrices_of_the_blocks():
-    model = VisionTransformer(**SMALL, num_classes=5)
-    groups = [{"params": [*model.parameters()], "weight_decay": 0.05, "lr_scale": 0.5}]
-    muon, adamw = muon_and_adamw(model, groups).param_groups
-    assert {id(p) for p in muon["params"]} == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
-    assert len(muon["params"]) + len(adamw["params"]) == len([*model.parameters()])
-    assert (muon["weight_decay"], muon["lr_scale"], adamw["lr_scale"]) == (0.05, 0.5, 0.5)
-
-
-def test_muon_updates_as_that_of_pytorch():
-    """PyTorch iterates in bf16, so its updates are equal up to that rounding."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(48, 16), (16, 16), (16, 64), (64, 16), (48, 16)]
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
-    options = {"lr": 0.02, "weight_decay": 0.5}
-    optimizers = BatchedMuon(ours, **options), Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
-    for _ in range(5):
-        for one, other in zip(ours, theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=generator)
-            other.grad = one.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for one, other, old in zip(ours, theirs, start, strict=True):
-        assert (one - other).norm() < 0.02 * (other - old).norm()
-    torch.testing.assert_close(*(optimizer.state_dict()["state"] for optimizer in optimizers))
-
-
-def test_matrices_are_orthogonalized_as_by_newton_schulz_iterations():
-    scales = torch.logspace(0, -3, 24)
-    for shape in ((3, 16, 24), (3, 24, 16), (1, 24, 24)):
-        matrices = torch.randn(shape) * scales[: shape[2]]
-        x = matrices.double() / matrices.norm(dim=(1, 2), keepdim=True)
-        for _ in range(5):
-            gram = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        torch.testing.assert_close(orthogonalized(matrices).double(), x, rtol=0, atol=1e-3)
-
-
-OPTIMIZERS = """
-import torch
-def half(model, groups):
-    return torch.optim.AdamW(groups[:1])
-def nothing(model, groups):
-    return groups
-def sgd(model, groups):
-    return torch.optim.SGD(groups, lr=0, momentum=0.9)
-def broken(model, groups):
-    return torch.optim.SGD(groups, lr=-1)
-class Keys(torch.optim.SGD):
-    def state_dict(self):
-        return {"first": super().state_dict()}
-def keys(model, groups):
-    return Keys(groups, lr=0)
-class Parts(torch.optim.SGD):
-    def step(self):
-        self.parts[0].step()
-def parts(model, groups):
-    found = Parts(groups, lr=0)
-    found.parts = [sgd(model, groups)]
-    return found
-"""
-
-
-@pytest.mark.parametrize(("name", "error", "message"), [
-    ("half", ValueError, "own_optimizers:half"), ("broken", RuntimeError, "own_optimizers:broken"),
-    ("parts", ValueError, "parts .*Joined"), ("keys", ValueError, "keys .*Joined"), ("absent", ValueError, "absent"),
-])  # fmt: skip
-def test_mistakes_in_an_optimizer_are_errors_in_one_line(name, error, message, own_module, pretrain):
-    own_module("own_optimizers", OPTIMIZERS)
-    with pytest.raises(error, match=message):
-        pretrain(optimizer=f"own_optimizers:{name}")
-
-
-def test_an_optimizer_of_pytorch_trains_in_python(pretrain):
-    def sgd(model, groups):
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-
-    state = checkpoint.read(pretrain(epochs=1, of_main={"optimizer": sgd}) / "checkpoint-0.pth")
-    assert state["args"]["optimizer"].endswith("sgd")
-    assert {tuple(state) for state in state["optimizer"]["state"].values()} == {("momentum_buffer",)}
 
 
 @pytest.mark.slow

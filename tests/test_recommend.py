@@ -240,7 +240,17 @@ def test_the_rules_give_the_settings_of_an_entry_of_the_board(count, side, chann
     flags = {**leaderboard.BASE, **leaderboard.ENTRIES[leaderboard.RECIPE], **leaderboard.KINDS[kind][1]}
     found = [*rules.image_lines(images), *rules.optimization_lines(images, machine, "mini_patch4")]
     settings = {line.name: line.value for line in found}
-    same = ("input_size", "in_chans", "patch_size", "crop", "batch_size", "lr", "norm_pix_loss", "uniformity")
+    same = (
+        "input_size",
+        "in_chans",
+        "patch_size",
+        "crop",
+        "batch_size",
+        "lr",
+        "norm_pix_loss",
+        "uniformity",
+        "optimizer",
+    )
     assert {name: settings[name] for name in same} == {name: flags[name] for name in same}
 
 
@@ -353,6 +363,6 @@ def test_the_rate_is_near_the_published_one():
 
 @pytest.mark.parametrize("rate", [100, 4000, 1e6])
 def test_the_epochs_fit_the_time(rate):
-    settings = {line.name: line.value for line in rules.length_lines(99_968, rate, 1800)}
+    settings = {line.name: line.value for line in rules.length_lines(99_968, rate, 10, 1810)}
     assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / 99_968)))
     assert settings["warmup_epochs"] == settings["epochs"] / 20

@@ -9,7 +9,7 @@ from typing import Any
 
 from mae.cli.flags import not_in_recipes
 from mae.settings.arguments import OFF
-from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
+from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, MUON, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import count_or_all, positive
@@ -21,9 +21,10 @@ GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.
 REFUSED = {
     "dataset": runs_code,
     **dict.fromkeys(
-        ("download", "encoder", "model_class", "optimizer", "lr_schedule", "dist_backend", "dist_url"),
+        ("download", "encoder", "model_class", "lr_schedule", "dist_backend", "dist_url"),
         lambda value: True,
     ),
+    "optimizer": lambda value: value != MUON,
 }
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")

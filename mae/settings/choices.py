@@ -28,6 +28,7 @@ METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name
 DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
 SHORT_SIDE = 256  # pixels, of the copies of examples/resize_folder.py
 NUM_QUERIES = 32  # default of --num_queries
+MUON = "muon"  # the value of --optimizer that is no code of the user's
 NO_CROP = "none"  # the value of --crop for whole images
 CROP_CHOICES = ("random", NO_CROP)
 HEAD_CHOICES = ("linear", "dpt")  # of segmentation

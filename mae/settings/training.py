@@ -34,9 +34,10 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
     smoothing: float = setting(0.1, ratio, metavar="S", help="label smoothing")
     clip_grad: float | None = setting(None, positive, metavar="NORM",
         help="clip the gradient to this norm (default: no clipping)")
-    optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
-        help="your own optimizer: function(model, groups) returns it for groups of parameters. Files record its "
-        "name, and do not import it (default: AdamW)")
+    optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="NAME",
+        help="muon: Muon for the matrices of the blocks and AdamW for other parameters, with the learning rate of "
+        "AdamW. MODULE:FUNCTION: your own, function(model, groups) returns it for groups of parameters; files record "
+        "its name, and do not import it (default: AdamW)")
     lr_schedule: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
         help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
         "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)")

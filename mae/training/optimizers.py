@@ -1,4 +1,4 @@
-"""The optimizer of a run, AdamW or one of the user's code, and its parameter groups.
+"""The optimizer of a run, AdamW, Muon or one of the user's code, and its parameter groups.
 
 Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT).
 """
@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from mae.settings.choices import MUON
+from mae.training.muon import BatchedMuon
 from mae.user_code import call
 from models_vit import get_layer_id_for_vit
 
@@ -44,11 +46,11 @@ def build(
     groups: list[dict[str, Any]],
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
-    """Returns AdamW, or the optimizer that a function returns. The schedule sets the learning rate of its groups.
+    """Returns AdamW, Muon, or the optimizer that a function returns. The schedule sets the learning rate of its groups.
 
     Args:
         name: the setting `optimizer`, which a checkpoint may record.
-        function: the function of --optimizer. None: AdamW.
+        function: the user's function of --optimizer, if any.
         groups: parameter groups of the script.
         betas: of AdamW.
 
@@ -56,6 +58,8 @@ def build(
         ValueError: the resumed run has an optimizer that is not given; the function returns an optimizer that contains
             others; or its groups lack a parameter that requires gradients.
     """
+    if name == MUON and function is None:
+        function = partial(muon_and_adamw, betas=betas)
     if function is None:
         if name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
@@ -78,6 +82,21 @@ def build(
         if parameter.requires_grad and id(parameter) not in trained:
             raise ValueError(f"optimizer={name} lacks {key}: add it to a group, or set its requires_grad to False")
     return found
+
+
+def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
+    """Returns Muon for the matrices of the blocks, and AdamW for all other parameters.
+
+    Args:
+        groups: each is divided, with its weight decay and its `lr_scale`.
+        betas: of AdamW.
+    """
+    blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
+    matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
+    chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
+    others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
+    muon = BatchedMuon([group for group in chosen if group["params"]], lr=0.0)
+    return Joined([muon, AdamW([group for group in others if group["params"]], lr=0.0, betas=betas, fused=True)])
 
 
 def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

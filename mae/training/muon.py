@@ -1,6 +1,4 @@
-"""Muon (Jordan et al. 2024) for the matrices of the blocks, and AdamW for all other parameters.
-
-    python main_pretrain.py --optimizer examples.muon:muon_and_adamw ...
+"""Muon (Jordan et al. 2024), an optimizer of matrices.
 
 The updates of Muon are scaled to the size of those of AdamW (Liu et al. 2025, section 2.2), so that learning rate and
 weight decay of AdamW fit both. Matrices of the same shape are orthogonalized together, in fp32: not all processors are
@@ -11,23 +9,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor
+from torch.optim import Muon
 
-from mae.training.optimizers import Joined
+from mae import parallel
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 STEPS = 5
-
-
-def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
-    """Returns the optimizer of a model. Each group is divided, with its weight decay and its `lr_scale`."""
-    blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
-    matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
-    chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
-    others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
-    muon = BatchedMuon([group for group in chosen if group["params"]], lr=0.0)
-    return Joined([muon, AdamW([group for group in others if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)])
 
 
 class BatchedMuon(Muon):
@@ -42,9 +30,11 @@ class BatchedMuon(Muon):
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
                 scale = 0.2 * math.sqrt(max(shape))  # the RMS of an update of AdamW is about 0.2
-                updates = orthogonalized(torch.stack(self._directions(parameters, group["momentum"])))
+                directions = self._directions(parameters, group["momentum"])
+                whole = orthogonalized(torch.stack([parallel.gathered(direction) for direction in directions]))
+                updates = [parallel.placed_as(update, p) for update, p in zip(whole, parameters, strict=True)]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(updates), alpha=-scale * group["lr"])
+                torch._foreach_add_(parameters, updates, alpha=-scale * group["lr"])
 
     def _directions(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
         """Updates the momentum buffers, and returns the directions of Nesterov's momentum."""
