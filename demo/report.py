@@ -34,7 +34,7 @@ from mae.settings import DataSpec
 
 PICTURES = 12
 TRIPLES = 3  # in a row of the picture
-SCALE = 4  # side of the square that replaces each pixel
+SIDE = 112  # pixels up to which images are enlarged, by a whole factor
 NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
@@ -82,9 +82,10 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
     noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
     ratio = model.settings["mask_ratio"]
     result = model.reconstruct(model.normalize(chosen), ratio, noise=noise)
+    scale = max(1, SIDE // images.shape[2])
     triple = (result.masked, result.pasted, result.original)
     blocks = [
-        pictures.tile([part[column::TRIPLES] for part in triple], model.normalize.inverse, SCALE)
+        pictures.tile([part[column::TRIPLES] for part in triple], model.normalize.inverse, scale)
         for column in range(TRIPLES)
     ]
     gap = ((0, 0), (0, 4 * pictures.GAP), (0, 0))
