@@ -127,9 +127,10 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
     rows = np.asarray(Image.open(out / "neighbors.png").convert("L"))[pictures.HEADER :]
-    side = 28 * report.SCALE + pictures.GAP
+    scale = report.SIDE // 28
+    side = 28 * scale + pictures.GAP
     assert rows.shape == (12 * side - pictures.GAP, 7 * side - pictures.GAP)
-    first, last = (rows[top :: report.SCALE, :: report.SCALE][:28, :28] for top in (0, 11 * side))
+    first, last = (rows[top::scale, ::scale][:28, :28] for top in (0, 11 * side))
     tests = [file for folder in sorted((data / "val").iterdir()) for file in sorted(folder.iterdir())]
     for drawn, file in ((first, tests[0]), (last, tests[-1])):
         assert np.array_equal(drawn, Image.open(file))

@@ -76,7 +76,9 @@ def script_commands() -> list[tuple[str, list[str]]]:
         complete = [line for line in commands(docstring) if not line.endswith("...")]
         lines += [line for line in complete if line.strip().startswith("python ")]
     lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
-    lines = [re.sub(r"--config (mine|microscope)\.yaml", "--config pretrain_vit_base", line) for line in lines]
+    lines = [
+        re.sub(r"--config (mine|microscope|photographs)\.yaml", "--config pretrain_vit_base", line) for line in lines
+    ]
     scripts = r"(?:main|submitit)_\w+\.py|(?<=-m )main_\w+|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
