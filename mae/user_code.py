@@ -84,8 +84,8 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     for name, value in given.items():
         if value is not None:
             run = run.changed({name: name_of(value)})
-        is_code = value is None and run[name] not in (None, MUON)
-        found.append(import_object(f"{name}=", run[name]) if is_code else value)
+        is_named = value is None and run[name] and (name, run[name]) != ("optimizer", MUON)
+        found.append(import_object(f"{name}=", run[name]) if is_named else value)
     return run, *found
 
 

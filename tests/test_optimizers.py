@@ -48,6 +48,16 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert (muon["weight_decay"], muon["lr_scale"], adamw["lr_scale"]) == (0.05, 0.5, 0.5)
 
 
+def test_muon_is_the_name_of_an_optimizer_only(pretrain):
+    with pytest.raises(ValueError, match="encoder=muon: give"):
+        pretrain(encoder="muon")
+
+
+def test_muon_of_frozen_blocks_is_an_error_in_one_line(classify):
+    with pytest.raises(ValueError, match="optimizer=muon: no matrix"):
+        classify(main_finetune, optimizer="muon", unfreeze_blocks=0)
+
+
 def test_muon_updates_as_that_of_pytorch():
     """PyTorch iterates in bf16, so its updates are equal up to that rounding."""
     generator = torch.Generator().manual_seed(0)

@@ -59,7 +59,7 @@ def build(
             others; or its groups lack a parameter that requires gradients.
     """
     if name == MUON and function is None:
-        function = partial(muon_and_adamw, betas=betas)
+        return muon_and_adamw(model, groups, betas)
     if function is None:
         if name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
@@ -90,11 +90,16 @@ def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[
     Args:
         groups: each is divided, with its weight decay and its `lr_scale`.
         betas: of AdamW.
+
+    Raises:
+        ValueError: no matrix of the blocks is trained.
     """
     blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
     matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
     chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
     others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
+    if not any(group["params"] for group in chosen):
+        raise ValueError(f"optimizer={MUON}: no matrix of the blocks is trained")
     muon = BatchedMuon([group for group in chosen if group["params"]], lr=0.0)
     return Joined([muon, AdamW([group for group in others if group["params"]], lr=0.0, betas=betas, fused=True)])
 
