@@ -210,10 +210,15 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
         with pytest.raises(ValueError, match="dataset='py:mine:open_dataset'"):
             script.main(parse(script, **flags))
     (tmp_path / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
+    (tmp_path / "optimizer.yaml").write_text("optimizer: mine:open_dataset\n")
     for script in (main_pretrain, main_segment):
-        with pytest.raises(SystemExit):
-            parse(script, config=tmp_path / "recipe.yaml")
-        assert "--dataset py:mine:open_dataset" in capsys.readouterr().err
+        for name, flag in (
+            ("recipe", "--dataset py:mine:open_dataset"),
+            ("optimizer", "--optimizer mine:open_dataset"),
+        ):
+            with pytest.raises(SystemExit):
+                parse(script, config=tmp_path / f"{name}.yaml")
+            assert flag in capsys.readouterr().err
 
 
 def opened(images, split="train", data_path=None, **attributes):

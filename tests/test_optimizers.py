@@ -12,6 +12,8 @@ from mae.training.muon import BatchedMuon, orthogonalized
 from mae.training.optimizers import muon_and_adamw
 from models_vit import VisionTransformer
 
+LAST = "checkpoint-0.pth"
+
 
 @pytest.mark.slow
 def test_muon_trains_resumes_and_fine_tunes(pretrain, classify, monkeypatch):
@@ -46,6 +48,22 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert {id(p) for p in muon["params"]} == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
     assert len(muon["params"]) + len(adamw["params"]) == len([*model.parameters()])
     assert (muon["weight_decay"], muon["lr_scale"], adamw["lr_scale"]) == (0.05, 0.5, 0.5)
+
+
+def test_adamw_replaces_the_optimizer_of_a_recipe(pretrain, tmp_path):
+    (tmp_path / "muon.yaml").write_text("optimizer: muon\n")
+    for given, moments in (({}, 2), ({"optimizer": "adamw"}, 1)):
+        state = checkpoint.read(pretrain(f"{moments}", epochs=1, config=tmp_path / "muon.yaml", **given) / LAST)
+        assert len({tuple(sorted(of)) for of in state["optimizer"]["state"].values()}) == moments
+    with pytest.raises(SystemExit):
+        pretrain(optimizer="Muon")
+
+
+def test_a_run_with_the_earlier_name_of_muon_resumes(pretrain):
+    first = pretrain(epochs=1, optimizer="muon") / LAST
+    state = checkpoint.read(first)
+    checkpoint.write({**state, "args": {**state["args"], "optimizer": "examples.muon:muon_and_adamw"}}, first)
+    assert len(lines(pretrain(epochs=2, resume="auto"))) == 2
 
 
 def test_muon_is_the_name_of_an_optimizer_only(pretrain):

@@ -15,7 +15,7 @@ from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
-from mae.settings.choices import published_crop_pct
+from mae.settings.choices import MUON, published_crop_pct
 from mae.settings.run import RESUME_PUBLISHED, names_resumed
 from mae.user_code import runs_code
 from mae.weights.fitting import fit
@@ -302,12 +302,14 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
 
 
 def _settings_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a checkpoint, with those that earlier versions did not record."""
+    """Returns the settings of a checkpoint, with those that earlier versions did not record, or named otherwise."""
     args = state.get("args") or {}
     if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
         args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
     if args.get("fast_jpeg"):
         args = {"fast_jpeg_resize": "numba", **args}  # of an earlier version, which did not record it
+    if args.get("optimizer") == "examples.muon:muon_and_adamw":  # of an earlier version
+        args = {**args, "optimizer": MUON}
     return args
 
 

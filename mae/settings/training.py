@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mae.files import recipes
 from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, SUITES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
-from mae.settings.types import count, non_negative, positive, positive_int, ratio
+from mae.settings.types import count, non_negative, optimizer, positive, positive_int, ratio
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
     smoothing: float = setting(0.1, ratio, metavar="S", help="label smoothing")
     clip_grad: float | None = setting(None, positive, metavar="NORM",
         help="clip the gradient to this norm (default: no clipping)")
-    optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="NAME",
-        help="muon: Muon for the matrices of the blocks and AdamW for other parameters, with the learning rate of "
-        "AdamW. MODULE:FUNCTION: your own, function(model, groups) returns it for groups of parameters; files record "
-        "its name, and do not import it (default: AdamW)")
+    # None: AdamW
+    optimizer: str | None = setting(None, optimizer, role=TRAINING, resumed=FIXED, metavar="NAME",
+        help="adamw; muon, for the matrices of the blocks, and AdamW for other parameters, with the learning rate of "
+        "AdamW; or your own, MODULE:FUNCTION: function(model, groups) returns it for groups of parameters. Files "
+        "record its name, and do not import it (default: adamw)")
     lr_schedule: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
         help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
         "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)")
