@@ -68,11 +68,6 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "model_args": ["consistency=0"],
     },
-    "demo, principal components": {  # of examples/principal_components.py
-        **DEMO,
-        "model_class": "examples.principal_components:PrincipalComponents",
-        "model_args": ["components=runs/components.pt"],
-    },
     "demo with normalized pixels, weight decay .2": {**NORMALIZED, "weight_decay": 0.2},
     "demo with random projection": {**DEMO, "model_class": "examples.random_projection:RandomProjection"},
     "128 images per update": {"batch_size": 64, "lr": 2e-3},

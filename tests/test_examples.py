@@ -24,7 +24,6 @@ from mains import (
     weights,
 )
 from PIL import Image
-from sklearn.decomposition import PCA
 from test_dino import of_transformers
 from torch import nn
 
@@ -37,7 +36,6 @@ from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
 from examples.frozen_teacher import FrozenTeacher
 from examples.local_decoder import LocalDecoder, window_mask
-from examples.principal_components import PrincipalComponents, components_of
 from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
 from mae.checkpoints import checkpoint
@@ -229,39 +227,6 @@ def test_complementary_masks_show_each_patch_once():
     torch.testing.assert_close(terms["consistency"], torch.cat(pairs).mean())
     with pytest.raises(ValueError, match="complementary masks"):
         model.train()(imgs, 0.5)
-
-
-def test_principal_components_are_masked(pretrain, tmp_path):
-    """The components are those of scikit-learn. The encoder sees the image without the masked ones."""
-    images = torch.randn(300, 48, 1) * torch.linspace(0.5, 2, 48)[:, None] + torch.randn(300, 1, 1)
-    found = components_of(images.view(300, 3, 4, 4))
-    scaled = (images.flatten(1) - found["mean"]) / found["std"]
-    oracle = PCA().fit(scaled.double().numpy())
-    torch.testing.assert_close(
-        found["variance"].flip(0).double(), torch.tensor(oracle.explained_variance_), rtol=1e-3, atol=1e-3
-    )
-    image = torch.rand(300, 3, 16, 16)
-    torch.save(components_of(image), tmp_path / "components.pt")
-    given = {"components": str(tmp_path / "components.pt"), "masked": 0.3}
-    model, seen = PrincipalComponents(**SMALL, **given).train(), []
-    model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    torch.manual_seed(0)
-    loss = model(image[:4])[0]
-    torch.manual_seed(0)
-    is_masked = model.draw() > 0
-    share = model.decoder_variance[is_masked].sum() / model.decoder_variance.sum()
-    assert share.item() == pytest.approx(0.3, abs=0.02)
-    coefficients = (seen[0].flatten(1) - model.decoder_mean) / model.decoder_std @ model.decoder_vectors
-    original = (image[:4].flatten(1) - model.decoder_mean) / model.decoder_std @ model.decoder_vectors
-    assert coefficients[:, is_masked].abs().max() < 1e-3
-    torch.testing.assert_close(coefficients[:, ~is_masked], original[:, ~is_masked], rtol=1e-3, atol=1e-3)
-    assert loss.item() > 0
-    with pytest.raises(ValueError, match="another size"):
-        PrincipalComponents(**{**SMALL, "img_size": 32}, **given)
-    run = pretrain(model_class="examples.principal_components:PrincipalComponents",
-                   model_args=f"components={given['components']}", input_size=16, patch_size=4)  # fmt: skip
-    assert lines(run)[1]["train_loss"] < lines(run)[0]["train_loss"]
-    assert not [name for name in weights(run) if "vectors" in name]
 
 
 def test_attention_of_the_decoder_is_local():

@@ -181,7 +181,7 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
             "4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
         ),
         *batches,
-        Line("optimizer", MUON, "3 points better on the leaderboard with photographs; others are alike"),
+        Line("optimizer", MUON, "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
         Line("lr", float(f"{lr:.2g}"), rate),
     ]
 
