@@ -11,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from golden_settings import parser_of
 from mains import call, fails, in_processes, lines, weights
 from PIL import Image
 
+import main_compare
 import main_finetune
 import main_knn
 from mae.cli import entry_point
@@ -114,7 +116,8 @@ def test_all_settings_are_listed(page, run):
 def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsys):
     *commands, _ = page.commands  # the last is that of the run
     assert [words[2] for words in commands] == [
-        "main_finetune", "main_knn", "mae.inference.features", "mae.inference.neighbors", "mae.inference.export",
+        "main_finetune", "main_knn", "main_compare", "mae.inference.features", "mae.inference.neighbors",
+        "mae.inference.export",
     ]  # fmt: skip
     for python, option, module, *flags in commands:
         assert (python, option) == ("python", "-m")
@@ -123,6 +126,8 @@ def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsy
     capsys.readouterr()
     call(main_knn, *commands[1][3:], k=5, device="cpu", num_workers=0)
     assert "* 5-NN Acc@1" in capsys.readouterr().out
+    call(main_compare, *commands[2][3:], device="cpu", num_workers=0)
+    assert Path(f"{run}_compared", "table.md").read_text().count("(k-NN)") == 1
 
 
 def test_the_last_line_of_a_run_is_the_command_of_its_page(pictures, tmp_path):

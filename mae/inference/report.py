@@ -207,9 +207,16 @@ def commands(
         images = ["IMAGES"]
     code = arguments({name: settings.get(name) for name in ("encoder", "encoder_args")})
     file = str(checkpoint)
+    compared = {
+        "Compare with raw pixels": [
+            "main_compare", *labelled, "--encoders", "pixels", file, "--protocols", "knn", "linear",
+            "--output_dir", f"{run_dir}_compared",
+        ],
+    }  # fmt: skip
     lines = {
         "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],
         "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
+        **(compared if "--val_fraction" not in labelled else {}),  # it needs a validation split
         "Compute the features of all images": [
             "mae.inference.features", *images, "--model", file, "--out", "features.npz",
         ],
