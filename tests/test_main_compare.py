@@ -391,6 +391,13 @@ def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     assert threads == [1] * 4  # three values of C, and the choice
 
 
+def test_a_fit_that_has_not_converged_is_recorded(monkeypatch, recwarn):
+    images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
+    monkeypatch.setattr(baselines, "ITERATIONS", 2)
+    chosen = baselines.evaluate("logistic regression", images, labels, images, labels, seed=0)[1]
+    assert chosen.endswith(", stopped after 2 iterations") and not recwarn
+
+
 def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
     monkeypatch.setattr(baselines, "MOST", 100)
     labels = np.repeat([0, 1, 2], [5, 1000, 1000])
