@@ -127,7 +127,7 @@ def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsy
     call(main_knn, *commands[1][3:], k=5, device="cpu", num_workers=0)
     assert "* 5-NN Acc@1" in capsys.readouterr().out
     call(main_compare, *commands[2][3:], device="cpu", num_workers=0)
-    assert Path(f"{run}_compared", "table.md").read_text().count("(k-NN)") == 1
+    assert "| checkpoint-2 (k-NN) |" in Path(f"{run}_compared", "table.md").read_text()
 
 
 def test_the_last_line_of_a_run_is_the_command_of_its_page(pictures, tmp_path):
