@@ -157,8 +157,8 @@ def test_images_without_labels_that_have_moved(pretrain, pictures, tmp_path, cap
     page = Page(call(report, out, data_path=moved, device="cpu", num_workers=0))
     text = " ".join(page.words)
     assert "LABELLED has images" in text and "nearest neighbors have" not in text
-    assert [words[4] for words in page.commands[:2]] == ["LABELLED", "LABELLED"]
-    assert page.commands[2][3] == str(moved)
+    assert [words[4] for words in page.commands[:3]] == ["LABELLED"] * 3
+    assert page.commands[3][3] == str(moved)
 
 
 def test_a_run_directory_makes_the_command_import_no_code(pretrain, own_module, tmp_path, capsys, monkeypatch):
