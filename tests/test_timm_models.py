@@ -83,6 +83,19 @@ def test_the_other_activation_of_clip_has_a_warning(saved, name, caplog):
     assert ("QuickGELU" in caplog.text) == ("quickgelu" not in name)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pit_ti_224", "volo_d1_224"])
+def test_a_class_token_that_timm_does_not_count_is_no_patch(saved, name):
+    """timm returns the class token of pit only, and that of volo before the patches."""
+    original, text, _ = saved(name)
+    model, images = get_model(text), torch.rand(1, 3, 224, 224)
+    with pytest.raises(ValueError, match="no tokens of one grid"):
+        model.get_intermediate_layers(images)
+    features = original.forward_head(original.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(model(images), features)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_those_of_timm(saved, name):
     ours, theirs = get_model(saved(name)[1]), saved(name)[0]
@@ -248,7 +261,7 @@ def test_a_comparison_of_models_of_timm(saved, mixed, tmp_path, capsys):
              f"test_convnext={convnext}", "--protocols", "knn", "finetune", "--labels", "all", "--budget", 1, "--model",
              "vit_mini_patch4", "--input_size", 16, "--patch_size", 8, "--mean", ".1", ".2", ".3", "--amp", "off",
              "--recipes", f"knn={tmp_path / 'knn.yaml'}"]  # fmt: skip
-    (tmp_path / "knn.yaml").write_text("k: [5]\n")
+    (tmp_path / "knn.yaml").write_text("k: [5]\nmodel: vit_tiny_patch16\ninput_size: 32\n")
     text = compared(mixed, tmp_path / "out", *words)
     (train, truth), (val, labels) = files(mixed, "train"), files(mixed, "val")
     expected = predictions((pooled(model, train), truth), (pooled(model, val), labels), 5, 0.07)
@@ -274,7 +287,7 @@ def test_a_comparison_of_gray_images(saved, mixed, tmp_path, capsys):
     """With --in_chans, --mean and --std are for models of timm, too; a warning says that their weights are adapted."""
     name = saved("test_vit")[1]
     flags = ["--in_chans", 1, "--mean", ".2", "--std", ".6", "--protocols", "knn", "--labels", "all"]
-    (tmp_path / "knn.yaml").write_text("k: [5]\n")
+    (tmp_path / "knn.yaml").write_text("k: [5]\nmodel: vit_tiny_patch16\ninput_size: 32\n")
     text = compared(mixed, tmp_path, "--encoders", f"t={name}", *flags, "--recipes", f"knn={tmp_path / 'knn.yaml'}")
     assert "adapted to 1" in capsys.readouterr().out
     (found,) = call(main_knn, *flags[:6], data_path=mixed, finetune=name, k=5, num_workers=0, device="cpu").values()

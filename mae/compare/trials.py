@@ -90,6 +90,8 @@ class Trials:
         first: Settings = {"config": recipe} if recipe else DEFAULTS[trial.protocol]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
         run = script.settings(first)
+        if trial.encoder.without:  # a recipe may name another model
+            first = {name: run[name] for name in run.explicit - {"config", *trial.encoder.without}}
         of_encoder = run.names - run.explicit.intersection(names_of(ImageSpec))
         settings = first | {name: value for name, value in trial.encoder.settings.items() if name in of_encoder}
         shared = {name: value for name, value in self.shared.items() if name not in trial.encoder.without}

@@ -60,9 +60,11 @@ class TimmEncoder(VisionTransformer):
                 self.widths = [self.net.forward_head(features, pre_logits=True).flatten(1).shape[1]]
             except (AttributeError, TypeError) as error:
                 raise ValueError(f"{TIMM}{name}: timm has no pooled features of this model ({error})") from error
-        # The tokens of several grids are a list.
-        has_tokens = isinstance(features, Tensor) and features.ndim in (3, 4)
-        self.length, width = self._tokens(features).shape[1:] if has_tokens else (0, 0)
+        # The tokens of several grids are a list. Without a number of prefix tokens, a class token is not told apart.
+        is_counted = hasattr(self.net, "num_prefix_tokens") or not hasattr(self.net, "cls_token")
+        is_grid = isinstance(features, Tensor) and features.ndim in (3, 4)
+        self.has_tokens = is_grid and (features.ndim == 4 or is_counted)
+        self.length, width = self._tokens(features).shape[1:] if self.has_tokens else (0, 0)
         self.widths.append(width)
 
     @property
@@ -112,7 +114,7 @@ class TimmEncoder(VisionTransformer):
 
     def _tokens(self, features: Any) -> Tensor:
         """Output of timm's `forward_features` -> tokens (B, T + N, D)."""
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+        if not self.has_tokens:
             raise ValueError(f"{TIMM}{self.name} has no tokens of one grid, but pooled features only")
         if features.ndim == 3:
             return features
