@@ -186,6 +186,12 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
+def described(kind: str) -> str:
+    """Returns a kind of images, with the flag that its rows have besides those of the entry."""
+    flags = dict(KINDS.values()).get(kind, {})
+    return f"{kind}, with --hflip 0" if flags.get("hflip") == 0 else kind
+
+
 def board_of(rows: list[dict[str, Any]]) -> str:
     """Returns the best mean score of each kind and time, for `mae.recommend.board`: on test images, if there is one."""
     scores: dict[tuple[str, int, float], dict[str, dict[tuple[str, str], list[float]]]] = {}
@@ -200,7 +206,7 @@ def board_of(rows: list[dict[str, Any]]) -> str:
         pixels = [means.pop(key) for key in list(means) if key[1] == PIXELS]
         if pixels and means:
             best = {"score": round(max(means.values()), 2), "pixels": round(pixels[0], 2)}
-            found.append({"images": images, "kind": kind, "side": sides[kind], "minutes": minutes, **best})
+            found.append({"images": images, "kind": described(kind), "side": sides[kind], "minutes": minutes, **best})
     return f"{json.dumps(found, indent=2)}\n"
 
 

@@ -93,7 +93,7 @@ def records(rows: Rows) -> str:
             difference, low, high, chance = found[machine]
             gain, p = f"{difference:+.2f} ({low:.2f} to {high:.2f})", f"{chance:.1g}"
         mean, last = statistics.fmean(row["score"] for row in chosen), chosen[-1]
-        command = f"`{last['command']}`"
+        command = f"`{' '.join(leaderboard.command({**leaderboard.BASE, **leaderboard.ENTRIES[entry]}))}`"
         cells.append([last["date"], entry, f"{mean:.2f}", str(len(chosen)), gain, p, machine, last["commit"], command])
     return markdown(["date", "entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "command"], cells)
 
@@ -106,21 +106,26 @@ def _most_rows(entry: str, rows: Rows) -> str:
 def correlations(rows: Rows) -> str:
     """Returns Spearman's correlations of the score with measures that need no labels.
 
-    Entries are compared on the machine with most of them.
+    Entries are compared on the machine with most of them, and their losses only if the pixels are normalized.
     """
-    measured = {key: [row for row in found if leaderboard.UNLABELLED[0] in row] for key, found in rows.items()}
+    loss = leaderboard.UNLABELLED[0]
+    measured = {key: [row for row in found if loss in row] for key, found in rows.items()}
     machines = Counter(machine for (_, machine), found in measured.items() if found)
     if not machines:
         return "no rows have these measures"
     chosen, cells = machines.most_common(1)[0][0], []
     for measure in leaderboard.UNLABELLED:
+        compared = {
+            key: found for key, found in measured.items()
+            if measure != loss or leaderboard.ENTRIES.get(key[0], {}).get("norm_pix_loss")
+        }  # fmt: skip
         within = [
             _spearman([(row[measure], row["score"]) for row in found])
-            for found in measured.values() if len(found) >= FEWEST + 1
+            for found in compared.values() if len(found) >= FEWEST + 1
         ]  # fmt: skip
         means = [
             (statistics.fmean(row[measure] for row in found), statistics.fmean(row["score"] for row in found))
-            for (_, machine), found in measured.items() if found and machine == chosen
+            for (_, machine), found in compared.items() if found and machine == chosen
         ]  # fmt: skip
         cells.append([
             measure, f"{_spearman(means):.2f}" if len(means) > FEWEST else "", str(len(means)),
@@ -138,7 +143,7 @@ def recipes(rows: list[Row]) -> str:
     """Returns the score of the automatic recipe and of the best other entry, on the same machine, for each kind."""
     scores: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        track = f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}"
+        track = f"{row['budget']:g} minutes, {row['images']:,} {leaderboard.described(row['kind'])}"
         scores[track, row["evaluated on"], row["machine"]][row["entry"]].append(row["score"])
     cells = []
     for place, entries in scores.items():
@@ -180,7 +185,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{machine}, {len(ours)} seed(s): {gains(ours, others)}")
         if machine in tested:
             difference, low, high, p = tested[machine]
-            verdict = "a record" if p < LEVEL and difference > 0 else "no record"
+            is_better = p < LEVEL and difference > 0
+            verdict = ("a record" if worse == RECORDS[-1] else "better") if is_better else "no record"
             print(f"score {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
         else:
             print(f"no test: it needs {FEWEST} seeds of each, of one command of leaderboard.py")

@@ -177,9 +177,11 @@ def test_entries_are_compared_by_runs_that_alternated_on_one_machine():
     assert found["A"][0] == pytest.approx(1.1)
 
 
-def test_correlations_are_those_of_entries_and_of_seeds():
-    """A measure that ranks the entries, and is random between the seeds of an entry."""
+def test_correlations_are_those_of_entries_and_of_seeds(monkeypatch):
+    """A measure that ranks the entries, and is random between the seeds of an entry. Losses need normalized pixels."""
     draw = np.random.default_rng(0)
+    entries = {f"entry {mean}": {"norm_pix_loss": mean > 70} for mean in range(70, 80)}
+    monkeypatch.setattr(records.leaderboard, "ENTRIES", entries)
     rows = {
         (f"entry {mean}", "A"): [
             {"score": mean + draw.normal(0, 0.1), "test_loss": -mean + draw.normal(0, 0.1), "test_effective_rank": 1.0,
@@ -187,8 +189,8 @@ def test_correlations_are_those_of_entries_and_of_seeds():
             for _ in range(40)
         ] for mean in range(70, 80)
     }  # fmt: skip
-    cells = records.correlations(rows).splitlines()[2].strip("| ").split(" | ")
-    assert cells[:3] == ["test_loss", "-1.00", "10"]
+    cells, *_, others = (line.strip("| ").split(" | ") for line in records.correlations(rows).splitlines()[2:])
+    assert (cells[:3], others[:3]) == (["test_loss", "-1.00", "9"], ["test_uniformity", "1.00", "10"])
     assert abs(float(cells[3])) < 0.2
 
 

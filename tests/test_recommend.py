@@ -252,6 +252,8 @@ def test_the_rules_give_the_settings_of_an_entry_of_the_board(count, side, chann
         "optimizer",
     )
     assert {name: settings[name] for name in same} == {name: flags[name] for name in same}
+    is_named = leaderboard.described(leaderboard.KINDS[kind][0]).endswith("with --hflip 0")
+    assert flags.get("hflip", 0.5) == (0 if is_named else settings["hflip"])
 
 
 @pytest.mark.parametrize(("images", "side", "minutes", "first"), [

@@ -178,7 +178,7 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
         Line(
             "uniformity",
             0.1,
-            "4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
+            "3 to 4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
         ),
         *batches,
         Line("optimizer", MUON, "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
