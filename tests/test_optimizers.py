@@ -51,9 +51,10 @@ def test_muon_has_the_matrices_of_the_blocks():
 
 
 def test_adamw_replaces_the_optimizer_of_a_recipe(pretrain, tmp_path):
-    (tmp_path / "muon.yaml").write_text("optimizer: muon\n")
-    for given, moments in (({}, 2), ({"optimizer": "adamw"}, 1)):
-        state = checkpoint.read(pretrain(f"{moments}", epochs=1, config=tmp_path / "muon.yaml", **given) / LAST)
+    runs = (("muon", {}, 2), ("muon", {"optimizer": "adamw"}, 1), ("adamw", {}, 1))
+    for number, (name, given, moments) in enumerate(runs):
+        (tmp_path / f"{name}.yaml").write_text(f"optimizer: {name}\n")
+        state = checkpoint.read(pretrain(f"{number}", epochs=1, config=tmp_path / f"{name}.yaml", **given) / LAST)
         assert len({tuple(sorted(of)) for of in state["optimizer"]["state"].values()}) == moments
     with pytest.raises(SystemExit):
         pretrain(optimizer="Muon")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mae.cli.flags import not_in_recipes
 from mae.settings.arguments import OFF
-from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, MUON, TF32
+from mae.settings.choices import ADAMW, HEAD_CHOICES, METRIC_CHOICES, MUON, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import count_or_all, positive
@@ -24,7 +24,7 @@ REFUSED = {
         ("download", "encoder", "model_class", "lr_schedule", "dist_backend", "dist_url"),
         lambda value: True,
     ),
-    "optimizer": lambda value: value != MUON,
+    "optimizer": lambda value: value not in (ADAMW, MUON),
 }
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")

@@ -1,12 +1,7 @@
-"""Groups of flags, and choices and defaults that other packages also use."""
+"""Choices and defaults that other packages also use."""
 
 from mae.position_tables import Size, to_pair
 
-# The groups of --help.
-DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
-    "data", "augmentation", "model", "optimization", "evaluation", "run"
-)  # fmt: skip
-DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
 BACKENDS = ("auto", "nccl", "gloo")
 AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
 TF32 = (  # in the help of --amp
