@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mae.build import blocks_of
 from mae.settings.choices import MUON
 from mae.training.muon import BatchedMuon
 from mae.user_code import call
@@ -95,7 +94,8 @@ def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[
     Raises:
         ValueError: no matrix of the blocks is trained.
     """
-    matrices = {parameter for block in blocks_of(model) for parameter in block.parameters() if parameter.ndim == 2}
+    blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
+    matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
     chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
     others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
     if not any(group["params"] for group in chosen):
