@@ -116,9 +116,9 @@ def correlations(rows: Rows) -> str:
     chosen, cells = machines.most_common(1)[0][0], []
     for measure in leaderboard.UNLABELLED:
         compared = {
-            key: found for key, found in measured.items()
-            if measure != loss or leaderboard.ENTRIES.get(key[0], {}).get("norm_pix_loss")
-        }  # fmt: skip
+            key: [row for row in found if measure != loss or "--norm_pix_loss" in row["command"].split()]
+            for key, found in measured.items()
+        }
         within = [
             _spearman([(row[measure], row["score"]) for row in found])
             for found in compared.values() if len(found) >= FEWEST + 1

@@ -177,15 +177,13 @@ def test_entries_are_compared_by_runs_that_alternated_on_one_machine():
     assert found["A"][0] == pytest.approx(1.1)
 
 
-def test_correlations_are_those_of_entries_and_of_seeds(monkeypatch):
+def test_correlations_are_those_of_entries_and_of_seeds():
     """A measure that ranks the entries, and is random between the seeds of an entry. Losses need normalized pixels."""
     draw = np.random.default_rng(0)
-    entries = {f"entry {mean}": {"norm_pix_loss": mean > 70} for mean in range(70, 80)}
-    monkeypatch.setattr(records.leaderboard, "ENTRIES", entries)
     rows = {
         (f"entry {mean}", "A"): [
             {"score": mean + draw.normal(0, 0.1), "test_loss": -mean + draw.normal(0, 0.1), "test_effective_rank": 1.0,
-             "test_uniformity": mean}
+             "test_uniformity": mean, "command": f"--{'' if mean > 70 else 'no_'}norm_pix_loss"}
             for _ in range(40)
         ] for mean in range(70, 80)
     }  # fmt: skip

@@ -85,9 +85,9 @@ def test_the_other_activation_of_clip_has_a_warning(saved, name, caplog):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["pit_ti_224", "volo_d1_224"])
+@pytest.mark.parametrize("name", ["pit_ti_224", "volo_d1_224", "coat_lite_tiny"])
 def test_a_class_token_that_timm_does_not_count_is_no_patch(saved, name):
-    """timm returns the class token of pit only, and that of volo before the patches."""
+    """timm returns the class token of pit only, and those of the others before the patches."""
     original, text, _ = saved(name)
     model, images = get_model(text), torch.rand(1, 3, 224, 224)
     with pytest.raises(ValueError, match="no tokens of one grid"):

@@ -55,9 +55,10 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     try:
         for trial, result in _results_of(trials, planned):
             results[trial.name] = result
+            chosen = f"{result.chosen}, " if result.chosen else ""
             logger.info(
                 f"[{len(results)}/{len(planned)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
-                f"{result.metric} {result.accuracy:.4g} ({result.seconds:.0f} s)"
+                f"{result.metric} {result.accuracy:.4g} ({chosen}{result.seconds:.0f} s)"
             )
     finally:
         if results:

@@ -207,16 +207,13 @@ def commands(
         images = ["IMAGES"]
     code = arguments({name: settings.get(name) for name in ("encoder", "encoder_args")})
     file = str(checkpoint)
-    compared = {
+    lines = {
+        "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],
+        "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
         "Compare with raw pixels": [
             "main_compare", *labelled, "--encoders", "pixels", file, "--protocols", "knn", "linear",
             "--output_dir", f"{run_dir}_compared",
         ],
-    }  # fmt: skip
-    lines = {
-        "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],
-        "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
-        **(compared if "--val_fraction" not in labelled else {}),  # it needs a validation split
         "Compute the features of all images": [
             "mae.inference.features", *images, "--model", file, "--out", "features.npz",
         ],
@@ -227,6 +224,8 @@ def commands(
             "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",
         ],
     }  # fmt: skip
+    if "--val_fraction" in labelled:
+        del lines["Compare with raw pixels"]  # it needs a validation split
     shown = [f"<h3>{title}</h3>{page.command(['python', '-m', *words, *code])}" for title, words in lines.items()]
     return page.paragraph(note) * bool(note) + "".join(shown)
 
