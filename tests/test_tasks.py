@@ -206,6 +206,30 @@ def test_the_loss_of_tags_is_the_binary_cross_entropy(weighted, tune, folder):
     assert lines(out)[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
+def test_unix_times_are_exact_in_any_order_of_the_columns(tune, folder, tmp_path, caplog):
+    """Of times near 1.7e9, fp32 has every 128th second only. An evaluation may name the columns in another order."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        times = 1.7e9 + generator.uniform(-30, 30, len(files_of(folder, split)))
+        rows = [(Path(file).name, f"{time:.3f}", n) for n, (file, time) in
+                enumerate(zip(files_of(folder, split), times, strict=True))]  # fmt: skip
+        write(tmp_path / f"{split}.csv", [("path", "time", "number"), *rows])
+    own = {"task": "regression", **lists(tmp_path)}
+    out = tune(label_columns="number time", epochs=1, **own, **MILD)
+    record = checkpoint.read(out / "checkpoint-0.pth")["args"]
+    train, truth = (column_of(tmp_path, split, "number", "time") for split in ("train", "val"))
+    assert record["target_mean"] == pytest.approx(train.mean(axis=0), rel=1e-12)
+    assert record["target_std"] == pytest.approx(train.std(axis=0), rel=1e-9)
+    model = get_model(out / "checkpoint-0.pth")
+    values = np.stack([model.predict(file)["pred_values"] for file in files_of(folder, "val")])
+    caplog.clear()
+    for order in ("number time", "time number"):
+        scores = tune(label_columns=order, eval=True, resume=out / "checkpoint-0.pth", **own)
+        assert scores.metrics["mae"] == pytest.approx(np.abs(values - truth).mean(), rel=1e-5), order
+        assert scores.labels == pytest.approx(truth, abs=1e-4)
+    assert "is the same" not in caplog.text
+
+
 class Pictures:
     """The pictures of the fixture as a dataset, with vectors as labels."""
 
@@ -220,6 +244,21 @@ class Pictures:
 
     def __getitem__(self, index):
         return self.files[index], torch.from_numpy(self.vectors[index])
+
+
+class Timed(Pictures):
+    """The attribute `labels` is of another minute than the items."""
+
+    def __init__(self, split, data_path):
+        super().__init__(split, data_path, NUMBERS, True)
+        self.vectors = np.full((len(self.files), 2), 1.7e9)
+        self.labels = self.vectors + np.arange(2)
+
+
+def test_times_of_items_are_compared_with_their_list_exactly(tmp_path, folder):
+    source = open_source("train", str(folder), dataset="py:test_tasks:Timed", task="regression")
+    with pytest.raises(ValueError, match=r"labels\[0\] is"):
+        source[0]
 
 
 numbers = partial(Pictures, names=NUMBERS, lists_labels=True)
@@ -438,7 +477,8 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
 
 
 def test_labels_of_a_dataset_are_checked(tune):
-    for name, message in (("not_a_number", "nan: task=regression"), ("text", "heavy: task=regression")):
+    for name, message in (("not_a_number", "nan: task=regression"), ("text", "heavy: task=regression"),
+                          ("constant", "task=regression: 0 ")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             tune(task="regression", dataset=f"py:test_tasks:{name}", train_list="", val_list="")
 
@@ -454,6 +494,8 @@ class Wrong(Pictures):
 
 
 text = partial(Wrong, vectors=["heavy", "heavy"])
+# The standard deviation of equal numbers is a rounding error, not 0.
+constant = partial(Wrong, vectors=[[0.1, 0.1], [0.1, 0.2]])
 
 
 def not_a_number(split, data_path):

@@ -63,11 +63,11 @@ class Subset:
 
 
 class Targets(Subset):
-    """A source with other labels: vectors (n, C) in fp32."""
+    """A source with other labels: vectors (n, C)."""
 
     def __init__(self, source: Source, classes: Sequence[str], labels: np.ndarray) -> None:
         super().__init__(source, np.arange(len(source)), list(classes))
-        self.labels = labels.astype(np.float32)
+        self.labels = labels
 
     def __getitem__(self, index: int) -> Item:
         return self.source[index]._replace(label=self.labels[index])
@@ -216,7 +216,7 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
                 f"task={task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
                 f"training images or of the model are {first_few(classes)}: give the same"
             )
-        vectors = np.zeros((len(source), len(classes)))
+        vectors = np.zeros((len(source), len(classes)), source.labels.dtype)  # fp64: fp32 would round times
         vectors[:, [list(classes).index(name) for name in source.classes]] = source.labels
         return Targets(source, classes, vectors)
     if unknown:
@@ -290,20 +290,21 @@ def identity(chosen: Source, total: int) -> str:
 
 
 def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation of each target, by which `standardized` labels are made.
+    """Returns mean and standard deviation of each target in fp64, by which `standardized` labels are made.
 
     Raises:
         ValueError: a target is the same for all images.
     """
     if task == MULTILABEL:
         return [0.0] * len(source.classes), [1.0] * len(source.classes)
-    mean, std = source.labels.mean(axis=0), source.labels.std(axis=0)
-    if not (std > 0).all():
-        name = source.classes[int(np.argmin(std))]
-        raise ValueError(f"task=regression: {name} is the same for all training images: omit this label")
-    return mean.tolist(), std.tolist()
+    numbers = np.asarray(source.labels, dtype=np.float64)
+    for name, column in zip(source.classes, numbers.T, strict=True):
+        if np.ptp(column) == 0:  # its standard deviation may be a rounding error
+            raise ValueError(f"task=regression: {name} is the same for all training images: omit this label")
+    return numbers.mean(axis=0).tolist(), numbers.std(axis=0).tolist()
 
 
 def standardized(source: Source, mean: Sequence[float], std: Sequence[float]) -> Source:
-    """Returns a source whose labels have the mean 0 and the standard deviation 1 if `mean` and `std` are theirs."""
-    return Targets(source, source.classes, (np.asarray(source.labels, dtype=np.float64) - mean) / std)
+    """Returns a source with labels in fp32, of mean 0 and standard deviation 1 if `mean` and `std` are theirs."""
+    labels = (np.asarray(source.labels, dtype=np.float64) - mean) / std
+    return Targets(source, source.classes, labels.astype(np.float32))

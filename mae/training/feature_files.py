@@ -106,7 +106,6 @@ def extract(
         ValueError: another process computes the features.
     """
     labels = np.asarray(source.labels)[parallel.rank() :: parallel.world_size()]
-    labels = labels.astype(np.int64 if labels.ndim == 1 else np.float32)
 
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done * parallel.world_size(), len(source)))

@@ -208,15 +208,18 @@ class UserSet(NumberedItems):
                     f"{self.describe(index)}: its label is {printable(str(label))[:80]}, and no class number"
                 )
             return -1
-        self._require_known(index, value)
+        self._require_known(index, value.astype(np.int64))
         return int(value)
 
     def _require_known(self, index: int, label: np.ndarray) -> None:
-        """Raises ValueError if a label differs from the attribute `labels`, or from the label that was read before."""
+        """Raises ValueError if a label differs from the attribute `labels`, or from the label that was read before.
+
+        They are compared in the precision of the label.
+        """
         known, remedy = self._listed, ""
         if known is None and "labels" in vars(self) and (self.labels.ndim > 1 or self.labels[index] != -1):
             known, remedy = self.labels, ": return the same dataset in each process"
-        if known is not None and not np.array_equal(label.astype("f"), known[index].astype("f")):
+        if known is not None and not np.array_equal(label, known[index].astype(label.dtype)):
             raise ValueError(
                 f"{self.describe(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
             )

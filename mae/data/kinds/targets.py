@@ -37,12 +37,13 @@ class TargetSet(UserSet):
             ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
         """
         vector = self._vectors(label, self.describe(index), "its label is").reshape(-1)
-        self._require_known(index, vector)
+        given = _array(label)
+        self._require_known(index, vector.astype(given.dtype) if given.dtype.kind == "f" else vector)
         return vector
 
     def _vectors(self, value: Any, place: str, what: str) -> np.ndarray:
         try:
-            found = np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
+            found = _array(value).astype(np.float64)
         except (TypeError, ValueError):
             found = np.array(np.nan)
         wrong = ~np.isfinite(found) if self.task != MULTILABEL else ~np.isin(found, (0, 1))
@@ -70,3 +71,7 @@ class TargetSet(UserSet):
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
         return np.stack([self.label_of(index, self._read(index).label) for index in range(len(self))])
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.cpu() if isinstance(value, Tensor) else value)
