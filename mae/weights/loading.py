@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Positions are interpolated and compared, and the data determine the number of classes.
 NOT_OF_MODEL = ("input_size", "learned_pos_embed", "nb_classes")
 FC_NORM = {"fc_norm.weight", "fc_norm.bias"}  # the norm of pooled patch tokens, in place of `norm`
+NORM = {"norm.weight", "norm.bias"}  # the norm of the tokens
 MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
@@ -60,6 +61,9 @@ def require_fit(model: nn.Module, weights: Weights, fitted: Fit, optional: Colle
 def init_mae(model: Any, weights: Weights) -> None:
     """Loads weights into a `MaskedAutoencoderViT`: all of them, or the encoder only.
 
+    Of a classifier or a segmentation model, it loads the encoder. One that pools patches has no norm of the tokens, so
+    that this norm is new.
+
     Raises:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
@@ -68,8 +72,12 @@ def init_mae(model: Any, weights: Weights) -> None:
     name = weights.settings.get("model_class")
     if name and re.split("[.:]", name)[-1] not in classes:
         logger.warning(f"{weights.origin} was trained with the class {name}, and this model lacks its changes")
-    fitted = fit(model, weights)
+    own = set() if name else _of_classifier(weights)
+    tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in own}
+    fitted = fit(model, weights._replace(tensors=tensors))
     new, dropped = _of_user_code(fitted, weights.settings)
+    if own >= FC_NORM:
+        new |= NORM & fitted.missing
     if new or dropped:
         _warn_of_user_code(weights, new, dropped)
     optional = new | dropped
@@ -80,7 +88,18 @@ def init_mae(model: Any, weights: Weights) -> None:
         logger.warning(f"{weights.origin} contains an encoder only; the decoder starts from random weights")
         optional |= decoder
     require_fit(model, weights, fitted, optional)
-    logger.info(f"weights from {weights.origin}")
+    without = f", without {some(own)}" if own else ""
+    logger.info(f"weights from {weights.origin} ({weights.kind}){without}")
+
+
+def _of_classifier(weights: Weights) -> set[str]:
+    """Returns the names of the weights of a classifier or a segmentation model that are not those of its encoder.
+
+    A file with a decoder is of an autoencoder, whose class may have a head.
+    """
+    if any(part_of(name) == DECODER for name in weights.tensors):
+        return set()
+    return {name for name in weights.tensors if part_of(name) == HEAD} | (FC_NORM & weights.tensors.keys())
 
 
 def has_decoder_for(model: nn.Module, weights: Weights) -> bool:
@@ -119,7 +138,7 @@ def load_encoder(
     fitted = fit(model, weights, (ENCODER, HEAD) if takes_head else (ENCODER,), adapt_input)
     optional = FC_NORM & fitted.missing
     if "fc_norm.weight" in model.state_dict():
-        optional |= {"norm.weight", "norm.bias"}
+        optional |= NORM
     if adapt_input == "skip":
         optional |= {name for name in fitted.missing if name.startswith("patch_embed.")}
     new, dropped = _of_user_code(fitted, weights.settings)

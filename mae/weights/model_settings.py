@@ -44,12 +44,21 @@ def classifier_settings(file: Weights | None) -> dict[str, Any]:
 
 
 def autoencoder_settings(file: Weights) -> dict[str, Any]:
-    """Returns what a file records of its model and images, for a pre-training that starts from its weights."""
+    """Returns what a file records of its model and images, for a pre-training that starts from its weights.
+
+    A file that records no model of this library has the one with the shapes of its tensors.
+    """
     names = [*REBUILDS, "min_valid"]  # the latter gives nodata its meaning
     settings = {name: file.settings[name] for name in names if file.settings.get(name) is not None}
     model = settings.pop("model", "")
-    name = model if model.startswith("mae_") else f"mae_{model}"
-    return settings | ({"model": name} if size_of(name) in SIZES else {})
+    if model.startswith(TIMM):
+        return settings
+    if size_of(model) not in SIZES:
+        try:
+            model = file_settings(file)["model"]
+        except CheckpointError:  # no size or several sizes
+            return settings
+    return settings | {"model": model if model.startswith("mae_") else f"mae_{model}"}
 
 
 def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
