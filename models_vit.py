@@ -25,8 +25,20 @@ from mae.position_tables import Size, resize_pos_embed, to_pair
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
 
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of inputs that are converted to the type of its weights: fp32 under autocast.
+
+    Autocast does so on CUDA. On a CPU, it leaves an input in bf16, and the backward pass of PyTorch's kernel then sums
+    the gradients of the weights over all tokens in bf16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 # eps of the published models. The default of PyTorch is 1e-5, and the ViT of transformers has 1e-12.
-LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+LAYER_NORM: NormLayer = partial(LayerNorm, eps=1e-6)
 RMS_NORM: NormLayer = partial(nn.RMSNorm, eps=1e-6)
 
 # The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
@@ -114,7 +126,7 @@ class Attention(nn.Module):
     def split(self, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D). `inputs`: of the block."""
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast normalizes in fp32
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # the norms of autocast return fp32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,11 +13,19 @@ All blocks attend globally. The windows of ViTDet save memory on large pictures.
 import math
 from typing import Any
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from models_vit import LayerNorm
+
+
+class LayerNorm2d(LayerNorm):
+    """Layer norm of the channels of maps (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class SimplePyramid(nn.Module):
@@ -37,14 +45,14 @@ class SimplePyramid(nn.Module):
         width, channels = encoder.pos_embed.shape[2], self.out_channels
         double = nn.ConvTranspose2d(width, width // 2, 2, stride=2)
         quadruple = nn.Sequential(
-            nn.ConvTranspose2d(width, width // 2, 2, stride=2), LayerNorm2d(width // 2), nn.GELU(),
+            nn.ConvTranspose2d(width, width // 2, 2, stride=2), LayerNorm2d(width // 2, eps=1e-6), nn.GELU(),
             nn.ConvTranspose2d(width // 2, width // 4, 2, stride=2),
         )  # fmt: skip
         scales = [(quadruple, width // 4), (double, width // 2), (nn.Identity(), width), (nn.MaxPool2d(2), width)]
         self.levels = nn.ModuleList(
             nn.Sequential(
-                scale, nn.Conv2d(inputs, channels, 1, bias=False), LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
+                scale, nn.Conv2d(inputs, channels, 1, bias=False), LayerNorm2d(channels, eps=1e-6),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels, eps=1e-6),
             )
             for scale, inputs in scales
         )  # fmt: skip

@@ -17,7 +17,7 @@ from mae.settings.model import BLOCK_ARGUMENTS
 from mae.weights import timm_models
 from mae.weights.timm_models import TIMM, TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, Block, Encoder, VisionTransformer
+from models_vit import SIZES, Block, Encoder, LayerNorm, VisionTransformer
 
 if TYPE_CHECKING:
     from models_segment import Segmenter
@@ -336,7 +336,15 @@ def _set_options(model: Model, spec: ModelSpec) -> Model:
             f"models_vit.Block, and override compute instead of forward"
         )
     freeze_below(model, spec.unfreeze_blocks)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and not isinstance(module, LayerNorm):
+            module.register_forward_pre_hook(_to_type_of_weights)  # a norm of the user's code
     return model
+
+
+def _to_type_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Converts the input of a layer norm, as `models_vit.LayerNorm` does."""
+    return (inputs[0].to(norm.get_parameter("weight").dtype), *inputs[1:])
 
 
 def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
@@ -354,7 +362,7 @@ def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> 
     if spec.patch_size is not None:
         shape["patch_size"] = spec.patch_size
     if spec.layer_norm_eps:
-        shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
+        shape["norm_layer"] = partial(LayerNorm, eps=spec.layer_norm_eps)
     of_block = {name: getattr(spec, name) for name in BLOCK_ARGUMENTS}
     if any(of_block.values()):
         shape["block"] = partial((encoder or Encoder).block, **of_block)

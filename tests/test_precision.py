@@ -1,15 +1,20 @@
 """--amp: autocast, loss scaler and clipping."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from mains import lines
+from mains import lines, parse
 
+import mae.build
 import main_finetune
 import main_pretrain
+from examples.detector import LayerNorm2d
+from examples.dino import DINOv3
 from mae.checkpoints import checkpoint
 from mae.training.precision import Precision
+from models_vit import Block, Encoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -160,3 +165,53 @@ def test_only_fp16_has_a_scaler(monkeypatch):
     monkeypatch.setattr("mae.training.precision.precision_name", lambda *_: "fp16")
     precision = Precision("fp16", CPU)
     assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)
+
+
+class Sandwich(Block):
+    """A block with a layer norm of its own, of the output of the attention."""
+
+    def __init__(self, dim, *arguments, **own):
+        super().__init__(dim, *arguments, **own)
+        self.after = torch.nn.LayerNorm(dim)
+
+    def compute(self, x, *inputs):
+        x = x + self.after(self.attn(self.norm1(x), *inputs))
+        return x + self.mlp(self.norm2(x))
+
+
+class SandwichEncoder(Encoder):
+    block = Sandwich
+
+
+def built(encoder=None, **flags):
+    run = parse(main_pretrain, data_path="unused", model="mae_vit_mini_patch4", in_chans=3, input_size=32, **flags)
+    return mae.build.autoencoder(run.model, run.images, encoder=encoder)
+
+
+NORMED = {
+    "qk_norm": partial(built, qk_norm="layer"),
+    "DINOv3": partial(built, DINOv3, qk_norm="layer", num_cls_tokens=5),
+    "own block": partial(built, SandwichEncoder),
+    "maps of the detector": lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 32, 4, stride=4), LayerNorm2d(32)),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_layer_norms_of_bf16_inputs_have_the_gradients_of_fp32(name):
+    """On a CPU, the kernel sums the gradients of all tokens in the type of the input."""
+    torch.manual_seed(0)
+    model, images = NORMED[name]().train(), torch.randn(24, 3, 32, 32)
+    names = [f"{path}.{part}" for path, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)
+             for part in ("weight", "bias")]  # fmt: skip
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)  # of the masks
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = model(images)
+        (found[0] if isinstance(found, tuple) else found.float().exp().mean()).backward()
+        gradients.append({key: model.get_parameter(key).grad for key in names})
+    exact, found = gradients
+    for key, expected in exact.items():
+        if expected is not None and not key.endswith("k_norm.bias"):  # softmax does not depend on it: rounding errors
+            assert (found[key] - expected).norm() < 0.02 * expected.norm(), key
