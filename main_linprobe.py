@@ -45,6 +45,7 @@ from mae import parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, labels, sampler, transforms
+from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
@@ -242,8 +243,9 @@ def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) 
         )
     if run.data.cache_features:
         return feature_files.FeatureBatches(
-            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter
-        )
+            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter,
+            fingerprint(train, with_labels=True),
+        )  # fmt: skip
     augment = transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
     return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
 

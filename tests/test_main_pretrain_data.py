@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+import zipfile
+from pathlib import Path
 
 import datasets as hugging_face
 import numpy as np
@@ -193,3 +195,77 @@ def test_images_of_which_most_patches_are_flat_are_no_weak_signals(pretrain, smo
     flat[:, :4, :4] = smooth[:8, :4, :4, :3]  # one of 16 patches
     pretrain(data_path=write_pngs(tmp_path / "flat", flat), norm_pix_loss=True, crop="none", epochs=1)
     assert "norm_pix_loss" not in capsys.readouterr().out
+
+
+RENAMED = "train/cat/01.jpg"
+
+
+def interrupted(monkeypatch, run, calls=3, **flags):
+    """Interrupts a run within an epoch; it has saved its state after each of `calls` updates."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", calls)
+        run("parts", **flags, save_minutes=0)
+
+
+def test_an_epoch_is_not_resumed_with_renamed_images(pretrain, pictures, tmp_path, monkeypatch, capsys):
+    """As many files with other names are other images. A moved folder has the same, and so has the file of a run that
+    recorded no names. After the last update of an epoch, the images may change, with a warning."""
+    here, moved = (shutil.copytree(pictures, tmp_path / name) for name in ("here", "moved"))
+    interrupted(monkeypatch, pretrain, data_path=here)
+    (here / RENAMED).rename(here / "train/cat/zz.jpg")
+    for skips in ({}, {"on_bad_image": "skip"}):
+        with pytest.raises(CheckpointError, match="names"):
+            pretrain("parts", data_path=here, resume="auto", **skips)
+    file = tmp_path / "parts/checkpoint-last.pth"
+    state = checkpoint.read(file)
+    earlier = state | {"progress": {name: value for name, value in state["progress"].items() if name != "images"}}
+    checkpoint.write(earlier, tmp_path / "earlier.pth")
+    assert len(lines(pretrain("earlier", data_path=here, resume=tmp_path / "earlier.pth"))) == 2
+    whole = pretrain("whole", data_path=pictures)
+    assert_same_run(pretrain("parts", data_path=moved, resume="auto"), whole)
+    capsys.readouterr()
+    pretrain("next", data_path=here, resume=whole / "checkpoint-0.pth")
+    assert "the names of the training images have changed" in capsys.readouterr().out
+
+
+def packed(root):
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as file:
+        for path in sorted(root.rglob("*.*")):
+            file.write(path, path.relative_to(root))
+    return {"data_path": root.with_suffix(".zip")}
+
+
+def in_a_list(root):
+    """With absolute paths."""
+    root.with_suffix(".csv").write_text("\n".join(["path", *map(str, sorted(root.rglob("*.*")))]))
+    return {"train_list": root.with_suffix(".csv")}
+
+
+class Named:
+    """A dataset of the user's code, with names of its items."""
+
+    def __init__(self, split, data_path):
+        self.files = sorted(Path(data_path).rglob("*.*"))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return self.files[index], None
+
+    def name(self, index):
+        return str(self.files[index])
+
+
+def of_a_dataset(root):
+    return {"dataset": "py:test_main_pretrain_data:Named"}
+
+
+@pytest.mark.parametrize("kind", [packed, in_a_list, of_a_dataset])
+def test_names_of_all_kinds_of_datasets_are_compared(kind, pretrain, pictures, tmp_path, monkeypatch):
+    here, moved = (shutil.copytree(pictures, tmp_path / name) for name in ("here", "moved"))
+    interrupted(monkeypatch, pretrain, **{"data_path": here} | kind(here))
+    (here / RENAMED).rename(here / "train/cat/zz.jpg")
+    with pytest.raises(CheckpointError, match="names"):
+        pretrain("parts", **{"data_path": here} | kind(here), resume="auto")
+    pretrain("parts", **{"data_path": moved} | kind(moved), resume="auto")

@@ -10,7 +10,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import argv_of, assert_same_run, call, lines, parse, stop_and_resume, weights
+from mains import Stopped, argv_of, assert_same_run, call, lines, parse, stop_after, stop_and_resume, weights
 from PIL import Image
 from segments import make_scenes
 
@@ -343,3 +343,20 @@ def test_compiled_evaluation_of_images_with_many_numbers_of_windows(tmp_path, mo
     flags |= {"eval": True, "resume": tmp_path / "checkpoint-0.pth", "batch_size": 16}
     eager, compiled = (main_segment.main(parse(main_segment, **flags, **how)) for how in ({}, {"compile": True}))
     assert np.array_equal(compiled.matrix, eager.matrix)
+
+
+def test_an_epoch_is_not_resumed_with_exchanged_masks(segment, scenes, tmp_path, monkeypatch):
+    images, masks = (sorted(scenes.glob(f"{name}/training/*")) for name in ("images", "annotations"))
+    flags = {"train_list": tmp_path / "pairs.csv"}
+
+    def write(pairs):
+        with flags["train_list"].open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "mask"), *pairs])
+
+    write(zip(images, masks, strict=True))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 2)
+        segment("parts", **flags, save_minutes=0)
+    write(zip(images, masks[::-1], strict=True))
+    with pytest.raises(CheckpointError, match="names"):
+        segment("parts", **flags, resume="auto")

@@ -46,7 +46,7 @@ def test_save_minutes_writes_checkpoint_last(tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert state["epoch"] == 2
     assert state["progress"] == {"epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0},
-                                 "best_accuracy": -math.inf, "num_images": None}  # fmt: skip
+                                 "best_accuracy": -math.inf, "num_images": None, "images": {}}  # fmt: skip
 
 
 def test_checkpoint_last_is_written_every_save_minutes(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import argv_of, assert_same_run, call, lines, open_source, stop_and_resume
+from mains import Stopped, argv_of, assert_same_run, call, lines, open_source, stop_after, stop_and_resume
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sk
@@ -21,6 +22,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
@@ -511,3 +513,26 @@ def test_a_resumed_run_is_the_whole_run(tune, monkeypatch):
         return tune(name=name, **flags, **more)
 
     assert_same_run(run("whole"), stop_and_resume(monkeypatch, run, 9))
+
+
+@pytest.mark.parametrize(("main", "own", "task", "column"), [
+    (main_finetune, MILD, "regression", "weight"), (main_linprobe, {"cache_features": True}, "multilabel", "tags"),
+    (main_linprobe, {"blr": "0.1 1"}, "classification", "red"),
+])  # fmt: skip
+def test_an_epoch_is_not_resumed_with_exchanged_labels(main, own, task, column, tune, folder, tmp_path, monkeypatch):
+    """The images are the same. A list in another folder, with the same images at another path, is the same."""
+    flags = {"task": task, "label_columns": column, **own}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 2)
+        tune(main, "parts", **flags, save_minutes=0)
+    with (folder / "train.csv").open() as file:
+        header, *rows = csv.reader(file)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    write(moved / "train.csv", [header, *([str(moved / name), *others] for name, *others in rows)])
+    index = header.index(column)
+    other = next(row for row in rows if row[index] != rows[0][index])
+    rows[0][index], other[index] = other[index], rows[0][index]
+    write(tmp_path / "exchanged.csv", [header, *rows])
+    with pytest.raises(CheckpointError, match="labels"):
+        tune(main, "parts", **flags, train_list=tmp_path / "exchanged.csv", resume="auto")
+    tune(main, "parts", **flags, train_list=moved / "train.csv", val_list=folder / "val.csv", resume="auto")

@@ -268,7 +268,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
     """Restores the position of a checkpoint. Files of the published code are at the end of their epoch.
 
     Raises:
-        CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
+        CheckpointError: the effective batch size differs; or within an epoch, the images differ.
     """
     saved = state.get("progress")
     factors: list[Any] = [_settings_of(state).get(name) for name in BATCH_FACTORS]
@@ -288,6 +288,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
             f"the checkpoint is {images_done} images into its epoch, within an update of "
             f"{progress.effective_batch_size}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
         )
+    images = saved.get("images", {})  # files of earlier versions have none
     if None not in (num_images, progress.num_images) and num_images != progress.num_images:
         if images_done:
             raise CheckpointError(
@@ -295,6 +296,15 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
                 f"{progress.num_images}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
             )
         logger.warning(f"an epoch had {num_images} images, and has {progress.num_images} now")
+    elif changed := [kind for kind, digest in images.items() if progress.images.get(kind, digest) != digest]:
+        which = " and ".join(changed)
+        if images_done:
+            raise CheckpointError(
+                f"the checkpoint is in the middle of an epoch, and the {which} of its images have changed since: give "
+                f"the same images and labels in the same order, or resume from the checkpoint of a complete epoch "
+                f"{ELSEWHERE}"
+            )
+        logger.warning(f"the {which} of the training images have changed since the last epoch")
     progress.best_accuracy = saved.get("best_accuracy", -math.inf)
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size

@@ -1,7 +1,8 @@
 """The state of a run, which checkpoints contain. `saver.py` writes it to files, and `resume.py` restores it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,15 @@ class Progress:
         effective_batch_size: images per update: batch size per process x accum_iter x processes.
         global_batch_size: images per iteration: batch size per process x processes.
         num_images: images of an epoch, including repetitions.
+        images: the `fingerprint` of the images.
     """
 
     def __init__(
-        self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0, num_images: int | None = None
-    ) -> None:
+        self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0, num_images: int | None = None,
+        images: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.num_images = num_images
+        self.images = images
         self.effective_batch_size = effective_batch_size
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
@@ -56,6 +60,7 @@ class Progress:
             "meters": meters,
             "best_accuracy": self.best_accuracy,
             "num_images": self.num_images,
+            "images": dict(self.images),
         }
 
 

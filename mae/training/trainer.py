@@ -131,8 +131,9 @@ def run(
     optim, machine, output_dir = run.optim, run.machine, Path(run.machine.output_dir)
     global_batch_size = optim.batch_size * parallel.world_size()
     progress = run_state.Progress(
-        global_batch_size * optim.accum_iter, global_batch_size, machine.start_epoch, batches.num_images
-    )
+        global_batch_size * optim.accum_iter, global_batch_size, machine.start_epoch, batches.num_images,
+        getattr(batches, "fingerprint", {}),
+    )  # fmt: skip
     optim = replace(optim, lr=lr_sched.scaled_lr(optim.lr, optim.blr, progress.effective_batch_size))
     lr_sched.check_warmup(optim.warmup_epochs, optim.epochs)
     logger.info(f"{run.model.model} on {precision.device} in {precision.name}, {parallel.world_size()} process(es)")

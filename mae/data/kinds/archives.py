@@ -108,6 +108,10 @@ class Archive:
         """Returns the version of the archive."""
         return version_of(self.path)
 
+    def file_names(self) -> list[list[bytes]]:
+        """As in `Source`."""
+        return [self.names.encoded()]
+
     def __getitem__(self, index: int) -> Item:
         return Item(self._read(Position(*self.positions[index].tolist())), int(self.labels[index]))
 

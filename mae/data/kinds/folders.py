@@ -50,6 +50,10 @@ class Strings:
         """Returns all strings, each followed by a zero byte."""
         return np.insert(self.bytes, self.ends, 0).tobytes()
 
+    def encoded(self) -> list[bytes]:
+        """Returns the bytes of all strings."""
+        return self.joined().split(b"\0")[:-1]
+
 
 class Files:
     """Image files of a folder (`find_files`) or a list (`lists.read_list`).
@@ -87,6 +91,10 @@ class Files:
     def version(self, index: int) -> str:
         """Returns the version of the file, and its inputs."""
         return " ".join([version_of(self.path(index)), *(f"{k}={v[index]}" for k, v in self.inputs.items())])
+
+    def file_names(self) -> list[list[bytes]]:
+        """As in `Source`."""
+        return [self.names.encoded()]
 
     def path(self, index: int) -> str:
         """Returns the path of the file."""

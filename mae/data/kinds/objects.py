@@ -300,6 +300,11 @@ class UserSet(NumberedItems):
         name = getattr(self.dataset, "name", None)
         return printable(str(name(index))) if callable(name) else self.describe(index)
 
+    def file_names(self) -> list[list[bytes]]:
+        """As in `Source`: the names that the dataset gives."""
+        name = getattr(self.dataset, "name", None)
+        return [[os.fsencode(str(name(index))) for index in range(len(self))]] if callable(name) else []
+
     def version(self, index: int) -> str:
         """Returns `version(index)` of the dataset; default: the version of the files in `data_path` and of the code."""
         own = getattr(self.dataset, "version", None)

@@ -113,6 +113,11 @@ class Pairs:
         """Returns the name of the image."""
         return self.images.name(self.indices[index, 0])
 
+    def file_names(self) -> list[list[bytes]]:
+        """As in `Source`: of the images and of their masks."""
+        images, masks = (source.names.encoded() for source in (self.images, self.masks))
+        return [[images[index] for index in self.indices[:, 0]], [masks[index] for index in self.indices[:, 1]]]
+
     def version(self, index: int) -> str:
         """Returns the versions of image and mask."""
         return f"{self.images.version(self.indices[index, 0])} {self.masks.version(self.indices[index, 1])}"
