@@ -100,6 +100,28 @@ def test_a_file_is_used_again_while_its_pixels_are_the_same(mixed, folder, decod
     assert len(list(folder.iterdir())) == 7
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_replaced_image_of_the_same_size_and_time_is_read(tmp_path, is_packed):
+    """As `rsync -t` replaces a file."""
+    images, packed = tmp_path / "images", tmp_path / "images.zip"
+    images.mkdir()
+
+    def first_pixel(brightness):
+        for number in range(2):
+            Image.new("L", (4, 4), brightness + number).save(images / f"{number}.bmp")
+            os.utime(images / f"{number}.bmp", (10**9, 10**9))
+        if is_packed:
+            shutil.make_archive(str(images), "zip", images)
+            os.utime(packed, (10**9, 10**9))
+        file = packed if is_packed else images / "0.bmp"
+        pixels = cached(open_source("train", str(packed if is_packed else images)), in_chans=1)[0].image
+        return file.stat().st_size, file.stat().st_mtime_ns, int(pixels.max())
+
+    old, new = first_pixel(10), first_pixel(200)
+    assert old[:2] == new[:2]
+    assert (old[2], new[2]) == (10, 200)
+
+
 def test_the_file_of_a_dataset_of_code_is_removed(folder):
     """Its images may depend on anything, such as a module that its own imports."""
     items = [(np.full((4, 4, 3), number, np.uint8), 0) for number in range(3)]

@@ -104,10 +104,10 @@ def _digest_of(path: str | Path) -> str | None:
     if not os.path.isfile(file):  # FILE#MODEL is one of several models in a file of weights
         return None
     status = os.stat(file)
-    return f"{model} {_digest(file, status.st_size, status.st_mtime_ns)}".strip()
+    return f"{model} {_digest(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)}".strip()
 
 
 @cache  # checkpoints of gigabytes
-def _digest(path: str, _size: int, _time: int) -> str:
+def _digest(path: str, _size: int, _modified: int, _changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

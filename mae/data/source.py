@@ -107,7 +107,11 @@ class NumberedItems:
 
 
 def version_of(path: str | Path) -> str:
-    """Returns size and modification time of a file, or a digest of the sizes and times in a folder, as a text."""
+    """Returns size, modification and change time of a file, or a digest of those in a folder, as a text.
+
+    A file that replaces another of the same size may keep the modification time (`rsync -t`, `cp -p`). The change time
+    is new, and also after `chmod` or a copy: a different version may cost a second computation, and nothing else.
+    """
     if os.path.isdir(path):
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
         return hashlib.sha256(os.fsencode("\n".join(f"{file} {version_of(file)}" for file in files))).hexdigest()
@@ -115,7 +119,7 @@ def version_of(path: str | Path) -> str:
         status = os.stat(path)
     except OSError:  # such as a broken link: its image is reported when it is read
         return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def versions(source: Source, start: int = 0, step: int = 1) -> list[str]:
