@@ -55,8 +55,8 @@ def report_best_rate(
             logger.warning(f"blr={rate:g}: {1 - share:.0%} of the updates had an infinite loss, which counts as zero")
     for end, which, beyond in ((max(blrs), "largest", 3), (min(blrs), "smallest", 1 / 3)):
         if is_last and blrs[best] == end:
-            rates = " ".join(f"{rate:g}" for rate in sorted([*blrs, float(f"{end * beyond:.2g}")]))
-            logger.warning(f"blr={end:g}, the {which} value, is the best; give blr={rates} and another `output_dir`")
+            rates = ", ".join(f"{rate:g}" for rate in sorted([*blrs, float(f"{end * beyond:.2g}")]))
+            logger.warning(f"blr={end:g}, the {which} value, is the best; give blr=[{rates}] and another `output_dir`")
     return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
 
 

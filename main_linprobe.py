@@ -107,7 +107,7 @@ def main(
     build = partial(mae.build.probe, encoder=encoder)
     if run.evaluation.eval and file:
         if run.machine.compile:
-            logger.warning("--compile has no effect with --eval")
+            logger.warning("`compile` has no effect with `eval`")
         probe, val = load_for_evaluation(build, run, file, data)
         encoded = encode_images(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
@@ -150,7 +150,7 @@ def train_probe(
     if not run.data.cache_features:
         train, val = data.cached(train, val)
     elif run.data.cache_images:
-        logger.warning("--cache_images has no effect with --cache_features, which reads each image once")
+        logger.warning("`cache_images` has no effect with `cache_features`, which reads each image once")
     classes = train.classes
     run = run.changed({**probe_settings(run, file), "nb_classes": len(classes), "classes": classes, **statistics})
     model = build(run.model, run.images)
@@ -160,7 +160,7 @@ def train_probe(
     heads, optimizer = make_heads(model, rates, run.optim.weight_decay)
     sets = {"val": val}
     if several:
-        train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"--held_out {run.data.held_out:g}")
+        train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"held_out={run.data.held_out:g}")
         run = run.changed({"train_images": labels.identity(train, len(train) + len(held_out))})
         sets = {"held_out": held_out, "val": val}
         model.head = mae.probes.ParallelHeads(heads)
@@ -220,13 +220,13 @@ def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
     """
     rates = rates_of(run)
     several = len(rates) > 1
-    for flag in ("lr", "clip_grad", "min_lr"):  # --clip_grad: the norm of all heads; --min_lr: of the largest rate
-        if several and run[flag]:
+    for name in ("lr", "clip_grad", "min_lr"):  # clip_grad: the norm of all heads; min_lr: of the largest rate
+        if several and run[name]:
             raise ValueError(
-                f"--{flag} {run[flag]:g} is for a single rate, and --blr has {len(rates)} values; omit --{flag}"
+                f"{name}={run[name]:g} is for a single rate, and `blr` has {len(rates)} values; omit `{name}`"
             )
     if run.optim.batch_size == 1:
-        raise ValueError("--batch_size 1: the batch norm of a probe needs several images; give --batch_size 2 or more")
+        raise ValueError("batch_size=1: the batch norm of a probe needs several images; give batch_size=2 or more")
     settings: dict[str, Any] = {"blr": rates if several else rates[0]}
     if run.model.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
@@ -239,7 +239,7 @@ def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) 
     if updates < MIN_UPDATES:
         logger.warning(
             f"{updates} updates are few for {run.optim.epochs} epochs of {len(train):,} images, and the head may not "
-            f"learn: lower --batch_size {run.optim.batch_size}, or increase --epochs"
+            f"learn: lower batch_size={run.optim.batch_size}, or increase `epochs`"
         )
     if run.data.cache_features:
         return feature_files.FeatureBatches(

@@ -200,7 +200,7 @@ def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> t
         ValueError: they can't be opened, or there is no --probe_path.
     """
     if run.evaluation.probe_every and run.evaluation.probe_path and not Path(run.evaluation.probe_path).exists():
-        raise ValueError(f"--probe_path {run.evaluation.probe_path}: there is no such folder or archive")
+        raise ValueError(f"probe_path={run.evaluation.probe_path}: there is no such folder or archive")
     data = trainer.open_data(run, device, source)
     reads_labels = bool(
         run.evaluation.probe_every and not run.evaluation.probe_path

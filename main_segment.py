@@ -182,7 +182,7 @@ def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str,
         palette = read_palette(Path(recipes.find(run.images.palette, ".txt")))
         if classes not in ([], palette.names) and classes != [str(number) for number in range(len(classes))]:
             raise ValueError(
-                f"--palette {run.images.palette} has the classes {', '.join(palette.names)}: give them the names and "
+                f"palette={run.images.palette} has the classes {', '.join(palette.names)}: give them the names and "
                 f"the order of the model: {', '.join(classes)}"
             )
         classes, colors = palette.names, [value for color in palette.colors for value in color]
@@ -192,15 +192,15 @@ def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str,
         classes = [str(number) for number in range(run.model.nb_classes)]
     if not classes:
         raise ValueError(
-            "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
-            "--palette FILE with a line `R G B NAME` for each class"
+            "`nb_classes` is needed: the number of classes in the masks, without the ignored value 255; or give "
+            "palette=FILE with a line `R G B NAME` for each class"
         )
-    origin = f"--palette {run.images.palette}" if run.images.palette else "the dataset"
+    origin = f"palette={run.images.palette}" if run.images.palette else "the dataset"
     count, source = (file.num_classes, file.origin) if file else (len(classes), origin)
     if count > MOST_CLASSES:
-        raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
+        raise ValueError(f"nb_classes={count}: masks of 8 bits have at most {MOST_CLASSES} classes")
     if run.model.nb_classes not in (None, count):
-        raise ValueError(f"--nb_classes {run.model.nb_classes}: {source} has {count} classes; omit --nb_classes")
+        raise ValueError(f"nb_classes={run.model.nb_classes}: {source} has {count} classes; omit `nb_classes`")
     if len(classes) != count:
         raise ValueError(f"{origin} has {len(classes)} classes, and {source} has {count}")
     short_side = min(to_pair(run.images.input_size)) if run.images.short_side is None else run.images.short_side

@@ -22,7 +22,7 @@ class GroupEmbed(PatchEmbed):
     def __init__(self, groups: int, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         self.groups = groups
         if in_chans % groups:
-            raise ValueError(f"--encoder_args groups={groups}: it must divide --in_chans {in_chans}")
+            raise ValueError(f"encoder_args=[groups={groups}]: it must divide in_chans={in_chans}")
         super().__init__(img_size, patch_size, in_chans // groups, embed_dim)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class ColoredMasks(MaskedAutoencoderViT):
     def __init__(self, *, color: str = "green", **arguments: Any) -> None:
         super().__init__(**arguments)
         if color not in SIGMAS:
-            raise ValueError(f"--model_args color={color}: give {', '.join(SIGMAS)}")
+            raise ValueError(f"model_args=[color={color}]: give {', '.join(SIGMAS)}")
         self.color = color
 
     def random_masking(

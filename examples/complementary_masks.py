@@ -28,7 +28,7 @@ class ComplementaryMasks(MaskedAutoencoderViT):
         super().__init__(**arguments)
         self.parts, self.consistency = parts, consistency
         if self.num_patches % parts:
-            raise ValueError(f"--model_args parts={parts}: it does not divide the {self.num_patches} patches")
+            raise ValueError(f"model_args=[parts={parts}]: it does not divide the {self.num_patches} patches")
 
     def prepare_masking(
         self, imgs: Tensor, mask_ratio: float, mask: Tensor | None = None, noise: Tensor | None = None,
@@ -43,7 +43,7 @@ class ComplementaryMasks(MaskedAutoencoderViT):
             return super().prepare_masking(imgs, mask_ratio, mask, noise, valid, **context)
         if abs(self.parts * (1 - mask_ratio) - 1) > 1e-6 or mask is not None or valid is not None:
             raise ValueError(
-                f"{self.parts} complementary masks need --mask_ratio {1 - 1 / self.parts:.4g}, and images without "
+                f"{self.parts} complementary masks need mask_ratio={1 - 1 / self.parts:.4g}, and images without "
                 f"invalid pixels"
             )
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise

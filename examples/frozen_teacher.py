@@ -56,12 +56,12 @@ class FrozenTeacher(MaskedAutoencoderViT):
         **arguments: Any,
     ) -> None:  # fmt: skip
         if distance not in DISTANCES:
-            raise ValueError(f"--model_args distance={distance}: give one of {', '.join(DISTANCES)}")
+            raise ValueError(f"model_args=[distance={distance}]: give one of {', '.join(DISTANCES)}")
         if reading.path_and_model(teacher)[0].exists() or teacher in model_zoo.TABLE:
             kind = reading.read(teacher).settings.get("encoder") or ""
             if kind and kind not in ENCODERS:
                 raise ValueError(
-                    f"--model_args teacher={teacher}: it has the class {kind}, which a file can't import: export it "
+                    f"model_args=[teacher={teacher}]: it has the class {kind}, which a file can't import: export it "
                     f"with mae.inference.export --to safetensors"
                 )
             model: Any = get_model(teacher, encoder=ENCODERS.get(kind), input_size=img_size)
@@ -79,11 +79,11 @@ class FrozenTeacher(MaskedAutoencoderViT):
         mean, std = ([float(f"{value:.4g}") for value in values] for values in (mean, std))
         logger.info(f"the teacher was trained with mean {mean} and std {std}: the images should have them")
         if class_token and getattr(model, "cls_token", None) is None:
-            raise ValueError(f"--model_args teacher={teacher} class_token=true: it has no class token")
+            raise ValueError(f"model_args=[teacher={teacher}, class_token=true]: it has no class token")
         if model.patch_embed.grid_size != self.grid_size:
             raise ValueError(
-                f"--model_args teacher={teacher}: it has {model.patch_embed.grid_size} patches and the model "
-                f"{self.grid_size}: give another --patch_size or --input_size"
+                f"model_args=[teacher={teacher}]: it has {model.patch_embed.grid_size} patches and the model "
+                f"{self.grid_size}: give another `patch_size` or `input_size`"
             )
         self.distance = DISTANCES[distance]
         self.teacher = (model.eval().requires_grad_(False),)  # in a tuple: not a module of this one

@@ -64,7 +64,7 @@ class LoRA(Encoder):
     def __init__(self, *, rank: int = 8, alpha: float | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         if rank < 1:
-            raise ValueError(f"--encoder_args rank={rank}: must be at least 1")
+            raise ValueError(f"encoder_args=[rank={rank}]: must be at least 1")
         block: Any
         for block in self.blocks:
             block.attn.qkv = LowRankQKV(block.attn.qkv, rank, rank if alpha is None else alpha)

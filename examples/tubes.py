@@ -43,7 +43,7 @@ class Tubes(Groups):
         if rest or arguments.get("learned_pos_embed"):
             raise ValueError(
                 f"tokens of {tube} frames with {colors} channels need a multiple of {tube * colors} channels "
-                f"(in_chans={arguments['in_chans']}), and fixed positions (learned_pos_embed=False)"
+                f"(in_chans={arguments['in_chans']}), and fixed positions (learned_pos_embed=false)"
             )
         super().__init__(**arguments)
         for table in (self.pos_embed, getattr(self, "decoder_pos_embed", self.pos_embed)):

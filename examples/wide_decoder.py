@@ -19,6 +19,6 @@ class WideDecoder(MaskedAutoencoderViT):
 
     def __init__(self, *args: Any, width: int, **kwargs: Any) -> None:
         if width < 32 or width % 32:
-            raise ValueError(f"--model_args width={width}: give a multiple of 32")
+            raise ValueError(f"model_args=[width={width}]: give a multiple of 32")
         kwargs |= {"decoder_embed_dim": width, "decoder_num_heads": width // 32}
         super().__init__(*args, **kwargs)

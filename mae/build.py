@@ -2,18 +2,17 @@
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from torch import Tensor, nn
 
 from mae import masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run
 from mae.settings.model import BLOCK_ARGUMENTS
+from mae.settings.values import read_value
 from mae.weights import timm_models
 from mae.weights.timm_models import TIMM, TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
@@ -64,19 +63,6 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     return own_arguments(encoder, spec.encoder_args, "`encoder_args`")
 
 
-class _Values(yaml.SafeLoader):
-    """YAML with decimals, also 1e-3, and true and false. YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False."""
-
-    yaml_implicit_resolvers = {"": []}  # noqa: RUF012
-
-
-_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$"
-_Values.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Values.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
-_Values.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|false|False)$"), list("tTfF"))
-_Values.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(null|None|~|)$"), ["n", "N", "~", ""])
-
-
 def own_parameters(kind: type) -> dict[str, inspect.Parameter]:
     """Returns the keyword-only parameters of the constructors of a class, as far as each passes others on."""
     own: dict[str, inspect.Parameter] = {}
@@ -105,7 +91,7 @@ def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[st
         if name not in own or not value:
             takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
-    return {name: _Values(value).get_single_data() for name, value in pairs}
+    return {name: read_value(value) for name, value in pairs}
 
 
 def build(model_class: Callable[..., Model], encoder: type[Encoder] | None, arguments: dict[str, Any]) -> Model:

@@ -28,7 +28,7 @@ def test_settings_are_formatted_as_on_the_command_line():
     args = entry_point.parse(main_finetune.get_args_parser(), typed.split()).record()
     assert {name: args[name] for name in settings} == settings
     omitting = {"unfreeze_blocks": None, "norm_pix_loss": True}
-    assert advice(omitting) == "give norm_pix_loss=True and omit `unfreeze_blocks`"
+    assert advice(omitting) == "give norm_pix_loss=true and omit `unfreeze_blocks`"
     assert advice({"unfreeze_blocks": None}) == "omit `unfreeze_blocks`"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
     assert arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]

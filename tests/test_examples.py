@@ -108,7 +108,7 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
     imgs = torch.randn(2, 3, 64, 64)
     expected = nn.functional.layer_norm(model.forward_features(imgs)[:, 1:], (192,))
     torch.testing.assert_close(ours.target(imgs), expected)
-    with pytest.raises(ValueError, match="--patch_size"):
+    with pytest.raises(ValueError, match="patch_size"):
         pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
 
 

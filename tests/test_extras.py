@@ -220,7 +220,7 @@ def test_samples_with_other_extras_are_named():
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--dataset", DATASET], "level"),
-    (["--data_path", "IMAGES", "--encoder", "levels:Level"], "--extras level"),
+    (["--data_path", "IMAGES", "--encoder", "levels:Level"], "extras=level"),
 ])  # fmt: skip
 def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(
     flags, message, levels, pictures, tmp_path, capsys, monkeypatch
@@ -345,7 +345,7 @@ def test_a_run_learns_from_maps_and_resumes(levels, pretrain, monkeypatch):
 def test_the_statistics_of_bytes_are_refused_beside_maps(levels, pretrain):
     """The images are floats then, and would be normalized without a word."""
     (levels / "levels.py").write_text(CODE + MAPS)
-    with pytest.raises(ValueError, match="mean=124"):
+    with pytest.raises(ValueError, match=r"mean=.124"):
         pretrain(dataset="py:levels:open_maps", encoder="levels:MapTokens", mean="124 116 104", std="58 57 57")
 
 
@@ -429,7 +429,7 @@ def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
     model, items = get_model(file, encoder=Level), [Noise("val")[index] for index in range(32)]
     expected = model.extract_feat([item["image"] for item in items], level=[item["level"] for item in items])
     np.testing.assert_allclose(rows, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"--to onnx: .*level"):
+    with pytest.raises(ValueError, match=r"to=onnx: .*level"):
         export.export(model, "onnx", tmp_path / "model.onnx")
     export.export(model, "safetensors", tmp_path / "model.safetensors")
     again = get_model(tmp_path / "model.safetensors", encoder=Level).extract_feat(items[0]["image"], level=1)

@@ -88,7 +88,7 @@ def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path)
     program = torch.export.load(exported(probe, "torch_export", tmp_path))
     torch.testing.assert_close(program.module()(imgs), probe(probe.normalize(imgs)), rtol=1e-4, atol=1e-4)
     for to in ("timm", "transformers"):
-        with pytest.raises(ValueError, match=f"--to {to}: .*attentive"):
+        with pytest.raises(ValueError, match=f"to={to}: .*attentive"):
             exported(probe, to, tmp_path)
         encoder = get_model(exported(export.encoder_of(probe), to, tmp_path))
         torch.testing.assert_close(encoder(imgs), probe.extract_feat(imgs, "cls"), rtol=1e-4, atol=1e-4)

@@ -170,7 +170,7 @@ def test_a_run_directory_makes_the_command_import_no_code(pretrain, own_module, 
     command = capsys.readouterr().out.splitlines()[-1]
     assert command == f"report: python -m mae.inference.report {out} --dataset py:gray_images:make"
     sys.modules.pop("gray_images")
-    assert "--dataset py:gray_images:make" in fails(capsys, monkeypatch, report, out, "--device", "cpu")
+    assert "dataset=py:gray_images:make" in fails(capsys, monkeypatch, report, out, "--device", "cpu")
     assert "gray_images" not in sys.modules
     call(report, *shlex.split(command)[4:], device="cpu", num_workers=0)
     assert (out / "report.html").exists()

@@ -158,6 +158,6 @@ def test_an_export_keeps_the_head_and_the_settings(trained, tmp_path):
     assert np.array_equal(other.segment(path), model.segment(path))
     assert (other.classes, other.short_side) == (model.classes, model.short_side)
     assert other.colors.tolist() == model.colors.tolist()
-    with pytest.raises(ValueError, match="--to timm: "):
+    with pytest.raises(ValueError, match="to=timm: "):
         export.export(model, "timm", tmp_path / "timm")
     torch.testing.assert_close(export.encoder_of(model).extract_feat(path), model.extract_feat(path))

@@ -99,7 +99,7 @@ def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
     os.kill(worker, signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
-    assert re.search(r"error: DataLoader worker .*(killed|exited).*lower --num_workers", output)
+    assert re.search(r"error: DataLoader worker .*(killed|exited).*lower `num_workers`", output)
     assert "Traceback" not in output and (tmp_path / "checkpoint-last.pth").exists()
 
 

@@ -349,4 +349,4 @@ def test_a_full_shared_memory_is_an_error_in_one_line(size, flags, tmp_path):
         return
     assert code == 1
     (line,) = errors.read_text().splitlines()
-    assert all(part in line for part in ("error: ", "/dev/shm", "--num_workers", "docker run --shm-size")), line
+    assert all(part in line for part in ("error: ", "/dev/shm", "num_workers", "docker run --shm-size")), line

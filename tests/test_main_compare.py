@@ -283,27 +283,27 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, capsys, monkeypa
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     line = fails(capsys, monkeypatch, main_compare, *flags_of(pairs, tmp_path / "two", None, *flags, "--labels", "2"))
-    assert re.search(r"1 images, fewer than .*the output is in .*--recipes linear=YAML", line)
+    assert re.search(r"1 images, fewer than .*the output is in .*recipes=linear=YAML", line)
 
 
 SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("--labels 5", r"--labels 5: give 6 \(one image of each class\) to 48"),
-    ("--labels 7000", r"--labels 7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
-    ("--draws 1 2", "--draws has 2 values: give one, or one for each of 1 --labels"),
-    ("--budget 1 2 3", "--budget has 3 values: give one, or one for each of 1 --labels"),
-    ("--labels 12 13", r"--labels 12 13: these are 12, 12 images"),
-    ("--recipes linear=x.yaml", "--recipes linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
-    ("--recipes finetune", "--recipes finetune: give PROTOCOL=YAML once for each of knn, finetune"),
-    (f"--recipes knn={RECIPE} knn={RECIPE}", "--recipes knn=.*: give PROTOCOL=YAML once for each of"),
-    ("--encoders a=", "--encoders a=: give a file or a published name"),
+    ("--labels 5", r"labels=5: give 6 \(one image of each class\) to 48"),
+    ("--labels 7000", r"labels=7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
+    ("--draws 1 2", "draws.* has 2 values: give one, or one for each of 1 .*labels"),
+    ("--budget 1 2 3", "budget.* has 3 values: give one, or one for each of 1 .*labels"),
+    ("--labels 12 13", r"labels=\[12, 13\]: these are 12, 12 images"),
+    ("--recipes linear=x.yaml", "recipes=linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
+    ("--recipes finetune", "recipes=finetune: give PROTOCOL=YAML once for each of knn, finetune"),
+    (f"--recipes knn={RECIPE} knn={RECIPE}", "recipes=knn=.*: give PROTOCOL=YAML once for each of"),
+    ("--encoders a=", "encoders=a=: give a file or a published name"),
     ("--encoders timm:vit_base_patch16_223", r"timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
     ("--encoders a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
-    ("--encoders pixels=a.pth", r"--encoders pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
+    ("--encoders pixels=a.pth", r"encoders=pixels=a.pth: the name pixels is reserved; give .* mine=a.pth"),
     ("--encoders choices.pth", "the name choices is reserved"),
-    ("--encoders a+b={encoder} a/b={encoder}", "--encoders: two have the name a_b; give names, such as long="),
+    ("--encoders a+b={encoder} a/b={encoder}", "encoders.: two have the name a_b; give names, such as long="),
 ])  # fmt: skip
 def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message, capsys, monkeypatch):
     more = flags.format(encoder=encoder).split()
@@ -435,7 +435,7 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, 
     few = (tmp_path / "data", tmp_path / "out", encoder, "--encoders", encoder, "--protocols", "finetune",
            "--labels", "all", "--budget", "1")  # fmt: skip
     line = fails(capsys, monkeypatch, main_compare, *flags_of(*few))
-    assert re.search(rf"{damaged.name}.*--on_bad_image skip.*--recipes finetune=YAML", line)
+    assert re.search(rf"{damaged.name}.*on_bad_image=skip.*recipes=finetune=YAML", line)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("on_bad_image: skip\nbatch_size: 16\n")
     assert "fine-tuned" in compare(*few, "--recipes", f"finetune={recipe}")
@@ -506,7 +506,7 @@ def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_pat
     (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
     more = flags_of(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
     line = fails(capsys, monkeypatch, main_compare, *more)
-    assert re.search(r"--recipes knn=.*r.yaml: it has the temperatures .0.1, 0.04.; give one", line)
+    assert re.search(r"recipes=knn=.*r.yaml: it has the temperatures .0.1, 0.04.; give one", line)
 
 
 def test_a_result_belongs_to_the_contents_of_its_files(tmp_path):

@@ -85,7 +85,7 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
 def test_few_updates_warn(epochs, warns, probe, capsys):
     probe(epochs=epochs, cache_features=True)
     output = capsys.readouterr().out
-    warnings = re.findall(r"^warning.* updates are few.*--batch_size 8.*--epochs.*$", output, re.M)
+    warnings = re.findall(r"^warning.* updates are few.*batch_size=8.*epochs.*$", output, re.M)
     assert bool(warnings) == warns
     assert output.count("warning: no `finetune`: the features are from an untrained encoder") == 1
 
@@ -152,13 +152,13 @@ def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
 
 def test_a_single_rate_and_several_exclude_each_other(probe):
     for flag in ("lr", "clip_grad", "min_lr"):
-        with pytest.raises(ValueError, match=f"--{flag} 1 .*--blr"):
+        with pytest.raises(ValueError, match=f"{flag}=1 .*blr"):
             probe(blr="0.2 0.1", **{flag: 1})
 
 
 def test_batches_of_one_image_are_refused_by_the_name_of_the_flag(probe):
     """Batch norm needs two values."""
-    with pytest.raises(ValueError, match="--batch_size 1: "):
+    with pytest.raises(ValueError, match="batch_size=1: "):
         probe(batch_size=1)
 
 
@@ -387,7 +387,7 @@ def test_evaluation_uses_the_recorded_settings(tuned, evaluated, labelled, tmp_p
     output = evaluated(tmp_path / "run/checkpoint-2.pth", compile=True)
     assert scores_of(tmp_path / "run") in output
     (warning,) = re.findall(r"warning.*", output)
-    assert "--compile has no effect" in warning
+    assert "`compile` has no effect" in warning
 
 
 @pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "checkpoint-0.pth"},

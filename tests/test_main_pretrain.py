@@ -298,10 +298,10 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     def error_of(*argv):
         return mains.fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
 
-    assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
+    assert "data_path` is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     continued = [*here, "--output_dir", out, "--resume", good]
-    assert "--in_chans 3" in error_of(*continued, "--in_chans", "1")
-    assert "--batch_size" in error_of(*continued, "--batch_size", "2")
+    assert "in_chans=3" in error_of(*continued, "--in_chans", "1")
+    assert "batch_size" in error_of(*continued, "--batch_size", "2")
     for flags, message in (
         (f"--data_path {tmp_path}/nowhere", f"--data_path {tmp_path}/nowhere: "),
         (f"--data_path {tmp_path}/empty", f"--data_path {tmp_path}/empty: "),

@@ -68,7 +68,7 @@ def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify
     classify(
         main_knn, data_path=tmp_path, **flags, **{f"{one}_list": tmp_path / f"{one}.txt" for one in ("train", "val")}
     )
-    assert "--metric kappa" not in capsys.readouterr().out
+    assert "metric=kappa" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_a_function_in_place_of_its_name(tmp_path, samples):
              "epochs": 1, "warmup_epochs": 0, "num_workers": 1, "device": "cpu", "amp": "off"}  # fmt: skip
     main_pretrain.main(parse(main_pretrain, **flags), source=source)
     resumed = {"output_dir": tmp_path / "run", "resume": "auto", "epochs": 2}
-    with pytest.raises(ValueError, match="dataset='py:"):  # which no flag can import
+    with pytest.raises(ValueError, match=r"dataset=.?py:"):  # which no flag can import
         main_pretrain.main(parse(main_pretrain, **resumed))
     main_pretrain.main(parse(main_pretrain, **resumed), source=source)
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1]
@@ -203,18 +203,18 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
     own_module("mine", "raise SystemExit('imported')\n")
     file = out / "checkpoint-0.pth"
     for resume in ("auto", file):
-        with pytest.raises(ValueError, match="dataset='py:mine:open_dataset'"):
+        with pytest.raises(ValueError, match="dataset=py:mine:open_dataset"):
             main_pretrain.main(parse(main_pretrain, resume=resume, output_dir=out))
     for script in (main_finetune, main_linprobe, main_knn):
         flags = {"finetune": file, "device": "cpu", **({} if script is main_knn else {"output_dir": tmp_path / "b"})}
-        with pytest.raises(ValueError, match="dataset='py:mine:open_dataset'"):
+        with pytest.raises(ValueError, match="dataset=py:mine:open_dataset"):
             script.main(parse(script, **flags))
     (tmp_path / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
     (tmp_path / "optimizer.yaml").write_text("optimizer: mine:open_dataset\n")
     for script in (main_pretrain, main_segment):
         for name, flag in (
             ("recipe", "--dataset py:mine:open_dataset"),
-            ("optimizer", "--optimizer mine:open_dataset"),
+            ("optimizer", "optimizer=mine:open_dataset"),
         ):
             with pytest.raises(SystemExit):
                 parse(script, config=tmp_path / f"{name}.yaml")
@@ -330,7 +330,7 @@ def test_mistakes_of_the_code_keep_their_traceback(own_module, code, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as raised:
         in_processes(1, tmp_path, tmp_path / "o", *flags, "--batch_size", 4, environment={"PYTHONPATH": str(modules)})
     assert f'{modules}/wrong.py", line 6' in raised.value.output
-    assert "--num_workers" not in raised.value.output.splitlines()[-1]
+    assert "num_workers" not in raised.value.output.splitlines()[-1]
     source = open_source("train", dataset="py:wrong:open_dataset")
     with pytest.raises((RuntimeError, KeyError)):
         source[3]

@@ -100,14 +100,14 @@ def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled
             archive.add(file, f"{number}.png")
     streamed = {"data_path": None, "dataset": f"wds:{shard}"}
     for flags, message in (
-        ({"probe_path": tmp_path / "nowhere"}, "^--probe_path .*nowhere: there"),
+        ({"probe_path": tmp_path / "nowhere"}, "^probe_path=.*nowhere: there"),
         (streamed, "probe_path=PATH"),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain(probe_every=1, **flags)
     with pytest.raises(subprocess.CalledProcessError) as raised:
         in_processes(2, labelled, tmp_path / "sharded", "--fsdp", "--probe_every", 1, "--batch_size", 4)
-    assert "--probe_every 1: --fsdp" in raised.value.output
+    assert "probe_every=1: `fsdp`" in raised.value.output
     assert not list(tmp_path.rglob("log.txt"))
 
 

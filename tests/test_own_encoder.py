@@ -227,7 +227,7 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
             found = torch.from_numpy(found)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for to, suffix in (("timm", ""), ("transformers", ""), ("reference", ".pth")):
-        with pytest.raises(ValueError, match=f"--to {to}.*ChannelGroups"):
+        with pytest.raises(ValueError, match=f"to={to}.*ChannelGroups"):
             export.export(model, to, tmp_path / f"other{suffix}")
 
 
@@ -382,7 +382,7 @@ def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, mon
         (features, labelled, "--model", file, "--out", tmp_path / "a.npz"),
         (export, "--model", file, "--to", "onnx", "--out", tmp_path / "a.onnx"),
     ):  # fmt: skip
-        assert fails(capsys, monkeypatch, script, *flags).endswith("give --encoder leads:Leads")
+        assert fails(capsys, monkeypatch, script, *flags).endswith("give encoder=leads:Leads")
     assert not (tmp_path / "imported").exists()
 
 

@@ -32,5 +32,5 @@ def test_a_file_records_the_norm(norm, pretrain, classify, tmp_path):
     export.export(tuned, "safetensors", tmp_path / "m.safetensors")
     torch.testing.assert_close(get_model(tmp_path / "m.safetensors")(images), tuned(images))
     for to, name in (("timm", "t"), ("transformers", "t")):
-        with pytest.raises(ValueError, match=f"--to {to}"):
+        with pytest.raises(ValueError, match=f"to={to}"):
             export.export(tuned, to, tmp_path / name)

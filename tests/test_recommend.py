@@ -191,7 +191,7 @@ def test_a_dataset_of_mostly_broken_files_has_no_recipe(fast_machine, tmp_path):
 
 
 def test_minutes_without_a_recipe_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--recipe"):
+    with pytest.raises(ValueError, match="recipe=FILE"):
         call(check, tmp_path, "--minutes", 3)
 
 
@@ -349,7 +349,7 @@ def test_the_printed_command_does_not_continue_an_earlier_run(fast_machine, tmp_
 @pytest.mark.parametrize("flags", [("--split", "val"), ("--extras", "age")])
 def test_a_recipe_is_for_the_training_images_of_the_standard_model(flags, tmp_path):
     gray(tmp_path)
-    with pytest.raises(ValueError, match=flags[0]):
+    with pytest.raises(ValueError, match=flags[0].removeprefix("--")):
         recipe_of(tmp_path, tmp_path / "mine.yaml", *flags)
 
 

@@ -41,6 +41,16 @@ def call(capsys, monkeypatch):
     return call
 
 
+def flags_of(remedy: str) -> list[str]:
+    """Types the settings of a message by the rule of --help."""
+    flags = []
+    for name, value in re.findall(r"(\w+)=(\[.*?\]|[^\s,]+)", remedy):
+        beside = "--cls_token" if name == "global_pool" else f"--no_{name}"
+        words = value.strip("[]").split(", ")
+        flags += {"true": [f"--{name}"], "false": [beside]}.get(value, [f"--{name}", *words])
+    return flags
+
+
 @pytest.fixture(scope="module")
 def runs(labelled, tmp_path_factory):
     """Run directories of pre-training and of fine-tuned classifiers: with pooling, and with frozen blocks."""
@@ -54,19 +64,19 @@ def runs(labelled, tmp_path_factory):
 CASES = {  # script, right settings, wrong ones, and what the error advises
     "another encoder": (
         main_finetune, {**VIT, "finetune": "mae"}, {"model": "vit_tiny_patch16"},
-        r"give (--model vit_mini_patch4 --patch_size 4)$"),
+        "give model=vit_mini_patch4 patch_size=4"),
     "patch size": (main_knn, {**SMALL, "model": "vit_mini_patch4", "finetune": "mae", "k": 5}, {"patch_size": "8"},
-                   r"give (--patch_size 4)$"),
-    "pooling": (main_finetune, {**VIT, "eval": True, "resume": "tuned"}, {"cls_token": True}, r"give (--global_pool)$"),
+                   "give patch_size=4"),
+    "pooling": (main_finetune, {**VIT, "eval": True, "resume": "tuned"}, {"cls_token": True}, "give global_pool=true"),
     "channels": (main_finetune, {**VIT, "finetune": "mae"}, {"in_chans": 1, "adapt_input": "error"},
-                 r"give (--adapt_input mean),"),
+                 "give adapt_input=mean"),
     "another decoder": (
-        main_pretrain, {**MAE, "init_from": "mae"}, {"decoder_depth": 2}, r"give (--decoder_depth 1)$"),
-    "resuming with other channels": (main_pretrain, {**MAE, "resume": "mae"}, {"in_chans": 1}, r"give (--in_chans 3)$"),
+        main_pretrain, {**MAE, "init_from": "mae"}, {"decoder_depth": 2}, "give decoder_depth=1"),
+    "resuming with other channels": (main_pretrain, {**MAE, "resume": "mae"}, {"in_chans": 1}, "give in_chans=3"),
     "resuming fine-tuning from pre-training": (
-        main_finetune, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
+        main_finetune, VIT, {"resume": "mae"}, r"finetune=\S+pth instead of"),
     "resuming probing from pre-training": (
-        main_linprobe, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
+        main_linprobe, VIT, {"resume": "mae"}, r"finetune=\S+pth instead of"),
 }  # fmt: skip
 
 
@@ -84,7 +94,7 @@ def test_every_remedy_works_when_typed(case, runs, labelled, tmp_path, call):
     remedy = re.search(pattern, output)
     assert remedy, output
     typed = {flag: value for flag, value in {**right, **wrong}.items() if flag != "resume" or flag in right}
-    assert call(script, {}, *argv_of(typed), *remedy[1].split()) == ""
+    assert call(script, {}, *argv_of(typed), *flags_of(remedy[0])) == ""
 
 
 def test_a_run_directory_is_not_a_file_and_has_a_newest_checkpoint(runs, labelled, tmp_path, call):
@@ -112,7 +122,7 @@ def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call
     packed = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "flat")
     knn = {**SMALL, "model": "vit_mini_patch4", "k": 1}
     compare = {"input_size": 16, "encoders": "scratch", "num_workers": 0, "output_dir": tmp_path / "compare"}
-    both, one = " train/ and val/, or give --train_list FILE --val_list FILE", ", or give --train_list FILE"
+    both, one = " train/ and val/, or give train_list=FILE val_list=FILE", ", or give train_list=FILE"
     for path in (tmp_path / "flat", packed):
         for script, settings in ((main_knn, knn), (main_compare, compare)):
             assert call(script, {**settings, "data_path": path}).endswith(both)

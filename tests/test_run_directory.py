@@ -160,5 +160,5 @@ def test_processes_with_different_directories_are_an_error(pictures, tmp_path):
     argv = ["--output_dir", "run", "--epochs", 2, "--batch_size", 4, "--resume", "auto", "--device", "cpu"]
     with pytest.raises(subprocess.CalledProcessError) as raised:  # the other settings are recorded
         forks.run(script, argv, tmp_path / "output", count=2)
-    assert "--output_dir run of process 1 " in raised.value.output
+    assert "output_dir=run of process 1 " in raised.value.output
     assert not list((tmp_path / "machine1").rglob("*.pth"))

@@ -88,7 +88,7 @@ def test_probes(classify, photos, decoded, cached, capsys):
         assert_equal(weights(runs[0]), weights(run))
     train, val = (color_files(photos / split) for split in ("train", "val"))
     assert decoded.value == 2 * (val + train) if cached else (val + 2 * train) + (val + train)
-    warning = "--cache_images has no effect with --cache_features"
+    warning = "`cache_images` has no effect with `cache_features`"
     assert capsys.readouterr().out.count(warning) == cached
 
 

@@ -175,7 +175,7 @@ def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictu
 def test_the_command_converts_to_a_file(shards, single, tmp_path):
     file = tmp_path / "plain.pth"
     output = forks.run("mae/checkpoints/sharded.py", [shards / "checkpoint-29", file], tmp_path / "output")
-    assert output.startswith(f"{file}: resume it with --resume")
+    assert output.startswith(f"{file}: give it as `resume`")
     assert len(output.splitlines()) == 1
     state, reference = checkpoint.read(file), checkpoint.read(single / "checkpoint-29.pth")
     assert (state.keys(), list(state["model"])) == (reference.keys(), list(reference["model"]))
@@ -205,7 +205,7 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     newest = run_directory.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
-    assert (output.count(f"--resume auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
+    assert (output.count(f"resume=auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
     assert run_directory.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
     state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])

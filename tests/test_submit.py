@@ -139,8 +139,8 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("--slurm foo", "--slurm"), ("--slurm array=0-2", "array"), ("--slurm signal=USR1@60", "signal"),
-    ("--slurm partition=a --partition b", "--partition b"), ("--after 7 --cluster debug", "--after 7"),
-    ("--after yesterday", "--after"), ("--cluster local", "--nodes 2"), ("--batch_size 0", "--batch_size"),
+    ("--slurm partition=a --partition b", "partition=b"), ("--after 7 --cluster debug", "after=7"),
+    ("--after yesterday", "--after"), ("--cluster local", "nodes=2"), ("--batch_size 0", "--batch_size"),
     ("", "sbatch"),
 ])  # fmt: skip
 def test_invalid_flags_are_errors_before_submission(run, flags, message):
@@ -219,7 +219,7 @@ def test_wait_fails_if_the_job_fails(pictures, tmp_path):
     output = job.communicate(timeout=120)[0]
     assert job.returncode == 1 and "main_pretrain.py failed" in output
     [log] = tmp_path.glob("*/*_0_log.out")
-    assert str(log) in output and "main_pretrain.py: error: --data_path /nowhere: " in log.read_text()
+    assert str(log) in output and "main_pretrain.py: error: data_path=/nowhere: " in log.read_text()
 
 
 @pytest.mark.slow

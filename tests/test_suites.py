@@ -189,12 +189,12 @@ def test_wrong_commands_are_one_line(data, model, capsys, monkeypatch, tmp_path)
     ):  # fmt: skip
         flags = flags_of(data, model, tmp_path, "imagenet-a")
         line = fails(capsys, monkeypatch, main_finetune, *argv_of(flags), "--suite", entry)
-        assert f"--suite {entry.partition('=')[0]}" in line
+        assert f"suite={entry.partition('=')[0]}" in line
         assert words in line
     line = fails(capsys, monkeypatch, main_finetune, "--suite", "imagenet-a", "--data_path", data)
-    assert "--suite" in line
-    assert "--eval" in line
-    assert "--subset" in fails(capsys, monkeypatch, main_finetune, "--eval", "--subset", 5, "--data_path", data)
+    assert "suite" in line
+    assert "eval" in line
+    assert "subset" in fails(capsys, monkeypatch, main_finetune, "--eval", "--subset", 5, "--data_path", data)
 
 
 def test_archives_and_single_variants(data, tmp_path):

@@ -320,7 +320,7 @@ def test_repeated_rows_are_not_held_out(classify, labelled, tmp_path):
         (tmp_path / f"{name}.txt").write_text("".join(rows))
     twice, once = ({"train_list": tmp_path / f"{name}.txt"} for name in ("twice", "once"))
     for main, flags, flag in ((main_finetune, {"val_fraction": 0.2}, "val_fraction=0.2"),
-                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "--held_out 0.3")):  # fmt: skip
+                              (main_linprobe, {"blr": "1 3", "held_out": 0.3}, "held_out=0.3")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{flag}: .*00.png"):
             classify(main, "twice", **flags, **twice)
         classify(main, main.__name__, **flags, **once)
@@ -347,7 +347,7 @@ def test_exports_keep_the_units_or_are_refused(weighed, folder, tmp_path):
         export.export(get_model(weighed), to, tmp_path / f"model{suffix}")
         found = get_model(tmp_path / f"model{suffix}").predict(image)["values"]
         assert found == pytest.approx(get_model(weighed).predict(image)["values"])
-    with pytest.raises(ValueError, match=r"--to onnx: .*regression"):
+    with pytest.raises(ValueError, match=r"to=onnx: .*regression"):
         export.export(get_model(weighed), "onnx", tmp_path / "model.onnx")
 
 

@@ -17,6 +17,7 @@ from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import MUON, published_crop_pct
 from mae.settings.run import RESUME_PUBLISHED, names_resumed
+from mae.settings.values import as_yaml
 from mae.user_code import runs_code
 from mae.weights.fitting import fit
 from mae.weights.reading import Weights
@@ -90,7 +91,7 @@ def _require_setting(file: str, name: str, value: Any) -> None:
     if value is not None and not fits(name, value):
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_code(str(value)):
-        raise CheckpointError(f"{file} records a `dataset` that runs code: give dataset='{value}'")
+        raise CheckpointError(f"{file} records a `dataset` that runs code: give {in_words({'dataset': value})}")
 
 
 def restore_run(
@@ -362,7 +363,9 @@ def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
 
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, before in _differing(sorted(saved.keys() - FREE), saved, settings).items():
-        logger.warning(f"`{name}` was {before} in the resumed run, and is {settings[name]} from now on")
+        logger.warning(
+            f"`{name}` was {as_yaml(before)} in the resumed run, and is {as_yaml(settings[name])} from now on"
+        )
     unknown = sorted(saved.keys() - settings.keys() - FREE)
     if unknown:
         names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)

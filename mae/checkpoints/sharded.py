@@ -264,7 +264,7 @@ def gather(folder: Path) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """Converts a sharded checkpoint to a plain one."""
     checkpoint.write(gather(args.folder), args.file)
-    print(f"{args.file}: resume it with --resume, or start from its weights with --init_from or --finetune")
+    print(f"{args.file}: give it as `resume`, or as `init_from` or `finetune` to start from its weights")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

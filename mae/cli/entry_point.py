@@ -18,7 +18,6 @@ import yaml
 
 from mae import parallel
 from mae.cli.flags import Range, Size, is_refused_in_recipes
-from mae.cli.messages import FILES, flags_in_log, with_flags
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
 from mae.interrupts import Interrupted
@@ -26,10 +25,16 @@ from mae.settings.arguments import arguments
 from mae.settings.images import unused_crops
 from mae.settings.run import Run
 from mae.settings.types import InvalidValue
+from mae.settings.values import BOOLEANS, read_recipe
 from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
+MESSAGES = (  # the end of --help
+    "Messages name settings as a recipe does: NAME=VALUE is --NAME VALUE, NAME=true is --NAME, and NAME=false is the "
+    "flag beside it above (--no_NAME; --cls_token for global_pool)."
+)
+FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
 OPTIONAL = {"datasets", "webdataset", "imagecodecs"}  # packages that a setting needs
 
 
@@ -100,21 +105,14 @@ class _Parser(argparse.ArgumentParser):
             raise
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Loads plain values only. A date stays a string."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def parser(description: str) -> argparse.ArgumentParser:
     """Returns a parser for a script. It has no --help, so that it can be a parent of another parser; `run` adds it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = module.name.removesuffix(".__main__") if module and module.origin == sys.argv[0] else None
     prog = name and f"python -m {name}"  # None: the file's name
-    return _Parser(prog=prog, description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
+    return _Parser(
+        prog=prog, description=description, epilog=MESSAGES, formatter_class=_Help, add_help=False, allow_abbrev=False
+    )  # fmt: skip
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Run:
@@ -152,9 +150,9 @@ def parse_command(
     if "log_dir" in args and "log_dir" not in explicit:
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
-        logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
+        logger.warning("`world_size` and `dist_on_itp` have no effect: the launcher decides (torchrun)")
     if unused := unused_crops(getattr(args, "crop", None), explicit):
-        logger.warning(f"no effect with --crop none: {' '.join(f'--{name}' for name in unused)}")
+        logger.warning(f"no effect with crop=none: {' '.join(f'`{name}`' for name in unused)}")
     return args, explicit
 
 
@@ -198,10 +196,10 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
         text = path.read_text(encoding="utf-8-sig")
         if problem := recipe_problem(text):
             parser.error(f"--config {path} {problem}")
-        recipe = _RecipeLoader(text).get_single_data()
+        recipe = read_recipe(text)
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid number
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must be a list of `flag: value` lines")
@@ -224,23 +222,25 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
 
 def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
     """Returns an entry of a recipe as flags; None means the default."""
+    if value is None:
+        return []
+    switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
+    if switches:
+        value = BOOLEANS.get(value) if isinstance(value, str) else None
+        if value is None:
+            parser.error(f"{key} takes true or false")
     if is_refused_in_recipes(parser._option_string_actions[f"--{key}"], value):
         text = shlex.join(arguments({key: value}))
         parser.error(f"a recipe must not set {key}, because recipes may be untrusted: give {text} on the command line")
-    if isinstance(value, bool):
-        switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
-        if not switches:
-            parser.error(f"{key} takes a value, not {value}; YAML reads on, off, yes and no so: write them in quotes")
+    if switches:
         return [switches[value]] if value in switches else []
     values = value if isinstance(value, list) else [value]
     for one in values:
         if isinstance(one, str) and not one.isprintable():
             parser.error(f"{key} contains a control character: {one}")
-    if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
+    if any(not isinstance(one, str) or one.startswith("--") for one in values):
         parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [] if value is None else [f"--{key}={value}"]
+    return [f"--{key}", *values] if isinstance(value, list) else [f"--{key}={value}"]
 
 
 def _open_streams() -> None:
@@ -281,8 +281,7 @@ def run(
     same = "the same command with --resume auto" if trains and args.resume != "auto" else "the same command"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
-        with flags_in_log(parser):
-            main(convert(args, explicit))
+        main(convert(args, explicit))
         parallel.teardown()  # not after an error, because the processes would wait for each other
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
@@ -293,7 +292,7 @@ def run(
         elif "DataLoader worker" in str(error) and "Original Traceback" not in str(error):  # no error of the dataset
             reason = str(error).partition(". ")[0].strip()
             remedy = f"{same} resumes the run" if trains else "try again"
-            _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)
+            _fail(parser, args, error, f"{reason}, usually for lack of memory: lower `num_workers`; {remedy}", 1)
         elif lost := parallel.lost_process(error):
             _fail(parser, args, error, lost + resume, 1)
         raise
@@ -302,7 +301,7 @@ def run(
             raise
         _fail(parser, args, error, f"{error}: pip install {error.name}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, message(parser, error), 1)
+        _fail(parser, args, error, message(error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
         reason = f"{error}, the state is saved; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
@@ -322,14 +321,13 @@ def _fail(
 def _out_of_memory(args: argparse.Namespace) -> str:
     if "batch_size" not in args:
         return "out of memory: give fewer or smaller images, or a smaller model"
-    remedy = " and double --accum_iter" if "accum_iter" in args else ""
-    return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
+    remedy = " and double `accum_iter`" if "accum_iter" in args else ""
+    return f"out of memory: halve batch_size={args.batch_size}{remedy}"
 
 
-def message(parser: argparse.ArgumentParser, error: Exception) -> str:
+def message(error: Exception) -> str:
     """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()
-    text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
-    return with_flags(text, parser)
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

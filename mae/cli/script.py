@@ -12,7 +12,6 @@ import torch
 
 from mae import parallel
 from mae.cli import entry_point
-from mae.cli.messages import flags_in_log
 from mae.settings import Run
 from mae.settings.arguments import arguments
 
@@ -42,12 +41,11 @@ class Script:
         Raises:
             ValueError: the script has failed.
         """
-        parser = self.module.get_args_parser()
-        with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), flags_in_log(parser):
+        with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file):
             try:
                 return self.module.main(self.settings(given))
             except (ValueError, OSError, ArithmeticError) as error:
-                raise ValueError(f"{entry_point.message(parser, error)} (the output is in {output})") from error
+                raise ValueError(f"{entry_point.message(error)} (the output is in {output})") from error
             finally:  # leave no state to the next run; each `main` seeds PyTorch
                 parallel.teardown()
                 gc.collect()

@@ -19,6 +19,7 @@ from mae.data.source import Source
 from mae.files import locks
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
+from mae.settings.values import as_yaml
 from mae.training import log
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _require_comparable(run: Run) -> None:
     """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
     if run.images.task != CLASSIFICATION and run.comparison.labels != ["all"]:
         raise ValueError(
-            f"labels={run.comparison.labels}: subsets have equally many images of each class, and "
+            f"labels={as_yaml(run.comparison.labels)}: subsets have equally many images of each class, and "
             f"task={run.images.task} has no single class; give labels=all"
         )
     if (run.evaluation.metric or run.images.task != CLASSIFICATION) and PIXELS in run.comparison.encoders:
@@ -90,8 +91,8 @@ def _sizes_of(run: Run, train: Source) -> list[Size]:
     numbers = [_number_of(text, train) for text in texts]
     if len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"labels={texts}: these are {', '.join(f'{labels:,}' for labels, _ in numbers)} images, equally many of "
-            f"each class; give each once"
+            f"labels={as_yaml(texts)}: these are {', '.join(f'{labels:,}' for labels, _ in numbers)} images, equally "
+            f"many of each class; give each once"
         )
     return [
         Size(labels, per_class, count if per_class else 1, epochs)

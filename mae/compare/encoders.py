@@ -9,6 +9,7 @@ from mae.compare.store import Settings
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
+from mae.settings.values import as_yaml
 from mae.weights import model_settings, reading
 from mae.weights.timm_models import TIMM
 
@@ -81,7 +82,9 @@ def _timm_files(run: Run) -> dict[str, str]:
     for text in run.comparison.timm_weights:
         name, _, path = text.partition("=")
         if not Path(path).is_file() or not any(own.endswith(f"{TIMM}{name}") for own in run.comparison.encoders):
-            raise ValueError(f"timm_weights={text!r}: give NAME=FILE, the file of a model {TIMM}NAME of `encoders`")
+            raise ValueError(
+                f"timm_weights={as_yaml(text)}: give NAME=FILE, the file of a model {TIMM}NAME of `encoders`"
+            )
         files[f"{TIMM}{name}"] = f"{path}#{TIMM}{name}"
     return files
 
@@ -97,9 +100,9 @@ def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:
     """Returns the settings of the architecture and the images that a file determines."""
     recorded = model_settings.classifier_settings(weights)
     if not recorded:
-        raise ValueError(f"encoders={text!r}: no model of this library has its shapes")
+        raise ValueError(f"encoders={as_yaml(text)}: no model of this library has its shapes")
     if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code
-        raise ValueError(f"encoders={text!r}: it has an encoder of its own: give encoder={recorded['encoder']}")
+        raise ValueError(f"encoders={as_yaml(text)}: it has an encoder of its own: give encoder={recorded['encoder']}")
     if recorded.get("crop_pct") is None and run.images.crop_pct is None:
         is_explicit = "input_size" in run.explicit
         size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
@@ -120,9 +123,9 @@ def name_and_file(text: str) -> tuple[str, str]:
     elif not name:  # a dot of a folder begins no suffix
         name = Path(file).name if Path(file).is_dir() else Path(file).stem
     if not file:
-        raise ValueError(f"encoders={text!r}: give a file or a published name after the equals sign")
+        raise ValueError(f"encoders={as_yaml(text)}: give a file or a published name after the equals sign")
     if directory_of(name) in RESERVED:
-        raise ValueError(f"encoders={text!r}: the name {name} is reserved; give another, such as mine={file}")
+        raise ValueError(f"encoders={as_yaml(text)}: the name {name} is reserved; give another, such as mine={file}")
     return name, file
 
 

@@ -18,6 +18,7 @@ from mae.files import locks, recipes
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
 from mae.settings.choices import DEFAULT_METRICS
+from mae.settings.values import as_yaml
 from mae.training import log
 
 KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
@@ -104,7 +105,7 @@ class Trials:
         run = script.settings(settings)
         if trial.protocol == KNN and len(run.evaluation.temperature) > 1:
             text = f"{KNN}={recipe}"
-            raise ValueError(f"recipes={text!r}: it has the temperatures {run.evaluation.temperature}; give one")
+            raise ValueError(f"recipes={as_yaml(text)}: it has the temperatures {run.evaluation.temperature}; give one")
         largest = 2 ** max(1, (trial.size.labels // LEAST_UPDATES).bit_length() - 1)
         if trial.protocol != KNN and run.optim.batch_size > largest:
             settings["batch_size"] = largest
@@ -173,7 +174,7 @@ class Trials:
             raise
         except ValueError as error:  # it may name a flag that the comparison does not have
             recipe = f"{trial.protocol}=YAML"
-            raise ValueError(f"{error}; recipes={recipe!r} passes other flags to {script.name}.py") from error
+            raise ValueError(f"{error}; recipes={as_yaml(recipe)} passes other flags to {script.name}.py") from error
         if not self.run.comparison.keep_checkpoints:
             for path in (*out.glob("*.pth"), *out.glob("tokens")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -212,6 +213,6 @@ def _recipes_of(run: Run) -> dict[str, str]:
         recipe = recipes.find(name)
         if protocol not in run.comparison.protocols or protocol in paths or not recipe:
             protocols = ", ".join(run.comparison.protocols)
-            raise ValueError(f"recipes={text!r}: give PROTOCOL=YAML once for each of {protocols}")
+            raise ValueError(f"recipes={as_yaml(text)}: give PROTOCOL=YAML once for each of {protocols}")
         paths[protocol] = recipe
     return paths

@@ -111,11 +111,11 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
         BadImage: an image can't be read; with a recipe, more than `loader.MAX_BAD_SHARE` of the images.
     """
     if args.minutes and not args.recipe:
-        raise ValueError(f"--minutes {args.minutes:g} is the time of a recipe: give --recipe FILE")
+        raise ValueError(f"minutes={args.minutes:g} is the time of a recipe: give recipe=FILE")
     if args.recipe and args.split != "train":
-        raise ValueError(f"--split {args.split}: a recipe is for the training set")
+        raise ValueError(f"split={args.split}: a recipe is for the training set")
     if args.recipe and args.extras:
-        raise ValueError("--extras: a recipe has no `encoder` for them; give both to main_pretrain.py beside --config")
+        raise ValueError("`extras`: a recipe has no `encoder` for them; give both to main_pretrain.py beside `config`")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     data = with_source(Run.of(args), source).data
     data = replace(data, val_list=data.val_list if args.split == "val" else None)
@@ -141,8 +141,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
         print(f"--in_chans  {in_chans}\n--mean      {mean}\n--std       {std}")
     if len(bad) > (MAX_BAD_SHARE * len(facts) if args.recipe else 0):
         raise BadImage(
-            f"{len(bad):,} of {len(facts):,} images can't be read; main_pretrain.py --on_bad_image skip excludes up to "
-            f"{MAX_BAD_SHARE:.0%} of an epoch"
+            f"{len(bad):,} of {len(facts):,} images can't be read; on_bad_image=skip of main_pretrain.py excludes up "
+            f"to {MAX_BAD_SHARE:.0%} of an epoch"
         )
     if args.recipe:
         write_recipe(args, images, facts, in_chans, len(facts) / seconds)

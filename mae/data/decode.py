@@ -289,8 +289,8 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int | None, channels_last: b
         fitting = [axis for axis in (2, 0) if shape[axis] in sizes]
         if len(fitting) > 1:
             raise BadImage(
-                f"the channels of an array of shape {shape} may be its last or its first axis: channels_last=True or "
-                f"channels_last=False says which"
+                f"the channels of an array of shape {shape} may be its last or its first axis: channels_last=true or "
+                f"channels_last=false says which"
             )
         if fitting:
             return fitting[0]

@@ -220,11 +220,13 @@ def check_statistics(
         return
     if not values.value_range and not any(fact.deep for fact in good):
         normalize.require_fit_to_bytes()
-    suggestion = f"{len(good)} images suggest " + "mean={} std={}".format(*statistics_of(good))
+    suggestion = f"{len(good)} images suggest " + "mean=[{}] std=[{}]".format(
+        *(text.replace(" ", ", ") for text in statistics_of(good))
+    )
     sums, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0)
     if not normalize.fits_bytes and sums.any() and (squares <= sums).all():  # as of values from 0 to 1
-        text = " ".join(f"{value:g}" for value in mean or ())
-        raise ValueError(f"mean={text}: pixels are from 0 to 1 when they are normalized; {suggestion}")
+        text = ", ".join(f"{value:g}" for value in mean or ())
+        raise ValueError(f"mean=[{text}]: pixels are from 0 to 1 when they are normalized; {suggestion}")
     if any(fact.deep for fact in good) and not (mean and std) and parallel.is_main():
         logger.warning(
             f"the images have more than 8 bits, and without `mean` and `std` the statistics of ImageNet normalize "

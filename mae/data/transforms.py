@@ -117,8 +117,8 @@ class Normalize(nn.Module):
     def require_fit_to_bytes(self) -> None:
         """Raises ValueError if the mean is not one of 8-bit pixels."""
         if not self.fits_bytes:
-            mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"mean={mean_text}: 8-bit pixels are scaled to 0 to 1; divide `mean` and `std` by 255")
+            mean_text = ", ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"mean=[{mean_text}]: 8-bit pixels are scaled to 0 to 1; divide `mean` and `std` by 255")
 
     def inverse(self, imgs: Tensor) -> Tensor:
         """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""

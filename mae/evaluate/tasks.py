@@ -247,7 +247,7 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
         constant = [name for name, column in zip(val.classes, val.labels.T, strict=True) if np.ptp(column) == 0]
         if constant and {"r2", "spearman"} & {*names}:
             logger.warning(
-                f"metric={' '.join(names)}: {first_few(constant)} is the same for all validation images; "
+                f"metric=[{', '.join(names)}]: {first_few(constant)} is the same for all validation images; "
                 f"r2 (0 or undefined) and spearman (undefined) can't score it"
             )
         return Regression(

@@ -98,7 +98,7 @@ def export(model: Model, to: str, out: Path) -> None:
     """
     model = without_adapters(model)
     if reason := _unsupported(model, to):
-        raise ValueError(f"--to {to}: the format has no {reason}; give --to safetensors")
+        raise ValueError(f"to={to}: the format has no {reason}; give to=safetensors")
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with model.evaluating(), atomic.replacing(out) as written:
@@ -123,7 +123,7 @@ def _unsupported(model: Model, to: str) -> str:
         return f"blocks with --{names[0]}"
     task = model.settings.get("task", CLASSIFICATION)
     if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
-        return f"outputs of --task {task}"
+        return f"outputs of task={task}"
     return ""
 
 
@@ -133,7 +133,7 @@ def check_suffix(to: str, out: Path) -> None:
     others = {suffix for known in SUFFIXES.values() for suffix in known} - {""}
     if out.suffix not in suffixes and (suffixes != ("",) or out.suffix in others):  # a folder may be named v1.5
         kind = "a folder" if suffixes == ("",) else " or ".join(suffix or "a folder" for suffix in suffixes)
-        raise ValueError(f"--out {out}: --to {to} writes {kind}; give --out {out.with_suffix(suffixes[0])}")
+        raise ValueError(f"out={out}: to={to} writes {kind}; give out={out.with_suffix(suffixes[0])}")
 
 
 WRITERS: dict[str, Callable[[Any, Path], None]] = {

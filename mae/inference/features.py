@@ -127,9 +127,7 @@ def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Preci
     data = DataSpec(data_path=args.data_path, dataset=args.dataset)
     source = open_labelled(data, args.split)  # first, because a large model takes long
     if is_stream(source):
-        raise ValueError(
-            f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
-        )
+        raise ValueError(f"dataset={args.dataset}: the images of shards have no order; give the folder of their images")
     model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
     precision = Precision(args.amp, device)
     if args.on_bad_image == "skip":

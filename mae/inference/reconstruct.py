@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     )  # fmt: skip
     if not isinstance(model, Autoencoder):
         raise ValueError(
-            f"--model {args.model} has no decoder of pixels and can't reconstruct: give a checkpoint of "
+            f"model={args.model} has no decoder of pixels and can't reconstruct: give a checkpoint of "
             f"main_pretrain.py, or a published file with a decoder, such as mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
@@ -180,7 +180,7 @@ def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = No
     if (count := prod(side // p for side, p in zip(scaled, patch, strict=True))) > MAX_PATCHES:
         raise ValueError(
             f"the image of {size[1]} x {size[0]} pixels (width x height) is scaled to {scaled[1]} x {scaled[0]}, which "
-            f"are {count:,} patches, more than {MAX_PATCHES:,}: crop it, or give a smaller --short_side"
+            f"are {count:,} patches, more than {MAX_PATCHES:,}: crop it, or give a smaller `short_side`"
         )
     return scaled
 
@@ -202,16 +202,16 @@ def boxes_to_mask(
     mask = torch.zeros(*covered)
     pixels = f"the image has {size[1]} x {size[0]} pixels (width x height)"
     for left, top, width, height in boxes:
-        flag = f"--mask_box {left} {top} {width} {height}"
+        box = f"mask_box=[{left}, {top}, {width}, {height}]"
         rows, columns = (
             pixel_range(start, length, *sides)
             for start, length, *sides in ((top, height, size[0], scaled[0], covered[0]),
                                           (left, width, size[1], scaled[1], covered[1]))
         )  # fmt: skip
         if not mask[rows, columns].numel():
-            raise ValueError(f"{flag} touches no patch: {pixels}")
+            raise ValueError(f"{box} touches no patch: {pixels}")
         if min(left, top) < 0 or left + width > size[1] or top + height > size[0]:
-            logger.warning(f"{flag} reaches over the border, and is cut there: {pixels}")
+            logger.warning(f"{box} reaches over the border, and is cut there: {pixels}")
         mask[rows, columns] = 1
     return mask
 

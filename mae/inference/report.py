@@ -29,7 +29,7 @@ from mae.files import atomic
 from mae.inference import features, neighbors, page
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.settings import DATASETS, DataSpec, ModelSpec
-from mae.settings.arguments import arguments
+from mae.settings.arguments import arguments, in_words
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS, differs
 from mae.training import environment, log
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> Path:
     """Writes the page, and returns its path."""
     log.start_logging()
     if not (args.run_dir / environment.FILE).is_file():
-        raise ValueError(f"{args.run_dir} is no run directory: give the --output_dir of a run of main_pretrain.py")
+        raise ValueError(f"{args.run_dir} is no run directory: give the `output_dir` of a run of main_pretrain.py")
     start = environment.read_last(args.run_dir)
     settings, entries = start["settings"], log.read(args.run_dir)
     if settings.get("script") != "main_pretrain":
@@ -106,7 +106,7 @@ def data_of(settings: Mapping[str, Any], args: argparse.Namespace) -> DataSpec:
         return DataSpec.of({**settings, "dataset": args.dataset})
     data = DataSpec.of(settings)
     if data.dataset and runs_code(data.dataset):
-        raise ValueError(f"the dataset of the run is code: give dataset='{data.dataset}'")
+        raise ValueError(f"the dataset of the run is code: give {in_words({'dataset': data.dataset})}")
     return data
 
 

@@ -56,18 +56,16 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     require_files(args.images)  # before the model is built
     model = get_model(args.model, device=parallel.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
-        raise ValueError(f"--model {args.model} has no segmentation head: give a checkpoint of main_segment.py")
+        raise ValueError(f"model={args.model} has no segmentation head: give a checkpoint of main_segment.py")
     masks = [args.masks / f"{Path(path).stem}.png" for path in args.images] if args.masks else []
     if masks:
         mask, count = Counter(masks).most_common(1)[0]
         if count > 1:
             raise ValueError(
-                f"--masks {args.masks}: {count} images have the mask {mask.name}; give a folder for each of them"
+                f"masks={args.masks}: {count} images have the mask {mask.name}; give a folder for each of them"
             )
         if replaced := {mask.resolve() for mask in masks} & {Path(path).resolve() for path in args.images}:
-            raise ValueError(
-                f"--masks {args.masks}: a mask would replace the image {min(replaced)}; give another folder"
-            )
+            raise ValueError(f"masks={args.masks}: a mask would replace the image {min(replaced)}; give another folder")
         args.masks.mkdir(parents=True, exist_ok=True)
     results = []
     # One at a time, so that results are printed before an unreadable image ends the command.

@@ -55,7 +55,7 @@ def merge(flags: Mapping[str, Any], settings: Sequence[tuple[str, Any]], default
     merged |= {**flags, **{key: [] for key in LISTS}}
     for key, value in settings:
         if key in flags:
-            raise ValueError(f"--slurm {key}={value}: another flag sets {key}={flags[key]}; give only one of them")
+            raise ValueError(f"slurm=[{key}={value}]: another flag sets {key}={flags[key]}; give only one of them")
         if key in LISTS:
             merged[key].append(value)
         else:

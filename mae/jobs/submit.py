@@ -241,20 +241,20 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
     outputs = [folder if d == JOB_FOLDER else Path(d).expanduser().absolute() for d in (args.output_dir, args.log_dir)]
     argv = [*argv, "--output_dir", str(outputs[0]), "--log_dir", str(outputs[1])]
     if args.nodes > 1 and args.cluster == "local":
-        raise ValueError(f"--nodes {args.nodes}: --cluster local uses one machine; give --nodes 1")
+        raise ValueError(f"nodes={args.nodes}: cluster=local uses one machine; give nodes=1")
     if args.after and args.cluster != "slurm":
-        raise ValueError(f"--after {args.after} requires --cluster slurm")
-    for_slurm = [f"--{name}" for name in ("partition", "use_volta32", "comment", "slurm") if getattr(args, name)]
+        raise ValueError(f"after={args.after} requires cluster=slurm")
+    for_slurm = [f"`{name}`" for name in ("partition", "use_volta32", "comment", "slurm") if getattr(args, name)]
     if for_slurm and args.cluster != "slurm":
-        logger.warning(f"no effect with --cluster {args.cluster}: {', '.join(for_slurm)}")
+        logger.warning(f"no effect with cluster={args.cluster}: {', '.join(for_slurm)}")
     executor = _executor(main, args, folder)
     job_of_run = partial(Job, main, folder=str(Path.cwd()), requeue=dict(args.slurm).get("requeue", True))
     if args.dry_run:
-        print(executor.script() if isinstance(executor, Executor) else f"--cluster {args.cluster} has no sbatch script")
+        print(executor.script() if isinstance(executor, Executor) else f"cluster={args.cluster} has no sbatch script")
     elif args.cluster == "debug":
         executor.submit(job_of_run(argv=tuple(argv))).results()
     elif args.cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError("--cluster slurm: there is no sbatch on this machine")
+        raise ValueError("cluster=slurm: there is no sbatch on this machine")
     else:
         code, recipe = code_copy.make(shared / "code", args.config)
         argv += ["--config", str(recipe)] if recipe else []

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mae import parallel
 from mae.data import image_cache
@@ -22,6 +21,7 @@ from mae.recommend import board, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
+from mae.settings.values import as_yaml
 from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
@@ -139,13 +139,7 @@ def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
 
 def text_of(lines: list[Line]) -> str:
     """Returns settings as YAML, each with its reason in a comment."""
-    return "".join(f"{line.name}: {_value(line.value)}  # {line.reason}\n" for line in lines)
-
-
-def _value(value: Any) -> str:
-    """Returns a value as YAML in one line."""
-    in_list = yaml.safe_dump([value], default_flow_style=True, width=math.inf)
-    return in_list.strip()[1:-1]
+    return "".join(f"{line.name}: {as_yaml(line.value)}  # {line.reason}\n" for line in lines)
 
 
 def _is_refused(name: str, value: Any) -> bool:

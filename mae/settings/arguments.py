@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mae.settings.values import as_yaml
+
 # Settings that a flag other than --no_NAME disables.
 OFF = {"global_pool": "--cls_token", "channels_last": "--channels_first"}
 
@@ -21,12 +23,12 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Lists the settings of `after` that differ from `before`, for a message; "" if there are none."""
     different = [key for key in after if before.get(key) != after[key]]
-    return "; ".join(f"{key} was {before.get(key)} and is {after[key]}" for key in different)
+    return "; ".join(f"{key} was {as_yaml(before.get(key))} and is {as_yaml(after[key])}" for key in different)
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
-    """Returns settings as messages name them: `name=value`, separated by spaces."""
-    return " ".join(f"{name}={_short(value)}" for name, value in settings.items())
+    """Returns settings as messages name them: `name=value`, separated by spaces, with the values of a recipe."""
+    return " ".join(f"{name}={as_yaml(value)}" for name, value in settings.items())
 
 
 def advice(settings: Mapping[str, Any]) -> str:
@@ -34,8 +36,3 @@ def advice(settings: Mapping[str, Any]) -> str:
     given = {name: value for name, value in settings.items() if value is not None}
     omitted = " ".join(f"`{name}`" for name, value in settings.items() if value is None)
     return " and ".join([f"give {in_words(given)}"] * bool(given) + [f"omit {omitted}"] * bool(omitted))
-
-
-def _short(value: Any) -> str:
-    is_word = isinstance(value, str) and value and not set(value) & set(" '\",;:()[]")
-    return value if is_word else repr(list(value) if isinstance(value, tuple) else value)

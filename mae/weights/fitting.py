@@ -135,7 +135,7 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
         return set()
     is_autoencoder = hasattr(model, "learned_pos_embed")
     if is_autoencoder and weights.learned_pos_embed and not model.learned_pos_embed:
-        raise CheckpointError(f"{weights.origin} has learned positions: give learned_pos_embed=True")
+        raise CheckpointError(f"{weights.origin} has learned positions: give learned_pos_embed=true")
     size = weights.settings.get("input_size")
     recorded = grid = _recorded_grid(size, {name: tensor.shape for name, tensor in weights.tensors.items()})
     if model.encoder_name and weights.settings.get("encoder") and size:  # the user's code determines its grid

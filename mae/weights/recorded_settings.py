@@ -50,7 +50,8 @@ def with_recorded_settings(
         dataset = str(file.settings.get("dataset"))
         if runs_code(dataset) and not any(run[name] for name in settings.DATASETS):
             raise ValueError(
-                f"{file.origin} records a `dataset` that runs code: give dataset='{dataset}', or other data"
+                f"{file.origin} records a `dataset` that runs code: give {in_words({'dataset': dataset})}, or other "
+                f"data"
             )
         run = with_settings_of(file, run, recorded, purpose)
     crop_pct = run.images.crop_pct or transforms.default_crop_pct(run.images.input_size)

@@ -15,6 +15,7 @@ from mae.data.decode import SUFFIXES
 from mae.data.item import NO_INPUTS, Item
 from mae.data.source import VALIDATION, first_few, label_at, version_of
 from mae.files.untrusted import printable, read_file
+from mae.settings.arguments import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,8 @@ def find_files(root: Path, kind: str = "images") -> Files:
     images, others = files_below(str(root))
     names = sorted(path[start:] for path in images)
     if not names:
-        shards = f": dataset='wds:{root}/*.tar' reads shards of WebDataset" if any(root.glob("*.tar")) else ""
+        shards = f": {in_words({'dataset': f'wds:{root}/*.tar'})} reads shards of WebDataset"
+        shards = shards if any(root.glob("*.tar")) else ""
         raise ValueError(f"data_path={root}: there are no images in it (searched all subfolders for {KINDS}){shards}")
     folders = [
         entry.name for entry in os.scandir(root)

@@ -211,7 +211,7 @@ def _of_layout(files: Files | Archive, root: Path, split: str) -> np.ndarray:
             return _matched(images, _by_key(files, split, masks_folder), files, masks_folder, split)
     raise ValueError(
         f"data_path={root}: there are no images for {split} in it (looked for {_layouts_of(split)}): give "
-        f"{split}_folders=(IMAGES, MASKS) or {split}_list=CSV"
+        f"{split}_folders=[IMAGES, MASKS] or {split}_list=CSV"
     )
 
 
