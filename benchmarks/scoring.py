@@ -15,6 +15,7 @@ from mae.data.labels import some_of_each_class
 from mae.data.open import open_source
 from mae.data.source import Source
 from mae.evaluate import knn
+from mae.files import spreadsheet
 from mae.settings import DataSpec, ImageSpec
 from mae.settings.arguments import arguments
 from mae.training import log
@@ -40,7 +41,7 @@ def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
     flags = {"train_list": out / "train.csv", "val_list": out / "held_out.csv"}
     for flag, path in flags.items():
         chosen = [image for number, image in enumerate(images) if (number % 5 == 0) == (flag == "val_list")]
-        path.write_text("path,label\n" + "".join(f"{image},{image.parent.name}\n" for image in chosen))
+        spreadsheet.write(path, [("path", "label"), *((image, image.parent.name) for image in chosen)])
     return flags
 
 

@@ -1,6 +1,5 @@
 """Results of a comparison of encoders: a table, a CSV file and a conclusion."""
 
-import csv
 import math
 import statistics
 from collections.abc import Sequence
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 from mae.evaluate.metrics import LOWER_IS_BETTER
-from mae.evaluate.tables import markdown, write_csv
-from mae.files import atomic
+from mae.evaluate.tables import markdown
+from mae.files import atomic, spreadsheet
 
 ACCURACY = "acc1"  # the metric that is a percentage
 
@@ -137,7 +136,7 @@ def write(folder: Path, results: Sequence[Result]) -> str:
     """
     entries = entries_of(results)
     text = f"{table(entries)}\n\n{conclusion(entries)}\n"
-    write_csv(folder / "results.csv", [Result._fields, *results])
+    spreadsheet.write(folder / "results.csv", [Result._fields, *results])
     atomic.write_text(folder / "table.md", text)
     return text
 
@@ -149,6 +148,6 @@ def read(folder: Path) -> list[Result]:
         FileNotFoundError: the folder has no results.
     """
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        titles, *rows = spreadsheet.read(file.read())
     kinds = get_type_hints(Result)
-    return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]
+    return [Result(**{name: kinds[name](value) for name, value in zip(titles, row, strict=True)}) for row in rows]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mae.evaluate import metrics, tables
-from mae.files import atomic
+from mae.files import atomic, spreadsheet
 from mae.settings.choices import METRICS, MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def write_matrix(
     folder.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(folder) as written:
         written.mkdir()
-        tables.write_csv(written / "classes.csv", rows)
-        tables.write_csv(written / "confusion.csv", [["true \\ predicted", *classes], *counts])
+        spreadsheet.write(written / "classes.csv", rows)
+        spreadsheet.write(written / "confusion.csv", [["true \\ predicted", *classes], *counts])
         _draw(written / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
 
 
@@ -93,7 +93,7 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
         count = int(truth.sum()) if has_classes else len(truth)
         rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])
     folder.mkdir(parents=True, exist_ok=True)
-    tables.write_csv(folder / ("classes.csv" if has_classes else "targets.csv"), rows)
+    spreadsheet.write(folder / ("classes.csv" if has_classes else "targets.csv"), rows)
 
 
 def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:

@@ -1,6 +1,5 @@
-"""Tables in Markdown and CSV, and figures. Files are written completely or not at all."""
+"""Tables in Markdown, and figures. Files are written completely or not at all."""
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,12 +18,6 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     header = "|" + "|".join(f" {title} " if title else " " for title in titles) + "|"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([header, "|---" * len(titles) + "|", *lines])
-
-
-def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a CSV file."""
-    with atomic.replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -1,7 +1,6 @@
 """Lists of image files: CSV with a header, JSON, text, and the annotations of iNaturalist."""
 
 import csv
-import io
 import json
 import logging
 import os
@@ -18,14 +17,14 @@ import numpy as np
 from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
 from mae.data.kinds.folders import Files
+from mae.files import spreadsheet
+from mae.files.spreadsheet import DECIMAL
 from mae.files.untrusted import open_file, printable
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 
 INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
-# Numbers as CSV files have them. float() also takes 1_5 for 15, and digits of other scripts.
-DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 SEPARATORS = re.compile(r"[|,/+&()\[\]{}]")  # characters other than ; that may separate labels
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
@@ -161,7 +160,7 @@ def _text_table(text: str) -> Table:
 
 def _csv_table(text: str) -> Table:
     """Parses CSV with a header."""
-    lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text))]
+    lines = [[cell.strip() for cell in row] for row in spreadsheet.read(text)]
     header, *rows = [row for row in lines if any(row)] or [["path"]]
     for row in rows:
         if len(row) != len(header):
