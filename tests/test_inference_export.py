@@ -156,8 +156,31 @@ def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_pat
         wide = get_model(name, input_size=[32, 64], global_pool=False, nb_classes=3)
         with pytest.raises(ValueError, match="32 x 64"):
             export.export(wide, "transformers", tmp_path / "folder")
-    with pytest.raises(ValueError, match="patch tokens"):
-        export.encoder_of(pooled)
+
+
+def test_transformers_reads_a_classifier_that_pools_patches_from_a_folder_of_timm(imgs, tmp_path):
+    """The error of the export to transformers names this way."""
+    model = randomized(get_model("vit_mini_patch4", nb_classes=3, classes=["cat", "dog", "owl"], mean=[0.4] * 3), 0.1)
+    with pytest.raises(ValueError, match=r"to=timm.*AutoModelForImageClassification"):
+        export.export(model, "transformers", tmp_path / "folder")
+    export.export(model, "timm", tmp_path / "folder")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "folder").eval()
+    torch.testing.assert_close(theirs(imgs).logits, model(imgs), rtol=1e-5, atol=1e-5)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    pipeline = transformers.pipeline("image-classification", str(tmp_path / "folder"), device="cpu")
+    found = {entry["label"]: entry["score"] for entry in pipeline(image)}
+    assert found == pytest.approx(dict(model.predict(image)["top"]), abs=1e-5)
+
+
+def test_the_encoder_of_a_classifier_that_pools_patches(pooled, imgs, tmp_path):
+    """It has no norm of single tokens. Its features are the pooled ones."""
+    expected = pooled.extract_feat(imgs)
+    for to in ("safetensors", "timm"):
+        encoder = get_model(exported(export.encoder_of(pooled), to, tmp_path))
+        torch.testing.assert_close(encoder.extract_feat(imgs), expected, rtol=1e-5, atol=1e-5)
+    export.export(export.encoder_of(pooled), "timm", tmp_path / "encoder")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    torch.testing.assert_close(theirs(imgs).pooler_output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_settings_that_transformers_does_not_have_survive_the_round_trip(tmp_path, caplog):
@@ -273,6 +296,20 @@ def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="outputs"):
         export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_are_exported_to_onnx_in_fp16(pooled, tmp_path):
+    """As the error for bf16 says. The outputs are those of the same weights in fp32, up to the rounding of fp16."""
+    model = pooled.bfloat16()
+    with pytest.raises(ValueError, match=r"model\.half\(\)"):
+        exported(model, "onnx", tmp_path)
+    session = onnxruntime.InferenceSession(exported(model.half(), "onnx", tmp_path))
+    pixels = torch.rand(3, 3, 32, 32)
+    (found,) = session.run(None, {"images": pixels.numpy()})
+    expected = model.float()(model.normalize(pixels)).detach()
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, expected, atol=0.005 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "onnx", "torch_export"])

@@ -8,6 +8,7 @@ from torch.optim import Muon
 
 import main_finetune
 from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.training.muon import BatchedMuon, orthogonalized
 from mae.training.optimizers import muon_and_adamw
 from models_vit import VisionTransformer
@@ -58,6 +59,13 @@ def test_adamw_replaces_the_optimizer_of_a_recipe(pretrain, tmp_path):
         assert len({tuple(sorted(of)) for of in state["optimizer"]["state"].values()}) == moments
     with pytest.raises(SystemExit):
         pretrain(optimizer="Muon")
+
+
+def test_a_resumed_run_keeps_its_optimizer(pretrain):
+    pretrain(epochs=1, optimizer="muon")
+    with pytest.raises(CheckpointError, match="optimizer=muon") as error:
+        pretrain(epochs=2, optimizer="adamw", resume="auto")
+    assert "data" not in str(error.value) and "task" not in str(error.value)
 
 
 def test_a_run_with_the_earlier_name_of_muon_resumes(pretrain):

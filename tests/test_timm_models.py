@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 
 import huggingface_hub.constants
 import numpy as np
@@ -21,6 +22,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, features, get_model, neighbors
 from mae.weights import loading
 
@@ -170,12 +172,30 @@ def test_weights_are_adapted_to_other_channels_as_by_timm(saved, channels, caplo
     _, name, path = saved("test_vit")
     overlay = {"state_dict": torch.load(path)}
     theirs = timm.create_model("test_vit", pretrained=True, in_chans=channels, pretrained_cfg_overlay=overlay).eval()
-    ours = get_model(name, in_chans=channels, mean=[0.5] * channels, std=[0.5] * channels)
+    ours = get_model(name, in_chans=channels)
+    assert ours.settings["mean"] == ours.settings["std"] == [0.5] * channels
     assert f"timm:test_vit has weights for 3 channels, which are adapted to {channels}" in caplog.text
     images = torch.randn(2, channels, 160, 160)
     with torch.no_grad():
         expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
     torch.testing.assert_close(ours.extract_feat(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_convnext"])
+def test_the_classifier_of_a_file_is_not_read(saved, name, tmp_path):
+    """A file may have none, or one of other classes. Other tensors must be those of the model."""
+    model, file, _ = saved(name)
+    model, images = deepcopy(model), torch.randn(2, 3, 160, 160)
+    expected = get_model(file).extract_feat(images)
+    for number, classes in enumerate((0, 7)):
+        model.reset_classifier(classes)
+        torch.save(model.state_dict(), tmp_path / f"{number}.pth")
+        assert torch.equal(get_model(f"{tmp_path / str(number)}.pth#timm:{name}").extract_feat(images), expected)
+    state = model.state_dict()
+    del state[next(key for key in state if key.endswith("norm.weight"))]
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(CheckpointError, match=f"those of timm's {name}"):
+        get_model(f"{tmp_path / 'damaged.pth'}#timm:{name}")
 
 
 def test_neighbors_are_those_of_the_features_of_timm(saved, mixed):

@@ -112,7 +112,7 @@ def restore_run(
 
     Raises:
         CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
-            size, or meaning of the data or the task.
+            size, or a setting that can't change within a run.
     """
     which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
     state = read_newest(output_dir) if which == "auto" else sharded.read(which)
@@ -217,7 +217,7 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             for values in (saved, settings)
         )
         raise CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task: "
+            f"the run of the checkpoint had {before}, and this run has {now}, which can't change within a run: "
             f"{advice(different)}"
         )
     _require_same_data(saved, settings)

@@ -20,6 +20,7 @@ of the function in a .pt2 are positional: torch.export.load("model.pt2").module(
 
 The other formats are weights for normalized images. The file or folder has mean, std, crop and class names. A log line
 names the settings that the other library does not read from it. timm has no decoder, so that the encoder is exported.
+The Auto classes of transformers read the folder for timm, too: the models of transformers do not pool patches.
 --encoder_only exports the encoder of any model.
 """
 

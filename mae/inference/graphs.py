@@ -14,6 +14,7 @@ from mae.inference.model import Autoencoder, Model, Segmenter, is_uncropped, set
 logger = logging.getLogger(__name__)
 
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
+HALF_CLOSE = 16 * 2**-10  # in fp16, relative to the largest output; 1.5 · 2^-10 was measured, for mini to base models
 
 
 def library(name: str, extra: str | None = None) -> Any:
@@ -122,7 +123,8 @@ def write_onnx(model: Model, out: Path) -> None:
     """Writes the graph, and checks it with onnxruntime and another batch size. Its metadata are values as JSON.
 
     Raises:
-        ValueError: the outputs differ from the outputs of the model by more than CLOSE.
+        ValueError: the weights are bf16; or the outputs differ from the outputs of the model by more than CLOSE, or
+            HALF_CLOSE.
     """
     onnx, runtime = library("onnx"), library("onnxruntime", "onnx")
     library("onnxscript", "onnx")
@@ -146,6 +148,10 @@ def write_onnx(model: Model, out: Path) -> None:
         theirs = runtime.InferenceSession(out).run(None, {name: value.numpy() for name, value in batch.items()})
         ours = graph(**batch)
         pairs = zip([ours] if isinstance(ours, torch.Tensor) else ours, theirs, strict=True)
-        difference = max(float((torch.from_numpy(their) - our).abs().max()) for our, their in pairs)
-    if difference > CLOSE:
-        raise ValueError(f"to=onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}")
+        for our, their in pairs:
+            difference = float((torch.from_numpy(their) - our).abs().max())
+            close = HALF_CLOSE * float(our.abs().max()) if our.dtype == torch.float16 else CLOSE
+            if not difference <= close:  # NaN, too
+                raise ValueError(
+                    f"to=onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}"
+                )

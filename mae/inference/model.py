@@ -181,6 +181,9 @@ def _load(
     model_settings.require_statistics(file, settings.get("mean"), settings.get("std"))
     recorded = model_settings.file_settings(file, architecture)
     architecture = recorded["model"]
+    if architecture.startswith(TIMM) and "in_chans" in settings:  # the file has the statistics of its colors
+        mean, std = model_settings.statistics(file, settings["in_chans"], None, None)
+        recorded = {**recorded, "mean": mean, "std": std}
     if (
         file.kind == model_zoo.CLASSIFIER
         and "nb_classes" in settings

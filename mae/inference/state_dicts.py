@@ -41,13 +41,11 @@ MASKS = (  # the encoder of ViTMAEForPreTraining
 def encoder_of(model: Model) -> Classifier:
     """Returns the encoder of a model. Its features are the normalized class token.
 
-    Raises:
-        ValueError: the model is a classifier that pools patch tokens.
+    A classifier that pools patch tokens has no norm of single tokens: the features are those of its head.
     """
-    if model.settings.get("global_pool") and not isinstance(model, Autoencoder):
-        raise ValueError("`encoder_only`: this classifier pools patch tokens, and has no norm for single tokens")
     architecture = model.settings["model"].removeprefix("mae_")
-    settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": False, "probe": False}
+    pools = bool(model.settings.get("global_pool")) and not isinstance(model, Autoencoder)
+    settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": pools, "probe": False}
     encoder = with_encoder(Classifier, model.encoder)(settings)
     names = encoder.state_dict().keys()
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
@@ -124,7 +122,7 @@ def write_timm(model: Model, out: Path) -> None:
     else:
         _save({"state_dict": state, "args": settings}, out)
     config = timm_config(classifier)
-    overlay = {name: value for name, value in config["pretrained_cfg"].items() if name != "label_names"}
+    overlay = config["pretrained_cfg"]
     arguments = {"num_classes": config["num_classes"], **config["model_args"], "pretrained_cfg_overlay": overlay}
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     logger.info(f"timm reads only the weights from this file: export to a folder, or call "
@@ -140,8 +138,9 @@ def timm_config(model: Classifier) -> dict[str, Any]:
     pooled, registers = bool(model.settings["global_pool"]), model.num_prefix_tokens - 1
     height, width = model.patch_embed.img_size
     name = f"vit_{mae.build.size_of(model.settings['model'])}_224"
-    labels = {"label_names": model.classes} if model.classes else {}
+    labels = {"label_names": model.classes} if model.classes and model.settings["nb_classes"] else {}
     return {
+        **labels,  # at the top, where transformers reads them, too
         "architecture": name if is_model(name) else "vit_base_patch16_224",
         "num_classes": model.settings["nb_classes"],
         "global_pool": "avg" if pooled else "token",
@@ -155,7 +154,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
             "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
             "crop_pct": settings["crop_pct"], "crop_mode": "squash" if is_uncropped(model) else "center",
             "mean": settings["mean"], "std": settings["std"], "num_classes": model.settings["nb_classes"],
-            "first_conv": "patch_embed.proj", "classifier": "head", **labels,
+            "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
 
@@ -208,8 +207,8 @@ def _of_transformers(model: Model) -> Any:
         ))  # fmt: skip
     if model.settings.get("global_pool"):
         raise ValueError(
-            "to=transformers: its classifier uses the class token, and this classifier pools patch tokens; give "
-            "timm, onnx or torch_export"
+            "to=transformers: its ViT uses the class token, and this model pools patch tokens; give to=timm, whose "
+            "folder transformers reads, too (AutoModelForImageClassification and AutoModel.from_pretrained)"
         )
     if not model.settings["nb_classes"]:
         return transformers.ViTModel(transformers.ViTConfig(**same), add_pooling_layer=False)

@@ -154,7 +154,7 @@ def load(name: str, tensors: Mapping[str, Tensor] | None, origin: str) -> tuple[
 
     Args:
         name: name in timm.
-        tensors: its weights under timm's names, with its classifier. None: those that timm publishes.
+        tensors: its weights under timm's names. None: those that timm publishes. The classifier is not read.
         origin: of the tensors, for messages.
 
     Raises:
@@ -164,9 +164,8 @@ def load(name: str, tensors: Mapping[str, Tensor] | None, origin: str) -> tuple[
     import timm
 
     require_name(name)
-    overlay = None if tensors is None else {"state_dict": dict(tensors)}
     try:
-        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        model: Any = timm.create_model(name, pretrained=True) if tensors is None else _with_tensors(name, tensors)
     except Exception as error:  # of timm, of the Hugging Face Hub and of the network
         reason = " ".join(str(error).split())[:200]
         if tensors is not None:
@@ -177,6 +176,21 @@ def load(name: str, tensors: Mapping[str, Tensor] | None, origin: str) -> tuple[
         ) from error
     model.reset_classifier(0)
     return {f"{NETWORK}{key}": tensor for key, tensor in model.state_dict().items()}, _settings_of(name, model)
+
+
+def _with_tensors(name: str, tensors: Mapping[str, Tensor]) -> Any:
+    """Returns a model of timm with the tensors of a file. It may have no classifier, or one of other classes."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(tensors)})
+    except RuntimeError:
+        other: Any = timm.create_model(name)
+        names = other.pretrained_cfg["classifier"]
+        layers = [names] if isinstance(names, str) else names or []
+        head = {key: value for key, value in other.state_dict().items() if key.rpartition(".")[0] in layers}
+        overlay = {"state_dict": {**tensors, **head}}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def _settings_of(name: str, model: Any) -> dict[str, Any]:
