@@ -184,6 +184,8 @@ def load_for_evaluation(
         classes = names
     if run.model.nb_classes not in (None, num_classes):
         raise ValueError(f"{file.origin} has {num_classes} classes, and `nb_classes` is {run.model.nb_classes}")
+    if task == CLASSIFICATION and num_classes != len(val.classes):
+        val = labels.without_placeholders(val)
     if task == REGRESSION:
         units = ("target_mean", "target_std")
         shapes.require_settings(file.settings, units, file.origin, "it predicts numbers; train a head")

@@ -20,14 +20,15 @@ import pytest
 import torch
 import torchvision
 import webdataset
-from mains import open_source
+from mains import call, open_source, weights
 from PIL import Image
 from test_decode import saved
 
 import main_finetune
 import main_knn
 from mae import parallel
-from mae.data import loader, transforms
+from mae.checkpoints import checkpoint
+from mae.data import check, loader, transforms
 from mae.data import open as opening
 from mae.data.decode import decode
 from mae.data.item import Item
@@ -489,3 +490,55 @@ def test_the_warning_of_stored_datasets_names_a_class_of_torchvision(tmp_path, e
     (tmp_path / entry).touch()
     assert opening.dataset_in(tmp_path) == name
     assert issubclass(getattr(torchvision.datasets, name), torch.utils.data.Dataset)
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """EMNIST's letters a, b and z, whose labels count from 1; torchvision calls the class 0 N/A."""
+    for part in ("train", "test"):
+        raw = tmp_path / "EMNIST/raw"
+        labels = np.array([1, 2, 26] * 4, dtype=np.uint8)
+        pixels = np.stack([np.full((28, 28), 8 * label, np.uint8) for label in labels])
+        write_idx(raw / f"emnist-letters-{part}-images-idx3-ubyte", pixels)
+        write_idx(raw / f"emnist-letters-{part}-labels-idx1-ubyte", labels)
+    return {"data_path": tmp_path, "dataset": "EMNIST:letters", "in_chans": 1, "batch_size": 4, "aa": "none"}
+
+
+def test_a_class_that_keeps_a_number_free_has_no_output(letters, classify, capsys, tmp_path):
+    alphabet = list("abcdefghijklmnopqrstuvwxyz")
+    out = classify(main_finetune, **letters, epochs=1)
+    assert (len(weights(out, "checkpoint-0.pth")["head.bias"]), classes_of(out)) == (26, alphabet)
+    call(check, str(tmp_path), dataset="EMNIST:letters", num_workers=0)
+    assert "classes     26, of 0 to 4 images" in capsys.readouterr().out
+    scores = classify(main_finetune, **letters, eval=True, resume=out / "checkpoint-0.pth")
+    assert set(scores.labels.tolist()) == {0, 1, 25}
+    state = checkpoint.read(out / "checkpoint-0.pth")
+    state["args"] = {name: value for name, value in state["args"].items() if name != "classes"}
+    checkpoint.write(state, tmp_path / "nameless.pth")
+    nameless = classify(main_finetune, **letters, eval=True, finetune=tmp_path / "nameless.pth")
+    assert nameless.scores() == scores.scores()
+
+
+def test_a_head_with_an_output_for_it_stays(letters, classify, tmp_path):
+    """As in files of earlier versions, and in files without names: it is evaluated, resumed, and fine-tuned."""
+    flags = {**letters, "nb_classes": 27, "warmup_epochs": 0}
+    out = classify(main_finetune, **flags, epochs=1)
+    assert classes_of(out)[:2] == ["N/A", "a"]
+    del flags["nb_classes"]
+    state = checkpoint.read(out / "checkpoint-0.pth")
+    expected = classify(main_finetune, **flags, eval=True, resume=out / "checkpoint-0.pth")
+    assert set(expected.labels.tolist()) == {1, 2, 26}
+    state["args"] = {name: value for name, value in state["args"].items() if name != "classes"}
+    checkpoint.write(state, tmp_path / "nameless.pth")
+    for model in (out / "checkpoint-0.pth", tmp_path / "nameless.pth"):
+        found = classify(main_finetune, **flags, eval=True, finetune=model)
+        assert (found.scores(), found.labels.tolist()) == (expected.scores(), expected.labels.tolist())
+    classify(main_finetune, **flags, epochs=2, resume="auto")
+    assert classes_of(out, "checkpoint-1.pth")[:2] == ["N/A", "a"]
+    still = {"epochs": 1, "lr": 0, "min_lr": 0}
+    again = classify(main_finetune, "again", **flags, **still, nb_classes=27, finetune=out / "checkpoint-0.pth")
+    assert torch.equal(weights(again, "checkpoint-0.pth")["head.weight"], state["model"]["head.weight"])
+
+
+def classes_of(out, name="checkpoint-0.pth"):
+    return checkpoint.read(out / name)["args"]["classes"]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mae.cli import entry_point, flags, options
 from mae.data.batches import up_to_cores
 from mae.data.image_facts import ImageFacts, all_facts, channels_of, statistics_of
-from mae.data.labels import has_class_numbers, has_ids
+from mae.data.labels import has_class_numbers, has_ids, is_placeholder
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
@@ -51,8 +51,8 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
     lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
     counts = Counter(fact.label for fact in good if fact.label >= 0)
     if counts and has_class_numbers(source):
-        every = counts if has_ids(source) else range(max(len(source.classes), max(counts) + 1))
-        of_each = [counts[label] for label in every]
+        named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
+        of_each = [counts[label] for label in {*counts, *named}]
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
     else:
         lines.append("classes     none: pre-training needs no labels")

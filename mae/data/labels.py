@@ -15,6 +15,8 @@ from mae.data.kinds.folders import Files, strays_of
 from mae.data.source import Source, Stream, first_few, is_stream, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
+# Names that keep the number of a class free: the letters of torchvision's EMNIST count from 1.
+PLACEHOLDERS = ("", "n/a")
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,8 @@ def open_pair(
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
         train = counted_as(train, outputs(nb_classes))
     val = require(open_split("val"), "val", task) if validation else train
+    if is_classification and nb_classes != len(train.classes):  # an earlier head may have an output for them
+        train = without_placeholders(train)
     count = len(train.classes)
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
@@ -172,11 +176,32 @@ def require(source: Source | Stream, split: str, task: str = CLASSIFICATION) -> 
             f"task={task}: the {split} images are {'class numbers' if source.classes else 'without labels'}: give "
             f"`train_list` and `val_list` with labels, or vectors of a `dataset` py:MODULE:FUNCTION"
         )
-    if task == CLASSIFICATION and has_ids(source) and len(there := np.unique(source.labels)) < len(source.classes):
-        numbers = np.full(len(source.classes), -1)
-        numbers[there] = np.arange(len(there))
-        return Subset(source, np.arange(len(source)), [source.classes[number] for number in there], numbers)
-    return source
+    return _of_classes(source, np.unique(source.labels)) if task == CLASSIFICATION and has_ids(source) else source
+
+
+def _of_classes(source: Source, kept: np.ndarray) -> Source:
+    """Returns a source with some of its classes. The others have no images.
+
+    Args:
+        kept: the numbers of these classes (n,), in ascending order.
+    """
+    if len(kept) == len(source.classes):
+        return source
+    numbers = np.full(len(source.classes), -1)
+    numbers[kept] = np.arange(len(kept))
+    return Subset(source, np.arange(len(source)), [source.classes[number] for number in kept], numbers)
+
+
+def is_placeholder(name: str) -> bool:
+    """Whether a name of a class only keeps its number free."""
+    return name.strip().lower() in PLACEHOLDERS
+
+
+def without_placeholders(source: Source) -> Source:
+    """Returns a source without the placeholders among its classes that have no images."""
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    kept = [number for number, name in enumerate(source.classes) if counts[number] or not is_placeholder(name)]
+    return _of_classes(source, np.array(kept, dtype=np.int64))
 
 
 def has_ids(source: Any) -> bool:
@@ -219,6 +244,8 @@ def counted_as(source: Source, classes: Sequence[str], task: str = CLASSIFICATIO
         vectors = np.zeros((len(source), len(classes)), source.labels.dtype)  # fp64: fp32 would round times
         vectors[:, [list(classes).index(name) for name in source.classes]] = source.labels
         return Targets(source, classes, vectors)
+    if unknown and (named := without_placeholders(source)) is not source:
+        return counted_as(named, classes)
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the {len(classes)} of "
