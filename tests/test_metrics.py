@@ -54,6 +54,20 @@ def test_macro_f1_of_a_single_class_is_its_f1():
     assert np.mean(each) == pytest.approx(compute("macro_f1", truth, predictions.astype(float), None, 3))
 
 
+def test_kappa_weights_gaps_by_the_numbers():
+    """Grades 2 and 4 are two steps apart. Without `labels`, scikit-learn counts the grades that occur: one step."""
+    grades = np.array([0, 1, 2, 4])
+    truth = np.arange(200) % 4
+    predicted = np.where((truth == 3) & (np.arange(200) % 3 == 0), 2, truth)
+    found = compute("kappa", truth, predicted, None, 4, grades.astype(float))
+    ours, theirs = grades[truth], grades[predicted]
+    with_gap = sk.cohen_kappa_score(ours, theirs, weights="quadratic", labels=range(5))
+    assert found == pytest.approx(with_gap)
+    assert abs(found - sk.cohen_kappa_score(ours, theirs, weights="quadratic")) > 0.01
+    without = compute("kappa", truth, predicted, None, 4)
+    assert without == pytest.approx(sk.cohen_kappa_score(truth, predicted, weights="quadratic"))
+
+
 def test_kappa_warns_of_classes_in_another_order_than_numbers(labelled, classify, tmp_path, capsys):
     """Folders are sorted as text. The labels of a list are numbers."""
     flags = {"k": 5, "metric": "kappa"}

@@ -188,8 +188,8 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
         parser, "metric",
         help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
         "top-1 accuracy; multilabel: average_precision; regression: r2 and mae). They are fractions, and mae has the "
-        "units of the labels; kappa has quadratic weights; auroc and average_precision are means over the classes, one "
-        "against the others",
+        "units of the labels; kappa has quadratic weights, of numbers their squared differences also across gaps "
+        "(FINETUNE.md); auroc and average_precision are means over the classes, one against the others",
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def compute(
         scores: of each class (n, classes); None: no metric of NEED_SCORES is computed.
         classes: number of classes or targets.
         grades: numbers of the classes (classes,), whose differences weight the errors of `kappa`. Default: 0, 1, ...
+            With gaps, it is the kappa of scikit-learn with all numbers as its `labels`.
     """
     from scipy import stats
     from sklearn import metrics  # takes a second
