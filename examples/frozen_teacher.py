@@ -7,12 +7,11 @@
 
 The teacher is any Vision Transformer of timm; a checkpoint of this library: teacher=runs/mine/checkpoint-399.pth; or a
 file of `examples/dino.py`. The second command distils it to a smaller model: without masked patches, all are scored.
-The teacher sees the whole image, as the student's input is normalized: give the --mean and --std of the teacher, which
-the log names. It has the student's patch size and number of channels. It is not trained, is always in evaluation mode,
-and checkpoints do not contain it.
+The teacher sees the whole image, normalized by its own mean and std, whatever those of the student are. It has the
+student's patch size and number of channels. It is not trained, is always in evaluation mode, and checkpoints do not
+contain it.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +22,11 @@ from torch.nn import functional as F
 
 from examples.dino import DINOv2, DINOv3
 from mae import get_model
+from mae.data.transforms import channel_statistics
 from mae.user_code import name_of
 from mae.weights import model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
-
-logger = logging.getLogger(__name__)
 
 ENCODERS = {name_of(kind): kind for kind in (DINOv2, DINOv3)}  # a file can't make a program import code
 # Predictions and targets (B, N, P) -> (B, N)
@@ -47,13 +45,21 @@ class FrozenTeacher(MaskedAutoencoderViT):
         weights: file of the weights of a name. Default: its published weights.
         distance: l2, smooth_l1 or cosine.
         class_token: also predict the first class token of the teacher, by a linear layer on that of the student.
+        mean, std: those of the student's input, which `mae.build` gives. Default: ImageNet's.
+
+    Raises:
+        ValueError: the teacher does not fit, `distance` is unknown, or only one of student and teacher has the mean of
+            pixels from 0 to 1.
     """
+
+    scale: Tensor  # from the student's input to that of the teacher, (c, 1, 1)
+    shift: Tensor
 
     scores_visible = True
 
     def __init__(
-        self, *, teacher: str, weights: str = "", distance: str = "l2", class_token: bool = False, img_size: Any = 224,
-        **arguments: Any,
+        self, *, teacher: str, weights: str = "", distance: str = "l2", class_token: bool = False,
+        mean: list[float] | None = None, std: list[float] | None = None, img_size: Any = 224, **arguments: Any,
     ) -> None:  # fmt: skip
         if distance not in DISTANCES:
             raise ValueError(f"model_args=[distance={distance}]: give one of {', '.join(DISTANCES)}")
@@ -66,18 +72,16 @@ class FrozenTeacher(MaskedAutoencoderViT):
                 )
             model: Any = get_model(teacher, encoder=ENCODERS.get(kind), input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
-            mean, std = (values.flatten().tolist() for values in (model.normalize.mean, model.normalize.std))
+            of_teacher = [model.settings.get(name) for name in ("mean", "std")]
         else:
             model = timm.create_model(
                 teacher, pretrained=not weights, checkpoint_path=weights, num_classes=0, img_size=img_size,
                 in_chans=arguments.get("in_chans", 3),
             )  # fmt: skip
             self.target_dim = model.num_features
-            config = timm.data.resolve_model_data_config(model)
-            mean, std = config["mean"], config["std"]
+            of_teacher = [model.pretrained_cfg[name] for name in ("mean", "std")]
         super().__init__(img_size=img_size, **arguments)
-        mean, std = ([float(f"{value:.4g}") for value in values] for values in (mean, std))
-        logger.info(f"the teacher was trained with mean {mean} and std {std}: the images should have them")
+        self._set_statistics(mean, std, *of_teacher)
         if class_token and getattr(model, "cls_token", None) is None:
             raise ValueError(f"model_args=[teacher={teacher}, class_token=true]: it has no class token")
         if model.patch_embed.grid_size != self.grid_size:
@@ -88,6 +92,30 @@ class FrozenTeacher(MaskedAutoencoderViT):
         self.distance = DISTANCES[distance]
         self.teacher = (model.eval().requires_grad_(False),)  # in a tuple: not a module of this one
         self.decoder_class = nn.Linear(self.cls_token.shape[2], self.target_dim) if class_token else None
+
+    def _set_statistics(self, mean: Any, std: Any, mean_of_teacher: Any, std_of_teacher: Any) -> None:
+        """Sets `scale` and `shift`: the student's normalization is undone, and that of the teacher applied."""
+        if mean_of_teacher and len(mean_of_teacher) != self.in_chans:  # of colors
+            mean_of_teacher, std_of_teacher = (
+                [sum(values) / len(values)] * self.in_chans for values in (mean_of_teacher, std_of_teacher)
+            )
+        student, teacher = (  # means and standard deviations, (2, c, 1, 1)
+            torch.tensor(channel_statistics(self.in_chans, *pair))[..., None, None]
+            for pair in ((mean, std), (mean_of_teacher, std_of_teacher))
+        )
+        units = [bool(((means >= 0) & (means <= 1)).all()) for means, _ in (student, teacher)]
+        if units[0] != units[1]:
+            raise ValueError(
+                f"mean={student[0].flatten().tolist()}: the mean of the teacher is {teacher[0].flatten().tolist()}, of "
+                f"pixels in other units; give value_range=(MIN, MAX), and mean and std of pixels from 0 to 1"
+            )
+        self.register_buffer("scale", student[1] / teacher[1], persistent=False)
+        self.register_buffer("shift", (student[0] - teacher[0]) / teacher[1], persistent=False)
+
+    def prepare_masking(self, *args: Any, **context: Any) -> tuple[Tensor, float, dict[str, Any]]:
+        """As in the base class. The teacher runs here, in the precision of the training; the loss is in fp32."""
+        imgs, mask_ratio, context = super().prepare_masking(*args, **context)
+        return imgs, mask_ratio, {**context, "of_teacher": self.features(imgs)}
 
     def forward_decoder(self, latent: Tensor, *args: Any, **context: Any) -> Tensor:
         """Returns predictions of the patches (B, N, P), after that of the class token with `class_token`."""
@@ -102,12 +130,17 @@ class FrozenTeacher(MaskedAutoencoderViT):
         patches = (of_patches * scored).sum() / scored.sum()
         return patches if self.decoder_class is None else {"patches": patches, "class": loss[:, 0].mean()}
 
-    @torch.no_grad()
     def target(self, imgs: Tensor, **context: Any) -> Tensor:
-        teacher = self.teacher[0].to(imgs.device)
+        features = context["of_teacher"] if "of_teacher" in context else self.features(imgs)
+        return F.layer_norm(features.float(), features.shape[-1:])
+
+    @torch.no_grad()
+    def features(self, imgs: Tensor) -> Tensor:
+        """The student's input (B, c, H, W) -> features of the teacher (B, N, P), after that of the class token."""
+        teacher, imgs = self.teacher[0].to(imgs.device), imgs * self.scale + self.shift
         is_ours = isinstance(teacher, Encoder)
         tokens = teacher.get_intermediate_layers(imgs)[0] if is_ours else teacher.forward_features(imgs)
         features = tokens[:, teacher.num_prefix_tokens :]
         if self.decoder_class is not None:
             features = torch.cat([tokens[:, :1], features], dim=1)
-        return F.layer_norm(features.float(), features.shape[-1:])
+        return features

@@ -109,7 +109,7 @@ def autoencoder(
     model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT,
     encoder: type[Encoder] | None = None,
 ) -> MaskedAutoencoderViT:
-    """Builds the masked autoencoder of a run.
+    """Builds the masked autoencoder of a run. A class that takes `mean` and `std` gets those of the images.
 
     Raises:
         ValueError: as in `autoencoder_arguments` and `own_arguments`.
@@ -120,6 +120,8 @@ def autoencoder(
         raise ValueError(f"the model has a class of its own: {remedy} model_class={spec.model_class}")
     if model_class is not MaskedAutoencoderViT:
         of_encoder = own_parameters(encoder).keys() if encoder else set[str]()
+        own: Any = getattr(model_class, "func", model_class)
+        arguments |= {name: getattr(image, name) for name in ("mean", "std") if name in own_parameters(own)}
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("`model_args` are arguments of the class of `model_class`, which is not given")

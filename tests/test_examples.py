@@ -4,6 +4,7 @@ test_own_encoder.py has those that change the encoder only.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from mains import (
     call,
     in_processes,
     lines,
+    parse,
     stop_after,
     stop_and_resume,
     weights,
@@ -29,6 +31,7 @@ from torch import nn
 
 import mae.build
 import main_knn
+import main_pretrain
 from examples import data_clips, data_volumes, reconstructions
 from examples.colored_masks import ColoredMasks
 from examples.complementary_masks import ComplementaryMasks
@@ -39,6 +42,7 @@ from examples.local_decoder import LocalDecoder, window_mask
 from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
 from mae.checkpoints import checkpoint
+from mae.data import transforms
 from mae.inference import features, get_model
 from mae.masking import sampler as masking_sampler
 from mae.user_code import import_object
@@ -105,11 +109,40 @@ def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, monkeypa
     whole = train_and_resume(pretrain, monkeypatch, **flags, model_args=given)
     assert not [name for name in weights(whole) if "teacher" in name]
     ours = FrozenTeacher(**{**SMALL, "img_size": 64, "patch_size": 16}, teacher=TEACHER, weights=str(path)).train()
-    imgs = torch.randn(2, 3, 64, 64)
-    expected = nn.functional.layer_norm(model.forward_features(imgs)[:, 1:], (192,))
-    torch.testing.assert_close(ours.target(imgs), expected)
+    pixels = torch.rand(2, 3, 64, 64)
+    imgs = transforms.Normalize(*transforms.channel_statistics(3))(pixels)
+    expected = nn.functional.layer_norm(model.forward_features(2 * pixels - 1)[:, 1:], (192,))
+    torch.testing.assert_close(ours.target(imgs), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="patch_size"):
         pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
+
+
+@pytest.mark.parametrize("kind", ["timm", "ours"])
+def test_a_teacher_sees_images_in_its_own_mean_and_std(kind, teacher, tmp_path):
+    """Whatever those of the student are, which a recipe for its images sets."""
+    if kind == "timm":
+        given, (mean, std) = f"teacher={TEACHER} weights={teacher[0]}", (0.5, 0.5)
+        features = teacher[1].forward_features
+    else:
+        mean, std = 0.1, 0.4
+        model = get_model("vit_mini_patch4", input_size=64, patch_size=16, global_pool=False, nb_classes=0,
+                          mean=[mean] * 3, std=[std] * 3)  # fmt: skip
+        torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "teacher.pth")
+        given, features = f"teacher={tmp_path / 'teacher.pth'}", lambda imgs: model.get_intermediate_layers(imgs)[0]
+    run = parse(main_pretrain, data_path="unused", model="mae_vit_mini_patch4", input_size=64, patch_size=16,
+                model_class="examples.frozen_teacher:FrozenTeacher", model_args=given,
+                mean="0.2 0.3 0.7", std="0.05 0.1 0.2")  # fmt: skip
+    student = mae.build.autoencoder(run.model, run.images, FrozenTeacher)
+    pixels = torch.rand(2, 3, 64, 64)
+    imgs = (pixels - torch.tensor(run.images.mean)[:, None, None]) / torch.tensor(run.images.std)[:, None, None]
+    with torch.no_grad():
+        tokens = features((pixels - mean) / std)[:, 1:]
+    target = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+    torch.testing.assert_close(student.target(imgs), target, rtol=1e-4, atol=1e-4)
+    loss, pred, mask = student(imgs, noise=torch.rand(2, 16))
+    assert loss.item() == pytest.approx(float((pred - target).square().mean(2)[mask > 0].mean()), rel=1e-4)
+    with pytest.raises(ValueError, match="mean="):
+        mae.build.autoencoder(run.model, replace(run.images, mean=[4000.0] * 3, std=[200.0] * 3), FrozenTeacher)
 
 
 def test_a_checkpoint_of_ours_is_a_frozen_teacher(pretrain):
@@ -174,16 +207,14 @@ def test_a_distillation_in_two_processes_equals_that_in_one(distilled, pictures,
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, caplog):
-    """The log has its mean and std, which the images should have."""
+def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
     small = {**SMALL, "img_size": 64, "patch_size": 16}
     with pytest.raises(ValueError, match="distance=l1: give one of l2, smooth_l1, cosine"):
         FrozenTeacher(**small, teacher=TEACHER, weights=str(teacher[0]), distance="l1")
     without = "test_vit2"
     torch.save(timm.create_model(without, num_classes=0, img_size=64).state_dict(), tmp_path / "teacher.pth")
-    with caplog.at_level("INFO"), pytest.raises(ValueError, match="no class token"):
+    with pytest.raises(ValueError, match="no class token"):
         FrozenTeacher(**small, teacher=without, weights=str(tmp_path / "teacher.pth"), class_token=True)
-    assert "mean [0.5, 0.5, 0.5]" in caplog.text
 
 
 def test_the_model_of_a_file_is_a_teacher(pretrain, tmp_path):
