@@ -21,6 +21,7 @@ from mae.data.source import Source
 from mae.evaluate import report, tasks
 from mae.evaluate.imagenet import require_imagenet, synsets
 from mae.evaluate.tasks import Classification, TargetEvaluation
+from mae.fp32 import in_fp32
 from mae.settings import ImageSpec, ModelSpec, Run, names_with
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 from mae.settings.fields import IMAGES, MODEL
@@ -52,7 +53,7 @@ def train_one_epoch(
     Args:
         model: images (B, c, H, W) -> logits (B, classes).
         data_loader: batches of images, labels (B,), and noise (unused).
-        criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes).
+        criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes). It computes in fp32.
         normalize: images -> the input of the model, on the device.
         erase: random erasing of normalized images.
         mixup: timm's mixup and cutmix.
@@ -64,7 +65,7 @@ def train_one_epoch(
             images = erase(images)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        return criterion(model(images, **batch.inputs), targets)
+        return in_fp32(criterion)(model(images, **batch.inputs), targets)
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 

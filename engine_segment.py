@@ -31,7 +31,7 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
         logits: (B, classes, H, W).
         masks: classes (B, H, W), or IGNORED.
     """
-    return F.cross_entropy(logits.float(), masks.long(), ignore_index=IGNORED, reduction="sum") / masks.numel()
+    return F.cross_entropy(logits, masks.long(), ignore_index=IGNORED, reduction="sum") / masks.numel()
 
 
 @torch.inference_mode()

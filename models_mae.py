@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mae.context import takes
+from mae.fp32 import in_fp32
 from mae.masking import exclude_patches, noise_from_mask, shuffle, take
 from mae.position_tables import Size, sincos_table
 from mae.uniformity import uniformity
@@ -322,7 +323,7 @@ class MaskedAutoencoderViT(Encoder):
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
         self._check_masking(mask, latent, patch_mask, ids_restore, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
-        loss: Any = self.forward_loss(imgs, pred, patch_mask, **context)
+        loss: Any = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
         if self.uniformity and self.training:
             terms = loss if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
             loss = {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}

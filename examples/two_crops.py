@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mae.fp32 import in_fp32
 from models_mae import MaskedAutoencoderViT
 
 
@@ -38,13 +39,15 @@ class TwoCrops(MaskedAutoencoderViT):
         imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, **context)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
-        pixels = self.forward_loss(imgs, pred, mask, **context)
-        return {"pixels": pixels, "contrast": self.weight * self.contrast(latent)}, pred, mask
+        pixels = in_fp32(self.forward_loss)(imgs, pred, mask, **context)
+        contrast = self.contrast(self.decoder_head(self.patch_tokens(latent).mean(dim=1)))
+        return {"pixels": pixels, "contrast": self.weight * contrast}, pred, mask
 
-    def contrast(self, latent: Tensor) -> Tensor:
-        """Latent (2 B, T + K, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""
-        vectors = F.normalize(self.decoder_head(self.patch_tokens(latent).mean(dim=1)), dim=1)
+    @in_fp32
+    def contrast(self, vectors: Tensor) -> Tensor:
+        """Vectors (2 B, 128) of pairs of crops -> cross-entropy of finding the other crop, ()."""
+        vectors = F.normalize(vectors, dim=1)
         similarity = vectors @ vectors.T / self.temperature
-        similarity = similarity.masked_fill(torch.eye(len(vectors), dtype=torch.bool, device=latent.device), -torch.inf)
-        partners = torch.arange(len(vectors), device=latent.device) ^ 1  # 0 and 1, 2 and 3, ...
-        return F.cross_entropy(similarity.float(), partners)
+        is_own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+        partners = torch.arange(len(vectors), device=vectors.device) ^ 1  # 0 and 1, 2 and 3, ...
+        return F.cross_entropy(similarity.masked_fill(is_own, -torch.inf), partners)

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+from mae.fp32 import in_fp32
 
+
+@in_fp32
 def uniformity(features: Tensor) -> Tensor:
     """Features of images (B, D) -> the mean squared cosine over all pairs, (): 1 if all are parallel, at least 1 / D.
 
@@ -11,4 +14,4 @@ def uniformity(features: Tensor) -> Tensor:
     """
     normed = nn.functional.normalize(features, dim=1)
     # As many squares as the cosines, from the smaller product if there are more images than channels.
-    return (normed.T @ normed).float().square().sum() / len(normed) ** 2
+    return (normed.T @ normed).square().sum() / len(normed) ** 2

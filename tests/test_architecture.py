@@ -14,14 +14,16 @@ PACKAGES = {
     "weights": "checkpoints|data|files", "training": "evaluate|data|checkpoints|files", "jobs": "cli|files",
     "cli": "files", "compare": "data|evaluate|training|weights|files",
 }  # fmt: skip
-SHARED = r"mae\.(context|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|uniformity|user_code)"
+SHARED = (
+    r"mae\.(context|fp32|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|uniformity|user_code)"
+)
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|mae\.jobs\.submit",
     r"main_compare": r"main_(knn|linprobe|finetune)|models_\w+|mae\..+",
     r"main_\w+": r"engine_\w+|models_\w+|mae\..+",
     r"engine_\w+": r"models_mae|mae\..+",
-    r"models_mae": r"models_vit|mae\.(context|masking|position_tables|uniformity)",
+    r"models_mae": r"models_vit|mae\.(context|fp32|masking|position_tables|uniformity)",
     r"models_segment": r"models_vit",
     r"models_vit": r"mae\.(context|position_tables)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
@@ -48,6 +50,7 @@ ARROWS = {
     r"mae\.recommend\.\w+": rf"models_vit|mae\.(recommend|training|data|files)\.\w+|{SHARED}",
     r"mae\.compare\.(encoders|costs)": rf"mae\.(build|(compare|evaluate|files|training|weights)\.\w+)|{SHARED}",
     **{rf"mae\.{name}(\.\w+)+": rf"mae\.({name}|{below})(\.\w+)+|{SHARED}" for name, below in PACKAGES.items()},
+    r"mae\.uniformity": r"mae\.fp32",
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
     r"mae\.\w+": r"",  # the rest are leaves
 }

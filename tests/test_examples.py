@@ -237,7 +237,7 @@ def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     for line in (*lines(whole), *lines(tmp_path / "two")):
         assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
     model = TwoCrops(**SMALL).train()
-    pairs, unrelated = torch.randn(3, 5, 32).repeat_interleave(2, dim=0), torch.randn(6, 5, 32)
+    pairs, unrelated = torch.randn(3, 32).repeat_interleave(2, dim=0), torch.randn(6, 32)
     assert model.contrast(pairs) < model.contrast(unrelated)
 
 

@@ -76,11 +76,6 @@ class Evaluation(NamedTuple):
         return f"* {text(self.scores())}"
 
 
-def _full(outputs: Tensor) -> Tensor:
-    """Returns outputs of at least fp32: 16 bits would round the labels."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
 class TargetEvaluation(Evaluation):
     """Predictions of vectors (n, C): labels 0 and 1, and probabilities; or numbers in their units."""
 
@@ -122,7 +117,6 @@ class Classification:
         """
         if self.class_weight is None:
             return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
-        outputs = _full(outputs)
         weight = self.class_weight.to(outputs)
         # The weight of cross_entropy would weight the smoothed part by all classes, which favors the rare ones.
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
@@ -165,7 +159,6 @@ class Multilabel(Classification):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses of outputs (B, C) and labels (B, C)."""
-        outputs = _full(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -214,7 +207,6 @@ class Regression(Multilabel):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses of outputs (B, C) and standardized numbers (B, C)."""
         functions: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-        outputs = _full(outputs)
         return functions[self.criterion](outputs, targets.to(outputs), reduction="none")
 
     def outputs_of(self, means: Tensor) -> Tensor:
