@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Returns the cross-entropy of the pixels that are not ignored, divided by the number of all pixels.
 
-    This divisor does not depend on the masks. The gradient of an update is therefore the same for every split of the
-    effective batch size, and a batch of ignored pixels has the loss 0.
+    This divisor does not depend on the masks. The loss of an update is therefore the mean of those of its batches, and
+    a batch of ignored pixels has the loss 0. The gradient still depends on the split of the effective batch size,
+    because the batch norm of the heads normalizes each batch of a process by the statistics of its own images.
 
     Args:
         logits: (B, classes, H, W).

@@ -1,6 +1,7 @@
 """Segmentation heads: known shapes, and transformers' DPT as an oracle."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 
 import mae.build
 import models_segment
+from engine_segment import pixel_loss
+from mae.probes import probe_head
 from mae.settings import specs
 from models_segment import DPTHead, Segmenter
 from models_vit import Encoder, VisionTransformer
@@ -149,3 +152,34 @@ def test_trained_parts_of_the_encoder(blocks):
         expected |= {f"blocks.{n}" for n in range(0 if blocks == "all" else 4 - blocks, 4)}
         assert parts == expected | ({"cls_token", "pos_embed", "patch_embed"} if blocks == "all" else set())
         assert (model.blocks[0].training, model.head.training) == (bool(blocks), True)
+
+
+@pytest.mark.parametrize("head", [*models_segment.HEADS, "probe"])
+def test_the_gradient_depends_on_the_split_of_a_batch_by_batch_norm_alone(head):
+    torch.manual_seed(0)
+    if head == "probe":
+        model: Any = VisionTransformer(num_classes=0, **MINI)
+        model.head = probe_head(32, 5)
+    else:
+        model = Segmenter(5, head, **MINI)
+    images, masks = torch.rand(4, 1, 16, 16), torch.randint(5, (4, 16, 16))
+    images = images * torch.arange(1.0, 5)[:, None, None, None]
+    masks[0, :8] = 255
+
+    def gradient(*parts):
+        model.zero_grad()
+        for part in parts:
+            outputs = model(images[part])
+            loss = F.cross_entropy(outputs, masks[part, 8, 8]) if head == "probe" else pixel_loss(outputs, masks[part])
+            (loss / len(parts)).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.head.parameters()])
+
+    def difference():
+        whole, halves = gradient(slice(4)), gradient(slice(2), slice(2, 4))
+        return float((halves - whole).norm() / whole.norm())
+
+    assert difference() > 0.03
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    assert difference() < 1e-5

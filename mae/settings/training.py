@@ -18,7 +18,8 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
     batch_size: int = setting(64, positive_int, resumed=FREE, metavar="N",
         help="batch size per process (GPU)")
     accum_iter: int = setting(1, positive_int, resumed=FREE, metavar="N",
-        help="iterations per update (optimizer step). Effective batch size = batch_size x accum_iter x processes")
+        help="iterations per update (optimizer step). Effective batch size = batch_size x accum_iter x processes. The "
+        "batch norm of probes and of segmentation normalizes each iteration of each process")
     lr: float | None = setting(None, non_negative, metavar="LR")  # None: computed from blr
     blr: float | list[float] | None = setting(1e-3, non_negative, metavar="LR",
         help="base learning rate: lr = blr x effective batch size / 256")
