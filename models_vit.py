@@ -56,6 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
+ABOVE_BLOCKS = ("norm.", "fc_norm.", "head.", "mask_token", "decoder_")  # beginnings of names of parameters
 SHORT_SEQUENCE = 64  # tokens up to which matrix products train faster than the fused kernel (CPU, fp32)
 
 
@@ -436,10 +437,10 @@ class Encoder(nn.Module):
 
     def layer_id(self, name: str) -> int:
         """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
-        mix-in adds; i + 1: block i; depth + 1: norms and head.
+        mix-in adds; i + 1: block i; depth + 1: norms and head, decoder and mask token.
         """
-        is_published = name.partition(".")[0] in ("blocks", "norm", "fc_norm", "head")
-        return get_layer_id_for_vit(name, len(self.blocks) + 1) if is_published else 0
+        has_layer = name.startswith(("blocks.", *ABOVE_BLOCKS))
+        return get_layer_id_for_vit(name, len(self.blocks) + 1) if has_layer else 0
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters without weight decay in fine-tuning, in addition to 1-D ones, as in timm."""

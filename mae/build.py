@@ -16,7 +16,7 @@ from mae.settings.values import read_value
 from mae.weights import timm_models
 from mae.weights.timm_models import TIMM, TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, Block, Encoder, LayerNorm, VisionTransformer
+from models_vit import ABOVE_BLOCKS, SIZES, Block, Encoder, LayerNorm, VisionTransformer
 
 if TYPE_CHECKING:
     from models_segment import Segmenter
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Encoder)
-
-ABOVE_BLOCKS = ("norm.", "fc_norm.", "head.", "mask_token", "decoder_")  # beginnings of names
 
 
 def combined(encoder: type[Encoder], model_class: type[Model]) -> type[Model]:

@@ -5,6 +5,7 @@ import timm
 import torch
 
 from mae.training.optimizers import param_groups_lrd
+from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 
 
@@ -27,3 +28,12 @@ def test_a_script_for_the_published_code_groups_the_parameters_of_its_model(is_o
     expected = {**lowest, "blocks.3.mlp.fc1.weight": (0.5, 0.05), "norm.weight": (1, 0), "head.weight": (1, 0.05)}
     expected |= {} if is_ours else {"second_head.weight": (1, 0.05)}
     assert {name: found[id(model.get_parameter(name))] for name in expected} == expected
+
+
+def test_decoder_and_mask_token_of_an_autoencoder_have_the_highest_rate():
+    model = mae_vit_mini_patch4()
+    scales = {id(p): group["lr_scale"] for group in param_groups_lrd(model, layer_decay=0.5) for p in group["params"]}
+    expected = {"cls_token": 1 / 32, "patch_embed.proj.weight": 1 / 32, "blocks.0.norm1.weight": 1 / 16,
+                "blocks.3.mlp.fc1.weight": 1 / 2, "norm.weight": 1, "mask_token": 1, "decoder_embed.weight": 1,
+                "decoder_blocks.0.attn.qkv.weight": 1, "decoder_norm.bias": 1, "decoder_pred.weight": 1}  # fmt: skip
+    assert {name: scales[id(model.get_parameter(name))] for name in expected} == expected

@@ -130,7 +130,7 @@ def param_groups_lrd(
     The factor `lr_scale` of a group is `layer_decay` to the power of the number of layers above it.
 
     Args:
-        model: a `models_vit.VisionTransformer`, or a Vision Transformer with the names of timm.
+        model: a model of this library, or a Vision Transformer with the names of timm.
         weight_decay: weight decay of the parameters that have it.
         no_weight_decay_list: names of parameters without weight decay, in addition to biases and 1-D weights.
         layer_decay: factor from each layer to the layer below.
