@@ -5,8 +5,9 @@ python benchmarks/gpu_table.py benchmarks/results/nvidia_h100/gpu_check.json
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mae.evaluate.tables import markdown
 from mae.training.costs import PEAK_TFLOPS
 
 Results = Mapping[str, Any]
+
+VARIES = 0.05  # difference between the fastest and the slowest round, relative to the median, that is marked
 
 
 def of_steps(results: Results) -> str:
@@ -33,6 +36,13 @@ def of_steps(results: Results) -> str:
     return "\n\n".join([markdown(["step", "seconds", "result", "skipped here"], rows), "\n".join(checks)])
 
 
+def with_range(rates: Sequence[float], digits: int = 0) -> str:
+    """The median of the rates of some rounds, their range, and a mark if they differ by more than VARIES."""
+    least, median, most = (f"{rate:,.{digits}f}" for rate in (min(rates), statistics.median(rates), max(rates)))
+    mark = " \\*" if max(rates) - min(rates) > VARIES * statistics.median(rates) else ""
+    return f"{median} ({least}–{most}){mark}"
+
+
 def of_training(steps: Results, gpu: str | None) -> str:
     """A row for each task, size, batch size and way."""
     peak = 1e12 * PEAK_TFLOPS.get(gpu or "", 0)
@@ -44,19 +54,23 @@ def of_training(steps: Results, gpu: str | None) -> str:
                 rows.append([*row, "does not fit", "", "", "", ""])
                 continue
             rows.append([
-                *row, f"{cell['images_per_second']:,.0f}", f"{cell['milliseconds']:.1f}",
+                *row, with_range(cell["all_images_per_second"]), f"{cell['milliseconds']:.1f}",
                 f"{cell['flops'] / 1e12:,.3g}", f"{cell['flops'] / peak:.0%}" if peak else "",
                 f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else "",
             ])  # fmt: skip
     titles = ["task", "size", "batch size", "way", "images/s", "ms", "TFLOP/s", "share of the data sheet", "GB"]
-    return markdown(titles, rows)
+    note = f"images/s: the median of the rounds, and their range; \\* it is above {VARIES:.0%} of the median"
+    return f"{markdown(titles, rows)}\n\n{note}"
 
 
 def of_rates(name: str, found: Results) -> str:
     """The throughput of each way, relative to the first."""
     rates = found["images_per_second"]
     first = next(iter(rates.values()))
-    rows = [(way, f"{rate:,.0f}", f"{rate / first:.3f}") for way, rate in rates.items()]
+    compared = [cell for cell in found.get("cells", []) if cell["batch_size"] == found.get("compared_at")]
+    rounds = found.get("all_images_per_second") or {cell["way"]: cell["all_images_per_second"] for cell in compared}
+    shown = {way: with_range(rounds[way]) if way in rounds else f"{rate:,.0f}" for way, rate in rates.items()}
+    rows = [(way, shown[way], f"{rate / first:.3f}") for way, rate in rates.items()]
     return markdown([name, "images/s", "relative"], rows)
 
 

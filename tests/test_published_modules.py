@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import runpy
 import subprocess
@@ -95,7 +96,7 @@ def test_a_script_of_a_fork_trains_saves_and_resumes(labelled, tmp_path, process
         text = forks.run(tmp_path / "fork.py", argv, tmp_path / output, processes)
         return sorted({float(value) for value in re.findall(r"Averaged stats: .*?loss: \S+ \((\S+)\)", text)})
 
-    last, first = losses("whole")  # all processes print the mean over all
+    last, first = losses("whole")  # rank 0 prints the mean over all
     assert last < first / 2
     assert losses("resumed", tmp_path / "out/checkpoint-0.pth") == [pytest.approx(last, rel=0.1)]  # other masks
     file = tmp_path / "out/checkpoint-1.pth"
@@ -117,6 +118,36 @@ def test_the_page_names_every_module_and_function():
     parameters = inspect.signature(engine_pretrain.train_one_epoch).parameters.values()
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     assert [name for name in re.findall(r"[\w*]+", named) if name != "*"] == required
+
+
+PRINTING = """
+import sys
+import util.misc as misc
+rank, force = (word == "True" for word in sys.argv[1:])
+print("before")
+misc.setup_for_distributed(False)
+misc.setup_for_distributed(rank)
+print("after", "two", sep="-")
+print("error", file=sys.stderr)
+if force:
+    print("forced", force=True)
+print("group", misc.is_dist_avail_and_initialized())
+import torch.distributed as group
+group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+print("group", misc.is_dist_avail_and_initialized(), force=True)
+"""
+
+
+@pytest.mark.parametrize(("is_master", "force"), [(True, False), (False, False), (False, True)])
+def test_only_rank_0_prints(is_master, force, tmp_path):
+    """The time is in front. `force` prints on each rank."""
+    (tmp_path / "script.py").write_text(PRINTING)
+    command = [sys.executable, tmp_path / "script.py", str(is_master), str(force)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    time = r"\[\d\d:\d\d:\d\d\.\d+\] "
+    expected = ["after-two"] * is_master + ["forced"] * force + ["group False"] * is_master + ["group True"]
+    assert re.fullmatch("before\n" + "".join(f"{time}{line}\n" for line in expected), done.stdout), done.stderr
+    assert bool(re.search(f"{time}error\n", done.stderr)) == is_master
 
 
 def test_util_datasets_is_the_command_of_mae_data(labelled, monkeypatch, capsys):

@@ -3,7 +3,10 @@
 Our own scripts do not use this module: `mae.parallel`, `mae.training` and `mae.checkpoints` save and resume to the bit.
 """
 
+import builtins
 import datetime
+import functools
+import inspect
 import time
 from argparse import Namespace
 from collections import defaultdict, deque
@@ -30,15 +33,41 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "init_distributed_mode",
+    "is_dist_avail_and_initialized",
     "is_main_process",
     "load_model",
     "save_model",
     "save_on_master",
+    "setup_for_distributed",
 ]
+
+
+def setup_for_distributed(is_master: bool) -> None:
+    """Silences `print` of this process, except `print(..., force=True)`. What it prints has the time in front.
+
+    Args:
+        is_master: print without `force`, too. True on rank 0.
+    """
+    original = inspect.unwrap(builtins.print)  # of a second call
+
+    @functools.wraps(original)
+    def timed_print(*values: Any, force: bool = False, **options: Any) -> None:
+        if is_master or force:
+            original(f"[{datetime.datetime.now().time()}] ", end="", file=options.get("file"))
+            original(*values, **options)
+
+    builtins.print = timed_print
+
+
+def is_dist_avail_and_initialized() -> bool:
+    """Whether this process is in a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def init_distributed_mode(args: Namespace) -> None:
     """Joins the processes that torchrun or srun has started. Sets `rank`, `world_size`, `gpu` and `distributed`.
+
+    With several processes, only rank 0 prints, as `setup_for_distributed`.
 
     Args:
         args: may have `device`, "cuda" or "cpu", and `dist_url`.
@@ -46,6 +75,8 @@ def init_distributed_mode(args: Namespace) -> None:
     parallel.init(getattr(args, "device", "auto"), getattr(args, "dist_url", "env://"))
     args.rank, args.world_size, args.gpu = get_rank(), get_world_size(), parallel.local_rank()
     args.distributed = args.world_size > 1
+    if args.distributed:
+        setup_for_distributed(args.rank == 0)
 
 
 def all_reduce_mean(x: float) -> float:
