@@ -186,6 +186,7 @@ def test_predictions(classifier):
     assert one["pred_scores"].sum() == pytest.approx(1)
     assert one["pred_class"] == ["cat", "dog", "owl"][one["pred_label"]]
     assert one["top"][0][0] == one["pred_class"]
+    assert dict(zip(one["classes"], one["pred_scores"], strict=True)) == pytest.approx(dict(both[0]["top"]))
     assert (len(both), len(one["top"]), len(both[0]["top"]), len(classifier.predict(images[:1]))) == (2, 2, 3, 1)
 
 

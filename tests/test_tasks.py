@@ -339,6 +339,7 @@ def test_predictions_are_printed(tune, weighed, folder, tmp_path):
     found = get_model(out / "checkpoint-1.pth").predict([str(image)])[0]
     assert found["pred_classes"] == [TAGS[label] for label in found["pred_labels"]]
     assert found["pred_labels"] == [label for label, score in enumerate(found["pred_scores"]) if score >= 0.5]
+    assert found["classes"] == TAGS
 
 
 def test_exports_keep_the_units_or_are_refused(weighed, folder, tmp_path):

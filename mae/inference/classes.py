@@ -239,10 +239,11 @@ class ModelMixin(PyTorchModelHubMixin):
 
         Returns:
             For an image, a dict. Of a classifier: pred_label (the most likely label), pred_class (its name), pred_score
-            (its probability), pred_scores (the probabilities of all classes, an array), and top (the `topk` most likely
-            classes as (name, probability)). With --task multilabel: pred_labels and pred_classes (the labels with a
-            probability of at least 0.5, and their names), pred_scores and top. With --task regression: pred_values (an
-            array, in units) and values (by name). For a list of images, a list of such dicts.
+            (its probability), pred_scores (the probabilities of all classes, an array), classes (their names, in the
+            same order), and top (the `topk` most likely classes as (name, probability)). With --task multilabel:
+            pred_labels and pred_classes (the labels with a probability of at least 0.5, and their names), pred_scores,
+            classes and top. With --task regression: pred_values (an array, in units) and values (by name). For a list
+            of images, a list of such dicts.
 
         Raises:
             ValueError: the model has no classification head, or as in `autocast`.
@@ -277,12 +278,13 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def _likely_classes(self, scores: Tensor, topk: int) -> list[dict[str, Any]]:
         best = scores.topk(min(topk, scores.shape[1]))
+        classes = [self._class_name(label) for label in range(scores.shape[1])]  # two of ImageNet-1K are named crane
         predictions = []
         for row, labels, shares in zip(scores, best.indices.tolist(), best.values.tolist(), strict=True):
-            names = [self._class_name(label) for label in labels]
+            names = [classes[label] for label in labels]
             predictions.append({
                 "pred_label": labels[0], "pred_class": names[0], "pred_score": shares[0], "pred_scores": row.numpy(),
-                "top": list(zip(names, shares, strict=True)),
+                "classes": classes, "top": list(zip(names, shares, strict=True)),
             })  # fmt: skip
         return predictions
 

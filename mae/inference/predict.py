@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         predictions.append(model.predict(path, args.topk, amp=args.amp))
         if args.json:
-            entry = {key: value for key, value in predictions[-1].items() if key not in ("pred_scores", "pred_values")}
+            of_all = ("pred_scores", "classes", "pred_values")
+            entry = {key: value for key, value in predictions[-1].items() if key not in of_all}
             print(json.dumps({"image": path, **entry}), flush=True)
         else:
             values = predictions[-1].get("values", {})
