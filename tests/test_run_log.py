@@ -121,6 +121,29 @@ def products(tokens, width, depth):
     return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
 
 
+SLIPS = """
+from models_mae import MaskedAutoencoderViT
+class Slip(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask, **context):
+        rows, columns = pred.shape
+class Pairs(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask, **context):
+        return super().forward_loss(imgs, pred, mask, **context) + 0 * imgs[1].sum()
+"""
+
+
+def test_a_failed_count_of_flops_names_no_cause_and_ends_no_run(own_module, pretrain, capsys):
+    """The first update shows an error of the user's class. A model may need more than the one image of the count."""
+    own_module("slips", SLIPS)
+    with pytest.raises(ValueError, match="unpack") as raised:
+        pretrain(model_class="slips:Slip")
+    assert "unpack" not in capsys.readouterr().out
+    assert raised.traceback[-1].path.name == "slips.py"
+    (entries,) = lines(pretrain("pairs", model_class="slips:Pairs", epochs=1))
+    assert "tflops" not in entries
+    assert "index" not in capsys.readouterr().out
+
+
 def test_tflops_are_those_of_forward_and_backward_pass(pretrain, classify):
     """Images of 4 x 4 patches with 48 values. The encoder is 128 wide and 4 deep, the decoder 64 wide and 1 deep."""
     patches = 16 * 48 * 128

@@ -44,7 +44,8 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
         forward: calls the model with one image.
 
     Returns:
-        None if they are unknown: weights are frozen, or the model needs more than an image.
+        None if they are unknown: weights are frozen, the model needs more than an image, or it has an operation that
+        the counter does not know.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not all(weight.requires_grad for layer in layers for weight in layer.parameters()):
@@ -60,8 +61,8 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
     try:
         with preserve_generators(), torch.no_grad(), precision.autocast(), attention:
             return 3 * count_flops(forward)
-    except Exception as error:  # of any type, in the code of the user
-        logger.info(f"log.txt has no TFLOP/s: {type(model).__name__} does not compute an image alone ({error})")
+    except Exception:  # of any type. The first update shows an error of the user's code with its line.
+        logger.info(f"log.txt has no TFLOP/s: those of {type(model).__name__} can't be counted")
         return None
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fused)
