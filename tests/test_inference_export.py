@@ -347,3 +347,12 @@ def test_the_command(mae, imgs, tmp_path):
     forks.run("mae/inference/export.py", flags, tmp_path / "output")
     theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
     torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"nb_classes": 5, "global_pool": True}, {"nb_classes": 0, "global_pool": False}])
+def test_a_model_is_a_graph_of_fx_by_torch_export(settings):
+    """docs/zoo.md names it in place of torch.fx.symbolic_trace."""
+    model, images = get_model("vit_mini_patch4", **settings), torch.randn(2, 3, 32, 32)
+    graph = torch.export.export(model, (images,)).module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    torch.testing.assert_close(graph(images), model(images))
