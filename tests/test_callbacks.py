@@ -16,10 +16,14 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from examples.averaged_weights import EMA
+from examples.rising_ratio import Progress, RisingRatio
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.weights import loading
+
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 32,
+        "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
 
 
 class History:
@@ -151,3 +155,19 @@ def test_callbacks_of_every_script(script, classify, tmp_path):
     first, second = lines(classify(script, of_main={"callbacks": [history]}, **scenes))
     assert (first["number"], second["number"]) == (len(history.epochs) / 2, len(history.epochs))
     assert second["test_weight"] == pytest.approx(of_head(weights(tmp_path / "run"))) != first["test_weight"]
+
+
+def test_a_mask_ratio_rises_with_the_epochs_and_resumes(pretrain, monkeypatch):
+    """Of 16 patches, int(16 · (1 - ratio)) are visible: 8 at first, and 4 after two epochs."""
+    model, progress, found = RisingRatio(**TINY, first=0.5, epochs=2).train(), Progress(), {}
+    for epoch in (0, 0.5, 1, 1.5, 2, 3):
+        progress.after_update(model, epoch)
+        found[epoch] = int((model(torch.rand(1, 3, 16, 16), 0.75)[2] == 0).sum())
+    assert found == {0: 8, 0.5: 7, 1: 6, 1.5: 5, 2: 4, 3: 4}
+    progress.after_update(model, 0)
+    assert (model.eval()(torch.rand(1, 3, 16, 16), 0.75)[2] == 0).sum() == 4
+    own = {"of_main": {"model_class": RisingRatio}, "model_args": "first=0.5 epochs=2"}
+    whole = pretrain("whole", **own, callbacks=[Progress()])
+    parts = stop_and_resume(monkeypatch, pretrain, 3, **own, callbacks=[Progress()])
+    assert_equal(weights(whole), weights(parts))
+    assert weights(whole)["decoder_progress"] == 1

@@ -280,3 +280,7 @@ def test_the_signatures_of_the_steps_are_those_of_the_model():
         exec(ast.unparse(step), names := {})
         named = [(p.name, p.kind, p.default) for p in inspect.signature(names[step.name]).parameters.values()]
         assert named == [(p.name, p.kind, p.default) for p in method.parameters.values()], step.name
+    exec(f"def {re.search(r'`(block_inputs.*?)`', page)[1]}: ...", names)
+    block_inputs = inspect.signature(models_mae.MaskedAutoencoderViT.block_inputs).parameters
+    shown = inspect.signature(names["block_inputs"]).parameters
+    assert [(p.name, p.default) for p in shown.values()] == [(p.name, p.default) for p in block_inputs.values()][1:]

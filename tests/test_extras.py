@@ -468,3 +468,48 @@ class MaskedNoise(Noise):
 def test_pretraining_ignores_labels_that_are_no_classes(label, pretrain):
     out = pretrain(of_main={"source": lambda split, data_path: [(BLACK, label)] * 8}, epochs=1, num_workers=1)
     assert (out / "checkpoint-0.pth").exists()
+
+
+GUIDED = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from models_mae import MaskedAutoencoderViT
+class Guided(MaskedAutoencoderViT):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.decoder_kinds = nn.Linear(self.cls_token.shape[2], 2)
+    def random_masking(self, x, mask_ratio, noise=None, *, hidden, **context):
+        is_hidden = F.max_pool2d(hidden[:, None], self.patch_embed.patch_size).flatten(1) > 0
+        assert is_hidden.sum() == 4 * len(x)
+        found = super().random_masking(x, mask_ratio, noise + is_hidden, **context)
+        assert found[1][is_hidden].all() and not found[1].all()
+        return found
+    def forward(self, imgs, mask_ratio=.75, *, kind, **context):
+        imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, **context)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
+        pred = self.forward_decoder(latent, ids_restore, **context)
+        kinds = F.cross_entropy(self.decoder_kinds(latent[:, 0]), kind.long(), ignore_index=-1)
+        return {"pixels": self.forward_loss(imgs, pred, mask, **context), "kinds": kinds}, pred, mask
+class Items:
+    maps = ("hidden",)
+    def __len__(self):
+        return 32
+    def __getitem__(self, index):
+        hidden = np.zeros((16, 16), np.float32)
+        hidden[:, 4 * (index % 4) :][:, :4] = 1
+        image = np.full((16, 16, 3), 200 * (index % 2), np.uint8)
+        return {"image": image, "label": 0, "kind": float(index % 2 if index % 4 < 3 else -1), "hidden": hidden}
+def open_dataset(split, data_path):
+    return Items()
+"""
+
+
+def test_labels_and_masks_of_files_reach_a_model_as_an_extra_input_and_a_map(own_module, pretrain):
+    """Three quarters of the images have a label, which their brightness determines; a map hides 4 of 16 patches."""
+    own_module("guided", GUIDED)
+    flags = {"dataset": "py:guided:open_dataset", "model_class": "guided:Guided", "crop": "none", "hflip": 0}
+    first, *_, last = lines(pretrain(**TRAIN | flags))
+    assert last["train_kinds"] < 0.2 * first["train_kinds"]
+    assert last["train_pixels"] + last["train_kinds"] == pytest.approx(last["train_loss"], rel=1e-5)
