@@ -12,9 +12,12 @@ from mains import call, fails, open_source
 from PIL import Image
 from test_decode import saved
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
+import main_pretrain
+import main_segment
 from mae import parallel
 from mae.data import check as datasets
 from mae.data.kinds.folders import Files
@@ -155,3 +158,56 @@ def test_the_check_counts_images_with_an_orientation(tmp_path, capsys):
     call(datasets, tmp_path, "--num_workers", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
     assert line.split()[1] == "7"
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_linprobe, main_knn, main_segment, main_compare])
+def test_the_check_takes_the_flags_of_the_data_of_all_scripts(script):
+    (group,) = [group for group in script.get_args_parser()._action_groups if group.title == "data"]
+    flags = {flag for action in group._group_actions for flag in action.option_strings} - {"--batch_size"}
+    assert flags <= datasets.get_args_parser()._option_string_actions.keys()
+
+
+def test_the_path_is_an_argument_or_a_flag(pictures, capsys):
+    for argv in ((pictures,), ("--data_path", pictures)):
+        call(datasets, *argv, "--num_workers", 0, "--input_size", 16)
+        output = capsys.readouterr().out
+        assert "images      24\n" in output
+        assert "no effect on the check: input_size=16" in output
+    with pytest.raises(ValueError, match=r"data_path="):
+        call(datasets, pictures, "--data_path", pictures)
+
+
+def test_a_list_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "images.csv").write_text("path\n")
+    with pytest.raises(ValueError, match=r"data_path=.*train_list="):
+        call(datasets, tmp_path / "images.csv")
+
+
+def test_a_folder_that_contains_the_only_folder_has_no_classes(pictures, tmp_path, capsys, labelled, classify):
+    shutil.copytree(pictures / "train/cat", tmp_path / "data/images")
+    call(datasets, tmp_path / "data", "--num_workers", 0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("classes")]
+    assert "none" in line and "images" in line
+    for split in ("train", "val"):
+        shutil.copytree(labelled / split / "kind0", tmp_path / "one" / split / "kind0")
+    classify(main_finetune, data_path=tmp_path / "one", epochs=1, warmup_epochs=0)
+    assert "one class, kind0" in capsys.readouterr().out
+
+
+def test_labels_and_masks_are_checked(tmp_path, capsys):
+    for number in range(11):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("L", (8, 8), number % 3 + (folder == "images") * 50).save(tmp_path / folder / f"{number}.png")
+    rows = [f"images/{number}.png,{number / 2},{number}" for number in range(11)]
+    (tmp_path / "numbers.csv").write_text("\n".join(["path,weight,age", *rows]))
+    flags = {"train_list": tmp_path / "numbers.csv", "num_workers": 0, "task": "regression"}
+    call(datasets, **flags, label_columns="weight age")
+    assert "labels      2 for each image: weight, age" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="height"):
+        call(datasets, **flags, label_columns="height")
+    folders = {"data_path": tmp_path, "train_folders": "images masks", "num_workers": 0}
+    call(datasets, **folders, nb_classes=3)
+    with pytest.raises(BadImage, match="3 of 11"):
+        call(datasets, **folders, nb_classes=2)
+    assert "2.png" in capsys.readouterr().out.split("unreadable  3")[1]

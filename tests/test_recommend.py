@@ -13,7 +13,7 @@ import pytest
 import tifffile
 import yaml
 from conftest import ROOT
-from mains import call, lines
+from mains import argv_of, call, lines, parse
 from PIL import Image
 
 import main_pretrain
@@ -368,3 +368,55 @@ def test_the_epochs_fit_the_time(rate):
     settings = {line.name: line.value for line in rules.length_lines(99_968, rate, 10, 1810)}
     assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / 99_968)))
     assert settings["warmup_epochs"] == settings["epochs"] / 20
+
+
+def test_bad_images_are_treated_alike_with_and_without_a_recipe(fast_machine, tmp_path, capsys):
+    """They are counted and named. The recipe leaves them out, unless they should be an error."""
+    (tmp_path / "images").mkdir()
+    broken(tmp_path / "images")
+    file = tmp_path / "broken.yaml"
+    with pytest.raises(BadImage, match="3 of 48"):
+        call(check, tmp_path / "images", "--num_workers", 0)
+    with pytest.raises(BadImage, match="3 of 48"):
+        recipe_of(tmp_path / "images", file, "--on_bad_image", "error")
+    for flags in ((), ("--on_bad_image", "skip")):
+        capsys.readouterr()
+        assert recipe_of(tmp_path / "images", file, *flags)["on_bad_image"] == "skip"
+        assert "3 of 48 images can't be read: on_bad_image=skip" in capsys.readouterr().out
+    call(check, tmp_path / "images", "--num_workers", 0, "--on_bad_image", "skip")
+    assert "3 of 48 images can't be read: on_bad_image=skip" in capsys.readouterr().out
+
+
+def test_a_recipe_has_the_settings_of_the_data_that_are_given(fast_machine, tmp_path):
+    """Each once: the text is read by a loader that refuses two values of a name. It trains."""
+    (tmp_path / "images").mkdir()
+    two_sizes(tmp_path / "images")
+    given = {"input_size": 32, "crop": "none", "mean": 0.25, "std": 0.125, "cache_images": True, "min_valid": 0.25}
+    file = tmp_path / "given.yaml"
+    found = recipe_of(tmp_path / "images", file, *argv_of(given))
+    assert {name: found[name] for name in given} == given | {"mean": [0.25], "std": [0.125]}
+    assert found["input_size"] % found["patch_size"] == 0
+    names = re.findall(r"^(\w+):", file.read_text(), re.MULTILINE)
+    assert len(names) == len(set(names))
+    assert "crop_scale" not in names
+    call(main_pretrain, config=file, output_dir=tmp_path / "run", epochs=1, warmup_epochs=0, device="cpu", vis_every=0)
+    with pytest.raises(ValueError, match="input_size="):
+        recipe_of(tmp_path / "images", file, "--input_size", 31, 32)
+
+
+def test_a_recipe_that_caches_does_not_fit_a_dataset_that_augments(tmp_path):
+    """The message says what to give, because the user gave no flag."""
+    (tmp_path / "cached.yaml").write_text("cache_images: true\ninput_size: 16\n")
+    augmented = lambda split, path: Augmented()  # noqa: E731
+    args = parse(main_pretrain, config=tmp_path / "cached.yaml", output_dir=tmp_path / "run", num_workers=0,
+                 batch_size=4, model="mae_vit_mini_patch4", device="cpu")  # fmt: skip
+    with pytest.raises(ValueError, match="cache_images=false"):
+        main_pretrain.main(args, source=augmented)
+
+
+class Augmented:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return np.random.randint(0, 255, (16, 16, 3), dtype=np.uint8), None

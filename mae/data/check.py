@@ -14,7 +14,10 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,25 +29,43 @@ from mae.data.labels import has_class_numbers, has_ids, is_placeholder
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
-from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, is_stream
+from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_few, is_stream
 from mae.settings import Run, types
+from mae.settings.arguments import in_words
+from mae.settings.choices import CLASSIFICATION
 from mae.user_code import with_source
+
+if TYPE_CHECKING:
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
 MINUTES = 30  # of a recipe
-GIVEN = (  # settings that a recipe has if they are given
-    "data_path", "dataset", "train_list", "num_images", "nodata", "value_range", "channels_last",
+CHANNELS = "input channels: 3 RGB, 1 gray (default: those of the images)"
+BAD = "if an image can't be read: error, or skip: accept up to 10 %% of them (default: error; skip with --recipe)"
+# The settings of the data of the scripts: those that determine which images the command reads and how, those that it
+# writes to a recipe, and the others.
+READ = ("dataset", "train_list", "num_images", "nodata", "value_range", "channels_last")
+PRETRAIN = (
+    "input_size", "mean", "std", "exif", "pin_mem", "crop", "fast_jpeg", "cache_images", "repeated_sampling",
+    "min_valid",
 )  # fmt: skip
+ON_BAD_IMAGE = "on_bad_image"
+LABELS = ("task", "label_columns", "val_list")
+MASKS = ("train_folders", "val_folders", "reduce_zero_label", "palette")
+OTHERS = ("crop_pct", "val_fraction", "nb_classes", "train_per_class", "cache_features", "short_side")
 
 
-def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) -> list[str]:
+def report_on(
+    source: Source | Stream, facts: list[ImageFacts], seconds: float, task: str = CLASSIFICATION
+) -> list[str]:
     """Returns the lines of the report.
 
     Args:
         facts: the facts of the images that were read.
         seconds: the duration of reading them.
+        task: what the labels mean, one of `choices.TASK_CHOICES`.
     """
     good = [fact for fact in facts if fact.sums is not None]
     bad = [fact.unreadable for fact in facts if fact.unreadable]
@@ -53,7 +74,14 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
     if counts and has_class_numbers(source):
         named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
         of_each = [counts[label] for label in {*counts, *named}]
-        lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
+        text = f"{len(of_each)}, of {min(of_each):,} to {max(of_each):,} images"
+        if len(of_each) == 1:  # such as a folder with all images, and no class
+            (label,) = {*counts, *named}
+            name = source.classes[label] if label < len(source.classes) else label
+            text = f"none: all images are of {name}; pre-training needs no labels"
+        lines.append(f"classes     {text}")
+    elif task != CLASSIFICATION:
+        lines.append(f"labels      {len(source.classes)} for each image: {first_few(source.classes)}")
     else:
         lines.append("classes     none: pre-training needs no labels")
     listed = "".join(f"\n            {name}: {why}" for name, why in bad[:MAX_LISTED])
@@ -82,11 +110,15 @@ def report_on(source: Source | Stream, facts: list[ImageFacts], seconds: float) 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
-    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
-    channels = "input channels: 3 RGB, 1 gray (default: those of the images)"
-    options.add_source_options(parser, default=None, help=channels)
-    options.add_to(parser, "nodata", "value_range", "channels_last", "num_images")
-    parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="the same as --data_path")
+    options.add(parser, "data_path", help="folder of images, flat or nested; or a tar or zip file of such a folder")
+    options.add_source_options(options.group_of(parser, "data"), default=None, help=CHANNELS)
+    options.add_input_options(parser, "image size")
+    named = ("crop", "fast_jpeg", "cache_images", "num_images", "repeated_sampling", "min_valid")
+    options.add(parser, *named, *LABELS, *MASKS, *OTHERS)
+    options.add(parser, ON_BAD_IMAGE, help=BAD)
+    # None: not given.
+    parser.set_defaults(**dict.fromkeys((*READ, *PRETRAIN, *LABELS, *MASKS, *OTHERS, ON_BAD_IMAGE)))
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
         "--limit", type=types.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
@@ -108,52 +140,99 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
 
     Raises:
         ValueError: the dataset can't be opened, or there is no recipe for it.
-        BadImage: an image can't be read; with a recipe, more than `loader.MAX_BAD_SHARE` of the images.
+        BadImage: an image can't be read, and `on_bad_image` is not "skip"; or more than `loader.MAX_BAD_SHARE` can't.
     """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    given = _given(args)
+    run = with_source(Run.of(given), source)
+    images = open_images(run, args.split, source)
+    indices = evenly_spaced(len(images), args.limit or len(images))
+    values = PixelValues(run.images.nodata, run.images.value_range, run.images.channels_last)
+    in_chans = args.in_chans or channels_of(images, values)
+    facts_of = all_facts(images, in_chans, indices, up_to_cores(args.num_workers), values)
+    started = time.perf_counter()
+    facts = list(tqdm(facts_of, total=len(indices), disable=None))
+    seconds = time.perf_counter() - started
+    print("\n".join(report_on(images, facts, seconds, run.images.task)))
+    num_bad = sum(bool(fact.unreadable) for fact in facts)
+    if not args.recipe and num_bad < len(facts):  # a recipe has them
+        mean, std = statistics_of(facts)
+        print(f"--in_chans  {in_chans}\n--mean      {mean}\n--std       {std}")
+    skips = given.get(ON_BAD_IMAGE, "skip" if args.recipe else "error") == "skip"
+    text = f"{num_bad:,} of {len(facts):,} images can't be read"
+    if num_bad > (MAX_BAD_SHARE * len(facts) if skips else 0):
+        raise BadImage(f"{text}; on_bad_image=skip leaves out up to {MAX_BAD_SHARE:.0%} of an epoch")
+    if num_bad:
+        logger.warning(f"{text}: on_bad_image=skip leaves them out of the training")
+    if args.recipe:
+        write_recipe(args, given, images, facts, in_chans, len(facts) / seconds)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments that are given.
+
+    Raises:
+        ValueError: they exclude each other.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None and name != "path"}
+    if getattr(args, "path", None):
+        if "data_path" in given:
+            raise ValueError(f"data_path={args.data_path} and the argument {args.path} are the same: give one of them")
+        given["data_path"] = args.path
     if args.minutes and not args.recipe:
         raise ValueError(f"minutes={args.minutes:g} is the time of a recipe: give recipe=FILE")
     if args.recipe and args.split != "train":
         raise ValueError(f"split={args.split}: a recipe is for the training set")
     if args.recipe and args.extras:
         raise ValueError("`extras`: a recipe has no `encoder` for them; give both to main_pretrain.py beside `config`")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    data = with_source(Run.of(args), source).data
-    data = replace(data, val_list=data.val_list if args.split == "val" else None)
+    idle = [*OTHERS, *([] if args.recipe else PRETRAIN)]
+    idle = [name for name in idle if name in given and not (name == "nb_classes" and _has_masks(given))]
+    if idle:
+        logger.warning(f"no effect on the check: {in_words({name: given[name] for name in idle})}")
+    return given
+
+
+def _has_masks(given: Collection[str]) -> bool:
+    return any(name in given for name in MASKS)
+
+
+def open_images(run: Run, split: str, source: OpenDataset | None) -> Source | Stream:
+    """Opens the images. If their labels can't be read, a warning says why, unless their task or columns are given."""
+    data = replace(run.data, val_list=run.data.val_list if split == "val" else None)
+    if _has_masks(run.explicit):
+        return open_source(data, split, masks=mask_format(run), function=source)
     try:
-        images = open_source(data, args.split, function=source)
+        columns = run.images.label_columns
+        return open_source(data, split, task=run.images.task, label_columns=columns, function=source)
     except ValueError as error:
-        if not (data.train_list if args.split == "train" else data.val_list):
+        is_list = data.train_list if split == "train" else data.val_list
+        if not is_list or not run.explicit.isdisjoint(LABELS[:2]):
             raise
-        images = open_source(data, args.split, function=source, task=None)
+        images = open_source(data, split, function=source, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
-    indices = evenly_spaced(len(images), args.limit or len(images))
-    workers = up_to_cores(args.num_workers)
-    values = PixelValues(args.nodata, args.value_range, args.channels_last)
-    in_chans = args.in_chans or channels_of(images, values)
-    facts_of = all_facts(images, in_chans, indices, workers, values)
-    started = time.perf_counter()
-    facts = list(tqdm(facts_of, total=len(indices), disable=None))
-    seconds = time.perf_counter() - started
-    print("\n".join(report_on(images, facts, seconds)))
-    bad = [fact for fact in facts if fact.unreadable]
-    if not args.recipe and len(bad) < len(facts):  # a recipe has them
-        mean, std = statistics_of(facts)
-        print(f"--in_chans  {in_chans}\n--mean      {mean}\n--std       {std}")
-    if len(bad) > (MAX_BAD_SHARE * len(facts) if args.recipe else 0):
-        raise BadImage(
-            f"{len(bad):,} of {len(facts):,} images can't be read; on_bad_image=skip of main_pretrain.py excludes up "
-            f"to {MAX_BAD_SHARE:.0%} of an epoch"
-        )
-    if args.recipe:
-        write_recipe(args, images, facts, in_chans, len(facts) / seconds)
+        return images
+
+
+def mask_format(run: Run) -> "MaskFormat":
+    """Returns what the masks of the images may contain: `nb_classes` classes, or the colors of `palette`."""
+    from mae.data.masks import MOST_CLASSES, MaskFormat, read_palette
+    from mae.files import recipes
+
+    images = run.images
+    if images.palette:
+        names, colors = read_palette(Path(recipes.find(images.palette, ".txt")))
+        return MaskFormat(names, images.reduce_zero_label, colors)
+    return MaskFormat(list(map(str, range(run.model.nb_classes or MOST_CLASSES))), images.reduce_zero_label)
 
 
 def write_recipe(
-    args: argparse.Namespace, source: Source | Stream, facts: list[ImageFacts], in_chans: int, decoding: float
-) -> None:
+    args: argparse.Namespace, given: Mapping[str, Any], source: Source | Stream, facts: list[ImageFacts],
+    in_chans: int, decoding: float,
+) -> None:  # fmt: skip
     """Writes the recipe, and prints the command that runs it.
 
     Args:
+        given: the arguments that are given. Those of main_pretrain.py are in the recipe.
         decoding: images/s that are read and decoded.
 
     Raises:
@@ -163,6 +242,6 @@ def write_recipe(
     from mae.recommend.facts import Images
 
     found = Images.of(facts, len(source), in_chans, args.value_range is not None)
-    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+    settings = {name: given[name] for name in ("data_path", *READ, *PRETRAIN, ON_BAD_IMAGE) if name in given}
     machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
-    print("\n".join(recipe.write(args.recipe, found, machine, given, args.minutes or MINUTES, decoding)))
+    print("\n".join(recipe.write(args.recipe, found, machine, settings, args.minutes or MINUTES, decoding)))

@@ -184,6 +184,6 @@ class _Decoded(Dataset):
         if not torch.equal(pixels, again):
             raise ValueError(
                 f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "
-                f"epochs would have the first; omit `cache_images`"
+                f"epochs would have the first; give cache_images=false"
             )
         return pixels

@@ -87,8 +87,9 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     deep = isinstance(stored, torch.Tensor) and stored.is_floating_point()
     low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (np.inf, -np.inf)
     digest = hashlib.blake2b(to_tensor(decoded.image).numpy().tobytes(), digest_size=8).digest()
+    label = item.label if isinstance(item.label, int) else -1  # numbers and masks are no classes
     return ImageFacts(
-        item.label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored), low=low,
+        label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored), low=low,
         high=high, digest=digest,
     )  # fmt: skip
 

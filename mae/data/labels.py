@@ -112,6 +112,8 @@ def open_pair(
     if nb_classes not in (None, count):
         unit = "classes" if is_classification else "numbers in each label"
         raise ValueError(f"the data has {count} {unit}, and `nb_classes` is {nb_classes}; omit `nb_classes`")
+    if is_classification and count == 1:
+        logger.warning(f"all training images are of one class, {train.classes[0]}: the accuracy says nothing")
     if not count:
         raise ValueError(f"task={task}: no training image has a label: give labels")
     if is_classification and parallel.is_main():

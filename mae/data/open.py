@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LISTS = (".csv", ".json", ".txt")
 # The folders or files that torchvision makes in the folder of a dataset, for a warning.
 LAYOUTS = {
     "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
@@ -131,6 +132,8 @@ def _open_dataset(
 def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":
     """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training."""
     if root.is_file():
+        if root.suffix.lower() in LISTS:
+            raise ValueError(f"data_path={root}: it is no folder or archive; give a list as {split}_list={root}")
         from mae.data.kinds.archives import Archive
 
         return Archive(root, split, whole=takes_all)

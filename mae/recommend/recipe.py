@@ -21,6 +21,7 @@ from mae.recommend import board, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
+from mae.settings.choices import NO_CROP
 from mae.settings.values import as_yaml
 from mae.user_code import runs_code
 
@@ -59,8 +60,13 @@ def write(
     """
     start = [Line(name, value, "as given") for name, value in given.items() if not _is_refused(name, value)]
     flags = arguments({name: value for name, value in given.items() if _is_refused(name, value)})
-    inputs, loading = rules.image_lines(images), rules.loading_lines(images, machine)
-    settings = {line.name: line.value for line in inputs}
+    inputs, loading = (
+        [line for line in lines if line.name not in given]
+        for lines in (rules.image_lines(images, given.get("input_size")), rules.loading_lines(images, machine))
+    )
+    if given.get("crop") == NO_CROP:
+        inputs = [line for line in inputs if line.name != "crop_scale"]
+    settings = {line.name: line.value for line in [*start, *inputs, *loading]}
     patches = math.prod(side // settings["patch_size"] for side in to_pair(settings["input_size"]))
     processes = rules.processes_of(machine, images)
     threads = max(1, machine.cores // processes)
@@ -75,7 +81,7 @@ def write(
             draft.write_text(text_of(lines_of(model)))
             return trial.run(draft, processes, threads, flags, updates)
 
-    if images.count / decoding > LONG and {line.name: line.value for line in loading}["cache_images"]:
+    if images.count / decoding > LONG and settings["cache_images"]:
         logger.info("decoding    the images, for `cache_images`")
         measure(rules.MODELS[0], updates=1)
     model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)

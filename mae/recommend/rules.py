@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae.position_tables import Size, to_pair
 from mae.recommend.facts import Images, Machine
 from mae.settings.choices import MUON, SMALL
 from models_vit import SIZES
@@ -55,16 +56,23 @@ def patch_of(height: int, width: int) -> int:
     return nearest if is_near else min(largest, round(best))
 
 
-def image_lines(images: Images) -> list[Line]:
+def image_lines(images: Images, input_size: Size | None = None) -> list[Line]:
     """Returns the settings of the input and the augmentation.
 
+    Args:
+        input_size: the size that is given.
+
     Raises:
-        ValueError: as `patch_of`.
+        ValueError: as `patch_of`, or the given size is no multiple of its patch size.
     """
     shorter = images.shorter
     is_whole = images.has_one_shape and shorter < SMALL
     height, width = (images.height, images.width) if is_whole else (min(shorter, MAX_SIDE),) * 2
+    if input_size:
+        height, width = to_pair(input_size)
     patch = patch_of(height, width)
+    if input_size and (height % patch or width % patch):
+        raise ValueError(f"input_size={input_size}: give multiples of {patch}, the patch size of this size")
     height, width = (patch * round(side / patch) for side in (height, width))
     low, high = images.spread
     sides = f"half of the images have at most {shorter} pixels along the shorter side"
