@@ -23,8 +23,9 @@ FLAGS = ["--device", "cpu", "--epochs", "1", "--warmup_epochs", "0", "--batch_si
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A repository with the files of this one, as they are now."""
-    folder = tmp_path_factory.mktemp("clone")
+    """A repository with the files of this one, as they are now. Its folder has the name of the library."""
+    folder = tmp_path_factory.mktemp("clone") / "mae"
+    folder.mkdir()
     names = git("ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT).rstrip("\0").split("\0")
     for name in filter(lambda name: (ROOT / name).exists(), names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,34 @@ print(len(get_model("vit_mini_patch4").blocks), callable(inference_model), list_
 print([name for name in ("recipes", "demo", "hubconf", "util.misc") if find_spec(name)])
 """
     assert run(python, "-c", code).splitlines() == [UTIL, "4 True ['vit_mini_patch4']", "[]"]
+
+
+def test_the_folder_of_a_clone_does_not_hide_the_library(python, clone, monkeypatch):
+    """Seen from its parent, a folder `mae` without __init__.py is a package for Python, too."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = "from mae import get_model; print(len(get_model('vit_mini_patch4').blocks))"
+    done = subprocess.run([python, "-c", code], cwd=clone.parent, capture_output=True, text=True)
+    assert done.stdout == "4\n", done.stderr
+
+
+def test_a_script_beside_a_util_of_a_fork(python, tmp_path, monkeypatch):
+    """As in the published code, it has no __init__.py. The script has the library, too."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "fork/util").mkdir(parents=True)
+    (tmp_path / "fork/util/misc.py").write_text("NAME = 'of the fork'\n")
+    script = tmp_path / "fork/train.py"
+    script.write_text("import models_mae\nfrom mae import list_models\nfrom util import misc\nprint(misc.NAME)\n")
+    done = subprocess.run([python, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "of the fork\n", done.stderr
+
+
+def test_the_util_of_a_clone_runs_beside_a_script(python, clone, tmp_path, monkeypatch):
+    """As docs/migrating.md says."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    shutil.copytree(clone / "util", tmp_path / "util")
+    (tmp_path / "train.py").write_text("import util.misc, util.lr_sched\nprint(util.misc.is_main_process())\n")
+    done = subprocess.run([python, tmp_path / "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("python", ["git"], indirect=True)

@@ -164,8 +164,10 @@ def passes(folder: Path, tests: Sequence[str]) -> bool:
 
 
 def python_files() -> list[Path]:
-    """The files of this repository, without virtual environments."""
-    return sorted(file for file in ROOT.rglob("*.py") if not {".venv", "runs"} & set(file.relative_to(ROOT).parts))
+    """The files of this repository, without virtual environments, runs and the links of an editable install."""
+    return sorted(
+        file for file in ROOT.rglob("*.py") if not {".venv", "runs", "build"} & set(file.relative_to(ROOT).parts)
+    )
 
 
 def sample(paths: Sequence[str], number: int, seed: int) -> list[Mutant]:

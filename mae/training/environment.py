@@ -27,7 +27,7 @@ def commit() -> str | None:
 
     None without git, and if the code comes neither from a clone nor from a git address.
     """
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).resolve().parents[2]  # an editable install has links
     if not (folder / ".git").exists():  # it may be installed below another repository
         return _installed_commit(folder)
     try:
