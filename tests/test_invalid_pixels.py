@@ -31,6 +31,7 @@ import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
 from mae.compare import baselines
+from mae.data import check as data_check
 from mae.data.decode import decode, decode_item
 from mae.data.item import Item
 from mae.data.pixels import BadImage, PixelValues, to_tensor
@@ -340,6 +341,40 @@ def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(own, names, cloud
     first = weights(clouds("first", **own), "checkpoint-0.pth")
     for name in names:
         assert_equal(first, weights(clouds(name, **VALUES[name], **own), "checkpoint-0.pth"))
+
+
+@pytest.mark.parametrize("own", [{}, {"num_workers": 1, "value_range": "0 1", "mean": ".4 .4 .4", "std": ".3 .3 .3"}])
+def test_pixels_that_a_mask_marks_invalid_may_be_nan(own, clouds):
+    """The losses of pre-training are those with zeros there, and so are the weights."""
+    zeros = clouds("zeros", hidden=0.0, **own)
+    for hidden in (np.nan, np.inf):
+        found = clouds(f"{hidden}", hidden=hidden, **own)
+        assert [line["train_loss"] for line in lines(found)] == [line["train_loss"] for line in lines(zeros)]
+        assert_equal(weights(zeros, "checkpoint-0.pth"), weights(found, "checkpoint-0.pth"))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "npy", "tiff"])
+def test_nan_counts_nowhere_under_a_mask_and_is_refused_elsewhere(kind, tmp_path, capsys):
+    """Also in the facts of `python -m mae.data`: statistics and number of channels."""
+    image = np.random.default_rng(0).random((8, 9, 4), dtype=np.float32)
+    valid = np.ones((8, 9), bool)
+    valid[2:5, 3:] = False
+    image[~valid] = np.nan
+    image[2, 3, 1:] = 0.5  # one channel is enough
+    data = {"array": image, "tensor": torch.from_numpy(image).permute(2, 0, 1), "npy": npy(image),
+            "tiff": tiff(image, planarconfig="contig", photometric="minisblack")}[kind]  # fmt: skip
+    item = decode_item(Item(data, valid=torch.from_numpy(valid)), 4)
+    expected = image[valid].mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(item.image[:, 3, 4], expected, rtol=1e-6)
+    assert np.array_equal(item.valid, valid)
+    items = [{"image": data, "valid": valid}] * 3
+    data_check.main(parse(data_check, num_workers=0), source=lambda split, data_path: items)
+    report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)
+    assert (report["unreadable"], report["--in_chans"]) == ("0", "4")
+    np.testing.assert_allclose(np.float64(report["--mean"].split()), expected, rtol=1e-3)
+    valid[2, 3] = True
+    with pytest.raises(BadImage, match="not finite"):
+        decode_item(Item(data, valid=torch.from_numpy(valid)), 4)
 
 
 def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):

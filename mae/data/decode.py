@@ -19,6 +19,7 @@ from mae.data.pixels import (
     AS_STORED,
     MAX_PIXELS,
     MODES,
+    NOT_FINITE,
     SMALL,
     BadImage,
     Picture,
@@ -51,18 +52,31 @@ def decode_item(item: Item, in_chans: int, *, values: PixelValues = AS_STORED, *
     A pixel is invalid if any of its channels is. Each channel of an invalid pixel becomes the mean of the valid ones.
 
     Args:
-        item: an item of a source. Its valid pixels have the size of the decoded image.
+        item: an item of a source. Its valid pixels have the size of the decoded image. Others may have any value.
         in_chans, options: as in `decode`.
         values: the meaning of the values, and the value of invalid pixels. With a range, bytes become floats.
 
     Raises:
         BadImage: as in `decode`, or the valid pixels have another size.
     """
+    values = of_item(item, values)
     return find_invalid(item, decode(item.image, in_chans, values=values, **options), values)
 
 
+def of_item(item: Item, values: PixelValues) -> PixelValues:
+    """Returns the meaning of the values in the image of an item, which may say which pixels are valid."""
+    return values if item.valid is None else values._replace(has_mask=True)
+
+
 def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
-    """Returns an item with its decoded picture and the valid pixels, as `decode_item`."""
+    """Returns an item with its decoded picture and the valid pixels, as `decode_item`.
+
+    Args:
+        values: as `of_item` returns it.
+
+    Raises:
+        BadImage: the valid pixels have another size, or values that are not finite.
+    """
     if item.valid is None and values.nodata is None and values.value_range is None:
         return item._replace(image=picture)
     pixels = to_tensor(picture)
@@ -76,6 +90,8 @@ def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
     if item.valid is not None:
         require_size(picture, item.valid.shape, "mask of valid pixels")
         invalid |= ~item.valid
+        if pixels.is_floating_point() and (pixels.isinf().any(dim=0) & ~invalid).any():
+            raise BadImage(NOT_FINITE)
     if not invalid.any():
         return item._replace(image=picture, valid=None)
     return item._replace(image=_with_mean(picture, pixels, invalid), valid=~invalid)

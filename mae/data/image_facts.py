@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mae import parallel
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import find_invalid, fit_channels, is_turned, read
+from mae.data.decode import find_invalid, fit_channels, is_turned, of_item, read
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
@@ -78,6 +78,7 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     Raises:
         Exception: any exception of the decoder.
     """
+    values = of_item(item, values)
     stored = read(item.image, in_chans, values=values)
     decoded = find_invalid(item, fit_channels(stored, in_chans, values), values)
     pixels = to_unit_range(to_tensor(decoded.image)).double()
@@ -101,23 +102,23 @@ def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int
     gray. If no image can be read, it is 3.
     """
     counts = Counter[int]()
-    for image in _examples(source):
+    for item in _examples(source):
         with suppress(Exception):  # the facts have the reason
-            counts[_channels_in(read(image, None, values=values))] += 1
+            counts[_channels_in(read(item.image, None, values=of_item(item, values)))] += 1
     if counts.keys() <= {1, 3}:
         return 1 if counts.keys() == {1} else 3
     return counts.most_common(1)[0][0]
 
 
-def _examples(source: Source | Stream) -> Iterator[Any]:
-    """Yields the stored images of up to COUNTED items; of a stream, of the first ones."""
+def _examples(source: Source | Stream) -> Iterator[Item]:
+    """Yields up to COUNTED items as they are stored; of a stream, the first ones."""
     if is_stream(source):
-        for _, _, data, _ in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), COUNTED):
-            yield data
+        for _, _, data, label in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), COUNTED):
+            yield Item(data, label)
         return
     for index in evenly_spaced(len(source), COUNTED):
         with suppress(BadImage, OSError):
-            yield source[index].image
+            yield source[index]
 
 
 def _channels_in(stored: Picture) -> int:

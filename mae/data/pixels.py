@@ -13,6 +13,7 @@ Picture = Image.Image | Tensor
 MODES = {1: "L", 3: "RGB"}
 SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
+NOT_FINITE = "it contains values that are not finite; nodata=nan marks NaN as invalid"
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
 
 
@@ -28,14 +29,16 @@ class PixelValues(NamedTuple):
         value_range: the values that become 0 and 1; values outside are not clipped. None: unsigned values of 8 and 16
             bits are scaled to 0 to 1, float values are unchanged, and other integers are an error.
         channels_last: whether arrays are (H, W, c) or (c, H, W). None: the sizes of their axes determine it.
+        has_mask: the item says which pixels are valid. Others may have any value, also NaN.
     """
 
     nodata: float | str | None = None
     value_range: Sequence[float] | None = None
     channels_last: bool | None = None
+    has_mask: bool = False
 
     def to_float(self, pixels: np.ndarray, highest: int | None = None) -> np.ndarray:
-        """Converts values of a file to float32. Invalid values become NaN.
+        """Converts values of a file to float32. Invalid values become NaN; with a mask, not finite ones infinite.
 
         Args:
             highest: the value that becomes 1 without `value_range`. None: the range of integers is unknown.
@@ -62,8 +65,10 @@ class PixelValues(NamedTuple):
                 invalid = np.isnan(pixels) if np.isnan(nodata) else pixels == value
                 is_known |= invalid
                 values[invalid] = np.nan
-        if not is_known.all():
-            raise BadImage("it contains values that are not finite; nodata=nan marks NaN as invalid")
+        if self.has_mask:
+            values[~is_known] = np.inf  # `decode.find_invalid` refuses them in valid pixels
+        elif not is_known.all():
+            raise BadImage(NOT_FINITE)
         return values
 
 
