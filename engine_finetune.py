@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import mae.build
 from mae import parallel
 from mae.checkpoints import run_directory
 from mae.checkpoints.checkpoint import compute_digest
@@ -267,6 +268,22 @@ def load_frozen(
         loading.load_encoder(model, file, adapt_input, classes)
     else:
         logger.warning("no `finetune`: the features are from an untrained encoder with random weights")
+
+
+def build_frozen(run: Run, file: reading.Weights | None, encoder: Any, has_both: bool) -> Any:
+    """Builds the encoder of a run without a head, with the weights of a file.
+
+    Args:
+        encoder: as in `mae.build.frozen_encoder`.
+        has_both: whatever `global_pool` is, the encoder has the norm of its tokens, as `FrozenFeatures` needs it for
+            both poolings; unless the file is a classifier without this norm.
+    """
+    spec = run.model
+    if has_both and not (file and "fc_norm.weight" in file.tensors):
+        spec = replace(spec, global_pool=False)
+    model = mae.build.frozen_encoder(spec, run.images, encoder)
+    load_frozen(model, file, spec.adapt_input)
+    return model
 
 
 def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> None:

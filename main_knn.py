@@ -15,12 +15,11 @@ On ImageNet, 8 GPUs of one machine:
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import mae.build
 import models_vit
-from engine_finetune import load_frozen, open_labelled
+from engine_finetune import build_frozen, open_labelled
 from mae import user_code
 from mae.cli import entry_point, options
 from mae.data import extras
@@ -32,11 +31,11 @@ from mae.evaluate.tables import markdown
 from mae.files import results
 from mae.settings import Run, names_with
 from mae.settings.fields import LABELS
-from mae.training import feature_files, trainer
-from mae.training.frozen_features import encode_images
+from mae.training import trainer
+from mae.training.frozen_features import FrozenFeatures
 from mae.user_code import with_source
 from mae.weights import loading, model_settings
-from mae.weights.recorded_settings import with_recorded_settings
+from mae.weights.recorded_settings import with_pooling, with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -56,31 +55,33 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None
-) -> dict[tuple[int, float], float]:
+    args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None,
+    features: Path | None = None,
+) -> dict[tuple[int, float], float]:  # fmt: skip
     """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
+        features: folder that keeps the features for runs with the same images and encoder, as in `FrozenFeatures`.
     """
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder = user_code.with_objects(run, encoder=encoder)
     run, precision = trainer.start(run)
     device = precision.device
     file = loading.read(run.machine.finetune) if run.machine.finetune else None
+    run = with_pooling(run, file)
     recorded, of_labels = model_settings.classifier_settings(file), names_with(LABELS)
     run = with_recorded_settings(run, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(run.images, run.data, device, source)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = mae.build.frozen_encoder(run.model, run.images, encoder)
-    load_frozen(model, file, run.model.adapt_input)
+    model = build_frozen(run, file, encoder, has_both=features is not None)
     extras.require_fitting(model, train, val)
     model.to(device)
-    encode_set = partial(encode_images, data, model=model, batch_size=run.optim.batch_size, precision=precision)
-    bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
-    del model, encode_set  # to free its memory
+    frozen = FrozenFeatures(run, data, model, precision, {"train": train, "val": val}, features)
+    bank, queries = frozen.load("train"), frozen.load("val")
+    del model, frozen  # to free its memory
     found = predict(
         *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=run.evaluation.k,
         temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=device,

@@ -19,7 +19,7 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ import mae.build
 import mae.probes
 import models_vit
 from engine_finetune import (
+    build_frozen,
     evaluate,
     evaluate_heads,
     load_for_evaluation,
@@ -58,7 +59,7 @@ from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.user_code import with_source
 from mae.weights import loading, model_settings
-from mae.weights.recorded_settings import with_recorded_settings
+from mae.weights.recorded_settings import with_pooling, with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def main(
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None,
+    features: Path | None = None,
 ) -> None:
     """Trains for `--epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
@@ -94,21 +96,23 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
+        features: folder that keeps stored features for runs with the same images and encoder, as in `FrozenFeatures`.
     """
     run = with_source(entry_point.settings_of(args, get_args_parser()), source)
     run, encoder = user_code.with_objects(run, encoder=encoder)
     run, precision = trainer.start(run, "main_linprobe", trains_encoder=False)
     device = precision.device
     file = open_encoder(run)
+    if run.model.probe != ATTENTIVE and not run.evaluation.eval:
+        run = with_pooling(run, file)
     run = with_recorded_settings(
         run, file, model_settings.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
     )
     data = trainer.open_data(run, device, source)
-    build = partial(mae.build.probe, encoder=encoder)
     if run.evaluation.eval and file:
         if run.machine.compile:
             logger.warning("`compile` has no effect with `eval`")
-        probe, val = load_for_evaluation(build, run, file, data)
+        probe, val = load_for_evaluation(partial(mae.build.probe, encoder=encoder), run, file, data)
         encoded = encode_images(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
@@ -117,7 +121,7 @@ def main(
 
     run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
-        train_probe(run, data, file, precision, callbacks, build)
+        train_probe(run, data, file, precision, callbacks, encoder, features)
 
 
 def open_encoder(run: Run) -> loading.Weights | None:
@@ -137,11 +141,11 @@ def open_encoder(run: Run) -> loading.Weights | None:
 
 def train_probe(
     run: Run, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
-    build: Callable[..., models_vit.VisionTransformer],
+    encoder: type[models_vit.Encoder] | None, kept: Path | None,
 ) -> None:  # fmt: skip
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
-    The run directory must be locked.
+    The run directory must be locked. `kept` is as in `FrozenFeatures`.
     """
     device = precision.device
     rates = rates_of(run)
@@ -153,7 +157,7 @@ def train_probe(
         logger.warning("`cache_images` has no effect with `cache_features`, which reads each image once")
     classes = train.classes
     run = run.changed({**probe_settings(run, file), "nb_classes": len(classes), "classes": classes, **statistics})
-    model = build(run.model, run.images)
+    model = mae.build.probe(run.model, run.images, encoder)
     load_frozen(model, file, run.model.adapt_input)
     extras.require_fitting(model, train, val)
     model.to(device)
@@ -169,7 +173,9 @@ def train_probe(
         )
     labelled = tasks.task_of(run.record(), val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
-    features = FrozenFeatures(run, data, model, precision, {**sets, "train": train})
+    pools = kept is not None and not model.head_pools
+    frozen = build_frozen(run, file, encoder, has_both=True).to(device) if pools else model
+    features = FrozenFeatures(run, data, frozen, precision, {**sets, "train": train}, kept)
     passes = {name: features.open(name) for name in sets}
 
     batches = open_batches(run, data, train, features)

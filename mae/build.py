@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mae import masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run
+from mae.settings.choices import TIMM
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.settings.values import read_value
 from mae.weights import timm_models
-from mae.weights.timm_models import TIMM, TimmEncoder
+from mae.weights.timm_models import TimmEncoder
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_vit import ABOVE_BLOCKS, SIZES, Block, Encoder, LayerNorm, VisionTransformer
 

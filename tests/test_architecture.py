@@ -15,7 +15,8 @@ PACKAGES = {
     "cli": "files", "compare": "data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = (
-    r"mae\.(context|fp32|interrupts|masking|parallel|position_tables|settings(\.\w+)?|suggestions|uniformity|user_code)"
+    r"mae\.(context|fp32|interrupts|masking|parallel|pooling|position_tables|settings(\.\w+)?|suggestions|uniformity|"
+    r"user_code)"
 )
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
@@ -52,6 +53,7 @@ ARROWS = {
     **{rf"mae\.{name}(\.\w+)+": rf"mae\.({name}|{below})(\.\w+)+|{SHARED}" for name, below in PACKAGES.items()},
     r"mae\.uniformity": r"mae\.fp32",
     r"mae\.user_code": r"mae\.(suggestions|settings(\.\w+)?)",
+    r"mae\.pooling": r"mae\.settings\.choices",
     r"mae\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.

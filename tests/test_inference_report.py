@@ -156,6 +156,7 @@ def test_images_without_labels_that_have_moved(pretrain, pictures, tmp_path, cap
     assert str(images) in fails(capsys, monkeypatch, report, out, "--device", "cpu")
     page = Page(call(report, out, data_path=moved, device="cpu", num_workers=0))
     text = " ".join(page.words)
+    assert "class token (the published default; the file does not tell)" in text
     assert "LABELLED has images" in text and "nearest neighbors have" not in text
     assert [words[4] for words in page.commands[:3]] == ["LABELLED"] * 3
     assert page.commands[3][3] == str(moved)

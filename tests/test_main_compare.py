@@ -44,7 +44,10 @@ GIVEN = {**SHAPE, "mean": [0.45], "std": [0.3], "crop": "none", "crop_pct": 0.9,
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     torch.manual_seed(0)
-    model, path = get_model("vit_mini_patch4", **SHAPE, nb_classes=0), tmp_path_factory.mktemp("encoder") / "mine.pth"
+    model, path = (
+        get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=False),
+        tmp_path_factory.mktemp("encoder") / "mine.pth",
+    )
     args = model.settings | {"mean": [0.1], "std": [0.4], "crop": "random", "hflip": 0.2}
     torch.save({"model": model.state_dict(), "args": args}, path)
     return path
@@ -142,7 +145,7 @@ def recorded(file):
 
 @pytest.mark.slow
 def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
-    """C is chosen on a fifth of the training images of the draw."""
+    """C is chosen on a fifth of the training images of the draw, from a grid that is extended at its best end."""
     test, test_labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(draws[1])))
     for draw, source in enumerate(draws[0]):
         train, labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(source)))
@@ -152,37 +155,47 @@ def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
         for protocol, model, values in (
             ("logistic regression", LogisticRegression(max_iter=300), (0.01, 0.1, 1)), ("RBF-SVM", SVC(), (1, 10, 100)),
         ):  # fmt: skip
-            fitted = [model.set_params(C=c).fit(train[rest], labels[rest]).score(train[held_out], labels[held_out])
-                      for c in values]  # fmt: skip
-            right = [100 * model.set_params(C=c).fit(train, labels).score(test, test_labels) for c in values]
-            best = int(np.argmax(fitted))
+            accuracy, chosen = row_of(compared[0], protocol, draw, "pixels")
+            best = float(re.match(r"C ([^,]+)", chosen)[1])
+            fitted = {c: model.set_params(C=c).fit(train[rest], labels[rest]).score(train[held_out], labels[held_out])
+                      for c in {*values, best}}  # fmt: skip
+            assert fitted[best] == max(fitted.values())
+            right = [100 * model.set_params(C=c).fit(train, labels).score(test, test_labels) for c in (best, *values)]
             assert len(set(right)) > 1
-            assert row_of(compared[0], protocol, draw, "pixels") == (pytest.approx(right[best]), f"C {values[best]:g}")
+            assert accuracy == pytest.approx(right[0])
 
 
 @pytest.mark.slow
 def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
-    """k is chosen on a fifth of the training images of the first draw."""
-    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=True)  # with a layer norm after pooling
-    model.load_state_dict(checkpoint.read(encoder)["model"], strict=False)
+    """k and the pooling are chosen on a fifth of the training images of the first draw."""
+    models = {}
+    for pooling, pools in (("cls", False), ("avg", True)):  # the latter with a layer norm after pooling
+        models[pooling] = get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=pools)
+        models[pooling].load_state_dict(checkpoint.read(encoder)["model"], strict=False)
 
-    def features(source):
+    def features(source, pooling):
         pixels, labels = pixels_of(source)
         with torch.no_grad():
-            return model.eval().forward_features((pixels - 0.45) / 0.3), labels
+            return models[pooling].eval().forward_features((pixels - 0.45) / 0.3), labels
 
-    def right(k, train, test):
-        return 100 * accuracy_score(test[1], predictions(train, test, k, 0.07))
+    def right(k, pooling, train, test):
+        bank, queries = features(train, pooling), features(test, pooling)
+        return 100 * accuracy_score(queries[1], predictions(bank, queries, k, 0.07))
 
-    split = [features(part) for part in hold_out(draws[0][0], 0.2, 0, "--val_fraction")]
-    held_out = {k: right(k, *split) for k in (5, 20)}
-    scores = read(compared[0])["choices/mine/knn/30/0"]
-    assert {k: scores[f"acc1_k{k}"] for k in held_out} == pytest.approx(held_out)
-    best = max(held_out, key=held_out.get)
+    split, held_out = hold_out(draws[0][0], 0.2, 0, "--val_fraction"), {}
+    for name, scores in read(compared[0]).items():
+        if found := re.fullmatch(r"choices/mine/knn/30/0/(cls|avg)/([\d-]+)", name):
+            ks = [int(k) for k in found[2].split("-")]
+            expected = {k: right(k, found[1], *split) for k in ks}
+            assert {k: scores[f"acc1_k{k}"] for k in ks} == pytest.approx(expected)
+            held_out |= {(k, found[1]): score for k, score in expected.items()}
+    assert {(k, pooling) for k in (1, 5, 20) for pooling in models} <= held_out.keys()
     for draw, source in enumerate(draws[0]):
-        found = {k: right(k, features(source), features(draws[1])) for k in (5, 20)}
-        assert found[5] != found[20]
-        assert row_of(compared[0], "k-NN", draw) == (pytest.approx(found[best]), f"k {best}")
+        accuracy, chosen = row_of(compared[0], "k-NN", draw)
+        k, title = re.fullmatch(r"k (\d+), (.*)", chosen).groups()
+        best = int(k), {"class token": "cls", "mean of the patches": "avg"}[title]
+        assert held_out[best] == max(held_out.values())
+        assert accuracy == pytest.approx(right(*best, source, draws[1]))
 
 
 @pytest.mark.slow
@@ -191,12 +204,15 @@ def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws, pro
     pixels, labels = pixels_of(draws[1])
     for draw in (0, 1):
         out = compared[0] / f"runs/mine/{protocol}/30/{draw}"
-        file = out / ("probe.pth" if protocol == "linear" else f"checkpoint-{len(lines(out)) - 1}.pth")
+        file = out / f"checkpoint-{len(lines(out)) - 1}.pth"
         with torch.no_grad():
             predicted = get_model(str(file))((pixels - 0.45) / 0.3).argmax(dim=1)
-        rate = lines(out)[-1]["chosen_blr"] if protocol == "linear" else recorded(file)["blr"]
+        args = recorded(file)
+        chosen = f"blr {args['blr']:g}"
+        if protocol == "linear":
+            chosen += ", mean of the patches" if args["global_pool"] else ", class token"
         right = pytest.approx(100 * accuracy_score(labels, predicted))
-        assert row_of(compared[0], title, draw) == (right, f"blr {rate:g}")
+        assert row_of(compared[0], title, draw) == (right, chosen)
 
 
 @pytest.mark.slow
@@ -204,21 +220,32 @@ def test_settings_of_the_runs(compared, blobs, encoder):
     """Shared flags, flags of the protocols, draws, chosen rates, and epochs."""
     out, scores = compared[0], read(compared[0])
     runs = {str(file.parent.relative_to(out / "runs")): recorded(file) for file in out.rglob("checkpoint-*.pth")}
-    rates = {rate: scores[f"choices/mine/finetune/30/0/{rate}"]["test_acc1"] for rate in (0.001, 0.01)}
-    choices = [f"choices/mine/finetune/30/0/{rate}" for rate in rates]
+    choices = {name: score["test_acc1"] for name, score in scores.items() if re.match("choices/mine/(lin|fin)", name)}
     cells = [f"mine/{protocol}/30/{draw}" for protocol in ("linear", "finetune") for draw in (0, 1)]
     assert sorted(runs) == sorted([*choices, *cells])
+    tried = {protocol: [name for name in choices if protocol in name] for protocol in ("linear", "finetune")}
+    folders = {
+        f"choices/mine/linear/30/0/{pooling}/{rate}" for pooling in ("cls", "avg") for rate in (1.0, 30.0, 300.0)
+    }
+    assert folders <= {*tried["linear"]}
+    assert {f"choices/mine/finetune/30/0/{rate}" for rate in (0.001, 0.01)} < {*tried["finetune"]}
     shared = {**GIVEN, "finetune": encoder, "data_path": blobs, "train_list": blobs / "train.csv",
               "val_list": blobs / "val.csv", "train_per_class": 10, "batch_size": 8}  # fmt: skip
     for name, args in runs.items():
         of_run = {"seed": int(name.split("/30/")[1][0]), "val_fraction": 0.2 if name in choices else None}
         if "linear" in name:
-            of_run |= {"epochs": 60, "blr": [0.3, 1, 3, 10, 30, 100], "global_pool": True, "probe": "linear"}
+            of_run |= {"epochs": 60, "cache_features": True, "probe": "linear"}
         else:
             of_run |= {"epochs": 3, "layer_decay": 0.75}
             of_run["warmup_epochs"] = of_run["epochs"] // 10
-        if name in cells and "finetune" in name:
-            of_run["blr"] = max(rates, key=rates.get)
+        if name in cells:  # the choice has the best score on the held-out images
+            of_choice = (
+                [f"{args['blr']}"]
+                if "finetune" in name
+                else ["avg" if args["global_pool"] else "cls", f"{args['blr']}"]
+            )
+            choice = "/".join(["choices", name[:-1] + "0", *of_choice])
+            assert choices[choice] == max(choices[other] for other in tried[name.split("/")[1]])
         expected = {key: str(value) if isinstance(value, Path) else value for key, value in (shared | of_run).items()}
         assert {key: args[key] for key in expected} == expected
         assert args["resume"] == "auto"
@@ -236,7 +263,7 @@ def test_every_result_can_be_repeated(compared):
         means[row["encoder"], row["protocol"]].append(float(row["accuracy"]))
     for (name, protocol), (first, second) in means.items():
         value = f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}"
-        assert re.search(rf"^\| {name} \({protocol}\) \| (\*\*)?{value}(\*\*)? \|$", text, re.MULTILINE)
+        assert re.search(rf"^\| {name} \({protocol}\) \| (\*\*)?{value}(\*\*)? \(\w+ .*\) \|$", text, re.MULTILINE)
     assert (out / "table.md").read_text() == text
 
 
@@ -268,7 +295,7 @@ def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
 
 
 def test_rates_are_selected_with_few_labels(pictures, tmp_path, capsys, monkeypatch):
-    """Of two classes. --held_out is a tenth, and at least one image."""
+    """Of two classes. A fifth is held out, and at least one image."""
     for split in ("train", "val"):
         pairs = shutil.copytree(pictures / "train", tmp_path / "pairs" / split).parent
     (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
@@ -279,7 +306,7 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, capsys, monkeypa
     (row,) = rows(tmp_path / "out")
     args = parse(main_linprobe, *row["command"].split()[2:]).record()
     assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
-    assert row["chosen"] in ("blr 1", "blr 10")
+    assert re.fullmatch(r"blr \S+, (class token|mean of the patches)", row["chosen"])
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     line = fails(capsys, monkeypatch, main_compare, *flags_of(pairs, tmp_path / "two", None, *flags, "--labels", "2"))
@@ -365,6 +392,10 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
          r"5 labels, b \(k-NN\) .* 72.0 %, 2.0 points \(one draw.*\) above a \(k-NN\).* 9 labels, a .* 1.0 %"),
         ([*results("a", [72.0]), Result("a", "linear probe", 100, 0, 71.0, "", 1.0, ""), *results("b", [69.0])],
          r"a \(k-NN\) .* 72.0 %, 3.0 points .* above b \(k-NN\)"),
+        ([*results("a", [70.0, 72.0]), *results("b", [72.0, 70.0]), *results("c", [9.0, 9.0])],
+         r"100 labels, a \(k-NN\) and b \(k-NN\) tie for the best accuracy, 71.0 %\.$"),
+        ([*results("a", [72.0]), *results("b", [72.0]), *results("c", [72.0])],
+         r"100 labels, a \(k-NN\), b \(k-NN\) and c \(k-NN\) tie for the best accuracy, 72.0 %\.$"),
         ([*results("a", [float("nan")]), *results("b", [69.0])], r"100 labels, b \(k-NN\) .* 69.0 %"),
     ):  # fmt: skip
         assert re.search(said, summary.conclusion(summary.entries_of(found)))
@@ -498,7 +529,7 @@ def test_two_comparisons_share_the_runs(labelled, encoder, tmp_path):
     assert tables[0] == tables[1] and "mine (k-NN)" in tables[0]
     assert [process.returncode for process in processes] == [0, 0]
     assert {path.read_text().count("-NN Acc@1") for path in tmp_path.glob("runs/mine/knn/12/*/output.txt")} == {1}
-    assert len(read(tmp_path)) == 4
+    assert len([name for name in read(tmp_path) if name.startswith("mine/")]) == 4
 
 
 def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path, capsys, monkeypatch):

@@ -311,7 +311,7 @@ def test_a_comparison_of_gray_images(saved, mixed, tmp_path, capsys):
     text = compared(mixed, tmp_path, "--encoders", f"t={name}", *flags, "--recipes", f"knn={tmp_path / 'knn.yaml'}")
     assert "adapted to 1" in capsys.readouterr().out
     (found,) = call(main_knn, *flags[:6], data_path=mixed, finetune=name, k=5, num_workers=0, device="cpu").values()
-    assert f"| t (k-NN) | **{found:.1f}** |" in text
+    assert f"| t (k-NN) | **{found:.1f}** (k 5, pooling of timm) |" in text
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -35,15 +35,19 @@ class Script:
         """
         return entry_point.parse(self.module.get_args_parser(), arguments(given))
 
-    def run(self, given: Mapping[str, Any], output: Path) -> Any:
+    def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Calls `main` with settings, and returns its result. It appends what it prints to a file.
+
+        Args:
+            given: the settings.
+            options: further arguments of `main`.
 
         Raises:
             ValueError: the script has failed.
         """
         with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file):
             try:
-                return self.module.main(self.settings(given))
+                return self.module.main(self.settings(given), **options)
             except (ValueError, OSError, ArithmeticError) as error:
                 raise ValueError(f"{entry_point.message(error)} (the output is in {output})") from error
             finally:  # leave no state to the next run; each `main` seeds PyTorch

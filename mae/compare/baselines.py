@@ -1,11 +1,13 @@
 """Baselines without an encoder: logistic regression and an RBF-SVM of scikit-learn on raw pixels."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from mae.compare import grids
 from mae.data import loader, transforms
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
@@ -41,8 +43,8 @@ def evaluate(
 ) -> tuple[float, str]:
     """Fits a baseline.
 
-    A fifth of the training images (at most MOST are used for this) is held out to choose C. With fewer than five images
-    of a class among them, the middle value is used.
+    A fifth of the training images (at most MOST are used for this) is held out to choose C, as `grids.choose` does.
+    With fewer than five images of a class among them, the middle value is used.
 
     Args:
         name: a key of STRENGTHS.
@@ -67,8 +69,12 @@ def evaluate(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the result says so
         if np.bincount(labels[some], minlength=labels.max() + 1).min() >= 5:
             split = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
-            search = GridSearchCV(model, {"C": STRENGTHS[name]}, cv=split, refit=False)
-            strength = search.fit(train[some], labels[some]).best_params_["C"]
+
+            def scores_of(_: str, values: Sequence[float]) -> dict[float, float]:
+                search = GridSearchCV(model, {"C": [*values]}, cv=split, refit=False).fit(train[some], labels[some])
+                return dict(zip(values, search.cv_results_["mean_test_score"].tolist(), strict=True))
+
+            _, strength = grids.choose([name], STRENGTHS[name], scores_of)
         model.set_params(C=strength)
         accuracy = 100 * model.fit(train, labels).score(test, test_labels)
     is_stopped = isinstance(model, LogisticRegression) and model.n_iter_.max() == ITERATIONS

@@ -1,22 +1,23 @@
 """The encoders of a comparison, with the settings of their architecture and weights."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae.compare.store import Settings
+from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
 from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings.choices import TIMM
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
 from mae.settings.values import as_yaml
 from mae.weights import model_settings, reading
-from mae.weights.timm_models import TIMM
 
 SCRATCH, PIXELS = "scratch", "pixels"  # random weights; baselines on raw pixels
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
 ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
-OF_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
+BY_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
 
@@ -27,6 +28,7 @@ class Encoder(NamedTuple):
     settings: Settings  # of its architecture and weights
     architecture: Settings  # complete, without the settings of its weights
     without: Collection[str] = ()  # settings of the comparison that it does not take: those of a model of timm
+    poolings: Sequence[str] = ()  # those that it has, for the protocols that pool
 
 
 def open_encoders(run: Run) -> list[Encoder]:
@@ -39,6 +41,7 @@ def open_encoders(run: Run) -> list[Encoder]:
     """
     settings: dict[str, Settings] = {}
     of_timm: dict[str, Encoder] = {}
+    poolings: dict[str, Sequence[str]] = {}
     of_first: Settings = {}
     timm_files = _timm_files(run)
     for text in run.comparison.encoders:
@@ -49,6 +52,7 @@ def open_encoders(run: Run) -> list[Encoder]:
                 f"`encoders`: two have the name {directory}; give names, such as long=runs/b/checkpoint-99.pth"
             )
         settings[name] = {}
+        poolings[name] = (CLASS_TOKEN, PATCHES)
         if file:
             path = timm_files.get(file, file)
             weights = reading.read(path)
@@ -58,6 +62,8 @@ def open_encoders(run: Run) -> list[Encoder]:
             recorded = _recorded_settings(run, text, weights)
             settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
             settings[name]["finetune"] = path
+            if "fc_norm.weight" in weights.tensors:  # a classifier without a norm of the class token
+                poolings[name] = (PATCHES,)
             of_first = of_first or recorded | {key: weights.settings.get(key) for key in FLIPS}
     untrained = of_first
     if "model" in run.explicit or not of_first:  # the images are those of the first file
@@ -67,7 +73,8 @@ def open_encoders(run: Run) -> list[Encoder]:
     shared = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run and name not in ARCHITECTURE}
     given = {name: value for name, value in shared.items() if name in run.explicit}
     return [
-        of_timm.get(name) or Encoder(name, own or untrained, {**shared, **(own or untrained), **given})
+        of_timm.get(name)
+        or Encoder(name, own or untrained, {**shared, **(own or untrained), **given}, (), poolings[name])
         for name, own in settings.items()
     ]
 
@@ -92,8 +99,8 @@ def _timm_files(run: Run) -> dict[str, str]:
 def _of_timm(run: Run, name: str, path: str, recorded: Settings) -> Encoder:
     """Returns a model of timm. Images of other channels may have any values, and keep --mean and --std."""
     channels = run.images.in_chans if "in_chans" in run.explicit else recorded["in_chans"]
-    without = OF_TIMM if channels != recorded["in_chans"] else (*OF_TIMM, "mean", "std")
-    return Encoder(name, {"finetune": path, "global_pool": False}, recorded | {"in_chans": channels}, without)
+    without = BY_TIMM if channels != recorded["in_chans"] else (*BY_TIMM, "mean", "std")
+    return Encoder(name, {"finetune": path}, recorded | {"in_chans": channels}, without, (OF_TIMM,))
 
 
 def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from mae.files import locks
@@ -29,8 +30,8 @@ class Script(Protocol):
     def settings(self, given: Mapping[str, Any]) -> Run:
         """Returns the settings of a run."""
 
-    def run(self, given: Mapping[str, Any], output: Path) -> Any:
-        """Runs the script, and returns its result. It appends what it prints to a file."""
+    def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
+        """Runs the script, and returns its result. It appends what it prints to a file. `options`: of its `main`."""
 
 
 def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Scores]) -> Scores:
@@ -65,12 +66,16 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Sc
         return file.read()["scores"]
 
 
-def run(folder: Path, script: Script, settings: Mapping[str, Any], read: Callable[[Path, Any], Scores]) -> Scores:
+def run(
+    folder: Path, script: Script, settings: Mapping[str, Any], read: Callable[[Path, Any], Scores],
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Scores:  # fmt: skip
     """Runs a script in this process, unless its scores are kept. Its output is in output.txt.
 
     Args:
         settings: by name.
         read: returns the scores of the folder, and of what `main` has returned.
+        options: further arguments of its `main`, on which the scores do not depend.
 
     Raises:
         locks.Busy, FileExistsError: as in `kept`.
@@ -78,7 +83,7 @@ def run(folder: Path, script: Script, settings: Mapping[str, Any], read: Callabl
     """
 
     def compute(out: Path) -> Scores:
-        return read(out, script.run(settings, out / "output.txt"))
+        return read(out, script.run(settings, out / "output.txt", **options))
 
     return kept(folder, {"script": script.name, **settings}, compute)
 

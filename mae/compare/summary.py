@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, get_type_hints
 
 from mae.evaluate.metrics import LOWER_IS_BETTER
@@ -39,6 +40,13 @@ class Entry(NamedTuple):
     protocol: str
     by_draw: dict[int, float]
     metric: str = ACCURACY
+    chosen: Mapping[int, str] = MappingProxyType({})  # by draw, as in `Result`
+
+    @property
+    def choice(self) -> str:
+        """What was chosen, in parentheses after a space; baselines choose for each draw. "" if nothing was."""
+        texts = dict.fromkeys(filter(None, self.chosen.values()))
+        return f" ({' or '.join(texts)})" if texts else ""
 
     @property
     def mean(self) -> float:
@@ -72,8 +80,11 @@ def entries_of(results: Sequence[Result]) -> Entries:
     """Collects the draws of each entry of the table."""
     entries: Entries = {}
     for result in results:
-        empty = Entry(result.encoder, result.protocol, {}, result.metric)
-        entries.setdefault(result.row, {}).setdefault(result.labels, empty).by_draw[result.draw] = result.accuracy
+        row = entries.setdefault(result.row, {})
+        before = row.get(result.labels) or Entry(result.encoder, result.protocol, {}, result.metric)
+        by_draw = {**before.by_draw, result.draw: result.accuracy}
+        chosen = {**before.chosen, result.draw: result.chosen}
+        row[result.labels] = before._replace(by_draw=by_draw, chosen=chosen)
     return entries
 
 
@@ -89,7 +100,7 @@ def _ranked(entries: Entries, labels: int) -> list[tuple[str, Entry]]:
 
 
 def table(entries: Entries) -> str:
-    """Returns the table in Markdown. The best mean of each column is bold."""
+    """Returns the table in Markdown, with what was chosen. The best mean of each column is bold."""
     columns = columns_of(entries)
     best = {labels: _ranked(entries, labels)[0][1] for labels in columns}
     metric = next(iter(best.values())).metric
@@ -97,20 +108,27 @@ def table(entries: Entries) -> str:
     lines = []
     for title, row in entries.items():
         texts = {n: f"**{entry}**" if entry.rank == best[n].rank else str(entry) for n, entry in row.items()}
-        lines.append([title, *(texts.get(labels, "") for labels in columns)])
+        lines.append([title, *(f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns)])
     return markdown(titles, lines)
 
 
 def conclusion(entries: Entries) -> str:
     """Returns one sentence: the best encoder for each number of labels, and its distance to the best other encoder.
 
-    The distance is the mean over the draws, with its standard deviation: the encoders share the subset of each draw.
+    Encoders with the same mean tie. The distance is the mean over the draws, with its standard deviation: the encoders
+    share the subset of each draw.
     """
     parts = []
     for labels in columns_of(entries):
         (title, best), *rest = _ranked(entries, labels)
         noun, unit = ("accuracy", " %") if best.metric == ACCURACY else (best.metric, "")
-        part = f"with {labels:,} labels, {title} has the best {noun}, {best}{unit}"
+        tied = [(title, best), *(other for other in rest if other[1].rank == best.rank)]
+        if any(other.encoder != best.encoder for _, other in tied):
+            names = [f"{name}{other.choice}" for name, other in tied]
+            text = f"{', '.join(names[:-1])} and {names[-1]} tie for the best {noun}"
+            parts.append(f"with {labels:,} labels, {text}, {best.format(best.mean)}{unit}")
+            continue
+        part = f"with {labels:,} labels, {title} has the best {noun}, {best}{unit}{best.choice}"
         others = [f", {_distance(best, other)} {name}" for name, other in rest if other.encoder != best.encoder]
         parts.append(part + "".join(others[:1]))
     sentence = "; ".join(parts)

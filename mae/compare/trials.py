@@ -1,20 +1,22 @@
 """The trials of a comparison: an encoder is evaluated with a protocol on a random subset of the labels."""
 
+import math
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae.compare import baselines, store
+from mae.compare import baselines, grids, store
 from mae.compare.encoders import ARCHITECTURE, PIXELS, Encoder, directory_of
 from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data.labels import some_of_each_class
 from mae.data.source import Source
 from mae.evaluate.metrics import LOWER_IS_BETTER
-from mae.evaluate.tasks import best_of
 from mae.files import locks, recipes
+from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
+from mae.pooling import TITLES as POOLING_TITLES
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
 from mae.settings.choices import DEFAULT_METRICS
@@ -27,11 +29,12 @@ PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size":
          "eval_every": 60, "save_every": 60}  # fmt: skip
 # The settings of each protocol without a recipe.
 DEFAULTS: dict[str, Settings] = {
-    KNN: {"global_pool": True, "k": [5, 20, 100]},
-    LINEAR: {**PROBE, "blr": [0.3, 1, 3, 10, 30, 100], "global_pool": True},
+    KNN: {"k": [1, 5, 20, 100]},
+    LINEAR: {**PROBE, "blr": [1, 3, 10, 30, 100, 300]},
     ATTENTIVE: {**PROBE, "blr": [0.3, 1, 3, 10, 30], "probe": "attentive"},
     FINETUNE: {"batch_size": 128},
 }
+GRIDS = {KNN: "k", LINEAR: "blr", ATTENTIVE: "blr", FINETUNE: "blr"}  # the setting of which the best value is chosen
 # Settings that all scripts share; the comparison passes those that are given.
 SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
@@ -128,48 +131,69 @@ class Trials:
             scores, command = self._fit_pixels(trial)
             score, chosen = scores["test_acc1"], scores["chosen"]
         else:
-            hyperparameters = self._choose(trial._replace(draw=0))
-            scores, command = self._run(trial.name, trial, hyperparameters)
-            k, rate = hyperparameters.get("k"), hyperparameters.get("blr") or scores.get("chosen_blr")
-            score = scores[f"{self.metric}_k{k}" if k else f"test_{self.metric}"]
-            chosen = f"k {k}" if k else f"blr {rate:g}" if rate else ""
+            pooling, value = self._choose(trial._replace(draw=0))
+            name = GRIDS[trial.protocol]
+            hyperparameters = {} if value is None else {name: value}
+            scores, command = self._run(trial.name, trial, hyperparameters | _settings_of_pooling(pooling))
+            score = scores[f"{self.metric}_k{value}" if name == "k" else f"test_{self.metric}"]
+            texts = ["" if value is None else f"{name} {value:g}", POOLING_TITLES.get(pooling, "")]
+            chosen = ", ".join(filter(None, texts))
         title = TITLES.get(trial.protocol, trial.protocol)
         return Result(
             trial.encoder.name, title, trial.size.labels, trial.draw, score, chosen, scores["seconds"], command,
             self.metric,
         )  # fmt: skip
 
-    def _choose(self, trial: Trial) -> Settings:
-        """Chooses the hyperparameters of an encoder, a protocol and a number of labels on held-out training images."""
-        choices, held_out = f"choices/{trial.name}", {"val_fraction": VAL_FRACTION}
+    def _choose(self, trial: Trial) -> tuple[str, Any]:
+        """Chooses the pooling and the value of the grid on held-out training images.
+
+        Returns:
+            The pooling, "" if the protocol does not pool features; and the value, None if there is no grid.
+        """
+        folder = f"choices/{trial.name}"
+        run = self.scripts[trial.protocol].settings(self.settings(trial))
+        poolings = _poolings_of(trial, run)
+        values, least, most = self._grid_of(trial, run)
+        if not values or len(poolings) == len(values) == 1:
+            return poolings[0], values[0] if values else None
+        kept = self.folder / folder / "features"
+
+        def scores_of(pooling: str, values: Sequence[Any]) -> Scores:
+            settings = {"val_fraction": VAL_FRACTION} | _settings_of_pooling(pooling)
+            name = f"{folder}/{pooling}" if pooling else folder
+            if trial.protocol == KNN:
+                scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]
+                return {k: scores[f"{self.metric}_k{k}"] for k in values}
+            runs = {rate: self._run(f"{name}/{rate}", trial, settings | {"blr": rate}, kept)[0] for rate in values}
+            return {rate: scores[f"test_{self.metric}"] for rate, scores in runs.items()}
+
+        chosen = grids.choose(poolings, values, scores_of, self.metric in LOWER_IS_BETTER, least, most)
+        shutil.rmtree(kept, ignore_errors=True)
+        return chosen
+
+    def _grid_of(self, trial: Trial, run: Run) -> tuple[list[Any], float, float]:
+        """Returns the values to choose from, and the limits of such values."""
         if trial.protocol == KNN:
-            most = min(round(trial.size.labels * (1 - VAL_FRACTION)), trial.size.labels - 1)
-            numbers = self.scripts[KNN].settings(self.settings(trial)).evaluation.k
-            ks = [k for k in numbers if k <= most] or [1]
-            if len(ks) == 1:
-                return {"k": ks[0]}
-            scores = self._run(choices, trial, held_out | {"k": ks})[0]
-            return {"k": self._best({k: scores[f"{self.metric}_k{k}"] for k in ks})}
-        rates: Any = self.run.optim.blr  # the flag takes several
-        if trial.protocol != FINETUNE or not rates:
-            return {}  # a probe trains a head for each rate
-        if len(rates) == 1:
-            return {"blr": rates[0]}
-        runs = {rate: self._run(f"{choices}/{rate}", trial, held_out | {"blr": rate})[0] for rate in rates}
-        return {"blr": self._best({rate: scores[f"test_{self.metric}"] for rate, scores in runs.items()})}
+            most = max(1, min(round(trial.size.labels * (1 - VAL_FRACTION)), trial.size.labels - 1))
+            return [k for k in run.evaluation.k if k <= most] or [1], 1, most
+        rates: Any = (self.run if trial.protocol == FINETUNE else run).optim.blr  # the flag is for fine-tuning
+        return (rates if isinstance(rates, list) else [rates] if rates else []), 0, math.inf
 
-    def _best(self, scores: Mapping[Any, float]) -> Any:
-        """Returns the value with the best score."""
-        return list(scores)[best_of(list(scores.values()), self.metric in LOWER_IS_BETTER)]
+    def _run(self, name: str, trial: Trial, hyperparameters: Settings, kept: Path | None = None) -> tuple[Scores, str]:
+        """Runs the script of a protocol; returns its scores and its command.
 
-    def _run(self, name: str, trial: Trial, hyperparameters: Settings) -> tuple[Scores, str]:
-        """Runs the script of a protocol; returns its scores and its command."""
+        Args:
+            kept: folder of the features of a frozen encoder, which several runs read.
+        """
         script, out = self.scripts[trial.protocol], self.folder / name
         settings = self.settings(trial) | hyperparameters
         if trial.protocol != KNN:
             settings |= {"output_dir": out, "resume": "auto"}
+        options = {"features": kept} if kept and trial.protocol != FINETUNE else {}
+        if options and trial.protocol != KNN:
+            settings["cache_features"] = True
         try:
-            scores = store.run(out, script, settings, self._scores)
+            scores = store.run(out, script, settings, self._scores, options)
         except locks.Busy:
             raise
         except ValueError as error:  # it may name a flag that the comparison does not have
@@ -199,6 +223,19 @@ class Trials:
 
         scores = store.kept(self.folder / trial.name, settings, compute)
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
+
+
+def _poolings_of(trial: Trial, run: Run) -> Sequence[str]:
+    """Returns the poolings to choose from; [""] for a protocol that does not pool features."""
+    if trial.protocol not in (KNN, LINEAR):
+        return [""]
+    if "global_pool" in run.explicit and OF_TIMM not in trial.encoder.poolings:  # of a recipe
+        return [PATCHES if run.model.global_pool else CLASS_TOKEN]
+    return trial.encoder.poolings
+
+
+def _settings_of_pooling(pooling: str) -> Settings:
+    return {"global_pool": pooling == PATCHES} if pooling in (CLASS_TOKEN, PATCHES) else {}
 
 
 def _recipes_of(run: Run) -> dict[str, str]:

@@ -28,6 +28,7 @@ from mae.data.pixels import MAX_PIXELS, BadImage, PixelValues, size_of, to_tenso
 from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
+from mae.pooling import CLASS_TOKEN, OF_PROBE, OF_TIMM, PATCHES, Pooling, pooled, pooling_of
 from mae.position_tables import to_pair
 from mae.settings import specs
 from mae.settings.choices import CLASSIFICATION, MULTILABEL
@@ -51,6 +52,7 @@ class ModelMixin(PyTorchModelHubMixin):
         normalize: a batch of such tensors -> the input of the model.
         classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
         settings: the settings that the model is built from.
+        pooling: how features are pooled by default.
         encoder: the mix-in of `with_encoder`.
         network: the class of the model without its preprocessing.
         values: the meaning of the values in image files.
@@ -58,6 +60,7 @@ class ModelMixin(PyTorchModelHubMixin):
     """
 
     in_chans: int
+    pooling: Pooling
     classes: list[str] | None
     head_pools = False  # as in `VisionTransformer`
     encoder: ClassVar[type[models_vit.Encoder] | None] = None
@@ -65,6 +68,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.pooling = pooling_of(settings)
         self.in_chans = settings["in_chans"]
         self.values = PixelValues(settings.get("nodata"), settings.get("value_range"), settings.get("channels_last"))
         self.preprocess = transforms.eval_transform(
@@ -297,8 +301,7 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             images: as in `prepare`.
             pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
-                tokens, class tokens first. Default: the input of the classification head, after the pooling of an
-                attentive probe; or "cls" without a head.
+                tokens, class tokens first. Default: `pooling`, the rule of `mae.pooling.pooling_of`.
             channels_last: as in `prepare`.
             requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
                 `compute_features`, which also has the mode of the model.
@@ -322,18 +325,15 @@ class ModelMixin(PyTorchModelHubMixin):
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
         of the model; otherwise as `extract_feat`.
         """
-        if self.head_pools and pool is None:
-            return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
-        pooled = self.settings.get("global_pool", False)
-        pool = pool or ("avg" if pooled else "cls")
-        if pooled and pool == "avg":  # the mean is normalized after pooling
-            return self.forward_features(x, **extras)  # type: ignore[attr-defined]
-        if pool not in ("cls", "avg", "tokens"):
+        if pool not in (None, CLASS_TOKEN, PATCHES, "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
+        name = pool or self.pooling.name
+        if name == OF_PROBE:
+            return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
+        if name == OF_TIMM or (name == PATCHES and self.settings.get("global_pool")):  # normalized after pooling
+            return self.forward_features(x, **extras)  # type: ignore[attr-defined]
         tokens = self.get_intermediate_layers(x, **extras)[0]  # type: ignore[attr-defined]
-        if pool == "tokens":
-            return tokens
-        return self.class_features(tokens) if pool == "cls" else self.patch_tokens(tokens).mean(dim=1)  # type: ignore[attr-defined]
+        return tokens if name == "tokens" else pooled(self, tokens, name)
 
 
 class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
@@ -373,12 +373,6 @@ class TimmClassifier(Classifier, TimmEncoder):
 
     network = TimmEncoder
     arguments = staticmethod(mae.build.timm_arguments)
-
-    def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
-        """As `ModelMixin.compute_features`; by default, the pooled features of timm, or of an attentive probe."""
-        if pool is None and not self.head_pools:
-            return self.forward_features(x, **extras)
-        return super().compute_features(x, pool, **extras)
 
 
 class Segmenter(ModelMixin, models_segment.Segmenter):

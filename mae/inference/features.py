@@ -37,6 +37,7 @@ from mae.data.source import Source, Stream, is_stream, versions
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model
+from mae.pooling import CLASS_TOKEN, PATCHES, TITLES
 from mae.settings import DataSpec
 from mae.settings.choices import REGRESSION
 from mae.training import feature_files
@@ -46,7 +47,7 @@ from mae.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-POOLS = {"cls": "class token", "avg": "mean of the patch tokens"}  # the values of --pool that return a vector
+POOLS = {name: TITLES[name] for name in (CLASS_TOKEN, PATCHES)}  # the values of --pool that return a vector
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOL
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of FOLDER, or split of --dataset")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in pools.items())
-    parser.add_argument("--pool", choices=(*pools,), help=f"{meanings} (default: the input of the head)")
+    parser.add_argument("--pool", choices=(*pools,), help=f"{meanings} (default: what the file is for)")
     options.add_extraction_options(parser)
     options.add_to(parser, "nodata", "value_range", "channels_last")
     text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
@@ -134,6 +135,7 @@ def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Preci
         source = readable(source, model.in_chans, args.num_workers, model.values)
     extras.require_fitting(model, source)
     extractor = Extractor(model, args.pool)
+    logger.info(f"features: {f'--pool {args.pool}' if args.pool else model.pooling}")
     if args.compile:
         compile_model(extractor, device, freeze_weights=True)
     return extractor, source, precision

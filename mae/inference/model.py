@@ -23,10 +23,11 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
 from mae.data.pixels import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter, TimmClassifier
+from mae.pooling import pooling_of
 from mae.settings import EXPORTED, REBUILDS, chosen
+from mae.settings.choices import TIMM
 from mae.weights import loading, model_settings, model_zoo, reading
 from mae.weights.candidates import warn_once
-from mae.weights.timm_models import TIMM
 
 logger = logging.getLogger(__name__)
 
@@ -215,4 +216,5 @@ def _load(
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)
+    model.pooling = pooling_of({"uniformity": file.settings.get("uniformity"), **model.settings})
     return model

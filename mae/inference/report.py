@@ -184,7 +184,8 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)
     pixels = pictures.tile(columns, model.normalize.inverse, neighbors.scale_of(columns[0]))
     among = f"{len(source):,} of the {total:,}" if len(source) < total else f"the {total:,}"
-    text = f"The images with the nearest features, by cosine similarity, among {among} training images."
+    text = f"The images with the nearest features, by cosine similarity, among {among} training images. "
+    text += f"Features: {model.pooling}."
     if agreement := neighbors.agreement(source, rows):
         text += f" {agreement}."
     titles = neighbors.titles(len(columns) - 1)

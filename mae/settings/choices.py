@@ -2,6 +2,7 @@
 
 from mae.position_tables import Size, to_pair
 
+TIMM = "timm:"  # before the name of a model of timm
 BACKENDS = ("auto", "nccl", "gloo")
 AMP_CHOICES = ("auto", "bf16", "fp16", "tf32", "off")
 TF32 = (  # in the help of --amp

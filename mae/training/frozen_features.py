@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.source import Source, versions
+from mae.pooling import CLASS_TOKEN, PATCHES, pooled
 from mae.settings import REBUILDS, ImageSpec, Run, names_of
 from mae.training import feature_files
 from mae.training.compiling import padded
@@ -26,12 +28,25 @@ MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
 def encode_images(
-    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-) -> Iterator[Batch]:
-    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
+    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None,
+    forward: Callable[..., Tensor] | None = None,
+) -> Iterator[Batch]:  # fmt: skip
+    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`.
+
+    Args:
+        forward: computes other features in place of this input.
+    """
     batches = data.eval_batches(source, batch_size, on_bad_image)
-    forward = padded(model.eval().forward_features, model)
+    forward = padded(forward or model.eval().forward_features, model.eval())
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
+
+
+def _both_poolings(model: Any, images: Tensor, **extras: Tensor) -> Tensor:
+    """Images (B, c, H, W) -> the inputs of the heads without and with `global_pool`, whose norm is new: (B, 2, D)."""
+    tokens = model.get_intermediate_layers(images, norm=False, **extras)[0]
+    mean = pooled(model, tokens, PATCHES)
+    mean = F.layer_norm(mean, mean.shape[-1:], eps=getattr(model.norm, "eps", 1e-6))
+    return torch.stack([pooled(model, model.norm(tokens), CLASS_TOKEN), mean], dim=1)
 
 
 class FrozenFeatures:
@@ -41,16 +56,19 @@ class FrozenFeatures:
     are mapped into memory (`cache_features`), or are computed in every pass.
 
     Args:
-        model: a `VisionTransformer` with the head of a probe.
+        model: a `VisionTransformer`, with the head of a probe if the head pools. With `kept`, a pooled encoder has the
+            norm of its tokens, from which both poolings come; without this norm there is one.
         sets: datasets by name.
+        kept: folder for runs with the same images and encoder, which may differ in `global_pool`. The features of both
+            poolings are computed in one pass, in the first of them.
 
     Raises:
         ValueError: the disk has no space for the files.
     """
 
     def __init__(
-        self, run: Run, data: RunData, model: Any, precision: Precision,
-        sets: Mapping[str, Source],
+        self, run: Run, data: RunData, model: Any, precision: Precision, sets: Mapping[str, Source],
+        kept: Path | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.data = data
@@ -59,9 +77,15 @@ class FrozenFeatures:
         self.sets = sets
         self.batch_size = min(run.optim.batch_size, MAX_BATCH)
         self.are_stored = run.data.cache_features or not model.head_pools
-        self.folder = Path(run.machine.output_dir) / "tokens"
+        self.kept = kept
+        self.has_both = kept is not None and not model.head_pools and hasattr(model, "norm")
+        self.folder = kept or Path(run.machine.output_dir) / "tokens"
         if self.are_stored and model.head_pools:
-            if parallel.is_main() and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume):
+            if (
+                not kept
+                and parallel.is_main()
+                and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume)
+            ):
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
@@ -77,14 +101,21 @@ class FrozenFeatures:
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
         source, options = self.sets[name], dict[str, Any]()
-        if self.model.head_pools:
+        if self.model.head_pools or self.kept:
             folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"
-            options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
-        return feature_files.extract(partial(self._encode, name), source, **options)
+            options = {"folder": folder, "settings": self._token_settings(source)}
+        if self.model.head_pools:
+            options["dtype"] = torch.float16
+        features, targets = feature_files.extract(partial(self._encode, name), source, **options)
+        if self.has_both:
+            features = features[:, int(self.run.model.global_pool)]
+        # A copy, because k-NN normalizes features in place, and these are mapped from a file.
+        return (features if self.model.head_pools else features.clone()) if self.kept else features, targets
 
     def _encode(self, name: str, source: Source) -> Iterator[Batch]:
-        on_bad_image = None if name == "val" else "error"
-        return encode_images(self.data, source, self.model, self.batch_size, self.precision, on_bad_image)
+        on_bad_image = None if name == "val" or self.data.data.on_bad_image is None else "error"
+        forward = partial(_both_poolings, self.model) if self.has_both else None
+        return encode_images(self.data, source, self.model, self.batch_size, self.precision, on_bad_image, forward)
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
@@ -94,7 +125,8 @@ class FrozenFeatures:
         return {
             **{name: run[name] for name in (*names, "data_path") if name in run},
             "mean": list(mean), "std": list(std), "fast_jpeg": run.data.fast_jpeg and run.data.fast_jpeg_resize,
-            "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
+            "precision": self.precision.name, "has_both": self.has_both,
+            "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
         }  # fmt: skip
 

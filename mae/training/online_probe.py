@@ -17,6 +17,7 @@ from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import Source, is_stream
 from mae.evaluate import knn
+from mae.pooling import Pooling, pooled, pooling_of
 from mae.settings import DATASETS, DataSpec, Run
 from mae.training import feature_files
 from mae.training.compiling import padded
@@ -37,8 +38,9 @@ class OnlineProbe:
     model is trained on them, too. Their masks depend on the seed and on the number of the image only. Another image
     replaces one with too few valid patches.
 
-    The features are the class token after the last norm, as in main_knn.py. The training images of `path`, or the other
-    images of the run, classify those that are held out. If they have no labels, there is no accuracy.
+    The features have the pooling of `pooling_of`: the class token after the last norm, as in main_knn.py. The training
+    images of `path`, or the other images of the run, classify those that are held out. If they have no labels, there is
+    no accuracy.
 
     Args:
         data: how the images of the run are read.
@@ -47,6 +49,7 @@ class OnlineProbe:
         path: a dataset with class folders in train/ and val/.
         batch_size: images in a batch, per process.
         precision: precision of the run.
+        pooling: of the features.
 
     Raises:
         ValueError: the dataset of `path` can't be opened, or there is no `path` and the images are streamed.
@@ -54,8 +57,9 @@ class OnlineProbe:
     """
 
     def __init__(
-        self, data: RunData, images: Samples, mask_ratio: float, path: str | None, batch_size: int, precision: Precision
-    ) -> None:
+        self, data: RunData, images: Samples, mask_ratio: float, path: str | None, batch_size: int,
+        precision: Precision, pooling: Pooling,
+    ) -> None:  # fmt: skip
         if path:
             settings = {**data.data.record(), **dict.fromkeys(DATASETS), "extras": None, "data_path": path}
             data = RunData(data.images, DataSpec.of(settings), precision.device)
@@ -75,6 +79,8 @@ class OnlineProbe:
         self.data, self.batch_size, self.precision = data, batch_size, precision.of_evaluation()
         self.masked = data.samples(self.val, images.transform, "skip", images.draw_noise)
         self.mask_ratio = mask_ratio
+        self.pooling = pooling
+        logger.info(f"`probe_every`: features of {len(self.train):,} and {len(self.val):,} images: {pooling}")
 
     def _some(self, source: Source, data: RunData) -> Source:
         order = np.random.default_rng(data.data.seed).permutation(len(source))[:MAX_IMAGES]
@@ -83,7 +89,7 @@ class OnlineProbe:
     def scores(self, model: Any) -> dict[str, float]:
         """Returns the entries of log.txt.
 
-        test_loss is the loss of the images that are held out. The others are of the class tokens: test_knn_acc1 in
+        test_loss is the loss of the images that are held out. The others are of the features: test_knn_acc1 in
         percent if there are labels, test_effective_rank, and test_uniformity.
 
         All processes call it. The model is in evaluation mode afterwards.
@@ -123,10 +129,10 @@ class OnlineProbe:
         return sum(parallel.gather(total)) / len(self.val)
 
     def encode(self, model: Any, source: Source) -> Any:
-        """Yields the class tokens of the images of a source, without masks, as `feature_files.encode`."""
+        """Yields the features of the images of a source, without masks, as `feature_files.encode`."""
 
         def forward(images: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
-            return model.class_features(model.get_intermediate_layers(images, **extras)[0])
+            return pooled(model, model.get_intermediate_layers(images, **extras)[0], self.pooling.name)
 
         batches = self.data.eval_batches(source, self.batch_size)
         return feature_files.encode(
@@ -152,7 +158,8 @@ def open_probe(
             f"probe_every={every}: `fsdp` shards the weights; omit one of them, and evaluate checkpoints with "
             f"main_knn.py"
         )
-    probe = OnlineProbe(data, images, mask_ratio, path, run.optim.batch_size, precision)
+    pooling = pooling_of(run.model.record())
+    probe = OnlineProbe(data, images, mask_ratio, path, run.optim.batch_size, precision, pooling)
     extras.require_fitting(model, probe.train, probe.val, STEPS)
     return probe
 

@@ -23,12 +23,11 @@ from mae.checkpoints import checkpoint, run_directory, sharded
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
-from mae.settings.choices import TASK_CHOICES
+from mae.settings.choices import TASK_CHOICES, TIMM
 from mae.weights import candidates, dino, foreign_settings, model_zoo, shapes, timm_models
 from mae.weights.candidates import some, warn_once
 from mae.weights.conversion import to_ours
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
-from mae.weights.timm_models import TIMM
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,10 @@ from typing import Any
 from mae import parallel, settings
 from mae.checkpoints import run_directory
 from mae.data import transforms
+from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES, Pooling, pooling_of
 from mae.settings import EVALUATE, TRAIN, Run
 from mae.settings.arguments import in_words
+from mae.settings.choices import ATTENTIVE
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
@@ -57,6 +59,18 @@ def with_recorded_settings(
     crop_pct = run.images.crop_pct or transforms.default_crop_pct(run.images.input_size)
     num_cls_tokens = run.model.num_cls_tokens or (file.num_cls_tokens if file else 1)
     return run.changed({"crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
+
+
+def with_pooling(run: Run, file: reading.Weights | None) -> Run:
+    """Returns the settings of a run on pooled features, with `global_pool` as given or by `pooling_of`, and logs it."""
+    settings = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
+    if settings.get("probe") == ATTENTIVE:  # the head, which pools, is not built
+        settings["nb_classes"] = 0
+    pooling = pooling_of(settings)
+    if "global_pool" in run.explicit and pooling.name != OF_TIMM:
+        pooling = Pooling(PATCHES if run.model.global_pool else CLASS_TOKEN, "as given")
+    logger.info(f"features: {pooling}")
+    return run.changed({"global_pool": run.model.global_pool if pooling.name == OF_TIMM else pooling.name == PATCHES})
 
 
 def with_settings_of(file: reading.Weights, run: Run, recorded: Mapping[str, Any], purpose: str) -> Run:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.position_tables import Size, to_pair
+from mae.settings.choices import TIMM
 from mae.suggestions import did_you_mean
 from models_vit import Encoder, VisionTransformer
 
 logger = logging.getLogger(__name__)
 
-TIMM = "timm:"  # before the name of a model of timm
 NETWORK = "net."  # before the names of its tensors
 
 

@@ -1,0 +1,53 @@
+"""The rule that says how an encoder is pooled: how its tokens become one vector, where nothing chooses it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mae.settings.choices import ATTENTIVE, TIMM
+
+CLASS_TOKEN, PATCHES, OF_PROBE, OF_TIMM = "cls", "avg", "probe", "timm"
+TITLES = {
+    CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the attentive probe",
+    OF_TIMM: "pooling of timm",
+}  # fmt: skip
+DINO = "examples.dino:"  # the beginning of the encoders of its files
+
+
+class Pooling(NamedTuple):
+    """How the tokens of an image become its features."""
+
+    name: str  # a key of TITLES
+    reason: str  # "" if the file does not tell, and the pooling is the published one
+
+    def __str__(self) -> str:
+        """Returns the pooling and its reason, for a log or a page."""
+        return f"{TITLES[self.name]} ({self.reason or 'the published default; the file does not tell'})"
+
+
+def pooling_of(settings: Mapping[str, Any]) -> Pooling:
+    """Returns the pooling of an encoder, by what it was trained for.
+
+    Args:
+        settings: of the model and of its training, by the names of the flags.
+    """
+    has_head = bool(settings.get("nb_classes"))
+    if has_head and settings.get("probe") == ATTENTIVE:
+        return Pooling(OF_PROBE, "its head records it")
+    if str(settings.get("model")).startswith(TIMM):
+        return Pooling(OF_TIMM, "a model of timm")
+    if settings.get("global_pool"):
+        return Pooling(PATCHES, "the classifier records it")
+    if has_head:
+        return Pooling(CLASS_TOKEN, "the classifier records it")
+    if str(settings.get("encoder")).startswith(DINO):
+        return Pooling(CLASS_TOKEN, "DINO trains it")
+    if settings.get("uniformity"):
+        return Pooling(CLASS_TOKEN, f"uniformity={settings['uniformity']:g} trains it")
+    return Pooling(CLASS_TOKEN, "")
+
+
+def pooled(model: Any, tokens: Tensor, name: str) -> Tensor:
+    """Pools the tokens (B, T + N, D) of a `models_vit.Encoder`: (B, D). `name`: CLASS_TOKEN or PATCHES."""
+    return model.class_features(tokens) if name == CLASS_TOKEN else model.patch_tokens(tokens).mean(dim=1)

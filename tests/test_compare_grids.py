@@ -1,0 +1,126 @@
+"""The choice of hyperparameters of a comparison: grids that are extended, and poolings that are tried."""
+
+import math
+import re
+
+import pytest
+import torch
+from mains import call
+from test_main_compare import rows
+
+import main_compare
+from mae.compare import grids, store
+from mae.inference import get_model
+
+
+def peaked(places, computed):
+    """Scores of options with one peak each, by value."""
+
+    def scores_of(option, values):
+        computed.extend((option, value) for value in values)
+        place, height = places[option]
+        return {value: height - abs(math.log(value / place)) for value in values}
+
+    return scores_of
+
+
+def test_a_grid_that_ends_at_its_best_value_is_extended():
+    for place, expected in ((1000, 1000), (0.09, 0.1), (30, 10), (2000, 3000)):
+        computed = []
+        assert grids.choose(["a"], [1.0, 10.0, 100.0], peaked({"a": (place, 0)}, computed)) == ("a", expected)
+        assert len(computed) == len(set(computed))
+    lower = grids.choose(["a"], [1.0, 10.0], lambda _, values: {v: abs(math.log(v / 1000)) for v in values}, True)
+    assert lower == ("a", 1000.0)
+
+
+def test_the_grid_of_each_option_is_extended():
+    """The option that is better in the first grid is worse in the end."""
+    computed = []
+    assert grids.choose(["a", "b"], [1, 10, 100], peaked({"a": (10, 0), "b": (1000, 1)}, computed)) == ("b", 1000)
+    assert {value for option, value in computed if option == "a"} == {
+        value for option, value in computed if option == "b"
+    }
+
+
+def test_ties_and_limits_of_a_grid():
+    """Values that are equally good do not extend it; numbers of neighbors have limits; a single value is kept."""
+
+    def same(_, values):
+        return dict.fromkeys(values, 50.0)
+
+    assert grids.choose(["a", "b"], [1, 5, 20], same) == ("a", 5)
+    assert grids.choose(["a"], [7], same) == ("a", 7)
+    assert grids.choose(["a"], [1, 5, 20], peaked({"a": (1000, 0)}, []), least=1, most=38) == ("a", 38)
+    assert grids.choose(["a"], [5, 20], peaked({"a": (0.01, 0)}, []), least=1, most=38) == ("a", 1)
+
+
+def test_every_protocol_extends_its_grid_and_names_its_choice(labelled, tmp_path, monkeypatch):
+    """The scores are given: the best rate is 900, the best k is all neighbors, and the class token is better."""
+    model = get_model("vit_mini_patch4", input_size=16, nb_classes=0, global_pool=False)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "mine.pth")
+
+    def run(folder, script, settings, *_):
+        score = 5.0 * (settings.get("global_pool") is False)
+        ks = settings.get("k", [])
+        of_k = {f"acc1_k{k}": 50 + score + math.log(k) for k in (ks if isinstance(ks, list) else [ks])}
+        rate = settings.get("blr", 1)
+        assert not isinstance(rate, list), "each rate is one head"
+        return {"seconds": 1.0, **of_k, "test_acc1": 50 + score - abs(math.log(rate / 900))}
+
+    monkeypatch.setattr(store, "run", run)
+    monkeypatch.setattr(store, "kept", lambda *_: {"parameters": 1, "images_per_s": 1.0})
+    text = call(main_compare, "--encoders", tmp_path / "mine.pth", "--protocols", "knn", "linear", "attentive",
+                "finetune", "--labels", "48", "--draws", 1, "--blr", "1", "3", data_path=labelled, device="cpu",
+                output_dir=tmp_path / "out", num_workers=0)  # fmt: skip
+    chosen = {row["protocol"]: row["chosen"] for row in rows(tmp_path / "out")}
+    assert chosen == {"k-NN": "k 38, class token", "linear probe": "blr 1000, class token",
+                      "attentive probe": "blr 1000", "fine-tuned": "blr 1000"}  # fmt: skip
+    for protocol, choice in chosen.items():
+        assert re.search(rf"mine \({protocol}\) \| .*\({choice}\) \|", text)
+    assert re.search(r"With 48 labels, mine \(k-NN\) .*\(k 38, class token\)", text)
+    (command,) = (row["command"] for row in rows(tmp_path / "out") if row["protocol"] == "linear probe")
+    assert "--cls_token" in command and "--blr 1000" in command
+
+
+ENCODERS = """
+from models_vit import Encoder
+
+PASSES = []
+
+class Class(Encoder):
+    def class_features(self, tokens):
+        return super().patch_tokens(tokens).mean(dim=1)
+
+    def patch_tokens(self, tokens):
+        return super().patch_tokens(tokens) * 0 + 1
+
+    def get_intermediate_layers(self, imgs, *args, **options):
+        PASSES.append(len(imgs))
+        return super().get_intermediate_layers(imgs, *args, **options)
+
+class Patches(Class):
+    def class_features(self, tokens):
+        return super().class_features(tokens) * 0 + 1
+
+    def patch_tokens(self, tokens):
+        return Encoder.patch_tokens(self, tokens)
+"""
+
+
+@pytest.mark.parametrize(("name", "title", "flag"), [
+    ("Class", "class token", "--cls_token"), ("Patches", "mean of the patches", "--global_pool"),
+])  # fmt: skip
+def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp_path, name, title, flag):
+    """The other pooling is constant. The features of both come from one pass over the labels of the choice."""
+    own_module("two_poolings", ENCODERS)
+    (tmp_path / "linear.yaml").write_text("epochs: 60\nwarmup_epochs: 0\nblr: 10\nbatch_size: 8\n")
+    text = call(main_compare, "--encoders", "scratch", "--protocols", "knn", "linear", "--labels", "all", "--recipes",
+                f"linear={tmp_path / 'linear.yaml'}", data_path=labelled, model="vit_mini_patch4", input_size=16,
+                encoder=f"two_poolings:{name}", device="cpu", amp="off", num_workers=0,
+                output_dir=tmp_path / "out")  # fmt: skip
+    import two_poolings
+
+    for row in rows(tmp_path / "out"):
+        assert row["chosen"].endswith(f", {title}") and float(row["accuracy"]) > 60 and flag in row["command"].split()
+    assert title in text
+    assert sum(two_poolings.PASSES) == 2 * 48  # of k-NN and of the linear probe
