@@ -59,6 +59,7 @@ def train_one_epoch(
         erase: random erasing of normalized images.
         mixup: timm's mixup and cutmix.
     """
+    loss = in_fp32(criterion)
 
     def compute_loss(batch: Any) -> Tensor:
         images, targets = batch.normalized(normalize), batch.labels
@@ -66,7 +67,7 @@ def train_one_epoch(
             images = erase(images)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        return in_fp32(criterion)(model(images, **batch.inputs), targets)
+        return loss(model(images, **batch.inputs), targets)
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
