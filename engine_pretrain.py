@@ -58,6 +58,6 @@ def check_targets(model: MaskedAutoencoderViT, batch: Batch, std: Tensor) -> Non
     if deviation**2 < TARGET_EPS:
         logger.warning(
             f"`norm_pix_loss` hardly scores these images: the normalized pixels of a patch have a standard deviation "
-            f"of {deviation:.1g}, and the loss adds {TARGET_EPS:g} to its square; give value_range=(MIN, MAX), or "
+            f"of {deviation:.1g}, and the loss adds {TARGET_EPS:g} to its square; give value_range=[MIN, MAX], or "
             f"`mean` and `std` of these images, which mae.data prints"
         )

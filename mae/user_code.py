@@ -105,10 +105,9 @@ def with_source(run: Run, source: Callable[..., Any] | None) -> Run:
 
 
 def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:
-    """Calls a function of the user's code. Its mistakes keep their traceback.
+    """Calls a function of the user's code. Its mistakes keep their traceback, below what the function belongs to.
 
-    Scripts print a ValueError or an ArithmeticError in one line, which does not say where the user's code raised it. A
-    StopIteration would end an epoch silently.
+    A StopIteration would end an epoch silently.
 
     Args:
         origin: what the function belongs to, for the error.

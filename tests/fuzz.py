@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz_doors import DOORS, Door
 
+from mae import errors
+
 OF_A_PROCESS = 100
 SECONDS = 20
 MAX_GROWTH = 1024  # MB
@@ -103,11 +105,18 @@ def read(name: str, door: Door, seeds: list[Any], number: int, folder: Path) -> 
             door.read(door.mutate(seeds, generator), folder, generator)
     except ALLOWED as error:
         text = (isinstance(error, OSError) and error.strerror) or str(error)
+        if not errors.is_on_purpose(error, [folder]):
+            return described(error)
         return "" if text.isprintable() else f"{type(error).__name__} of several lines: {text!r}"
     except BaseException as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {str(error)!r:.150} in {Path(at.filename).name}:{at.lineno}"
+        return described(error)
     return ""
+
+
+def described(error: BaseException) -> str:
+    """Returns an error that is no documented one, and where it was raised."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error)!r:.150} in {Path(at.filename).name}:{at.lineno}"
 
 
 def fuzz(names: list[str], inputs: int, folder: Path, processes: int = 2) -> Iterator[tuple[str, list[Fault], int]]:

@@ -15,8 +15,8 @@ PACKAGES = {
     "cli": "files", "compare": "data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = (
-    r"mae\.(context|fp32|interrupts|masking|parallel|pooling|position_tables|settings(\.\w+)?|suggestions|uniformity|"
-    r"user_code)"
+    r"mae\.(context|errors|fp32|interrupts|masking|parallel|pooling|position_tables|settings(\.\w+)?|suggestions|"
+    r"uniformity|user_code)"
 )
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {

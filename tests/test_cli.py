@@ -45,14 +45,19 @@ def refused(capsys):
     return run
 
 
+def raising(error, file):
+    """A function of a file that raises an error."""
+    names = {"error": error}
+    exec(compile("def main(args):\n    raise error", file, "exec"), names)
+    return names["main"]
+
+
 @pytest.fixture
 def ended(capsys, monkeypatch):
     """Runs a script whose main function raises an error; returns the exit code and stderr."""
 
     def run(error, *flags, parser=None):
-        def main(args):
-            raise error
-
+        main = raising(error, ROOT / "mae" / "raised.py")
         monkeypatch.setattr("sys.argv", ["main.py", *flags])
         with pytest.raises(SystemExit) as stop:
             entry_point.run(main, parser or main_pretrain.get_args_parser())
@@ -228,6 +233,15 @@ def test_values_in_messages_and_recipes_are_read_as_they_are_written(value):
     texts = [str(one) for one in value] if isinstance(value, list) else str(value)
     read = values.read_recipe(f"name: {values.as_yaml(value)}  # a comment")["name"]
     assert read == (texts.lower() if isinstance(value, bool) else texts)
+
+
+def test_settings_in_python_have_those_of_the_recipe(tmp_path):
+    """Also of argparse's method, which a script of a fork calls."""
+    argv = ["--config", recipe(tmp_path, "data_path: images\nepochs: 7\nmask_ratio: 0.6\n"), "--epochs", "3"]
+    args = main_pretrain.get_args_parser().parse_args(argv)
+    run = entry_point.parse(main_pretrain.get_args_parser(), argv)
+    assert (args.data_path, args.epochs, args.mask_ratio) == ("images", 3, 0.6)
+    assert vars(args) == run.record()
 
 
 def test_values_are_written_as_a_recipe_has_them():

@@ -303,18 +303,18 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     assert "in_chans=3" in error_of(*continued, "--in_chans", "1")
     assert "batch_size" in error_of(*continued, "--batch_size", "2")
     for flags, message in (
-        (f"--data_path {tmp_path}/nowhere", f"--data_path {tmp_path}/nowhere: "),
-        (f"--data_path {tmp_path}/empty", f"--data_path {tmp_path}/empty: "),
-        ("--batch_size 25", "--batch_size 24"),
-        ("--in_chans 5", "--in_chans 5"),
-        ("--mask_ratio 0.95", "--mask_ratio 0.95"),
+        (f"--data_path {tmp_path}/nowhere", f"data_path={tmp_path}/nowhere: "),
+        (f"--data_path {tmp_path}/empty", f"data_path={tmp_path}/empty: "),
+        ("--batch_size 25", "batch_size=24"),
+        ("--in_chans 5", "in_chans=5"),
+        ("--mask_ratio 0.95", "mask_ratio=0.95"),
         (f"--output_dir {out}", f"{out}"),
         (f"--output_dir {pretrain('other', epochs=1)} --resume {good}", f"{tmp_path}/other"),
         (f"--resume {tmp_path}/nothing.pth", f"{tmp_path}/nothing.pth"),
         (f"--resume {truncated}", f"{truncated}"),
-        (f"--resume {bare}", f"--init_from {bare}"),
+        (f"--resume {bare}", f"init_from={bare}"),
         (f"--init_from {good} --in_chans 1", f"{good}"),
-        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")]),
+        *([] if torch.cuda.is_available() else [("--device cuda", "device=cuda")]),
     ):
         assert message in error_of(*here, *flags.split()), flags
 

@@ -1,14 +1,16 @@
 """A run directory contains one run, and one process writes to it."""
 
 import os
+import resource
 import subprocess
 from pathlib import Path
 
 import forks
 import pytest
 from conftest import ROOT
-from mains import in_processes
+from mains import fails, in_processes, small_run
 
+import main_pretrain
 from mae.checkpoints import checkpoint, run_directory
 
 LOCK = """
@@ -162,3 +164,19 @@ def test_processes_with_different_directories_are_an_error(pictures, tmp_path):
         forks.run(script, argv, tmp_path / "output", count=2)
     assert "output_dir=run of process 1 " in raised.value.output
     assert not list((tmp_path / "machine1").rglob("*.pth"))
+
+
+def test_a_directory_on_a_full_disk_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no byte can be written
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)), run_directory.locked(tmp_path, ""):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_at_the_start_is_named(pictures, tmp_path, capsys, monkeypatch):
+    (tmp_path / "environment.jsonl").symlink_to("/dev/full")
+    line = fails(capsys, monkeypatch, main_pretrain, *small_run(pictures, tmp_path, "--batch_size", 4))
+    assert f"{tmp_path}/environment.jsonl (No space left on device)" in line

@@ -170,7 +170,8 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if parallel.is_main():
             try:
-                file = stack.enter_context((output_dir / LOCK).open("a+", encoding="utf-8"))
+                # Without a buffer: closing the file on a full disk would raise a second error, without a name.
+                file = stack.enter_context((output_dir / LOCK).open("ab+", buffering=0))
                 _take(file, output_dir)
                 stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
                 _require_unused(output_dir, resume)
@@ -193,16 +194,15 @@ def _require_shared(output_dir: Path) -> None:
         raise ValueError(f"output_dir={output_dir} of {others[0]} is another directory than that of process 0")
 
 
-def _take(file: IO[str], output_dir: Path) -> None:
+def _take(file: IO[bytes], output_dir: Path) -> None:
     file.seek(0)
-    holder = file.read()
+    holder = file.read().decode()
     if not locks.acquire(file, output_dir):
         raise ValueError(f"output_dir={output_dir} is being written to by another run ({holder})")
     if holder:
         logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     os.fsync(file.fileno())  # with NFS, other machines see it
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from mae import parallel
+from mae import errors, parallel
 from mae.cli.flags import Range, Size, is_refused_in_recipes
 from mae.files import recipes
 from mae.files.untrusted import printable, recipe_problem
@@ -81,13 +81,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {text}\n{self.format_usage()}; --help explains the flags\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns the arguments of a command line, with those of the recipe of `--config`, as `parse_command`."""
+        found = parse_command(self, args)[0]
+        vars(namespace := namespace or argparse.Namespace()).update(vars(found))
+        return namespace
+
+    def parse_flags(self, argv: list[str]) -> argparse.Namespace:
         """Parses like argparse, but reports unknown flags first, with the most similar known flag."""
-        args = sys.argv[1:] if args is None else list(args)
-        unknown = [flag for flag in _flags_in(args) if flag not in self._option_string_actions]
+        unknown = [flag for flag in _flags_in(argv) if flag not in self._option_string_actions]
         if unknown:
             near = did_you_mean(unknown[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-        return super().parse_args(args, namespace)
+        return super().parse_args(argv)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
@@ -118,6 +123,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Run:
     """Parses the command line of a script. Returns its settings, and which of them are explicit.
 
+    Programs make their settings with it, too (docs/runs.md, Settings in Python).
     Flags override the recipe of `--config`, and the recipe overrides defaults. The entries of a recipe are parsed like
     flags, with the same checks. Other settings than defaults are explicit.
     """
@@ -131,11 +137,12 @@ def parse_command(
     """Parses the command line as `parse` does. Returns the arguments, and the names of those that are explicit."""
     assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
+    if "--help" not in parser._option_string_actions:
+        parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
     required = [action for action in parser._actions if action.required and action.option_strings]
     for action in required if "--config" in _flags_in(argv) else ():
         action.required = False  # the recipe may set it
-    args = parser.parse_args(argv)
+    args = parser.parse_flags(argv)
     _refuse_urls(parser, args)
     in_command = {parser._option_string_actions[flag].dest for flag in _flags_in(argv)}
     in_command |= {a.dest for a in parser._actions if not a.option_strings and getattr(args, a.dest) != a.default}
@@ -268,7 +275,7 @@ def run(
     parser: argparse.ArgumentParser,
     convert: Callable[[argparse.Namespace, frozenset[str]], Any] = lambda args, explicit: args,
 ) -> None:
-    """Parses the command line and runs `main`. An error prints one line and exits with a code above 0.
+    """Parses the command line and runs `main`. An error on purpose (`errors.is_on_purpose`) prints one line.
 
     The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
 
@@ -301,7 +308,9 @@ def run(
             raise
         _fail(parser, args, error, f"{error}: pip install {error.name}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, message(error), 1)
+        if not errors.is_on_purpose(error, vars(args).values()):
+            raise
+        _fail(parser, args, error, errors.message(error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
         reason = f"{error}, the state is saved; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
@@ -323,11 +332,3 @@ def _out_of_memory(args: argparse.Namespace) -> str:
         return "out of memory: give fewer or smaller images, or a smaller model"
     remedy = " and double `accum_iter`" if "accum_iter" in args else ""
     return f"out of memory: halve batch_size={args.batch_size}{remedy}"
-
-
-def message(error: Exception) -> str:
-    """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"  # without the error number
-    text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mae import parallel
+from mae import errors, parallel
 from mae.cli import entry_point
 from mae.settings import Run
 from mae.settings.arguments import arguments
@@ -49,7 +49,9 @@ class Script:
             try:
                 return self.module.main(self.settings(given), **options)
             except (ValueError, OSError, ArithmeticError) as error:
-                raise ValueError(f"{entry_point.message(error)} (the output is in {output})") from error
+                if not errors.is_on_purpose(error, given.values()):
+                    raise
+                raise ValueError(f"{errors.message(error)} (the output is in {output})") from error
             finally:  # leave no state to the next run; each `main` seeds PyTorch
                 parallel.teardown()
                 gc.collect()

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mae import parallel
+from mae import errors, parallel
 from mae.data import decode, jpeg, pixels, tiff
 from mae.data.batches import Batches, up_to_cores
 from mae.data.generators import preserve_generators
@@ -168,6 +168,7 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    @errors.marked()
     def __getitem__(self, index: int) -> torch.Tensor:
         nothing = torch.empty(0, 0, 0, dtype=torch.uint8)
         try:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mae import parallel
+from mae import errors, parallel
 from mae.data.batches import Batches, up_to_cores
 from mae.data.decode import find_invalid, fit_channels, is_turned, of_item, read
 from mae.data.generators import preserve_generators
@@ -56,6 +56,7 @@ class FactsDataset(Dataset):
         self.in_chans = in_chans
         self.values = values
 
+    @errors.marked()
     def __getitem__(self, index: int) -> ImageFacts:
         try:
             item = self.source[index]

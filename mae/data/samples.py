@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from mae import parallel
+from mae import errors, parallel
 from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
 from mae.data.extras import original
 from mae.data.generators import preserve_generators, seed_generators
@@ -77,6 +77,7 @@ class Samples(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         return self.__getitems__([place])[0]
 
+    @errors.marked()
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
         """Returns the samples of a batch. A place that is repeated consecutively is read once and augmented anew."""
         samples: list[Sample] = []
@@ -172,7 +173,8 @@ class StreamedSamples(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         batches = len(range(worker, num_batches, workers))  # workers take turns
         stream = self._stream(start, rank * workers + worker, world_size * workers)
-        yield from itertools.islice(stream, batches * batch_size)
+        with errors.marked():
+            yield from itertools.islice(stream, batches * batch_size)
 
     def _stream(self, start: int, part: int, parts: int) -> Iterator[Sample]:
         bad: list[Bad] = []

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mae.files import atomic
 
@@ -43,7 +43,7 @@ def locked(folder: Path, name: str = "lock", waits: bool = False) -> Iterator[No
         yield
 
 
-def acquire(file: IO[str], folder: Path) -> bool:
+def acquire(file: IO[Any], folder: Path) -> bool:
     """Locks an open file in `folder`. The system releases the lock when the process ends for any reason.
 
     Some network file systems have no locks; a warning names `folder`.

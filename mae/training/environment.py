@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mae import parallel
+from mae.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) 
     """
     path = output_dir / FILE
     own = {name: settings[name] for name in sorted(settings) if name != "classes"}
-    with path.open("a", encoding="utf-8") as file:
+    with atomic.writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**describe(device), "settings": own}) + "\n")
     logger.info(f"settings and versions: {path}")
 

@@ -24,7 +24,6 @@ META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
 ENCODER, FULL, CLASSIFIER, SEGMENTER = "encoder", "encoder and decoder", "classifier", "segmentation model"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".zip")  # of files of weights
-SIMILAR = 0.4  # minimum similarity of a suggested name; low, because the names are long
 
 
 class Published(NamedTuple):
@@ -146,7 +145,7 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
         return _from_hub(of_hub[2])
     if "://" in name:
         return "; download it, and give the path of the file"
-    return did_you_mean(name, known, SIMILAR)
+    return did_you_mean(name, known)
 
 
 def _from_hub(name: str) -> str:

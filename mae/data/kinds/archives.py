@@ -164,7 +164,7 @@ def check_size(size: int) -> None:
 
 
 def _read_at(file: FileIO, start: int, size: int) -> bytes:
-    if start + size > os.fstat(file.fileno()).st_size:  # checked before memory is allocated
+    if start < 0 or start + size > os.fstat(file.fileno()).st_size:  # checked before memory is allocated
         raise BadImage("the archive ends within this member")
     data = os.pread(file.fileno(), size, start)
     while len(data) < size and (more := os.pread(file.fileno(), size - len(data), start + len(data))):
