@@ -214,7 +214,7 @@ def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, own_
     for script in (main_pretrain, main_segment):
         for name, flag in (
             ("recipe", "--dataset py:mine:open_dataset"),
-            ("optimizer", "optimizer=mine:open_dataset"),
+            ("optimizer", "--optimizer mine:open_dataset"),
         ):
             with pytest.raises(SystemExit):
                 parse(script, config=tmp_path / f"{name}.yaml")

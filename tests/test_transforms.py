@@ -209,7 +209,7 @@ def test_normalize_and_back():
 
 def test_statistics_in_0_to_255_are_errors():
     normalize = transforms.Normalize([123.7], [58.4])
-    with pytest.raises(ValueError, match=r"mean=123\.7: "):
+    with pytest.raises(ValueError, match=r"mean=\[123\.7\]: "):
         normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
     assert normalize(torch.full((1, 1, 2, 2), 123.7)).abs().max() < 1e-6  # a float image has its own range
     assert normalize.inverse(normalize(torch.full((1, 1, 2, 2), 123.7))).mean() == pytest.approx(0.5)
