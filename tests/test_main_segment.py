@@ -225,14 +225,14 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
     segment("all", epochs=1, unfreeze_blocks="all")
     assert "no `finetune`" not in capsys.readouterr().out
     for flags, message in (
-        ({"nb_classes": None}, "--nb_classes .*--palette"),
-        ({"palette": tmp_path / "palette.txt"}, "--nb_classes 3: --palette"),
-        ({"nb_classes": 256}, "--nb_classes 256"),
+        ({"nb_classes": None}, "nb_classes.*palette="),
+        ({"palette": tmp_path / "palette.txt"}, "nb_classes=3.*palette="),
+        ({"nb_classes": 256}, "nb_classes=256"),
         ({"eval": True}, "`eval` .*`resume` .*`finetune`"),
         ({"eval": True, "resume": encoder}, "encoder.pth"),
-        ({"eval": True, "resume": own, "nb_classes": 7}, "--nb_classes 7: .*checkpoint-0.pth"),
+        ({"eval": True, "resume": own, "nb_classes": 7}, "nb_classes=7.*checkpoint-0.pth"),
         ({"eval": True, "resume": own, "nb_classes": None, "palette": tmp_path / "palette.txt"},
-         "--palette .*checkpoint-0.pth"),
+         "palette=.*checkpoint-0.pth"),
         ({"eval": True, "resume": own, "head": "dpt"}, "head=linear"),
         ({"head": "dpt", "resume": "auto"}, "head=linear"),
         ({"name": "fresh", "resume": encoder}, "encoder.pth"),

@@ -92,3 +92,11 @@ def test_gelu_is_exact():
     for layer in (mlp.fc1, mlp.fc2):
         layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.zeros(1)
     assert mlp(torch.tensor([[1.0], [-2.0]])).flatten().tolist() == pytest.approx([0.8413447, -0.0455003], rel=1e-5)
+
+
+def test_the_memory_format_of_images_changes_no_bit():
+    """Batches are contiguous or channels-last, depending on worker processes and on cached images."""
+    model = models_vit.vit_mini_patch4(img_size=16, global_pool=True)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    outputs = model(images)
+    assert torch.equal(model(images.to(memory_format=torch.channels_last)), outputs)

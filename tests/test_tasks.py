@@ -465,7 +465,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     table = call(main_compare, **flags).splitlines()
     assert table[0] == "| test mae | 50 labels |"
     cells = {line.split(" |")[0].strip("| "): line.split(" |")[1].strip() for line in table[2:6]}
-    errors = {name: float(cell.strip("*")) for name, cell in cells.items()}
+    errors = {name: float(cell.split()[0].strip("*")) for name, cell in cells.items()}
     assert errors.keys() == {f"{name} ({how})" for name in ("mine", "scratch") for how in ("k-NN", "fine-tuned")}
     best = min(errors, key=errors.get)
     assert [name for name, cell in cells.items() if cell.startswith("**")] == [best]

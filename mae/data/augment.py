@@ -87,9 +87,7 @@ def scale(value: Any, height: int, width: int, mode: InterpolationMode = BICUBIC
             return scale(to_pillow(value), height, width)
         # By products of matrices, in a fraction of the time of Pillow.
         rows = _rounded(value.numpy().astype(np.float64) @ weights(value.shape[2], width).T)
-        pixels = _rounded(weights(value.shape[1], height) @ rows).astype(np.uint8)
-        # Channels last, as of Pillow's images: with another memory format, a convolution may round otherwise.
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 0, 2))).permute(2, 0, 1)
+        return torch.from_numpy(_rounded(weights(value.shape[1], height) @ rows).astype(np.uint8))
     return _resize(value, [height, width], mode)
 
 
