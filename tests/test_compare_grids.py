@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from mains import call
 from test_main_compare import rows
 
 import main_compare
+import main_knn
 from mae.compare import grids, store
+from mae.data import run_data
 from mae.inference import get_model
 
 
@@ -124,3 +127,27 @@ def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp
         assert row["chosen"].endswith(f", {title}") and float(row["accuracy"]) > 60 and flag in row["command"].split()
     assert title in text
     assert sum(two_poolings.PASSES) == 2 * 48  # of k-NN and of the linear probe
+
+
+def test_a_folder_of_classes_is_compared_without_a_validation_set(labelled, tmp_path, capsys, monkeypatch):
+    """A fifth of the images stands for it: of all draws and scripts the same, and no choice is made on it."""
+    images, chosen = shutil.copytree(labelled / "train", tmp_path / "images"), []
+    (tmp_path / "knn.yaml").write_text("k: [1, 5]\n")
+
+    def opened(*args, **options):
+        train, val, record = run_data.RunData.open_pair(*args, **options)
+        chosen.append([{source.name(index) for index in range(len(source))} for source in (train, val)])
+        return train, val, record
+
+    shared = ["--model", "vit_mini_patch4", "--input_size", "16", "--device", "cpu", "--num_workers", "0"]
+    monkeypatch.setattr(main_knn, "open_labelled", lambda data, *_: opened(data))
+    call(main_compare, *shared, "--encoders", "scratch", "--protocols", "knn", "--labels", "12", "--draws", "2",
+         "--recipes", f"knn={tmp_path / 'knn.yaml'}", data_path=images, output_dir=tmp_path / "out")  # fmt: skip
+    assert re.search(r"10 of 48 training images are held out", capsys.readouterr().out)
+    *choices, first, second = chosen
+    assert first[1] == second[1] and len(first[1]) == 10 and first[0] != second[0]
+    for train, val in chosen:
+        assert not train & val and not train & first[1]
+    assert choices and all(val <= first[0] and len(val) == 2 for _, val in choices)
+    call(main_knn, *shared, "--k", "1", data_path=images)
+    assert re.search(r"10 of 48 training images are held out", capsys.readouterr().out)

@@ -141,7 +141,9 @@ def test_the_last_line_of_a_run_is_the_command_of_its_page(pictures, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {out / 'report.html'}"
     page = Page(out / "report.html")
-    assert page.commands[0][3:7] == ["--data_path", str(pictures), "--val_fraction", "0.1"]
+    assert page.commands[0][3:6] == ["--data_path", str(pictures), "--finetune"]
+    assert page.commands[2][2] == "main_compare"
+    call(main_compare, *page.commands[2][3:], "--labels", "8", "--protocols", "knn", device="cpu", num_workers=0)
     sizes, drawings = page.pictures()
     assert (len(sizes), len(drawings)) == (4, 1)
 

@@ -305,6 +305,8 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
     torch.save({"model": nine.state_dict()}, tmp_path / "9.pth")
     unknown = shutil.copytree(labelled, tmp_path / "unknown")
     (unknown / "val/kind5").rename(unknown / "val/kind7")
+    misnamed = shutil.copytree(labelled, tmp_path / "misnamed")
+    (misnamed / "val").rename(misnamed / "test")
     for flags, message in (
         (f"--eval --resume {tmp_path}/mae.pth", "mae.pth"),
         ("--eval", "resume"),
@@ -314,7 +316,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
         (f"--eval --resume {tuned} --model vit_tiny_patch16", "give model="),
         (f"--data_path {unknown} --eval --resume {tuned}", "kind7"),
         (f"--data_path {unknown}", "kind7"),
-        (f"--data_path {pictures}", "val_list"),
+        (f"--data_path {misnamed}", "rename test/ to val/"),
         ("--batch_size 7 --mixup 0.8", "batch_size=7"),
         ("--cutmix_minmax 0.8 0.2", "cutmix_minmax"),
     ):

@@ -87,7 +87,7 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
     """
     layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
     if labels:
-        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE; without val/, a fifth is held out"
     add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
     add_source_options(group_of(parser, "data"), labels)
     add_input_options(parser, "image size")

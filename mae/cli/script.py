@@ -14,6 +14,7 @@ from mae import errors, parallel
 from mae.cli import entry_point
 from mae.settings import Run
 from mae.settings.arguments import arguments
+from mae.settings.run import FIELDS
 
 
 class Script:
@@ -28,12 +29,16 @@ class Script:
         self.name = module.__name__
 
     def settings(self, given: Mapping[str, Any]) -> Run:
-        """Returns the settings of a run.
+        """Returns the settings of a run. Those without a flag are facts that it records.
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
         """
-        return entry_point.parse(self.module.get_args_parser(), arguments(given))
+        facts = {
+            name: value for name, value in given.items() if name in FIELDS and not FIELDS[name][1].metadata["flag"]
+        }
+        flags = {name: value for name, value in given.items() if name not in facts}
+        return entry_point.parse(self.module.get_args_parser(), arguments(flags)).changed(facts)
 
     def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Calls `main` with settings, and returns its result. It appends what it prints to a file.

@@ -45,9 +45,10 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(run)
-    train, val = open_pair(RunData(run.images, run.data, torch.device("cpu")).open_split, run.images.task)
+    open_split, held_out = RunData(run.images, run.data, torch.device("cpu")).splits()
+    train, val = open_pair(open_split, run.images.task)
     sizes = _sizes_of(run, train)
-    trials = Trials(run, scripts, out / "runs", train, val)
+    trials = Trials(run, scripts, out / "runs", train, val, bool(held_out))
     planned = _plan(run, encoders, sizes)
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours

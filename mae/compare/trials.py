@@ -72,9 +72,16 @@ class Trials:
         scripts: the script of each protocol.
         folder: the run directories. Results in them are kept.
         train, val: the data, for the baselines on raw pixels.
+        spares_stand_in: training images take the place of a missing validation set. They choose nothing.
     """
 
-    def __init__(self, run: Run, scripts: Mapping[str, store.Script], folder: Path, train: Source, val: Source) -> None:
+    def __init__(
+        self, run: Run, scripts: Mapping[str, store.Script], folder: Path, train: Source, val: Source,
+        spares_stand_in: bool = False,
+    ) -> None:  # fmt: skip
+        self.held_out: Settings = {"val_fraction": VAL_FRACTION}
+        if spares_stand_in:
+            self.held_out["spares_stand_in"] = True
         self.run, self.scripts, self.folder = run, scripts, folder
         self.train, self.val = train, val
         self.shared = {name: run[name] for name in SHARED if name in run.explicit and name not in ARCHITECTURE}
@@ -159,7 +166,7 @@ class Trials:
         kept = self.folder / folder / "features"
 
         def scores_of(pooling: str, values: Sequence[Any]) -> Scores:
-            settings = {"val_fraction": VAL_FRACTION} | _settings_of_pooling(pooling)
+            settings = self.held_out | _settings_of_pooling(pooling)
             name = f"{folder}/{pooling}" if pooling else folder
             if trial.protocol == KNN:
                 scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]

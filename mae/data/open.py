@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae import parallel
-from mae.data.kinds.folders import Files, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.kinds.folders import Files, NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.data.source import OpenDataset, Source, Stream
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
@@ -82,6 +82,8 @@ def open_source(
         return parallel.from_rank_0(
             lambda: read_list(Path(file_list), below, setting, task, label_columns, data.extras)
         )
+    if root is None and data.train_list and split == "val":
+        raise NoValidation("`val_list` is needed, or `data_path`, a folder that contains val/")
     if root is None:
         raise ValueError(
             "`data_path` is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "

@@ -8,7 +8,7 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_facts, loader, transforms
-from mae.data.kinds.folders import Files, with_missing
+from mae.data.kinds.folders import Files, NoValidation, with_missing
 from mae.data.open import open_source
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
+
+STAND_IN = 0.2  # of the training images of a dataset without a validation set
 
 
 class RunData:
@@ -66,6 +68,23 @@ class RunData:
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 
+    def splits(self) -> tuple[Callable[[str], Source], int]:
+        """Returns a function that returns the set "train" or "val", and the number of all training images if STAND_IN
+        of them take the place of a missing validation set; else 0.
+        """
+        from mae.data import labels
+
+        try:
+            val: Any = self.open_split("val")
+        except NoValidation as error:
+            train = labels.require(self.open_split("train"), "train", self.images.task)
+            logger.info(
+                f"{str(error).partition(':')[0]} has no validation set: {STAND_IN:g} of the images take its place"
+            )
+            parts: Any = labels.hold_out(train, STAND_IN, 0, "no validation set")
+            return dict(zip(("train", "val"), parts, strict=True)).__getitem__, len(train)
+        return lambda split: val if split == "val" else self.open_split(split), 0  # type: ignore[return-value]
+
     def check_statistics(self, source: Source | Stream) -> None:
         """Checks --mean and --std against some images, as `image_facts.check_statistics`."""
         images = self.images
@@ -75,6 +94,8 @@ class RunData:
         self, nb_classes: int | None = None, reads_in_order: bool = False
     ) -> tuple[Source, Source, dict[str, str]]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
+
+        Without a validation set, a fifth of the training images takes its place, whatever `seed` is.
 
         With `on_bad_image` "skip", images that can't be read are excluded where no other image may replace them. The
         split does not depend on them.
@@ -95,12 +116,16 @@ class RunData:
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("`val_list` has no effect with `val_fraction`, which evaluates on training images")
+        open_split, total = self.splits() if not holds_out or data.spares_stand_in else (self.open_split, 0)
         train, val = labels.open_pair(
-            self.open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
+            open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
             seed=data.seed, validation=not holds_out,
         )  # fmt: skip
         self.check_statistics(train)
         chosen = {"train_images": labels.identity(train, len(train))} if data.train_per_class else {}
+        if total and not holds_out:
+            chosen["held_out_images"] = labels.identity(val, total)
+            val = self.readable(val, total)
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, f"val_fraction={data.val_fraction:g}")
             chosen["held_out_images"] = labels.identity(val, len(train) + len(val))
@@ -125,9 +150,10 @@ class RunData:
             return self.open_pair()[1:]
         from mae.data import labels
 
-        val = labels.require(self.open_split("val"), "val", self.images.task)
+        open_split, total = self.splits()
+        val = labels.require(open_split("val"), "val", self.images.task)
         self.check_statistics(val)
-        return val, {}
+        return val, {"held_out_images": labels.identity(val, total)} if total else {}
 
     def cached(self, *sources: Any) -> Sequence[Any]:
         """Returns the datasets; with --cache_images, with their decoded images in files.

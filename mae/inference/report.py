@@ -201,8 +201,7 @@ def commands(
     if settings.get("probe_path"):
         labelled, note = ["--data_path", settings["probe_path"]], ""
     elif source.classes:
-        has_validation = data.val_list or data.dataset or Path(str(data.data_path), "val").is_dir()
-        labelled, note = [*arguments(named), *([] if has_validation else ["--val_fraction", "0.1"])], ""
+        labelled, note = arguments(named), ""  # without val/, a part of the images is held out
     images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
     if is_stream(source) or not images:
         images = ["IMAGES"]
@@ -225,8 +224,6 @@ def commands(
             "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",
         ],
     }  # fmt: skip
-    if "--val_fraction" in labelled:
-        del lines["Compare with raw pixels"]  # it needs a validation split
     shown = [f"<h3>{title}</h3>{page.command(['python', '-m', *words, *code])}" for title, words in lines.items()]
     return page.paragraph(note) * bool(note) + "".join(shown)
 

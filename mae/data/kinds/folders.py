@@ -25,6 +25,10 @@ SIDE_FILES = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", "
 LOST = "lost+found"  # a folder of the file system, which only the administrator can read
 
 
+class NoValidation(ValueError):
+    """The validation set of a dataset was asked for, which has none."""
+
+
 class Strings:
     """A sequence of strings in two arrays.
 
@@ -106,6 +110,8 @@ def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> 
     """Raises ValueError if folders are splits of a dataset, and the one of `split` is not in lower case."""
     names = {folder.lower(): folder for folder in folders}
     other = names.get(split or "", split)
+    if split == "val" and split not in names:  # else, training images would take its place
+        other = next((names[name] for name in VALIDATION if name in names), split)
     if other != split and "train" in names and not names.keys().isdisjoint(VALIDATION):
         raise ValueError(f"data_path={path}: there is no folder {split}/ in it; rename {other}/ to {split}/")
 
@@ -116,7 +122,8 @@ def no_split(path: Path, split: str, has_train: bool) -> ValueError:
     folders = "this folder" if len(missing) == 1 else f"train/ and {split}/"
     listed = " ".join(f"{name}_list=FILE" for name in missing)
     reason = ", and its images may be those of the validation set" * (split == "train")
-    return ValueError(f"data_path={path}: there is no folder {split}/ in it{reason}: add {folders}, or give {listed}")
+    kind = NoValidation if split == "val" else ValueError
+    return kind(f"data_path={path}: there is no folder {split}/ in it{reason}: add {folders}, or give {listed}")
 
 
 def warn_of_inner_splits(names: Iterable[str], path: Path) -> None:
