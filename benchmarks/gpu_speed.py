@@ -1,13 +1,13 @@
 """The steps of gpu_check.py that measure: updates, data loading, and a run with data.
 
 An update is that of train_step.py, eager and compiled, at the batch sizes 64, 128 and 512: pre-training of ViT-B, ViT-L
-and ViT-H, and fine-tuning of ViT-B.
+and ViT-H, and fine-tuning of ViT-B. The ways take turns in five rounds.
 """
 
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_task, image_sets, input_pipeline, model_table, peers, timing, train_step
+from benchmarks.gpu_steps import ROUNDS
 from benchmarks.gpu_task import TINY, Task
 from mae.training import log
 from mae.training.precision import Precision
@@ -32,6 +33,10 @@ TRAINING = {
 FEW: dict[str, Any] = {"pretrain": {"depth": 1, "decoder_depth": 1}, "finetune": {"depth": 2}}
 
 
+OURS = (("ours", "eager"), ("ours", "compiled"))
+PEERS = (("transformers", "eager"), ("transformers", "compiled by blocks"), ("plain", "eager"))
+
+
 def training(task: Task) -> None:
     """Pre-training or fine-tuning of a size: eager and compiled at each batch size, and other implementations."""
     kind, size, compared_at = TRAINING[task.name]
@@ -39,24 +44,31 @@ def training(task: Task) -> None:
     if not task.has_gpu:
         size, batches, compared_at = TINY, (2,), 2
     update = partial(train_step.update, kind, size=size, precision=Precision("bf16", task.device))
+    others = [way for way in PEERS if task.has_gpu or "eager" in way] if kind == "pretrain" else []
+    if not task.has_gpu and kind == "pretrain":
+        task.skip("transformers, compiled")
+    ways = {batch: [*OURS, *(others if batch == compared_at else ())] for batch in batches}
     began = time.monotonic()
     for batch in batches:
-        update("ours", "compiled", batch_size=batch, **FEW[kind])()
-        empty_cache(task)
+        for way in ways[batch]:
+            if way[1] != "eager":
+                update(*way, batch_size=batch, **FEW[kind])()
+                empty_cache(task)
     flops = model_table.training_flops(size) if kind == "pretrain" else 3 * model_table.classifier_flops(size)
     task.write(task=kind, size=size, flops_per_image=flops, compile_seconds=time.monotonic() - began)
     task.wait_for_turn()
     cells, compared = list[dict[str, Any]](), dict[str, float]()
     for batch in batches:
-        ways = [("ours", "eager"), ("ours", "compiled")]
-        if batch == compared_at and kind == "pretrain":
-            ways += [("transformers", "eager"), ("plain", "eager")]
-        for way in ways:
-            found = measure(partial(update, *way, batch_size=batch), batch, flops, task)
-            cells.append({"way": " ".join(way), "batch_size": batch, **found})
-            if batch == compared_at and "images_per_second" in found:
-                compared[" ".join(way)] = found["images_per_second"]
-            task.write(cells=cells, compared_at=compared_at, images_per_second=compared)
+        found = measure({" ".join(way): partial(update, *way, batch_size=batch) for way in ways[batch]}, task)
+        for way, cell in found.items():
+            if cell["fits"]:
+                rates = [batch / seconds for seconds, _ in cell.pop("times")]
+                cell |= {"images_per_second": median(rates), "all_images_per_second": rates,
+                         "milliseconds": 1000 * batch / median(rates), "flops": median(rates) * flops}  # fmt: skip
+                if batch == compared_at:
+                    compared[way] = median(rates)
+            cells.append({"way": way, "batch_size": batch, **cell})
+        task.write(cells=cells, compared_at=compared_at, images_per_second=compared)
 
 
 def empty_cache(task: Task) -> None:
@@ -67,28 +79,35 @@ def empty_cache(task: Task) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(build: Callable[[], train_step.Step], batch_size: int, flops: int, task: Task) -> dict[str, Any]:
-    """Images/s, milliseconds and memory of an update; {"fits": False} if the memory is too small."""
-    empty_cache(task)
-    try:
-        times = timed(build(), task)
-    except torch.OutOfMemoryError:
-        return {"fits": False}
-    rate = batch_size / median(times)
-    return {
-        "images_per_second": rate, "all_images_per_second": [batch_size / time for time in times],
-        "milliseconds": 1000 * median(times), "flops": rate * flops,
-        "peak_bytes": torch.cuda.max_memory_allocated() if task.has_gpu else None,
-    }  # fmt: skip
+def measure(builds: Mapping[str, Callable[[], train_step.Step]], task: Task) -> dict[str, dict[str, Any]]:
+    """Measures updates that take turns, so that a change of the machine's speed concerns all.
 
-
-def timed(step: train_step.Step, task: Task) -> list[float]:
-    """Seconds of an update, in three rounds of about a third of a second each; on a CPU, of one update."""
-    timing.seconds(step, 2, task.device)
-    if not task.has_gpu:
-        return [timing.seconds(step, 1, task.device)]
-    repeats = max(2, round(0.35 / timing.seconds(step, 2, task.device)))
-    return [timing.seconds(step, repeats, task.device) for _ in range(3)]
+    Returns:
+        By name: whether the update fits into the memory; if so, its peak memory, the times of each round, which are
+        the seconds of an update and those of the host, and the milliseconds of the host.
+    """
+    steps: dict[str, train_step.Step] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, build in builds.items():
+        empty_cache(task)
+        others = torch.cuda.memory_allocated() if task.has_gpu else 0
+        try:
+            steps[name] = build()
+            timing.seconds(steps[name], 2, task.device)
+            peak = torch.cuda.max_memory_allocated() - others if task.has_gpu else None
+            found[name] = {"fits": True, "peak_bytes": peak, "times": []}
+        except torch.OutOfMemoryError:
+            steps.pop(name, None)
+            found[name] = {"fits": False}
+    for _ in range(ROUNDS if task.has_gpu else 1):
+        for name, step in steps.items():
+            empty_cache(task)  # of the other ways
+            seconds = timing.seconds(step, 1, task.device)
+            repeats = max(2, round(0.35 / seconds)) if task.has_gpu else 1
+            found[name]["times"].append(timing.times(step, repeats, task.device))
+    for name in steps:
+        found[name]["host_milliseconds"] = 1000 * median(host for _, host in found[name]["times"])
+    return found
 
 
 def loader(task: Task) -> None:

@@ -51,14 +51,16 @@ def of_training(steps: Results, gpu: str | None) -> str:
         for cell in found.get("cells", []):
             row = [found["task"], found["size"], str(cell["batch_size"]), cell["way"]]
             if "flops" not in cell:
-                rows.append([*row, "does not fit", "", "", "", ""])
+                rows.append([*row, "does not fit", "", "", "", "", ""])
                 continue
             rows.append([
                 *row, with_range(cell["all_images_per_second"]), f"{cell['milliseconds']:.1f}",
+                f"{cell['host_milliseconds']:.1f}" if "host_milliseconds" in cell else "",
                 f"{cell['flops'] / 1e12:,.3g}", f"{cell['flops'] / peak:.0%}" if peak else "",
                 f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else "",
             ])  # fmt: skip
-    titles = ["task", "size", "batch size", "way", "images/s", "ms", "TFLOP/s", "share of the data sheet", "GB"]
+    titles = ["task", "size", "batch size", "way", "images/s", "ms", "ms of the host", "TFLOP/s",
+              "share of the data sheet", "GB"]  # fmt: skip
     note = f"images/s: the median of the rounds, and their range; \\* it is above {VARIES:.0%} of the median"
     return f"{markdown(titles, rows)}\n\n{note}"
 

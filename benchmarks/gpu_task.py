@@ -1,8 +1,8 @@
-"""A step of gpu_check.py in its process: its results, its checks and its turn.
+"""A step of gpu_check.py or gpu_lab.py in its process: its results, its checks and its turns.
 
     python -m benchmarks.gpu_task NAME MODULE:FUNCTION FOLDER
 
-The folder is shared by all steps of a run of gpu_check.py, which starts this command. NAME.json has the results.
+The folder is shared by all steps of a run (`gpu_steps.py`), which starts this command. NAME.json has the results.
 """
 
 import json
@@ -57,13 +57,15 @@ class Task:
         self.write(skipped=self.found.get("skipped", []) + list(titles))
 
     def wait_for_turn(self) -> None:
-        """Says that the step is prepared, and waits until it has the machine for itself."""
+        """Says that the step is prepared, or that its turn is over, and waits until it has the machine for itself."""
         parent = os.getppid()
+        turn = self.folder / f"{self.name}.go"
         (self.folder / f"{self.name}.ready").touch()
-        while not (self.folder / f"{self.name}.go").exists():
-            if os.getppid() != parent:  # gpu_check.py was killed
-                sys.exit("gpu_check.py has ended")
-            time.sleep(0.05)
+        while not turn.exists():
+            if os.getppid() != parent:  # the command was killed
+                sys.exit("the command that started this step has ended")
+            time.sleep(0.02)
+        turn.unlink()
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:

@@ -82,14 +82,27 @@ def encoder_config(size: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def transformers_mae(size: str) -> nn.Module:
-    """transformers' ViTMAEForPreTraining in one of our sizes; the first entry of its output is the loss."""
+def transformers_mae(size: str, **depths: int) -> nn.Module:
+    """transformers' ViTMAEForPreTraining in one of our sizes; the first entry of its output is the loss.
+
+    Args:
+        depths: `depth` and `decoder_depth`, if they differ from those of the size.
+    """
     width, depth, heads = (DECODERS[size][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads"))
+    encoder = encoder_config(size)
     config = ViTMAEConfig(
-        **encoder_config(size), decoder_hidden_size=width, decoder_num_hidden_layers=depth,
+        **{**encoder, "num_hidden_layers": depths.get("depth", encoder["num_hidden_layers"])},
+        decoder_hidden_size=width, decoder_num_hidden_layers=depths.get("decoder_depth", depth),
         decoder_num_attention_heads=heads, decoder_intermediate_size=4 * width,
     )  # fmt: skip
     return ViTMAEForPreTraining(config)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles each block, as `compile_model` does in ours. The graph of a whole model takes minutes."""
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
 
 
 def transformers_encoder(size: str) -> nn.Module:

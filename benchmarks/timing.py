@@ -12,12 +12,23 @@ from mae.evaluate.tables import markdown
 
 def seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     """The mean time of `repeats` calls."""
+    return times(call, repeats, device)[0]
+
+
+def times(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float]:
+    """The mean seconds of `repeats` calls: until the device is ready, and until the host is.
+
+    A host that needs as long as the device limits the speed.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
         call()
+    host = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / repeats
+    return (time.perf_counter() - started) / repeats, host / repeats
 
 
 def implementations(names: Iterable[str], only: Iterable[str]) -> list[tuple[str, str]]:

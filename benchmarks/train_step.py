@@ -57,15 +57,17 @@ def update(task: str, name: str, how: str, size: str, batch_size: int, precision
     Our update is that of `mae.training.loop`, the others are as in PyTorch's tutorials.
 
     Args:
-        how: "eager" or "compiled".
-        depths: fewer blocks, of our models only.
+        how: "eager"; "compiled": a whole model of others; "compiled by blocks": others as ours.
+        depths: fewer blocks, of our models and transformers' autoencoder only.
     """
-    device, is_ours, is_compiled = precision.device, name == "ours", how == "compiled"
+    device, is_ours, is_compiled = precision.device, name == "ours", how != "eager"
     with device:
         model = MODELS[task][name](size, **depths)
     model.to(device)  # tables that the CPU has computed
     if is_compiled and is_ours:
         compile_model(model, device)
+    elif how == "compiled by blocks":
+        peers.compile_blocks(model)
     elif is_compiled:
         model.compile(fullgraph=True, dynamic=False)
     side = peers.image_side(size)
