@@ -1,4 +1,4 @@
-"""The packages that gpu_check.py may import, and a hook that hides all others: `gpu_check.py --listed_packages`.
+"""The packages that gpu_check.py and gpu_lab.py may import, and a hook that hides others: `--listed_packages`.
 
 With the hook, a machine with more packages is like a machine that has only these and what they require.
 """

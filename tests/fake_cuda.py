@@ -72,10 +72,12 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "aten":  # no operation: asks for the device of a tensor
+        if func.namespace == "prim":  # no operation: asks for the device of a tensor
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return self._number(args[0])
+        if func is aten._fused_adamw_.tensor_lr:  # it has no shapes of its own
+            func, kwargs = aten._fused_adamw_.default, {**kwargs, "lr": 1.0}
         with self:  # inference mode does not resolve operations that consist of others
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result
@@ -261,7 +263,8 @@ def _run(node: Any, given: dict[int, Tensor]) -> Iterator[tuple[Any, int, Tensor
     function = node if callable(node) else node.apply  # the latter of a torch.autograd.Function
     results = function(*(given.get(number) for number in range(len(node._input_metadata))))
     results = results if isinstance(results, tuple) else (results,)
-    for (after, number), gradient in zip(node.next_functions, results, strict=True):
+    assert results[len(node.next_functions) :].count(None) == len(results[len(node.next_functions) :])
+    for (after, number), gradient in zip(node.next_functions, results, strict=False):  # others are of no tensors
         if after is not None and gradient is not None:
             meta = after.variable if hasattr(after, "variable") else after._input_metadata[number]
             gradient = gradient if gradient.shape == meta.shape else gradient.sum_to_size(meta.shape)
