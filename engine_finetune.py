@@ -167,17 +167,17 @@ def load_for_evaluation(
 ) -> tuple[nn.Module, Source]:
     """Loads the classifier of a file, and converts the labels of the validation set to indices into its classes.
 
-    A warning says whether --val_fraction holds out other images than in the training of the file.
+    A warning says that other training images are held out than in the training of the file.
 
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
     (val, chosen), num_classes, task = data.open_val(), file.num_classes, run.images.task
     recorded, current = (found.get("held_out_images") for found in (file.settings, chosen))
-    if current and recorded not in (None, current):
+    if current and recorded != current:
         logger.warning(
-            f"the training of {file.origin} held out {recorded}, and now these are {current}: images that it was "
-            f"trained on may be among them"
+            f"the training of {file.origin} held out {recorded or 'none of its images, or does not record them'}, and "
+            f"now {current} are held out: images that it was trained on may be among them"
         )
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)

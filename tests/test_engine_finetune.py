@@ -134,6 +134,15 @@ def test_changed_images_do_not_move_between_the_parts_unnoticed(main, classify, 
         classify(main, "run", **flags, resume="auto")
 
 
+def test_a_fifth_that_a_file_was_trained_on_is_not_evaluated_unnoticed(classify, labelled, tmp_path, capsys):
+    """Training with val/, and an evaluation of the same images without it."""
+    file = classify(main_finetune, "run", data_path=labelled, epochs=1, warmup_epochs=0) / "checkpoint-0.pth"
+    shutil.copytree(labelled / "train", tmp_path / "images")
+    assert "may be among them" not in capsys.readouterr().out
+    classify(main_finetune, "eval", data_path=tmp_path / "images", eval=True, resume=file)
+    assert "may be among them" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("main", "own"), [(main_finetune, {"train_per_class": 3}),
                                            (main_linprobe, {"blr": "0.1 1", "held_out": 0.25})])  # fmt: skip
 def test_a_resumed_run_trains_on_the_same_images(main, own, classify, labelled, tmp_path):
