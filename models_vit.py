@@ -92,8 +92,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         rows, columns = self.grid_of(*imgs.shape[-2:])
-        if not imgs.is_cuda:  # a convolution of channels-last images rounds differently on some processors
-            return self.proj(imgs.contiguous()).flatten(2).transpose(1, 2)
+        if not imgs.is_cuda:  # one memory format: on some processors, a convolution of another rounds differently
+            return self.proj(imgs.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
         # On a GPU, one matrix product takes less time than cuDNN's convolution.
         p, q = self.patch_size
         patches = imgs.unflatten(3, (columns, q)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
