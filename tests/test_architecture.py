@@ -31,8 +31,8 @@ ARROWS = {
     r"hubconf": r"mae\.inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|main_segment|models_\w+|mae\..+",
     # Studies:
-    r"benchmarks\.\w+\.\w+": r"benchmarks\.\w+|main_pretrain|demo\.unpack_data|models_\w+|mae\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|engine_\w+|main_\w+|models_\w+|mae\..+",
+    r"benchmarks\.\w+\.\w+": r"benchmarks(\.\w+)+|main_pretrain|demo\.unpack_data|models_\w+|mae\..+",
+    r"benchmarks\.\w+": r"benchmarks(\.\w+)+|engine_\w+|main_\w+|models_\w+|mae\..+",
     r"util\.\w+": r"models_vit|mae\..+",  # the names of the paper's code
     r"mae\.probes": r"models_vit|mae\.settings(\.\w+)?",
     r"mae\.build": r"models_\w+|mae\.(masking|probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",

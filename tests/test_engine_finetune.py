@@ -185,9 +185,9 @@ def deep_images(root, pixels_of):
 def test_statistics_in_the_units_of_the_files_are_refused(highest, flags, classify, tmp_path):
     """The suggested values are those of the scaled pixels."""
     settings = flags | deep_images(tmp_path / "deep", lambda draw: draw.normal(1500, 200, (16, 16)).astype(np.uint16))
-    with pytest.raises(ValueError, match=r"^mean=1500: .* from 0 to 1 .*; 8 images suggest mean=") as raised:
+    with pytest.raises(ValueError, match=r"^mean=\[1500\]: .* from 0 to 1 .*; 8 images suggest mean=") as raised:
         classify(main_knn, **settings, mean=1500, std=200)
-    mean, std = re.findall(r"mean=(\S+) std=(\S+)$", str(raised.value))[0]
+    mean, std = re.findall(r"mean=\[(\S+)\] std=\[(\S+)\]$", str(raised.value))[0]
     assert [float(mean) * highest, float(std) * highest] == [pytest.approx(1500, rel=0.05), pytest.approx(200, rel=0.1)]
     assert classify(main_knn, **settings, mean=mean, std=std)
 

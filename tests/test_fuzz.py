@@ -9,6 +9,8 @@ import pytest
 from fuzz import fuzz
 from fuzz_doors import DOORS, Door
 
+from mae.data.pixels import BadImage
+
 INPUTS = 40
 
 
@@ -19,8 +21,8 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
 
 
 READ = {
-    "fine": lambda: int("two"),
-    "no error that is documented": lambda: {}["key"],
+    "fine": lambda: _raise("two is no number"),
+    "an error that is not on purpose": lambda: int("two"),
     "two lines": lambda: _raise("one\ntwo"),
     "the process ends": lambda: os._exit(3),
     "no end": lambda: time.sleep(60),
@@ -30,7 +32,7 @@ READ = {
 
 
 def _raise(message):
-    raise ValueError(message)
+    raise BadImage(message)
 
 
 @pytest.fixture
@@ -61,4 +63,4 @@ def test_fuzz_reports_every_kind_of_fault(tmp_path, monkeypatch, large_garbage):
     monkeypatch.setitem(READ, "the process ends", lambda: None)
     monkeypatch.setitem(READ, "no end", lambda: None)
     found = [fault for _, faults, _ in fuzz(["crooked"], len(READ), tmp_path / "b", processes=1) for fault in faults]
-    assert [(fault.number, fault.what[:10]) for fault in found[:2]] == [(1, "KeyError: "), (2, "ValueError")]
+    assert [(fault.number, fault.what[:10]) for fault in found[:2]] == [(1, "ValueError"), (2, "BadImage o")]

@@ -367,7 +367,7 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
         Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
     flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1}
     pretrain("without", **flags)
-    (found,) = re.findall(r"more than 8 bits.* suggest mean=(\S+) std=(\S+) ", capsys.readouterr().out)
+    (found,) = re.findall(r"more than 8 bits.* suggest mean=\[(\S+)\] std=\[(\S+)\]", capsys.readouterr().out)
     assert [float(found[0]), float(found[1])] == [pytest.approx(-3000, abs=50), pytest.approx(500, abs=20)]
     out = pretrain("with", **flags, mean=found[0], std=found[1])
     assert "more than 8 bits" not in capsys.readouterr().out

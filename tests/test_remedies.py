@@ -112,7 +112,7 @@ def test_a_run_directory_is_not_a_file_and_has_a_newest_checkpoint(runs, labelle
     assert run_directory.position(Path(output.split()[-1])) == run_directory.position(runs / "part/checkpoint-1.pth")
 
 
-def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call):
+def test_a_folder_without_splits_needs_no_list_or_both(runs, labelled, tmp_path, call):
     """With a list of validation images only, these images would be training images, too."""
     lists = {split: tmp_path / f"{split}.txt" for split in ("train", "val")}
     for split, file in lists.items():
@@ -122,10 +122,10 @@ def test_a_folder_without_splits_needs_both_lists(runs, labelled, tmp_path, call
     packed = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "flat")
     knn = {**SMALL, "model": "vit_mini_patch4", "k": 1}
     compare = {"input_size": 16, "encoders": "scratch", "num_workers": 0, "output_dir": tmp_path / "compare"}
-    both, one = " train/ and val/, or give train_list=FILE val_list=FILE", ", or give train_list=FILE"
+    one = ", or give train_list=FILE"
     for path in (tmp_path / "flat", packed):
+        assert call(main_knn, {**knn, "data_path": path}) == ""  # a part of the images is held out
         for script, settings in ((main_knn, knn), (main_compare, compare)):
-            assert call(script, {**settings, "data_path": path}).endswith(both)
             assert call(script, {**settings, "data_path": path, "val_list": lists["val"]}).endswith(one)
     given = {"data_path": tmp_path / "flat", "val_list": lists["val"]}
     assert call(main_knn, {**knn, **given, "train_list": lists["train"]}) == ""
