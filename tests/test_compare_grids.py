@@ -116,7 +116,9 @@ class Patches(Class):
 def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp_path, name, title, flag):
     """The other pooling is constant. The features of both come from one pass over the labels of the choice."""
     own_module("two_poolings", ENCODERS)
-    (tmp_path / "linear.yaml").write_text("epochs: 60\nwarmup_epochs: 0\nblr: 10\nbatch_size: 8\n")
+    (tmp_path / "linear.yaml").write_text(
+        "epochs: 60\nwarmup_epochs: 0\nblr: 10\nbatch_size: 8\ncache_features: true\n"
+    )
     text = call(main_compare, "--encoders", "scratch", "--protocols", "knn", "linear", "--labels", "all", "--recipes",
                 f"linear={tmp_path / 'linear.yaml'}", data_path=labelled, model="vit_mini_patch4", input_size=16,
                 encoder=f"two_poolings:{name}", device="cpu", amp="off", num_workers=0,
