@@ -22,6 +22,7 @@ from mae.settings.arguments import arguments
 from mae.settings.choices import DEFAULT_METRICS
 from mae.settings.values import as_yaml
 from mae.training import log
+from mae.training.nonfinite import NonFiniteLoss
 
 KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
 TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
@@ -171,8 +172,7 @@ class Trials:
             if trial.protocol == KNN:
                 scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]
                 return {k: scores[f"{self.metric}_k{k}"] for k in values}
-            runs = {rate: self._run(f"{name}/{rate}", trial, settings | {"blr": rate}, kept)[0] for rate in values}
-            return {rate: scores[f"test_{self.metric}"] for rate, scores in runs.items()}
+            return {rate: self._score_of(f"{name}/{rate}", trial, settings | {"blr": rate}, kept) for rate in values}
 
         chosen = grids.choose(poolings, values, scores_of, self.metric in LOWER_IS_BETTER, least, most)
         shutil.rmtree(kept, ignore_errors=True)
@@ -185,6 +185,16 @@ class Trials:
             return [k for k in run.evaluation.k if k <= most] or [1], 1, most
         rates: Any = (self.run if trial.protocol == FINETUNE else run).optim.blr  # the flag is for fine-tuning
         return (rates if isinstance(rates, list) else [rates] if rates else []), 0, math.inf
+
+    def _score_of(self, name: str, trial: Trial, hyperparameters: Settings, kept: Path) -> float:
+        """Returns the score of a rate: NaN, the worst, if the training diverges, as an extended grid may show."""
+        try:
+            return self._run(name, trial, hyperparameters, kept)[0][f"test_{self.metric}"]
+        except ValueError as error:
+            if not _has_diverged(error):
+                raise
+            shutil.rmtree(self.folder / name)  # the next comparison does not resume from the state before
+            return math.nan
 
     def _run(self, name: str, trial: Trial, hyperparameters: Settings, kept: Path | None = None) -> tuple[Scores, str]:
         """Runs the script of a protocol; returns its scores and its command.
@@ -239,6 +249,11 @@ def _poolings_of(trial: Trial, run: Run) -> Sequence[str]:
     if "global_pool" in run.explicit and OF_TIMM not in trial.encoder.poolings:  # of a recipe
         return [PATCHES if run.model.global_pool else CLASS_TOKEN]
     return trial.encoder.poolings
+
+
+def _has_diverged(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is that of a loss that is not finite."""
+    return error is not None and (isinstance(error, NonFiniteLoss) or _has_diverged(error.__cause__))
 
 
 def _settings_of_pooling(pooling: str) -> Settings:
