@@ -351,7 +351,7 @@ class Cases:
         number = re.findall(r"^job (\d+) ", done.stdout)[0]
         state = self.signals.end_of(number)  # --wait returns a little earlier
         log = self.work / "crash" / number / f"{number}_0_log.out"
-        failed = "main_pretrain.py: error: --data_path /nowhere: " in log.read_text() and done.returncode == 1
+        failed = "main_pretrain.py: error: data_path=/nowhere: " in log.read_text() and done.returncode == 1
         after = self.signals.run(*command, "--after", number)
         waited = after.returncode == 1 and "CANCELLED" in after.stderr  # submitit's error
         if not waited:
