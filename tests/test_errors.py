@@ -121,15 +121,12 @@ def argv_of(kind, pictures, out):
 
 
 @pytest.mark.parametrize("kind", SLIPS)
-def test_a_slip_of_the_user_shows_its_line(kind, pictures, tmp_path, monkeypatch):
-    (tmp_path / "slips.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "slips", raising=False)
+def test_a_slip_of_the_user_shows_its_line(kind, pictures, tmp_path, own_module, monkeypatch):
+    own_module("slips", CODE)
     monkeypatch.setattr("sys.argv", ["main_pretrain.py", *argv_of(kind, pictures, tmp_path / "out")])
     with pytest.raises(Exception) as raised:  # and no SystemExit: any type
         exec(MAIN, {})
     assert place_of(kind) in "".join(traceback.format_exception(raised.value))
-    monkeypatch.delitem(sys.modules, "slips")
 
 
 @pytest.mark.slow
