@@ -36,6 +36,7 @@ from mae import user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
+from mae.data.fingerprint import fingerprint
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
@@ -145,7 +146,7 @@ def main(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
         lower_is_better=labels.lower_is_better, callbacks=callbacks, forward=model,
     )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, run)
+    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=True))
     return None
 
 

@@ -208,7 +208,7 @@ def train_probe(
         lower_is_better=labelled.lower_is_better,
         callbacks=[*callbacks, *[criterion] * several],
     )
-    trainer.run(model, optimizer, batches, precision, task, run, is_locked=True)
+    trainer.run(model, optimizer, batches, precision, task, run, fingerprint(train, with_labels=True), is_locked=True)
 
 
 def rates_of(run: Run) -> list[float]:
@@ -249,9 +249,8 @@ def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) 
         )
     if run.data.cache_features:
         return feature_files.FeatureBatches(
-            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter,
-            fingerprint(train, with_labels=True),
-        )  # fmt: skip
+            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter
+        )
     augment = transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
     return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
 

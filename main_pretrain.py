@@ -28,6 +28,7 @@ from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
+from mae.data.fingerprint import fingerprint
 from mae.data.generators import preserve_generators
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
@@ -134,7 +135,7 @@ def main(
         after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, run)
+    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=False))
     log_report_command(run)
 
 

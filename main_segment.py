@@ -30,6 +30,7 @@ from mae import parallel, user_code
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
+from mae.data.fingerprint import fingerprint
 from mae.data.kinds.pairs import MASKS_READ, first_classes
 from mae.data.masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.run_data import RunData
@@ -133,7 +134,7 @@ def main(
     task = trainer.Task(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks, forward=model
     )
-    trainer.run(model, built, batches, precision, task, run)
+    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=True))
     return None
 
 

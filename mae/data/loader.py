@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, default_collate
 from mae import parallel
 from mae.data.batches import Batches, require_space, up_to_cores
 from mae.data.extras import original
-from mae.data.fingerprint import fingerprint
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
 from mae.data.kinds.folders import Files
@@ -31,9 +30,6 @@ class TrainLoader:
 
     It logs each image that can't be read once, and their number at the end of the epoch.
 
-    Args:
-        uses_labels: the training depends on the labels. A resumed run compares them.
-
     Raises (also while iterating):
         BadImage: more than MAX_BAD_SHARE of an epoch's images can't be read.
         ValueError: the images do not fill one effective batch.
@@ -49,13 +45,11 @@ class TrainLoader:
         repeats: int = 1,
         accum_iter: int = 1,
         updates: int | None = None,
-        uses_labels: bool = False,
     ) -> None:
         self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter, updates)
         self.num_images = self.order.num_images  # images of the dataset, including repetitions
         self.images_per_iteration = self.order.images_per_iteration
         self.source = original(samples.source)
-        self.fingerprint = fingerprint(samples.source, uses_labels)
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)

@@ -195,9 +195,8 @@ class RunData:
         """Returns the augmented batches of a training set for this process."""
         samples = self.samples(source, transform, self.data.on_bad_image)
         return loader.TrainLoader(
-            samples, batch_size, self.data.seed, self.data.num_workers, self.pin_memory, accum_iter=accum_iter,
-            uses_labels=True,
-        )  # fmt: skip
+            samples, batch_size, self.data.seed, self.data.num_workers, self.pin_memory, accum_iter=accum_iter
+        )
 
     def eval_batches(
         self, source: Source, batch_size: int, on_bad_image: str | None = None,

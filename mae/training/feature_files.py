@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,20 +38,15 @@ class FeatureBatches(Epochs):
     Args:
         features: (n, D) or tokens (n, N, D); n differs by at most one between processes.
         labels: (n,).
-        fingerprint: of the images and labels of all processes, which a resumed run compares.
 
     Raises:
         ValueError: the features do not fill one effective batch.
     """
 
-    def __init__(
-        self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1,
-        fingerprint: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:  # fmt: skip
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
         super().__init__(sum(parallel.gather(len(labels))), batch_size, seed, accum_iter)
         self.features = features
         self.labels = labels
-        self.fingerprint = fingerprint
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.from_numpy(

@@ -104,20 +104,16 @@ class Task:
 
 
 def run(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Any,
-    precision: Precision,
-    task: Task,
-    run: Run,
-    is_locked: bool = False,
-) -> None:
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, precision: Precision, task: Task, run: Run,
+    fingerprint: Mapping[str, str], is_locked: bool = False,
+) -> None:  # fmt: skip
     """Trains to the end of the last epoch.
 
     Args:
         optimizer: its learning rate is set before every update. A group may have an `lr_scale`.
         batches: a `loader.TrainLoader` or `feature_files.FeatureBatches`.
         run: the settings, which checkpoints contain as `args`.
+        fingerprint: the `fingerprint` of the training images, which a resumed run compares.
         is_locked: the caller has locked the run directory.
 
     Raises:
@@ -131,8 +127,7 @@ def run(
     optim, machine, output_dir = run.optim, run.machine, Path(run.machine.output_dir)
     global_batch_size = optim.batch_size * parallel.world_size()
     progress = run_state.Progress(
-        global_batch_size * optim.accum_iter, global_batch_size, machine.start_epoch, batches.num_images,
-        getattr(batches, "fingerprint", {}),
+        global_batch_size * optim.accum_iter, global_batch_size, machine.start_epoch, batches.num_images, fingerprint
     )  # fmt: skip
     optim = replace(optim, lr=lr_sched.scaled_lr(optim.lr, optim.blr, progress.effective_batch_size))
     lr_sched.check_warmup(optim.warmup_epochs, optim.epochs)
