@@ -11,7 +11,7 @@ from conftest import ROOT
 # A package of mae -> the packages that it may import. Every package may import itself and SHARED.
 PACKAGES = {
     "files": "files", "data": "files", "evaluate": "data|files", "checkpoints": "files",
-    "weights": "checkpoints|data|files", "training": "evaluate|data|checkpoints|files", "jobs": "cli|files",
+    "weights": "checkpoints|data|files", "training": "evaluate|data|weights|checkpoints|files", "jobs": "cli|files",
     "cli": "files", "compare": "data|evaluate|training|weights|files",
 }  # fmt: skip
 SHARED = (
@@ -38,7 +38,6 @@ ARROWS = {
     r"mae\.build": r"models_\w+|mae\.(masking|probes|settings(\.\w+)?|weights\.\w+|checkpoints\.checkpoint|user_code)",
     r"mae\.inference\.\w+": r"models_\w+|mae\..+",
     r"mae\.training\.lr_sched": r"mae\.settings",
-    r"mae\.checkpoints\.resume": rf"mae\.(checkpoints|weights|files)\.\w+|{SHARED}",
     r"mae\.settings\.\w+": r"mae\.(position_tables|masking|files\.recipes|settings\.\w+)",
     # Modules with a command of their own:
     r"mae\.data\.(__main__|check)": rf"mae\.(cli|data|files|recommend)\.\w+|{SHARED}",

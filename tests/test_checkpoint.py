@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 
-from mae.checkpoints import checkpoint, resume
+from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.training import resume
 
 
 def example_state():

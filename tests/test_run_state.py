@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae.checkpoints import checkpoint, resume, run_state
+from mae.checkpoints import checkpoint, run_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import Progress
 from mae.interrupts import Interrupts
+from mae.training import resume
 from mae.training.lars import LARS
 from mae.training.saver import Saver
 from models_mae import mae_vit_mini_patch4

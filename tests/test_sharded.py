@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mae import parallel
-from mae.checkpoints import checkpoint, resume, run_directory, run_state, shard_files, sharded
+from mae.checkpoints import checkpoint, run_directory, run_state, shard_files, sharded
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.training import fsdp
+from mae.training import fsdp, resume
 from models_mae import mae_vit_mini_patch4
 
 # 24 images are one update per epoch, so that log.txt contains the loss of each of the 30 updates.
@@ -309,7 +309,7 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
 READ_NEWEST = """
 import json, logging, sys
 from pathlib import Path
-from mae import parallel; from mae.checkpoints import resume, run_state; from mae.training import log
+from mae import parallel; from mae.checkpoints import run_state; from mae.training import log, resume
 parallel.init("cpu")
 log.start_logging()
 found = {}

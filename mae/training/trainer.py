@@ -48,7 +48,7 @@ def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run,
     if script:
         run = replace(run, script=script)
     if script and machine.resume and not run.evaluation.eval:
-        from mae.checkpoints import resume
+        from mae.training import resume
 
         run = resume.resumed_settings(run, script)
     torch.manual_seed(run.data.seed)
@@ -176,7 +176,7 @@ def _resume(
 ) -> None:  # fmt: skip
     machine = run.machine
     if machine.resume:
-        from mae.checkpoints import resume
+        from mae.training import resume
 
         resume.restore_run(
             machine.resume, Path(machine.output_dir), model, optimizer, precision.scaler, record, progress, callbacks
