@@ -28,7 +28,7 @@ SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "m
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
            "mae.inference.predict", "mae.inference.reconstruct", "mae.inference.features", "mae.inference.segment",
            "mae.inference.neighbors", "mae.inference.report", "mae.inference.export",
-           "mae.data.check", "mae.checkpoints.sharded"]  # fmt: skip
+           "mae.recommend.check", "mae.checkpoints.sharded"]  # fmt: skip
 ZOO = "model_zoo"
 SHAPE = {"input_size", "patch_size", "in_chans", "decoder_depth", "learned_pos_embed", "num_cls_tokens", "global_pool"}
 FILES = {"config", "data_path", "train_list", "val_list", "finetune", "output_dir", "log_dir", "resume"}

@@ -15,7 +15,7 @@ FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_flags_of_the_script(script):
     actions = parser_of(script)._actions
-    others = SCRIPTS if script == "mae.data.check" else []  # it has their flags of the data
+    others = SCRIPTS if script == "mae.recommend.check" else []  # it has their flags of the data
     everything = [action for name in [script, *others] for action in parser_of(name)._actions]
     known = {flag for action in everything for flag in [*action.option_strings, f"--{action.dest}"]}
     for action in actions:

@@ -40,7 +40,8 @@ ARROWS = {
     r"mae\.training\.lr_sched": r"mae\.settings",
     r"mae\.settings\.\w+": r"mae\.(position_tables|masking|files\.recipes|settings\.\w+)",
     # Modules with a command of their own:
-    r"mae\.data\.(__main__|check)": rf"mae\.(cli|data|files|recommend)\.\w+|{SHARED}",
+    r"mae\.data\.__main__": r"mae\.(cli|recommend)\.\w+",
+    r"mae\.recommend\.check": rf"mae\.(cli|data|files|recommend)\.\w+|{SHARED}",
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints|data)\.\w+)|{SHARED}",

@@ -19,9 +19,9 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae import parallel
-from mae.data import check as datasets
 from mae.data.kinds.folders import Files
 from mae.data.pixels import BadImage
+from mae.recommend import check as datasets
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):

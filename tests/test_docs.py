@@ -83,7 +83,7 @@ def script_commands() -> list[tuple[str, list[str]]]:
     scripts = r"(?:main|submitit)_\w+\.py|(?<=-m )main_\w+|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
-    commands_of = {"mae.data": "mae.data.check"}  # packages
+    commands_of = {"mae.data": "mae.recommend.check"}  # packages
     found = [(commands_of.get(call[1], call[1]), shlex.split(call[2] or "", comments=True)) for call in calls if call]
     assert len(found) >= 150
     return found

@@ -10,7 +10,7 @@ SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_
            "main_segment", "submitit_pretrain",
            "mae.inference.predict", "mae.inference.features", "mae.inference.reconstruct", "mae.inference.maps",
            "mae.inference.segment", "mae.inference.neighbors", "mae.inference.report", "mae.inference.export",
-           "mae.data.check",
+           "mae.recommend.check",
            "mae.checkpoints.sharded", "hubconf")  # fmt: skip
 # Each takes from half a second to two seconds to import; PyTorch itself takes two.
 SLOW = ("torchvision", "timm", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",

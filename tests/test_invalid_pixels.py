@@ -31,13 +31,13 @@ import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
 from mae.compare import baselines
-from mae.data import check as data_check
 from mae.data.decode import decode, decode_item
 from mae.data.item import Item
 from mae.data.pixels import BadImage, PixelValues, to_tensor
 from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
 from mae.inference.model import get_model
 from mae.inference.reconstruct import reconstruct
+from mae.recommend import check as data_check
 from mae.settings import ImageSpec
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 

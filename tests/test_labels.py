@@ -16,11 +16,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.data import check as datasets
 from mae.data import labels
 from mae.data.kinds.folders import find_files
 from mae.data.kinds.shards import Shards
 from mae.inference import get_model
+from mae.recommend import check as datasets
 from models_vit import vit_mini_patch4
 
 

@@ -28,13 +28,14 @@ import main_finetune
 import main_knn
 from mae import parallel
 from mae.checkpoints import checkpoint
-from mae.data import check, loader, transforms
+from mae.data import loader, transforms
 from mae.data import open as opening
 from mae.data.decode import decode
 from mae.data.item import Item
 from mae.data.kinds.shards import Shards
 from mae.data.pixels import BadImage
 from mae.data.samples import Samples
+from mae.recommend import check
 from models_vit import vit_mini_patch4
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)

@@ -25,11 +25,11 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.checkpoints import checkpoint
-from mae.data import check as datasets
 from mae.data.decode import decode
 from mae.data.pixels import BadImage, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
+from mae.recommend import check as datasets
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "

@@ -19,9 +19,8 @@ from PIL import Image
 import main_pretrain
 from benchmarks import leaderboard
 from demo import unpack_data
-from mae.data import check
 from mae.data.pixels import BadImage
-from mae.recommend import board, recipe, rules, trial
+from mae.recommend import board, check, recipe, rules, trial
 from mae.recommend.facts import Images, Machine
 
 PHOTOS = Images(

@@ -16,7 +16,7 @@ import main_linprobe
 import main_pretrain
 from mae.checkpoints import run_directory
 from mae.cli import entry_point
-from mae.data import check as datasets
+from mae.recommend import check as datasets
 
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}

@@ -39,6 +39,6 @@ def build_transform(is_train: bool, args: Namespace) -> Callable[[Any], Any]:
 
 if __name__ == "__main__":
     from mae.cli import entry_point
-    from mae.data.check import get_args_parser, main
+    from mae.recommend.check import get_args_parser, main
 
     entry_point.run(main, get_args_parser())
