@@ -51,6 +51,11 @@ PIXIO_SIZES = ("base_patch16", "large_patch16", "huge_patch16", "1b_patch16")
 TARGET_EPS = 1e-6  # added to the variance of a target patch before normalization
 
 
+def size_of(model: str) -> str:
+    """Returns the key of `models_vit.SIZES` in the name of a model. Unknown names result in another text."""
+    return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
+
+
 class Reconstruction(NamedTuple):
     """The result of `MaskedAutoencoderViT.reconstruct`. Images are (B, c, H, W), in the value range of the input."""
 

@@ -16,7 +16,7 @@ from mae.settings.model import BLOCK_ARGUMENTS
 from mae.settings.values import read_value
 from mae.weights import timm_models
 from mae.weights.timm_models import TimmEncoder
-from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
+from models_mae import DECODERS, MaskedAutoencoderViT, size_of
 from models_vit import ABOVE_BLOCKS, SIZES, Block, Encoder, LayerNorm, VisionTransformer
 
 if TYPE_CHECKING:
@@ -193,11 +193,6 @@ def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None =
     if spec.unfreeze_blocks == 0 and not model.adapters:
         model.freeze()
     return model
-
-
-def size_of(model: str) -> str:
-    """Returns the key of `models_vit.SIZES` in the name of a model. Unknown names result in another text."""
-    return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
 def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ ARROWS = {
     r"mae\.recommend\.check": rf"mae\.(cli|data|files|recommend)\.\w+|{SHARED}",
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
-    r"mae\.weights\.model_settings": rf"models_vit|mae\.(build|(weights|checkpoints|data)\.\w+)|{SHARED}",
+    r"mae\.weights\.model_settings": rf"models_\w+|mae\.((weights|checkpoints|data)\.\w+)|{SHARED}",
     r"mae\.weights\.(dino|timm_models)": rf"models_vit|mae\.(checkpoints|weights)\.\w+|{SHARED}",
     r"mae\.training\.muon": r"mae\.parallel",
     r"mae\.training\.optimizers": rf"models_vit|mae\.training\.muon|{SHARED}",

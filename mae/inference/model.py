@@ -157,7 +157,7 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
 
 def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a model: the arguments of `get_model`, else the record of a file, else the defaults."""
-    size = models_vit.SIZES.get(mae.build.size_of(architecture), {})
+    size = models_vit.SIZES.get(models_mae.size_of(architecture), {})
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
     settings = chosen(explicit, recorded, {}, usual)
@@ -168,9 +168,9 @@ def _published_for(name: str) -> str:
     """Returns the name of the published weights for an architecture or a published name."""
     if name in model_zoo.TABLE:
         return name
-    size = mae.build.size_of(name).partition("_")[0]
+    size = models_mae.size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
-    if best not in model_zoo.TABLE or mae.build.size_of(model_zoo.TABLE[best].model) != mae.build.size_of(name):
+    if best not in model_zoo.TABLE or models_mae.size_of(model_zoo.TABLE[best].model) != models_mae.size_of(name):
         raise ValueError(f"no weights were published for {name}: give the path of a file")
     return best
 

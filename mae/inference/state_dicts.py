@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import mae.build
+import models_mae
 from mae import user_code
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
@@ -137,7 +138,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
     block: Any = model.blocks[0]
     pooled, registers = bool(model.settings["global_pool"]), model.num_prefix_tokens - 1
     height, width = model.patch_embed.img_size
-    name = f"vit_{mae.build.size_of(model.settings['model'])}_224"
+    name = f"vit_{models_mae.size_of(model.settings['model'])}_224"
     labels = {"label_names": model.classes} if model.classes and model.settings["nb_classes"] else {}
     return {
         **labels,  # at the top, where transformers reads them, too

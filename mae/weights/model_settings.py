@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Size
 
-from mae.build import size_of
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.transforms import channel_statistics
 from mae.position_tables import Size as ImageSize
@@ -18,6 +17,7 @@ from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_settings
 from mae.weights.reading import Weights
+from models_mae import size_of
 from models_vit import SIZES
 
 logger = logging.getLogger(__name__)
