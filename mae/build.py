@@ -15,8 +15,8 @@ from mae.settings.choices import TIMM
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.settings.values import read_value
 from mae.weights import timm_models
-from mae.weights.timm_models import TimmEncoder
 from models_mae import DECODERS, MaskedAutoencoderViT, size_of
+from models_timm import TimmEncoder
 from models_vit import ABOVE_BLOCKS, SIZES, Block, Encoder, LayerNorm, VisionTransformer
 
 if TYPE_CHECKING:

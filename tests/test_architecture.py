@@ -26,6 +26,7 @@ ARROWS = {
     r"engine_\w+": r"models_mae|mae\..+",
     r"models_mae": r"models_vit|mae\.(context|fp32|masking|position_tables|uniformity)",
     r"models_segment": r"models_vit",
+    r"models_timm": r"models_vit|mae\.(position_tables|suggestions)",
     r"models_vit": r"mae\.(context|position_tables)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|mae\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"mae\.inference\.\w+",
@@ -45,7 +46,7 @@ ARROWS = {
     r"mae\.checkpoints\.sharded": rf"mae\.(cli|checkpoints|files)\.\w+|{SHARED}",
     r"mae\.training\.compiling": r"mae\.build",
     r"mae\.weights\.model_settings": rf"models_\w+|mae\.((weights|checkpoints|data)\.\w+)|{SHARED}",
-    r"mae\.weights\.(dino|timm_models)": rf"models_vit|mae\.(checkpoints|weights)\.\w+|{SHARED}",
+    r"mae\.weights\.(dino|timm_models|loading)": rf"models_\w+|mae\.(checkpoints|weights)\.\w+|{SHARED}",
     r"mae\.training\.muon": r"mae\.parallel",
     r"mae\.training\.optimizers": rf"models_vit|mae\.training\.muon|{SHARED}",
     r"mae\.recommend\.\w+": rf"models_vit|mae\.(recommend|training|data|files)\.\w+|{SHARED}",

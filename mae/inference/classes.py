@@ -35,7 +35,7 @@ from mae.settings.choices import CLASSIFICATION, MULTILABEL
 from mae.training.precision import Precision
 from mae.weights.candidates import some
 from mae.weights.shapes import require_settings
-from mae.weights.timm_models import TimmEncoder
+from models_timm import TimmEncoder
 
 logger = logging.getLogger(__name__)
 

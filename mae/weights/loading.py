@@ -15,6 +15,7 @@ from mae.weights import model_zoo, shapes, timm_models
 from mae.weights.candidates import some
 from mae.weights.fitting import DECODER, ENCODER, HEAD, TABLES, Fit, fit, part_of
 from mae.weights.reading import Weights, read
+from models_timm import TimmEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def require_fit(model: nn.Module, weights: Weights, fitted: Fit, optional: Colle
         CheckpointError: it names the tensors, and the settings of the model that differ from those of the file.
         ValueError: the file has a model of timm, and the model is another one.
     """
-    if not isinstance(model, timm_models.TimmEncoder):
+    if not isinstance(model, TimmEncoder):
         timm_models.require_other(str(weights.settings.get("model")))
     reshaped = fitted.missing & fitted.unexpected
     missing, unexpected = (names - reshaped - {*optional} for names in (fitted.missing, fitted.unexpected))
