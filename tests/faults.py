@@ -32,7 +32,7 @@ from conftest import ROOT, torchrun
 from forks import Forks
 from mains import lines, wait_until
 
-from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 
 EPOCHS = 8
@@ -128,7 +128,7 @@ class Run:
     def result(self) -> tuple[str, list[dict[str, Any]]]:
         """The digest of the weights of the last epoch, and the log."""
         path = self.out / f"checkpoint-{EPOCHS - 1}"
-        state = sharded.gather(path) if path.is_dir() else checkpoint.read(path.with_suffix(".pth"))
+        state = sharded_state.gather(path) if path.is_dir() else checkpoint.read(path.with_suffix(".pth"))
         keys = {"epoch", "train_loss", "test_acc1"}
         log = [{key: line[key] for key in keys & line.keys()} for line in lines(self.out)]
         return checkpoint.compute_digest(dict(sorted(state["model"].items()))), log

@@ -27,7 +27,7 @@ from test_decode import TABLE, saved
 import main_pretrain
 import models_mae
 import models_vit
-from mae.checkpoints import checkpoint, sharded
+from mae.checkpoints import checkpoint, sharded_state
 from mae.cli import entry_point
 from mae.data import jpeg
 from mae.data.decode import decode
@@ -333,7 +333,7 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
 
 
 def _read_sharded(files: dict[str, bytes | Path], folder: Path, generator: random.Random) -> None:
-    sharded.gather(_write(files, folder / "checkpoint-0"))
+    sharded_state.gather(_write(files, folder / "checkpoint-0"))
 
 
 DOORS = {

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_directory, run_state, shard_files, sharded
+from mae.checkpoints import checkpoint, run_directory, run_state, shard_files, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.training import fsdp, resume
 from models_mae import mae_vit_mini_patch4
@@ -64,14 +64,14 @@ def test_optimizer_states_are_written_and_read_by_name(one_process, tmp_path):
     model, optimizer = sharded_model(seed=0)
     scaler, folder = torch.amp.GradScaler("cpu"), tmp_path / "checkpoint-3"
     state = {**run_state.collect(model, optimizer, scaler, {"model": "mini"}), "epoch": 3}
-    sharded.write(checkpoint.snapshot(state), folder, group=None)
-    contents = sharded.read(folder)
+    sharded_state.write(checkpoint.snapshot(state), folder, group=None)
+    contents = sharded_state.read(folder)
     saved_names = {name.rpartition(".")[0] for name in contents["tensors"] if name.startswith("optimizer.")}
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert saved_names == {f"optimizer.{name}" for name in names}
     other, other_optimizer = sharded_model(seed=1, reverse=True)
     contents["optimizer"]["param_groups"][0]["estimate"] = 7.0  # of an optimizer such as Prodigy
-    filled = sharded.fill(contents, other, other_optimizer)
+    filled = sharded_state.fill(contents, other, other_optimizer)
     assert filled["optimizer"]["param_groups"][0].pop("estimate") == 7.0
     assert filled.keys() == state.keys()
     resume.restore_model(other, filled, {})
@@ -87,16 +87,16 @@ def test_the_state_of_an_optimizer_may_have_numbers(one_process, tmp_path):
         state["count"] = number
     expected = moments_by_name(model, optimizer)
     state = run_state.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
-    sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
-    gathered = sharded.gather(tmp_path / "checkpoint-0")["optimizer"]["state"]
+    sharded_state.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
+    gathered = sharded_state.gather(tmp_path / "checkpoint-0")["optimizer"]["state"]
     assert sorted(moments["count"] for moments in gathered.values()) == list(range(len(optimizer.state)))
     other, other_optimizer = sharded_model(seed=1, reverse=True)
-    filled = sharded.fill(sharded.read(tmp_path / "checkpoint-0"), other, other_optimizer)
+    filled = sharded_state.fill(sharded_state.read(tmp_path / "checkpoint-0"), other, other_optimizer)
     resume.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_equal(moments_by_name(other, other_optimizer), expected)
     state["optimizer"]["state"]["norm.weight"]["factors"] = [torch.zeros(2)]
     with pytest.raises(ValueError, match=r"`fsdp` .*factors"):
-        sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-1", group=None)
+        sharded_state.write(checkpoint.snapshot(state), tmp_path / "checkpoint-1", group=None)
 
 
 def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
@@ -104,8 +104,9 @@ def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     state = run_state.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
     assert (state["optimizer"]["state"], optimizer.state) == ({}, {})
-    sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
-    assert sharded.fill(sharded.read(tmp_path / "checkpoint-0"), model, optimizer)["optimizer"]["state"] == {}
+    sharded_state.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
+    filled = sharded_state.fill(sharded_state.read(tmp_path / "checkpoint-0"), model, optimizer)
+    assert filled["optimizer"]["state"] == {}
 
 
 def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
@@ -114,8 +115,8 @@ def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
              torch.int8, torch.uint8, torch.bool)  # fmt: skip
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in types}
     state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
-    sharded.write(state, tmp_path / "checkpoint-0", group=None)
-    assert_equal(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
+    sharded_state.write(state, tmp_path / "checkpoint-0", group=None)
+    assert_equal(sharded_state.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
     reader = shard_files.ShardReader(tmp_path / "checkpoint-0")
     described = reader.read_metadata().state_dict_metadata
     assert {name: tensor.properties.dtype for name, tensor in described.items()} == {
@@ -187,7 +188,7 @@ def test_the_command_converts_to_a_file(shards, single, tmp_path):
     assert all(moments[n][k].shape == expected[n][k].shape for n in expected for k in expected[n])
     mae_vit_mini_patch4(img_size=16).load_state_dict(state["model"])
     with pytest.raises(CheckpointError, match="is already a plain checkpoint"):
-        sharded.gather(file)
+        sharded_state.gather(file)
 
 
 @pytest.mark.slow
@@ -207,7 +208,7 @@ def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
     output = in_processes(2, pictures, out, *flags, "--resume", "auto")
     assert (output.count(f"resume=auto skips {newest.name}: "), losses(out)) == (1, losses(shards))
     assert run_directory.milestones(out) == [out / "checkpoint-24", out / "checkpoint-29"]
-    state, reference = sharded.gather(out / "checkpoint-29"), sharded.gather(shards / "checkpoint-29")
+    state, reference = sharded_state.gather(out / "checkpoint-29"), sharded_state.gather(shards / "checkpoint-29")
     assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
 
 
@@ -262,9 +263,9 @@ def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
     evil = call_by_name(content) if isinstance(content, str) else pickle.dumps(content)
     (folder / ".metadata").write_bytes(evil)
-    rewritten(folder, files=checkpoint.read(folder)["files"] | sharded.digests_of([folder / ".metadata"]))
+    rewritten(folder, files=checkpoint.read(folder)["files"] | sharded_state.digests_of([folder / ".metadata"]))
     with pytest.raises(CheckpointError, match="is refused"):
-        sharded.gather(folder)
+        sharded_state.gather(folder)
     assert not (tmp_path / "done").exists()
 
 
@@ -285,10 +286,10 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
     folder = shutil.copytree(shards / "checkpoint-0", tmp_path / "checkpoint-0")
     rewritten(folder, optimizer=optimizer)
     with pytest.raises(CheckpointError, match="checkpoint-0"):
-        sharded.gather(folder)
+        sharded_state.gather(folder)
     (folder / "state.pth").unlink()
     with pytest.raises(CheckpointError, match="checkpoint"):
-        sharded.gather(folder)
+        sharded_state.gather(folder)
 
 
 @pytest.mark.slow
@@ -299,9 +300,9 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
     (tmp_path / "checkpoint-29").mkdir()
     assert resume.read_newest(tmp_path)["epoch"] == 12
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
-        sharded.replace_folder(tmp_path / "gone", tmp_path / "checkpoint-last")
+        sharded_state.replace_folder(tmp_path / "gone", tmp_path / "checkpoint-last")
     assert resume.read_newest(tmp_path)["epoch"] == 12
-    sharded.replace_folder(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
+    sharded_state.replace_folder(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
     assert resume.read_newest(tmp_path)["epoch"] == 24
     assert not (tmp_path / ".checkpoint-last.old").exists()
 
@@ -402,7 +403,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path, small_disk):
     output = in_two_processes(FULL, tmp_path, small_disk)
     assert output.count(f"can't write {small_disk}/checkpoint-1 (") == 6  # by rank 0
     assert run_directory.newest_first(small_disk)[0] == small_disk / "checkpoint-best"
-    assert sharded.gather(small_disk / "checkpoint-2")["model"].keys() == {"rank0"}
+    assert sharded_state.gather(small_disk / "checkpoint-2")["model"].keys() == {"rank0"}
 
 
 @pytest.mark.slow
@@ -433,10 +434,10 @@ def test_damaged_checkpoints_are_rejected(shards, tmp_path):
         damaged[len(damaged) // 2] ^= 1
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=file.parent.name):
-            sharded.gather(file.parent)
+            sharded_state.gather(file.parent)
         file.unlink()
         with pytest.raises(CheckpointError, match=file.parent.name):
-            sharded.gather(file.parent)
+            sharded_state.gather(file.parent)
 
 
 INITIALIZE = """

@@ -2,7 +2,7 @@
 
 A checkpoint contains {model, optimizer, epoch, scaler, args} as in the published code, and `progress`, `rng`, `digest`,
 and `callbacks` if there are any. It consists of dicts, lists, tensors and plain values. The checkpoint of a sharded run
-is a folder (`mae.checkpoints.sharded`); `state.pth` in it has this format, without tensors.
+is a folder (`sharded_state`); `state.pth` in it has this format, without tensors.
 """
 
 import errno

@@ -74,9 +74,9 @@ def collect(
     """Returns the state of a run without its position."""
     weights = model.state_dict()  # first: FSDP2 shards weights again that a pass without gradients has gathered
     if parallel.is_sharded(model):
-        from mae.checkpoints import sharded
+        from mae.checkpoints import sharded_state
 
-        states = sharded.optimizer_state(model, optimizer)
+        states = sharded_state.optimizer_state(model, optimizer)
     else:
         states = optimizer.state_dict()
     rng = {"cpu": torch.get_rng_state()}

@@ -1,6 +1,6 @@
 """The tensor files of sharded checkpoints, written and read by torch.distributed.checkpoint without executing code.
 
-`sharded.py` imports this module inside functions, because the import takes most of a second.
+`sharded_state.py` imports this module inside functions, because the import takes most of a second.
 """
 
 import io

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
@@ -115,7 +115,7 @@ def restore_run(
             size, or a setting that can't change within a run.
     """
     which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
-    state = read_newest(output_dir) if which == "auto" else sharded.read(which)
+    state = read_newest(output_dir) if which == "auto" else sharded_state.read(which)
     if state is not None:
         saved = _settings_of(state)
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
@@ -124,7 +124,7 @@ def restore_run(
             remedy = _start_from(which, settings.get("script", ""))
             raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}")
         if "folder" in state:
-            state = sharded.fill(state, model, optimizer)
+            state = sharded_state.fill(state, model, optimizer)
         else:
             remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
             checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
@@ -160,7 +160,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     )
     for path in paths:
         try:
-            state = sharded.read(path)
+            state = sharded_state.read(path)
         except CheckpointError as error:
             if parallel.is_main():  # the error is the same in all processes
                 logger.warning(f"resume=auto skips {path.name}: {error}")

@@ -224,9 +224,9 @@ class ShardedSaver(Saver):
 
     def _write_files(self, state: dict[str, Any], paths: list[Path]) -> Path:
         folders = [path.with_suffix("") for path in paths]
-        from mae.checkpoints import sharded
+        from mae.checkpoints import sharded_state
 
-        sharded.write(state, *folders, group=self.group)
+        sharded_state.write(state, *folders, group=self.group)
         self._remove_old()
         return folders[0]
 

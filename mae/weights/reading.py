@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mae import parallel
-from mae.checkpoints import checkpoint, run_directory, sharded
+from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
@@ -231,7 +231,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Content:
         file: the file with the weights. A file that contains a part of them stands for all parts.
     """
     if (path / checkpoint.STATE).is_file():
-        state = sharded.gather(path)
+        state = sharded_state.gather(path)
         return Content({"model": state["model"]}, state["args"], True)
     present = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not file and len(present) > 1:
