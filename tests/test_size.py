@@ -1,12 +1,14 @@
 """The limits of what a reader follows: `./run size` prints the numbers."""
 
+import ast
 import json
 import subprocess
 import sys
 
 import pytest
 import size
-from conftest import ROOT
+from size import ROOT
+from test_architecture import PACKAGES
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,29 @@ def test_no_module_below_the_scripts_knows_the_command_line(trees):
     assert size.flags_in_strings(trees) == {}
 
 
+def test_no_package_imports_itself_through_others(trees):
+    assert size.packages_in_circles(trees) == []
+    planted = trees | {"mae/files/planted.py": ast.parse("def f():\n    from mae.training import loop")}
+    assert {"mae.files", "mae.training"} <= set(size.packages_in_circles(planted))
+    assert size.arrows_up(planted, PACKAGES) == ["mae.files.planted -> mae.training.loop"]
+
+
+def test_what_is_counted():
+    text = """
+a, b = 1, 2
+a, b = b, a
+first, second = pair
+names = ["x"] * has_names + "s" * (count > 1) + [0] * len(names)
+has_names = not lacking
+def f(run: Run, names: list[str]): run.changed({})
+"""
+    trees = {"mae/data/planted.py": ast.parse(text)}
+    assert size.packed_assignments(trees) == ["mae/data/planted.py:2"]
+    assert size.products_with_booleans(trees) == ["mae/data/planted.py:5"] * 2
+    assert size.functions_with_run(trees) == ["mae/data/planted.py f"]
+    assert size.changes_of_run(trees) == ["mae/data/planted.py:7"]
+
+
 def test_a_setting_has_one_definition(trees):
     counts = size.definitions(trees)
     assert len(counts) > 100
@@ -35,7 +60,7 @@ def test_a_setting_has_one_definition(trees):
 
 def test_scripts_are_short(trees):
     for script in ("main_pretrain.py", "main_finetune.py"):
-        assert size.statements(size.ast.walk(trees[script])) <= 130, script
+        assert size.statements(ast.walk(trees[script])) <= 130, script
 
 
 @pytest.mark.slow
