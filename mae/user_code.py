@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mae.settings.choices import MUON
 from mae.settings.run import Run
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
+NAMED = ("optimizer", "lr_schedule")  # a value without ":" is a key of their registry (`mae.registry`)
 DATASET = "py:"  # before the name of a function, as a value of --dataset
 
 
@@ -84,7 +84,7 @@ def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
     for name, value in given.items():
         if value is not None:
             run = run.changed({name: name_of(value)})
-        is_named = value is None and run[name] and (name, run[name]) != ("optimizer", MUON)
+        is_named = value is None and run[name] and (name not in NAMED or ":" in run[name])
         found.append(import_object(f"{name}=", run[name]) if is_named else value)
     return run, *found
 

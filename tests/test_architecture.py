@@ -44,6 +44,7 @@ PACKAGES = (
     "mae.context",
     "mae.fp32",
     "mae.position_tables",
+    "mae.registry",
     "mae.suggestions",
 )
 # Optional packages, each imported in one file only.

@@ -9,8 +9,7 @@ from torch.optim import Muon
 import main_finetune
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.training.muon import BatchedMuon, orthogonalized
-from mae.training.optimizers import muon_and_adamw
+from mae.training.muon import BatchedMuon, muon_and_adamw, orthogonalized
 from models_vit import VisionTransformer
 
 LAST = "checkpoint-0.pth"

@@ -4,16 +4,19 @@ A function may add flags to several groups of --help. GROUPS is their order.
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.registry import described
 from mae.settings.arguments import OFF
-from mae.settings.choices import ADAMW, HEAD_CHOICES, METRIC_CHOICES, MUON, TF32
+from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
-from mae.settings.types import count_or_all, positive
-from mae.user_code import import_object, runs_code
+from mae.settings.types import InvalidValue, count_or_all, positive
+from mae.training.lr_sched import SCHEDULES
+from mae.training.optimizers import OPTIMIZERS
+from mae.user_code import NAMED, import_object, runs_code
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
 GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.py)"}
@@ -21,11 +24,13 @@ GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.
 REFUSED = {
     "dataset": runs_code,
     **dict.fromkeys(
-        ("download", "encoder", "model_class", "lr_schedule", "dist_backend", "dist_url"),
+        ("download", "encoder", "model_class", "dist_backend", "dist_url"),
         lambda value: True,
     ),
-    "optimizer": lambda value: value not in (ADAMW, MUON),
+    **dict.fromkeys(NAMED, lambda value: ":" in value),
 }
+# A setting -> the registry that has its values.
+REGISTRIES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES}
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
 COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
@@ -60,6 +65,8 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
     for name in names:
         one = FIELDS[name][1]
         argument = {"default": default_of(one), **one.metadata["flag"], **changes}
+        if name in REGISTRIES:
+            argument = _of_registry(name, REGISTRIES[name], argument)
         flags = [f"--{name}", *argument.pop("aliases")]
         off = argument.pop("off")
         argument = {key: value for key, value in argument.items() if key != "group" and (key, value) != ("type", None)}
@@ -69,6 +76,26 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
         flag = group.add_argument(*flags, **argument)
         if name in REFUSED:
             not_in_recipes(flag, REFUSED[name])
+
+
+def _of_registry(name: str, registry: Mapping[str, Any], argument: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a flag with the names and the help of a registry."""
+    first = next(iter(registry))
+    text = argument["help"].replace("{choices}", described(registry)).replace("{default}", first)
+    if name in NAMED:
+        return {**argument, "help": text, "type": _name_or_code(registry, first)}
+    return {**argument, "help": text, "choices": [*registry]}
+
+
+def _name_or_code(registry: Collection[str], default: str) -> Callable[[str], str | None]:
+    """Returns the type of a key of a registry or a name of the user's code; None for the default."""
+
+    def name(text: str) -> str | None:
+        if ":" not in text and text not in registry:
+            raise InvalidValue(f"must be {', '.join(registry)} or MODULE:FUNCTION, got {text}")
+        return None if text == default else text
+
+    return name
 
 
 def _add_switch(group: argparse._ActionsContainer, name: str, default: bool | None, on: str, off: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mae.position_tables import Size, to_pair
 from mae.recommend.facts import Images, Machine
-from mae.settings.choices import MUON, SMALL
+from mae.settings.choices import SMALL
 from models_vit import SIZES
 
 MODELS = ("mini_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16")  # from small to large
@@ -194,7 +194,7 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
             "3 to 4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
         ),
         *batches,
-        Line("optimizer", MUON, "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
+        Line("optimizer", "muon", "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
         Line("lr", float(f"{lr:.2g}"), rate),
     ]
 

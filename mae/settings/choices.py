@@ -24,7 +24,6 @@ METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name
 DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
 SHORT_SIDE = 256  # pixels, of the copies of examples/resize_folder.py
 NUM_QUERIES = 32  # default of --num_queries
-ADAMW, MUON = "adamw", "muon"  # the values of --optimizer that are no code of the user's
 NO_CROP = "none"  # the value of --crop for whole images
 CROP_CHOICES = ("random", NO_CROP)
 HEAD_CHOICES = ("linear", "dpt")  # of segmentation

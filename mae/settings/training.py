@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mae.files import recipes
 from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, SUITES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
-from mae.settings.types import count, non_negative, optimizer, positive, positive_int, ratio
+from mae.settings.types import count, non_negative, positive, positive_int, ratio
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
     smoothing: float = setting(0.1, ratio, metavar="S", help="label smoothing")
     clip_grad: float | None = setting(None, positive, metavar="NORM",
         help="clip the gradient to this norm (default: no clipping)")
-    # None: AdamW
-    optimizer: str | None = setting(None, optimizer, role=TRAINING, resumed=FIXED, metavar="NAME",
-        help="adamw; muon, for the matrices of the blocks, and AdamW for other parameters, with the learning rate of "
-        "AdamW; or your own, MODULE:FUNCTION: function(model, groups) returns it for groups of parameters. Files "
-        "record its name, and do not import it (default: adamw)")
-    lr_schedule: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="MODULE:FUNCTION",
-        help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
-        "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)")
+    # None: the first of the registry
+    optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="NAME",
+        help="{choices}; or your own, MODULE:FUNCTION: function(model, groups) returns it for groups of parameters. "
+        "Files record its name, and do not import it (default: {default})")
+    lr_schedule: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="NAME",
+        help="decay of the learning rate after the warm-up: {choices}; or your own, MODULE:FUNCTION: "
+        "function(progress) returns the factor of the rate for the progress after the warm-up, 0 to 1. Files record "
+        "its name, and do not import it (default: {default})")
     class_weight: str | None = setting(None, role=TRAINING, choices=["balanced"],
         help="balanced: the loss of an image is divided by the share of its class in the training set, so that small "
         "and large classes count equally (default: all images count equally)")

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from mae.settings.choices import ADAMW, MUON
-
 
 class InvalidValue(ValueError):
     """A text that is no value of a setting."""
@@ -50,10 +48,3 @@ def nodata(text: str) -> float | str:
     except ValueError:
         raise InvalidValue(f"must be a number or nan, got {text}") from None
     return "nan" if value != value else value
-
-
-def optimizer(text: str) -> str | None:
-    """The type of an optimizer: muon, or the name of a function; None for adamw."""
-    if text not in (ADAMW, MUON) and ":" not in text:
-        raise InvalidValue(f"must be {ADAMW}, {MUON} or MODULE:FUNCTION, got {text}")
-    return None if text == ADAMW else text

@@ -10,10 +10,20 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from mae.registry import Choice, find
+
 logger = logging.getLogger(__name__)
 
 # function(progress) -> factor of the learning rate. The progress after the warm-up is 0 to 1.
 Schedule = Callable[[float], float]
+
+
+def cosine(progress: float) -> float:
+    """Returns the factor of a half-cycle cosine."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES = {"cosine": Choice("", cosine)}  # the first is the default
 
 
 def scaled_lr(lr: float | None, blr: float | list[float] | None, effective_batch_size: int) -> float:
@@ -46,12 +56,16 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule
 
     Args:
         epoch: fractional epoch; 1.5 is the middle of the second epoch.
-        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`. After the warm-up, the decay from `lr` to `min_lr` is a
-            half-cycle cosine, or with `poly_power`, which it may lack, (1 - progress) to this power.
-        schedule: the decay in place of both.
+        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`, and may have `poly_power` and `lr_schedule`. The decay
+            from `lr` to `min_lr` after the warm-up is (1 - progress) to the power of `poly_power`, else the entry
+            `lr_schedule` of SCHEDULES, by default a half-cycle cosine.
+        schedule: the decay in place of these.
 
     Returns:
         The learning rate of groups with an `lr_scale` of 1.
+
+    Raises:
+        ValueError: SCHEDULES has no such name.
     """
     assert args.lr is not None, "set by `scaled_lr`"
     if epoch < args.warmup_epochs:
@@ -61,10 +75,11 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule
         poly_power = getattr(args, "poly_power", None)  # scripts for the published code do not have it
         if schedule:
             factor = float(schedule(progress))  # a checkpoint has no numbers of NumPy
-        elif poly_power is None:
-            factor = 0.5 * (1 + math.cos(math.pi * progress))
-        else:
+        elif poly_power is not None:
             factor = (1 - progress) ** poly_power
+        else:
+            name = getattr(args, "lr_schedule", None) or next(iter(SCHEDULES))
+            factor = find("lr_schedule", SCHEDULES, name).function(progress)
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -9,13 +9,34 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Muon
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 
 from mae import parallel
+from mae.training.optimizers import Joined
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 STEPS = 5
+
+
+def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
+    """Returns Muon for the matrices of the blocks, and AdamW for all other parameters.
+
+    Args:
+        groups: each is divided, with its weight decay and its `lr_scale`.
+        betas: of AdamW.
+
+    Raises:
+        ValueError: no matrix of the blocks is trained.
+    """
+    blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
+    matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
+    chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
+    others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
+    if not any(group["params"] for group in chosen):
+        raise ValueError("optimizer=muon: no matrix of the blocks is trained")
+    muon = BatchedMuon([group for group in chosen if group["params"]], lr=0.0)
+    return Joined([muon, AdamW([group for group in others if group["params"]], lr=0.0, betas=betas, fused=True)])
 
 
 class BatchedMuon(Muon):

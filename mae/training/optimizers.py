@@ -1,4 +1,4 @@
-"""The optimizer of a run, AdamW, Muon or one of the user's code, and its parameter groups.
+"""The optimizer of a run, one of OPTIMIZERS or of the user's code, and its parameter groups.
 
 Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT).
 """
@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mae.settings.choices import MUON
-from mae.training.muon import BatchedMuon
+from mae.registry import Choice, find, lazily
 from mae.user_code import call
 from models_vit import get_layer_id_for_vit
 
@@ -39,6 +38,19 @@ class Joined(Optimizer):
             first += count
 
 
+def adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
+    """Returns AdamW."""
+    return AdamW(groups, lr=0.0, fused=True, betas=betas)
+
+
+# function(model, groups, betas) -> optimizer; the betas are those of AdamW. The first is the default.
+OPTIMIZERS = {
+    "adamw": Choice("", adamw),
+    "muon": Choice("for the matrices of the blocks, and AdamW for other parameters, with the learning rate of AdamW",
+                   lazily("mae.training.muon", "muon_and_adamw")),
+}  # fmt: skip
+
+
 def build(
     name: str | None,
     function: MakeOptimizer | None,
@@ -46,24 +58,23 @@ def build(
     groups: list[dict[str, Any]],
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
-    """Returns AdamW, Muon, or the optimizer that a function returns. The schedule sets the learning rate of its groups.
+    """Returns an entry of OPTIMIZERS, or the result of a function. The schedule sets the learning rate of its groups.
 
     Args:
-        name: the setting `optimizer`, which a checkpoint may record.
+        name: the setting `optimizer`, which a checkpoint may record. None: the first of OPTIMIZERS.
         function: the user's function of --optimizer, if any.
         groups: parameter groups of the script.
         betas: of AdamW.
 
     Raises:
-        ValueError: the resumed run has an optimizer that is not given; the function returns an optimizer that contains
-            others; or its groups lack a parameter that requires gradients.
+        ValueError: OPTIMIZERS has no such name; the resumed run has an optimizer that is not given; the function
+            returns an optimizer that contains others; or its groups lack a parameter that requires gradients.
     """
-    if name == MUON and function is None:
-        return muon_and_adamw(model, groups, betas)
     if function is None:
-        if name:  # recorded: a file can't make a program import code
+        name = name or next(iter(OPTIMIZERS))
+        if ":" in name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
-        return AdamW(groups, lr=0.0, fused=True, betas=betas)
+        return find("optimizer", OPTIMIZERS, name).function(model, groups, betas)
     found = call(f"optimizer={name}", function, model, groups)
     # A resumed run would have neither the state nor the learning rate of optimizers that another one contains.
     values = [
@@ -82,26 +93,6 @@ def build(
         if parameter.requires_grad and id(parameter) not in trained:
             raise ValueError(f"optimizer={name} lacks {key}: add it to a group, or set its requires_grad to False")
     return found
-
-
-def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
-    """Returns Muon for the matrices of the blocks, and AdamW for all other parameters.
-
-    Args:
-        groups: each is divided, with its weight decay and its `lr_scale`.
-        betas: of AdamW.
-
-    Raises:
-        ValueError: no matrix of the blocks is trained.
-    """
-    blocks = (module for name, module in model.named_children() if name.endswith("blocks"))
-    matrices = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
-    chosen = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
-    others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
-    if not any(group["params"] for group in chosen):
-        raise ValueError(f"optimizer={MUON}: no matrix of the blocks is trained")
-    muon = BatchedMuon([group for group in chosen if group["params"]], lr=0.0)
-    return Joined([muon, AdamW([group for group in others if group["params"]], lr=0.0, betas=betas, fused=True)])
 
 
 def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

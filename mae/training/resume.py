@@ -15,7 +15,7 @@ from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
-from mae.settings.choices import MUON, published_crop_pct
+from mae.settings.choices import published_crop_pct
 from mae.settings.run import RESUME_PUBLISHED, names_resumed
 from mae.settings.values import as_yaml
 from mae.user_code import runs_code
@@ -320,7 +320,7 @@ def _settings_of(state: dict[str, Any]) -> dict[str, Any]:
     if args.get("fast_jpeg"):
         args = {"fast_jpeg_resize": "numba", **args}  # of an earlier version, which did not record it
     if args.get("optimizer") == "examples.muon:muon_and_adamw":  # of an earlier version
-        args = {**args, "optimizer": MUON}
+        args = {**args, "optimizer": "muon"}
     return args
 
 

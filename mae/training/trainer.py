@@ -225,7 +225,8 @@ def _open_log(
 
 
 def _require_usable(model: nn.Module, record: Mapping[str, Any], task: Task) -> None:
-    if (name := record.get("lr_schedule")) and task.lr_schedule is None:  # a file can't make a program import code
+    name = record.get("lr_schedule") or ""
+    if ":" in name and task.lr_schedule is None:  # a file can't make a program import code
         raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
     if task.callbacks and parallel.is_sharded(model):
         raise ValueError("`fsdp` can't save the state of callbacks: omit `fsdp` or the callbacks")
