@@ -10,7 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-MASKING_CHOICES = ("random", "block", "grid")
+from mae.registry import Choice, find
+
+# function() -> noise (N,) from PyTorch's default generator, and the mask ratio, for `MaskedAutoencoderViT.forward`
+Sampler = tuple[Callable[[], Tensor], float]
 GRID_RATIO = 0.75  # mask ratio of grid masking: one patch of every 2 x 2 is visible
 
 
@@ -184,11 +187,11 @@ def sampler(
     mask_block: int = 1,
     patch_size: tuple[int, int] = (16, 16),
     scores_visible: bool = False,
-) -> tuple[Callable[[], Tensor], float]:
+) -> Sampler:
     """Returns the masking strategy of training.
 
     Args:
-        masking: one of MASKING_CHOICES.
+        masking: a key of MASKING.
         grid_size: (rows, columns) of patches.
         mask_ratio: fraction of masked patches; must be GRID_RATIO for grid masking. With `mask_block`, fraction of
             masked blocks, of which int(blocks · (1 - mask_ratio)) are visible.
@@ -217,12 +220,18 @@ def sampler(
         check_ratio(num_blocks, mask_ratio, "blocks")
         visible = num_visible(num_blocks, mask_ratio) * mask_block**2
         return partial(random_block_noise, grid_size, mask_block), ratio_of(visible, math.prod(grid_size))
-    if masking == "random":
-        return partial(torch.rand, math.prod(grid_size)), mask_ratio
-    if masking == "block":
-        return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
-    if masking != "grid":
-        raise ValueError(f"masking={masking}: give one of {', '.join(MASKING_CHOICES)}")
+    return find("masking", MASKING, masking).function(grid_size, mask_ratio)
+
+
+def _random(grid_size: tuple[int, int], mask_ratio: float) -> Sampler:
+    return partial(torch.rand, math.prod(grid_size)), mask_ratio
+
+
+def _block(grid_size: tuple[int, int], mask_ratio: float) -> Sampler:
+    return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
+
+
+def _grid(grid_size: tuple[int, int], mask_ratio: float) -> Sampler:
     if mask_ratio != GRID_RATIO:
         raise ValueError(
             f"mask_ratio={mask_ratio:g}: masking=grid masks 3 of every 2x2 patches; give mask_ratio={GRID_RATIO}"
@@ -231,6 +240,14 @@ def sampler(
         raise ValueError(f"masking=grid masks 3 of every 2x2 patches, and an image has {grid_size[0]} x {grid_size[1]}")
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
+
+
+# The strategies of --masking: function(grid_size, mask_ratio) -> Sampler
+MASKING = {
+    "random": Choice("", _random),
+    "block": Choice("large rectangles as in BEiT", _block),
+    "grid": Choice("three of every 2x2 patches", _grid),
+}
 
 
 def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.masking import MASKING
 from mae.registry import described
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
@@ -30,7 +31,7 @@ REFUSED = {
     **dict.fromkeys(NAMED, lambda value: ":" in value),
 }
 # A setting -> the registry that has its values.
-REGISTRIES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES}
+REGISTRIES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "masking": MASKING}
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
 COMPUTE_FLAGS = ("seed", "device", "debug", "amp")

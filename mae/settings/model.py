@@ -3,7 +3,6 @@
 # fmt: off
 from dataclasses import dataclass
 
-from mae.masking import MASKING_CHOICES
 from mae.position_tables import Size
 from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, PROBE_CHOICES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
@@ -78,8 +77,7 @@ class ModelSpec(Values, group="model", role=MODEL):
     target_std: list[float] | None = fact(None, role=LABELS, resumed=FIXED)  # no flag
     classes: list[str] | None = fact(None)  # names of folders, or of targets
     label_names: list[str] | None = fact(None)  # names of labels in foreign files
-    masking: str = setting("random", role=TRAINING, choices=MASKING_CHOICES,
-        help="masked patches: random; block, large rectangles as in BEiT; or grid, three of every 2x2 patches")
+    masking: str = setting("random", role=TRAINING, help="masked patches: {choices}")
     adapt_input: str = setting("error", role=TRAINING, choices=ADAPT_CHOICES,
         help="if the weights of --finetune have a different number of input channels: error: abort; mean: each "
         "channel starts from the mean of their channels; repeat: from their channels, repeated; skip: the patch "

@@ -1,0 +1,57 @@
+"""Choices by name: a function and a line in a registry are enough for a new one."""
+
+import pytest
+import torch
+from mains import lines, parse
+
+import main_pretrain
+from mae.cli.options import REGISTRIES
+from mae.masking import MASKING
+from mae.registry import Choice, find
+from mae.training.lr_sched import SCHEDULES
+from mae.training.optimizers import OPTIMIZERS
+
+
+def sgd(model, groups, betas):
+    return torch.optim.SGD(groups, lr=0.0, momentum=betas[0])
+
+
+def fixed(grid_size, mask_ratio):
+    noise = torch.arange(float(grid_size[0] * grid_size[1]))
+    return noise.clone, mask_ratio
+
+
+def test_new_names_train(pretrain, monkeypatch):
+    """Their names are the values of the flags, and are recorded."""
+    for name, registry, function in (
+        ("sgd", OPTIMIZERS, sgd), ("constant", SCHEDULES, lambda progress: 1.0), ("fixed", MASKING, fixed)
+    ):  # fmt: skip
+        monkeypatch.setitem(registry, name, Choice("a planted choice", function))
+    assert main_pretrain.get_args_parser().format_help().count("a planted choice") == 3
+    flags = {"optimizer": "sgd", "lr_schedule": "constant", "masking": "fixed"}
+    out = pretrain(**flags, warmup_epochs=0, lr=0.1)
+    assert [line["train_lr"] for line in lines(out)] == pytest.approx([0.1, 0.1])
+    state = torch.load(out / "checkpoint-1.pth", weights_only=False)
+    assert state["args"].items() >= flags.items()
+    assert "momentum" in state["optimizer"]["param_groups"][0]
+
+
+@pytest.mark.parametrize("setting", REGISTRIES)
+def test_an_unknown_name_is_refused_where_it_is_used(setting):
+    registry = REGISTRIES[setting]
+    first = next(iter(registry))
+    assert find(setting, registry, first) == registry[first]
+    with pytest.raises(ValueError, match=f"{setting}={first}x: give one of {first}.*; did you mean {first}?"):
+        find(setting, registry, f"{first}x")
+
+
+def test_a_recipe_may_have_names_and_no_code(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer: muon\nlr_schedule: cosine\n")
+    run = parse(main_pretrain, config=recipe).optim
+    assert (run.optimizer, run.lr_schedule) == ("muon", None)  # None: the default
+    for text in ("optimizer: own:function", "lr_schedule: own:function"):
+        recipe.write_text(text)
+        with pytest.raises(SystemExit):
+            parse(main_pretrain, config=recipe)
+        assert text.partition(":")[0] in capsys.readouterr().err
