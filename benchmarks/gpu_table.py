@@ -7,7 +7,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +77,41 @@ def of_rates(name: str, found: Results) -> str:
     return markdown([name, "images/s", "relative"], rows)
 
 
-def table(machine: Results, results: Results) -> str:
-    """All tables.
+def page(machine: Results, results: Results, tables: Sequence[str]) -> str:
+    """The machine, its steps, the tables of a command, and whether all steps hold.
 
     Args:
         machine: as `machine.describe` returns it.
         results: "steps", "seconds" and "failed", by the names of steps.
     """
+    title = ", ".join(f"{name} {value}" for name, value in machine.items() if value)
+    end = f"failed: {', '.join(results['failed'])}" if results["failed"] else "all steps hold"
+    return "\n\n".join([title, of_steps(results), *tables, end]) + "\n"
+
+
+def table(machine: Results, results: Results) -> str:
+    """All tables. The arguments are those of `page`."""
     steps = results["steps"]
-    parts = [", ".join(f"{name} {value}" for name, value in machine.items() if value), of_steps(results)]
-    parts += [of_training(steps, machine["gpu"])]
+    parts = [of_training(steps, machine["gpu"])]
     parts += [of_rates(name, found) for name, found in steps.items() if found.get("images_per_second")]
     seconds = {name: f"{found['compile_seconds']:.0f}" for name, found in steps.items() if "compile_seconds" in found}
     parts += [f"seconds of compilation, while others ran: {seconds}"]
     parts += [f"main_pretrain.py with data, second epoch: {json.dumps(steps.get('whole', {}).get('second_epoch'))}"]
-    parts += [f"failed: {', '.join(results['failed'])}" if results["failed"] else "all steps hold"]
-    return "\n\n".join(parts) + "\n"
+    return page(machine, results, parts)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Prints the tables of a file."""
+def print_tables(table: Callable[[Results, Results], str], args: argparse.Namespace) -> None:
+    """Prints the tables of a file. `table` returns them."""
     results = json.loads(args.file.read_text())
     print(table(results["machine"], results))
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = entry_point.parser("The tables of a gpu_check.json, in Markdown.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="gpu_check.json")
+def get_args_parser(name: str = "gpu_check.json") -> argparse.ArgumentParser:
+    """Returns the parser of the command. `name`: of the file that it reads."""
+    parser = entry_point.parser(f"The tables of a {name}, in Markdown.")
+    parser.add_argument("file", type=Path, metavar="FILE", help=name)
     return parser
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run(partial(print_tables, table), get_args_parser())

@@ -9,7 +9,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
@@ -153,37 +153,22 @@ def profile_table(steps: Results) -> str:
 
 
 def table(machine: Results, results: Results) -> str:
-    """All tables.
-
-    Args:
-        machine: as `machine.describe` returns it.
-        results: "steps", "seconds" and "failed", by the names of steps.
-    """
+    """All tables. The arguments are those of `gpu_table.page`."""
     steps = results["steps"]
-    parts = [", ".join(f"{name} {value}" for name, value in machine.items() if value), gpu_table.of_steps(results)]
-    parts += [update_table(steps, machine["gpu"]), adoption_table(steps), profile_table(steps)]
+    parts = [update_table(steps, machine["gpu"]), adoption_table(steps), profile_table(steps)]
     for name, step in steps.items():
         for key in ("ceilings", "attention", "microseconds_per_image"):
             if found := step.get(key):
                 parts.append(number_table(name if key != "microseconds_per_image" else f"{name}, us per image", found))
         if found := step.get("curves"):
             parts.append(curves.table(found, step["updates"]))
-    parts += [f"failed: {', '.join(results['failed'])}" if results["failed"] else "all steps hold"]
-    return "\n\n".join(parts) + "\n"
-
-
-def main(args: argparse.Namespace) -> None:
-    """Prints the tables of a file."""
-    results = json.loads(args.file.read_text())
-    print(table(results["machine"], results))
+    return gpu_table.page(machine, results, parts)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = entry_point.parser("The tables of a gpu_lab.json, in Markdown.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="gpu_lab.json")
-    return parser
+    return gpu_table.get_args_parser("gpu_lab.json")
 
 
 if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())
+    entry_point.run(partial(gpu_table.print_tables, table), get_args_parser())
