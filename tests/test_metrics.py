@@ -17,11 +17,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.evaluate.metrics import compute
+from mae.evaluate.metrics import METRICS, Metric, compute, names_of
 from mae.inference import get_model
-from mae.settings.choices import CLASSIFICATION, METRICS
+from mae.settings.choices import CLASSIFICATION
 
-NAMES = METRICS[CLASSIFICATION]
+NAMES = names_of(CLASSIFICATION)
 
 
 def probabilities(file, data, split="val"):
@@ -190,3 +190,16 @@ def test_metrics_of_heads_and_neighbors(classify, imbalanced, capsys):
     assert "held-out macro_f1 0." in capsys.readouterr().out
     accuracy, fractions = classify(main_knn, k=5), classify(main_knn, k=5, metric="accuracy macro_f1")
     assert fractions[5, 0.07] == pytest.approx(accuracy[5, 0.07] / 100)
+
+
+def test_a_new_metric_is_one_entry(classify, monkeypatch):
+    """An error rate: lower values are better."""
+
+    def errors(own):
+        return (own.truth != own.predictions).mean()
+
+    monkeypatch.setitem(METRICS, "errors", Metric("share", errors, (CLASSIFICATION,), lower_is_better=True))
+    right, wrong = classify(main_knn, k=5, metric="accuracy"), classify(main_knn, k=5, metric="errors")
+    assert wrong[5, 0.07] == pytest.approx(1 - right[5, 0.07])
+    with pytest.raises(ValueError, match=r"metric=r2 is not for task=classification: give accuracy.* errors"):
+        classify(main_knn, k=5, metric="r2")

@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.evaluate.metrics import DEFAULT_METRICS, METRICS
 from mae.masking import MASKING
 from mae.registry import described
 from mae.settings.arguments import OFF
-from mae.settings.choices import HEAD_CHOICES, METRIC_CHOICES, TF32
+from mae.settings.choices import HEAD_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import InvalidValue, count_or_all, positive
@@ -31,7 +32,9 @@ REFUSED = {
     **dict.fromkeys(NAMED, lambda value: ":" in value),
 }
 # A setting -> the registry that has its values.
-REGISTRIES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "masking": MASKING}
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "masking": MASKING, "metric": METRICS,
+}  # fmt: skip
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
 COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
@@ -212,12 +215,11 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
     Args:
         selects: what the first metric selects.
     """
+    defaults = "".join(f"; {task}: {' and '.join(names)}" for task, names in DEFAULT_METRICS.items() if names)
     add(
         parser, "metric",
-        help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
-        "top-1 accuracy; multilabel: average_precision; regression: r2 and mae). They are fractions, and mae has the "
-        "units of the labels; kappa has quadratic weights, of numbers their squared differences also across gaps "
-        "(FINETUNE.md); auroc and average_precision are means over the classes, one against the others",
+        help=f"metrics to print and log: {{choices}}. The first selects {selects}. They are fractions, unless they "
+        f"are in the units of the labels (default: the top-1 accuracy{defaults})",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, get_type_hints
 
-from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.evaluate.metrics import lower_is_better
 from mae.evaluate.tables import markdown
 from mae.files import atomic, spreadsheet
 
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
     @property
     def rank(self) -> float:
         """Higher values are better, and NaN is the worst."""
-        rank = -self.mean if self.metric in LOWER_IS_BETTER else self.mean
+        rank = -self.mean if lower_is_better(self.metric) else self.mean
         return -math.inf if math.isnan(rank) else rank
 
     def format(self, value: float) -> str:
@@ -137,7 +137,7 @@ def conclusion(entries: Entries) -> str:
 
 def _distance(best: Entry, other: Entry) -> str:
     differences = [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
-    side = "below" if best.metric in LOWER_IS_BETTER else "above"
+    side = "below" if lower_is_better(best.metric) else "above"
     unit = " points" if best.metric == ACCURACY else ""
     if len(differences) < 2:
         return f"{best.format(abs(best.mean - other.mean))}{unit} (one draw: the spread is unknown) {side}"

@@ -13,13 +13,12 @@ from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data.labels import some_of_each_class
 from mae.data.source import Source
-from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
 from mae.pooling import TITLES as POOLING_TITLES
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
-from mae.settings.choices import DEFAULT_METRICS
 from mae.settings.values import as_yaml
 from mae.training import log
 from mae.training.nonfinite import NonFiniteLoss
@@ -174,7 +173,7 @@ class Trials:
                 return {k: scores[f"{self.metric}_k{k}"] for k in values}
             return {rate: self._score_of(f"{name}/{rate}", trial, settings | {"blr": rate}, kept) for rate in values}
 
-        chosen = grids.choose(poolings, values, scores_of, self.metric in LOWER_IS_BETTER, least, most)
+        chosen = grids.choose(poolings, values, scores_of, lower_is_better(self.metric), least, most)
         shutil.rmtree(kept, ignore_errors=True)
         return chosen
 

@@ -1,15 +1,40 @@
 """Metrics of predictions (--metric), in the units of scikit-learn and SciPy, which compute them.
 
-Classification and multilabel metrics are fractions. `mae` has the units of the targets.
+Classification and multilabel metrics are fractions. A metric is a function and an entry of METRICS.
 """
 
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-NEED_SCORES = ("auroc", "average_precision")  # they need the score of every class
-OF_CLASSES = (*NEED_SCORES, "balanced_accuracy", "macro_f1")  # means over the classes
-LOWER_IS_BETTER = ("mae",)
+from mae.registry import find
+from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+
+
+class Predictions(NamedTuple):
+    """What a metric is computed from. With several targets, a metric is the mean over the targets."""
+
+    truth: np.ndarray  # the classes (n,), 0 or 1 for each class (n, classes), or the targets (n, targets)
+    predictions: np.ndarray  # the classes (n,), probabilities (n, classes), or the targets (n, targets)
+    scores: np.ndarray | None  # of each class (n, classes)
+    classes: int  # number of classes or targets
+    grades: np.ndarray | None  # numbers of the classes (classes,)
+
+
+class Metric(NamedTuple):
+    """An entry of METRICS."""
+
+    help: str
+    function: Callable[[Predictions], float]
+    tasks: tuple[str, ...]
+    lower_is_better: bool = False
+    needs_scores: bool = False  # the score of every class
+    without_class: str = ""  # what the mean over the classes is if a class has no images
+    needs_absence: bool = False  # it is undefined for a class that all images have, too
+    has_order: bool = False  # it weights errors by the order of the classes
+    of_constant: str = ""  # what it is if a target is the same for all images
 
 
 def compute(
@@ -18,50 +43,93 @@ def compute(
 ) -> float:  # fmt: skip
     """Returns a metric. It takes memory for the images, the classes and the scores, not for pairs of classes.
 
-    Classes without an image do not enter `balanced_accuracy`, `auroc` and `average_precision`, which are means over the
-    classes. In `macro_f1`, they have an F1 of 0; a class (n,) that is not predicted either does not enter. With several
-    targets, a metric is the mean over the targets. A metric that is undefined is NaN.
+    A metric that is undefined is NaN.
 
     Args:
-        truth: the classes (n,), 0 or 1 for each class (n, classes), or the targets (n, targets).
-        predictions: the classes (n,), probabilities (n, classes), or the targets (n, targets).
-        scores: of each class (n, classes); None: no metric of NEED_SCORES is computed.
-        classes: number of classes or targets.
+        name: a key of METRICS.
+        truth, predictions, classes: as in `Predictions`.
+        scores: of each class (n, classes); None: no metric that needs them is computed.
         grades: numbers of the classes (classes,), whose differences weight the errors of `kappa`. Default: 0, 1, ...
             With gaps, it is the kappa of scikit-learn with all numbers as its `labels`.
-    """
-    from scipy import stats
-    from sklearn import metrics  # takes a second
 
+    Raises:
+        ValueError: METRICS has no such name.
+    """
+    metric = find("metric", METRICS, name)
     if not np.isfinite(predictions if scores is None else scores).all():
         return float("nan")
-    counts = counts_of(truth, classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes without images; `tasks.task_of` names them
-        if name in NEED_SCORES:
-            assert scores is not None
-            score = metrics.roc_auc_score if name == "auroc" else metrics.average_precision_score
-            used = np.flatnonzero(is_defined(name, counts, len(truth)))
-            columns = (truth[:, number] if truth.ndim == 2 else truth == number for number in used)
-            values = [score(own, scores[:, number]) for own, number in zip(columns, used, strict=True)]
-            return float(np.mean(values)) if values else float("nan")
-        if name == "spearman":
-            pairs = zip(truth.T, predictions.T, strict=True)
-            return float(np.mean([stats.spearmanr(ours, theirs).statistic for ours, theirs in pairs]))
-        if name == "kappa":
-            return _quadratic_kappa(*(own if grades is None else grades[own] for own in (truth, predictions)))
-        if name == "balanced_accuracy":
-            right = np.bincount(truth[truth == predictions], minlength=classes)
-            return float((right[counts > 0] / counts[counts > 0]).mean())
-        if name == "macro_f1":
-            if truth.ndim == 2:  # scikit-learn's "macro" of a single class includes the F1 of its absence
-                pairs = zip(truth.T, predictions.T >= 0.5, strict=True)
-                return float(np.mean([metrics.f1_score(ours, theirs, zero_division=0) for ours, theirs in pairs]))
-            return float(metrics.f1_score(truth, predictions, average="macro", zero_division=0))
-        functions = {
-            "accuracy": metrics.accuracy_score, "r2": metrics.r2_score, "mae": metrics.mean_absolute_error,
-        }  # fmt: skip
-        return float(functions[name](truth, predictions))
+        return float(metric.function(Predictions(truth, predictions, scores, classes, grades)))
+
+
+def _accuracy(own: Predictions) -> float:
+    from sklearn import metrics  # takes a second
+
+    return metrics.accuracy_score(own.truth, own.predictions)
+
+
+def _balanced_accuracy(own: Predictions) -> float:
+    """Classes without an image do not enter."""
+    counts = counts_of(own.truth, own.classes)
+    right = np.bincount(own.truth[own.truth == own.predictions], minlength=own.classes)
+    return (right[counts > 0] / counts[counts > 0]).mean()
+
+
+def _average_precision(own: Predictions) -> float:
+    from sklearn import metrics
+
+    return _mean_over_classes("average_precision", metrics.average_precision_score, own)
+
+
+def _auroc(own: Predictions) -> float:
+    from sklearn import metrics
+
+    return _mean_over_classes("auroc", metrics.roc_auc_score, own)
+
+
+def _mean_over_classes(name: str, score: Callable[..., float], own: Predictions) -> float:
+    """Returns the mean score of the classes for which it is defined, each against the others."""
+    assert own.scores is not None
+    used = np.flatnonzero(is_defined(name, counts_of(own.truth, own.classes), len(own.truth)))
+    columns = (own.truth[:, number] if own.truth.ndim == 2 else own.truth == number for number in used)
+    values = [score(column, own.scores[:, number]) for column, number in zip(columns, used, strict=True)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _macro_f1(own: Predictions) -> float:
+    """A class without an image has an F1 of 0; a class (n,) that is not predicted either does not enter."""
+    from sklearn import metrics
+
+    if own.truth.ndim == 2:  # scikit-learn's "macro" of a single class includes the F1 of its absence
+        pairs = zip(own.truth.T, own.predictions.T >= 0.5, strict=True)
+        return float(np.mean([metrics.f1_score(truth, predicted, zero_division=0) for truth, predicted in pairs]))
+    return metrics.f1_score(own.truth, own.predictions, average="macro", zero_division=0)
+
+
+def _kappa(own: Predictions) -> float:
+    if own.grades is None:
+        return _quadratic_kappa(own.truth, own.predictions)
+    return _quadratic_kappa(own.grades[own.truth], own.grades[own.predictions])
+
+
+def _r2(own: Predictions) -> float:
+    from sklearn import metrics
+
+    return metrics.r2_score(own.truth, own.predictions)
+
+
+def _mae(own: Predictions) -> float:
+    from sklearn import metrics
+
+    return metrics.mean_absolute_error(own.truth, own.predictions)
+
+
+def _spearman(own: Predictions) -> float:
+    from scipy import stats
+
+    pairs = zip(own.truth.T, own.predictions.T, strict=True)
+    return float(np.mean([stats.spearmanr(truth, predicted).statistic for truth, predicted in pairs]))
 
 
 def _quadratic_kappa(truth: np.ndarray, predictions: np.ndarray) -> float:
@@ -81,5 +149,39 @@ def counts_of(truth: np.ndarray, classes: int) -> np.ndarray:
 
 
 def is_defined(name: str, counts: np.ndarray, total: int) -> np.ndarray:
-    """Whether a metric is defined for each class (classes,): it has images, and for `auroc` not all of the images."""
-    return (counts > 0) & (counts < total) if name == "auroc" else counts > 0
+    """Whether a metric is defined for each class (classes,): some images have it and, for `auroc`, others do not."""
+    return (counts > 0) & (counts < total) if METRICS[name].needs_absence else counts > 0
+
+
+def names_of(task: str) -> list[str]:
+    """Lists the metrics of a task."""
+    return [name for name, metric in METRICS.items() if task in metric.tasks]
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether lower values of a score are better."""
+    return name in METRICS and METRICS[name].lower_is_better
+
+
+ONE_AGAINST_OTHERS = "mean over the classes, one against the others"
+OTHER_CLASSES = "is the mean over the other classes"
+METRICS = {
+    "accuracy": Metric("", _accuracy, (CLASSIFICATION,)),
+    "balanced_accuracy": Metric("", _balanced_accuracy, (CLASSIFICATION,), without_class=OTHER_CLASSES),
+    "average_precision": Metric(ONE_AGAINST_OTHERS, _average_precision, (CLASSIFICATION, MULTILABEL),
+        needs_scores=True, without_class=OTHER_CLASSES),
+    "auroc": Metric(ONE_AGAINST_OTHERS, _auroc, (CLASSIFICATION, MULTILABEL),
+        needs_scores=True, without_class=OTHER_CLASSES, needs_absence=True),
+    "macro_f1": Metric("", _macro_f1, (CLASSIFICATION, MULTILABEL),
+        without_class="counts these classes as 0 if they are predicted, and with task=multilabel always"),
+    "kappa": Metric("quadratic weights, of numbers their squared differences also across gaps (FINETUNE.md)", _kappa,
+        (CLASSIFICATION,), has_order=True),
+    "r2": Metric("", _r2, (REGRESSION,), of_constant="0 or undefined"),
+    "mae": Metric("in the units of the labels", _mae, (REGRESSION,), lower_is_better=True),
+    "spearman": Metric("", _spearman, (REGRESSION,), of_constant="undefined"),
+}  # fmt: skip
+DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
+    CLASSIFICATION: (),  # the top-1 accuracy
+    MULTILABEL: ("average_precision",),
+    REGRESSION: ("r2", "mae"),
+}

@@ -9,7 +9,7 @@ import numpy as np
 
 from mae.evaluate import metrics, tables
 from mae.files import atomic, spreadsheet
-from mae.settings.choices import METRICS, MULTILABEL, REGRESSION
+from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
         OSError: as in `write_matrix`.
     """
     has_classes = labels.dtype.kind == "i"
-    used = METRICS[MULTILABEL if has_classes else REGRESSION]
+    used = metrics.names_of(MULTILABEL if has_classes else REGRESSION)
     rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
     for number, name in enumerate(names):
         truth, own = labels[:, [number]], predictions[:, [number]]

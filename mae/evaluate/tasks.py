@@ -15,9 +15,9 @@ from mae import parallel
 from mae.data import labels
 from mae.data.source import Source, first_few
 from mae.evaluate import metrics
-from mae.evaluate.metrics import LOWER_IS_BETTER
+from mae.evaluate.metrics import METRICS, lower_is_better
 from mae.settings import UNSET
-from mae.settings.choices import DEFAULT_METRICS, METRICS, MULTILABEL, REGRESSION
+from mae.settings.choices import MULTILABEL, REGRESSION
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Classification:
     ) -> None:
         self.metrics, self.class_weight, self.grades = metrics, class_weight, grades
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
-        self.lower_is_better = self.title in LOWER_IS_BETTER
+        self.lower_is_better = lower_is_better(self.title)
 
     def of_outputs(self, count: int) -> str:
         """Returns what images have, for the log."""
@@ -131,7 +131,7 @@ class Classification:
         loss = F.cross_entropy(outputs, targets, reduction="none")
         top = outputs.topk(min(TOP, outputs.shape[1])).indices
         columns = (targets, outputs.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss)
-        return (*columns, outputs) if {*self.metrics} & {*metrics.NEED_SCORES} else columns
+        return (*columns, outputs) if any(METRICS[name].needs_scores for name in self.metrics) else columns
 
     def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> Evaluation:
         """Returns the evaluation of all samples, from the `columns` of all batches and processes."""
@@ -230,17 +230,19 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
         ValueError: a metric is for a different task, or is undefined for all classes; or no classes have weights.
     """
     task, weight = flags["task"], flags.get("class_weight") and train is not None
-    names = list(dict.fromkeys(flags["metric"] or DEFAULT_METRICS[task]))
-    if others := [name for name in names if name not in METRICS[task]]:
-        raise ValueError(f"metric={others[0]} is not for task={task}: give {', '.join(METRICS[task])}")
+    names = list(dict.fromkeys(flags["metric"] or metrics.DEFAULT_METRICS[task]))
+    known = metrics.names_of(task)
+    if others := [name for name in names if name not in known]:
+        raise ValueError(f"metric={others[0]} is not for task={task}: give {', '.join(known)}")
     if task == REGRESSION:
         if weight:
             raise ValueError("class_weight=balanced: task=regression has no classes; omit `class_weight`")
         constant = [name for name, column in zip(val.classes, val.labels.T, strict=True) if np.ptp(column) == 0]
-        if constant and {"r2", "spearman"} & {*names}:
+        undefined = [f"{name} ({METRICS[name].of_constant})" for name in known if METRICS[name].of_constant]
+        if constant and any(METRICS[name].of_constant for name in names):
             logger.warning(
                 f"metric=[{', '.join(names)}]: {first_few(constant)} is the same for all validation images; "
-                f"r2 (0 or undefined) and spearman (undefined) can't score it"
+                f"{' and '.join(undefined)} can't score it"
             )
         return Regression(
             names,
@@ -249,10 +251,11 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
             flags["target_std"],
         )
     _require_defined(names, np.asarray(val.labels), val.classes)
-    if "kappa" in names and len(val.classes) > 2 and not _are_numbers(val.classes) and parallel.is_main():
+    ordered = [name for name in names if METRICS[name].has_order]
+    if ordered and len(val.classes) > 2 and not _are_numbers(val.classes) and parallel.is_main():
         logger.warning(
-            f"metric=kappa weights errors by the order of the classes, {first_few(val.classes)}; for another order, "
-            f"give `train_list` and `val_list` with the labels 0, 1, 2"
+            f"metric={ordered[0]} weights errors by the order of the classes, {first_few(val.classes)}; for another "
+            f"order, give `train_list` and `val_list` with the labels 0, 1, 2"
         )
     kind = Multilabel if task == MULTILABEL else Classification
     # Grades 0, 1, 2 and 4 are as far apart as their numbers, also if no image has the grade 3.
@@ -267,17 +270,17 @@ def _are_numbers(classes: Sequence[str]) -> bool:
 
 def _require_defined(names: Sequence[str], truth: np.ndarray, classes: Sequence[str]) -> None:
     counts = metrics.counts_of(truth, len(classes))
-    for name in filter(metrics.OF_CLASSES.__contains__, names):
+    for name in names:
+        metric = METRICS[name]
+        if not metric.without_class:
+            continue
         missing = np.flatnonzero(~metrics.is_defined(name, counts, len(truth)))
-        if len(missing) == len(classes) and name in metrics.NEED_SCORES:
+        if len(missing) == len(classes) and metric.needs_scores:
             raise ValueError(f"metric={name}: the validation images are of one class; give images of other classes")
         if len(missing) and parallel.is_main():
             which = first_few([classes[number] for number in missing.tolist()])
-            kind = "none or all of the validation images" if name == "auroc" else "no validation image"
-            mean = "is the mean over the other classes"
-            if name == "macro_f1":
-                mean = "counts these classes as 0 if they are predicted, and with task=multilabel always"
-            logger.warning(f"metric={name} {mean}: {kind} is of {which}")
+            kind = "none or all of the validation images" if metric.needs_absence else "no validation image"
+            logger.warning(f"metric={name} {metric.without_class}: {kind} is of {which}")
 
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:

@@ -14,13 +14,6 @@ LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
 SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
 REGRESSION_LOSSES = ("l1", "l2", "huber")
-METRICS = {  # of --metric, by task
-    CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1", "kappa", "auroc", "average_precision"),
-    MULTILABEL: ("average_precision", "auroc", "macro_f1"),
-    REGRESSION: ("r2", "mae", "spearman"),
-}
-DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
-METRIC_CHOICES = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches
 SHORT_SIDE = 256  # pixels, of the copies of examples/resize_folder.py
 NUM_QUERIES = 32  # default of --num_queries

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from mae.files import recipes
-from mae.settings.choices import AMP_CHOICES, BACKENDS, METRIC_CHOICES, SUITES, TF32
+from mae.settings.choices import AMP_CHOICES, BACKENDS, SUITES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive, positive_int, ratio
 
@@ -58,8 +58,7 @@ class EvaluationSpec(Values, group="evaluation", role=TRAINING):
     """What is evaluated, and when."""
 
     # None: top-1 accuracy
-    metric: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", choices=METRIC_CHOICES,
-        metavar="NAME")
+    metric: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", metavar="NAME")
     eval_every: int = setting(1, positive_int, metavar="N", help="evaluate every N epochs, and after the last one")
     vis_every: int = setting(20, count, resumed=FREE, metavar="N",
         help="log reconstructions to TensorBoard every N epochs; 0: never")
