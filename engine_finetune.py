@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import mae.build
 from mae import parallel
-from mae.checkpoints import run_directory
 from mae.checkpoints.checkpoint import compute_digest
 from mae.data import extras, labels, transforms
 from mae.data.batches import prefetch
@@ -30,7 +29,6 @@ from mae.training import loop
 from mae.training.compiling import compile_model, padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
-from mae.weights.model_zoo import CLASSIFIER
 
 if TYPE_CHECKING:
     from mae.evaluate.suites import Suite
@@ -116,29 +114,6 @@ def evaluate_heads(
         merged = [parallel.interleave(list(part)) for part in parts]
         evaluations.append(task.evaluation(merged, max(number for _, number in shards)))
     return evaluations
-
-
-def open_weights(run: Run, kind: str = CLASSIFIER) -> reading.Weights | None:
-    """Reads the weights of `--finetune`, unless the run resumes; with `--eval`, the classifier of `--resume` or
-    `--finetune`.
-
-    Args:
-        kind: the kind of a file to evaluate.
-
-    Raises:
-        ValueError: with `--eval`, neither names a file, or the file is of another kind.
-    """
-    machine = run.machine
-    source = partial(run_directory.source, Path(machine.output_dir), machine.resume)
-    if not run.evaluation.eval:
-        resumes = parallel.from_rank_0(lambda: source() is not None)
-        return loading.read(machine.finetune) if machine.finetune and not resumes else None
-    name: Path | str = machine.resume or machine.finetune
-    if name == "auto" and (name := source() or machine.finetune):
-        logger.info(f"resume=auto: evaluates {name}")
-    if not name:
-        raise ValueError(f"`eval` needs `resume` or `finetune`: the file of a {kind}, or a published name")
-    return loading.read_classifier(name, kind)
 
 
 def open_labelled(

@@ -23,12 +23,13 @@ import main_finetune
 import main_knn
 import main_linprobe
 import models_vit
+from mae import session
 from mae.cli import entry_point, options
 from mae.cli.script import Script
 from mae.compare.comparison import compare
 from mae.data.source import OpenDataset
 from mae.settings import Run
-from mae.user_code import DATASET, with_source
+from mae.user_code import DATASET
 
 MODULES = {"knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "finetune": main_finetune}
 SCRIPTS = {protocol: Script(module) for protocol, module in MODULES.items()}
@@ -55,7 +56,7 @@ def main(args: Namespace | Run, source: OpenDataset | None = None) -> str:
     Raises:
         ValueError: the function has no name by which the scripts can import it.
     """
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
+    run = session.settings_of(get_args_parser(), args, source)
     name = run.data.dataset or ""
     if source and ("<" in name or name.startswith(f"{DATASET}__main__:")):
         raise ValueError(f"source= ({name}): the scripts of a comparison import it: define it in a module")

@@ -16,7 +16,6 @@ import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,12 +27,9 @@ from engine_finetune import (
     evaluate_suites,
     load_for_evaluation,
     open_labelled,
-    open_weights,
     report_scores,
     train_one_epoch,
 )
-from mae import user_code
-from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.fingerprint import fingerprint
@@ -41,7 +37,8 @@ from mae.data.labels import has_ids
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
-from mae.settings import EVALUATE, TRAIN, Run
+from mae.session import CLASSIFIER, open_session
+from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
@@ -50,9 +47,7 @@ from mae.training.loop import Callback
 from mae.training.mixup import make_erasing, make_mixup
 from mae.training.optimizers import param_groups_lrd
 from mae.training.precision import Precision
-from mae.user_code import with_source
-from mae.weights import loading, model_settings
-from mae.weights.recorded_settings import with_recorded_settings
+from mae.weights import loading
 
 logger = logging.getLogger(__name__)
 
@@ -96,22 +91,20 @@ def main(
     """
     from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
-    run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
-    run, precision = trainer.start(run, "main_finetune")
-    device = precision.device
-    file = open_weights(run)
-    crop_pct = run.images.crop_pct  # None, unless it is explicit
-    run = with_recorded_settings(
-        run, file, model_settings.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
+    session = open_session(
+        get_args_parser(), args, "main_finetune", uses=CLASSIFIER, source=source, encoder=encoder, optimizer=optimizer
     )
-    data = trainer.open_data(run, device, source)
+    run = session.run
+    file = session.file
+    precision = session.precision
+    device = precision.device
+    data = session.open_data()
 
-    build = partial(mae.build.classifier, encoder=encoder)
+    build = partial(mae.build.classifier, encoder=session.code.encoder)
     if run.evaluation.eval and file:
+        crop_pct = run.images.crop_pct if "crop_pct" in session.explicit else None
         return evaluate_file(run, data, file, precision, build, crop_pct)
 
-    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     classes = train.classes
     run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
@@ -127,7 +120,7 @@ def main(
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
     erase = make_erasing(run.augmentation, device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
-    built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
+    built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
 

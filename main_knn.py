@@ -20,22 +20,16 @@ from typing import Any
 
 import models_vit
 from engine_finetune import build_frozen, open_labelled
-from mae import user_code
 from mae.cli import entry_point, options
 from mae.data import extras
-from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown
 from mae.files import results
-from mae.settings import Run, names_with
-from mae.settings.fields import LABELS
-from mae.training import trainer
+from mae.session import FEATURES, open_session
+from mae.settings import Run
 from mae.training.frozen_features import FrozenFeatures
-from mae.user_code import with_source
-from mae.weights import loading, model_settings
-from mae.weights.recorded_settings import with_pooling, with_recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +59,14 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         features: folder that keeps the features for runs with the same images and encoder, as in `FrozenFeatures`.
     """
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
-    run, encoder = user_code.with_objects(run, encoder=encoder)
-    run, precision = trainer.start(run)
+    session = open_session(get_args_parser(), args, "main_knn", uses=FEATURES, source=source, encoder=encoder)
+    run = session.run
+    precision = session.precision
     device = precision.device
-    file = loading.read(run.machine.finetune) if run.machine.finetune else None
-    run = with_pooling(run, file)
-    recorded, of_labels = model_settings.classifier_settings(file), names_with(LABELS)
-    run = with_recorded_settings(run, file, {name: recorded[name] for name in recorded if name not in of_labels})
-    data = RunData(run.images, run.data, device, source)
+    data = session.open_data()
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = build_frozen(run, file, encoder, has_both=features is not None)
+    model = build_frozen(run, session.file, session.code.encoder, has_both=features is not None)
     extras.require_fitting(model, train, val)
     model.to(device)
     frozen = FrozenFeatures(run, data, model, precision, {"train": train, "val": val}, features)

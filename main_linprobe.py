@@ -20,7 +20,6 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,11 @@ from engine_finetune import (
     load_for_evaluation,
     load_frozen,
     open_labelled,
-    open_weights,
     report_scores,
     train_one_epoch,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from mae import parallel, user_code
+from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
 from mae.data import extras, labels, sampler, transforms
@@ -50,16 +48,15 @@ from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
-from mae.settings import EVALUATE, TRAIN, Run
+from mae.session import PROBE, open_session
+from mae.settings import Run
 from mae.settings.choices import ATTENTIVE, LINEAR
 from mae.training import feature_files, trainer
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.precision import Precision
-from mae.user_code import with_source
-from mae.weights import loading, model_settings
-from mae.weights.recorded_settings import with_pooling, with_recorded_settings
+from mae.weights import loading
 
 logger = logging.getLogger(__name__)
 
@@ -98,45 +95,24 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         features: folder that keeps stored features for runs with the same images and encoder, as in `FrozenFeatures`.
     """
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
-    run, encoder = user_code.with_objects(run, encoder=encoder)
-    run, precision = trainer.start(run, "main_linprobe", trains_encoder=False)
-    device = precision.device
-    file = open_encoder(run)
-    if run.model.probe != ATTENTIVE and not run.evaluation.eval:
-        run = with_pooling(run, file)
-    run = with_recorded_settings(
-        run, file, model_settings.classifier_settings(file), EVALUATE if run.evaluation.eval else TRAIN
-    )
-    data = trainer.open_data(run, device, source)
+    session = open_session(get_args_parser(), args, "main_linprobe", uses=PROBE, source=source, encoder=encoder)
+    run = session.run
+    file = session.file
+    encoder = session.code.encoder
+    precision = session.precision
+    data = session.open_data()
     if run.evaluation.eval and file:
         if run.machine.compile:
             logger.warning("`compile` has no effect with `eval`")
         probe, val = load_for_evaluation(partial(mae.build.probe, encoder=encoder), run, file, data)
-        encoded = encode_images(data, val, probe.to(device), min(run.optim.batch_size, MAX_BATCH), precision)
+        encoded = encode_images(data, val, probe.to(precision.device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
         report_scores(scores, val.classes, run.evaluation.report)
         return
 
-    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
         train_probe(run, data, file, precision, callbacks, encoder, features)
-
-
-def open_encoder(run: Run) -> loading.Weights | None:
-    """Reads the encoder: of the checkpoint from which the run resumes, else of `--finetune`. With --eval, a classifier.
-
-    The features of a resumed run are computed before its state is loaded.
-    """
-    if run.evaluation.eval:
-        return open_weights(run)
-    which = parallel.from_rank_0(lambda: run_directory.chosen(Path(run.machine.output_dir), run.machine.resume))
-    for path in run_directory.newest_first(Path(run.machine.output_dir)) if which == "auto" else []:
-        with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
-            return loading.read(path)
-    name = run.machine.finetune if which == "auto" else which or run.machine.finetune
-    return loading.read(name) if name else None
 
 
 def train_probe(

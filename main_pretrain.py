@@ -23,8 +23,7 @@ import torch
 import mae.build
 import models_mae
 from engine_pretrain import check_targets, train_one_epoch
-from mae import masking, parallel, user_code
-from mae.checkpoints import run_directory
+from mae import masking, parallel
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
 from mae.data import extras, loader, transforms
@@ -34,14 +33,14 @@ from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
-from mae.settings import Run
+from mae.session import INITIAL_WEIGHTS, Code, open_session
+from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.log import NullLog, log_report_command
 from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
-from mae.user_code import with_source
 from models_vit import Encoder
 
 if TYPE_CHECKING:
@@ -90,25 +89,25 @@ def main(
         lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
             --lr_schedule MODULE:FUNCTION.
     """
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
-    run, encoder, optimizer, lr_schedule = user_code.with_objects(
-        run, encoder=encoder, optimizer=optimizer, lr_schedule=lr_schedule
-    )
-    run, model_class = mae.build.model_class_of(run, model_class)
-    run, precision = trainer.start(run, "main_pretrain")
-    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
+    session = open_session(
+        get_args_parser(), args, "main_pretrain", uses=INITIAL_WEIGHTS, source=source, model_class=model_class,
+        encoder=encoder, optimizer=optimizer, lr_schedule=lr_schedule,
+    )  # fmt: skip
+    run = session.run
+    code = session.code
+    precision = session.precision
 
-    run, file = start_from_file(run)
-    data, train = open_images(run, precision.device, source)  # first, because a large model takes long
-    model, run = build_model(run, file, model_class, encoder, precision)
-    del file  # its memory
+    data = session.open_data()
+    train = open_images(data, run.evaluation)  # first, because a large model takes long
+    model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
+    session.file = None  # its memory
+    if code.model_class is not models_mae.MaskedAutoencoderViT or code.encoder:
+        # for programs that read the checkpoints, and do not have the class
+        run = run.changed({"predicts_pixels": model.predicts_pixels})
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
 
-    num_visible = masking.num_visible(model.num_patches, mask_ratio)
-    samples, full_images = open_samples(run, data, train, draw_noise, model, num_visible)
-    if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
-        check_targets(model, loader.examples(full_images, EXAMPLES), data.normalize.std)
+    samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, mask_ratio)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,
@@ -116,7 +115,7 @@ def main(
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
-    built = optimizers.build(run.optim.optimizer, optimizer, model, groups, betas=BETAS)
+    built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_online_probe(run, data, full_images, mask_ratio, model, precision)
@@ -132,20 +131,11 @@ def main(
 
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
-        after_epoch=after_epoch, callbacks=callbacks, lr_schedule=lr_schedule,
+        after_epoch=after_epoch, callbacks=callbacks, lr_schedule=code.lr_schedule,
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=False))
     log_report_command(run)
-
-
-def start_from_file(run: Run) -> "tuple[Run, Weights | None]":
-    """Returns the settings of a run, with those of the file of --init_from, and the file, if any."""
-    if not run.machine.init_from:
-        return run, None
-    from mae.weights import recorded_settings
-
-    return recorded_settings.with_initial_weights(run)
 
 
 def open_online_probe(
@@ -161,82 +151,77 @@ def open_online_probe(
 
 
 def build_model(
-    run: Run,
-    file: "Weights | None",
-    model_class: Callable[..., models_mae.MaskedAutoencoderViT],
-    encoder: type[Encoder] | None,
-    precision: Precision,
-) -> tuple[models_mae.MaskedAutoencoderViT, Run]:
-    """Builds the model of a run, sharded with --fsdp, with the weights of a file.
-
-    Returns:
-        The model, and the settings with what the model determines.
+    spec: ModelSpec, images: ImageSpec, code: Code, file: "Weights | None", precision: Precision, is_sharded: bool
+) -> models_mae.MaskedAutoencoderViT:
+    """Builds the model of a run, with the weights of a file.
 
     Raises:
         ValueError: a step of the model lacks the context; or as in `mae.build.autoencoder`.
     """
-    is_base = model_class is models_mae.MaskedAutoencoderViT
-    # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
-    with torch.device("meta" if run.machine.fsdp and is_base and not encoder else "cpu"):
-        model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
+    is_published = code.model_class is models_mae.MaskedAutoencoderViT and code.encoder is None
+    # `fsdp` initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
+    with torch.device("meta" if is_sharded and is_published else "cpu"):
+        model = mae.build.autoencoder(spec, images, code.model_class, code.encoder)
     require_context(type(model))  # the noise of the batches determines the masks
     mae.build.log_sizes(model)
-    if run.machine.fsdp:
+    if is_sharded:
         from mae.training import fsdp  # takes a second
 
         fsdp.shard(model, mae.build.blocks_of(model), precision.device, precision.dtype, method="reconstruct")
-    if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
-        run = run.changed({"predicts_pixels": model.predicts_pixels})
     if file:
         from mae.weights import loading
 
         loading.init_mae(model, file)
-    return model, run
+    return model
 
 
-def open_images(run: Run, device: torch.device, source: OpenDataset | None) -> tuple[RunData, Source | Stream]:
+def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:
     """Opens the training images. The random numbers, which the initial weights depend on, do not change.
 
     Raises:
-        ValueError: they can't be opened, or there is no --probe_path.
+        ValueError: they can't be opened, or there is no `probe_path`.
     """
-    if run.evaluation.probe_every and run.evaluation.probe_path and not Path(run.evaluation.probe_path).exists():
-        raise ValueError(f"probe_path={run.evaluation.probe_path}: there is no such folder or archive")
-    data = trainer.open_data(run, device, source)
-    reads_labels = bool(
-        run.evaluation.probe_every and not run.evaluation.probe_path
-    )  # the probe classifies the training images
+    path = evaluation.probe_path
+    if evaluation.probe_every and path and not Path(path).exists():
+        raise ValueError(f"probe_path={path}: there is no such folder or archive")
+    reads_labels = bool(evaluation.probe_every and not path)  # the probe classifies the training images
     with preserve_generators():
-        return data, data.open_split("train", reads_labels)
+        return data.open_split("train", reads_labels)
 
 
 def open_samples(
-    run: Run, data: RunData, source: Source | Stream, draw_noise: Callable[[], torch.Tensor],
-    model: models_mae.MaskedAutoencoderViT, num_visible: int,
+    data: RunData, source: Source | Stream, augmentation: AugmentationSpec, draw_noise: Callable[[], torch.Tensor],
+    model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
-    """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
+    """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid.
+
+    It warns as `check_targets`.
+    """
     extras.require_fitting(model, source, steps=STEPS)
     data.check_statistics(source)
     (source,) = data.cached(source)
-    images, changes = run.images, run.augmentation
+    images = data.images
     augment = transforms.pretrain_transform(
         images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
-        vflip=changes.vflip, rotate90=changes.rotate90,
+        vflip=augmentation.vflip, rotate90=augmentation.rotate90,
     )  # fmt: skip
     patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
-    visible_patches = math.ceil(num_visible * patches / tokens)
-    whole = transforms.eval_transform(run.images.input_size, crop=run.images.crop)
+    visible_patches = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
+    whole = transforms.eval_transform(images.input_size, crop=images.crop)
     augment, whole = (
         partial(
-            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=run.images.min_valid,
+            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=images.min_valid,
             num_visible=visible_patches,
         )
         for transform in (augment, whole)
     )  # fmt: skip
-    augmented = data.samples(source, augment, run.data.on_bad_image, draw_noise)
+    augmented = data.samples(source, augment, data.data.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
-    return augmented, data.samples(source, whole, "skip", draw_noise)
+    full_images = data.samples(source, whole, "skip", draw_noise)
+    if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
+        check_targets(model, loader.examples(full_images, EXAMPLES), data.normalize.std)
+    return augmented, full_images
 
 
 if __name__ == "__main__":

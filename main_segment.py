@@ -14,7 +14,7 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ import torch
 
 import mae.build
 import models_vit
-from engine_finetune import load_frozen, open_weights, train_one_epoch
+from engine_finetune import load_frozen, train_one_epoch
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
-from mae import parallel, user_code
-from mae.checkpoints import run_directory
+from mae import parallel
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.fingerprint import fingerprint
@@ -38,16 +37,14 @@ from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
-from mae.settings import EVALUATE, TRAIN, Run
+from mae.session import SEGMENTER, open_session
+from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.compiling import compile_model
 from mae.training.log import NullLog
 from mae.training.loop import Callback
 from mae.training.optimizers import param_groups_lrd
-from mae.user_code import with_source
 from mae.weights import loading, model_settings
-from mae.weights.model_zoo import SEGMENTER
-from mae.weights.recorded_settings import with_recorded_settings
 from models_segment import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -83,18 +80,19 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    run = with_source(entry_point.settings_of(args, get_args_parser()), source)
-    run, encoder, optimizer = user_code.with_objects(run, encoder=encoder, optimizer=optimizer)
-    run, precision = trainer.start(run, "main_segment")
+    session = open_session(
+        get_args_parser(), args, "main_segment", uses=SEGMENTER, source=source, encoder=encoder, optimizer=optimizer
+    )
+    run = session.run
+    file = session.file
+    encoder = session.code.encoder
+    precision = session.precision
     device = precision.device
-    file = with_token_norm(open_weights(run, SEGMENTER))
-    recorded = model_settings.classifier_settings(file)
-    run = with_recorded_settings(run, file, recorded, EVALUATE if run.evaluation.eval else TRAIN)
     evaluated = file if run.evaluation.eval else None
-    run = run.changed(pair_settings(run, evaluated, recorded if evaluated else {}))
+    run = run.changed(pair_settings(run.model, run.images, run.data.dataset, evaluated))
     classes, images = run.model.classes, run.images
     assert classes is not None and images.short_side is not None, "set by `pair_settings`"
-    data = RunData(images, run.data, device, source)
+    data = session.open_data(images)
     evaluation = partial(
         evaluate, normalize=data.normalize, precision=precision.of_evaluation(), num_classes=len(classes),
         window=to_pair(run.images.input_size), batch_size=run.optim.batch_size,
@@ -105,7 +103,6 @@ def main(
         model = mae.build.segmenter(run.model, run.images, encoder)
         return evaluate_file(run, data, file, model, device, val, evaluation)
 
-    run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
     if parallel.is_main():
@@ -120,7 +117,7 @@ def main(
     )
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
-    built = optimizers.build(run.optim.optimizer, optimizer, model, groups)
+    built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = eval_batches(data, val)
@@ -160,51 +157,47 @@ def eval_batches(data: RunData, val: Source) -> torch.utils.data.DataLoader:
     return data.eval_batches(val, 1, transform=transform)
 
 
-def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:
-    """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to `norm`, the norm of all tokens."""
-    if file is None or "fc_norm.weight" not in file.tensors:
-        return file
-    logger.info(f"{file.origin} pools patch tokens: its norm after pooling normalizes the tokens of the head")
-    return file._replace(tensors={name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()})
-
-
-def pair_settings(run: Run, file: loading.Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def pair_settings(
+    spec: ModelSpec, images: ImageSpec, dataset: str | None = None, file: loading.Weights | None = None
+) -> dict[str, Any]:
     """Returns the classes of the masks, their colors, and the scale of the images, as checkpoints record them.
 
     Args:
-        file: the file to evaluate, if any.
-        recorded: its settings. Its classes are used.
+        dataset: the setting.
+        file: the file to evaluate, if any. Its classes are used.
 
     Raises:
-        ValueError: the number of classes is unknown, or `--nb_classes` differs from the palette or the file.
+        ValueError: the number of classes is unknown, or `nb_classes` differs from the palette or the file.
     """
-    classes, colors = recorded.get("classes") or [], recorded.get("colors")
-    if run.images.palette:
-        palette = read_palette(Path(recipes.find(run.images.palette, ".txt")))
+    recorded = model_settings.classifier_settings(file)
+    classes = recorded.get("classes") or []
+    colors = recorded.get("colors")
+    if images.palette:
+        palette = read_palette(Path(recipes.find(images.palette, ".txt")))
         if classes not in ([], palette.names) and classes != [str(number) for number in range(len(classes))]:
             raise ValueError(
-                f"palette={run.images.palette} has the classes {', '.join(palette.names)}: give them the names and "
+                f"palette={images.palette} has the classes {', '.join(palette.names)}: give them the names and "
                 f"the order of the model: {', '.join(classes)}"
             )
         classes, colors = palette.names, [value for color in palette.colors for value in color]
-    elif not classes and (run.data.dataset or "").startswith("VOCSegmentation"):
+    elif not classes and (dataset or "").startswith("VOCSegmentation"):
         classes = list(VOC)
-    elif not classes and run.model.nb_classes:
-        classes = [str(number) for number in range(run.model.nb_classes)]
+    elif not classes and spec.nb_classes:
+        classes = [str(number) for number in range(spec.nb_classes)]
     if not classes:
         raise ValueError(
             "`nb_classes` is needed: the number of classes in the masks, without the ignored value 255; or give "
             "palette=FILE with a line `R G B NAME` for each class"
         )
-    origin = f"palette={run.images.palette}" if run.images.palette else "the dataset"
+    origin = f"palette={images.palette}" if images.palette else "the dataset"
     count, source = (file.num_classes, file.origin) if file else (len(classes), origin)
     if count > MOST_CLASSES:
         raise ValueError(f"nb_classes={count}: masks of 8 bits have at most {MOST_CLASSES} classes")
-    if run.model.nb_classes not in (None, count):
-        raise ValueError(f"nb_classes={run.model.nb_classes}: {source} has {count} classes; omit `nb_classes`")
+    if spec.nb_classes not in (None, count):
+        raise ValueError(f"nb_classes={spec.nb_classes}: {source} has {count} classes; omit `nb_classes`")
     if len(classes) != count:
         raise ValueError(f"{origin} has {len(classes)} classes, and {source} has {count}")
-    short_side = min(to_pair(run.images.input_size)) if run.images.short_side is None else run.images.short_side
+    short_side = min(to_pair(images.input_size)) if images.short_side is None else images.short_side
     return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
 
 

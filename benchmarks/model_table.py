@@ -57,8 +57,8 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
 
 def pretraining_macs(run: Run) -> int:
     """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
-    run, encoder = user_code.with_objects(run, encoder=None)
-    run, model_class = mae.build.model_class_of(run, models_mae.MaskedAutoencoderViT)
+    encoder = user_code.named_object("encoder", run.model.encoder)
+    model_class = mae.build.model_class_of(run.model.model_class)
     model = mae.build.autoencoder(run.model, run.images, model_class, encoder)
     images = torch.zeros(2, run.images.in_chans, *model.patch_embed.img_size)
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs

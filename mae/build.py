@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from mae import masking, user_code
-from mae.settings import UNSET, ImageSpec, ModelSpec, Run
+from mae.settings import UNSET, ImageSpec, ModelSpec
 from mae.settings.choices import TIMM
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.settings.values import read_value
@@ -128,26 +128,21 @@ def autoencoder(
 
 
 def model_class_of(
-    run: Run, model_class: Callable[..., MaskedAutoencoderViT]
-) -> tuple[Run, Callable[..., MaskedAutoencoderViT]]:
-    """Returns the settings with the name of the class, and the class: the one that they name, or else `model_class`.
+    name: str | None, model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
+) -> Callable[..., MaskedAutoencoderViT]:
+    """Returns the class of the model: the one that the setting `model_class` of the command names, or `model_class`.
 
     Raises:
         ValueError: both are given, or the class can't be imported or is no masked autoencoder.
     """
+    if not name:
+        return model_class
     if model_class is not MaskedAutoencoderViT:
-        if run.model.model_class:
-            raise ValueError(
-                f"model_class={run.model.model_class} and the argument exclude each other; give one of them"
-            )
-        name = getattr(model_class, "func", model_class).__qualname__
-        return run.changed({"model_class": name}), model_class
-    if not run.model.model_class:
-        return run, model_class
-    found: Any = user_code.import_object("model_class=", run.model.model_class)
+        raise ValueError(f"model_class={name} and the argument exclude each other; give one of them")
+    found: Any = user_code.import_object("model_class=", name)
     if not (isinstance(found, type) and issubclass(found, MaskedAutoencoderViT)):
-        raise ValueError(f"model_class={run.model.model_class}: derive it from MaskedAutoencoderViT")
-    return run, found
+        raise ValueError(f"model_class={name}: derive it from MaskedAutoencoderViT")
+    return found
 
 
 def _arguments_of_class(

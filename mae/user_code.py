@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mae.settings.run import Run
-
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
 NAMED = ("optimizer", "lr_schedule")  # a value without ":" is a key of their registry (`mae.registry`)
@@ -70,38 +68,31 @@ def plain_encoder(encoder: type) -> type:
     return plain
 
 
-def with_objects(run: Run, **given: Any) -> tuple[Any, ...]:
-    """Returns the settings of a run, and the classes and functions of the user's code: given, or named by settings.
+def named_object(setting: str, name: str | None) -> Any:
+    """Returns the class or function that a setting of the command names, if any. What a file names is not imported.
+
+    Raises:
+        ValueError: it can't be imported.
+    """
+    if not name or (setting in NAMED and ":" not in name):
+        return None
+    return import_object(f"{setting}=", name)
+
+
+def dataset_of(source: Callable[..., Any], dataset: str | None = None) -> str:
+    """Returns the name of the function `source` as a value of --dataset.
 
     Args:
-        run: the settings of the command, before a file adds its own: what a file names is not imported.
-        given: by the names of the settings, such as encoder. None: import what the setting names, if any.
+        dataset: the setting.
 
     Raises:
-        ValueError: an object can't be imported.
+        ValueError: it names a different dataset.
     """
-    found = []
-    for name, value in given.items():
-        if value is not None:
-            run = run.changed({name: name_of(value)})
-        is_named = value is None and run[name] and (name not in NAMED or ":" in run[name])
-        found.append(import_object(f"{name}=", run[name]) if is_named else value)
-    return run, *found
-
-
-def with_source(run: Run, source: Callable[..., Any] | None) -> Run:
-    """Records the name of the function `source` in the settings of a run as --dataset.
-
-    Raises:
-        ValueError: the settings have a different dataset.
-    """
-    if source is None:
-        return run
     named = source if hasattr(source, "__qualname__") else type(source)
     name = f"{DATASET}{named.__module__}:{named.__qualname__}"
-    if run.data.dataset not in (None, name):
-        raise ValueError(f"dataset={run.data.dataset} and source= ({name}) exclude each other; give one of them")
-    return run.changed({"dataset": name})
+    if dataset not in (None, name):
+        raise ValueError(f"dataset={dataset} and source= ({name}) exclude each other; give one of them")
+    return name
 
 
 def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:

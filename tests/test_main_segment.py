@@ -225,9 +225,9 @@ def test_errors_name_the_remedy(segment, encoder, tmp_path, classify, capsys):
     segment("all", epochs=1, unfreeze_blocks="all")
     assert "no `finetune`" not in capsys.readouterr().out
     for flags, message in (
-        ({"nb_classes": None}, "nb_classes.*palette="),
-        ({"palette": tmp_path / "palette.txt"}, "nb_classes=3.*palette="),
-        ({"nb_classes": 256}, "nb_classes=256"),
+        ({"name": "new", "nb_classes": None}, "nb_classes.*palette="),
+        ({"name": "new", "palette": tmp_path / "palette.txt"}, "nb_classes=3.*palette="),
+        ({"name": "new", "nb_classes": 256}, "nb_classes=256"),
         ({"eval": True}, "`eval` .*`resume` .*`finetune`"),
         ({"eval": True, "resume": encoder}, "encoder.pth"),
         ({"eval": True, "resume": own, "nb_classes": 7}, "nb_classes=7.*checkpoint-0.pth"),
@@ -255,7 +255,7 @@ def test_recipes_build_their_models(name, tmp_path, monkeypatch):
     run = parse(main_segment, config=f"segment_{name}")
     size, classes = run.images.input_size, {"ade": 150, "voc": 21, "lov": 7}[name[:3]]
     with torch.device("meta"):
-        run = run.changed(main_segment.pair_settings(run, None, {}))
+        run = run.changed(main_segment.pair_settings(run.model, run.images, run.data.dataset))
         model = mae.build.segmenter(run.model, run.images)
         assert model(torch.zeros(1, 3, size, size)).shape == (1, classes, size, size)
     assert (len(model.blocks), model.frozen) == ((32, True) if "huge" in name else (12, False))

@@ -38,7 +38,8 @@ class Script:
             name: value for name, value in given.items() if name in FIELDS and not FIELDS[name][1].metadata["flag"]
         }
         flags = {name: value for name, value in given.items() if name not in facts}
-        return entry_point.parse(self.module.get_args_parser(), arguments(flags)).changed(facts)
+        args, explicit = entry_point.parse_command(self.module.get_args_parser(), arguments(flags))
+        return Run.of({**vars(args), **facts}, explicit | facts.keys())
 
     def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Calls `main` with settings, and returns its result. It appends what it prints to a file.

@@ -43,7 +43,7 @@ def _scores_of(encoder: Encoder, run: Run, folder: Path) -> store.Scores:
 @torch.inference_mode()
 def _measure(architecture: Mapping[str, Any], run: Run) -> store.Scores:
     """Measures an encoder with random weights on blank images; the fastest of PASSES batches, after one to warm up."""
-    _, kind = user_code.with_objects(run, encoder=None)
+    kind = user_code.named_object("encoder", run.model.encoder)
     device = parallel.choose_device(run.machine.device)
     model = mae.build.frozen_encoder(*specs(architecture), kind if architecture.get("encoder") else None)
     model.to(device).eval()

@@ -33,7 +33,7 @@ from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_fe
 from mae.settings import Run, types
 from mae.settings.arguments import in_words
 from mae.settings.choices import CLASSIFICATION
-from mae.user_code import with_source
+from mae.user_code import dataset_of
 
 if TYPE_CHECKING:
     from mae.data.masks import MaskFormat
@@ -144,7 +144,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     given = _given(args)
-    run = with_source(Run.of(given), source)
+    named = {"dataset": dataset_of(source, given.get("dataset"))} if source else {}
+    run = Run.of({**given, **named})
     images = open_images(run, args.split, source)
     indices = evenly_spaced(len(images), args.limit or len(images))
     values = PixelValues(run.images.nodata, run.images.value_range, run.images.channels_last)

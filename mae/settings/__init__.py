@@ -19,13 +19,13 @@ from mae.settings.run import (
     fits,
     names_of,
     names_with,
-    resolve,
     specs,
+    taken_from,
 )  # fmt: skip
 from mae.settings.training import EvaluationSpec, MachineSpec, OptimSpec
 
 __all__ = [
     "DATASETS", "EVALUATE", "EXPORTED", "REBUILDS", "RESUME", "SIZES", "TRAIN", "UNSET", "AugmentationSpec", "DataSpec",
     "EvaluationSpec", "ImageSpec", "MachineSpec", "ModelSpec", "OptimSpec", "Run", "chosen", "differs", "effective",
-    "fits", "names_of", "names_with", "resolve", "specs",
+    "fits", "names_of", "names_with", "specs", "taken_from",
 ]  # fmt: skip

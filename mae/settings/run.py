@@ -148,20 +148,23 @@ TAKEN = {
 }
 
 
-def resolve(run: Run, of_file: Mapping[str, Any], purpose: str) -> Run:
-    """Returns the settings of a run that uses a file: explicit ones, else those of the file, else the defaults.
+def taken_from(
+    of_file: Mapping[str, Any], settings: Mapping[str, Any], explicit: frozenset[str], purpose: str
+) -> dict[str, Any]:
+    """Returns the settings that a run takes from a file: those that are not explicit.
 
     Args:
-        run: the explicit settings and the defaults.
         of_file: the settings of the file, by the rule of `chosen`. None counts as absent.
+        settings: the settings of the run: explicit ones and defaults.
+        explicit: the names of the explicit ones.
         purpose: RESUME, RESUME_PUBLISHED, EVALUATE or TRAIN.
     """
-    taken = TAKEN[purpose] & run.names - run.explicit
-    if "blr" in run.explicit:
+    taken = TAKEN[purpose] & settings.keys() - explicit
+    if "blr" in explicit:
         taken -= {"lr"}  # it would take precedence
-    given = {name: run[name] for name in run.explicit & {ARGUMENTS}}
+    given = {name: settings[name] for name in explicit & {ARGUMENTS}}
     found = {name: value for name, value in _known(of_file).items() if name in taken}
-    return run.changed(found | _arguments(given, of_file))
+    return found | _arguments(given, of_file)
 
 
 def _of(kind: type[Values], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +172,9 @@ def _of(kind: type[Values], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names_of(kind) if name in values}
 
 
-def effective(run: Run, name: str) -> Any:
+def effective(settings: Mapping[str, Any], name: str) -> Any:
     """Returns a setting; in place of None, the value that it stands for without a file."""
-    return UNSET.get(name) if run[name] is None else run[name]
+    return UNSET.get(name) if settings[name] is None else settings[name]
 
 
 def chosen(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
-from mae.settings import REBUILDS, RESUME, ModelSpec, Run, differs, fits, names_of, resolve
+from mae.settings import REBUILDS, RESUME, ModelSpec, differs, fits, names_of, taken_from
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import published_crop_pct
@@ -40,34 +40,36 @@ ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains
 ANOTHER_FOLDER = "give another `output_dir`"
 
 
-def resumed_settings(run: Run, script: str) -> Run:
-    """Returns the settings of a run that resumes: explicit flags, else those of its checkpoint.
+def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], script: str) -> dict[str, Any]:
+    """Returns the settings that a run which resumes takes from its checkpoint: those that are not explicit.
 
     The settings of a machine are not taken from a file. Of a file of the published code, only those of the model and
     the optimization are taken.
 
     Args:
+        settings: the settings of the run, with `output_dir` and `resume`.
+        explicit: the names of the explicit ones.
         script: name of the script, which checkpoints record.
 
     Raises:
         CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
     """
-    recorded = parallel.from_rank_0(lambda: _recorded(Path(run.machine.output_dir), run.machine.resume, script))
+    recorded = parallel.from_rank_0(lambda: _recorded(Path(settings["output_dir"]), settings["resume"], script))
     if not recorded:
-        return run
+        return {}
     file, saved, is_ours = recorded
-    before, run = run, resolve(run, saved, RESUME if is_ours else RESUME_PUBLISHED)
-    changed = {name: run[name] for name in sorted(run.names) if differs(name, run[name], before[name])}
+    found = taken_from(saved, settings, explicit, RESUME if is_ours else RESUME_PUBLISHED)
+    changed = {name: found[name] for name in sorted(found) if differs(name, found[name], settings[name])}
     for name, value in changed.items():
         _require_setting(file, name, value)
     if changed:
         logger.info(f"settings of {file}: {in_words(changed)}")
-    # There are no flags for these. With --amp auto, `trainer.start` uses the precision.
+    # There are no flags for these. With --amp auto, the run uses the precision.
     facts = {"precision": str(saved.get("precision", ""))}
     if saved.get("layer_norm_eps"):
         _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"])
         facts["layer_norm_eps"] = saved["layer_norm_eps"]
-    return run.changed(facts)
+    return found | facts
 
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:

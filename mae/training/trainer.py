@@ -13,13 +13,11 @@ from torch import nn
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
-from mae.data.run_data import RunData
-from mae.data.source import OpenDataset
 from mae.interrupts import Interrupted, Interrupts
 from mae.position_tables import to_pair
-from mae.settings import DataSpec, ImageSpec, Run
+from mae.settings import ImageSpec, Run
 from mae.training import costs, environment, lr_sched
-from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x, start_logging
+from mae.training.log import OF_EPOCH, NullLog, RunLog, next_x
 from mae.training.loop import Callback, EpochOptions, Loader
 from mae.training.meters import Meters
 from mae.training.nonfinite import NonFiniteGuard
@@ -27,48 +25,6 @@ from mae.training.precision import Precision
 from mae.training.saver import open_saver
 
 logger = logging.getLogger(__name__)
-
-
-def start(run: Run, script: str = "", trains_encoder: bool = True) -> tuple[Run, Precision]:
-    """Joins the process group, starts logging and seeds PyTorch, according to the flags of a script.
-
-    Args:
-        script: name of a script that trains, such as "main_pretrain".
-        trains_encoder: the script trains more than a head on frozen features.
-
-    Returns:
-        The settings of the run, which may come from the checkpoint from which it resumes; the device of this process
-        and its precision.
-    """
-    machine = run.machine
-    device = parallel.init(
-        machine.device, machine.dist_url, machine.dist_timeout, machine.dist_backend, needs_group=machine.fsdp
-    )
-    start_logging()
-    if script:
-        run = replace(run, script=script)
-    if script and machine.resume and not run.evaluation.eval:
-        from mae.training import resume
-
-        run = resume.resumed_settings(run, script)
-    torch.manual_seed(run.data.seed)
-    trains = bool(script) and trains_encoder and not run.evaluation.eval
-    precision = Precision(machine.amp, device, trains, run.machine.precision)
-    if script:
-        run = run.changed({"precision": precision.name})
-    if script and run.data.fast_jpeg:
-        run = run.changed({"fast_jpeg_resize": DataSpec.fast_jpeg_resize})
-    return run, precision
-
-
-def open_data(run: Run, device: torch.device, source: OpenDataset | None) -> RunData:
-    """Returns the data of a run. A run that resumes within an epoch has the images of its first start.
-
-    Args:
-        source: the dataset of the user's code, as in `main` of a script.
-    """
-    images = partial(run_directory.interrupted_images, Path(run.machine.output_dir), run.machine.resume)
-    return RunData(run.images, run.data, device, source, images)
 
 
 @dataclass(frozen=True)
