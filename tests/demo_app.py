@@ -24,6 +24,7 @@ from demo.app import PANELS, to_picture
 from mae.inference import export, get_model
 from mae.inference.reconstruct import reconstruct
 
+pytestmark = pytest.mark.xdist_group("app")
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 3 to 2: 32 x 48 pixels, 8 x 12 patches
 ROWS, COLUMNS = 8, 12
 MASKED, PASTED, ORIGINAL = PANELS

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, torchrun
 
+pytestmark = pytest.mark.xdist_group("install")
 OWN = {
     "mae",
     *(file.name for pattern in ("engine", "main", "models", "submitit") for file in ROOT.glob(f"{pattern}_*.py")),
