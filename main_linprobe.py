@@ -48,9 +48,9 @@ from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
+from mae.probes import pools_tokens
 from mae.session import PROBE, open_session
 from mae.settings import Run
-from mae.settings.choices import ATTENTIVE, LINEAR
 from mae.training import feature_files, trainer
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
 from mae.training.log import NullLog
@@ -71,7 +71,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
     options.add(parser, *options.EVALUATION_FLAGS)
-    options.add(parser, "probe", default=LINEAR)
+    options.add(parser, "probe", default="linear")
     options.add(parser, "num_queries", "cache_features", "held_out", "hflip")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
     options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
@@ -210,7 +210,7 @@ def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
     if run.optim.batch_size == 1:
         raise ValueError("batch_size=1: the batch norm of a probe needs several images; give batch_size=2 or more")
     settings: dict[str, Any] = {"blr": rates if several else rates[0]}
-    if run.model.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
+    if pools_tokens(run.model.probe) and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     return settings
 

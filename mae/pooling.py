@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mae.settings.choices import ATTENTIVE, TIMM
+from mae.probes import pools_tokens
+from mae.settings.choices import TIMM
 
 CLASS_TOKEN, PATCHES, OF_PROBE, OF_TIMM = "cls", "avg", "probe", "timm"
 TITLES = {
-    CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the attentive probe",
+    CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the probe",
     OF_TIMM: "pooling of timm",
 }  # fmt: skip
 DINO = "examples.dino:"  # the beginning of the encoders of its files
@@ -33,7 +34,7 @@ def pooling_of(settings: Mapping[str, Any]) -> Pooling:
         settings: of the model and of its training, by the names of the flags.
     """
     has_head = bool(settings.get("nb_classes"))
-    if has_head and settings.get("probe") == ATTENTIVE:
+    if has_head and pools_tokens(settings.get("probe")):
         return Pooling(OF_PROBE, "its head records it")
     if str(settings.get("model")).startswith(TIMM):
         return Pooling(OF_TIMM, "a model of timm")

@@ -1,12 +1,15 @@
-"""Heads of probes: linear (appendix A.1) and attentive (Psomas et al. 2025)."""
+"""Heads of probes: linear (appendix A.1) and attentive (Psomas et al. 2025). A new one is a function and an entry."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
+from mae.registry import find
 from mae.settings import ModelSpec
-from mae.settings.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
+from mae.settings.choices import NUM_QUERIES
 from models_vit import VisionTransformer, attention_weights, init_classifier
 
 
@@ -67,21 +70,58 @@ def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Seq
     return nn.Sequential(OrderedDict([("pool", pool), *probe_head(embed_dim, num_classes).named_children()]))
 
 
+def _linear(embed_dim: int, spec: ModelSpec) -> nn.Module:
+    return probe_head(embed_dim, spec.nb_classes or 0)
+
+
+def _attentive(embed_dim: int, spec: ModelSpec) -> nn.Module:
+    return attentive_head(embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)
+
+
+class Probe(NamedTuple):
+    """An entry of PROBES."""
+
+    help: str
+    function: Callable[[int, ModelSpec], nn.Module]  # the channels of its input -> the head
+    pools: bool = False  # its input is the patch tokens (B, N, D), not the pooled features (B, D)
+    tensor: str = ""  # a tensor that only it has. Files that record no probe have the first without one
+    counts: str = ""  # the setting that is the length of this tensor
+
+
+PROBES = {
+    "linear": Probe("a linear layer on the pooled features", _linear),
+    "attentive": Probe(
+        "learned queries pool the patch tokens for the linear layer (efficient probing, Psomas et al. 2025)",
+        _attentive, pools=True, tensor="head.pool.queries", counts="num_queries",
+    ),
+}  # fmt: skip
+
+
+def pools_tokens(probe: Any) -> bool:
+    """Whether a recorded probe pools the patch tokens."""
+    return probe in PROBES and PROBES[probe].pools
+
+
+def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
+    """Returns the settings of a probe that names and shapes of its tensors determine."""
+    for name, probe in PROBES.items():
+        if probe.tensor in sizes:
+            return {"probe": name, **({probe.counts: sizes[probe.tensor][0]} if probe.counts else {})}
+    return {"probe": next(iter(PROBES))}
+
+
 def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
     """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
 
     Raises:
         ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
     """
-    if isinstance(spec.probe, str) and spec.probe not in PROBE_CHOICES:  # True: linear, of an earlier version
-        raise ValueError(f"the probe {spec.probe!r} is unknown; this version has {', '.join(PROBE_CHOICES)}")
-    model.head_pools = spec.probe == ATTENTIVE
-    if not model.head_pools:
-        model.head = probe_head(model.embed_dim, spec.nb_classes or 0)
-        return
-    if model.global_pool:
+    name = spec.probe if isinstance(spec.probe, str) else next(iter(PROBES))  # True: linear, of an earlier version
+    probe = find("probe", PROBES, name)
+    model.head_pools = probe.pools
+    if probe.pools and model.global_pool:
         raise ValueError(
-            "probe=attentive pools patch tokens after the norm of the encoder, which a classifier with `global_pool` "
-            "does not have"
+            f"probe={name} pools patch tokens after the norm of the encoder, which a classifier with `global_pool` "
+            f"does not have"
         )
-    model.head = attentive_head(model.embed_dim, spec.nb_classes or 0, spec.num_queries or NUM_QUERIES)
+    model.head = probe.function(model.embed_dim, spec)

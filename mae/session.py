@@ -20,8 +20,8 @@ from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
+from mae.probes import pools_tokens
 from mae.settings import EVALUATE, TRAIN, DataSpec, ImageSpec, MachineSpec, Run, names_with
-from mae.settings.choices import ATTENTIVE
 from mae.settings.fields import LABELS
 from mae.training.log import start_logging
 from mae.training.lr_sched import Schedule
@@ -212,7 +212,7 @@ def _probe(run: Run) -> Start:
     name = run.machine.finetune if which == "auto" else which or run.machine.finetune
     if file is None and name:
         file = reading.read(name)
-    return _with_settings(run, file, TRAIN, pools=run.model.probe != ATTENTIVE)
+    return _with_settings(run, file, TRAIN, pools=not pools_tokens(run.model.probe))
 
 
 def _features(run: Run) -> Start:

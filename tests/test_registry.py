@@ -4,9 +4,13 @@ import pytest
 import torch
 from mains import lines, parse
 
+import main_linprobe
 import main_pretrain
 from mae.cli.options import REGISTRIES
+from mae.inference import get_model
+from mae.inference.export import export
 from mae.masking import MASKING
+from mae.probes import PROBES, Probe
 from mae.registry import Choice, find
 from mae.training.lr_sched import SCHEDULES
 from mae.training.optimizers import OPTIMIZERS
@@ -55,3 +59,22 @@ def test_a_recipe_may_have_names_and_no_code(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(main_pretrain, config=recipe)
         assert text.partition(":")[0] in capsys.readouterr().err
+
+
+def test_a_new_probe_trains_and_is_evaluated(classify, monkeypatch):
+    """A head of two layers. Files record its name, and other libraries do not get it."""
+
+    def two_layers(embed_dim, spec):
+        return torch.nn.Sequential(torch.nn.Linear(embed_dim, 8), torch.nn.ReLU(), torch.nn.Linear(8, spec.nb_classes))
+
+    monkeypatch.setitem(PROBES, "deep", Probe("two layers", two_layers))
+    out = classify(main_linprobe, probe="deep", epochs=1)
+    file = out / "checkpoint-0.pth"
+    state = torch.load(file, weights_only=False)
+    assert state["args"]["probe"] == "deep"
+    assert state["model"]["head.0.weight"].shape[0] == 8
+    classify(main_linprobe, eval=True, resume=file)
+    model = get_model(file)
+    assert model.head[0].out_features == 8
+    with pytest.raises(ValueError, match="to=timm: the format has no deep probe"):
+        export(model, "timm", out / "timm")

@@ -10,6 +10,7 @@ from typing import Any
 from mae.cli.flags import not_in_recipes
 from mae.evaluate.metrics import DEFAULT_METRICS, METRICS
 from mae.masking import MASKING
+from mae.probes import PROBES
 from mae.registry import described
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, TF32
@@ -34,6 +35,7 @@ REFUSED = {
 # A setting -> the registry that has its values.
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "masking": MASKING, "metric": METRICS,
+    "probe": PROBES,
 }  # fmt: skip
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")

@@ -36,6 +36,7 @@ from mae.inference.graphs import write_onnx, write_torch_export
 from mae.inference.model import Classifier, Model, Segmenter, TimmClassifier, get_model
 from mae.inference.state_dicts import (
     encoder_of,
+    has_plain_head,
     without_adapters,
     write_reference,
     write_safetensors,
@@ -114,8 +115,10 @@ def _unsupported(model: Model, to: str) -> str:
     pools_patches = isinstance(model, Classifier) and model.global_pool
     if to == "timm" and not pools_patches and model.num_prefix_tokens > 1:
         return f"mean of {model.num_prefix_tokens} class tokens"
-    if is_other_code and (model.head_pools or isinstance(model, Segmenter)):
-        return "attentive probe" if model.head_pools else "head for segmentation of this library"
+    if is_other_code and isinstance(model, Segmenter):
+        return "head for segmentation of this library"
+    if is_other_code and not has_plain_head(model):
+        return f"{model.settings['probe']} probe"
     if model.encoder_name and (is_other_code or to == "reference"):
         return f"encoder {model.encoder_name}"
     if model.needed_inputs and to in ("onnx", "torch_export"):

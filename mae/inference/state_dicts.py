@@ -78,8 +78,8 @@ def write_reference(model: Model, out: Path) -> None:
     settings = settings_of(model)
     _save({"model": model.state_dict(), "args": settings}, out)
     _log_of_pixels(model, "the published code")
-    if model.head_pools:
-        logger.info("the published code has no attentive probe; this library reads the file")
+    if not has_plain_head(model):
+        logger.info("the published code has no %s probe; this library reads the file", model.settings["probe"])
     if (settings["mean"], settings["std"]) != transforms.channel_statistics(3):
         logger.info("the published code normalizes with ImageNet's mean and std, and this model has others: %s, %s",
                     settings["mean"], settings["std"])  # fmt: skip
@@ -254,6 +254,13 @@ def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
         raise ValueError(f"to=transformers: PixioModel needs a whole number as MLP ratio: give {FOR_ALL}")
     config = transformers.PixioConfig(**same, mlp_ratio=ratio, n_cls_tokens=model.num_prefix_tokens)
     return transformers.PixioModel(config)
+
+
+def has_plain_head(model: Model) -> bool:
+    """Whether a model has no probe, or one that `plain_head` converts."""
+    if not (model.settings.get("probe") and model.settings["nb_classes"]):
+        return True
+    return [type(layer) for layer in model.head] == [torch.nn.BatchNorm1d, torch.nn.Linear]  # type: ignore[union-attr]
 
 
 def plain_head(model: Model) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ TF32 = (  # in the help of --amp
     "5e-4 each"
 )
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
-LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
 SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
 REGRESSION_LOSSES = ("l1", "l2", "huber")

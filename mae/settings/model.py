@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from mae.position_tables import Size
-from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, PROBE_CHOICES, REGRESSION_LOSSES
+from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive_int, ratio
 
@@ -62,9 +62,7 @@ class ModelSpec(Values, group="model", role=MODEL):
     nb_classes: int | None = setting(None, positive_int, group="data", role=HEAD, metavar="N",
         help="number of classes, as a check; ids in lists that are below N are outputs (default: the number in the "
         "training set)")
-    probe: str | bool | None = setting(None, role=HEAD, choices=PROBE_CHOICES,
-        help="linear: a linear layer on the pooled features; attentive: learned queries pool the patch tokens for "
-        "the linear layer (efficient probing, Psomas et al. 2025)")
+    probe: str | bool | None = setting(None, role=HEAD, help="{choices}")
     num_queries: int = setting(NUM_QUERIES, positive_int, role=HEAD, metavar="Q",
         help="queries of --probe attentive; a divisor of the width of the encoder")
     head: str | None = setting(None, role=HEAD, choices=HEAD_CHOICES,

@@ -15,7 +15,6 @@ import torch
 
 from mae.files import atomic
 from mae.files.untrusted import file_digest
-from mae.settings.choices import LINEAR
 from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def row_settings(source: str) -> dict[str, Any]:
     row = row_of(source)
     if not row:
         return {}
-    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in Path(source).name else {}
+    head = {"probe": "linear", "global_pool": False} if "-linear-" in Path(source).name else {}
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 

@@ -69,7 +69,9 @@ class Weights(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 without a head."""
-        return shapes.determined({name: tensor.shape for name, tensor in self.tensors.items()})["nb_classes"]
+        found = shapes.determined({name: tensor.shape for name, tensor in self.tensors.items()})
+        recorded = None if "probe" in found else self.settings.get("nb_classes")  # of a probe with other tensors
+        return recorded or found["nb_classes"]
 
 
 class Content(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 from mae import settings
 from mae.data import transforms
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES, Pooling, pooling_of
+from mae.probes import pools_tokens
 from mae.settings import EVALUATE, TRAIN, ImageSpec
 from mae.settings.arguments import in_words
-from mae.settings.choices import ATTENTIVE
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
@@ -57,7 +57,7 @@ def pooling_settings(
 ) -> dict[str, bool]:
     """Returns `global_pool` of a run on pooled features: as given, or by `pooling_of`. It logs the pooling."""
     of_file = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
-    if of_file.get("probe") == ATTENTIVE:  # the head, which pools, is not built
+    if pools_tokens(of_file.get("probe")):  # the head, which pools, is not built
         of_file["nb_classes"] = 0
     pooling = pooling_of(of_file)
     if "global_pool" in explicit and pooling.name != OF_TIMM:

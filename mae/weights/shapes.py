@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Size
 
+from mae import probes
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.settings.choices import ATTENTIVE, LINEAR
 
-# The weights of the head of a classifier, of a probe (`mae.probes.probe_head`), and of the first of several probes.
+# The weights of the head of a classifier, of a probe (`probes.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
 PATCHES = "patch_embed.proj.weight"  # (D, c, p, q)
-QUERIES = "head.pool.queries"  # of an attentive probe
 PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
 
@@ -23,13 +22,15 @@ def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "num_cls_tokens": count,
         "learned_pos_embed": count > 1,  # as in published autoencoders
-        "probe": LINEAR if PROBE_HEAD in sizes else None,
+        "probe": None,
         "global_pool": "fc_norm.weight" in sizes,
         "nb_classes": next((sizes[name][0] for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in sizes), 0),
         "decoder_depth": _depth(sizes, "decoder_blocks") or None,
     }
-    if PROBE_HEAD in sizes and QUERIES in sizes:
-        settings |= {"probe": ATTENTIVE, "num_queries": sizes[QUERIES][0]}
+    if PROBE_HEAD in sizes:
+        settings |= probes.determined(sizes)
+    elif not sizes.keys() & {HEAD, FIRST_OF_HEADS, PIXEL_HEAD} and any(name.startswith("head.") for name in sizes):
+        del settings["probe"]  # one with other tensors: the file records it
     if PIXEL_HEAD in sizes:
         settings["head"] = "dpt" if DPT_HEAD in sizes else "linear"
     if PATCHES not in sizes or "pos_embed" not in sizes:  # of an encoder of the user's code
@@ -48,9 +49,11 @@ def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
 def certain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those of the `determined` settings that hold whatever a file records; earlier versions recorded others.
 
-    A file may record another probe than a linear one with the same tensors.
+    A file may record another probe with the tensors of a linear one.
     """
-    names = ["num_cls_tokens", "num_queries", "head"] + (["probe"] if settings["probe"] != LINEAR else [])
+    names = ["num_cls_tokens", *(probe.counts for probe in probes.PROBES.values()), "head"]
+    if "probe" in settings and (settings["probe"] is None or probes.PROBES[settings["probe"]].tensor):
+        names.append("probe")
     return {name: settings[name] for name in names if name in settings}
 
 
