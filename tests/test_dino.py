@@ -20,7 +20,7 @@ from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 from mae.position_tables import resize_pos_embed
-from mae.weights import dino
+from mae.weights.formats import dino
 from models_mae import MaskedAutoencoderViT
 from models_vit import vit_mini_patch4
 

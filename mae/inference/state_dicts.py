@@ -15,7 +15,8 @@ from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from mae.settings.arguments import in_words
-from mae.weights import conversion, foreign_settings
+from mae.weights import foreign_settings
+from mae.weights.formats import transformers as conversion
 from mae.weights.reading import SETTINGS
 from models_vit import Encoder
 

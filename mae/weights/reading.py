@@ -24,9 +24,10 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES, TIMM
-from mae.weights import candidates, dino, foreign_settings, model_zoo, shapes, timm_models
+from mae.weights import candidates, foreign_settings, model_zoo, shapes, timm_models
 from mae.weights.candidates import some, warn_once
-from mae.weights.conversion import to_ours
+from mae.weights.formats import dino
+from mae.weights.formats.transformers import to_ours
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
