@@ -1,5 +1,6 @@
 """Position embeddings: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ def to_pair(size: Size | list[int]) -> tuple[int, int]:
         return size, size
     rows, columns = size
     return rows, columns
+
+
+def side_or_sides(size: Sequence[int]) -> int | list[int]:
+    """Returns the side of a square, or [rows, columns] of another size."""
+    rows, columns = size
+    return rows if rows == columns else [rows, columns]
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:

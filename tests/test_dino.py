@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -21,6 +22,7 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 from mae.position_tables import resize_pos_embed
 from mae.weights.formats import dino
+from mae.weights.formats.format import Content
 from models_mae import MaskedAutoencoderViT
 from models_vit import vit_mini_patch4
 
@@ -36,6 +38,7 @@ TRANSFORMERS = {
     "v3 plus": (DINOv3, V3, {**OF_V3, "use_gated_mlp": True, "hidden_act": "silu"}),
     "v3 heads": (DINOv3, V3, {**OF_V3, "num_attention_heads": 4}),
 }
+BARE = Content(Path("file.pth"), {})  # without settings
 SMALL = {"embed_dim": 128, "depth": 2, "num_heads": 2}
 TIMM = {
     "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
@@ -138,7 +141,7 @@ def test_other_sizes_without_registers_are_those_of_transformers(side, tmp_path)
     """timm filters the position table, transformers does not: with equal weights, this is the only difference."""
     kind, model = of_transformers("v2", tmp_path / "folder", patch_size=14, image_size=56)
     theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, dynamic_img_size=True, **SMALL)
-    theirs.eval().load_state_dict(dino.convert(model.state_dict())[0])
+    theirs.eval().load_state_dict(dino.tensors(BARE, model.state_dict()))
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
     assert_same(theirs.forward_features(images(56, 56)), model(images(56, 56)).last_hidden_state)
     expected = model(images(side, side)).last_hidden_state
@@ -175,8 +178,8 @@ LARGE = {
 def test_larger_models_have_the_shapes_of_their_files(name):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=0)
-        found, _ = dino.convert(theirs.state_dict())
-        settings = dino.settings_of(found, {})
+        found = dino.tensors(BARE, theirs.state_dict())
+        settings = dino.settings(BARE, found)
         settings["input_size"] = [theirs.patch_embed.grid_size[0] * settings["patch_size"]] * 2
         model, image = mae.settings.specs(settings)
         ours = mae.build.classifier(model, image, LARGE[name])

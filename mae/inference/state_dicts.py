@@ -15,8 +15,7 @@ from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from mae.settings.arguments import in_words
-from mae.weights import foreign_settings
-from mae.weights.formats import transformers as conversion
+from mae.weights.formats import transformers as layouts
 from mae.weights.reading import SETTINGS
 from models_vit import Encoder
 
@@ -164,7 +163,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 def write_transformers(model: Model, out: Path) -> None:
     """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
     theirs = _of_transformers(model)
-    theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
+    theirs.load_state_dict(layouts.to_transformers(plain_head(model), set(theirs.state_dict())))
     theirs.config.settings = {name: model.settings[name] for name in ONLY_OURS if model.settings.get(name) is not None}
     theirs.save_pretrained(out)
     _write_processor(model, out)
@@ -229,7 +228,7 @@ def _write_processor(model: Model, out: Path) -> None:
                     f"pixel before that of this library{of_long_side}, which matters for small images")  # fmt: skip
     square = {"height": side, "width": side}
     library("transformers").ViTImageProcessor(
-        size=square if is_uncropped(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
+        size=square if is_uncropped(model) else {"shortest_edge": edge}, resample=layouts.BICUBIC,
         do_center_crop=not is_uncropped(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
         image_mean=used["mean"], image_std=used["std"],
     ).save_pretrained(out)  # fmt: skip

@@ -6,7 +6,7 @@ by the path of its entry and its prefix: `model_ema`, `teacher.backbone`, `state
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ PREFERRED = ("model", "state_dict_ema", "state_dict", "model_state_dict", "modul
 WRAPPERS = r"((_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.)+"
 CLASS_TOKEN = "cls_token"  # of all models that are read
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+
+PrefixOf = Callable[[str, Collection[str]], str]  # prefix of a class token, names of all tensors -> that of its model
 
 
 class Found(NamedTuple):
@@ -46,18 +48,21 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def weights_of(content: dict[str, Any], origin: str, name: str, keeps_names: bool) -> dict[str, Tensor]:
+def weights_of(
+    content: dict[str, Any], origin: str, name: str, keeps_names: bool, prefix_of: PrefixOf
+) -> dict[str, Tensor]:
     """Returns the weights of a model in the content of a file. Lines name other models and what is not read.
 
     Args:
         origin: path of the file, for messages.
         name: name of the model, or its beginning; "" for any. Of several, the first by `PREFERRED`.
         keeps_names: whether prefixes have a meaning, as in a model with modules of the user's code.
+        prefix_of: returns the prefix of a model, for that of its class token and the names of all tensors.
 
     Raises:
         CheckpointError: no model has the name.
     """
-    found = list(models(content, keeps_names))
+    found = list(models(content, keeps_names, prefix_of))
     names = [model.name for model in found]
     fitting = [model for model in found if not name or f"{model.name}.".startswith(f"{name}.")]
     model = min(fitting, key=lambda model: _rank(model.name), default=None)
@@ -88,11 +93,11 @@ def tensors_of(content: dict[str, Any]) -> dict[str, Tensor]:
     return {key: t for key, t in inner.items() if isinstance(key, str) and isinstance(t, Tensor)}
 
 
-def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterator[Found]:
+def models(state: Any, keeps_names: bool, prefix_of: PrefixOf, path: tuple[str, ...] = ()) -> Iterator[Found]:
     """Yields all models in a nested state: those in its tensors, then those in its entries.
 
     Args:
-        keeps_names: as in `weights_of`.
+        keeps_names, prefix_of: as in `weights_of`.
     """
     items = list(state.items() if isinstance(state, dict) else enumerate(state))
     direct = {key: value for key, value in items if isinstance(value, Tensor) and isinstance(key, str)}
@@ -102,7 +107,7 @@ def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterato
     wrappers = sorted({match[0] for name in direct for match in re.finditer(anywhere, name)})
     if len(tensors) < len(direct):  # names with and without a wrapper are two models
         tensors, wrappers = direct, []
-    prefixes = [prefix for prefix in _prefixes(tensors.keys()) if not (prefix and keeps_names)]
+    prefixes = [prefix for prefix in _prefixes(tensors.keys(), prefix_of) if not (prefix and keeps_names)]
     unread = [name for name in tensors if not name.startswith(tuple(prefixes))]
     for prefix in prefixes:
         inner = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
@@ -111,22 +116,13 @@ def models(state: Any, keeps_names: bool, path: tuple[str, ...] = ()) -> Iterato
         yield Found(".".join([*path, prefix]).rstrip("."), weights, wrappers, unread)
     for key, value in items:
         if isinstance(value, dict | list):
-            yield from models(value, keeps_names, (*path, str(key)))
+            yield from models(value, keeps_names, prefix_of, (*path, str(key)))
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
+def _prefixes(names: Collection[str], prefix_of: PrefixOf) -> list[str]:
     """Returns the prefixes of the models in a state dict, in the order of the names; "" is no prefix."""
-    names = dict.fromkeys(names)
-    found = dict[str, None]()
-    for name in names:
-        if not re.fullmatch(rf"(.*\.)?{CLASS_TOKEN}", name):
-            continue
-        prefix = name.removesuffix(CLASS_TOKEN)
-        prefix = re.sub(r"(?<![^.])(vit\.)?embeddings\.$", "", prefix)  # of transformers
-        if f"{prefix}patch_embed.projection.weight" in names:  # of mmpretrain, whose decoder is in `neck.`
-            prefix = re.sub(r"(?<![^.])backbone\.$", "", prefix)
-        found[prefix] = None
-    return list(found)
+    tokens = [name for name in names if re.fullmatch(rf"(.*\.)?{CLASS_TOKEN}", name)]
+    return list(dict.fromkeys(prefix_of(name.removesuffix(CLASS_TOKEN), names) for name in tokens))
 
 
 def _rank(name: str) -> list[int]:

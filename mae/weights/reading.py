@@ -1,7 +1,7 @@
 """Reads weights: from a checkpoint file of any known format, or by a published name.
 
-`read` finds the file, takes one of its models (`candidates`), gives the tensors our names (`conversion`), and checks
-them.
+`read` finds the file, takes one of its models (`candidates`), gives tensors and settings our names by its format
+(`FORMATS`), and checks them.
 The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, a classifier, or a
 segmentation model.
 """
@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +24,17 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
 from mae.settings import SIZES, ImageSpec, ModelSpec, fits, names_of
 from mae.settings.choices import TASK_CHOICES, TIMM
-from mae.weights import candidates, foreign_settings, model_zoo, shapes, timm_models
+from mae.weights import candidates, model_zoo, shapes, timm_models
 from mae.weights.candidates import some, warn_once
-from mae.weights.formats import dino
-from mae.weights.formats.transformers import to_ours
+from mae.weights.formats import dino, mmpretrain, ours, published, timm, transformers
+from mae.weights.formats.format import Content
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
 
 MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
+SAFETENSORS = ".safetensors"
 CONFIG = "config.json"  # of a folder of transformers or timm
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # For files of other libraries that do not record them
@@ -42,7 +43,10 @@ ASSUMED_MODEL = (
     "the mean of the patches if there is an fc_norm, else on the class token, RGB images with"
 )
 ASSUMED_PIXELS = "ImageNet's, unless mean and std are given. A folder with preprocessor_config.json records them"
-OF_MMPRETRAIN = "backbone.patch_embed.projection.weight"
+# How libraries name tensors and settings. The first format that matches a file reads it.
+FORMATS = {each.name: each for each in (
+    ours.FORMAT, published.FORMAT, dino.FORMAT, mmpretrain.FORMAT, transformers.FORMAT, timm.FORMAT,
+)}  # fmt: skip
 # Tensors that every file has, and the numbers of their axes. With an encoder of the user's code: a class token.
 AXES = {shapes.PATCHES: 4, "cls_token": 3, "pos_embed": 3, "blocks.0.norm1.weight": 1}
 
@@ -51,11 +55,21 @@ class Weights(NamedTuple):
     """The tensors of a file under our names, and the settings that it records."""
 
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
+    settings: dict[str, Any]  # settings of the run that wrote the file, or of its library under our names
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     origin: str  # path or published name, for messages
-    needs_statistics: bool = False  # whether mean and std have to be given: another library's configuration has them
-    is_foreign: bool = False  # of another library, whose crops are about evaluation
+    format: str = ours.NAME  # a name in FORMATS
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether mean and std have to be given: the configuration of mmpretrain, which is not read, has them."""
+        is_private = self.format == mmpretrain.NAME and model_zoo.row_of(self.origin) is None
+        return is_private and self.settings.get("mean") is None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is of another library, whose crops are about evaluation."""
+        return self.format == dino.NAME or "model" not in self.settings
 
     @property
     def num_cls_tokens(self) -> int:
@@ -75,14 +89,6 @@ class Weights(NamedTuple):
         return recorded or found["nb_classes"]
 
 
-class Content(NamedTuple):
-    """What a file contains."""
-
-    tensors: dict[str, Any]  # in nested dicts and lists, under the names of the library that wrote the file
-    settings: dict[str, Any]
-    is_ours: bool  # of this library or the published code, whose models and images are known
-
-
 def read(name: Path | str) -> Weights:
     """Reads weights.
 
@@ -99,71 +105,74 @@ def read(name: Path | str) -> Weights:
     if (model or str(name)).startswith(TIMM):
         return _read_timm(str(name), file if model else None)
     path = file if file.exists() else _download(str(name), file)
-    content = _read_folder(path) if path.is_dir() else _reader(path.suffix)(path)
-    is_of_hub = path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file()
-    if is_of_hub and not content.is_ours:  # its folder has the settings
-        content = _read_folder(path.parent, path)
-    settings = content.settings
-    if str(settings.get("model")).startswith(TIMM):  # a probe of this library
-        tensors = candidates.tensors_of(content.tensors)
-        return Weights(
-            tensors, settings, _kind({key: value.shape for key, value in tensors.items()}, settings), str(name)
-        )
-    # The user's code, which `mae.build` requires, may have any tensors.
-    has_encoder = settings.get("encoder") is not None
-    has_class = settings.get("model_class") is not None
-    found = candidates.weights_of(content.tensors, str(file), model, has_encoder or has_class)
-    is_dino = not (content.is_ours or has_encoder) and dino.matches(found)
+    content = _open(path)
+    found = candidates.weights_of(content.state, str(file), model, _keeps_names(content.args), _prefix_of)
+    file_format = next(each for each in FORMATS.values() if each.matches(content, found))
     try:
-        tensors, unused = dino.convert(found) if is_dino else (to_ours(found), [])
-        settings = dino.settings_of(tensors, settings) if is_dino else settings
+        tensors = file_format.tensors(content, found)
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    if unused:
-        logger.info(f"{path}: the features do not depend on {', '.join(unused)}")
-    sizes = {name: tensor.shape for name, tensor in tensors.items()}
-    for key in ["cls_token"] if has_encoder or is_dino else AXES:
+    try:
+        settings = file_format.settings(content, tensors)
+    except Exception as error:  # of another structure
+        raise _unreadable(content.folder or path, error) from error
+    sizes = {key: tensor.shape for key, tensor in tensors.items()}
+    _require_encoder(path, sizes, settings, found)
+    if invalid := _first_invalid(settings):
+        raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
+    checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
+    weights = Weights(tensors, settings, _kind(sizes, settings), str(name), file_format.name)
+    if not (content.is_ours or model_zoo.row_of(str(path))):
+        _warn_of_assumptions(path, weights)
+    return weights
+
+
+def _keeps_names(args: Mapping[str, Any]) -> bool:
+    """Whether the tensors are those of user code, which `mae.build` requires, or of a probe on a model of timm."""
+    is_of_user = any(args.get(name) is not None for name in ("encoder", "model_class"))
+    return is_of_user or str(args.get("model")).startswith(TIMM)
+
+
+def _prefix_of(prefix: str, names: Collection[str]) -> str:
+    for each in FORMATS.values():
+        prefix = each.prefix(prefix, names)
+    return prefix
+
+
+def _require_encoder(
+    path: Path, sizes: Mapping[str, torch.Size], settings: Mapping[str, Any], found: Iterable[str]
+) -> None:
+    """Raises CheckpointError without the tensors of a Vision Transformer. `found`: the names in the file."""
+    if str(settings.get("model")).startswith(TIMM):  # a probe of this library
+        return
+    for key in AXES if settings.get("encoder") is None else ["cls_token"]:
         if len(sizes.get(key, ())) != AXES[key]:
             raise CheckpointError(
                 f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "
                 f"{some(map(str, found))}"
             )
-    size = settings.get("input_size")
-    if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
-        settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
-    if invalid := _first_invalid(settings):
-        raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
-    checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    is_known = content.is_ours or path != file or model_zoo.row_of(str(path)) is not None
-    needs_statistics = not is_known and OF_MMPRETRAIN in found and settings.get("mean") is None
-    if not is_known:
-        _warn_of_assumptions(path, settings, needs_statistics)
-    if is_dino and "num_heads" not in content.settings:
-        warn_once(f"{path} records no heads. Assumed are: {settings['encoder']}, {dino.HEAD_WIDTH} channels a head")
-    is_foreign = is_dino or "model" not in settings
-    return Weights(tensors, settings, _kind(sizes, settings), str(name), needs_statistics, is_foreign)
 
 
 def _read_timm(name: str, file: Path | None) -> Weights:
     """Reads a model of timm, from a file or from its hub."""
     tensors = None
     if file:
-        found = candidates.tensors_of(_reader(file.suffix)(file).tensors)
+        found = candidates.tensors_of(_read_file(file)[0])
         tensors = {re.sub(f"^{candidates.WRAPPERS}", "", key): tensor for key, tensor in found.items()}
         if not tensors:
             raise CheckpointError(f"{file} contains no weights")
         checkpoint.require_finite(tensors, name, "give another file")
     tensors, settings = timm_models.load(name.rpartition(TIMM)[2], tensors, name)
-    return Weights(tensors, settings, ENCODER, name)
+    return Weights(tensors, settings, ENCODER, name, timm.NAME)
 
 
-def _warn_of_assumptions(path: Path, settings: Mapping[str, Any], needs_statistics: bool) -> None:
+def _warn_of_assumptions(path: Path, weights: Weights) -> None:
     """Logs what a file of another library does not record."""
-    if not settings.keys() - {"label_names"}:
-        statistics = "the given mean and std" if needs_statistics else "ImageNet's mean and std"
-        folder = "" if needs_statistics else f". A folder with {CONFIG} records them"
+    if not weights.settings.keys() - {"label_names"}:
+        statistics = "the given mean and std" if weights.needs_statistics else "ImageNet's mean and std"
+        folder = "" if weights.needs_statistics else f". A folder with {CONFIG} records them"
         warn_once(f"{path} records no settings. Assumed are: {ASSUMED_MODEL} {statistics}{folder}")
-    elif settings.get("mean") is None:
+    elif weights.settings.get("mean") is None:
         warn_once(f"{path} records no mean and std. Assumed are: {ASSUMED_PIXELS}")
 
 
@@ -180,10 +189,6 @@ def _download(name: str, file: Path) -> Path:
     return model_zoo.fetch(str(file))
 
 
-def _reader(suffix: str) -> Callable[[Path], Content]:
-    return _read_safetensors if suffix == ".safetensors" else _read_pickle
-
-
 def _first_invalid(settings: Mapping[str, Any]) -> str | None:
     """Returns the name of a setting that is used and has a wrong type."""
     for name in names_of(ModelSpec, ImageSpec):
@@ -196,7 +201,63 @@ def _first_invalid(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_safetensors(path: Path) -> Content:
+def _open(path: Path) -> Content:
+    """Reads a file, or a folder. A file in a folder of another library has its settings there."""
+    if path.is_dir():
+        return _open_folder(path)
+    state, args = _read_file(path)
+    content = Content(path, {"model": state} if path.suffix == SAFETENSORS and args else state, args)
+    is_of_hub = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
+    return _open_folder(path.parent, path) if is_of_hub and not content.is_ours else content
+
+
+def _open_folder(folder: Path, file: Path | None = None) -> Content:
+    """Reads a folder of transformers, of timm, or of a sharded run.
+
+    Args:
+        file: the file with the weights. A file that contains a part of them stands for all parts.
+    """
+    if (folder / checkpoint.STATE).is_file():
+        state = sharded_state.gather(folder)
+        return Content(folder, {"model": state["model"]}, state["args"])
+    present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not file and len(present) > 1:
+        logger.info(f"{folder}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
+    chosen = file or next(iter(present), None)
+    if chosen is None:
+        run_directory.refuse(folder)
+        raise CheckpointError(f"{folder} is a folder without model.safetensors or pytorch_model.bin; give a file")
+    try:
+        indices = [chosen] if chosen.suffix == ".json" else [other for other in present if other.suffix == ".json"]
+        splits = (sorted(set(json.loads(read_file(index))["weight_map"].values())) for index in indices)
+        parts = next((parts for parts in splits if chosen in indices or chosen.name in parts), [chosen.name])
+        config = dict(json.loads(read_file(folder / CONFIG)))
+    except Exception as error:  # of another structure
+        raise _unreadable(folder, error) from error
+    state, args = dict[str, Any](), dict[str, Any]()
+    for part in parts:
+        tensors, recorded = _read_file(folder / Path(part).name)
+        state |= tensors
+        args |= recorded
+    return Content(file or folder, {"model": state} if "model" in args else state, args, folder, config)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: its configuration can't be read: {error}")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the content of a file, and the settings in it."""
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
+    state = checkpoint.read(path)
+    args = dict(state["args"])
+    if args.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
+        del args["task"]
+    return state, args
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with open_file(path) as file:  # a regular file
             checkpoint.check_file(file)
@@ -209,53 +270,7 @@ def _read_safetensors(path: Path) -> Content:
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    return Content(tensors, settings, bool(settings))
-
-
-def _read_pickle(path: Path) -> Content:
-    """Reads a file of torch.save: of this library or the published code, or of timm, mmpretrain or others."""
-    state = checkpoint.read(path)
-    settings = dict(state["args"])
-    if settings.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
-        del settings["task"]
-    try:
-        settings |= foreign_settings.of_timm_run(settings)
-        if isinstance(state.get("meta"), dict) and not settings and not model_zoo.row_of(str(path)):
-            settings = foreign_settings.of_mmpretrain(state["meta"])
-    except Exception as error:  # of another structure
-        raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
-    return Content(state, settings, isinstance(state.get("model"), dict))  # the layout of the published code
-
-
-def _read_folder(path: Path, file: Path | None = None) -> Content:
-    """Reads a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
-
-    Args:
-        file: the file with the weights. A file that contains a part of them stands for all parts.
-    """
-    if (path / checkpoint.STATE).is_file():
-        state = sharded_state.gather(path)
-        return Content({"model": state["model"]}, state["args"], True)
-    present = [path / name for name in WEIGHTS if (path / name).is_file()]
-    if not file and len(present) > 1:
-        logger.info(f"{path}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
-    file = file or next(iter(present), None)
-    if file is None:
-        run_directory.refuse(path)
-        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
-    try:
-        indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]
-        splits = (sorted(set(json.loads(read_file(index))["weight_map"].values())) for index in indices)
-        parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
-        files = [path / Path(name).name for name in parts]
-        settings = foreign_settings.read_folder(path)
-    except Exception as error:  # of another structure
-        raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
-    tensors: dict[str, Any] = {}
-    for file in files:
-        content = _reader(file.suffix)(file)
-        tensors, settings = tensors | content.tensors, settings | content.settings
-    return Content(tensors, settings, "model" in settings)
+    return tensors, settings
 
 
 def _kind(sizes: Mapping[str, torch.Size], settings: Mapping[str, Any]) -> str:

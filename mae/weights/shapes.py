@@ -9,6 +9,7 @@ from torch import Size
 
 from mae import probes
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.position_tables import side_or_sides
 
 # The weights of the head of a classifier, of a probe (`probes.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
@@ -36,13 +37,12 @@ def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
     if PATCHES not in sizes or "pos_embed" not in sizes:  # of an encoder of the user's code
         return settings | ({"in_chans": sizes[PATCHES][1]} if PATCHES in sizes else {})
     _, channels, *patch = sizes[PATCHES]
-    is_square = patch[0] == patch[1]
-    settings |= {"patch_size": patch[0] if is_square else patch, "in_chans": channels}
+    settings |= {"patch_size": side_or_sides(patch), "in_chans": channels}
     length = sizes["pos_embed"][1]
     # The class tokens have positions, except in timm's models with no_embed_class.
     side = next((math.isqrt(n) for n in (length - count, length) if math.isqrt(max(n, 0)) ** 2 == n), None)
     if side:
-        settings["input_size"] = side * patch[0] if is_square else [side * patch[0], side * patch[1]]
+        settings["input_size"] = side_or_sides([side * length for length in patch])
     return settings
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.position_tables import side_or_sides
 from mae.settings.choices import TIMM
 from models_timm import require_name
 
@@ -84,7 +85,7 @@ def _settings_of(name: str, model: Any) -> dict[str, Any]:
         logger.warning(f"{TIMM}{name} was trained with QuickGELU: the model of timm for it has quickgelu in its name")
     return {
         "model": f"{TIMM}{name}", "nb_classes": 0, "num_cls_tokens": 1, "in_chans": channels,
-        "input_size": size[0] if size[0] == size[1] else size, "mean": list(config["mean"]), "std": list(config["std"]),
+        "input_size": side_or_sides(size), "mean": list(config["mean"]), "std": list(config["std"]),
         "crop": "none" if is_whole else "random", "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
     }  # fmt: skip

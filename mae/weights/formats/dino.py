@@ -4,6 +4,7 @@ The layouts are those of the released code, of timm and of transformers. `exampl
 of DINOv2 have the Apache license. Those of DINOv3 have a license of their own, and their files are gated.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -12,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae.position_tables import side_or_sides
 from mae.weights import shapes
+from mae.weights.candidates import warn_once
+from mae.weights.foreign_settings import recorded
+from mae.weights.formats.format import Content, Format
 from models_vit import SIZES
 
+logger = logging.getLogger(__name__)
+
+NAME = "dino"
 REGISTERS = "register_tokens"
 NAMES = {  # patterns of their names -> ours; those of the gated MLP are those of timm's SwiGLU
     r"^embeddings\.patch_embeddings\.(projection\.)?": "patch_embed.proj.",
@@ -40,19 +48,17 @@ UNUSED = re.compile(r"mask_token|rope(_embed|_embeddings)?\.(periods|inv_freq)|.
 HEAD_WIDTH = 64  # channels of a head; state dicts do not show it
 
 
-def matches(names: Collection[str]) -> bool:
-    """Whether the names of a state dict are those of DINO: layer scale, with a position table or registers."""
+def matches(content: Content, names: Collection[str]) -> bool:
+    """A model with layer scale, and a position table or registers. Our own files record the encoder."""
     ours = {_our_name(name) for name in names}
-    return "blocks.0.ls1.gamma" in ours and bool({"pos_embed", REGISTERS} & ours)
+    is_dino = "blocks.0.ls1.gamma" in ours and bool({"pos_embed", REGISTERS} & ours)
+    return is_dino and not content.is_ours and content.args.get("encoder") is None
 
 
-def convert(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the weights under our names, and the patterns of the names that are not used; # is a number.
+def tensors(content: Content, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the weights. Registers follow the class token, and have positions of zeros.
 
-    Registers follow the class token. They have positions of zeros.
-
-    Raises:
-        KeyError: a tensor is missing.
+    A line names the patterns of the names that are not used; # is a number.
     """
     ours = {name: _our_name(name) for name in weights}
     unused = [name for name in weights if UNUSED.fullmatch(ours[name])]
@@ -68,27 +74,31 @@ def convert(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
         first = int(math.isqrt(table.shape[1]) ** 2 != table.shape[1])  # timm's models with registers have none
         zeros = table.new_zeros(1, count - first, table.shape[2])
         found["pos_embed"] = torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
-    return found, sorted({re.sub(r"\d+", "#", name) for name in unused})
+    if unused:
+        patterns = sorted({re.sub(r"\d+", "#", name) for name in unused})
+        logger.info(f"{content.path}: the features do not depend on {', '.join(patterns)}")
+    return found
 
 
-def settings_of(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a model: what its folder records, and what the shapes of the converted tensors say."""
+def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a folder of transformers or timm records, and what the shapes of the tensors say."""
+    known = recorded(content)
     sizes = {name: tensor.shape for name, tensor in tensors.items()}
     width, depth = shapes.width_and_depth(sizes)
     count, (_, channels, *patch) = sizes["cls_token"][1], sizes[shapes.PATCHES]
     hidden, is_gated = sizes["blocks.0.mlp.fc2.weight"][1], "blocks.0.mlp.fc1_g.weight" in sizes
     heads = width // (128 if width == 4096 else HEAD_WIDTH)  # the model of 7B has wider heads
     arguments = {
-        "embed_dim": width, "depth": depth, "num_heads": recorded.get("num_heads") or max(1, heads),
+        "embed_dim": width, "depth": depth, "num_heads": known.get("num_heads") or max(1, heads),
         "mlp_ratio": (1.5 if is_gated else 1) * hidden / width, "swiglu": is_gated,
     }  # fmt: skip
     has_table = "pos_embed" in sizes
     nearest = min(SIZES, key=lambda name: [abs(SIZES[name]["embed_dim"] - width), abs(SIZES[name]["depth"] - depth)])
-    settings: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": f"vit_{nearest}",  # the arguments determine the encoder, and this name the decoder
         "encoder": f"examples.dino:DINOv{2 if has_table else 3}",
         "encoder_args": [f"{name}={value}" for name, value in arguments.items()],
-        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "patch_size": side_or_sides(patch),
         "in_chans": channels,
         "num_cls_tokens": count,
         "learned_pos_embed": has_table,
@@ -96,8 +106,10 @@ def settings_of(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> d
     }
     if has_table:
         side = math.isqrt(sizes["pos_embed"][1] - count)
-        settings["input_size"] = side * patch[0] if patch[0] == patch[1] else [side * patch[0], side * patch[1]]
-    return settings | {name: value for name, value in recorded.items() if value is not None}
+        found["input_size"] = side_or_sides([side * length for length in patch])
+    if "num_heads" not in known:
+        warn_once(f"{content.path} records no heads. Assumed are: {found['encoder']}, {HEAD_WIDTH} channels a head")
+    return found | {name: value for name, value in known.items() if value is not None}
 
 
 def _our_name(name: str) -> str:
@@ -128,3 +140,6 @@ def _split_gate(found: dict[str, Tensor], prefix: str) -> None:
             found[gate], found[value] = found.pop(first).chunk(2)
         elif value in found and gate not in found:
             found[first] = found.pop(value)
+
+
+FORMAT = Format(NAME, matches, tensors, settings)

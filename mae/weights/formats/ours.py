@@ -1,0 +1,28 @@
+"""The files of this library: the layout of the published code, with more settings.
+
+A .safetensors file has the settings in its metadata. A folder of a sharded run has the same content.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mae.weights.foreign_settings import recorded
+from mae.weights.formats import timm
+from mae.weights.formats.format import Content, Format
+
+NAME = "ours"
+
+
+def matches(content: Content, names: Collection[str]) -> bool:
+    """A file whose settings are ours: the published code has no in_chans. User code may have any names."""
+    return content.is_ours and "in_chans" in content.args
+
+
+def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All settings. An export to a folder of timm has a configuration as well."""
+    return recorded(content)
+
+
+FORMAT = Format(NAME, matches, timm.tensors, settings)
