@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 
+import faults
 import pytest
 from conftest import ROOT
-from faults import Faults
 from forks import Forks
 from mains import assert_close, lines, small_run, wait_until
 
@@ -17,11 +17,12 @@ from mae.data.pixels import MAX_PIXELS
 
 
 @pytest.mark.slow
-def test_a_restart_by_torchrun_resumes_and_damaged_checkpoints_are_rejected_or_equal(tmp_path):
+def test_a_restart_by_torchrun_resumes_and_damaged_checkpoints_are_rejected_or_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "EPOCHS", 5)  # the process is killed in the second
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True)
-    faults = Faults(tmp_path, trials=1, loads=500)
-    assert faults.restarts(1) == [("one process of two killed, torchrun --max-restarts", 1, 1)]
-    assert all(trials == survived for _, trials, survived in faults.damage())
+    few = faults.Faults(tmp_path, trials=1, loads=500)
+    assert few.restarts(1) == [("one process of two killed, torchrun --max-restarts", 1, 1)]
+    assert all(trials == survived for _, trials, survived in few.damage())
 
 
 # A dataset that notes how many images are read, slowly.
