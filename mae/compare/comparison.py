@@ -19,6 +19,7 @@ from mae.data.source import Source
 from mae.files import locks
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
+from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.training import log
 
@@ -41,18 +42,20 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     log.start_logging()
     if parallel.launched_processes() > 1:
         raise ValueError("main_compare.py is one process: start it without torchrun; a second one shares the trials")
-    _require_comparable(run)
+    spec = run.comparison
+    settings = run.record()
+    _require_comparable(spec, run.images.task, run.evaluation.metric)
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    encoders = open_encoders(run)
+    encoders = open_encoders(spec, settings, run.explicit)
     open_split, held_out = RunData(run.images, run.data, torch.device("cpu")).splits()
     train, val = open_pair(open_split, run.images.task)
-    sizes = _sizes_of(run, train)
-    trials = Trials(run, scripts, out / "runs", train, val, bool(held_out))
-    planned = _plan(run, encoders, sizes)
+    sizes = _sizes_of(spec, train)
+    trials = Trials(spec, settings, run.explicit, scripts, out / "runs", train, val, bool(held_out))
+    planned = _plan(encoders, spec.protocols, sizes)
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
-    costs_text = costs.write(out, encoders, run)
+    costs_text = costs.write(out, encoders, run.machine.device, run.machine.amp, run.model.encoder)
     text, results = "", dict[str, Result]()
     try:
         for trial, result in _results_of(trials, planned):
@@ -70,25 +73,26 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     return text
 
 
-def _require_comparable(run: Run) -> None:
+def _require_comparable(spec: ComparisonSpec, task: str, metric: Sequence[str] | None) -> None:
     """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
-    if run.images.task != CLASSIFICATION and run.comparison.labels != ["all"]:
+    if task != CLASSIFICATION and spec.labels != ["all"]:
         raise ValueError(
-            f"labels={as_yaml(run.comparison.labels)}: subsets have equally many images of each class, and "
-            f"task={run.images.task} has no single class; give labels=all"
+            f"labels={as_yaml(spec.labels)}: subsets have equally many images of each class, and task={task} has no "
+            f"single class; give labels=all"
         )
-    if (run.evaluation.metric or run.images.task != CLASSIFICATION) and PIXELS in run.comparison.encoders:
+    if (metric or task != CLASSIFICATION) and PIXELS in spec.encoders:
         raise ValueError(f"encoders={PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
 
 
-def _sizes_of(run: Run, train: Source) -> list[Size]:
+def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
     """Returns the numbers of labels. All images are a single draw.
 
     Raises:
         ValueError: a number is not one, a class has fewer images, or two numbers are the same images of each class.
     """
-    texts = run.comparison.labels
-    draws, budgets = (_for_each(texts, name, run[name]) for name in ("draws", "budget"))
+    texts = spec.labels
+    draws = _for_each(texts, "draws", spec.draws)
+    budgets = _for_each(texts, "budget", spec.budget)
     numbers = [_number_of(text, train) for text in texts]
     if len(set(numbers)) < len(numbers):
         raise ValueError(
@@ -128,12 +132,12 @@ def _for_each(labels: Sequence[str], setting: str, values: list[int]) -> list[in
     return values * len(labels) if len(values) == 1 else values
 
 
-def _plan(run: Run, encoders: Sequence[Encoder], sizes: Sequence[Size]) -> list[Trial]:
+def _plan(encoders: Sequence[Encoder], protocols: Sequence[str], sizes: Sequence[Size]) -> list[Trial]:
     """Returns the trials in the order of the table."""
     return [
         Trial(encoder, protocol, size, draw)
         for encoder in encoders
-        for protocol in _protocols_of(encoder, run.comparison.protocols)
+        for protocol in _protocols_of(encoder, protocols)
         for size in sizes
         for draw in range(size.draws)
     ]

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from mae.compare.store import Settings
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
-from mae.settings import UNSET, ImageSpec, ModelSpec, Run, names_of, names_with
+from mae.settings import UNSET, ImageSpec, ModelSpec, names_of, names_with
 from mae.settings.choices import TIMM
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
+from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.weights import model_settings, reading
 
@@ -31,10 +32,14 @@ class Encoder(NamedTuple):
     poolings: Sequence[str] = ()  # those that it has, for the protocols that pool
 
 
-def open_encoders(run: Run) -> list[Encoder]:
-    """Opens the encoders of --encoders, with the settings that their files record.
+def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str]) -> list[Encoder]:
+    """Opens the encoders of a comparison, with the settings that their files record.
 
-    Random weights and baselines have the architecture of the first file, or of --model.
+    Random weights and baselines have the architecture of the first file, or of `model`.
+
+    Args:
+        given: the settings of the comparison.
+        explicit: the names of the explicit ones.
 
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
@@ -43,8 +48,8 @@ def open_encoders(run: Run) -> list[Encoder]:
     of_timm: dict[str, Encoder] = {}
     poolings: dict[str, Sequence[str]] = {}
     of_first: Settings = {}
-    timm_files = _timm_files(run)
-    for text in run.comparison.encoders:
+    timm_files = _timm_files(spec)
+    for text in spec.encoders:
         name, file = (text, "") if text in (SCRATCH, PIXELS) else name_and_file(text)
         if directory_of(name) in map(directory_of, settings):
             directory = directory_of(name)
@@ -57,38 +62,39 @@ def open_encoders(run: Run) -> list[Encoder]:
             path = timm_files.get(file, file)
             weights = reading.read(path)
             if str(weights.settings.get("model")).startswith(TIMM):
-                of_timm[name] = _of_timm(run, name, path, weights.settings)
+                of_timm[name] = _of_timm(given, explicit, name, path, weights.settings)
                 continue
-            recorded = _recorded_settings(run, text, weights)
+            recorded = _recorded_settings(given, explicit, text, weights)
             settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
             settings[name]["finetune"] = path
             if "fc_norm.weight" in weights.tensors:  # a classifier without a norm of the class token
                 poolings[name] = (PATCHES,)
             of_first = of_first or recorded | {key: weights.settings.get(key) for key in FLIPS}
     untrained = of_first
-    if "model" in run.explicit or not of_first:  # the images are those of the first file
-        untrained = {name: run[name] for name in ARCHITECTURE if run[name] is not None}
+    if "model" in explicit or not of_first:  # the images are those of the first file
+        untrained = {name: given[name] for name in ARCHITECTURE if given.get(name) is not None}
         untrained |= {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
     untrained["layer_decay"] = 1  # no layer has pre-trained weights
-    shared = {name: run[name] for name in names_of(ModelSpec, ImageSpec) if name in run and name not in ARCHITECTURE}
-    given = {name: value for name, value in shared.items() if name in run.explicit}
+    names = [name for name in names_of(ModelSpec, ImageSpec) if name in given and name not in ARCHITECTURE]
+    shared = {name: given[name] for name in names}
+    fixed = {name: value for name, value in shared.items() if name in explicit}
     return [
         of_timm.get(name)
-        or Encoder(name, own or untrained, {**shared, **(own or untrained), **given}, (), poolings[name])
+        or Encoder(name, own or untrained, {**shared, **(own or untrained), **fixed}, (), poolings[name])
         for name, own in settings.items()
     ]
 
 
-def _timm_files(run: Run) -> dict[str, str]:
-    """Returns the files of --timm_weights, as `reading.read` takes them, by the names of the models.
+def _timm_files(spec: ComparisonSpec) -> dict[str, str]:
+    """Returns the files of `timm_weights`, as `reading.read` takes them, by the names of the models.
 
     Raises:
-        ValueError: a text is not NAME=FILE, with a model of --encoders.
+        ValueError: a text is not NAME=FILE, with a model of `encoders`.
     """
     files: dict[str, str] = {}
-    for text in run.comparison.timm_weights:
+    for text in spec.timm_weights:
         name, _, path = text.partition("=")
-        if not Path(path).is_file() or not any(own.endswith(f"{TIMM}{name}") for own in run.comparison.encoders):
+        if not Path(path).is_file() or not any(own.endswith(f"{TIMM}{name}") for own in spec.encoders):
             raise ValueError(
                 f"timm_weights={as_yaml(text)}: give NAME=FILE, the file of a model {TIMM}NAME of `encoders`"
             )
@@ -96,25 +102,24 @@ def _timm_files(run: Run) -> dict[str, str]:
     return files
 
 
-def _of_timm(run: Run, name: str, path: str, recorded: Settings) -> Encoder:
-    """Returns a model of timm. Images of other channels may have any values, and keep --mean and --std."""
-    channels = run.images.in_chans if "in_chans" in run.explicit else recorded["in_chans"]
+def _of_timm(given: Settings, explicit: frozenset[str], name: str, path: str, recorded: Settings) -> Encoder:
+    """Returns a model of timm. Images of other channels may have any values, and keep `mean` and `std`."""
+    channels = given["in_chans"] if "in_chans" in explicit else recorded["in_chans"]
     without = BY_TIMM if channels != recorded["in_chans"] else (*BY_TIMM, "mean", "std")
     return Encoder(name, {"finetune": path}, recorded | {"in_chans": channels}, without, (OF_TIMM,))
 
 
-def _recorded_settings(run: Run, text: str, weights: Any) -> Settings:
+def _recorded_settings(given: Settings, explicit: frozenset[str], text: str, weights: Any) -> Settings:
     """Returns the settings of the architecture and the images that a file determines."""
     recorded = model_settings.classifier_settings(weights)
     if not recorded:
         raise ValueError(f"encoders={as_yaml(text)}: no model of this library has its shapes")
-    if recorded.get("encoder") not in (None, run.model.encoder):  # a file can't make a program import code
+    if recorded.get("encoder") not in (None, given.get("encoder")):  # a file can't make a program import code
         raise ValueError(f"encoders={as_yaml(text)}: it has an encoder of its own: give encoder={recorded['encoder']}")
-    if recorded.get("crop_pct") is None and run.images.crop_pct is None:
-        is_explicit = "input_size" in run.explicit
-        size = run.images.input_size if is_explicit else recorded.get("input_size", run.images.input_size)
+    if recorded.get("crop_pct") is None and given.get("crop_pct") is None:
+        size = given["input_size"] if "input_size" in explicit else recorded.get("input_size") or given["input_size"]
         recorded["crop_pct"] = model_settings.crop_pct_of_earlier_version(weights, size)
-    names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in run]
+    names = [name for name in names_of(ModelSpec, ImageSpec) if name not in names_with(HEAD, LABELS) and name in given]
     return {name: recorded[name] for name in names if recorded.get(name) not in (None, UNSET.get(name))}
 
 

@@ -17,8 +17,9 @@ from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
 from mae.pooling import TITLES as POOLING_TITLES
-from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
+from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, names_of
 from mae.settings.arguments import arguments
+from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.training import log
 from mae.training.nonfinite import NonFiniteLoss
@@ -68,7 +69,9 @@ class Trials:
     """Runs the scripts of a comparison in this process.
 
     Args:
-        run: the settings of the comparison.
+        spec: what is compared.
+        given: the settings of the comparison.
+        explicit: the names of the explicit ones.
         scripts: the script of each protocol.
         folder: the run directories. Results in them are kept.
         train, val: the data, for the baselines on raw pixels.
@@ -76,17 +79,21 @@ class Trials:
     """
 
     def __init__(
-        self, run: Run, scripts: Mapping[str, store.Script], folder: Path, train: Source, val: Source,
-        spares_stand_in: bool = False,
+        self, spec: ComparisonSpec, given: Settings, explicit: frozenset[str], scripts: Mapping[str, store.Script],
+        folder: Path, train: Source, val: Source, spares_stand_in: bool = False,
     ) -> None:  # fmt: skip
         self.held_out: Settings = {"val_fraction": VAL_FRACTION}
         if spares_stand_in:
             self.held_out["spares_stand_in"] = True
-        self.run, self.scripts, self.folder = run, scripts, folder
-        self.train, self.val = train, val
-        self.shared = {name: run[name] for name in SHARED if name in run.explicit and name not in ARCHITECTURE}
-        self.recipes = _recipes_of(run)
-        self.metric = next(iter(run.evaluation.metric or DEFAULT_METRICS[run.images.task]), ACCURACY)
+        self.spec = spec
+        self.given = given
+        self.scripts = scripts
+        self.folder = folder
+        self.train = train
+        self.val = val
+        self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
+        self.recipes = _recipes_of(spec)
+        self.metric = next(iter(given.get("metric") or DEFAULT_METRICS[given["task"]]), ACCURACY)
 
     def settings(self, trial: Trial) -> Settings:
         """Returns the settings of a trial, without the hyperparameters that are chosen on held-out images.
@@ -123,7 +130,7 @@ class Trials:
 
     def _settings_of_pixels(self, trial: Trial) -> Settings:
         """Returns the data and the images of a baseline."""
-        given = {**self.run.record(), **trial.encoder.settings, **self.shared}
+        given = {**self.given, **trial.encoder.settings, **self.shared}
         title = f"{trial.protocol} of scikit-learn on {trial.size.labels} images"
         names = [name for name in (*DATASETS, *names_of(ImageSpec)) if name in given]
         return {"baseline": title, **{name: given[name] for name in names}, "seed": trial.draw}
@@ -159,8 +166,8 @@ class Trials:
         """
         folder = f"choices/{trial.name}"
         run = self.scripts[trial.protocol].settings(self.settings(trial))
-        poolings = _poolings_of(trial, run)
-        values, least, most = self._grid_of(trial, run)
+        poolings = _poolings_of(trial, run.model.global_pool if "global_pool" in run.explicit else None)
+        values, least, most = self._grid_of(trial, run.evaluation.k, run.optim.blr)
         if not values or len(poolings) == len(values) == 1:
             return poolings[0], values[0] if values else None
         kept = self.folder / folder / "features"
@@ -177,12 +184,14 @@ class Trials:
         shutil.rmtree(kept, ignore_errors=True)
         return chosen
 
-    def _grid_of(self, trial: Trial, run: Run) -> tuple[list[Any], float, float]:
-        """Returns the values to choose from, and the limits of such values."""
+    def _grid_of(
+        self, trial: Trial, ks: Sequence[int], blr: float | list[float] | None
+    ) -> tuple[list[Any], float, float]:
+        """Returns the values to choose from, and the limits of such values. `ks`, `blr`: settings of the script."""
         if trial.protocol == KNN:
             most = max(1, min(round(trial.size.labels * (1 - VAL_FRACTION)), trial.size.labels - 1))
-            return [k for k in run.evaluation.k if k <= most] or [1], 1, most
-        rates: Any = (self.run if trial.protocol == FINETUNE else run).optim.blr  # the flag is for fine-tuning
+            return [k for k in ks if k <= most] or [1], 1, most
+        rates: Any = self.given["blr"] if trial.protocol == FINETUNE else blr  # the flag is for fine-tuning
         return (rates if isinstance(rates, list) else [rates] if rates else []), 0, math.inf
 
     def _score_of(self, name: str, trial: Trial, hyperparameters: Settings, kept: Path) -> float:
@@ -215,7 +224,7 @@ class Trials:
         except ValueError as error:  # it may name a flag that the comparison does not have
             recipe = f"{trial.protocol}=YAML"
             raise ValueError(f"{error}; recipes={as_yaml(recipe)} passes other flags to {script.name}.py") from error
-        if not self.run.comparison.keep_checkpoints:
+        if not self.spec.keep_checkpoints:
             for path in (*out.glob("*.pth"), *out.glob("tokens")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return scores, shlex.join(["python", f"{script.name}.py", *arguments(settings)])
@@ -232,7 +241,7 @@ class Trials:
 
         def compute(_: Path) -> Scores:
             few = some_of_each_class(self.train, per_class, trial.draw) if per_class else self.train
-            images, workers = ImageSpec.of(settings), self.run.data.num_workers
+            images, workers = ImageSpec.of(settings), self.given["num_workers"]
             train, val = ((baselines.read(source, images, workers), source.labels) for source in (few, self.val))
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
@@ -241,12 +250,16 @@ class Trials:
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
 
 
-def _poolings_of(trial: Trial, run: Run) -> Sequence[str]:
-    """Returns the poolings to choose from; [""] for a protocol that does not pool features."""
+def _poolings_of(trial: Trial, global_pool: bool | None) -> Sequence[str]:
+    """Returns the poolings to choose from; [""] for a protocol that does not pool features.
+
+    Args:
+        global_pool: the setting of a recipe, if it has one.
+    """
     if trial.protocol not in (KNN, LINEAR):
         return [""]
-    if "global_pool" in run.explicit and OF_TIMM not in trial.encoder.poolings:  # of a recipe
-        return [PATCHES if run.model.global_pool else CLASS_TOKEN]
+    if global_pool is not None and OF_TIMM not in trial.encoder.poolings:
+        return [PATCHES if global_pool else CLASS_TOKEN]
     return trial.encoder.poolings
 
 
@@ -259,18 +272,18 @@ def _settings_of_pooling(pooling: str) -> Settings:
     return {"global_pool": pooling == PATCHES} if pooling in (CLASS_TOKEN, PATCHES) else {}
 
 
-def _recipes_of(run: Run) -> dict[str, str]:
+def _recipes_of(spec: ComparisonSpec) -> dict[str, str]:
     """Returns the recipe of each protocol that has one.
 
     Raises:
         ValueError: --recipes names another protocol, or one twice.
     """
     paths: dict[str, str] = {}
-    for text in run.comparison.recipes:
+    for text in spec.recipes:
         protocol, _, name = text.partition("=")
         recipe = recipes.find(name)
-        if protocol not in run.comparison.protocols or protocol in paths or not recipe:
-            protocols = ", ".join(run.comparison.protocols)
+        if protocol not in spec.protocols or protocol in paths or not recipe:
+            protocols = ", ".join(spec.protocols)
             raise ValueError(f"recipes={as_yaml(text)}: give PROTOCOL=YAML once for each of {protocols}")
         paths[protocol] = recipe
     return paths
