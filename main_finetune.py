@@ -97,7 +97,6 @@ def main(
     run = session.run
     file = session.file
     precision = session.precision
-    device = precision.device
     data = session.open_data()
 
     build = partial(mae.build.classifier, encoder=session.code.encoder)
@@ -109,16 +108,19 @@ def main(
     classes = train.classes
     run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
     labels = tasks.task_of(run.record(), val, train)
-    mixup = make_mixup(run, len(classes), extras.shapes_of(train))
+    mixup = make_mixup(
+        run.augmentation, run.images.task, run.optim.class_weight, run.optim.smoothing, run.optim.batch_size,
+        len(classes), extras.shapes_of(train),
+    )  # fmt: skip
     train, val = data.cached(train, val)
     model = build_model(run, build, file, has_ids(train))
     extras.require_fitting(model, train, val)
-    model.to(device)
+    model.to(precision.device)
 
     augment = augmentation(run, data.statistics[0])
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
-    erase = make_erasing(run.augmentation, device)
+    erase = make_erasing(run.augmentation, precision.device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

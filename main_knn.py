@@ -69,7 +69,10 @@ def main(
     model = build_frozen(run, session.file, session.code.encoder, has_both=features is not None)
     extras.require_fitting(model, train, val)
     model.to(device)
-    frozen = FrozenFeatures(run, data, model, precision, {"train": train, "val": val}, features)
+    frozen = FrozenFeatures(
+        run.model, data, model, precision, {"train": train, "val": val}, run.optim.batch_size,
+        Path(run.machine.output_dir), kept=features,
+    )  # fmt: skip
     bank, queries = frozen.load("train"), frozen.load("val")
     del model, frozen  # to free its memory
     found = predict(

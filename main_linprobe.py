@@ -46,7 +46,7 @@ from mae.cli import entry_point, options
 from mae.data import extras, labels, sampler, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
-from mae.data.source import OpenDataset
+from mae.data.source import OpenDataset, Source
 from mae.evaluate import tasks
 from mae.probes import pools_tokens
 from mae.session import PROBE, open_session
@@ -126,11 +126,7 @@ def train_probe(
     device = precision.device
     rates = rates_of(run)
     several = len(rates) > 1
-    train, val, statistics = open_labelled(data, run.model.nb_classes, run.data.cache_features or several)
-    if not run.data.cache_features:
-        train, val = data.cached(train, val)
-    elif run.data.cache_images:
-        logger.warning("`cache_images` has no effect with `cache_features`, which reads each image once")
+    train, val, statistics = open_sets(data, run.model.nb_classes, several)
     classes = train.classes
     run = run.changed({**probe_settings(run, file), "nb_classes": len(classes), "classes": classes, **statistics})
     model = mae.build.probe(run.model, run.images, encoder)
@@ -151,7 +147,10 @@ def train_probe(
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     pools = kept is not None and not model.head_pools
     frozen = build_frozen(run, file, encoder, has_both=True).to(device) if pools else model
-    features = FrozenFeatures(run, data, frozen, precision, {**sets, "train": train}, kept)
+    features = FrozenFeatures(
+        run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,
+        Path(run.machine.output_dir), run.machine.resume, kept,
+    )  # fmt: skip
     passes = {name: features.open(name) for name in sets}
 
     batches = open_batches(run, data, train, features)
@@ -185,6 +184,16 @@ def train_probe(
         callbacks=[*callbacks, *[criterion] * several],
     )
     trainer.run(model, optimizer, batches, precision, task, run, fingerprint(train, with_labels=True), is_locked=True)
+
+
+def open_sets(data: RunData, nb_classes: int | None, several: bool) -> tuple[Source, Source, dict[str, Any]]:
+    """Opens the training and the validation set, as `open_labelled`, for one or several rates."""
+    train, val, statistics = open_labelled(data, nb_classes, data.data.cache_features or several)
+    if not data.data.cache_features:
+        train, val = data.cached(train, val)
+    elif data.data.cache_images:
+        logger.warning("`cache_images` has no effect with `cache_features`, which reads each image once")
+    return train, val, statistics
 
 
 def rates_of(run: Run) -> list[float]:

@@ -101,8 +101,7 @@ def main(
     train = open_images(data, run.evaluation)  # first, because a large model takes long
     model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
     session.file = None  # its memory
-    if code.model_class is not models_mae.MaskedAutoencoderViT or code.encoder:
-        # for programs that read the checkpoints, and do not have the class
+    if not code.has_published_model:  # for programs that read the checkpoints, and do not have the class
         run = run.changed({"predicts_pixels": model.predicts_pixels})
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
@@ -118,7 +117,9 @@ def main(
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
 
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_online_probe(run, data, full_images, mask_ratio, model, precision)
+    probe = open_online_probe(
+        run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
+    )
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
@@ -135,19 +136,16 @@ def main(
         forward=lambda images: model(images, mask_ratio),
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=False))
-    log_report_command(run)
+    log_report_command(run.machine.output_dir, run.model.encoder, run.model.encoder_args, run.data.dataset)
 
 
-def open_online_probe(
-    run: Run, data: RunData, images: Samples, mask_ratio: float, model: models_mae.MaskedAutoencoderViT,
-    precision: Precision,
-) -> Any:  # fmt: skip
-    """Opens the data of --probe_every. Returns an `online_probe.OnlineProbe`, or None without the flag."""
-    if not (run.evaluation.probe_every or run.evaluation.probe_path):
+def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:
+    """Returns an `online_probe.OnlineProbe`, or None without `probe_every`; as `online_probe.open_probe`."""
+    if not (evaluation.probe_every or evaluation.probe_path):
         return None
     from mae.training import online_probe
 
-    return online_probe.open_probe(run, data, images, mask_ratio, model, precision)
+    return online_probe.open_probe(evaluation.probe_every, evaluation.probe_path, *arguments)
 
 
 def build_model(
@@ -158,9 +156,8 @@ def build_model(
     Raises:
         ValueError: a step of the model lacks the context; or as in `mae.build.autoencoder`.
     """
-    is_published = code.model_class is models_mae.MaskedAutoencoderViT and code.encoder is None
     # `fsdp` initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
-    with torch.device("meta" if is_sharded and is_published else "cpu"):
+    with torch.device("meta" if is_sharded and code.has_published_model else "cpu"):
         model = mae.build.autoencoder(spec, images, code.model_class, code.encoder)
     require_context(type(model))  # the noise of the batches determines the masks
     mae.build.log_sizes(model)

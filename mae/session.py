@@ -48,6 +48,11 @@ class Code:
     optimizer: MakeOptimizer | None = None
     lr_schedule: Schedule | None = None
 
+    @property
+    def has_published_model(self) -> bool:
+        """Whether the model is that of this library."""
+        return self.model_class is MaskedAutoencoderViT and self.encoder is None
+
 
 @dataclass
 class Session:

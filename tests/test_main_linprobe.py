@@ -275,7 +275,9 @@ def test_each_process_stores_its_own_tokens_and_resumes(pretrained, labelled, tm
     data = RunData(run.images, run.data, torch.device("cpu"))
     model = build.probe(replace(run.model, nb_classes=6), run.images)
     train, *_ = data.open_pair()
-    features = FrozenFeatures(run, data, model, Precision("off", torch.device("cpu")), {"train": train})
+    features = FrozenFeatures(
+        run.model, data, model, Precision("off", torch.device("cpu")), {"train": train}, run.optim.batch_size, tmp_path
+    )
     tokens, numbers = features.load("train")
     (expected,) = (model.forward_features(data.normalize(images)) for images, *_ in data.eval_batches(train, 48))
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)

@@ -17,7 +17,7 @@ from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.source import Source, versions
 from mae.pooling import CLASS_TOKEN, PATCHES, pooled
-from mae.settings import REBUILDS, ImageSpec, Run, names_of
+from mae.settings import REBUILDS, ModelSpec
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -56,9 +56,11 @@ class FrozenFeatures:
     are mapped into memory (`cache_features`), or are computed in every pass.
 
     Args:
+        spec: the model of the run.
         model: a `VisionTransformer`, with the head of a probe if the head pools. With `kept`, a pooled encoder has the
             norm of its tokens, from which both poolings come; without this norm there is one.
         sets: datasets by name.
+        output_dir, resume: the settings. A run that does not resume removes the files of an earlier run.
         kept: folder for runs with the same images and encoder, which may differ in `global_pool`. The features of both
             poolings are computed in one pass, in the first of them.
 
@@ -67,25 +69,21 @@ class FrozenFeatures:
     """
 
     def __init__(
-        self, run: Run, data: RunData, model: Any, precision: Precision, sets: Mapping[str, Source],
-        kept: Path | None = None,
+        self, spec: ModelSpec, data: RunData, model: Any, precision: Precision, sets: Mapping[str, Source],
+        batch_size: int, output_dir: Path, resume: str = "", kept: Path | None = None,
     ) -> None:  # fmt: skip
-        self.run = run
+        self.spec = spec
         self.data = data
         self.model = model
         self.precision = precision
         self.sets = sets
-        self.batch_size = min(run.optim.batch_size, MAX_BATCH)
-        self.are_stored = run.data.cache_features or not model.head_pools
+        self.batch_size = min(batch_size, MAX_BATCH)
+        self.are_stored = data.data.cache_features or not model.head_pools
         self.kept = kept
         self.has_both = kept is not None and not model.head_pools and hasattr(model, "norm")
-        self.folder = kept or Path(run.machine.output_dir) / "tokens"
+        self.folder = kept or output_dir / "tokens"
         if self.are_stored and model.head_pools:
-            if (
-                not kept
-                and parallel.is_main()
-                and not run_directory.chosen(Path(run.machine.output_dir), run.machine.resume)
-            ):
+            if not kept and parallel.is_main() and not run_directory.chosen(output_dir, resume):
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
@@ -108,7 +106,7 @@ class FrozenFeatures:
             options["dtype"] = torch.float16
         features, targets = feature_files.extract(partial(self._encode, name), source, **options)
         if self.has_both:
-            features = features[:, int(self.run.model.global_pool)]
+            features = features[:, int(self.spec.global_pool)]
         # A copy, because k-NN normalizes features in place, and these are mapped from a file.
         return (features if self.model.head_pools else features.clone()) if self.kept else features, targets
 
@@ -119,12 +117,14 @@ class FrozenFeatures:
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
-        run, (mean, std) = self.run, self.data.statistics
-        of_images = [name for name in names_of(ImageSpec) if name in REBUILDS]
-        names = ("model", "patch_size", *of_images, "dataset", "encoder", "encoder_args")
+        spec = self.spec
+        data = self.data.data
+        mean, std = self.data.statistics
         return {
-            **{name: run[name] for name in (*names, "data_path") if name in run},
-            "mean": list(mean), "std": list(std), "fast_jpeg": run.data.fast_jpeg and run.data.fast_jpeg_resize,
+            "model": spec.model, "patch_size": spec.patch_size, "encoder": spec.encoder,
+            "encoder_args": spec.encoder_args, "dataset": data.dataset, "data_path": data.data_path,
+            **{name: value for name, value in self.data.images.record().items() if name in REBUILDS},
+            "mean": list(mean), "std": list(std), "fast_jpeg": data.fast_jpeg and data.fast_jpeg_resize,
             "precision": self.precision.name, "has_both": self.has_both,
             "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),

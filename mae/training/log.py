@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from mae import parallel
 from mae.files import atomic, results
 from mae.files.untrusted import printable
-from mae.settings import Run
 from mae.settings.arguments import arguments
 from mae.training import costs
 from mae.training.meters import Stopwatch
@@ -224,15 +223,20 @@ class RunLog(NullLog):
                 logger.warning(f"{error}. The run continues and tries again later.")
 
 
-def log_report_command(run: Run) -> None:
+def log_report_command(
+    output_dir: str, encoder: str | None, encoder_args: Sequence[str] | None, dataset: str | None
+) -> None:
     """Logs the command that writes a page about a run of `main_pretrain.py`.
 
     The command names the user's code, because no file makes a command import code.
+
+    Args:
+        encoder, encoder_args, dataset: the settings.
     """
-    code: dict[str, Any] = {"encoder": run.model.encoder, "encoder_args": run.model.encoder_args}
-    if run.data.dataset and runs_code(run.data.dataset):
-        code["dataset"] = run.data.dataset
-    command = ["python", "-m", "mae.inference.report", run.machine.output_dir, *arguments(code)]
+    code: dict[str, Any] = {"encoder": encoder, "encoder_args": encoder_args}
+    if dataset and runs_code(dataset):
+        code["dataset"] = dataset
+    command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]
     logger.info(f"report: {shlex.join(command)}")
 
 

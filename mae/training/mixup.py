@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from mae.settings import Run
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
 from mae.settings.images import AugmentationSpec
@@ -20,32 +19,37 @@ def make_erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[t
     return RandomErasing(changes.reprob, mode=changes.remode, max_count=changes.recount, device=str(device))
 
 
-def make_mixup(run: Run, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
+def make_mixup(
+    changes: AugmentationSpec, task: str, class_weight: str | None, smoothing: float, batch_size: int, num_classes: int,
+    extra_names: Collection[str] = (),
+) -> Callable[..., Any] | None:  # fmt: skip
     """Returns mixup and cutmix of timm, or None if both are disabled.
+
+    Args:
+        task, class_weight, smoothing, batch_size: the settings.
+        extra_names: the extra inputs of the images.
 
     Raises:
         ValueError: the classes have weights; the images have extra inputs, which are not mixed; the batch size is odd,
             and images are mixed in pairs; or the range of `cutmix_minmax` is empty.
     """
-    changes = run.augmentation
     if not (changes.mixup or changes.cutmix or changes.cutmix_minmax):
         return None
-    if run.optim.class_weight or run.images.task != CLASSIFICATION or extra_names:
+    if class_weight or task != CLASSIFICATION or extra_names:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
-        mixes = {name: run[name] for name in off if run[name]}
+        mixes = {name: value for name, value in changes.record().items() if name in off and value}
         disabled = advice({name: off[name] for name in mixes})
         if extra_names:
             names = ", ".join(sorted(extra_names))
             raise ValueError(
                 f"{in_words(mixes)}: images are mixed, and their extra inputs ({names}) are not: {disabled}"
             )
-        classes = f"class_weight={run.optim.class_weight}" if run.images.task == CLASSIFICATION else ""
-        other = classes or f"task={run.images.task}"
+        other = f"class_weight={class_weight}" if task == CLASSIFICATION else f"task={task}"
         raise ValueError(f"{in_words(mixes)} {other}: mixed images have no single class: {disabled}")
     if changes.cutmix_minmax and changes.cutmix_minmax[0] >= changes.cutmix_minmax[1]:
         raise ValueError("`cutmix_minmax`: give the smaller fraction first")
-    if run.optim.batch_size % 2:
-        raise ValueError(f"batch_size={run.optim.batch_size}: `mixup` and `cutmix` mix pairs; give an even number")
+    if batch_size % 2:
+        raise ValueError(f"batch_size={batch_size}: `mixup` and `cutmix` mix pairs; give an even number")
     from timm.data import Mixup
 
     return Mixup(
@@ -55,6 +59,6 @@ def make_mixup(run: Run, num_classes: int, extra_names: Collection[str] = ()) ->
         prob=changes.mixup_prob,
         switch_prob=changes.mixup_switch_prob,
         mode=changes.mixup_mode,
-        label_smoothing=run.optim.smoothing,
+        label_smoothing=smoothing,
         num_classes=num_classes,
     )

@@ -18,7 +18,7 @@ from mae.data.samples import Samples
 from mae.data.source import Source, is_stream
 from mae.evaluate import knn
 from mae.pooling import Pooling, pooled, pooling_of
-from mae.settings import DATASETS, DataSpec, Run
+from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -141,25 +141,28 @@ class OnlineProbe:
 
 
 def open_probe(
-    run: Run, data: RunData, images: Samples, mask_ratio: float, model: nn.Module, precision: Precision
-) -> OnlineProbe | None:
-    """Opens the data of `probe_every`; returns None if it is 0. `images` are as in `OnlineProbe`.
+    every: int, path: str | None, data: RunData, images: Samples, mask_ratio: float, batch_size: int,
+    precision: Precision, spec: ModelSpec, model: nn.Module,
+) -> OnlineProbe | None:  # fmt: skip
+    """Opens the data of `probe_every`; returns None if it is 0.
+
+    Args:
+        every, path: the settings `probe_every` and `probe_path`.
+        data, images, mask_ratio, batch_size, precision: as in `OnlineProbe`.
 
     Raises:
         ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
     """
-    every, path = run.evaluation.probe_every, run.evaluation.probe_path
     if not every:
         if path:
             logger.warning("`probe_path` has no effect without `probe_every`")
         return None
-    if run.machine.fsdp:
+    if parallel.is_sharded(model):
         raise ValueError(
             f"probe_every={every}: `fsdp` shards the weights; omit one of them, and evaluate checkpoints with "
             f"main_knn.py"
         )
-    pooling = pooling_of(run.model.record())
-    probe = OnlineProbe(data, images, mask_ratio, path, run.optim.batch_size, precision, pooling)
+    probe = OnlineProbe(data, images, mask_ratio, path, batch_size, precision, pooling_of(spec.record()))
     extras.require_fitting(model, probe.train, probe.val, STEPS)
     return probe
 
