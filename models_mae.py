@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae import valid_pixels
 from mae.context import takes
 from mae.fp32 import in_fp32
-from mae.masking import exclude_patches, noise_from_mask, shuffle, take
-from mae.position_tables import Size, sincos_table
+from mae.masking import check_masking, noise_from_mask, shuffle, take
+from mae.position_tables import Size, sincos_or, sincos_table
 from mae.uniformity import uniformity
 from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
 
@@ -259,21 +260,19 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             ValueError: the target has another shape than `pred`; the difference would be broadcast.
         """
-        target, valid = self.target(imgs, **context), context.get("valid")
+        target = self.target(imgs, **context)
         if target.shape != pred.shape:
             raise ValueError(
                 f"the target is {tuple(target.shape)} and the prediction {tuple(pred.shape)}: both must be (B, N, "
                 f"target_dim), and target_dim of {type(self).__name__} is {self.target_dim}"
             )
-        if valid is None:
+        if (valid := context.get("valid")) is None:
             loss = (pred - target).square().mean(dim=-1)  # (B, N)
             return (loss * mask).sum() / mask.sum().clamp(min=1)
-        weight = self._valid_values(valid, imgs.shape[1])
+        weight = self._valid_values(valid, imgs)
         if self.target_dim is not None:  # features of patches
             weight = weight.any(dim=-1, keepdim=True).expand_as(pred)
-        loss = (pred - target).where(weight, 0).square().sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
-        scored = mask * weight.any(dim=-1)
-        return ((loss * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
+        return valid_pixels.mean_squared_error(pred - target, weight, mask)
 
     def target(self, imgs: Tensor, *, valid: Tensor | None = None, **context: Any) -> Tensor:
         """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalized per patch with `norm_pix_loss`.
@@ -286,27 +285,23 @@ class MaskedAutoencoderViT(Encoder):
         patches = self.patchify(imgs)
         if not self.norm_pix_loss:
             return patches
-        mean, std = self._patch_statistics(patches, valid)
+        mean, std = self._patch_statistics(patches, imgs, valid)
         return (patches - mean) / std
 
-    def _valid_values(self, valid: Tensor, in_chans: int) -> Tensor:
-        """Valid pixels (B, H, W) -> valid values of patches, bool (B, N, p·p·c)."""
-        return self.patchify(valid.bool().unsqueeze(1).expand(-1, in_chans, -1, -1))
+    def _valid_values(self, valid: Tensor, imgs: Tensor) -> Tensor:
+        """Valid pixels (B, H, W) of images (B, c, H, W) -> the weight of each value, bool (B, N, p·p·c)."""
+        return self.patchify(valid_pixels.like_images(valid, imgs))
 
-    def _patch_statistics(self, patches: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _patch_statistics(self, patches: Tensor, imgs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of each patch (B, N, 1). The variance is unbiased, as published.
 
         Args:
-            patches: (B, N, p·p·c).
+            patches: (B, N, p·p·c), of images (B, c, H, W).
             valid: the pixels that count, bool (B, H, W). Default: all.
         """
-        if valid is None:
-            return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
-        counted = self._valid_values(valid, self.in_chans)
-        count = counted.sum(dim=-1, keepdim=True)
-        mean = patches.where(counted, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
-        squares = (patches - mean).where(counted, 0).square().sum(dim=-1, keepdim=True)
-        return mean, (squares / (count - 1).clamp(min=1) + TARGET_EPS).sqrt()
+        if valid is not None:
+            return valid_pixels.patch_statistics(patches, self._valid_values(valid, imgs), TARGET_EPS)
+        return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
     # -------------------------------------------------------------------------------------------- training and use
 
@@ -326,13 +321,10 @@ class MaskedAutoencoderViT(Encoder):
         """
         imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, mask, **context)
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
-        self._check_masking(mask, latent, patch_mask, ids_restore, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
-        loss: Any = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
-        if self.uniformity and self.training:
-            terms = loss if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
-            loss = {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}
-        return loss, pred, patch_mask
+        loss = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
+        check_masking(self, mask, patch_mask, ids_restore, self.patch_tokens(latent).shape[1], context)
+        return self.with_uniformity(loss, latent), pred, patch_mask
 
     def prepare_masking(
         self, imgs: Tensor, mask_ratio: float, mask: Tensor | None = None, noise: Tensor | None = None,
@@ -366,29 +358,17 @@ class MaskedAutoencoderViT(Encoder):
         if valid is not None:
             if not self.target_takes_valid:
                 raise ValueError(f"{type(self).__name__}.target would take invalid pixels for the mean: add valid=None")
-            if valid.shape != (imgs.shape[0], *imgs.shape[2:]):
-                raise ValueError(f"valid is {tuple(valid.shape)}, and the images {tuple(imgs.shape)}: give (B, H, W)")
-            has_valid = self._valid_values(valid, self.in_chans).any(dim=-1)
-            imgs, given = _without_invalid(imgs, valid), noise
-            noise = exclude_patches(given, has_valid, mask_ratio)
-            if mask is not None and given is not None and not torch.equal(noise > 0, given > 0):
-                raise ValueError("the mask leaves patches without valid pixels visible: mask them")
+            weight = self._valid_values(valid, imgs)
+            imgs, noise = valid_pixels.exclude(imgs, valid, weight, noise, mask_ratio, is_mask=mask is not None)
         grid_size = None if grid == self.grid_size else grid
         return imgs, mask_ratio, _given(noise=noise, valid=valid, grid_size=grid_size) | context
 
-    def _check_masking(
-        self, mask: Tensor | None, latent: Tensor, patch_mask: Tensor, ids_restore: Tensor,
-        noise: Tensor | None = None, valid: Tensor | None = None, **context: Any,
-    ) -> None:  # fmt: skip
-        """Checks that `forward_encoder` masks the patches of a given mask, and those without valid pixels."""
-        if mask is not None and noise is not None and not torch.equal(patch_mask > 0, noise > 0):
-            raise ValueError(
-                f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
-            )
-        if valid is not None and noise is not None:
-            is_masked = ids_restore >= self.patch_tokens(latent).shape[1]
-            message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
-            torch._assert_async((is_masked | noise.isfinite()).all(), message)
+    def with_uniformity(self, loss: Any, latent: Tensor) -> Any:
+        """Adds the second loss, if there is one: the result of `forward_loss` -> the same, or a dict of terms."""
+        if not (self.uniformity and self.training):
+            return loss
+        terms = loss if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
+        return {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}
 
     def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
@@ -412,12 +392,13 @@ class MaskedAutoencoderViT(Encoder):
         context = _given(**context)
         with evaluation_mode(self):
             _, pred, patch_mask = self.forward(imgs, mask_ratio, **context)[:3]
-        grid, valid = self.patch_embed.grid_of(*imgs.shape[-2:]), context.get("valid")
-        imgs = imgs if valid is None else _without_invalid(imgs, valid)
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        if (valid := context.get("valid")) is not None:
+            imgs = valid_pixels.without_invalid(imgs, valid)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
         if self.norm_pix_loss:
-            mean, std = self._patch_statistics(target, valid)
+            mean, std = self._patch_statistics(target, imgs, valid)
             pred = pred * std + mean
         masked = patch_mask.unsqueeze(-1).to(target.dtype)
         return Reconstruction(
@@ -438,19 +419,11 @@ class MaskedAutoencoderViT(Encoder):
         return self.resized(self.decoder_pos_embed, grid, self.grid_size)
 
     def resized(self, table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
-        """Returns the position table for `grid`: sine-cosine tables are computed, other tables are interpolated.
-
-        The tables of mmpretrain are those of the paper with swapped halves: the row first.
-        """
+        """Returns the position table for `grid`: sine-cosine tables are computed, other tables are interpolated."""
+        resized = self.resize_table(table, old_grid, grid)
         if self.learned_pos_embed or grid == old_grid:
-            return self.resize_table(table, old_grid, grid)
-        dim, result = table.shape[-1], self.resize_table(table, old_grid, grid)
-        device = "cpu" if table.is_mps else table.device  # MPS has no fp64
-        old, new = (sincos_table(dim, size, self.num_prefix_tokens, device).to(table) for size in (old_grid, grid))
-        for shift in (dim // 2, 0):
-            is_close = torch.isclose(table, old.roll(shift, -1), atol=1e-2)  # files of half precision, too
-            result = torch.where(is_close.all(), new.roll(shift, -1), result)  # an `if` would wait for the GPU
-        return result
+            return resized
+        return sincos_or(resized, table, old_grid, grid, self.num_prefix_tokens)
 
     def _position_table(self, dim: int) -> nn.Parameter:
         """Returns the positions (1, T + N, dim) for images of `img_size`."""

@@ -4,8 +4,9 @@ The paper compares three strategies (section 4.1, table 1f and figure 6): random
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,21 +91,32 @@ def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[
     return torch.argsort(noise, dim=1, stable=True), visible
 
 
-def exclude_patches(noise: Tensor | None, has_valid: Tensor, mask_ratio: float) -> Tensor:
-    """Returns noise that masks the patches without valid pixels: it is infinite there.
+def check_masking(
+    model: Any, mask: Tensor | None, patch_mask: Tensor, ids_restore: Tensor, visible: int, context: Mapping[str, Any]
+) -> None:
+    """Checks that a model masks the patches of a given mask, and the patches without valid pixels.
 
     Args:
-        noise: (B, N). Default: torch.rand.
-        has_valid: whether a patch has valid pixels, bool (B, N).
+        model: its class may override `random_masking`.
+        mask: the given mask, if any. The context has its noise.
+        patch_mask: the mask of the model (B, N), 1 masked.
+        ids_restore: (B, N), the index of each patch among the visible patches followed by the masked ones.
+        visible: the number of visible patches.
+        context: may contain `noise` (B, N), infinite for patches without valid pixels, and `valid`.
 
     Raises:
-        RuntimeError: an image has too few patches with valid pixels.
+        ValueError: the model ignores the given mask.
+        RuntimeError: a patch without valid pixels is visible. On a GPU, a later operation raises the error.
     """
-    noise = torch.rand(has_valid.shape, device=has_valid.device) if noise is None else noise
-    visible = num_visible(has_valid.shape[1], mask_ratio)
-    enough = (has_valid.sum(dim=1) >= visible).all()
-    torch._assert_async(enough, f"an image has fewer than {visible} patches with valid pixels")  # no wait for a GPU
-    return noise.masked_fill(~has_valid, math.inf)
+    noise = context.get("noise")
+    if noise is None:
+        return
+    if mask is not None and not torch.equal(patch_mask > 0, noise > 0):
+        name = type(model).__name__
+        raise ValueError(f"{name}.random_masking ignores the mask: call super().random_masking, which uses it")
+    if "valid" in context:
+        message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
+        torch._assert_async(((ids_restore >= visible) | noise.isfinite()).all(), message)
 
 
 def block_mask(

@@ -83,6 +83,34 @@ def sincos_table(
     return _sincos(embed_dim, grid_size, num_prefix_tokens, torch.device(device), torch.float32).unsqueeze(0)
 
 
+def sincos_or(
+    interpolated: torch.Tensor,
+    table: torch.Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    num_prefix_tokens: int,
+) -> torch.Tensor:
+    """Returns the sine-cosine table for `new_grid`, if `table` is the one for `old_grid`; else `interpolated`.
+
+    The tables of mmpretrain are those of the paper with swapped halves: the row first.
+
+    Args:
+        interpolated: `table` for the new grid (1, T + N, D).
+        table: (1, T + M, D), for M patches.
+        old_grid: (rows, columns) of `table`.
+        new_grid: (rows, columns) of the result.
+        num_prefix_tokens: T.
+    """
+    dim = table.shape[-1]
+    device = "cpu" if table.is_mps else table.device  # MPS has no fp64
+    old, new = (sincos_table(dim, size, num_prefix_tokens, device).to(table) for size in (old_grid, new_grid))
+    result = interpolated
+    for shift in (dim // 2, 0):
+        is_close = torch.isclose(table, old.roll(shift, -1), atol=1e-2)  # files of half precision, too
+        result = torch.where(is_close.all(), new.roll(shift, -1), result)  # an `if` would wait for the GPU
+    return result
+
+
 def resize_pos_embed(
     pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = False
 ) -> torch.Tensor:
