@@ -223,7 +223,8 @@ class MaskedAutoencoderViT(Encoder):
         x = self.tokenize(imgs, **context)
         x, mask, ids_restore = self.random_masking(x, mask_ratio, **context)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        x, inputs = self.all_tokens(x, grid), self.block_inputs(grid, ids_restore, x.shape[1])
+        inputs = self.block_inputs(grid, ids_restore, x.shape[1])
+        x = self.all_tokens(x, grid)
         for block in self.blocks:
             x = block(x, *inputs)
         return self.norm(x), mask, ids_restore
@@ -237,7 +238,8 @@ class MaskedAutoencoderViT(Encoder):
             grid_size: (rows, columns) of patches. Default: that of `img_size`.
         """
         x = self.decoder_embed(latent)
-        cls_tokens, visible = x[:, : self.num_prefix_tokens], self.patch_tokens(x)
+        cls_tokens = x[:, : self.num_prefix_tokens]
+        visible = self.patch_tokens(x)
         num_masked = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
         patches = take(torch.cat([visible, mask_tokens], dim=1), ids_restore)

@@ -142,7 +142,8 @@ class Segmenter(VisionTransformer):
     def __init__(self, num_classes: int, head: str = "linear", **encoder: Any) -> None:
         super().__init__(num_classes=0, global_pool=False, **encoder)
         self.num_classes = num_classes
-        depth, count = len(self.blocks), HEADS[head].num_layers
+        depth = len(self.blocks)
+        count = HEADS[head].num_layers
         if depth < count:
             raise ValueError(f"head {head!r} takes the tokens of {count} blocks, and the encoder has {depth}")
         self.layers = [depth * number // count - 1 for number in range(1, count + 1)]

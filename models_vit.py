@@ -114,7 +114,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         norms: dict[str | None, NormLayer] = {None: nn.Identity, "layer": LAYER_NORM, "rms": RMS_NORM}
         norm = norms[qk_norm]
-        self.q_norm, self.k_norm = norm(dim // num_heads), norm(dim // num_heads)
+        self.q_norm = norm(dim // num_heads)
+        self.k_norm = norm(dim // num_heads)
 
     def forward(self, x: Tensor, *inputs: Any) -> Tensor:
         return self.proj(attend(*self.split(x, *inputs)).transpose(1, 2).flatten(2))
@@ -395,7 +396,8 @@ class Encoder(nn.Module):
         Raises:
             ValueError: an override adds or removes tokens. Other methods would take some of them for patches.
         """
-        tokens, expected = self.with_class_tokens(patches, grid), self.num_prefix_tokens + patches.shape[1]
+        tokens = self.with_class_tokens(patches, grid)
+        expected = self.num_prefix_tokens + patches.shape[1]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"{type(self).__name__}.with_class_tokens returns {tokens.shape[1]} tokens, and {expected} are "
@@ -469,9 +471,11 @@ class Encoder(nn.Module):
         if missing := [index for index in indices if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
         chosen = {index % depth for index in indices}
-        x, inputs = self.embed(imgs, **context), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
+        x = self.embed(imgs, **context)
+        inputs = self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
-        layers, maps = [], []
+        layers = []
+        maps = []
         block: Any
         for number, block in enumerate(self.blocks):
             is_returned = number in chosen
@@ -562,7 +566,8 @@ class VisionTransformer(Encoder):
 
     def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
-        x, inputs = self.embed(imgs, **context), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
+        x = self.embed(imgs, **context)
+        inputs = self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         for block in self.blocks:
             x = block(x, *inputs)
         if self.global_pool:

@@ -34,7 +34,8 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         ValueError: the mask has another shape, or the number of visible patches differs between images.
     """
     rows, columns = grid_size
-    height, width = rows * patch_size[0], columns * patch_size[1]
+    height = rows * patch_size[0]
+    width = columns * patch_size[1]
     masked = mask.bool()
     if masked.shape[1:] == (height, width):
         masked = masked.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).any(dim=4).any(dim=2)
@@ -138,9 +139,10 @@ def block_mask(
             ratio = math.exp((2 * log_ratio - 1) * math.log(10 / 3))
             height = min(rows, max(1, round(math.sqrt(area * ratio))))
             width = min(columns, max(1, round(math.sqrt(area / ratio))))
-            top, start = int(down * (rows - height + 1)), int(right * (columns - width + 1))
+            top = int(down * (rows - height + 1))
+            left_side = int(right * (columns - width + 1))
             block = torch.zeros_like(mask)
-            block[top : top + height, start : start + width] = True
+            block[top : top + height, left_side : left_side + width] = True
             mask.view(-1)[(block & ~mask).flatten().nonzero()[:left, 0]] = True
     return masks
 
