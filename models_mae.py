@@ -12,7 +12,7 @@ Parameters have the names of the published checkpoints.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,8 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 DECODER_SUFFIX = "_dec512d8b"  # suffix of model aliases in the published code
-PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
-# Yang et al. 2025, "In Pursuit of Pixel Supervision" (arXiv 2512.15715).
+# The arguments of Yang et al. 2025, "In Pursuit of Pixel Supervision" (arXiv 2512.15715).
 PIXIO = {"img_size": 256, "num_cls_tokens": 8, "learned_pos_embed": True, "decoder_depth": 32}
-PIXIO_SIZES = ("base_patch16", "large_patch16", "huge_patch16", "1b_patch16")
 TARGET_EPS = 1e-6  # added to the variance of a target patch before normalization
 
 
@@ -440,28 +438,49 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _without_invalid(imgs: Tensor, valid: Tensor) -> Tensor:
-    """Returns images (B, c, H, W) in which the invalid pixels are 0, the mean. `valid`: bool (B, H, W)."""
-    return imgs.masked_fill(~valid.bool().unsqueeze(1), 0)
+def _constructor(name: str, **defaults: Any) -> Callable[..., MaskedAutoencoderViT]:
+    size = name.partition("_vit_")[2]
+    shape = "{embed_dim} wide, {depth} deep, {num_heads} heads; decoder {decoder_embed_dim} wide, {decoder_depth} deep"
 
+    def build(**arguments: Any) -> MaskedAutoencoderViT:
+        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **defaults, **arguments})
 
-def _factory(size: str, prefix: str = "mae_vit", **own: Any) -> Callable[..., MaskedAutoencoderViT]:
-    def build(**kwargs: Any) -> MaskedAutoencoderViT:
-        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **own, **kwargs})
-
-    build.__name__ = build.__qualname__ = f"{prefix}_{size}"
-    sizes = "{embed_dim} wide, {depth} deep, {num_heads} heads; decoder {decoder_embed_dim} wide, {decoder_depth} deep"
-    build.__doc__ = f"{sizes.format(**{**SIZES[size], **DECODERS[size], **own})}; arguments override these."
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{shape.format(**{**SIZES[size], **DECODERS[size], **defaults})}; arguments override these."
     return build
 
 
-# The factories mae_vit_base_patch16 and so on, one for each entry of SIZES. Their names are the choices of --model.
-MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {f"mae_vit_{size}": _factory(size) for size in SIZES}
-MODELS |= {f"mae_vit_{size}{DECODER_SUFFIX}": MODELS[f"mae_vit_{size}"] for size in PUBLISHED_SIZES}
-# pixio_vit_base_patch16 and so on. recipes/pretrain_pixio_*.yaml have the flags for these models.
-PIXIO_MODELS = {f"pixio_vit_{size}": _factory(size, "pixio_vit", **PIXIO) for size in PIXIO_SIZES}
-globals().update(MODELS | PIXIO_MODELS)
+mae_vit_mini_patch4 = _constructor("mae_vit_mini_patch4")
+mae_vit_tiny_patch16 = _constructor("mae_vit_tiny_patch16")
+mae_vit_small_patch16 = _constructor("mae_vit_small_patch16")
+mae_vit_base_patch16 = _constructor("mae_vit_base_patch16")
+mae_vit_large_patch16 = _constructor("mae_vit_large_patch16")
+mae_vit_huge_patch14 = _constructor("mae_vit_huge_patch14")
+mae_vit_huge_patch16 = _constructor("mae_vit_huge_patch16")
+mae_vit_1b_patch16 = _constructor("mae_vit_1b_patch16")
+mae_vit_giant_patch14 = _constructor("mae_vit_giant_patch14")
+# The names of the published code.
+mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
+mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
+mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14
+# Their flags are in recipes/pretrain_pixio_*.yaml.
+pixio_vit_base_patch16 = _constructor("pixio_vit_base_patch16", **PIXIO)
+pixio_vit_large_patch16 = _constructor("pixio_vit_large_patch16", **PIXIO)
+pixio_vit_huge_patch16 = _constructor("pixio_vit_huge_patch16", **PIXIO)
+pixio_vit_1b_patch16 = _constructor("pixio_vit_1b_patch16", **PIXIO)
 
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Callable[..., MaskedAutoencoderViT]: ...
+# The choices of --model.
+MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
+    "mae_vit_mini_patch4": mae_vit_mini_patch4,
+    "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
+    "mae_vit_small_patch16": mae_vit_small_patch16,
+    "mae_vit_base_patch16": mae_vit_base_patch16,
+    "mae_vit_large_patch16": mae_vit_large_patch16,
+    "mae_vit_huge_patch14": mae_vit_huge_patch14,
+    "mae_vit_huge_patch16": mae_vit_huge_patch16,
+    "mae_vit_1b_patch16": mae_vit_1b_patch16,
+    "mae_vit_giant_patch14": mae_vit_giant_patch14,
+    "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
+    "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
+    "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
+}

@@ -12,7 +12,7 @@ tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the na
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
 LAYER_NORM: NormLayer = partial(LayerNorm, eps=1e-6)
 RMS_NORM: NormLayer = partial(nn.RMSNorm, eps=1e-6)
 
-# The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
+# The sizes of models. A size has a constructor at the end of this file, and one at the end of models_mae.py.
 # base, large and huge: He et al. 2021; giant: ViT-g of Zhai et al. 2021; tiny and small: the usual sizes; mini: for
 # images of about 32 pixels; huge_patch16 and 1b: Yang et al. 2025 (Pixio).
 SIZES: dict[str, dict[str, Any]] = {
@@ -580,19 +580,36 @@ class VisionTransformer(Encoder):
         return self.head(self.forward_features(imgs, **context))
 
 
-def _factory(size: str) -> Callable[..., VisionTransformer]:
-    def build(**kwargs: Any) -> VisionTransformer:
-        return VisionTransformer(**{**SIZES[size], **kwargs})
+def _constructor(name: str) -> Callable[..., VisionTransformer]:
+    size = name.removeprefix("vit_")
 
-    build.__name__ = build.__qualname__ = f"vit_{size}"
+    def build(**arguments: Any) -> VisionTransformer:
+        return VisionTransformer(**{**SIZES[size], **arguments})
+
+    build.__name__ = build.__qualname__ = name
     build.__doc__ = "{embed_dim} wide, {depth} deep, {num_heads} heads; arguments override these.".format(**SIZES[size])
     return build
 
 
-# The factories vit_base_patch16 and so on, one for each entry of SIZES. Their names are the choices of --model.
-MODELS: dict[str, Callable[..., VisionTransformer]] = {f"vit_{size}": _factory(size) for size in SIZES}
-globals().update(MODELS)
+vit_mini_patch4 = _constructor("vit_mini_patch4")
+vit_tiny_patch16 = _constructor("vit_tiny_patch16")
+vit_small_patch16 = _constructor("vit_small_patch16")
+vit_base_patch16 = _constructor("vit_base_patch16")
+vit_large_patch16 = _constructor("vit_large_patch16")
+vit_huge_patch14 = _constructor("vit_huge_patch14")
+vit_huge_patch16 = _constructor("vit_huge_patch16")
+vit_1b_patch16 = _constructor("vit_1b_patch16")
+vit_giant_patch14 = _constructor("vit_giant_patch14")
 
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Callable[..., VisionTransformer]: ...
+# The choices of --model.
+MODELS: dict[str, Callable[..., VisionTransformer]] = {
+    "vit_mini_patch4": vit_mini_patch4,
+    "vit_tiny_patch16": vit_tiny_patch16,
+    "vit_small_patch16": vit_small_patch16,
+    "vit_base_patch16": vit_base_patch16,
+    "vit_large_patch16": vit_large_patch16,
+    "vit_huge_patch14": vit_huge_patch14,
+    "vit_huge_patch16": vit_huge_patch16,
+    "vit_1b_patch16": vit_1b_patch16,
+    "vit_giant_patch14": vit_giant_patch14,
+}
