@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from mains import lines, parse
+from mains import lines, open_source, parse
 
 import main_linprobe
 import main_pretrain
 from mae.cli.options import REGISTRIES
+from mae.data.open import KINDS, Kind
 from mae.inference import get_model
 from mae.inference.export import export
 from mae.masking import MASKING
@@ -78,3 +79,15 @@ def test_a_new_probe_trains_and_is_evaluated(classify, monkeypatch):
     assert model.head[0].out_features == 8
     with pytest.raises(ValueError, match="to=timm: the format has no deep probe"):
         export(model, "timm", out / "timm")
+
+
+def test_a_new_kind_of_dataset_trains(pretrain, monkeypatch, capsys):
+    def open_dataset(name, split, data, task, function):
+        return open_source(split, f"{data.data_path}/{name}")
+
+    monkeypatch.setitem(KINDS, "inner", Kind("FOLDER, planted", open_dataset, uses=("data_path",)))
+    assert "inner:FOLDER, planted" in " ".join(main_pretrain.get_args_parser().format_help().split())
+    assert len(lines(pretrain(dataset="inner:train", epochs=1, num_images=5))) == 1
+    output = capsys.readouterr().out
+    assert "`num_images` has no effect" in output
+    assert "`data_path` has no effect" not in output

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.data.open import KINDS
 from mae.evaluate.metrics import DEFAULT_METRICS, METRICS
 from mae.masking import MASKING
 from mae.probes import PROBES
@@ -143,26 +144,23 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False, 
     """
     entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
     add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of iNaturalist")
-    add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
+    add_dataset_option(group, labels)
     add_to(group, "extras")
     add_to(group, "download", help="download a --dataset of torchvision to --data_path")
     add_to(group, "in_chans", **in_chans)
     add_to(group, "num_workers")
 
 
-def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place: str = "--data_path") -> None:
+def add_dataset_option(group: argparse._ActionsContainer, labels: bool = True, folder: str = "--data_path") -> None:
     """Adds the flag of datasets that are no folders.
 
     Args:
-        also: end of the help text: other values.
-        place: the argument with the folder of torchvision's files.
+        labels: the images need labels.
+        folder: the argument with the folder of torchvision's files.
     """
-    add_to(
-        group, "dataset",
-        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        f"{place}; hf:NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible; or "
-        f"py:MODULE:FUNCTION, your function(split, data_path) that returns a dataset (docs/data.md){also}",
-    )  # fmt: skip
+    kinds = [(prefix, kind.help) for prefix, kind in KINDS.items() if kind.has_labels or not labels]
+    texts = [f"{prefix}:{text}" if prefix else text for prefix, text in kinds]
+    add_to(group, "dataset", help=f"dataset of a library: {'; '.join(texts)}".replace("{folder}", folder))
 
 
 def add_exif(group: argparse._ActionsContainer, default: str) -> None:

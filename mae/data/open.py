@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mae import parallel
 from mae.data.kinds.folders import Files, NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.data.source import OpenDataset, Source, Stream
+from mae.registry import lazily
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
 
@@ -27,6 +28,35 @@ LAYOUTS = {
     "dtd/dtd": "DTD", "fgvc-aircraft-2013b/data": "FGVCAircraft", "eurosat/2750": "EuroSAT", "gtsrb/GTSRB": "GTSRB",
     "caltech101/101_ObjectCategories": "Caltech101", "SUN397/ClassName.txt": "SUN397",
 }  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """An entry of KINDS."""
+
+    help: str  # what follows the prefix and its colon
+    function: Callable[..., Any]  # function(name, split, data, task, function) -> Source | Stream
+    uses: tuple[str, ...] = ()  # which of download, num_images and data_path have an effect
+    has_labels: bool = True
+
+
+# The kinds of --dataset, by the prefix of a value; "" for values without one. `name` is a value without its prefix, and
+# the other arguments are those of `open_source`.
+KINDS = {
+    "": Kind("a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in {folder}",
+        lazily("mae.data.kinds.torchvision", "open_dataset"), ("data_path", "download")),
+    "hf": Kind("NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible",
+        lazily("mae.data.kinds.huggingface", "open_dataset")),
+    "py": Kind("MODULE:FUNCTION, your function(split, data_path) that returns a dataset (docs/data.md)",
+        lazily("mae.data.kinds.targets", "open_dataset"), ("data_path",)),
+    "wds": Kind("SHARDS (WebDataset), such as wds:s/{000..127}.tar",
+        lazily("mae.data.kinds.shards", "open_dataset"), ("num_images",), has_labels=False),
+}  # fmt: skip
+
+
+def kind_of(dataset: str) -> tuple[str, str]:
+    """Returns the key of KINDS for a value of --dataset, and the value without prefix."""
+    prefix, _, name = dataset.partition(":")
+    return (prefix, name) if prefix and prefix in KINDS else ("", dataset)
 
 
 def dataset_in(root: Path) -> str | None:
@@ -72,7 +102,9 @@ def open_source(
         raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
     _warn_of_unused(data, bool(file_list), label_columns)
     if data.dataset:
-        return _open_dataset(data.dataset, split, data, task, function)
+        kind, name = kind_of(data.dataset)
+        opened: Source | Stream = KINDS[kind].function(name, split, data, task, function)
+        return opened
     root = Path(data.data_path) if data.data_path else None
     if file_list:
         from mae.data.kinds.lists import read_list
@@ -94,41 +126,16 @@ def open_source(
 
 def _warn_of_unused(data: DataSpec, is_list: bool, label_columns: Sequence[str] | None) -> None:
     """Logs a warning for each setting that has no effect with the kind of the dataset."""
-    kind = (data.dataset or "").partition(":")[0]
+    used = KINDS[kind_of(data.dataset)[0]].uses if data.dataset else ("data_path",)
     for name, value, counts in (
-        ("download", data.download, data.dataset and kind not in ("hf", "wds", "py")),
-        ("num_images", data.num_images, kind == "wds"),
-        ("data_path", data.data_path, kind not in ("hf", "wds")),
+        ("download", data.download, "download" in used),
+        ("num_images", data.num_images, "num_images" in used),
+        ("data_path", data.data_path, "data_path" in used),
         ("label_columns", label_columns, is_list),
         ("extras", data.extras, is_list),
     ):
         if value and not counts:
             logger.warning(f"`{name}` has no effect with this dataset")
-
-
-def _open_dataset(
-    dataset: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None
-) -> Source | Stream:
-    """Opens a dataset of a library, of shards, or of the user's code."""
-    kind, _, name = dataset.partition(":")
-    if kind == "hf":
-        from mae.data.kinds.huggingface import HuggingFaceSet
-
-        return HuggingFaceSet(name, split)
-    if kind == "py":
-        from mae.data.kinds.objects import UserSet
-        from mae.data.kinds.targets import TargetSet
-
-        if task in (None, CLASSIFICATION):
-            return UserSet(function, split, data.data_path, dataset, reads_labels=task is not None)
-        return TargetSet(function, split, data.data_path, dataset, task)
-    if kind == "wds":
-        from mae.data.kinds.shards import Shards
-
-        return parallel.from_rank_0(lambda: Shards(name, data.num_images))
-    from mae.data.kinds.torchvision import TorchvisionSet
-
-    return TorchvisionSet(dataset, split, data.data_path, data.download)
 
 
 def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":

@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOL
         "data_path", nargs="?", metavar="FOLDER",
         help="folder of images, flat or nested, or a tar or zip file of such a folder",
     )  # fmt: skip
-    options.add_dataset_option(parser, place="FOLDER")
+    options.add_dataset_option(parser, folder="FOLDER")
     options.add_inference_options(
         parser, images=False, example="mae_pretrain_vit_base", also="; or timm:NAME, a model of timm"
     )

@@ -13,8 +13,9 @@ from mae import parallel
 from mae.data.item import Item
 from mae.data.kinds.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.pixels import BadImage
-from mae.data.source import NumberedItems, first_few, names_of, version_of
+from mae.data.source import NumberedItems, OpenDataset, Source, first_few, names_of, version_of
 from mae.files.untrusted import read_file
+from mae.settings import DataSpec
 
 logger = logging.getLogger(__name__)
 
@@ -147,3 +148,8 @@ class HuggingFaceSet(NumberedItems):
     def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew
         files = [file["filename"] for file in self.table.cache_files]
         return " ".join(f"{file} {version_of(file)}" for file in files)
+
+
+def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
+    """Opens a dataset, as an entry of `mae.data.open.KINDS`."""
+    return HuggingFaceSet(name, split)

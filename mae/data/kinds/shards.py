@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from mae import parallel
 from mae.data.decode import SUFFIXES
 from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored
 from mae.data.pixels import BadImage
-from mae.data.source import first_few
+from mae.data.source import OpenDataset, first_few
 from mae.files.untrusted import printable
+from mae.settings import DataSpec
 
 logger = logging.getLogger(__name__)
 
@@ -152,3 +154,8 @@ def read_members(shards: Iterable[dict[str, Any]], handle: Callable[[Exception],
             error.args = (*error.args, shard["url"])
             handle(error)
         yield {}  # ends the last sample, so that no sample spans two shards
+
+
+def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Shards:
+    """Opens shards, as an entry of `mae.data.open.KINDS`."""
+    return parallel.from_rank_0(lambda: Shards(name, data.num_images))

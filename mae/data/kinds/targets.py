@@ -8,9 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.kinds.objects import UserSet
-from mae.data.source import OpenDataset
+from mae.data.source import OpenDataset, Source
 from mae.files.untrusted import printable
-from mae.settings.choices import MULTILABEL
+from mae.settings import DataSpec
+from mae.settings.choices import CLASSIFICATION, MULTILABEL
+from mae.user_code import DATASET
 
 logger = logging.getLogger(__name__)
 
@@ -75,3 +77,10 @@ class TargetSet(UserSet):
 
 def _array(value: Any) -> np.ndarray:
     return np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+
+
+def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
+    """Opens a dataset, as an entry of `mae.data.open.KINDS`. `name` is that of the function."""
+    if task in (None, CLASSIFICATION):
+        return UserSet(function, split, data.data_path, f"{DATASET}{name}", reads_labels=task is not None)
+    return TargetSet(function, split, data.data_path, f"{DATASET}{name}", task)

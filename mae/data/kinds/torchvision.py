@@ -11,8 +11,9 @@ import numpy as np
 from mae import parallel
 from mae.data.item import Item
 from mae.data.pixels import BadImage
-from mae.data.source import VALIDATION, NumberedItems, names_of, version_of
+from mae.data.source import VALIDATION, NumberedItems, OpenDataset, Source, names_of, version_of
 from mae.files.untrusted import read_file
+from mae.settings import DataSpec
 
 logger = logging.getLogger(__name__)
 
@@ -142,3 +143,8 @@ def _listed_names(images: Any) -> list[str]:
         if isinstance(names, (list, tuple)) and names:
             return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
     return []
+
+
+def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
+    """Opens a dataset, as an entry of `mae.data.open.KINDS`."""
+    return TorchvisionSet(name, split, data.data_path, data.download)
