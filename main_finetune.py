@@ -74,12 +74,10 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace | Run,
-    source: OpenDataset | None = None,
-    callbacks: Sequence[Callback] = (),
-    encoder: type[models_vit.Encoder] | None = None,
-    optimizer: optimizers.MakeOptimizer | None = None,
-) -> tasks.Evaluation | None:
+    args: Namespace | Run, source: OpenDataset | None = None, callbacks: Sequence[Callback] = (),
+    encoder: type[models_vit.Encoder] | None = None, optimizer: optimizers.MakeOptimizer | None = None,
+    spares_stand_in: bool = False,
+) -> tasks.Evaluation | None:  # fmt: skip
     """Trains and evaluates a classifier for `--epochs` epochs; with --eval, returns the result of one evaluation.
 
     Args:
@@ -88,6 +86,7 @@ def main(
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
+        spares_stand_in: as in `RunData`.
     """
     from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
@@ -97,7 +96,7 @@ def main(
     run = session.run
     file = session.file
     precision = session.precision
-    data = session.open_data()
+    data = session.open_data(spares_stand_in=spares_stand_in)
 
     build = partial(mae.build.classifier, encoder=session.code.encoder)
     if run.evaluation.eval and file:

@@ -50,7 +50,7 @@ def get_args_parser() -> ArgumentParser:
 
 def main(
     args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None,
-    features: Path | None = None,
+    features: Path | None = None, spares_stand_in: bool = False,
 ) -> dict[tuple[int, float], float]:  # fmt: skip
     """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 
@@ -58,12 +58,13 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         features: folder that keeps the features for runs with the same images and encoder, as in `FrozenFeatures`.
+        spares_stand_in: as in `RunData`.
     """
     session = open_session(get_args_parser(), args, "main_knn", uses=FEATURES, source=source, encoder=encoder)
     run = session.run
     precision = session.precision
     device = precision.device
-    data = session.open_data()
+    data = session.open_data(spares_stand_in=spares_stand_in)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
     model = build_frozen(run, session.file, session.code.encoder, has_both=features is not None)

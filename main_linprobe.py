@@ -86,6 +86,7 @@ def main(
     callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None,
     features: Path | None = None,
+    spares_stand_in: bool = False,
 ) -> None:
     """Trains for `--epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
@@ -94,13 +95,14 @@ def main(
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         features: folder that keeps stored features for runs with the same images and encoder, as in `FrozenFeatures`.
+        spares_stand_in: as in `RunData`.
     """
     session = open_session(get_args_parser(), args, "main_linprobe", uses=PROBE, source=source, encoder=encoder)
     run = session.run
     file = session.file
     encoder = session.code.encoder
     precision = session.precision
-    data = session.open_data()
+    data = session.open_data(spares_stand_in=spares_stand_in)
     if run.evaluation.eval and file:
         if run.machine.compile:
             logger.warning("`compile` has no effect with `eval`")

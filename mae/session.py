@@ -72,15 +72,19 @@ class Session:
     precision: Precision
     explicit: frozenset[str]
 
-    def open_data(self, images: ImageSpec | None = None) -> RunData:
+    def open_data(self, images: ImageSpec | None = None, spares_stand_in: bool = False) -> RunData:
         """Returns the data of the run. A run that resumes within an epoch has the images of its first start.
 
         Args:
             images: in place of those of the run.
+            spares_stand_in: as in `RunData`.
         """
         machine = self.run.machine
         interrupted = partial(run_directory.interrupted_images, Path(machine.output_dir), machine.resume)
-        return RunData(images or self.run.images, self.run.data, self.precision.device, self.code.source, interrupted)
+        return RunData(
+            images or self.run.images, self.run.data, self.precision.device, self.code.source, interrupted,
+            spares_stand_in,
+        )  # fmt: skip
 
     def record(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what checkpoints record: the settings, and the facts, which data and model determine."""

@@ -14,7 +14,6 @@ from mae import errors, parallel
 from mae.cli import entry_point
 from mae.settings import Run
 from mae.settings.arguments import arguments
-from mae.settings.run import FIELDS
 
 
 class Script:
@@ -29,17 +28,12 @@ class Script:
         self.name = module.__name__
 
     def settings(self, given: Mapping[str, Any]) -> Run:
-        """Returns the settings of a run. Those without a flag are facts that it records.
+        """Returns the settings of a run.
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
         """
-        facts = {
-            name: value for name, value in given.items() if name in FIELDS and not FIELDS[name][1].metadata["flag"]
-        }
-        flags = {name: value for name, value in given.items() if name not in facts}
-        args, explicit = entry_point.parse_command(self.module.get_args_parser(), arguments(flags))
-        return Run.of({**vars(args), **facts}, explicit | facts.keys())
+        return entry_point.parse(self.module.get_args_parser(), arguments(given))
 
     def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Calls `main` with settings, and returns its result. It appends what it prints to a file.

@@ -75,7 +75,7 @@ def run(
     Args:
         settings: by name.
         read: returns the scores of the folder, and of what `main` has returned.
-        options: further arguments of its `main`, on which the scores do not depend.
+        options: further arguments of its `main`, which `kept` does not compare.
 
     Raises:
         locks.Busy, FileExistsError: as in `kept`.

@@ -82,15 +82,13 @@ class Trials:
         self, spec: ComparisonSpec, given: Settings, explicit: frozenset[str], scripts: Mapping[str, store.Script],
         folder: Path, train: Source, val: Source, spares_stand_in: bool = False,
     ) -> None:  # fmt: skip
-        self.held_out: Settings = {"val_fraction": VAL_FRACTION}
-        if spares_stand_in:
-            self.held_out["spares_stand_in"] = True
         self.spec = spec
         self.given = given
         self.scripts = scripts
         self.folder = folder
         self.train = train
         self.val = val
+        self.spares_stand_in = spares_stand_in
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
         self.recipes = _recipes_of(spec)
         self.metric = next(iter(given.get("metric") or DEFAULT_METRICS[given["task"]]), ACCURACY)
@@ -173,7 +171,7 @@ class Trials:
         kept = self.folder / folder / "features"
 
         def scores_of(pooling: str, values: Sequence[Any]) -> Scores:
-            settings = self.held_out | _settings_of_pooling(pooling)
+            settings = {"val_fraction": VAL_FRACTION, **_settings_of_pooling(pooling)}
             name = f"{folder}/{pooling}" if pooling else folder
             if trial.protocol == KNN:
                 scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]
@@ -214,9 +212,11 @@ class Trials:
         settings = self.settings(trial) | hyperparameters
         if trial.protocol != KNN:
             settings |= {"output_dir": out, "resume": "auto"}
-        options = {"features": kept} if kept and trial.protocol != FINETUNE else {}
-        if options and trial.protocol != KNN:
-            settings["cache_features"] = True
+        options: dict[str, Any] = {"spares_stand_in": self.spares_stand_in}
+        if kept and trial.protocol != FINETUNE:
+            options["features"] = kept
+            if trial.protocol != KNN:
+                settings["cache_features"] = True
         try:
             scores = store.run(out, script, settings, self._scores, options)
         except locks.Busy:

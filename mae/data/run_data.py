@@ -33,16 +33,19 @@ class RunData:
         source: the function of the dataset, if the caller gives one instead of its name.
         interrupted_images: returns the names of the training images of a run that resumes within an epoch. With
             `on_bad_image` "skip", those that have disappeared from their folder since are images that can't be read.
+        spares_stand_in: with `val_fraction`, the images that take the place of a missing validation set are not used,
+            either.
     """
 
     def __init__(
         self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None,
-        interrupted_images: Callable[[], list[str]] = list,
+        interrupted_images: Callable[[], list[str]] = list, spares_stand_in: bool = False,
     ) -> None:  # fmt: skip
         self.images = images
         self.data = data
         self.source = source
         self.interrupted_images = interrupted_images
+        self.spares_stand_in = spares_stand_in
         self.values = PixelValues(images.nodata, images.value_range, images.channels_last)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
@@ -116,7 +119,7 @@ class RunData:
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("`val_list` has no effect with `val_fraction`, which evaluates on training images")
-        open_split, total = self.splits() if not holds_out or data.spares_stand_in else (self.open_split, 0)
+        open_split, total = self.splits() if not holds_out or self.spares_stand_in else (self.open_split, 0)
         train, val = labels.open_pair(
             open_split, self.images.task, nb_classes=nb_classes, train_per_class=data.train_per_class,
             seed=data.seed, validation=not holds_out,

@@ -31,8 +31,6 @@ class DataSpec(Values, group="data", role=DATA):
         help="to choose hyperparameters: hold out this fraction of the training images, also of those that "
         "--train_per_class chooses, and evaluate on it (default: evaluate on the validation set, or without one on a "
         "fifth of the training images)")
-    # no flag; with val_fraction, the images that take the place of a missing validation set are not used, either
-    spares_stand_in: bool = fact(False)
     train_images: str | None = fact(None, resumed=FREE)  # no flag; FREE: they are compared as classes are
     held_out_images: str | None = fact(None, resumed=FREE)  # the same
     held_out: float = setting(0.1, ratio, group="evaluation", resumed=FIXED, metavar="R",
