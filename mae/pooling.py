@@ -13,7 +13,6 @@ TITLES = {
     CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the probe",
     OF_TIMM: "pooling of timm",
 }  # fmt: skip
-DINO = "examples.dino:"  # the beginning of the encoders of its files
 
 
 class Pooling(NamedTuple):
@@ -27,11 +26,12 @@ class Pooling(NamedTuple):
         return f"{TITLES[self.name]} ({self.reason or 'the published default; the file does not tell'})"
 
 
-def pooling_of(settings: Mapping[str, Any]) -> Pooling:
+def pooling_of(settings: Mapping[str, Any], trained_by: str = "") -> Pooling:
     """Returns the pooling of an encoder, by what it was trained for.
 
     Args:
         settings: of the model and of its training, by the names of the flags.
+        trained_by: the method whose loss trained the class token, if the format of the file tells it.
     """
     has_head = bool(settings.get("nb_classes"))
     if has_head and pools_tokens(settings.get("probe")):
@@ -42,8 +42,8 @@ def pooling_of(settings: Mapping[str, Any]) -> Pooling:
         return Pooling(PATCHES, "the classifier records it")
     if has_head:
         return Pooling(CLASS_TOKEN, "the classifier records it")
-    if str(settings.get("encoder")).startswith(DINO):
-        return Pooling(CLASS_TOKEN, "DINO trains it")
+    if trained_by:
+        return Pooling(CLASS_TOKEN, f"{trained_by} trains it")
     if settings.get("uniformity"):
         return Pooling(CLASS_TOKEN, f"uniformity={settings['uniformity']:g} trains it")
     return Pooling(CLASS_TOKEN, "")

@@ -282,11 +282,16 @@ def test_visible_patches_are_rotated_by_their_own_positions():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2 registers", "v3 plus"])
 def test_pre_training_starts_from_a_file(name, pretrain, tmp_path):
-    """With a learning rate of 0, the checkpoint has the features of the file. The sizes need no flag."""
+    """With a learning rate of 0, the checkpoint has the features of the file. The sizes need no flag.
+
+    The pooling is that of the training of a file, whatever its encoder.
+    """
     kind, theirs = of_transformers(name, tmp_path / "file")
     own = {"init_from": tmp_path / "file", "encoder": f"examples.dino:{kind.__name__}", "input_size": 32}
     out = pretrain(**own, lr=0, epochs=1)
     ours = get_model(out / "checkpoint-0.pth", encoder=kind)
+    assert "DINO trains it" in str(get_model(tmp_path / "file", encoder=kind).pooling)
+    assert "the file does not tell" in str(ours.pooling)  # a masked autoencoder
     expected = theirs(images(32, 32)).last_hidden_state
     assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
     export.export(export.encoder_of(ours), "onnx", tmp_path / "m.onnx")

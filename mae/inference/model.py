@@ -216,5 +216,5 @@ def _load(
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)
-    model.pooling = pooling_of({"uniformity": file.settings.get("uniformity"), **model.settings})
+    model.pooling = pooling_of({"uniformity": file.settings.get("uniformity"), **model.settings}, file.trained_by)
     return model

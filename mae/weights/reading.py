@@ -72,6 +72,11 @@ class Weights(NamedTuple):
         return self.format == dino.NAME or "model" not in self.settings
 
     @property
+    def trained_by(self) -> str:
+        """The method whose loss trained the class token, if the format of the file tells it; else ""."""
+        return FORMATS[self.format].trained_by
+
+    @property
     def num_cls_tokens(self) -> int:
         """T, the number of class tokens."""
         return self.tensors["cls_token"].shape[1]

@@ -59,7 +59,7 @@ def pooling_settings(
     of_file = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
     if pools_tokens(of_file.get("probe")):  # the head, which pools, is not built
         of_file["nb_classes"] = 0
-    pooling = pooling_of(of_file)
+    pooling = pooling_of(of_file, file.trained_by if file else "")
     if "global_pool" in explicit and pooling.name != OF_TIMM:
         pooling = Pooling(PATCHES if given["global_pool"] else CLASS_TOKEN, "as given")
     logger.info(f"features: {pooling}")

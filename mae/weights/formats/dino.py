@@ -142,4 +142,4 @@ def _split_gate(found: dict[str, Tensor], prefix: str) -> None:
             found[first] = found.pop(value)
 
 
-FORMAT = Format(NAME, matches, tensors, settings)
+FORMAT = Format(NAME, matches, tensors, settings, trained_by="DINO")

@@ -44,6 +44,7 @@ class Format(NamedTuple):
     settings: Callable[[Content, Mapping[str, Tensor]], dict[str, Any]]
     # The prefix of a class token, and the names of all tensors -> the prefix of the model.
     prefix: Callable[[str, Collection[str]], str] = _same
+    trained_by: str = ""  # the method whose loss trained the class token, if it is that of all files
 
 
 def blocks(ours: str, theirs: str, parts: Mapping[str, str]) -> Rows:
