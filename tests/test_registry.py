@@ -6,7 +6,7 @@ from mains import lines, open_source, parse
 
 import main_linprobe
 import main_pretrain
-from mae.cli.options import REGISTRIES
+from mae.cli.options import REGISTRIES, registry_of
 from mae.data.open import KINDS, Kind
 from mae.inference import get_model
 from mae.inference.export import export
@@ -43,7 +43,7 @@ def test_new_names_train(pretrain, monkeypatch):
 
 @pytest.mark.parametrize("setting", REGISTRIES)
 def test_an_unknown_name_is_refused_where_it_is_used(setting):
-    registry = REGISTRIES[setting]
+    registry = registry_of(setting)
     first = next(iter(registry))
     assert find(setting, registry, first) == registry[first]
     with pytest.raises(ValueError, match=f"{setting}={first}x: give one of {first}.*; did you mean {first}?"):

@@ -4,22 +4,17 @@ A function may add flags to several groups of --help. GROUPS is their order.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
-from mae.data.open import KINDS
-from mae.evaluate.metrics import DEFAULT_METRICS, METRICS
-from mae.masking import MASKING
-from mae.probes import PROBES
 from mae.registry import described
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import InvalidValue, count_or_all, positive
-from mae.training.lr_sched import SCHEDULES
-from mae.training.optimizers import OPTIMIZERS
 from mae.user_code import NAMED, import_object, runs_code
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
@@ -33,11 +28,14 @@ REFUSED = {
     ),
     **dict.fromkeys(NAMED, lambda value: ":" in value),
 }
-# A setting -> the registry that has its values.
-REGISTRIES: dict[str, Mapping[str, Any]] = {
-    "optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "masking": MASKING, "metric": METRICS,
-    "probe": PROBES,
-}  # fmt: skip
+# A setting -> the module and the name of the registry that has its values. A flag imports the module where it is added.
+REGISTRIES = {
+    "optimizer": ("mae.training.optimizers", "OPTIMIZERS"),
+    "lr_schedule": ("mae.training.lr_sched", "SCHEDULES"),
+    "masking": ("mae.masking", "MASKING"),
+    "metric": ("mae.evaluate.metrics", "METRICS"),
+    "probe": ("mae.probes", "PROBES"),
+}
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
 COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
@@ -73,7 +71,7 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
         one = FIELDS[name][1]
         argument = {"default": default_of(one), **one.metadata["flag"], **changes}
         if name in REGISTRIES:
-            argument = _of_registry(name, REGISTRIES[name], argument)
+            argument = _of_registry(name, registry_of(name), argument)
         flags = [f"--{name}", *argument.pop("aliases")]
         off = argument.pop("off")
         argument = {key: value for key, value in argument.items() if key != "group" and (key, value) != ("type", None)}
@@ -83,6 +81,13 @@ def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> No
         flag = group.add_argument(*flags, **argument)
         if name in REFUSED:
             not_in_recipes(flag, REFUSED[name])
+
+
+def registry_of(setting: str) -> Mapping[str, Any]:
+    """Returns the registry that has the values of a setting."""
+    module, name = REGISTRIES[setting]
+    registry: Mapping[str, Any] = getattr(importlib.import_module(module), name)
+    return registry
 
 
 def _of_registry(name: str, registry: Mapping[str, Any], argument: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +163,8 @@ def add_dataset_option(group: argparse._ActionsContainer, labels: bool = True, f
         labels: the images need labels.
         folder: the argument with the folder of torchvision's files.
     """
+    from mae.data.open import KINDS
+
     kinds = [(prefix, kind.help) for prefix, kind in KINDS.items() if kind.has_labels or not labels]
     texts = [f"{prefix}:{text}" if prefix else text for prefix, text in kinds]
     add_to(group, "dataset", help=f"dataset of a library: {'; '.join(texts)}".replace("{folder}", folder))
@@ -215,6 +222,8 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
     Args:
         selects: what the first metric selects.
     """
+    from mae.evaluate.metrics import DEFAULT_METRICS
+
     defaults = "".join(f"; {task}: {' and '.join(names)}" for task, names in DEFAULT_METRICS.items() if names)
     add(
         parser, "metric",
