@@ -31,7 +31,7 @@ from mae.checkpoints import checkpoint, sharded_state
 from mae.cli import entry_point
 from mae.data import jpeg
 from mae.data.decode import decode
-from mae.data.kinds.archives import Archive
+from mae.data.kinds.archives import open_archive
 from mae.data.kinds.lists import read_list
 from mae.data.kinds.shards import read_members
 from mae.settings.choices import ADAPT_CHOICES
@@ -125,7 +125,7 @@ def _read_archive(data: bytes, folder: Path, generator: random.Random) -> None:
         return
     path = folder / "archive"
     path.write_bytes(data)
-    archive = Archive(path, "train")
+    archive = open_archive(path, "train")
     for index in range(min(len(archive), 20)):
         assert archive.name(index).isprintable()
         archive[index]

@@ -19,7 +19,7 @@ from test_decode import saved
 
 from mae.data import transforms
 from mae.data.decode import decode
-from mae.data.kinds.archives import Archive
+from mae.data.kinds.archives import open_archive
 from mae.data.kinds.folders import find_files
 from mae.data.pixels import BadImage
 from mae.data.samples import Samples
@@ -81,7 +81,7 @@ def packed(request, pictures, tmp_path):
 
 def test_an_archive_has_the_images_of_its_folder(packed):
     path, folder = Path(packed[0]), find_files(packed[1] / "train")
-    archive = Archive(path, "train")
+    archive = open_archive(path, "train")
     assert archive.classes == folder.classes
     assert [archive[i] for i in range(len(archive))] == [folder[i] for i in range(len(folder))]
     assert archive.name(0) == f"{path}: {folder.names[0]}"
@@ -99,7 +99,7 @@ def test_members_behind_many_gigabytes_are_read(tmp_path):
             file.write(member.tobuf(kind) + data)
             file.seek(hole, os.SEEK_CUR)
         file.write(bytes(1024))
-    archive = Archive(tmp_path / "large.tar", "train")
+    archive = open_archive(tmp_path / "large.tar", "train")
     assert (list(archive.names), archive[0][0]) == (["c.png"], b"image")
 
 
@@ -110,7 +110,7 @@ def _sum(archive):
 @pytest.mark.slow
 def test_several_processes_read_one_archive(pictures, tmp_path):
     """Forked processes inherit the open file, others get the pickled source; no process changes another's offset."""
-    archive = Archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")
+    archive = open_archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")
     expected = _sum(archive)
     for method in ("fork", "spawn"):
         with get_context(method).Pool(2) as pool:
@@ -119,7 +119,7 @@ def test_several_processes_read_one_archive(pictures, tmp_path):
 
 def test_members_that_are_hidden_or_no_images_are_ignored(tmp_path):
     names = ("set/a/1.png", "set/a/._2.png", "__MACOSX/set/a/1.png", "set/readme.txt", "set/b/3.JPG")
-    source = Archive(zip_of(tmp_path / "set.zip", names), "train")
+    source = open_archive(zip_of(tmp_path / "set.zip", names), "train")
     assert list(source.names) == ["a/1.png", "b/3.JPG"]
     assert source.classes == ["a", "b"]
     assert source[1][:2] == (b"set/b/3.JPG", 1)
@@ -127,11 +127,11 @@ def test_members_that_are_hidden_or_no_images_are_ignored(tmp_path):
 
 def test_damaged_archives_are_errors(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
-    source = Archive(path, "train")
+    source = open_archive(path, "train")
     data = bytearray(path.read_bytes())
-    start = int(source.positions[5][0])
+    start = int(source.files.positions[5][0])
     data[start + 80] ^= 1
-    data[int(source.positions[6][0])] ^= 1
+    data[int(source.files.positions[6][0])] ^= 1
     path.write_bytes(data)
     for index in (5, 6):
         with pytest.raises(BadImage, match="damaged"):
@@ -140,7 +140,7 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
     os.truncate(path, start + 50)
     with pytest.raises(BadImage, match="ends"):
         _ = source[5]
-    stored = Archive(zip_of(tmp_path / "stored.zip", ["a/1.png"]), None)
+    stored = open_archive(zip_of(tmp_path / "stored.zip", ["a/1.png"]), None)
     assert stored[0][0] == b"a/1.png"
     data = (tmp_path / "stored.zip").read_bytes()
     (tmp_path / "stored.zip").write_bytes(data.replace(b"a/1.png", b"a/1.pnz", 2).replace(b"a/1.pnz", b"a/1.png", 1))
@@ -155,7 +155,7 @@ def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
             member = tarfile.TarInfo(f"{number}.png")
             member.size = 5
             archive.addfile(member, io.BytesIO(b"12345"))
-    assert len(Archive(tmp_path / "whole.tar", "train")) == 10
+    assert len(open_archive(tmp_path / "whole.tar", "train")) == 10
     whole = (tmp_path / "whole.tar").read_bytes()
     (tmp_path / "header.tar").write_bytes(whole[: 4 * 1024 + 10] + b"damage" + whole[4 * 1024 + 16 :])
     (tmp_path / "end.tar").write_bytes(whole[: 6 * 1024])
@@ -181,7 +181,7 @@ def test_links_of_a_tar_are_followed(tmp_path):
     for name, target in {"b/2.png": "../a/1.png", "b/3.png": "/nowhere.png"}.items():
         (tmp_path / "in" / name).symlink_to(target)
     subprocess.run(["tar", "-cf", tmp_path / "links.tar", "-C", tmp_path / "in", "."], check=True)
-    source = Archive(tmp_path / "links.tar", "train")
+    source = open_archive(tmp_path / "links.tar", "train")
     assert [source[0][:2], source[1][:2]] == [(b"a/1.png", 0), (b"a/1.png", 1)]
     with pytest.raises(BadImage, match="link"):
         _ = source[2]
@@ -197,7 +197,7 @@ def test_a_tar_with_a_zip_at_its_end_is_a_tar(tmp_path):
     zip_of(tmp_path / "inner.zip", ["m.png"])
     (tmp_path / "1.png").touch()
     subprocess.run(["tar", "-b", "1", "-cf", tmp_path / "set.tar", "-C", tmp_path, "1.png", "inner.zip"], check=True)
-    assert Archive(tmp_path / "set.tar", "train").names[0] == "1.png"
+    assert open_archive(tmp_path / "set.tar", "train").names[0] == "1.png"
 
 
 @pytest.mark.parametrize("separator", ["/", "\\"])
@@ -206,7 +206,7 @@ def test_splits_are_found_in_any_folder(tmp_path, folder, separator):
     names = [f"{folder}/{name}" for name in ("train/a/1.png", "train/b/2.png", "val/a/3.png")]
     file = zip_of(tmp_path / "set.zip", names)
     file.write_bytes(file.read_bytes().replace(b"/", separator.encode()))
-    source, validation = (Archive(file, split) for split in ("train", "val"))
+    source, validation = (open_archive(file, split) for split in ("train", "val"))
     assert (source.classes, len(source), len(validation)) == (["a", "b"], 2, 1)
     if separator == "/":
         assert (source[1][:2], validation[0][:2]) == ((names[1].encode(), 1), (names[2].encode(), 0))
@@ -238,7 +238,7 @@ def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
         start = data.rindex(name) - 46 + at  # the entry in the directory at the end
         data[start : start + len(value)] = value
     path.write_bytes(data)
-    source, why = Archive(path, "train"), {}
+    source, why = open_archive(path, "train"), {}
     tracemalloc.start()
     for index in range(len(source)):
         try:
@@ -264,21 +264,21 @@ def test_tar_headers_with_wrong_sizes_are_errors(tmp_path):
         member.size, member.type = size, kind
         (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
         with pytest.raises(ValueError, match=r"set.tar"):
-            Archive(tmp_path / "set.tar", "train")
+            open_archive(tmp_path / "set.tar", "train")
     with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("1.png")
         member.pax_headers = {"size": "-1024"}
         archive.addfile(member)
     # Python before 3.11.4 stops at such a header.
     with pytest.raises(ValueError, match=r"pax.tar"):
-        Archive(tmp_path / "pax.tar", "train")
+        open_archive(tmp_path / "pax.tar", "train")
 
 
 def test_an_archive_closes_its_file(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "tar", pictures))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        _ = Archive(path, "train")[0]
+        _ = open_archive(path, "train")[0]
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -19,7 +19,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae import parallel
-from mae.data.kinds.folders import Files
+from mae.data.kinds.listing import Listing
 from mae.data.pixels import BadImage
 from mae.recommend import check as datasets
 
@@ -32,7 +32,7 @@ def test_training_images_are_never_used_for_validation(pictures, tmp_path):
         with pytest.raises(ValueError, match=" test/ "):
             open_source("test", path)
     shutil.copytree(pictures / "train", tmp_path / "only" / "val")
-    assert isinstance(open_source("val", str(tmp_path / "only")), Files)
+    assert isinstance(open_source("val", str(tmp_path / "only")), Listing)
     with pytest.raises(ValueError, match=" train/ "):
         open_source("train", str(tmp_path / "only"))
     with pytest.raises(ValueError, match=r"`val_list` .*`dataset`"):

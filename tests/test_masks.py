@@ -178,7 +178,7 @@ def test_voc_comes_from_torchvision(tmp_path):
                   for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask, *_ in train] == [20, 19]
-    assert val.masks.name(val.indices[0, 1]).endswith("SegmentationClass/c.png")
+    assert val.masks.files.name(0).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0].item
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
 
@@ -227,7 +227,7 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     with pytest.raises(BadImage, match=r"01.jpg: .*01.png"):
         listed[0, 1]
     sample = samples_of(listed.source, on_bad_image="skip")[0, 1]
-    reason = f"its mask {listed.source.masks.name(1)}: No such file or directory"
+    reason = f"its mask {place / '01.png'}: No such file or directory"
     assert sample.bad[0] == (listed.source.name(1), reason)
     assert torch.equal(sample.item.label, listed[0, 0].item.label)
 

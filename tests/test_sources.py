@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from mae.data import labels
-from mae.data.kinds.archives import Archive
+from mae.data.kinds.archives import open_archive
 from mae.data.kinds.folders import find_files
 from mae.data.kinds.lists import read_list
 from mae.data.source import versions
@@ -59,14 +59,14 @@ def test_the_version_of_a_sample_changes_with_its_file(tmp_path):
     before = versions(labels.Subset(folder, np.array([1, 0])))
     assert before == versions(folder)[::-1]
     assert versions(folder, 1, 2) == versions(folder)[1:]
-    packed = versions(Archive(file, "train"))
-    assert packed == versions(Archive(file, "train"))
+    packed = versions(open_archive(file, "train"))
+    assert packed == versions(open_archive(file, "train"))
     save(tmp_path / "train/b/2.png", gray=255)
     after = versions(labels.Subset(folder, np.array([1, 0])))
     assert (after[0] != before[0], after[1]) == (True, before[1])
     shutil.copy(file, tmp_path / "copy.zip")
     shutil.move(tmp_path / "copy.zip", file)
-    assert not set(packed) & set(versions(Archive(file, "train")))
+    assert not set(packed) & set(versions(open_archive(file, "train")))
     (tmp_path / "train/b/2.png").unlink()  # is reported when it is read
     assert versions(folder)[1] not in (before[0], after[0])
 
@@ -284,7 +284,7 @@ def test_annotations_of_inaturalist(tmp_path):
         with pytest.raises(ValueError, match=reason):
             read([], [], **document | {"annotations": annotations})
         source = read_list(tmp_path / "train2018.json", tmp_path, "--train_list", task=None)  # pre-training
-        assert [Path(source.path(n)).name for n in range(3)] == ["0.jpg", "1.jpg", "2.jpg"]
+        assert [Path(source.files.path(n)).name for n in range(3)] == ["0.jpg", "1.jpg", "2.jpg"]
 
 
 def test_relative_paths_start_at_the_root(make_list, tmp_path):

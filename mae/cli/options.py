@@ -260,6 +260,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     add(parser, "train_folders", "val_folders")
     for name, what in (("train_list", "training"), ("val_list", "validation")):
         add(parser, name, help=f"CSV file with the header `image,mask` and a row for each {what} image")
+    add(parser, "extras")
     add(
         parser, "dataset",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "

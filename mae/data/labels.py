@@ -11,7 +11,8 @@ import numpy as np
 from mae import parallel
 from mae.data import extras
 from mae.data.item import Item
-from mae.data.kinds.folders import Files, strays_of
+from mae.data.kinds.folders import strays_of
+from mae.data.kinds.listing import Listing
 from mae.data.source import Source, Stream, first_few, is_stream, require_random_access
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
@@ -297,7 +298,7 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     total = len(source)
     if total < 2:
         raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
-    if isinstance(extras.original(source), Files):  # the names of other samples need not differ
+    if isinstance(extras.original(source), Listing):  # the names of other samples need not differ
         name, count = Counter(map(source.name, range(total))).most_common(1)[0]
         if count > 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from mae.data.batches import Batches, require_space, up_to_cores
 from mae.data.extras import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
-from mae.data.kinds.folders import Files
+from mae.data.kinds.listing import folder_of
 from mae.data.pixels import BadImage
 from mae.data.sampler import EpochBatches
 from mae.data.samples import Bad, Sample, Samples, StreamedSamples
@@ -64,8 +64,9 @@ class TrainLoader:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
 
     def image_names(self) -> bytes:
-        """Returns the names of image files, each followed by a zero byte; nothing for other datasets."""
-        return self.source.names.joined() if isinstance(self.source, Files) else b""
+        """Returns the names of the images of a folder, each followed by a zero byte; nothing for other datasets."""
+        folder = folder_of(self.source)
+        return folder.names.joined() if folder else b""
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Sets the epoch and the first batch of the next iteration over this object."""

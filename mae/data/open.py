@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mae import parallel
-from mae.data.kinds.folders import Files, NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.kinds.folders import NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
+from mae.data.kinds.listing import Listing
 from mae.data.source import OpenDataset, Source, Stream
 from mae.registry import lazily
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
 
 if TYPE_CHECKING:
-    from mae.data.kinds.archives import Archive
     from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,10 @@ def open_source(
 
     Args:
         data: names the dataset. `data_path`: a folder of images, a folder that contains the folder `split`, or a tar or
-            zip file of either; with a list, the folder of its relative paths; with a dataset of torchvision, the folder
-            with its files. `train_list` and `val_list`: lists of image files. `dataset`: a dataset of torchvision,
-            hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS (`num_images` replaces counting them), or py:MODULE:FUNCTION.
+            zip file of either; with a list, the folder or the archive of its relative paths; with a dataset of
+            torchvision, the folder with its files. `train_list` and `val_list`: lists of image files. `dataset`: a
+            dataset of torchvision, hf:NAME_OR_FOLDER[#IMAGE[,LABEL]], wds:SHARDS (`num_images` replaces counting them),
+            or py:MODULE:FUNCTION.
         split: "train", "val", or the name of another split. A folder or archive without splits is for training; with
             `val_list`, it is refused, because the list may name some of its images.
         task: what the labels mean. Lists and py: have other labels than classes. None: the labels of lists and py: are
@@ -93,14 +94,14 @@ def open_source(
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
+    file_list = {"train": data.train_list, "val": data.val_list}.get(split)
+    _warn_of_unused(data, bool(file_list), label_columns)
     if masks:
         from mae.data.kinds.pairs import open_pairs
 
         return open_pairs(data, split, masks, function)
-    file_list = {"train": data.train_list, "val": data.val_list}.get(split)
     if file_list and data.dataset:
         raise ValueError(f"`{split}_list` and `dataset` exclude each other; give one of them")
-    _warn_of_unused(data, bool(file_list), label_columns)
     if data.dataset:
         kind, name = kind_of(data.dataset)
         opened: Source | Stream = KINDS[kind].function(name, split, data, task, function)
@@ -109,11 +110,8 @@ def open_source(
     if file_list:
         from mae.data.kinds.lists import read_list
 
-        below = root if root and not root.is_file() else None  # else, paths are relative to the folder of the list
         setting = f"`{split}_list`"
-        return parallel.from_rank_0(
-            lambda: read_list(Path(file_list), below, setting, task, label_columns, data.extras)
-        )
+        return parallel.from_rank_0(lambda: read_list(Path(file_list), root, setting, task, label_columns, data.extras))
     if root is None and data.train_list and split == "val":
         raise NoValidation("`val_list` is needed, or `data_path`, a folder that contains val/")
     if root is None:
@@ -138,14 +136,14 @@ def _warn_of_unused(data: DataSpec, is_list: bool, label_columns: Sequence[str] 
             logger.warning(f"`{name}` has no effect with this dataset")
 
 
-def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":
+def _open_path(root: Path, split: str, takes_all: bool) -> Listing:
     """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training."""
     if root.is_file():
         if root.suffix.lower() in LISTS:
             raise ValueError(f"data_path={root}: it is no folder or archive; give a list as {split}_list={root}")
-        from mae.data.kinds.archives import Archive
+        from mae.data.kinds.archives import open_archive
 
-        return Archive(root, split, whole=takes_all)
+        return open_archive(root, split, whole=takes_all)
     if not root.is_dir():
         raise ValueError(f"data_path={root}: there is no such folder or archive")
     files = _files_of_split(root, split, takes_all)
@@ -156,7 +154,7 @@ def _open_path(root: Path, split: str, takes_all: bool) -> "Files | Archive":
     return files
 
 
-def _files_of_split(root: Path, split: str, takes_all: bool) -> Files:
+def _files_of_split(root: Path, split: str, takes_all: bool) -> Listing:
     if (root / split).is_dir():
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)

@@ -8,7 +8,8 @@ import torch
 
 from mae import parallel
 from mae.data import extras, image_facts, loader, transforms
-from mae.data.kinds.folders import Files, NoValidation, with_missing
+from mae.data.kinds.folders import NoValidation, with_missing
+from mae.data.kinds.listing import Listing
 from mae.data.open import open_source
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
@@ -67,7 +68,7 @@ class RunData:
             data, split, task=task, label_columns=self.images.label_columns, masks=masks, function=self.source
         )
         skips = split == "train" and data.on_bad_image == "skip" and not data.train_list
-        if skips and isinstance(found, Files):
+        if skips and isinstance(found, Listing):
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 

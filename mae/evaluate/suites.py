@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from mae import parallel
-from mae.data.kinds.archives import Archive
-from mae.data.kinds.folders import Files, find_files
+from mae.data.kinds.archives import open_archive
+from mae.data.kinds.folders import find_files
+from mae.data.kinds.listing import Listing
 from mae.data.labels import Subset
 from mae.data.source import evenly_spaced, first_few
 from mae.evaluate import tables, tasks
@@ -117,7 +118,7 @@ def open_suite(entry: str, data_path: str | None, limit: int | None = None) -> S
         paths = _corruptions(path)
     elif name == REAL and (path / "val").is_dir():
         paths = {name: path / "val"}
-    files = {title: Archive(path, None) if path.is_file() else find_files(path) for title, path in paths.items()}
+    files = {title: open_archive(path, None) if path.is_file() else find_files(path) for title, path in paths.items()}
     if name == REAL:
         source, answers = _with_real_labels(files[name], paths[name], limit)
         sources = {name: source}
@@ -160,7 +161,7 @@ def _corruptions(root: Path) -> dict[str, Path]:
     return found
 
 
-def _with_class_folders(name: str, files: Files | Archive, path: Path, limit: int | None) -> Subset:
+def _with_class_folders(name: str, files: Listing, path: Path, limit: int | None) -> Subset:
     classes = classes_of(name)
     found = {files.classes[number] for number in np.unique(files.labels)} if files.classes else set()
     unknown, missing = sorted(found - {*classes}), sorted({*classes} - found)
@@ -174,7 +175,7 @@ def _with_class_folders(name: str, files: Files | Archive, path: Path, limit: in
     return Subset(files, np.array(evenly_spaced(len(files), limit or len(files))), classes, numbers)
 
 
-def _with_real_labels(files: Files | Archive, path: Path, limit: int | None) -> tuple[Subset, list[list[int]]]:
+def _with_real_labels(files: Listing, path: Path, limit: int | None) -> tuple[Subset, list[list[int]]]:
     """Returns the validation images of ImageNet that have a label of ReaL (Beyer et al. 2020), and all labels of each.
 
     timm contains the labels, by file names. Class folders have no effect.

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mae import parallel
-from mae.data.kinds.folders import Files
+from mae.data.kinds.listing import folder_of
 from mae.data.loader import TrainLoader
 from mae.settings.choices import SHORT_SIDE
 
@@ -33,7 +33,8 @@ def faster_loading(batches: Any, record: Mapping[str, Any], device: torch.device
     name = source.name(0) if hasattr(source, "name") else ""
     if record.get("fast_jpeg") is False and record["in_chans"] == 3 and name.lower().endswith(JPEG_SUFFIXES):
         found.append("`fast_jpeg`")
-    if isinstance(source, Files) and not record.get("train_list") and _short_side(source.path(0)) > SHORT_SIDE:
+    folder = folder_of(source)
+    if folder and not record.get("train_list") and _short_side(folder.path(0)) > SHORT_SIDE:
         found.append("examples/resize_folder.py")
     return found
 

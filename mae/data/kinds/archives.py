@@ -1,6 +1,6 @@
 """The images of one tar or zip file, read in place with random access.
 
-The standard library lists the members. `Archive` reads their bytes itself: `zipfile` would parse the list again in each
+The standard library lists the members. `Members` reads their bytes itself: `zipfile` would parse the list again in each
 worker process, and needs twice the time for a small file.
 """
 
@@ -13,17 +13,15 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae.data.item import Item
 from mae.data.kinds.folders import (
     KINDS,
-    Strings,
     check_split_names,
     classes_of,
     is_hidden,
@@ -32,8 +30,8 @@ from mae.data.kinds.folders import (
     no_split,
     warn_of_inner_splits,
 )
+from mae.data.kinds.listing import Files, Listing
 from mae.data.pixels import BadImage
-from mae.data.source import version_of
 from mae.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -59,8 +57,65 @@ class Position(NamedTuple):
     checksum: int = 0  # CRC-32 (zip)
 
 
-class Archive:
-    """The images of one tar or zip file. The list of members is read once.
+class Members(Files):
+    """Files of an archive.
+
+    Args:
+        root: the archive.
+        is_zip: it is a zip file, and not a tar file.
+        positions: (n, 5), a `Position` for each name.
+    """
+
+    def __init__(self, root: str | Path, names: Sequence[str], is_zip: bool, positions: Any) -> None:
+        super().__init__(root, names)
+        self.is_zip = is_zip
+        self.positions = np.array(positions, dtype=np.int64)
+        self.file: FileIO | None = None  # forked processes share it: a read at a position does not move its offset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"file": None}
+
+    def path(self, index: int) -> str:
+        """Returns the path of the archive."""
+        return self.root
+
+    def name(self, index: int) -> str:
+        """Returns the paths of the archive and of the member."""
+        return printable(f"{self.root}: {self.names[index]}")
+
+    def chosen(self, indices: Sequence[int]) -> "Members":
+        """Returns some of the files."""
+        names = [self.names[index] for index in indices]
+        return Members(self.root, names, self.is_zip, self.positions[np.asarray(indices)])
+
+    def read(self, index: int) -> bytes:
+        """As `Files.read`."""
+        position = Position(*self.positions[index].tolist())
+        if position.method not in (STORED, DEFLATED):
+            raise BadImage(
+                "it is encrypted, compressed by another method than deflate, or a link to a file that is not in the "
+                "archive; pack the files again"
+            )
+        check_size(max(position.size, position.unpacked))
+        self.file = self.file or FileIO(self.root)
+        if not self.is_zip:
+            return _read_at(self.file, position.start, position.size)
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(self.file, position.start, 30))
+        data = _read_at(self.file, position.start + 30 + name_length + extra_length, position.size)
+        try:
+            if position.method == DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, position.unpacked + 1)
+        except zlib.error:
+            signature = b""
+        if signature != b"PK\3\4" or zlib.crc32(data) != position.checksum:
+            raise BadImage("the archive is damaged here: the checksum does not match")
+        return data
+
+
+def open_archive(
+    path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
+) -> Listing:
+    """Lists the images of a tar or zip file.
 
     The layout equals the layout of an unpacked dataset: enclosing folders are skipped, and the folders below `split`
     are the classes. An archive without splits contributes all of its images.
@@ -75,66 +130,37 @@ class Archive:
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
+    started = time.perf_counter()
+    is_zip, members = find_members(path)
+    found = sorted(_below(filter(is_read, members), split, path, enclosing, whole).items())
+    if not found:
+        raise ValueError(f"data_path={path}: there are no images in it (looked for {KINDS})")
+    names = [name for name, _ in found]
+    files = Members(path, names, is_zip, [members[member] for _, member in found])
+    folder = _normal(found[0][1]).removesuffix(found[0][0])
+    others = [name for name in members if not is_image(name) and not is_ignored(name)]
+    beside = [name for name in others if _normal(name).startswith(folder)]
+    text = f"{len(names):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
+    log_listing(text, len(names), beside)
+    return Listing(files, *classes_of(names))
 
-    def __init__(
-        self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
-    ) -> None:
-        started = time.perf_counter()
-        self.is_zip, members, others = find_members(path)
-        names = sorted(_below(members, split, path, enclosing, whole).items())
-        if not names:
-            raise ValueError(f"data_path={path}: there are no images in it (looked for {KINDS})")
-        self.path = str(path)
-        self.names = Strings([name for name, _ in names])
-        self.positions = np.array([members[member] for _, member in names], dtype=np.int64)
-        self.classes, self.labels = classes_of([name for name, _ in names])
-        self.file: FileIO | None = None  # forked processes share it: a read at a position does not move its offset
-        folder = _normal(names[0][1]).removesuffix(names[0][0])
-        beside = [name for name in others if _normal(name).startswith(folder)]
-        text = f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
-        log_listing(text, len(self), beside)
 
-    def __len__(self) -> int:
-        return len(self.names)
+def members_named(path: Path, names: Sequence[str]) -> Members:
+    """Finds files by name in an archive. A name starts at the top, or below folders that contain all members.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"file": None}
-
-    def name(self, index: int) -> str:
-        """Returns the paths of the archive and of the member."""
-        return printable(f"{self.path}: {self.names[index]}")
-
-    def version(self, index: int) -> str:
-        """Returns the version of the archive."""
-        return version_of(self.path)
-
-    def file_names(self) -> list[list[bytes]]:
-        """As in `Source`."""
-        return [self.names.encoded()]
-
-    def __getitem__(self, index: int) -> Item:
-        return Item(self._read(Position(*self.positions[index].tolist())), int(self.labels[index]))
-
-    def _read(self, position: Position) -> bytes:
-        if position.method not in (STORED, DEFLATED):
-            raise BadImage(
-                "it is encrypted, compressed by another method than deflate, or a link to a file that is not in the "
-                "archive; pack the files again"
-            )
-        check_size(max(position.size, position.unpacked))
-        self.file = self.file or FileIO(self.path)
-        if not self.is_zip:
-            return _read_at(self.file, position.start, position.size)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(self.file, position.start, 30))
-        data = _read_at(self.file, position.start + 30 + name_length + extra_length, position.size)
-        try:
-            if position.method == DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, position.unpacked + 1)
-        except zlib.error:
-            signature = b""
-        if signature != b"PK\3\4" or zlib.crc32(data) != position.checksum:
-            raise BadImage("the archive is damaged here: the checksum does not match")
-        return data
+    Raises:
+        ValueError: a file is not in the archive, or the archive can't be read in place or is damaged.
+    """
+    is_zip, positions = find_members(path)
+    members = {_normal(name): position for name, position in positions.items()}
+    wanted = [_normal(name) for name in names]
+    while members and wanted[0] not in members:
+        tops = {name.partition("/")[0] for name in members if not is_ignored(name)}
+        top = f"{tops.pop()}/" if len(tops) == 1 else ""
+        members = {name.removeprefix(top): members[name] for name in members if top and name.startswith(top)}
+    if missing := next((name for name, key in zip(names, wanted, strict=True) if key not in members), None):
+        raise ValueError(f"there is no file {printable(missing)} in {path}")
+    return Members(path, names, is_zip, [members[name] for name in wanted])
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -172,12 +198,11 @@ def _read_at(file: FileIO, start: int, size: int) -> bytes:
     return data
 
 
-def find_members(path: Path) -> tuple[bool, dict[str, Position], list[str]]:
-    """Lists the images of an archive.
+def find_members(path: Path) -> tuple[bool, dict[str, Position]]:
+    """Lists the files of an archive.
 
     Returns:
-        True for a zip file, False for a tar file; the position of every image by its name; and the names of the other
-        files.
+        True for a zip file, False for a tar file; and the position of every file by its name.
 
     Raises:
         ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
@@ -191,9 +216,7 @@ def find_members(path: Path) -> tuple[bool, dict[str, Position], list[str]]:
         with archive:
             positions = _tar_members(archive, path)
         is_zip = False
-    names = [name for name in positions if not is_ignored(name)]
-    images = {name: positions[name] for name in names if is_image(name)}
-    return is_zip, images, [name for name in names if not is_image(name)]
+    return is_zip, positions
 
 
 def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Position]:
@@ -237,6 +260,11 @@ def _zip_members(path: Path) -> dict[str, Position]:
         name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
         positions[name] = Position(member.header_offset, stored, method, unpacked, member.CRC)
     return positions
+
+
+def is_read(name: str) -> bool:
+    """Whether a member is an image that is not hidden."""
+    return is_image(name) and not is_ignored(name)
 
 
 def is_ignored(name: str) -> bool:

@@ -1,20 +1,18 @@
-"""Image files of folders: which files of a folder are images, their classes, and `Files`, which lists use, too."""
+"""Image files of folders: which files of a folder are images, and their classes."""
 
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from mae.data.decode import SUFFIXES
-from mae.data.item import NO_INPUTS, Item
-from mae.data.source import VALIDATION, first_few, label_at, version_of
-from mae.files.untrusted import printable, read_file
+from mae.data.kinds.listing import Files, Listing, folder_of
+from mae.data.source import VALIDATION, first_few
+from mae.files.untrusted import printable
 from mae.settings.arguments import in_words
 
 logger = logging.getLogger(__name__)
@@ -27,83 +25,6 @@ LOST = "lost+found"  # a folder of the file system, which only the administrator
 
 class NoValidation(ValueError):
     """The validation set of a dataset was asked for, which has none."""
-
-
-class Strings:
-    """A sequence of strings in two arrays.
-
-    Worker processes share the memory of arrays. They would copy a list of strings gradually, because reading a string
-    updates its reference count.
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        parts = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
-
-    def joined(self) -> bytes:
-        """Returns all strings, each followed by a zero byte."""
-        return np.insert(self.bytes, self.ends, 0).tobytes()
-
-    def encoded(self) -> list[bytes]:
-        """Returns the bytes of all strings."""
-        return self.joined().split(b"\0")[:-1]
-
-
-class Files:
-    """Image files of a folder (`find_files`) or a list (`lists.read_list`).
-
-    Args:
-        root: the folder that the names are relative to.
-        labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of targets.
-        inputs: further inputs of the model (n,) by name.
-        has_ids: as in `Source`.
-    """
-
-    def __init__(
-        self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray,
-        inputs: Mapping[str, np.ndarray] = MappingProxyType({}), has_ids: bool = False,
-    ) -> None:  # fmt: skip
-        self.root = str(root)
-        self.names = Strings(names)
-        self.classes = classes
-        self.labels = labels
-        self.inputs = dict(inputs)
-        self.input_shapes = dict.fromkeys(inputs, "()")
-        self.has_ids = has_ids
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Item:
-        inputs = {name: torch.tensor(values[index]) for name, values in self.inputs.items()} or NO_INPUTS
-        return Item(read_file(self.path(index)), label_at(self.labels, index), inputs=inputs)
-
-    def name(self, index: int) -> str:
-        """Returns the path of the file for messages."""
-        return printable(self.path(index))
-
-    def version(self, index: int) -> str:
-        """Returns the version of the file, and its inputs."""
-        return " ".join([version_of(self.path(index)), *(f"{k}={v[index]}" for k, v in self.inputs.items())])
-
-    def file_names(self) -> list[list[bytes]]:
-        """As in `Source`."""
-        return [self.names.encoded()]
-
-    def path(self, index: int) -> str:
-        """Returns the path of the file."""
-        return os.path.join(self.root, self.names[index])
 
 
 def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> None:
@@ -189,7 +110,7 @@ def log_listing(text: str, count: int, others: Iterable[str]) -> None:
         logger.warning(f"{line} (images have a suffix {KINDS})")
 
 
-def find_files(root: Path, kind: str = "images") -> Files:
+def find_files(root: Path, kind: str = "images") -> Listing:
     """Finds the image files in a folder and its subfolders, sorted by name. Hidden files and folders are skipped.
 
     If all images are in subfolders, the top-level subfolders are the classes, sorted by name.
@@ -215,29 +136,34 @@ def find_files(root: Path, kind: str = "images") -> Files:
     ]  # fmt: skip
     text = f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s"
     log_listing(text, len(names), others)
-    return Files(root, names, *classes_of(names, folders))
+    return Listing(Files(root, names), *classes_of(names, folders))
 
 
-def with_missing(files: Files, names: Sequence[str]) -> Files:
+def with_missing(files: Listing, names: Sequence[str]) -> Listing:
     """Returns the files of a folder and those that have disappeared from it, which can't be read.
+
+    Other files are returned as they are.
 
     Args:
         names: the sorted names of the files that the folder had. If it has others now, `files` are returned.
     """
+    folder = folder_of(files)
+    if folder is None:
+        return files
     missing = set(names).difference(files.names)
     if not missing:
         return files
     if len(names) != len(files) + len(missing):
         logger.warning(
-            f"{len(missing):,} images have disappeared from {files.root} within an epoch, and others were added: the "
+            f"{len(missing):,} images have disappeared from {folder.root} within an epoch, and others were added: the "
             f"rest of this epoch reads some images twice or not at all"
         )
         return files
     logger.warning(
-        f"{len(missing):,} of {len(names):,} images have disappeared from {files.root} within an epoch, and are images "
-        f"that can't be read: {first_few([printable(name) for name in sorted(missing)])}"
+        f"{len(missing):,} of {len(names):,} images have disappeared from {folder.root} within an epoch, and are "
+        f"images that can't be read: {first_few([printable(name) for name in sorted(missing)])}"
     )
-    return Files(Path(files.root), names, *classes_of(names, files.classes))
+    return Listing(Files(folder.root, names), *classes_of(names, files.classes))
 
 
 def files_below(root: str) -> tuple[list[str], list[str]]:

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mae.data import extras as extra_inputs
 from mae.data.decode import SUFFIXES
-from mae.data.kinds.folders import Files
+from mae.data.kinds.listing import Files, Listing, MaskFiles
 from mae.files import spreadsheet
 from mae.files.spreadsheet import DECIMAL
 from mae.files.untrusted import open_file, printable
 from mae.settings.choices import CLASSIFICATION, REGRESSION
+
+if TYPE_CHECKING:
+    from mae.data.masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +47,9 @@ class Table(NamedTuple):
 
 
 def read_list(
-    path: Path, root: Path | None, flag: str, task: str | None = CLASSIFICATION,
-    columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
-) -> Files:  # fmt: skip
+    path: Path, data_path: Path | None, flag: str, task: str | None = CLASSIFICATION,
+    columns: Sequence[str] | None = None, extras: Sequence[str] | None = None, masks: "MaskFormat | None" = None,
+) -> Listing:  # fmt: skip
     """Reads a list of image files. The order of the list is kept.
 
     If all labels are integers as Python writes them, they are numbers, in this order. Otherwise all labels are names.
@@ -57,20 +60,22 @@ def read_list(
             .json: a list of PATH, of [PATH, LABEL], or of dicts with the keys of a CSV header; or the annotations of
             iNaturalist 2017 to 2019 (images, annotations, categories);
             others: lines PATH or PATH LABEL. Only a PATH with the suffix of an image may contain blanks.
-        root: the folder that relative paths start from. Default: the folder of the list.
+        data_path: the folder that relative paths start from, or an archive with the files, as in `_files_named`.
         flag: the flag of the list, for messages.
         task: what the labels mean, one of `choices.TASK_CHOICES`. None: labels are not read.
         columns: the columns with the labels.
         extras: the columns of extra inputs, numbers.
+        masks: decodes the masks of one of MASK_COLUMNS, which are the labels. Any suffix but .json is then CSV.
 
     Raises:
-        ValueError: the list has another format, has labels for some of its files only, or different labels for a file.
+        ValueError: the list has another format, has labels for some of its files only, different labels for a file, or
+            an image without a mask.
         OSError: the list can't be read.
     """
     origin = f"{flag} {path}"
     with _named(origin):
         document = _read(path)
-        table = PARSERS.get(path.suffix.lower(), _text_table)(document)
+        table = PARSERS.get(path.suffix.lower(), _csv_table if masks else _text_table)(document)
         if not table.paths or not all(table.paths):
             raise ValueError("a row has no path" if table.paths else "the list is empty")
         if task == CLASSIFICATION and isinstance(document, dict):
@@ -80,48 +85,38 @@ def read_list(
         inputs = _extras(table, extras) if extras else {}
         if task != REGRESSION:  # an image may be measured several times
             _check_repeated(origin, table.paths, labels, inputs, task)
-        has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
-        files = Files(root or path.parent, table.paths, classes, labels, inputs, has_ids)
-    require_first(origin, files.path(0))
+        mask_names = _masks_of(table) if masks else []
+        files = _files_named(table.paths, data_path, path.parent)
+        mask_files = MaskFiles(_files_named(mask_names, data_path, path.parent), masks) if masks else None
+    has_ids = task == CLASSIFICATION and not isinstance(document, dict) and are_ids(classes)
     _warn_of_names(origin, classes, task)
-    return files
+    return Listing(files, classes, labels, inputs, mask_files, has_ids)
 
 
-def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
-    """Reads a CSV file of images and masks, with the header `image,mask` and a row for each pair.
+def _files_named(names: Sequence[str], data_path: Path | None, beside: Path) -> Files:
+    """Returns the files that a list names.
+
+    Names are relative to `data_path`. If it is an archive, they are relative to the folder of the list if the first
+    file is there, and otherwise members of the archive.
 
     Args:
-        flag: the flag of the list, for messages.
-
-    Returns:
-        The paths of the images and of the masks.
+        beside: the folder of the list, which names without a `data_path` are relative to.
 
     Raises:
-        ValueError: the file is empty, or has a row without an image or a mask.
-        OSError: the file can't be read.
+        ValueError: the first file does not exist, or a file is not in the archive.
     """
-    with _named(f"{flag} {path}"):
-        images, columns = _csv_table(_read(path))
-        masks = columns.get(_find(columns, MASK_COLUMNS) or "", [""] * len(images))
-        pairs = [pair for pair in zip(images, masks, strict=True) if all(pair)]
-        if not images or len(pairs) < len(images):
-            raise ValueError(
-                f"{len(pairs)} of its {len(images)} rows have an image and a mask; the header is image,mask"
-            )
-    return list(images), list(masks)
+    is_archive = data_path is not None and data_path.is_file()
+    folder = Files(beside if data_path is None or is_archive else data_path, names)
+    if os.path.exists(folder.path(0)):
+        return folder
+    if data_path and is_archive:
+        from mae.data.kinds.archives import members_named
 
-
-def require_first(origin: str, file: str) -> None:
-    """Raises ValueError if the first file of a list does not exist.
-
-    Args:
-        origin: the flag and the path of the list.
-    """
-    if not os.path.exists(file):
-        raise ValueError(
-            f"{origin}: its first file, {printable(file)}, does not exist; paths are relative to `data_path`, or to "
-            f"the folder of the list"
-        )
+        return members_named(data_path, names)
+    raise ValueError(
+        f"its first file, {folder.name(0)}, does not exist; paths are relative to `data_path`, or to the folder of the "
+        f"list"
+    )
 
 
 @contextmanager
@@ -274,6 +269,15 @@ def _numbers(
         name, path, cell = (printable(text) for text in (columns[column], table.paths[row], cells[row][column]))
         raise ValueError(f"the {name} of {path} is {cell or 'empty'}; {rule}")
     return values
+
+
+def _masks_of(table: Table) -> Sequence[str]:
+    """Returns the paths of the masks. Raises ValueError if an image has none."""
+    count = len(table.paths)
+    masks = table.columns.get(_find(table.columns, MASK_COLUMNS) or "", [""] * count)
+    if missing := masks.count(""):
+        raise ValueError(f"{count - missing} of its {count} rows have an image and a mask; the header is image,mask")
+    return masks
 
 
 def _extras(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:

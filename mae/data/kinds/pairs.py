@@ -1,10 +1,8 @@
 """Images with segmentation masks: a folder or archive of two layouts, two folders, a CSV file, VOC, a dataset."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.generators import preserve_generators
-from mae.data.item import IGNORED, Item
-from mae.data.kinds.archives import Archive
-from mae.data.kinds.folders import Files, find_files
-from mae.data.kinds.lists import read_pairs, require_first
+from mae.data.item import IGNORED
+from mae.data.kinds.archives import open_archive
+from mae.data.kinds.folders import find_files
+from mae.data.kinds.listing import Files, Listing, MaskFiles
+from mae.data.kinds.lists import read_list
 from mae.data.kinds.objects import UserSet, read_named
 from mae.data.kinds.torchvision import TorchvisionSet
 from mae.data.masks import MaskFormat, as_mask
@@ -65,64 +64,6 @@ class UserPairs(UserSet):
             raise BadImage(f"its mask: {error}") from error
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Images and their masks, of one source or two.
-
-    Args:
-        images: the images.
-        masks: the masks.
-        indices: (n, 2), the indices of each pair in `images` and `masks`.
-        mask_format: decodes the masks.
-    """
-
-    images: Files | Archive
-    masks: Files | Archive
-    indices: np.ndarray
-    mask_format: MaskFormat
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes."""
-        return list(self.mask_format.classes)
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """The labels (n,): the images have none as a whole."""
-        return np.full(len(self), -1)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Item:
-        """Returns the image file of a pair and its mask, a `tv_tensors.Mask` (H, W).
-
-        Raises:
-            OSError: the image can't be read.
-            BadImage: the mask can't be read, or has a value that is not a class.
-        """
-        item = self.images[self.indices[index, 0]]
-        try:
-            return item._replace(label=as_mask(self.mask_format.decode(self.masks[self.indices[index, 1]].image)))
-        except (BadImage, OSError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            mask = self.masks.name(self.indices[index, 1])
-            raise BadImage(f"its mask {mask}: {reason}") from error
-
-    def name(self, index: int) -> str:
-        """Returns the name of the image."""
-        return self.images.name(self.indices[index, 0])
-
-    def file_names(self) -> list[list[bytes]]:
-        """As in `Source`: of the images and of their masks."""
-        images, masks = (source.names.encoded() for source in (self.images, self.masks))
-        return [[images[index] for index in self.indices[:, 0]], [masks[index] for index in self.indices[:, 1]]]
-
-    def version(self, index: int) -> str:
-        """Returns the versions of image and mask."""
-        return f"{self.images.version(self.indices[index, 0])} {self.masks.version(self.indices[index, 1])}"
-
-
 def first_classes(pairs: Source) -> list[int]:
     """Returns the classes in evenly spaced masks, until there are two or more, or MASKS_READ masks have been read."""
     found: set[int] = set()
@@ -137,13 +78,13 @@ def first_classes(pairs: Source) -> list[int]:
 
 def open_pairs(
     data: DataSpec, split: str, mask_format: MaskFormat, function: OpenDataset | None = None
-) -> Pairs | UserPairs:
+) -> Listing | UserPairs:
     """Opens images with masks.
 
     Args:
         data: names the dataset. `data_path`: a folder, or a tar or zip file, with the folders of LAYOUTS; else the
-            start of these paths. `train_list` and `val_list`: a CSV file with the header `image,mask` and a row for
-            each pair. `train_folders` and `val_folders`: the folder of the images and the folder of the masks, which
+            start of these paths. `train_list` and `val_list`: a list with columns of images, masks and `extras`, as in
+            `read_list`. `train_folders` and `val_folders`: the folder of the images and the folder of the masks, which
             have the same names except for suffixes. `dataset`: a dataset of torchvision with lists of image and mask
             files, or py:MODULE:FUNCTION.
         split: "train" or "val".
@@ -154,74 +95,72 @@ def open_pairs(
         ValueError: no dataset is given, it has no images, or an image has no mask.
         OSError: the dataset can't be read.
     """
-    root, dataset = Path(data.data_path) if data.data_path else None, data.dataset
+    root = Path(data.data_path) if data.data_path else None
     of_split = {"train": (data.train_list, data.train_folders), "val": (data.val_list, data.val_folders)}
     file_list, folders = of_split[split]
-    if sum(map(bool, (file_list, folders, dataset))) > 1:
+    if sum(map(bool, (file_list, folders, data.dataset))) > 1:
         raise ValueError(f"`{split}_list`, `{split}_folders` and `dataset` exclude each other; give one of them")
-    if dataset and dataset.startswith(DATASET):
-        return UserPairs(function, split, data.data_path, dataset, mask_format)
-    if dataset:
-        opened = TorchvisionSet(dataset, split, data.data_path, data.download).images
-        return _listed(Path(), opened.images, opened.masks, mask_format)
+    if data.dataset and data.dataset.startswith(DATASET):
+        return UserPairs(function, split, data.data_path, data.dataset, mask_format)
+    if data.dataset:
+        opened = TorchvisionSet(data.dataset, split, data.data_path, data.download).images
+        return Listing(Files("", opened.images), masks=MaskFiles(Files("", opened.masks), mask_format))
     if file_list:
-        listed = read_pairs(Path(file_list), f"`{split}_list`")
-        # With an archive, paths are relative to the folder of the list, as in mae.data.
-        start = root if root and not root.is_file() else Path(file_list).parent
-        for names in listed:
-            require_first(f"{split}_list={file_list}", str(start / names[0]))
-        return _listed(start, *listed, mask_format)
-    if folders:
-        images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
-        return _of_folders(images_folder, masks_folder, split, mask_format)
-    if root is None:
+        return read_list(Path(file_list), root, f"`{split}_list`", None, extras=data.extras, masks=mask_format)
+    if root is None and not folders:
         raise ValueError(
             f"`data_path` is needed: a folder or an archive with {_layouts_of(split)} (or give `{split}_folders`, "
             f"`{split}_list` or `dataset`)"
         )
-    kind = "images and masks"
-    files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
-    return Pairs(files, files, _of_layout(files, root, split), mask_format)
+    if folders and not (root and root.is_file()):
+        paths = [root / folder if root else Path(folder) for folder in folders]
+        images = _opened(paths[0], "images")
+        masks = _opened(paths[1], "masks")
+        indices = _matched(_by_key(images, split), _by_key(masks, split), images, str(paths[1]), split)
+    else:
+        assert root is not None
+        images = masks = _opened(root, "images and masks")
+        indices = _of_layout(images, root, split, [tuple(folders)] if folders else LAYOUTS[split])
+    mask_files = MaskFiles(masks.chosen(indices[:, 1].tolist()), mask_format)
+    return Listing(images.chosen(indices[:, 0].tolist()), masks=mask_files)
 
 
-def _of_folders(images: Path, masks: Path, split: str, mask_format: MaskFormat) -> Pairs:
-    """Returns the images of a folder with the masks of the same names of another."""
-    image_files, mask_files = find_files(images, "images"), find_files(masks, "masks")
-    indices = _matched(_by_key(image_files, split), _by_key(mask_files, split), image_files, str(masks), split)
-    return Pairs(image_files, mask_files, indices, mask_format)
+def _opened(path: Path, kind: str) -> Files:
+    """Finds the images in a folder or an archive."""
+    found = find_files(path, kind) if path.is_dir() else open_archive(path, None, enclosing=True, kind=kind)
+    return found.files
 
 
 def _layouts_of(split: str) -> str:
     return ", or ".join(" and ".join(layout) for layout in LAYOUTS[split])
 
 
-def _of_layout(files: Files | Archive, root: Path, split: str) -> np.ndarray:
+def _of_layout(files: Files, root: Path, split: str, layouts: Sequence[tuple[str, ...]]) -> np.ndarray:
     """Returns the indices of the images of a split and of their masks, (n, 2).
 
+    Args:
+        layouts: pairs of folders of images and masks, of which the first with images is used.
+
     Raises:
-        ValueError: there are no images in the folders of a layout.
+        ValueError: there are no images in the folders.
     """
-    if outside := [name for name in files.names if not any(folder in f"/{name}" for folder in FOLDERS)]:
+    folders = FOLDERS + tuple(f"/{folder}/" for layout in layouts for folder in layout)
+    if outside := [name for name in files.names if not any(folder in f"/{name}" for folder in folders)]:
         logger.warning(
-            f"{len(outside):,} of {len(files):,} files are not used, because they are in no folder of a layout "
+            f"{len(outside):,} of {len(files.names):,} files are not used, because they are in no folder of a layout "
             f"({', '.join(FOLDERS)}): {first_few([printable(name) for name in outside])}"
         )
-    for images_folder, masks_folder in LAYOUTS[split]:
+    for images_folder, masks_folder in layouts:
         if images := _by_key(files, split, images_folder):
             return _matched(images, _by_key(files, split, masks_folder), files, masks_folder, split)
+    looked = ", or ".join(" and ".join(layout) for layout in layouts)
     raise ValueError(
-        f"data_path={root}: there are no images for {split} in it (looked for {_layouts_of(split)}): give "
+        f"data_path={root}: there are no images for {split} in it (looked for {looked}): give "
         f"{split}_folders=[IMAGES, MASKS] or {split}_list=CSV"
     )
 
 
-def _listed(root: Path, images: list[str], masks: list[str], mask_format: MaskFormat) -> Pairs:
-    image_files, mask_files = (Files(root, names, [], np.full(len(names), -1)) for names in (images, masks))
-    indices = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
-    return Pairs(image_files, mask_files, indices, mask_format)
-
-
-def _by_key(files: Files | Archive, split: str, folder: str = "") -> dict[str, int]:
+def _by_key(files: Files, split: str, folder: str = "") -> dict[str, int]:
     """Returns the indices of the files in a folder by their names without the folder and the suffix.
 
     Raises:
@@ -243,7 +182,7 @@ def _by_key(files: Files | Archive, split: str, folder: str = "") -> dict[str, i
 
 
 def _matched(
-    images: Mapping[str, int], masks: Mapping[str, int], files: Files | Archive, masks_folder: str, split: str
+    images: Mapping[str, int], masks: Mapping[str, int], files: Files, masks_folder: str, split: str
 ) -> np.ndarray:
     """Returns the indices of the images and of their masks, (n, 2).
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mae import parallel
 from mae.data.decode import SUFFIXES
-from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored
+from mae.data.kinds.archives import StrictTarInfo, check_size, find_members, is_ignored, is_read
 from mae.data.pixels import BadImage
 from mae.data.source import OpenDataset, first_few
 from mae.files.untrusted import printable
@@ -62,7 +62,7 @@ class Shards:
             raise ValueError(f"dataset={self.title}: there is no file {missing[0]}")
         if num_images is None and len(files) < len(self.urls):
             raise ValueError(f"dataset={self.title}: images at URLs can't be counted: give num_images=N")
-        self.num_images = num_images or sum(len(find_members(file)[1]) for file in files)
+        self.num_images = num_images or sum(is_read(name) for file in files for name in find_members(file)[1])
         logger.info(f"{self.num_images:,} images in {len(self.urls)} shards, streamed: resuming is approximate")
 
     def __len__(self) -> int:
