@@ -282,7 +282,9 @@ def test_an_archive_closes_its_file(pictures, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_list_beside_an_archive_is_relative_to_its_own_folder(tmp_path):
+def test_a_list_beside_an_archive_is_relative_to_its_own_folder(tmp_path, caplog):
+    """If it has the first file of the list. The log tells it."""
+    caplog.set_level("INFO")
     (tmp_path / "val").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "val" / "a.png")
     (tmp_path / "val" / "list.csv").write_text("path,label\na.png,cat\n")
@@ -290,3 +292,8 @@ def test_a_list_beside_an_archive_is_relative_to_its_own_folder(tmp_path):
         archive.write(tmp_path / "val" / "a.png", "cat/a.png")
     source = open_source("val", str(tmp_path / "train.zip"), str(tmp_path / "val" / "list.csv"))
     assert (len(source), source.classes) == (1, ["cat"])
+    assert f"files of {tmp_path / 'val'}" in caplog.text
+    (tmp_path / "list.csv").write_text("path,label\ncat/a.png,dog\n")
+    source = open_source("val", str(tmp_path / "train.zip"), str(tmp_path / "list.csv"))
+    assert (source.name(0), source.classes) == (f"{tmp_path}/train.zip: cat/a.png", ["dog"])
+    assert f"files of {tmp_path / 'train.zip'}" in caplog.text

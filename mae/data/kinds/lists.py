@@ -107,7 +107,10 @@ def _files_named(names: Sequence[str], data_path: Path | None, beside: Path) -> 
     """
     is_archive = data_path is not None and data_path.is_file()
     folder = Files(beside if data_path is None or is_archive else data_path, names)
-    if os.path.exists(folder.path(0)):
+    is_in_folder = os.path.exists(folder.path(0))
+    if is_archive:
+        logger.info(f"the list names files of {printable(str(beside if is_in_folder else data_path))}")
+    if is_in_folder:
         return folder
     if data_path and is_archive:
         from mae.data.kinds.archives import members_named
