@@ -84,12 +84,13 @@ class Probe(NamedTuple):
     help: str
     function: Callable[[int, ModelSpec], nn.Module]  # the channels of its input -> the head
     pools: bool = False  # its input is the patch tokens (B, N, D), not the pooled features (B, D)
-    tensor: str = ""  # a tensor that only it has. Files that record no probe have the first without one
+    tensor: str = ""  # a tensor that only it has. Without such a tensor, a file that records no probe has a linear one
     counts: str = ""  # the setting that is the length of this tensor
 
 
+LINEAR = "linear"
 PROBES = {
-    "linear": Probe("a linear layer on the pooled features", _linear),
+    LINEAR: Probe("a linear layer on the pooled features", _linear),
     "attentive": Probe(
         "learned queries pool the patch tokens for the linear layer (efficient probing, Psomas et al. 2025)",
         _attentive, pools=True, tensor="head.pool.queries", counts="num_queries",
@@ -107,7 +108,7 @@ def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:
     for name, probe in PROBES.items():
         if probe.tensor in sizes:
             return {"probe": name, **({probe.counts: sizes[probe.tensor][0]} if probe.counts else {})}
-    return {"probe": next(iter(PROBES))}
+    return {"probe": LINEAR}
 
 
 def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
@@ -116,7 +117,7 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
     Raises:
         ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
     """
-    name = spec.probe if isinstance(spec.probe, str) else next(iter(PROBES))  # True: linear, of an earlier version
+    name = spec.probe if isinstance(spec.probe, str) else LINEAR  # True: linear, of an earlier version
     probe = find("probe", PROBES, name)
     model.head_pools = probe.pools
     if probe.pools and model.global_pool:

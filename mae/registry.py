@@ -13,10 +13,11 @@ Entry = TypeVar("Entry")
 
 
 class Choice(NamedTuple):
-    """An entry of a registry. Others have these fields, too."""
+    """An entry of a registry. Other entries have a help, too."""
 
     help: str  # after the name of the choice. "": the name says it
     function: Callable[..., Any]
+    is_default: bool = False  # None stands for it. The order of a registry has no meaning
 
 
 def find(setting: str, registry: Mapping[str, Entry], name: str) -> Entry:
@@ -28,6 +29,11 @@ def find(setting: str, registry: Mapping[str, Entry], name: str) -> Entry:
     if name not in registry:
         raise ValueError(f"{setting}={name}: give one of {', '.join(registry)}{did_you_mean(name, registry)}")
     return registry[name]
+
+
+def default_name(registry: Mapping[str, Choice]) -> str:
+    """Returns the name of the default."""
+    return next(name for name, choice in registry.items() if choice.is_default)
 
 
 def described(registry: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from mae.inference.export import export
 from mae.masking import MASKING
 from mae.probes import PROBES, Probe
 from mae.registry import Choice, find
+from mae.training import lr_sched, optimizers
 from mae.training.lr_sched import SCHEDULES
 from mae.training.optimizers import OPTIMIZERS
 
@@ -39,6 +40,20 @@ def test_new_names_train(pretrain, monkeypatch):
     state = torch.load(out / "checkpoint-1.pth", weights_only=False)
     assert state["args"].items() >= flags.items()
     assert "momentum" in state["optimizer"]["param_groups"][0]
+
+
+def test_the_first_name_is_not_the_default(monkeypatch):
+    """None, which files record for the default, keeps its meaning."""
+    monkeypatch.setattr(lr_sched, "SCHEDULES", {"constant": Choice("", lambda progress: 1.0), **SCHEDULES})
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", {"sgd": Choice("", sgd), **OPTIMIZERS})
+    run = parse(main_pretrain, lr_schedule="constant", optimizer="sgd").optim
+    assert (run.lr_schedule, run.optimizer) == ("constant", "sgd")
+    run = parse(main_pretrain, lr_schedule="cosine", optimizer="adamw").optim
+    assert (run.lr_schedule, run.optimizer) == (None, None)
+    model = torch.nn.Linear(2, 2)
+    built = optimizers.build(None, None, model, [{"params": [*model.parameters()]}])
+    assert isinstance(built, torch.optim.AdamW)
+    assert lr_sched.adjust_learning_rate(built, 10, parse(main_pretrain, epochs=10, lr=1, warmup_epochs=0).optim) == 0
 
 
 @pytest.mark.parametrize("setting", REGISTRIES)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
-from mae.registry import described
+from mae.registry import default_name, described
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, TF32
 from mae.settings.fields import default_of
@@ -92,10 +92,11 @@ def registry_of(setting: str) -> Mapping[str, Any]:
 
 def _of_registry(name: str, registry: Mapping[str, Any], argument: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a flag with the names and the help of a registry."""
-    first = next(iter(registry))
-    text = argument["help"].replace("{choices}", described(registry)).replace("{default}", first)
+    text = argument["help"].replace("{choices}", described(registry))
     if name in NAMED:
-        return {**argument, "help": text, "type": _name_or_code(registry, first)}
+        default = default_name(registry)
+        text = text.replace("{default}", default)
+        return {**argument, "help": text, "type": _name_or_code(registry, default)}
     return {**argument, "help": text, "choices": [*registry]}
 
 

@@ -35,7 +35,7 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
     smoothing: float = setting(0.1, ratio, metavar="S", help="label smoothing")
     clip_grad: float | None = setting(None, positive, metavar="NORM",
         help="clip the gradient to this norm (default: no clipping)")
-    # None: the first of the registry
+    # None: the default of the registry
     optimizer: str | None = setting(None, role=TRAINING, resumed=FIXED, metavar="NAME",
         help="{choices}; or your own, MODULE:FUNCTION: function(model, groups) returns it for groups of parameters. "
         "Files record its name, and do not import it (default: {default})")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from mae.registry import Choice, find
+from mae.registry import Choice, default_name, find
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES = {"cosine": Choice("", cosine)}  # the first is the default
+SCHEDULES = {"cosine": Choice("", cosine, is_default=True)}
 
 
 def scaled_lr(lr: float | None, blr: float | list[float] | None, effective_batch_size: int) -> float:
@@ -78,7 +78,7 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule
         elif poly_power is not None:
             factor = (1 - progress) ** poly_power
         else:
-            name = getattr(args, "lr_schedule", None) or next(iter(SCHEDULES))
+            name = getattr(args, "lr_schedule", None) or default_name(SCHEDULES)
             factor = find("lr_schedule", SCHEDULES, name).function(progress)
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:

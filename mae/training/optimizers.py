@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mae.registry import Choice, find, lazily
+from mae.registry import Choice, default_name, find, lazily
 from mae.user_code import call
 from models_vit import get_layer_id_for_vit
 
@@ -43,9 +43,9 @@ def adamw(model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, fl
     return AdamW(groups, lr=0.0, fused=True, betas=betas)
 
 
-# function(model, groups, betas) -> optimizer; the betas are those of AdamW. The first is the default.
+# function(model, groups, betas) -> optimizer; the betas are those of AdamW
 OPTIMIZERS = {
-    "adamw": Choice("", adamw),
+    "adamw": Choice("", adamw, is_default=True),
     "muon": Choice("for the matrices of the blocks, and AdamW for other parameters, with the learning rate of AdamW",
                    lazily("mae.training.muon", "muon_and_adamw")),
 }  # fmt: skip
@@ -61,7 +61,7 @@ def build(
     """Returns an entry of OPTIMIZERS, or the result of a function. The schedule sets the learning rate of its groups.
 
     Args:
-        name: the setting `optimizer`, which a checkpoint may record. None: the first of OPTIMIZERS.
+        name: the setting `optimizer`, which a checkpoint may record. None: the default.
         function: the user's function of --optimizer, if any.
         groups: parameter groups of the script.
         betas: of AdamW.
@@ -71,7 +71,7 @@ def build(
             returns an optimizer that contains others; or its groups lack a parameter that requires gradients.
     """
     if function is None:
-        name = name or next(iter(OPTIMIZERS))
+        name = name or default_name(OPTIMIZERS)
         if ":" in name:  # recorded: a file can't make a program import code
             raise ValueError(f"the resumed run has an optimizer of its own: give optimizer={name}")
         return find("optimizer", OPTIMIZERS, name).function(model, groups, betas)
