@@ -126,7 +126,8 @@ def resize_pos_embed(
     if old_grid == new_grid:
         return pos_embed
     num_patches = old_grid[0] * old_grid[1]
-    cls_rows, patches = pos_embed[:, :-num_patches], pos_embed[:, -num_patches:]
+    cls_rows = pos_embed[:, :-num_patches]
+    patches = pos_embed[:, -num_patches:]
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     patches = torch.nn.functional.interpolate(
         patches.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=antialias

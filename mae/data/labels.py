@@ -126,7 +126,8 @@ def open_pair(
 def _warn_of_imbalance(train: Source, classes: Sequence[str]) -> None:
     counts = np.bincount(train.labels, minlength=len(classes))
     if is_imbalanced(counts) or counts.min() == 1 < counts.max():
-        few, many = int(counts.argmin()), int(counts.argmax())
+        few = int(counts.argmin())
+        many = int(counts.argmax())
         logger.warning(
             f"the training set has {counts[few]:,} to {counts[many]:,} images of a class: {classes[few]} has "
             f"{counts[few]:,}, and {classes[many]} has {counts[many]:,}. The top-1 accuracy depends mostly on large "
@@ -271,7 +272,8 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
         ValueError: a class has fewer samples.
     """
     generator = np.random.default_rng(seed)
-    labels, chosen = np.asarray(source.labels), []
+    labels = np.asarray(source.labels)
+    chosen = []
     for number, name in enumerate(source.classes):
         samples = generator.permutation(np.flatnonzero(labels == number))
         if not len(samples) and has_ids(source):  # an output without images (--nb_classes)

@@ -117,7 +117,8 @@ class RunData:
         """
         from mae.data import labels
 
-        data, holds_out = self.data, bool(self.data.val_fraction)
+        data = self.data
+        holds_out = bool(data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("`val_list` has no effect with `val_fraction`, which evaluates on training images")
         open_split, total = self.splits() if not holds_out or self.spares_stand_in else (self.open_split, 0)
@@ -174,7 +175,8 @@ class RunData:
             return sources
         from mae.data import image_cache
 
-        transform, train = transforms.scaled_transform(0), sources[0]
+        transform = transforms.scaled_transform(0)
+        train = sources[0]
         return [
             image_cache.cached(
                 self.samples(source, transform, data.on_bad_image if source is train else None), data.num_workers

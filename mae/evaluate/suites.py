@@ -111,7 +111,9 @@ def open_suite(entry: str, data_path: str | None, limit: int | None = None) -> S
     path = Path(given or Path(data_path or "", "" if name == REAL else name)).expanduser().absolute()
     if not path.exists():
         raise ValueError(f"suite={name}: there is no {path}; give suite={name}=PATH")
-    paths, answers, columns = {name: path}, None, list(range(NUM_CLASSES))
+    paths = {name: path}
+    answers = None
+    columns = list(range(NUM_CLASSES))
     if name == V2:
         paths = _variants(path)
     elif name == C:
@@ -164,7 +166,8 @@ def _corruptions(root: Path) -> dict[str, Path]:
 def _with_class_folders(name: str, files: Listing, path: Path, limit: int | None) -> Subset:
     classes = classes_of(name)
     found = {files.classes[number] for number in np.unique(files.labels)} if files.classes else set()
-    unknown, missing = sorted(found - {*classes}), sorted({*classes} - found)
+    unknown = sorted(found - {*classes})
+    missing = sorted({*classes} - found)
     if unknown or missing:
         raise ValueError(
             f"suite={name}: the class folders of {path} are not the {len(classes)} of {name}: unknown are "
@@ -182,7 +185,8 @@ def _with_real_labels(files: Listing, path: Path, limit: int | None) -> tuple[Su
     """
     from timm.data import RealLabelsImagenet
 
-    labels, names = RealLabelsImagenet([""] * 50_000).real_labels, [Path(name).name for name in files.names]
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    names = [Path(name).name for name in files.names]
     if strange := [name for name in names if name not in labels]:
         raise ValueError(
             f"suite={REAL}: {len(strange)} files in {path}, such as {strange[0]}, do not have the names of the "
@@ -216,7 +220,8 @@ def evaluate(
     Raises:
         ValueError: suites.json is damaged, or another process writes to it.
     """
-    results, rows = Results(output_dir / "suites.json"), list[list[str]]()
+    results = Results(output_dir / "suites.json")
+    rows: list[list[str]] = []
     with locks.locked(output_dir, "suites.lock") if parallel.is_main() else nullcontext():
         finished = parallel.from_rank_0(results.read)
         for suite in suites:
@@ -269,7 +274,8 @@ def corruption_errors(scores: Mapping[str, Mapping[str, float]]) -> dict[str, An
 
 def _rows(suite: Suite, result: Mapping[str, Any]) -> list[list[str]]:
     """Returns the rows of a suite: one for each folder, and one for ImageNet-C."""
-    counts, published = _counts(suite), [str(number) for number in PUBLISHED.get(suite.name, [""] * len(MODELS))]
+    counts = _counts(suite)
+    published = [str(number) for number in PUBLISHED.get(suite.name, [""] * len(MODELS))]
     if suite.name == C:
         return [[C, f"{sum(counts.values()):,}", "mCE", f"{result['mce']:.1f}", *published]]
     accuracies = {title: f"{scores['acc1']:.1f}" for title, scores in result["scores"].items()}

@@ -36,7 +36,9 @@ from mae.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
 
-STORED, DEFLATED, UNREADABLE = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
+STORED = zipfile.ZIP_STORED
+DEFLATED = zipfile.ZIP_DEFLATED
+UNREADABLE = -1
 HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,

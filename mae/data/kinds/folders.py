@@ -39,10 +39,10 @@ def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> 
 
 def no_split(path: Path, split: str, has_train: bool) -> ValueError:
     """Returns the error about a folder or archive without a split."""
-    missing = dict.fromkeys([*["train"] * (not has_train), split])
+    missing = [split] if has_train or split == "train" else ["train", split]
     folders = "this folder" if len(missing) == 1 else f"train/ and {split}/"
     listed = " ".join(f"{name}_list=FILE" for name in missing)
-    reason = ", and its images may be those of the validation set" * (split == "train")
+    reason = ", and its images may be those of the validation set" if split == "train" else ""
     kind = NoValidation if split == "val" else ValueError
     return kind(f"data_path={path}: there is no folder {split}/ in it{reason}: add {folders}, or give {listed}")
 

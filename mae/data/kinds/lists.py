@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
 SEPARATORS = re.compile(r"[|,/+&()\[\]{}]")  # characters other than ; that may separate labels
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
-PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
+PATH_COLUMNS = ("path", "filename", "file", "image", "filepath")
+LABEL_COLUMNS = ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation")
 UNLABELED = ("", "nan", "-1")
 JSON_FORMS = (
@@ -143,7 +144,8 @@ def _read(path: Path) -> Any:
 
 def _text_table(text: str) -> Table:
     """Parses lines PATH or PATH LABEL."""
-    paths, labels = [], []
+    paths = []
+    labels = []
     for line in filter(None, map(str.strip, text.splitlines())):
         parts = [line] if line.lower().endswith(SUFFIXES) else line.rsplit(maxsplit=1)
         if not parts[0].lower().endswith(SUFFIXES) and len(parts[0].split()) > 1:
@@ -191,7 +193,8 @@ def _text_of(value: Any) -> str:
 
 def _with_paths(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
     """Separates the column of paths from the others."""
-    title, (repeated, count) = _find(titles, PATH_COLUMNS), Counter(filter(None, titles)).most_common(1)[0]
+    title = _find(titles, PATH_COLUMNS)
+    repeated, count = Counter(filter(None, titles)).most_common(1)[0]
     if count > 1:
         raise ValueError(f"two columns have the name {printable(repeated)}; rename one")
     if title is None:
@@ -208,7 +211,8 @@ def _find(titles: Iterable[str], names: Sequence[str]) -> str | None:
     plain = {title: re.sub(r"[\s_-]", "", title).lower() for title in titles}
     found = [title for name in names for title in plain if plain[title] == name]
     if len(found) > 1:
-        used, others = printable(found[0]), printable(", ".join(found[1:]))
+        used = printable(found[0])
+        others = printable(", ".join(found[1:]))
         remedy = "; give label_columns=NAME to read another" if names == LABEL_COLUMNS else ""
         logger.warning(f"the list has the columns {used} and {others}, and {used} is read{remedy}")
     return found[0] if found else None
@@ -236,7 +240,8 @@ def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) ->
             return unlabeled
         if title is None:
             raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
-        table, columns = Table(table.paths, {"label": table.columns[title]}), ["label"]
+        table = Table(table.paths, {"label": table.columns[title]})
+        columns = ["label"]
     cells = _cells(table, columns, "`label_columns`")
     if task == CLASSIFICATION and len(columns) > 1:
         raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
