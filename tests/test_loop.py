@@ -12,7 +12,7 @@ from mae.interrupts import Interrupted, Interrupts
 from mae.training import loop
 from mae.training.log import NullLog
 from mae.training.meters import Meters
-from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW
+from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW, NonFiniteLoss
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver, Request
 
@@ -195,7 +195,7 @@ def test_an_update_that_is_skipped_does_not_change_the_statistics_of_batch_norm(
 
     is_infinite, options = [], epoch_options(guard=loop.NonFiniteGuard(policy), saver=Recorder())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    with pytest.raises(loop.NonFiniteLoss) if policy == "abort" else contextlib.nullcontext():
+    with pytest.raises(NonFiniteLoss) if policy == "abort" else contextlib.nullcontext():
         loop.run_epoch(compute_loss, model, batches, optimizer, options)
     assert all(buffer.isfinite().all() for buffer in model.buffers())
     assert model[0].num_batches_tracked == len(is_infinite) - sum(is_infinite)
@@ -205,7 +205,7 @@ def test_an_update_that_is_skipped_does_not_change_the_statistics_of_batch_norm(
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_caught():
-    with pytest.raises(loop.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         train(spoil=lambda step, loss: loss + (math.inf if step == 2 else 0))
 
 
@@ -214,7 +214,7 @@ def test_too_many_skipped_updates_are_an_error():
     train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     _, _, _, meters = train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     assert meters.means() == {"train_lr": None, "train_loss": None, "skipped_steps": 7}
-    with pytest.raises(loop.NonFiniteLoss, match="20 in a row"):
+    with pytest.raises(NonFiniteLoss, match="20 in a row"):
         train(spoil=lambda step, loss: loss * math.nan, guard=guard)
 
 

@@ -26,7 +26,8 @@ from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader
 from mae.interrupts import Interrupted
-from mae.training import log, loop
+from mae.training import log
+from mae.training.nonfinite import NonFiniteLoss
 from models_mae import MaskedAutoencoderViT
 
 WHOLE = {"epochs": 4, "clip_grad": 1.0}
@@ -277,7 +278,7 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
         return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
-    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth"):
+    with pytest.raises(NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth"):
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
     assert all(torch.isfinite(w).all() for w in state["model"].values())
