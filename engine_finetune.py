@@ -25,7 +25,7 @@ from mae.fp32 import in_fp32
 from mae.settings import ImageSpec, ModelSpec, Run, names_with
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 from mae.settings.fields import IMAGES, MODEL
-from mae.training import loop
+from mae.training import published_loop
 from mae.training.compiling import compile_model, padded
 from mae.training.precision import Precision
 from mae.weights import loading, reading, shapes
@@ -36,41 +36,104 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def train_one_epoch(
+def loss(
     model: nn.Module,
-    data_loader: loop.Loader,
-    optimizer: torch.optim.Optimizer,
-    options: loop.EpochOptions,
+    batch: Batch,
     *,
     criterion: Callable[[Tensor, Tensor], Tensor],
     normalize: Callable[[Tensor], Tensor],
     erase: Callable[[Tensor], Tensor] | None = None,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> None:
-    """Trains a classifier for an epoch.
+) -> Tensor:
+    """Returns the loss () of a batch. It is computed in fp32.
 
     Args:
         model: images (B, c, H, W) -> logits (B, classes).
-        data_loader: batches of images, labels (B,), and noise (unused).
-        criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes). It computes in fp32.
+        batch: images and labels (B,); its noise is not used.
+        criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes).
         normalize: images -> the input of the model, on the device.
         erase: random erasing of normalized images.
         mixup: timm's mixup and cutmix.
     """
-    loss = in_fp32(criterion)
-
-    def compute_loss(batch: Any) -> Tensor:
-        images, targets = batch.normalized(normalize), batch.labels
-        if erase is not None:
-            images = erase(images)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
-        return loss(model(images, **batch.inputs), targets)
-
-    loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
+    images, targets = batch.normalized(normalize), batch.labels
+    if erase is not None:
+        images = erase(images)
+    if mixup is not None:
+        images, targets = mixup(images, targets)
+    return in_fp32(criterion)(model(images, **batch.inputs), targets)
 
 
-def evaluate(
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    data_loader: Any,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+    epoch: int,
+    loss_scaler: Any,
+    max_norm: float | None = 0,
+    mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    log_writer: Any = None,
+    args: Any = None,
+) -> dict[str, float]:
+    """Trains for an epoch, for scripts in the style of the published code. `main_finetune.py` has `loop.Trainer`.
+
+    Args:
+        data_loader: pairs of normalized images (B, c, H, W) and labels (B,).
+        loss_scaler: as `util.misc.NativeScalerWithGradNormCount`.
+        max_norm: maximum global norm of the gradient; 0 or None: no clipping.
+        mixup_fn: images, labels -> mixed images, mixed targets.
+        log_writer: a `SummaryWriter`, or None.
+        args: has `accum_iter`, `lr`, `min_lr`, `epochs` and `warmup_epochs`.
+
+    Returns:
+        The means of the epoch over all processes, `loss` and `lr`, the largest of the groups.
+
+    Raises:
+        NonFiniteLoss: a loss is infinite or not a number.
+    """
+
+    def compute_loss(images: Tensor, targets: Tensor) -> Tensor:
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+        return in_fp32(criterion)(model(images), targets)
+
+    return published_loop.train_one_epoch(
+        compute_loss, model, data_loader, optimizer, torch.device(device), epoch, loss_scaler, log_writer, args,
+        loss_tag="loss", max_norm=max_norm,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(data_loader: Any, model: nn.Module, device: torch.device | str) -> dict[str, float]:
+    """Evaluates a classifier, for scripts in the style of the published code. `main_finetune.py` has `evaluate_model`.
+
+    Args:
+        data_loader: pairs of normalized images (B, c, H, W) and labels (B,) of this process.
+
+    Returns:
+        The cross-entropy `loss`, and the accuracies `acc1` and `acc5` in percent, of the images of all processes.
+    """
+    device = torch.device(device)
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top 1, top 5, images
+    for batch in data_loader:
+        images, targets = batch[0].to(device), batch[-1].to(device)
+        with torch.autocast("cuda", enabled=device.type == "cuda"):
+            outputs = model(images)
+        outputs = outputs.float()
+        ranks = outputs.topk(min(5, outputs.shape[1])).indices == targets[:, None]
+        sums += torch.stack([
+            nn.functional.cross_entropy(outputs, targets, reduction="sum"), ranks[:, :1].sum(), ranks.sum(),
+            torch.tensor(len(targets), device=device),
+        ])  # fmt: skip
+    loss_sum, top1, top5, count = parallel.mean_over_processes(sums).tolist()
+    stats = {"loss": loss_sum / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
+    print(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats
+
+
+def evaluate_model(
     model: nn.Module,
     data_loader: Iterable[Sequence[Any]],
     *,
@@ -96,7 +159,7 @@ def evaluate_heads(
     precision: Precision,
     task: Classification | None = None,
 ) -> list[Any]:
-    """Evaluates several models in one pass, as `evaluate` does."""
+    """Evaluates several models in one pass, as `evaluate_model` does."""
     task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
     forwards = [padded(model.eval(), model) for model in models]
     for loaded in prefetch(data_loader, precision.device):
@@ -233,7 +296,7 @@ def _evaluate_folder(
     transform = transforms.eval_transform(data.images.input_size, suite.crop_pct, data.images.crop)
     batches = data.eval_batches(source, batch_size, transform=transform)
     restricted = suites.Restricted(model, suite.columns).to(precision.device)
-    return evaluate(restricted, batches, normalize=data.normalize, precision=precision)
+    return evaluate_model(restricted, batches, normalize=data.normalize, precision=precision)
 
 
 def load_frozen(

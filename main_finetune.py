@@ -23,12 +23,12 @@ from torch import nn
 import mae.build
 import models_vit
 from engine_finetune import (
-    evaluate,
+    evaluate_model,
     evaluate_suites,
     load_for_evaluation,
+    loss,
     open_labelled,
     report_scores,
-    train_one_epoch,
 )
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
@@ -41,9 +41,9 @@ from mae.session import CLASSIFIER, open_session
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.training import optimizers, trainer
+from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
 from mae.training.log import NullLog
-from mae.training.loop import Callback
 from mae.training.mixup import make_erasing, make_mixup
 from mae.training.optimizers import param_groups_lrd
 from mae.training.precision import Precision
@@ -125,22 +125,24 @@ def main(
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
 
-    test = partial(
-        evaluate, data_loader=data.eval_batches(val, run.optim.batch_size), normalize=data.normalize,
-        precision=precision.of_evaluation(), task=labels,
-    )  # fmt: skip
+    val_batches = data.eval_batches(val, run.optim.batch_size)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
-        scores = test(model)
+        scores = evaluate_model(
+            model, val_batches, normalize=data.normalize, precision=precision.of_evaluation(), task=labels
+        )
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    train_epoch = partial(train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
-    task = trainer.Task(
-        train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
-        lower_is_better=labels.lower_is_better, callbacks=callbacks, forward=model,
-    )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=True))
+    batch_loss = partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
+    with trainer.opened(
+        batch_loss, model, built, batches, precision, run.record(), run.optim, run.machine,
+        fingerprint(train, with_labels=True), callbacks=callbacks,
+        forward=partial(model, data.blank_image()), loss_tag="loss",
+    ) as training:  # fmt: skip
+        training.fit(
+            evaluate_epoch, run.evaluation.eval_every, labels.selects, labels.lower_is_better, saves_first=True
+        )
     return None
 
 
@@ -179,7 +181,7 @@ def evaluate_file(
     if run.machine.compile:
         compile_model(model, precision.device, freeze_weights=True)
     batches = data.eval_batches(val, run.optim.batch_size)
-    scores = evaluate(
+    scores = evaluate_model(
         model, batches, normalize=data.normalize, precision=precision.of_evaluation(),
         task=tasks.task_of(file.settings | run.record(), val),
     )  # fmt: skip

@@ -31,13 +31,13 @@ import mae.probes
 import models_vit
 from engine_finetune import (
     build_frozen,
-    evaluate,
     evaluate_heads,
+    evaluate_model,
     load_for_evaluation,
     load_frozen,
+    loss,
     open_labelled,
     report_scores,
-    train_one_epoch,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel
@@ -52,9 +52,9 @@ from mae.probes import pools_tokens
 from mae.session import PROBE, open_session
 from mae.settings import Run
 from mae.training import feature_files, trainer
+from mae.training.callbacks import Callback
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
 from mae.training.log import NullLog
-from mae.training.loop import Callback
 from mae.training.precision import Precision
 from mae.weights import loading
 
@@ -109,7 +109,8 @@ def main(
         probe, val = load_for_evaluation(partial(mae.build.probe, encoder=encoder), run, file, data)
         encoded = encode_images(data, val, probe.to(precision.device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
-        scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
+        head = probe.get_submodule("head")
+        scores = evaluate_model(head, encoded, normalize=Tensor.float, precision=precision, task=task)
         report_scores(scores, val.classes, run.evaluation.report)
         return
 
@@ -175,17 +176,17 @@ def train_probe(
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
     normalize = Tensor.float if run.data.cache_features else data.normalize
-    task = trainer.Task(
-        train_one_epoch=partial(train_one_epoch, criterion=criterion, normalize=normalize),
-        after_epoch=evaluate_epoch,
-        loss_tag="loss",
-        trained=model.head if run.data.cache_features else None,
-        evaluates=not features.are_stored,
-        metric=labelled.selects,
-        lower_is_better=labelled.lower_is_better,
-        callbacks=[*callbacks, *[criterion] * several],
-    )
-    trainer.run(model, optimizer, batches, precision, task, run, fingerprint(train, with_labels=True), is_locked=True)
+    if several:
+        callbacks = [*callbacks, criterion]
+    with trainer.opened(
+        partial(loss, criterion=criterion, normalize=normalize), model, optimizer, batches, precision, run.record(),
+        run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks, loss_tag="loss",
+        trained=model.head if run.data.cache_features else None, is_locked=True,
+    ) as training:  # fmt: skip
+        training.fit(
+            evaluate_epoch, run.evaluation.eval_every, selects=labelled.selects,
+            lower_is_better=labelled.lower_is_better, saves_first=not features.are_stored,
+        )  # fmt: skip
 
 
 def open_sets(data: RunData, nb_classes: int | None, several: bool) -> tuple[Source, Source, dict[str, Any]]:

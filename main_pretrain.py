@@ -22,7 +22,7 @@ import torch
 
 import mae.build
 import models_mae
-from engine_pretrain import check_targets, train_one_epoch
+from engine_pretrain import check_targets, loss
 from mae import masking, parallel
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
@@ -36,8 +36,8 @@ from mae.evaluate import pictures
 from mae.session import INITIAL_WEIGHTS, Code, open_session
 from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
+from mae.training.callbacks import Callback
 from mae.training.log import NullLog, log_report_command
-from mae.training.loop import Callback
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
@@ -130,12 +130,12 @@ def main(
             return probe.scores(model)
         return {}
 
-    task = trainer.Task(
-        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize),
-        after_epoch=after_epoch, callbacks=callbacks, lr_schedule=code.lr_schedule,
-        forward=lambda images: model(images, mask_ratio),
-    )  # fmt: skip
-    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=False))
+    with trainer.opened(
+        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision, run.record(),
+        run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
+        lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
+    ) as training:  # fmt: skip
+        training.fit(after_epoch, run.evaluation.eval_every, selects="test_acc1")
     log_report_command(run.machine.output_dir, run.model.encoder, run.model.encoder_args, run.data.dataset)
 
 

@@ -24,7 +24,7 @@ import torch
 
 import mae.build
 import models_vit
-from engine_finetune import load_frozen, train_one_epoch
+from engine_finetune import load_frozen, loss
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
 from mae import parallel
 from mae.cli import entry_point, options
@@ -40,9 +40,9 @@ from mae.position_tables import to_pair
 from mae.session import SEGMENTER, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
+from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
 from mae.training.log import NullLog
-from mae.training.loop import Callback
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading, model_settings
 from models_segment import Segmenter
@@ -87,7 +87,6 @@ def main(
     file = session.file
     encoder = session.code.encoder
     precision = session.precision
-    device = precision.device
     evaluated = file if run.evaluation.eval else None
     run = run.changed(pair_settings(run.model, run.images, run.data.dataset, evaluated))
     classes, images = run.model.classes, run.images
@@ -101,7 +100,7 @@ def main(
     if run.evaluation.eval and file:
         val = open_split(data, "val", classes)  # first, because a large model takes long
         model = mae.build.segmenter(run.model, run.images, encoder)
-        return evaluate_file(run, data, file, model, device, val, evaluation)
+        return evaluate_file(run, data, file, model, precision.device, val, evaluation)
 
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
@@ -111,7 +110,7 @@ def main(
     if file or not (run.machine.finetune or run.model.unfreeze_blocks == "all"):
         load_frozen(model, file, run.model.adapt_input, classes)
     extras.require_fitting(model, train, val)
-    model.to(device)
+    model.to(precision.device)
     augment = transforms.segmentation_transform(
         images.input_size, images.short_side, run.augmentation.scale, images.hflip, data.statistics[0]
     )
@@ -120,18 +119,20 @@ def main(
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
-    test = eval_batches(data, val)
+    val_batches = eval_batches(data, val)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
-        scores = evaluation(model, test)
+        scores = evaluation(model, val_batches)
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    train_epoch = partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize)
-    task = trainer.Task(
-        train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks, forward=model
-    )
-    trainer.run(model, built, batches, precision, task, run, fingerprint(train, with_labels=True))
+    batch_loss = partial(loss, criterion=pixel_loss, normalize=data.normalize)
+    with trainer.opened(
+        batch_loss, model, built, batches, precision, run.record(), run.optim, run.machine,
+        fingerprint(train, with_labels=True), callbacks=callbacks,
+        forward=partial(model, data.blank_image()), loss_tag="loss",
+    ) as training:  # fmt: skip
+        training.fit(evaluate_epoch, run.evaluation.eval_every, selects="test_miou", saves_first=True)
     return None
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine, peers, timing
 from benchmarks.image_sets import write_jpeg_files
-from engine_finetune import evaluate
+from engine_finetune import evaluate_model
 from mae.cli import entry_point
 from mae.data import loader, transforms
 from mae.data.open import open_source
@@ -75,7 +75,7 @@ def our_evaluation(
     source = open_source(DataSpec(data_path=str(folder)), "train")
     samples = Samples(source, model.preprocess, in_chans=3, seed=0, fast_jpeg=fast_jpeg)
     clock = Clock(loader.eval_loader(samples, args.batch_size, args.num_workers, False), args)
-    evaluate(model, clock, normalize=model.normalize, precision=precision)
+    evaluate_model(model, clock, normalize=model.normalize, precision=precision)
     return clock.rate()
 
 

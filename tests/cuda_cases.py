@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from fake_cuda import DEVICE, PRODUCTS, Record, fake_cuda, on_gpu
 from test_cuda import Batches
-from test_loop import epoch_options
+from test_loop import train_epoch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -38,7 +38,7 @@ import models_vit
 from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.interrupts import Interrupts
-from mae.training import loop, optimizers
+from mae.training import optimizers
 from mae.training.optimizers import param_groups_lrd, param_groups_weight_decay
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
@@ -71,10 +71,6 @@ class Saver(NullSaver):
         pass
 
 
-def options(precision: Precision, **changed: Any) -> loop.EpochOptions:
-    return epoch_options(precision=precision, saver=Saver(Interrupts()), **changed)
-
-
 def pretrain(
     size: str, precision: Precision, *, checkpointing: bool = False, valid: bool = False, accum_iter: int = 1
 ) -> Run:
@@ -84,8 +80,9 @@ def pretrain(
     groups = param_groups_weight_decay(model, 0.05)
     data = batches(size, dtype=torch.float32 if valid else torch.uint8, valid=valid)
     return partial(
-        engine_pretrain.train_one_epoch, model, data, optimizers.build(None, None, model, groups, betas=(0.9, 0.95)),
-        options(precision, accum_iter=accum_iter), mask_ratio=0.75, normalize=normalize(),
+        train_epoch, partial(engine_pretrain.loss, mask_ratio=0.75, normalize=normalize()), model, data,
+        optimizers.build(None, None, model, groups, betas=(0.9, 0.95)), precision=precision, accum_iter=accum_iter,
+        saver=Saver(Interrupts()),
     )  # fmt: skip
 
 
@@ -93,10 +90,8 @@ def supervised(
     model: Any, data: Batches, optimizer: Any, precision: Precision, criterion: Any, erase: Any = None,
     mixup: Any = None, **changed: Any,
 ) -> Run:  # fmt: skip
-    return partial(
-        engine_finetune.train_one_epoch, model, data, optimizer, options(precision, **changed),
-        criterion=criterion, normalize=normalize(), erase=erase, mixup=mixup,
-    )  # fmt: skip
+    loss = partial(engine_finetune.loss, criterion=criterion, normalize=normalize(), erase=erase, mixup=mixup)
+    return partial(train_epoch, loss, model, data, optimizer, precision=precision, saver=Saver(Interrupts()), **changed)
 
 
 def adamw(model: Any) -> torch.optim.Optimizer:
@@ -132,8 +127,7 @@ def probe(size: str, precision: Precision, *, blrs: tuple[float, ...] = (0.1,), 
     if len(heads) == 1:
         return supervised(model, batches(size), optimizer, precision, criterion)
     model.head = mae.probes.ParallelHeads(heads)
-    after_update = partial(criterion.after_update, model)
-    return supervised(model, batches(size), optimizer, precision, criterion, after_update=after_update)
+    return supervised(model, batches(size), optimizer, precision, criterion, callbacks=[criterion])
 
 
 def segmenter(size: str, head: str) -> Any:
@@ -149,7 +143,7 @@ def segment(size: str, precision: Precision, *, head: str) -> Run:
 
 def evaluate(size: str, precision: Precision) -> Run:
     return partial(
-        engine_finetune.evaluate, classifier(size), batches(size), normalize=normalize(), precision=precision
+        engine_finetune.evaluate_model, classifier(size), batches(size), normalize=normalize(), precision=precision
     )
 
 

@@ -1,18 +1,20 @@
 """Tests that need a GPU; skipped without one (./run test-cuda)."""
 
+from functools import partial
+
 import pytest
 import torch
-from test_loop import epoch_options
+from test_loop import train_epoch
 
-from engine_pretrain import train_one_epoch
+import engine_pretrain
 from mae.data.batches import prefetch, to_host
 from mae.data.item import Batch
 from mae.data.transforms import Normalize
 from mae.inference.model import Segmenter
 from mae.training import log
 from mae.training.compiling import compile_model
-from mae.training.loop import Loader
 from mae.training.precision import Precision
+from mae.training.transaction import Loader
 from models_mae import mae_vit_mini_patch4
 from models_vit import PatchEmbed, vit_mini_patch4
 
@@ -24,6 +26,9 @@ class Batches(list, Loader):
     """As `loader.TrainLoader`: images in pinned memory."""
 
     images_per_iteration = 8
+
+    def counts(self) -> dict[str, int]:
+        return {}
 
 
 def batches(count: int = 12) -> Batches:
@@ -56,10 +61,8 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
             torch.cuda.set_sync_debug_mode("error")
         return 1e-3
 
-    train_one_epoch(
-        model, batches(), optimizer, epoch_options(schedule=schedule, precision=Precision(amp, device), log=Log()),
-        mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device),
-    )  # fmt: skip
+    loss = partial(engine_pretrain.loss, mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device))
+    train_epoch(loss, model, batches(), optimizer, schedule=schedule, precision=Precision(amp, device), log=Log())
     return losses
 
 

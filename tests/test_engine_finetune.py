@@ -15,7 +15,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import evaluate
+from engine_finetune import evaluate_model
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
@@ -33,7 +33,7 @@ def test_evaluation_equals_scikit_learn(pictures):
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9)  # in training alone
     torch.nn.init.normal_(model.head.weight, std=0.1)
     batches = loader.eval_loader(make_samples(pictures), 7, 0, False)
-    scores = evaluate(model, batches, normalize=normalize, precision=Precision("off", torch.device("cpu")))
+    scores = evaluate_model(model, batches, normalize=normalize, precision=Precision("off", torch.device("cpu")))
     model.eval()
     with torch.no_grad():
         logits = torch.cat([model(normalize(images)) for images, *_ in batches]).double()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from mae.data.transforms import Normalize
-from mae.training import loop
+from mae.training import transaction
 from mae.training.precision import Precision
 from models_vit import Mlp
 
@@ -63,7 +63,7 @@ FAULTS = {
     "float(loss) in the loop": in_loop(float),
     "loss.cpu() in the loop": in_loop(torch.Tensor.cpu),
     "torch.cuda.synchronize() in the loop": in_loop(lambda loss: torch.cuda.synchronize()),
-    "every update is read at once": Fault("wait", loop, "UPDATES_IN_FLIGHT", lambda _: 0, "synchronize("),
+    "every update is read at once": Fault("wait", transaction, "UPDATES_IN_FLIGHT", lambda _: 0, "synchronize("),
     ".to(device) without non_blocking":
         Fault("blocking copy", torch.Tensor, "to", lambda call: lambda self, *to, **_: call(self, *to), ".to("),
     "an Mlp outside autocast":

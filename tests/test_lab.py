@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fake_cuda import DEVICE, fake_cuda, on_gpu
-from test_loop import epoch_options
+from test_loop import train_epoch
 
 import engine_pretrain
 from benchmarks.lab import curves, ops, profiles, tables, variants
@@ -198,6 +198,9 @@ def test_an_update_is_that_of_the_training_loop():
         def seed_iteration(self, _):
             pass
 
+        def counts(self):
+            return {}
+
     batches, losses = [batch(seed) for seed in range(3)], []
     model = curves.model_of("main", 0)
     logged = log.NullLog()
@@ -211,11 +214,9 @@ def test_an_update_is_that_of_the_training_loop():
     groups = optimizers.param_groups_weight_decay(model, 0.05)
     optimizer = optimizers.build(None, None, model, groups, betas=(0.9, 0.95))
     precision = Precision("off", torch.device("cpu"))
-    options = epoch_options(precision=precision, log=logged, schedule=schedule)
     data = Batches(Batch(images, torch.zeros(4), noise=noise) for images, noise in batches)
-    engine_pretrain.train_one_epoch(
-        model, data, optimizer, options, mask_ratio=0.75, normalize=Normalize([0.0], [1.0])
-    )  # fmt: skip
+    loss = partial(engine_pretrain.loss, mask_ratio=0.75, normalize=Normalize([0.0], [1.0]))
+    train_epoch(loss, model, data, optimizer, precision=precision, log=logged, schedule=schedule)
 
     other = curves.model_of("main", 0)
     update = Update(other, precision, *batches[0])

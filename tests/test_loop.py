@@ -7,17 +7,19 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
+from mae.checkpoints.run_state import Progress
 from mae.data.sampler import EpochBatches
 from mae.interrupts import Interrupted, Interrupts
 from mae.training import loop
 from mae.training.log import NullLog
 from mae.training.meters import Meters
-from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW, NonFiniteLoss
+from mae.training.nonfinite import MAX_SKIPS_IN_A_ROW, NonFiniteGuard, NonFiniteLoss
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver, Request
+from mae.training.transaction import Loader
 
 
-class Numbers(EpochBatches, loop.Loader):
+class Numbers(EpochBatches, Loader):
     """Batches of 28 samples of 3 numbers."""
 
     def __init__(self, batch_size, accum_iter=1):
@@ -27,6 +29,12 @@ class Numbers(EpochBatches, loop.Loader):
     def __iter__(self):
         for batch in super().__iter__():
             yield [torch.stack([self.values[index] for _, index in batch])]
+
+    def seed_iteration(self, iteration):
+        pass
+
+    def counts(self):
+        return {}
 
 
 class Recorder(NullSaver):
@@ -48,11 +56,16 @@ class Recorder(NullSaver):
         raise Interrupted(15)
 
 
-def epoch_options(epoch=0, **options):
-    return loop.EpochOptions(**{
-        "epoch": epoch, "schedule": lambda epoch: 0.1, "precision": Precision("off", torch.device("cpu")),
-        "guard": loop.NonFiniteGuard("abort"), "log": NullLog(), "saver": NullSaver(Interrupts()),
+def train_epoch(loss, model, batches, optimizer, epoch=0, **options):
+    """Trains for an epoch, and returns its meters."""
+    trainer = loop.Trainer(**{
+        "loss": loss, "model": model, "model_without_ddp": model, "optimizer": optimizer, "batches": batches,
+        "precision": Precision("off", torch.device("cpu")), "schedule": lambda epoch: 0.1,
+        "progress": Progress(1, 1, epoch), "log": NullLog(), "saver": NullSaver(Interrupts()),
+        "guard": NonFiniteGuard("abort"), "epochs": epoch + 1,
     } | options)  # fmt: skip
+    trainer.fit(lambda epoch, log: {})
+    return trainer.transaction.meters
 
 
 def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
@@ -63,7 +76,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     inputs, moments = [], []
 
-    def compute_loss(batch):
+    def compute_loss(model, batch):
         (batch,) = batch
         inputs.append(batch)
         return spoil(len(inputs), model(batch).square().mean())
@@ -72,11 +85,10 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
         moments.append(epoch)
         return lr
 
-    meters = Meters()
-    loop.run_epoch(compute_loss, model, batches, optimizer, epoch_options(
-        epoch=3, schedule=schedule, accum_iter=accum_iter, guard=guard or loop.NonFiniteGuard(policy), meters=meters,
-        log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options
-    ))  # fmt: skip
+    meters = train_epoch(
+        compute_loss, model, batches, optimizer, epoch=3, schedule=schedule, accum_iter=accum_iter,
+        guard=guard or NonFiniteGuard(policy), log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options
+    )  # fmt: skip
     return model, inputs, moments, meters
 
 
@@ -188,15 +200,15 @@ def test_an_update_that_is_skipped_does_not_change_the_statistics_of_batch_norm(
     batches.values[5] = math.inf
     statistics = []
 
-    def compute_loss(batch):
+    def compute_loss(model, batch):
         statistics.append([buffer.clone() for buffer in model.buffers()])
         is_infinite.append(bool(batch[0].isinf().any()))
         return model(batch[0]).square().mean()
 
-    is_infinite, options = [], epoch_options(guard=loop.NonFiniteGuard(policy), saver=Recorder())
+    is_infinite = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     with pytest.raises(NonFiniteLoss) if policy == "abort" else contextlib.nullcontext():
-        loop.run_epoch(compute_loss, model, batches, optimizer, options)
+        train_epoch(compute_loss, model, batches, optimizer, guard=NonFiniteGuard(policy), saver=Recorder())
     assert all(buffer.isfinite().all() for buffer in model.buffers())
     assert model[0].num_batches_tracked == len(is_infinite) - sum(is_infinite)
     first = is_infinite.index(True)
@@ -210,7 +222,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_caught():
 
 
 def test_too_many_skipped_updates_are_an_error():
-    guard = loop.NonFiniteGuard("skip")  # one for the whole run: epochs here have 7 steps
+    guard = NonFiniteGuard("skip")  # one for the whole run: epochs here have 7 steps
     train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     _, _, _, meters = train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     assert meters.means() == {"train_lr": None, "train_loss": None, "skipped_steps": 7}
@@ -219,25 +231,25 @@ def test_too_many_skipped_updates_are_an_error():
 
 
 def test_persistent_overflow_under_fp16_is_an_error():
-    guard = loop.NonFiniteGuard("abort", overflow_is_normal=True)
+    guard = NonFiniteGuard("abort", overflow_is_normal=True)
     assert all(guard.accepts(1.0, math.inf) for _ in range(MAX_SKIPS_IN_A_ROW - 1))
     assert guard.accepts(1.0, 2.0)
     assert all(guard.accepts(1.0, math.inf) for _ in range(MAX_SKIPS_IN_A_ROW - 1))
     assert not guard.accepts(1.0, math.inf)
-    assert not loop.NonFiniteGuard("abort", overflow_is_normal=True).accepts(math.nan, 1.0)
-    assert not loop.NonFiniteGuard("abort").accepts(1.0, math.inf)
+    assert not NonFiniteGuard("abort", overflow_is_normal=True).accepts(math.nan, 1.0)
+    assert not NonFiniteGuard("abort").accepts(1.0, math.inf)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.AdamW])  # without fused=True
 def test_an_optimizer_without_found_inf_skips_updates_that_are_not_finite(kind):
     model, weights = torch.nn.Linear(3, 1, bias=False), []
 
-    def compute_loss(batch):
+    def compute_loss(model, batch):
         weights.append(model.weight.detach().clone())
         return model(batch[0]).square().mean() * (math.inf if len(weights) in (3, 4) else 1)
 
     optimizer = kind(model.parameters(), lr=0.1)
-    loop.run_epoch(compute_loss, model, Numbers(4), optimizer, epoch_options(guard=loop.NonFiniteGuard("skip")))
+    train_epoch(compute_loss, model, Numbers(4), optimizer, guard=NonFiniteGuard("skip"))
     changes = [not torch.equal(before, after) for before, after in pairwise(weights)]
     assert changes == [True, True, False, False, True, True]
 
@@ -283,13 +295,13 @@ def test_an_error_leaves_the_state_after_the_last_update():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
         calls = iter(range(100))
 
-        def compute_loss(batch):
+        def compute_loss(model, batch):
             if next(calls) == call:
                 raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
             return model(batch[0]).square().mean()
 
         with pytest.raises(RuntimeError, match="is killed"):
-            loop.run_epoch(compute_loss, model, batches(4, 2), optimizer, epoch_options(accum_iter=2, saver=saver))
+            train_epoch(compute_loss, model, batches(4, 2), optimizer, accum_iter=2, saver=saver)
         return saver.saved, norm.running_mean.clone()
 
     (whole, statistics), (within, same), (between, also_same) = fails_at(2), fails_at(3), fails_at(99, Broken)
@@ -308,9 +320,10 @@ def test_a_lost_process_is_detected_before_the_update(monkeypatch):
     model = torch.nn.Linear(3, 1)
     monkeypatch.setattr(loop.parallel, "mean_over_processes", gone)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        loop.run_epoch(lambda batch: model(batch[0]).square().mean(), model, Numbers(4),
-                       torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
-                       epoch_options(epoch=1, saver=saver))  # fmt: skip
+        train_epoch(
+            lambda model, batch: model(batch[0]).square().mean(), model, Numbers(4),
+            torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch=1, saver=saver,
+        )  # fmt: skip
     assert saver.saved == [(0, 0, True)]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before[0], strict=True))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mains import parse
 from test_cuda import Batches
-from test_loop import epoch_options
+from test_loop import train_epoch
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.nn import functional as F
@@ -91,10 +91,8 @@ def test_a_loss_of_labels_is_that_of_fp64(name):
     model = Outputs(outputs)
     model.outputs.register_hook(gradients.append)
     data = Batches([Batch(torch.zeros(len(targets), 3, 4, 4), targets)])
-    engine_finetune.train_one_epoch(
-        model, data, torch.optim.SGD(model.parameters(), lr=0.0), epoch_options(precision=Precision("bf16", CPU)),
-        criterion=recorded, normalize=nn.Identity(),
-    )  # fmt: skip
+    batch_loss = partial(engine_finetune.loss, criterion=recorded, normalize=nn.Identity())
+    train_epoch(batch_loss, model, data, torch.optim.SGD(model.parameters(), lr=0.0), precision=Precision("bf16", CPU))
     exact = outputs.double().requires_grad_()
     is_exact = targets.double() if targets.is_floating_point() else targets
     loss = criterion(exact, is_exact)

@@ -142,8 +142,8 @@ def test_the_mean_corruption_error_is_relative_to_alexnet(complete):
 @pytest.mark.slow
 def test_finished_suites_are_not_evaluated_again(data, model, complete, monkeypatch, capsys, tmp_path):
     """The table has the published numbers. Other settings are other results."""
-    evaluated, evaluate = [], engine_finetune.evaluate
-    monkeypatch.setattr(engine_finetune, "evaluate", lambda *a, **k: evaluated.append(a) or evaluate(*a, **k))
+    evaluated, evaluate = [], engine_finetune.evaluate_model
+    monkeypatch.setattr(engine_finetune, "evaluate_model", lambda *a, **k: evaluated.append(a) or evaluate(*a, **k))
     out = shutil.copytree(complete[0], tmp_path / "out")
     run(data, model, out, ALL_BUT_C)
     assert not evaluated
@@ -170,7 +170,7 @@ def test_processes_agree(data, model, complete, tmp_path):
 
 def test_wrong_commands_are_one_line(data, model, capsys, monkeypatch, tmp_path):
     """A suite whose folder is wrong is found before the others are evaluated."""
-    monkeypatch.setattr(engine_finetune, "evaluate", None)
+    monkeypatch.setattr(engine_finetune, "evaluate_model", None)
     painted.paint(tmp_path / "more" / "n01440764", "a.JPEG", 0)
     painted.paint(tmp_path / "more" / "goldfish", "b.JPEG", 1)
     shutil.copytree(data / "imagenet-c", tmp_path / "c", symlinks=True)

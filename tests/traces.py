@@ -151,20 +151,20 @@ def functions_of_mask_ratio(images: Path, out: Path) -> list[Function]:
 def functions_of_image(images: Path, out: Path) -> list[Function]:
     """Returns the functions that an image passes before the model in main_pretrain.py."""
     import main_pretrain
-    from mae.training import loop
+    from mae.training.loop import Trainer
 
     run = settings(main_pretrain, *SMALL, "--model", "mae_vit_mini_patch4", "--data_path", images, "--output_dir", out,
                    "--vis_every", 0)  # fmt: skip
-    trace, run_epoch = BatchTrace(), loop.run_epoch
+    trace, fit = BatchTrace(), Trainer.fit
 
     def traced(*arguments: Any, **options: Any) -> Any:
-        return trace.run(lambda: run_epoch(*arguments, **options))
+        return trace.run(lambda: fit(*arguments, **options))
 
-    loop.run_epoch = traced
+    Trainer.fit = traced  # type: ignore[method-assign]
     try:
         main_pretrain.main(run)
     finally:
-        loop.run_epoch = run_epoch
+        Trainer.fit = fit  # type: ignore[method-assign]
     return list(trace.functions)
 
 

@@ -26,7 +26,7 @@ MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share indicates anoth
 
 
 class TrainLoader:
-    """Batches for `loop.run_epoch`.
+    """Batches of training, for a `loop.Trainer`.
 
     It logs each image that can't be read once, and their number at the end of the epoch.
 

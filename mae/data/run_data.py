@@ -14,6 +14,7 @@ from mae.data.open import open_source
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
+from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class RunData:
     ) -> None:  # fmt: skip
         self.images = images
         self.data = data
+        self.device = device
         self.source = source
         self.interrupted_images = interrupted_images
         self.spares_stand_in = spares_stand_in
@@ -51,6 +53,10 @@ class RunData:
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
+
+    def blank_image(self) -> torch.Tensor:
+        """Returns a batch of one image (1, c, H, W) of zeros, on the device."""
+        return torch.zeros(1, self.images.in_chans, *to_pair(self.images.input_size), device=self.device)
 
     def open_split(self, split: str, reads_labels: bool = True, masks: "MaskFormat | None" = None) -> Source | Stream:
         """Opens the dataset of a split, "train" or "val".

@@ -30,7 +30,7 @@ SAVE_EVERY = 20  # batches between updates of the progress
 
 
 class FeatureBatches(Epochs):
-    """Batches of stored features for `loop.run_epoch`, with the interface of `TrainLoader`.
+    """Batches of stored features for a `loop.Trainer`, with the interface of `TrainLoader`.
 
     Every process has the features of its part of the images, and permutes them by (seed, epoch, rank). The images of an
     update therefore depend on the number of processes, and a run resumes within an epoch with the same number only.
@@ -62,6 +62,10 @@ class FeatureBatches(Epochs):
     def counts(self) -> dict[str, int]:
         """Returns no counts: no images are read."""
         return {}
+
+    def image_names(self) -> bytes:
+        """Returns no names: a resumed run compares the `fingerprint`."""
+        return b""
 
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors

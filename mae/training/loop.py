@@ -1,153 +1,162 @@
-"""The training loop. All engines use it, and add the loss of a batch."""
+"""The training loop: epochs, updates and evaluations. It takes the loss of a batch, which the engines have."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae import parallel
-from mae.data.batches import prefetch
-from mae.data.item import Batch
+from mae.checkpoints.run_state import Progress
+from mae.training.callbacks import Callback, entries_after_epoch
 from mae.training.log import NullLog
-from mae.training.meters import Meters, Stopwatch
 from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
-from mae.training.transaction import Transaction
+from mae.training.transaction import Loader, Transaction, saved_if_it_raises
 
 Loss = Tensor | Mapping[str, Tensor]  # (), or its terms by name
 RESERVED = {"loss", "lr"}  # train_NAME in log.txt
 
 
-class Loader(Protocol):
-    """Batches of an epoch, such as `loader.TrainLoader`."""
-
-    images_per_iteration: int  # in the batches of all processes together
-
-    def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Sets the epoch and the first batch of the next iteration over this object."""
-
-    def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch."""
-
-    def __len__(self) -> int:
-        """Returns the number of iterations of an epoch."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches of this process."""
-
-
-class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
-    """Runs after every update, in every process. Checkpoints contain its state, and a resumed run restores it.
-
-    The state is a dict of tensors and plain values. The state of rank 0 is saved. A method `after_epoch(model, epoch,
-    log)` is optional. It is called after every epoch and its evaluation, and returns new entries of log.txt. Those
-    whose names start with test_ are also in TensorBoard. A run that stops meanwhile repeats the call, which must not
-    change the state.
-    """
-
-    def after_update(self, model: nn.Module, epoch: float) -> None:
-        """Called after the optimizer step; `epoch` is fractional: 1.5 is the middle of the second epoch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state that a checkpoint contains."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state of a checkpoint."""
-
-
-@dataclass(frozen=True)
-class EpochOptions:
-    """Arguments of `run_epoch` that do not depend on the engine."""
-
-    epoch: int
-    schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
-    precision: Precision
-    guard: NonFiniteGuard  # handles updates with a loss or gradient that is not finite
-    log: NullLog
-    saver: NullSaver
-    meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
-    first_iteration: int = 0  # iterations of this epoch that an earlier run completed; a multiple of `accum_iter`
-    accum_iter: int = 1  # iterations per update; divides the iterations of an epoch
-    clip_grad: float | None = None  # maximum global norm of the gradient
-    after_update: Callable[[float], None] = lambda epoch: None  # called with the fractional epoch
-
-
-def run_epoch(
-    compute_loss: Callable[[Any], Loss], model: nn.Module, loader: Loader, optimizer: Optimizer, options: EpochOptions
-) -> None:
-    """Trains for an epoch, or for the rest of an epoch. It waits for the device only to save a state.
+@dataclass
+class Trainer:
+    """Trains a model with a loss. `trainer.opened` makes one from the settings of a run.
 
     Args:
-        compute_loss: returns the loss () of a batch on the device, or its terms by name, whose sum is the loss.
-        model: the module whose gradients are averaged over the processes.
-        loader: the batches.
+        loss: function(model, batch) -> the loss () of a batch on the device, or its terms by name, whose sum is the
+            loss. It runs under autocast.
+        model: the module that `loss` calls. Its gradients are averaged over the processes.
+        model_without_ddp: the module that callbacks get, and whose weights checkpoints contain.
         optimizer: any; the host waits for the gradients of one that does not support `found_inf` (`Precision`).
-
-    Raises:
-        ValueError: as in `_forward_backward`.
-        NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
-        Interrupted: a signal stopped the run, and its state is saved.
+        schedule: sets the learning rate for a fractional epoch, and returns it.
+        progress: the position of the run.
+        guard: handles updates with a loss or gradient that is not finite.
+        epochs: number of epochs of the run.
+        accum_iter: iterations per update; divides the iterations of an epoch.
+        clip_grad: maximum global norm of the gradient.
+        callbacks: called after every update and every epoch, in this order.
     """
-    epoch, accum_iter, precision = options.epoch, options.accum_iter, options.precision
-    num_updates, rest = divmod(len(loader), accum_iter)
-    assert not rest, "an epoch is a whole number of updates"
-    stopwatch = Stopwatch(precision.device)
-    model.train()
-    with Transaction(model, options) as transaction:
-        loader.seek(epoch, options.first_iteration)
-        options.log.begin_epoch(epoch, options.first_iteration, len(loader), loader.images_per_iteration, stopwatch)
-        batches = stopwatch.watch(prefetch(loader, precision.device))
-        for iteration, batch in enumerate(batches, start=options.first_iteration):
-            update, position = divmod(iteration, accum_iter)
-            if position == 0:
-                lr = options.schedule(epoch + update / num_updates)
-                transaction.begin()
-            loader.seed_iteration(iteration)
-            is_last = position + 1 == accum_iter
-            transaction.add(_forward_backward(compute_loss, batch, accum_iter, model, precision, is_last))
-            if is_last:
-                transaction.prepare()
-                grad_norm = precision.step(optimizer, options.clip_grad)
-                transaction.commit(grad_norm, lr, epoch + (update + 1) / num_updates)
-        transaction.finish(stopwatch)
+
+    loss: Callable[[nn.Module, Any], Loss]
+    model: nn.Module
+    model_without_ddp: nn.Module
+    optimizer: Optimizer
+    batches: Loader
+    precision: Precision
+    schedule: Callable[[float], float]
+    progress: Progress
+    log: NullLog
+    saver: NullSaver
+    guard: NonFiniteGuard
+    epochs: int
+    accum_iter: int = 1
+    clip_grad: float | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        self.transaction = Transaction(
+            self.model, self.batches, self.precision.device, self.progress, self.log, self.saver, self.guard,
+            self.accum_iter, self.after_update,
+        )  # fmt: skip
+
+    def fit(
+        self,
+        evaluate: Callable[[int, NullLog], dict[str, Any]],
+        eval_every: int = 1,
+        selects: str = "",
+        lower_is_better: bool = False,
+        saves_first: bool = False,
+    ) -> None:
+        """Trains to the end of the last epoch. It waits for the device only to save a state.
+
+        Args:
+            evaluate: called with epoch and log every `eval_every` epochs, and after the last epoch. It returns entries
+                of log.txt.
+            selects: the entry of log.txt whose best state is saved as checkpoint-best.pth.
+            saves_first: the evaluation takes long and does not change the state. The state is saved before it, and a
+                signal ends it at once; a resumed run repeats it.
+
+        Raises:
+            TypeError, ValueError: as in `terms_of`.
+            NonFiniteLoss: `guard` ends the run. The non-finite updates did not change the weights.
+            Interrupted: a signal stopped the run, and its state is saved.
+        """
+        for epoch in range(self.progress.epoch, self.epochs):
+            is_last = epoch + 1 == self.epochs
+            self.model.train()
+            with self.transaction:
+                batches = self.transaction.batches()
+                for batch in batches:
+                    self.update(chain([batch], islice(batches, self.accum_iter - 1)))
+            meters = self.transaction.meters
+            with saved_if_it_raises(self.saver, epoch, len(self.batches), meters):
+                self.progress.next_epoch()
+                parallel.share_buffers(self.model_without_ddp)  # the statistics of batch norm differ between processes
+                results: dict[str, Any] = {}
+                if (epoch + 1) % eval_every == 0 or is_last:
+                    if saves_first:
+                        self.log.flush()
+                        self.saver.save(epoch, len(self.batches), meters.state_dict())
+                    with self.saver.interrupts.at_once() if saves_first else nullcontext():
+                        results = evaluate(epoch, self.log)
+                # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
+                entries = meters.means() | results | self.batches.counts()
+                further = entries_after_epoch(self.callbacks, self.model_without_ddp, epoch, self.log, entries)
+                self.log.end_epoch(entries | further)
+                score = results.get(selects)
+                self.saver.save_epoch(epoch, -score if score is not None and lower_is_better else score)
+                # A signal may have arrived during the evaluation or a write in one process.
+                stops = not is_last and any(parallel.gather(self.saver.interrupts.pending))
+            if stops:
+                self.saver.save(epoch + 1, 0, {})
+                self.saver.stop()
+
+    def update(self, batches: Iterable[Any]) -> None:
+        """Runs an update: the forward and backward passes of `accum_iter` batches, and the optimizer step."""
+        lr = self.schedule(self.transaction.epoch)
+        self.transaction.begin()
+        for number, batch in enumerate(batches, start=1):
+            self.transaction.seed()
+            with parallel.gradient_sync(self.model, enabled=number == self.accum_iter):
+                with self.precision.autocast():
+                    loss = self.loss(self.model, batch)
+                parts = {name: term / self.accum_iter for name, term in terms_of(loss).items()}
+                self.precision.backward(parts["loss"])
+            self.transaction.add(parts)
+        parallel.require_gradients(self.model)
+        self.transaction.prepare()
+        grad_norm = self.precision.step(self.optimizer, self.clip_grad)
+        self.transaction.commit(grad_norm, lr)
+
+    def after_update(self, epoch: float) -> None:
+        """Calls the callbacks after an update.
+
+        Args:
+            epoch: fractional; 1.5 is the middle of the second epoch.
+        """
+        for callback in self.callbacks:
+            callback.after_update(self.model_without_ddp, epoch)
 
 
-def _forward_backward(
-    compute_loss: Callable[[Any], Loss],
-    batch: Any,
-    accum_iter: int,
-    model: nn.Module,
-    precision: Precision,
-    is_last: bool,
-) -> dict[str, Tensor]:
-    """Runs an iteration, and returns its part of the loss of the update, and of the terms of the loss.
-
-    The last iteration of an update averages the gradients over the processes.
+def terms_of(loss: Loss) -> dict[str, Tensor]:
+    """Returns the loss () as "loss", and its terms by name, if it has any.
 
     Raises:
         TypeError: the loss or a term is not a tensor of shape ().
-        ValueError: a term has the name of another entry, or a parameter has no gradient (several processes).
+        ValueError: a term has the name of another entry of log.txt.
     """
-    with parallel.gradient_sync(model, enabled=is_last):
-        with precision.autocast():
-            result = compute_loss(batch)
-        terms = result if isinstance(result, Mapping) else {"loss": result}
-        for loss in terms.values():
-            if not isinstance(loss, Tensor) or loss.ndim:
-                kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
-        if terms is result:
-            if taken := RESERVED & terms.keys():
-                raise ValueError(
-                    f"the loss has a term {min(taken)}, which is another entry of log.txt: rename the term"
-                )
-            terms = {"loss": torch.stack([*terms.values()]).sum(), **terms}
-        parts = {name: loss / accum_iter for name, loss in terms.items()}
-        precision.backward(parts["loss"])
-    if is_last:
-        parallel.require_gradients(model)
-    return {name: part.detach() for name, part in parts.items()}
+    terms = loss if isinstance(loss, Mapping) else {"loss": loss}
+    for term in terms.values():
+        if not isinstance(term, Tensor) or term.ndim:
+            kind = f"tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
+    if terms is not loss:
+        return {**terms}
+    if taken := RESERVED & terms.keys():
+        raise ValueError(f"the loss has a term {min(taken)}, which is another entry of log.txt: rename the term")
+    return {"loss": torch.stack([*terms.values()]).sum(), **terms}

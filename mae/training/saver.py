@@ -31,7 +31,7 @@ class Request(IntEnum):
 
 
 class NullSaver:
-    """The saver of processes other than rank 0, which saves nothing. It is the interface that `loop.run_epoch` calls.
+    """The saver of processes other than rank 0, which saves nothing. It is the interface that a `loop.Trainer` calls.
 
     Args:
         interrupts: the signals to this process, which stop the run.
