@@ -134,10 +134,9 @@ def main(
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    batch_loss = partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
     with trainer.opened(
-        batch_loss, model, built, batches, precision, run.record(), run.optim, run.machine,
-        fingerprint(train, with_labels=True), callbacks=callbacks,
+        partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model, built, batches,
+        precision, run.record(), run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(

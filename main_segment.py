@@ -126,10 +126,9 @@ def main(
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    batch_loss = partial(loss, criterion=pixel_loss, normalize=data.normalize)
     with trainer.opened(
-        batch_loss, model, built, batches, precision, run.record(), run.optim, run.machine,
-        fingerprint(train, with_labels=True), callbacks=callbacks,
+        partial(loss, criterion=pixel_loss, normalize=data.normalize), model, built, batches, precision, run.record(),
+        run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, selects="test_miou", saves_first=True)
