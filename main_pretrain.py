@@ -80,14 +80,12 @@ def main(
 
     Args:
         args: the settings: a `Run`, or a Namespace, whose entries are explicit. Others are the defaults of the script.
-        model_class: class of the model, or a `partial` of it; a subclass changes the method. It is in place of
-            --model_class MODULE:CLASS.
+        model_class: class of the model, or a `partial` of it, in place of --model_class. A subclass changes the method.
         callbacks: called after every update and every epoch.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
-        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
-            --lr_schedule MODULE:FUNCTION.
+        lr_schedule: function(progress) -> factor of the learning rate after the warm-up, in place of --lr_schedule.
     """
     session = open_session(
         get_args_parser(), args, "main_pretrain", uses=INITIAL_WEIGHTS, source=source, model_class=model_class,
@@ -96,7 +94,6 @@ def main(
     run = session.run
     code = session.code
     precision = session.precision
-
     data = session.open_data()
     train = open_images(data, run.evaluation)  # first, because a large model takes long
     model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
@@ -105,8 +102,8 @@ def main(
         run = run.changed({"predicts_pixels": model.predicts_pixels})
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
-
-    samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, mask_ratio)
+    num_visible = masking.num_visible(model.num_patches, mask_ratio)
+    samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,
@@ -188,7 +185,7 @@ def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:
 
 def open_samples(
     data: RunData, source: Source | Stream, augmentation: AugmentationSpec, draw_noise: Callable[[], torch.Tensor],
-    model: models_mae.MaskedAutoencoderViT, mask_ratio: float,
+    model: models_mae.MaskedAutoencoderViT, num_visible: int,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid.
 
@@ -204,7 +201,7 @@ def open_samples(
     )  # fmt: skip
     patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
-    visible_patches = math.ceil(masking.num_visible(tokens, mask_ratio) * patches / tokens)
+    visible_patches = math.ceil(num_visible * patches / tokens)
     whole = transforms.eval_transform(images.input_size, crop=images.crop)
     augment, whole = (
         partial(
