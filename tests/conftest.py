@@ -50,7 +50,7 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
 
 SLOW = ("test_sharded", "test_compiling", "test_main_compare", "test_interrupts", "test_suites", "test_faults",
         "test_dist", "test_main_finetune", "test_submit", "test_export_accuracy",
-        "test_main_linprobe")  # fmt: skip
+        "test_main_linprobe", "test_timm_models", "test_tasks", "test_updates")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
