@@ -208,8 +208,8 @@ def own_module(tmp_path, monkeypatch):
         sys.modules.pop(file.stem, None)
 
 
-def pretraining(pictures: Path, folder: Path):
-    """Runs main_pretrain.py in this process with small settings; returns the output directory."""
+def pretraining(pictures: Path, folder: Path, main=main_pretrain.main):
+    """Runs main_pretrain.py, or another main, in this process with small settings; returns the output directory."""
 
     def run(name: str = "run", callbacks=(), of_main=None, **flags) -> Path:
         out = folder / name
@@ -218,7 +218,7 @@ def pretraining(pictures: Path, folder: Path):
             "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
             "device": "cpu", "amp": "off", "vis_every": 0,
         } | flags  # fmt: skip
-        main_pretrain.main(parse(main_pretrain, **settings), callbacks=callbacks, **(of_main or {}))
+        main(parse(main_pretrain, **settings), callbacks=callbacks, **(of_main or {}))
         return out
 
     return run

@@ -1,0 +1,15 @@
+"""The example of a training loop of one's own."""
+
+from conftest import pretraining
+from mains import assert_equal, lines, stop_and_resume, weights
+
+from examples import own_loop
+
+
+def test_it_trains_as_the_script_and_resumes_within_an_epoch(pictures, tmp_path, monkeypatch):
+    whole = pretraining(pictures, tmp_path)("whole")
+    run = pretraining(pictures, tmp_path, main=own_loop.main)
+    assert_equal(weights(run("own")), weights(whole))
+    parts = stop_and_resume(monkeypatch, run, 3)  # an epoch has six updates
+    assert_equal(weights(parts), weights(whole))
+    assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
