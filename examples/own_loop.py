@@ -10,6 +10,7 @@ order of backward passes, several steps. It has one iteration an update, and no 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples run from a clone
@@ -45,8 +46,8 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
     optimizer = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups, betas=main_pretrain.BETAS)
 
     with trainer.opened(
-        loss, model, optimizer, batches, precision, run.record(), run.optim, run.machine,
-        fingerprint(train, with_labels=False), callbacks=callbacks,
+        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, optimizer, batches, precision,
+        run.record(), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
     ) as training:  # fmt: skip
         for epoch in range(training.progress.epoch, training.epochs):
             training.model.train()
@@ -56,7 +57,7 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
                     transaction.begin()
                     transaction.seed()
                     with precision.autocast():
-                        value = loss(training.model, batch, mask_ratio=mask_ratio, normalize=data.normalize)
+                        value = training.loss(training.model, batch)
                     terms = terms_of(value)
                     precision.backward(terms["loss"])
                     transaction.add(terms)
