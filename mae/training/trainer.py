@@ -165,7 +165,8 @@ def _open_log(
 def _require_usable(
     model: nn.Module, record: dict[str, Any], callbacks: Sequence[Callback], lr_schedule: lr_sched.Schedule | None
 ) -> None:
-    if (name := record.get("lr_schedule")) and lr_schedule is None:  # a file can't make a program import code
+    name = record.get("lr_schedule") or ""
+    if ":" in name and lr_schedule is None:  # a file can't make a program import code
         raise ValueError(f"the resumed run has a schedule of its own: give lr_schedule={name}")
     if callbacks and parallel.is_sharded(model):
         raise ValueError("`fsdp` can't save the state of callbacks: omit `fsdp` or the callbacks")
