@@ -76,11 +76,11 @@ FLAGS = {
     "transform": ("--dataset", "py:slips:transformed"), "target": ("--model_class", "slips:OfTarget"),
 }  # fmt: skip
 OF_PROJECT = {  # a line of a file, and the slip below it
-    "models_mae.py": (
-        '        target, valid = self.target(imgs, **context), context.get("valid")\n',
-        "        a, b = imgs.shape",
+    "models_mae.py": ("        target = self.target(imgs, **context)\n", "        a, b = imgs.shape"),
+    "engine_pretrain.py": (
+        '        normalize: images -> the input of the model, on the device.\n    """\n',
+        "    1 / 0",
     ),
-    "engine_pretrain.py": ("    def compute_loss(batch: Any) -> Tensor:\n", "        1 / 0"),
     "main_pretrain.py": ("    model.to(precision.device)\n", "    {}['key']"),
 }
 
