@@ -148,6 +148,32 @@ def functions_of_mask_ratio(images: Path, out: Path) -> list[Function]:
     return trace.run(lambda: main_pretrain.main(run, callbacks=[FirstUpdate()]))
 
 
+def functions_to_backward(images: Path, out: Path) -> list[Function]:
+    """Returns the functions below `main` that are active when `Tensor.backward` is called in main_pretrain.py."""
+    import main_pretrain
+
+    run = settings(main_pretrain, *SMALL, "--model", "mae_vit_mini_patch4", "--data_path", images, "--output_dir", out)
+    backward = torch.Tensor.backward
+    found: list[Function] = []
+
+    def traced(*arguments: Any, **options: Any) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame and frame.f_code is not main_pretrain.main.__code__:
+            if frame.f_code.co_filename.startswith(str(ROOT)):
+                found.insert(0, (str(Path(frame.f_code.co_filename).relative_to(ROOT)), frame.f_code.co_qualname))
+            frame = frame.f_back
+        raise Stopped
+
+    torch.Tensor.backward = traced  # type: ignore[method-assign]
+    try:
+        main_pretrain.main(run)
+    except Stopped:
+        pass
+    finally:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+    return found
+
+
 def functions_of_image(images: Path, out: Path) -> list[Function]:
     """Returns the functions that an image passes before the model in main_pretrain.py."""
     import main_pretrain
@@ -233,6 +259,7 @@ def report() -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for title, functions in (
             ("functions that receive mask_ratio", functions_of_mask_ratio(images, folder / "ratio")),
+            ("functions from main to backward", functions_to_backward(images, folder / "backward")),
             ("functions that an image passes before the model", functions_of_image(images, folder / "image")),
             ("functions that receive a file of --finetune", functions_of_weights(images, folder / "weights")),
         ):
