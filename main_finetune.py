@@ -15,21 +15,17 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import mae.build
 import models_vit
-from engine_finetune import (
-    evaluate_model,
-    evaluate_suites,
-    load_for_evaluation,
-    loss,
-    open_labelled,
-    report_scores,
-)
+from engine_finetune import evaluate_model, loss
+from mae.checkpoints.checkpoint import compute_digest
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.fingerprint import fingerprint
@@ -37,16 +33,19 @@ from mae.data.labels import has_ids
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
-from mae.session import CLASSIFIER, open_session
-from mae.settings import Run
+from mae.evaluate.imagenet import require_imagenet
+from mae.evaluate.report import report_scores
+from mae.session import CLASSIFIER, Session, open_session
+from mae.settings import Run, names_with
 from mae.settings.choices import CLASSIFICATION
+from mae.settings.fields import IMAGES, MODEL
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
+from mae.training.labelled import load_for_evaluation, open_labelled
 from mae.training.log import NullLog
 from mae.training.mixup import make_erasing, make_mixup
 from mae.training.optimizers import param_groups_lrd
-from mae.training.precision import Precision
 from mae.weights import loading
 
 logger = logging.getLogger(__name__)
@@ -100,8 +99,7 @@ def main(
 
     build = partial(mae.build.classifier, encoder=session.code.encoder)
     if run.evaluation.eval and file:
-        crop_pct = run.images.crop_pct if "crop_pct" in session.explicit else None
-        return evaluate_file(run, data, file, precision, build, crop_pct)
+        return evaluate_file(session, data, file, build)
 
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     classes = train.classes
@@ -160,32 +158,58 @@ def build_model(
 
 
 def evaluate_file(
-    run: Run,
-    data: RunData,
-    file: loading.Weights,
-    precision: Precision,
-    build: Callable[..., nn.Module],
-    crop_pct: float | None = None,
+    session: Session, data: RunData, file: loading.Weights, build: Callable[..., nn.Module]
 ) -> tasks.Evaluation | None:
-    """Evaluates the classifier of a file on the validation set; with --suite, on these suites, and returns None.
-
-    Args:
-        crop_pct: as in `evaluate_suites`.
-    """
+    """Evaluates the classifier of a file on the validation set; with --suite, on these suites, and returns None."""
+    run = session.run
+    test = partial(evaluate_model, normalize=data.normalize, precision=session.precision.of_evaluation())
     if run.evaluation.suite:
-        evaluate_suites(build, run, file, data, precision.of_evaluation(), crop_pct)
+        evaluate_suites(session, data, file, build, test)
         return None
-    model, val = load_for_evaluation(build, run, file, data)
-    model.to(precision.device)
+    model, val = load_for_evaluation(build, run.model, file, data)
+    model.to(session.precision.device)
     if run.machine.compile:
-        compile_model(model, precision.device, freeze_weights=True)
+        compile_model(model, session.precision.device, freeze_weights=True)
     batches = data.eval_batches(val, run.optim.batch_size)
-    scores = evaluate_model(
-        model, batches, normalize=data.normalize, precision=precision.of_evaluation(),
-        task=tasks.task_of(file.settings | run.record(), val),
-    )  # fmt: skip
+    scores = test(model, batches, task=tasks.task_of(file.settings | run.record(), val))
     report_scores(scores, val.classes, run.evaluation.report)
     return scores
+
+
+def evaluate_suites(
+    session: Session, data: RunData, file: loading.Weights, build: Callable[..., nn.Module],
+    test: Callable[..., tasks.Evaluation],
+) -> None:  # fmt: skip
+    """Evaluates the classifier of a file on the robustness suites of --suite, and logs a table of the results.
+
+    Args:
+        test: evaluates a model on batches.
+
+    Raises:
+        ValueError: the classifier is not one of ImageNet-1K, or a folder is no folder of its suite.
+    """
+    from mae.evaluate import suites  # a training does not need it
+
+    run = session.run
+    device = session.precision.device
+    if unused := [f"`{name}`" for name in ("metric", "report", "dataset", "val_list", "val_fraction") if run[name]]:
+        logger.warning(f"no effect with `suite`: {' '.join(unused)}")
+    require_imagenet(file.settings, file.num_classes, file.origin)
+    crop_pct = run.images.crop_pct if "crop_pct" in session.explicit else None
+    opened = suites.open_suites(
+        run.evaluation.suite or (), run.data.data_path, run.evaluation.subset, crop_pct, run.images.crop_pct
+    )
+    model = build(replace(run.model, nb_classes=file.num_classes), run.images)
+    loading.load_classifier(model, file)
+    model.to(device)
+    record = {name: value for name, value in run.record().items() if name in names_with(MODEL, IMAGES)}
+    record |= {"precision": session.precision.of_evaluation().name, "subset": run.evaluation.subset}
+    record["weights"] = compute_digest(model.state_dict())
+    if run.machine.compile:
+        compile_model(model, device, freeze_weights=True)
+    evaluate_folder = partial(suites.evaluate_folder, model, data, run.optim.batch_size, test)
+    table = suites.evaluate(opened, evaluate_folder, record, Path(run.machine.output_dir))
+    logger.info(f"\n{table}")
 
 
 def augmentation(run: Run, mean: Sequence[float]) -> transforms.Transform:

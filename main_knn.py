@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import models_vit
-from engine_finetune import build_frozen, open_labelled
 from mae.cli import entry_point, options
 from mae.data import extras
 from mae.data.source import OpenDataset
@@ -30,6 +29,7 @@ from mae.files import results
 from mae.session import FEATURES, open_session
 from mae.settings import Run
 from mae.training.frozen_features import FrozenFeatures
+from mae.training.labelled import build_frozen, open_labelled
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def main(
     data = session.open_data(spares_stand_in=spares_stand_in)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = build_frozen(run, session.file, session.code.encoder, has_both=features is not None)
+    model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=features is not None)
     extras.require_fitting(model, train, val)
     model.to(device)
     frozen = FrozenFeatures(

@@ -29,16 +29,7 @@ from torch import Tensor, nn
 import mae.build
 import mae.probes
 import models_vit
-from engine_finetune import (
-    build_frozen,
-    evaluate_heads,
-    evaluate_model,
-    load_for_evaluation,
-    load_frozen,
-    loss,
-    open_labelled,
-    report_scores,
-)
+from engine_finetune import evaluate_heads, evaluate_model, loss
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
@@ -48,12 +39,14 @@ from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source
 from mae.evaluate import tasks
+from mae.evaluate.report import report_scores
 from mae.probes import pools_tokens
 from mae.session import PROBE, open_session
 from mae.settings import Run
 from mae.training import feature_files, trainer
 from mae.training.callbacks import Callback
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
+from mae.training.labelled import build_frozen, load_for_evaluation, load_frozen, open_labelled
 from mae.training.log import NullLog
 from mae.training.precision import Precision
 from mae.weights import loading
@@ -106,7 +99,7 @@ def main(
     if run.evaluation.eval and file:
         if run.machine.compile:
             logger.warning("`compile` has no effect with `eval`")
-        probe, val = load_for_evaluation(partial(mae.build.probe, encoder=encoder), run, file, data)
+        probe, val = load_for_evaluation(partial(mae.build.probe, encoder=encoder), run.model, file, data)
         encoded = encode_images(data, val, probe.to(precision.device), min(run.optim.batch_size, MAX_BATCH), precision)
         task = tasks.task_of(file.settings | run.record(), val)
         head = probe.get_submodule("head")
@@ -149,7 +142,7 @@ def train_probe(
     labelled = tasks.task_of(run.record(), val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     pools = kept is not None and not model.head_pools
-    frozen = build_frozen(run, file, encoder, has_both=True).to(device) if pools else model
+    frozen = build_frozen(run.model, run.images, file, encoder, has_both=True).to(device) if pools else model
     features = FrozenFeatures(
         run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,

@@ -24,7 +24,7 @@ import torch
 
 import mae.build
 import models_vit
-from engine_finetune import load_frozen, loss
+from engine_finetune import loss
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
 from mae import parallel
 from mae.cli import entry_point, options
@@ -42,6 +42,7 @@ from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
+from mae.training.labelled import load_frozen
 from mae.training.log import NullLog
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading, model_settings

@@ -15,7 +15,6 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from timm.data import RealLabelsImagenet
 
-import engine_finetune
 import main_finetune
 from mae.data.pixels import to_tensor
 from mae.evaluate import suites
@@ -142,8 +141,8 @@ def test_the_mean_corruption_error_is_relative_to_alexnet(complete):
 @pytest.mark.slow
 def test_finished_suites_are_not_evaluated_again(data, model, complete, monkeypatch, capsys, tmp_path):
     """The table has the published numbers. Other settings are other results."""
-    evaluated, evaluate = [], engine_finetune.evaluate_model
-    monkeypatch.setattr(engine_finetune, "evaluate_model", lambda *a, **k: evaluated.append(a) or evaluate(*a, **k))
+    evaluated, evaluate = [], main_finetune.evaluate_model
+    monkeypatch.setattr(main_finetune, "evaluate_model", lambda *a, **k: evaluated.append(a) or evaluate(*a, **k))
     out = shutil.copytree(complete[0], tmp_path / "out")
     run(data, model, out, ALL_BUT_C)
     assert not evaluated
@@ -170,7 +169,7 @@ def test_processes_agree(data, model, complete, tmp_path):
 
 def test_wrong_commands_are_one_line(data, model, capsys, monkeypatch, tmp_path):
     """A suite whose folder is wrong is found before the others are evaluated."""
-    monkeypatch.setattr(engine_finetune, "evaluate_model", None)
+    monkeypatch.setattr(main_finetune, "evaluate_model", lambda *_, **__: pytest.fail("a suite is evaluated"))
     painted.paint(tmp_path / "more" / "n01440764", "a.JPEG", 0)
     painted.paint(tmp_path / "more" / "goldfish", "b.JPEG", 1)
     shutil.copytree(data / "imagenet-c", tmp_path / "c", symlinks=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mae.evaluate import metrics, tables
+from mae import parallel
+from mae.evaluate import metrics, tables, tasks
 from mae.files import atomic, spreadsheet
 from mae.settings.choices import MULTILABEL, REGRESSION
 
@@ -15,6 +16,15 @@ logger = logging.getLogger(__name__)
 
 MOST_PAIRED = 10_000  # classes in a confusion matrix, which has 800 MB
 NAMED = 40  # largest number of classes with names at the axes of the picture
+
+
+def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> None:
+    """Logs the scores of a `tasks.Classification`, and writes the files of `report` to a folder."""
+    logger.info(str(scores))
+    tasks.warn_of_undefined(scores.scores())
+    if folder and parallel.is_main():
+        write_files = write_targets if isinstance(scores, tasks.TargetEvaluation) else write
+        write_files(Path(folder), classes, scores.labels, scores.predictions)
 
 
 def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from mae import parallel
+from mae.data import transforms
 from mae.data.kinds.archives import open_archive
 from mae.data.kinds.folders import find_files
 from mae.data.kinds.listing import Listing
 from mae.data.labels import Subset
+from mae.data.run_data import RunData
 from mae.data.source import evenly_spaced, first_few
 from mae.evaluate import tables, tasks
 from mae.evaluate.imagenet import NUM_CLASSES, synsets
@@ -134,6 +136,20 @@ def open_suite(entry: str, data_path: str | None, limit: int | None = None) -> S
     return Suite(name, path, sources, columns, answers, 1.0 if name == C else None)
 
 
+def open_suites(
+    entries: Sequence[str], data_path: str | None, limit: int | None, crop_pct: float | None, of_file: float | None
+) -> list[Suite]:
+    """Opens suites, as `open_suite`, with the crop ratio of their images.
+
+    Args:
+        crop_pct: the crop ratio, if it is explicit. Default: that of the file; of imagenet-c, whose images are center
+            crops, 1.
+        of_file: that of the file.
+    """
+    opened = [open_suite(entry, data_path, limit) for entry in entries]
+    return [suite._replace(crop_pct=crop_pct or suite.crop_pct or of_file) for suite in opened]
+
+
 def _variants(root: Path) -> dict[str, Path]:
     """Returns the folders of the variants of ImageNet-V2 that exist; `root` may be one of them."""
     found: dict[str, Path] = {}
@@ -210,7 +226,7 @@ def evaluate(
     """Evaluates the suites that have no results yet, and stores the results of each suite in suites.json.
 
     Args:
-        evaluate_source: evaluates the model on the images of a folder of a suite.
+        evaluate_source: evaluates the model on the images of a folder of a suite, such as `evaluate_folder`.
         record: what the results depend on besides the suite: the digest of the weights, the model, the precision.
         output_dir: folder of suites.json, whose keys are a suite and a digest of all that its results depend on.
 
@@ -237,6 +253,20 @@ def evaluate(
                     results.add({key: {"settings": settings, **result}})
             rows += _rows(suite, result)
     return tables.markdown(["suite", "images", "score", "this model", *MODELS], rows)
+
+
+def evaluate_folder(
+    model: torch.nn.Module, data: RunData, batch_size: int,
+    evaluate_model: Callable[[torch.nn.Module, Any], tasks.Evaluation], suite: Suite, source: Subset,
+) -> tasks.Evaluation:  # fmt: skip
+    """Evaluates a classifier of ImageNet-1K on the images of a folder of a suite, restricted to its classes.
+
+    Args:
+        evaluate_model: evaluates a model on batches.
+    """
+    transform = transforms.eval_transform(data.images.input_size, suite.crop_pct, data.images.crop)
+    batches = data.eval_batches(source, batch_size, transform=transform)
+    return evaluate_model(Restricted(model, suite.columns).to(data.normalize.std.device), batches)
 
 
 def _counts(suite: Suite) -> dict[str, int]:
