@@ -25,7 +25,6 @@ from torch import nn
 import mae.build
 import models_vit
 from engine_finetune import evaluate_model, loss
-from mae.checkpoints.checkpoint import compute_digest
 from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.fingerprint import fingerprint
@@ -36,15 +35,13 @@ from mae.evaluate import tasks
 from mae.evaluate.imagenet import require_imagenet
 from mae.evaluate.report import report_scores
 from mae.session import CLASSIFIER, Session, open_session
-from mae.settings import Run, names_with
-from mae.settings.choices import CLASSIFICATION
-from mae.settings.fields import IMAGES, MODEL
+from mae.settings import AugmentationSpec, ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
 from mae.training.labelled import load_for_evaluation, open_labelled
 from mae.training.log import NullLog
-from mae.training.mixup import make_erasing, make_mixup
+from mae.training.mixup import make_erasing, make_mixup, smoothing_of
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading
 
@@ -103,20 +100,21 @@ def main(
 
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     classes = train.classes
-    run = run.changed({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing_of(run)})
-    labels = tasks.task_of(run.record(), val, train)
+    smoothing = smoothing_of(run.optim.smoothing, run.images.task, "smoothing" in session.explicit)
+    record = session.record({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing})
+    labels = tasks.task_of(record, val, train)
     mixup = make_mixup(
-        run.augmentation, run.images.task, run.optim.class_weight, run.optim.smoothing, run.optim.batch_size,
+        run.augmentation, run.images.task, run.optim.class_weight, smoothing, run.optim.batch_size,
         len(classes), extras.shapes_of(train),
     )  # fmt: skip
     train, val = data.cached(train, val)
-    model = build_model(run, build, file, has_ids(train))
+    model = build_model(build, run.model, run.images, classes, file, has_ids(train))
     extras.require_fitting(model, train, val)
     model.to(precision.device)
 
-    augment = augmentation(run, data.statistics[0])
+    augment = augmentation(run.images, run.augmentation, data.statistics[0])
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
-    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=run.optim.smoothing)
+    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
     erase = make_erasing(run.augmentation, precision.device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
@@ -134,7 +132,7 @@ def main(
 
     with trainer.opened(
         partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model, built, batches,
-        precision, run.record(), run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
+        precision, record, run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(
@@ -144,15 +142,16 @@ def main(
 
 
 def build_model(
-    run: Run,
     build: Callable[..., models_vit.VisionTransformer],
+    spec: ModelSpec,
+    images: ImageSpec,
+    classes: Sequence[str],
     file: loading.Weights | None,
     has_ids: bool = False,
 ) -> models_vit.VisionTransformer:
     """Builds the classifier of a run, with the encoder of a file."""
-    spec, task = run.model, run.images.task
-    model = build(spec, run.images)
-    if file and not loading.load_encoder(model, file, spec.adapt_input, spec.classes, task, has_ids):
+    model = build(replace(spec, nb_classes=len(classes)), images)
+    if file and not loading.load_encoder(model, file, spec.adapt_input, classes, images.task, has_ids):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     return model
 
@@ -191,9 +190,7 @@ def evaluate_suites(
     from mae.evaluate import suites  # a training does not need it
 
     run = session.run
-    device = session.precision.device
-    if unused := [f"`{name}`" for name in ("metric", "report", "dataset", "val_list", "val_fraction") if run[name]]:
-        logger.warning(f"no effect with `suite`: {' '.join(unused)}")
+    suites.warn_of_unused(run.record())
     require_imagenet(file.settings, file.num_classes, file.origin)
     crop_pct = run.images.crop_pct if "crop_pct" in session.explicit else None
     opened = suites.open_suites(
@@ -201,39 +198,21 @@ def evaluate_suites(
     )
     model = build(replace(run.model, nb_classes=file.num_classes), run.images)
     loading.load_classifier(model, file)
-    model.to(device)
-    record = {name: value for name, value in run.record().items() if name in names_with(MODEL, IMAGES)}
-    record |= {"precision": session.precision.of_evaluation().name, "subset": run.evaluation.subset}
-    record["weights"] = compute_digest(model.state_dict())
+    model.to(session.precision.device)
+    record = suites.settings_of(model, run.record(), session.precision.of_evaluation().name)
     if run.machine.compile:
-        compile_model(model, device, freeze_weights=True)
+        compile_model(model, session.precision.device, freeze_weights=True)
     evaluate_folder = partial(suites.evaluate_folder, model, data, run.optim.batch_size, test)
     table = suites.evaluate(opened, evaluate_folder, record, Path(run.machine.output_dir))
     logger.info(f"\n{table}")
 
 
-def augmentation(run: Run, mean: Sequence[float]) -> transforms.Transform:
+def augmentation(images: ImageSpec, changes: AugmentationSpec, mean: Sequence[float]) -> transforms.Transform:
     """Returns the augmentation of the training images; `mean` fills areas that it leaves empty."""
-    images, changes = run.images, run.augmentation
     return transforms.finetune_transform(
         images.input_size, mean, changes.aa, changes.color_jitter, images.crop_scale, images.hflip, crop=images.crop,
         crop_ratio=images.crop_ratio, vflip=changes.vflip, rotate90=changes.rotate90,
     )  # fmt: skip
-
-
-def smoothing_of(run: Run) -> float:
-    """Returns the label smoothing of the training; 0 if the labels are not classes.
-
-    Raises:
-        ValueError: it is given, and the labels are not classes.
-    """
-    if run.images.task == CLASSIFICATION:
-        return run.optim.smoothing
-    if run.optim.smoothing and "smoothing" in run.explicit:
-        raise ValueError(
-            f"smoothing={run.optim.smoothing:g}: task={run.images.task} has no label smoothing: give smoothing=0"
-        )
-    return 0.0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,14 @@ from mae.data.source import OpenDataset, Source
 from mae.evaluate import tasks
 from mae.evaluate.report import report_scores
 from mae.probes import pools_tokens
-from mae.session import PROBE, open_session
-from mae.settings import Run
+from mae.session import PROBE, Session, open_session
+from mae.settings import ImageSpec, ModelSpec, OptimSpec, Run
 from mae.training import feature_files, trainer
 from mae.training.callbacks import Callback
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
 from mae.training.labelled import build_frozen, load_for_evaluation, load_frozen, open_labelled
 from mae.training.log import NullLog
 from mae.training.precision import Precision
-from mae.weights import loading
 
 logger = logging.getLogger(__name__)
 
@@ -108,50 +108,50 @@ def main(
         return
 
     with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
-        train_probe(run, data, file, precision, callbacks, encoder, features)
+        train_probe(session, data, callbacks, features)
 
 
-def train_probe(
-    run: Run, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
-    encoder: type[models_vit.Encoder] | None, kept: Path | None,
-) -> None:  # fmt: skip
+def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], kept: Path | None) -> None:
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
     The run directory must be locked. `kept` is as in `FrozenFeatures`.
     """
-    device = precision.device
-    rates = rates_of(run)
+    run = session.run
+    file = session.file
+    encoder = session.code.encoder
+    precision = session.precision
+    rates = rates_of(run.optim.blr)
     several = len(rates) > 1
     train, val, statistics = open_sets(data, run.model.nb_classes, several)
     classes = train.classes
-    run = run.changed({**probe_settings(run, file), "nb_classes": len(classes), "classes": classes, **statistics})
-    model = mae.build.probe(run.model, run.images, encoder)
-    load_frozen(model, file, run.model.adapt_input)
+    require_usable_batches(run.optim, rates)
+    facts = {"blr": rates if several else rates[0], "nb_classes": len(classes), "classes": classes, **statistics}
+    model = build_model(replace(run.model, nb_classes=len(classes)), run.images, encoder, file)
     extras.require_fitting(model, train, val)
-    model.to(device)
+    model.to(precision.device)
     heads, optimizer = make_heads(model, rates, run.optim.weight_decay)
     sets = {"val": val}
     if several:
         train, held_out = labels.hold_out(train, run.data.held_out, run.data.seed, f"held_out={run.data.held_out:g}")
-        run = run.changed({"train_images": labels.identity(train, len(train) + len(held_out))})
+        facts["train_images"] = labels.identity(train, len(train) + len(held_out))
         sets = {"held_out": held_out, "val": val}
         model.head = mae.probes.ParallelHeads(heads)
         logger.info(
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
-    labelled = tasks.task_of(run.record(), val, train)
+    record = session.record(facts)
+    labelled = tasks.task_of(record, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     pools = kept is not None and not model.head_pools
-    frozen = build_frozen(run.model, run.images, file, encoder, has_both=True).to(device) if pools else model
+    frozen = build_frozen(run.model, run.images, file, encoder, has_both=True).to(precision.device) if pools else model
     features = FrozenFeatures(
         run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,
     )  # fmt: skip
     passes = {name: features.open(name) for name in sets}
-
-    batches = open_batches(run, data, train, features)
+    batches = open_batches(run.optim, data, train, features)
     if several and precision.overflow_is_normal:  # the hooks of `make_heads` hide overflows from the loss scaler
-        precision = Precision("off", device)
+        precision = Precision("off", precision.device)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
@@ -165,14 +165,14 @@ def train_probe(
         (scores,) = test([heads[best]], passes["val"]())
         report_scores(scores, classes, run.evaluation.report)
         if several and parallel.is_main():
-            write_probe(model, heads[best], {**run.record(), "blr": rates[best]}, epoch)
+            write_probe(model, heads[best], {**record, "blr": rates[best]}, epoch)
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
     normalize = Tensor.float if run.data.cache_features else data.normalize
     if several:
         callbacks = [*callbacks, criterion]
     with trainer.opened(
-        partial(loss, criterion=criterion, normalize=normalize), model, optimizer, batches, precision, run.record(),
+        partial(loss, criterion=criterion, normalize=normalize), model, optimizer, batches, precision, record,
         run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks, loss_tag="loss",
         trained=model.head if run.data.cache_features else None, is_locked=True,
     ) as training:  # fmt: skip
@@ -180,6 +180,15 @@ def train_probe(
             evaluate_epoch, run.evaluation.eval_every, selects=labelled.selects,
             lower_is_better=labelled.lower_is_better, saves_first=not features.are_stored,
         )  # fmt: skip
+
+
+def build_model(spec: ModelSpec, images: ImageSpec, encoder: type[models_vit.Encoder] | None, file: Any) -> Any:
+    """Builds the probe of a run, with the encoder of a file."""
+    if pools_tokens(spec.probe) and file and "fc_norm.weight" in file.tensors:
+        spec = replace(spec, global_pool=True)  # `probe` raises the error; `load_frozen` would ask for the flag first
+    model = mae.build.probe(spec, images, encoder)
+    load_frozen(model, file, spec.adapt_input)
+    return model
 
 
 def open_sets(data: RunData, nb_classes: int | None, several: bool) -> tuple[Source, Source, dict[str, Any]]:
@@ -192,48 +201,34 @@ def open_sets(data: RunData, nb_classes: int | None, several: bool) -> tuple[Sou
     return train, val, statistics
 
 
-def rates_of(run: Run) -> list[float]:
+def rates_of(blr: float | list[float] | None) -> list[float]:
     """Returns the base learning rates. Checkpoints record a single rate as a number."""
-    blr = run.optim.blr
     assert blr is not None, "it has a default"
     return blr if isinstance(blr, list) else [blr]
 
 
-def probe_settings(run: Run, file: loading.Weights | None) -> dict[str, Any]:
-    """Returns the settings that the probe of the encoder of a file determines, as checkpoints record them.
-
-    Raises:
-        ValueError: there are several rates, and a flag that is not about a single head; or a batch is one image.
-    """
-    rates = rates_of(run)
-    several = len(rates) > 1
+def require_usable_batches(optim: OptimSpec, rates: Sequence[float]) -> None:
+    """Raises ValueError if there are several rates and a setting of a single head, or if a batch is one image."""
     for name in ("lr", "clip_grad", "min_lr"):  # clip_grad: the norm of all heads; min_lr: of the largest rate
-        if several and run[name]:
-            raise ValueError(
-                f"{name}={run[name]:g} is for a single rate, and `blr` has {len(rates)} values; omit `{name}`"
-            )
-    if run.optim.batch_size == 1:
+        value = getattr(optim, name)
+        if len(rates) > 1 and value:
+            raise ValueError(f"{name}={value:g} is for a single rate, and `blr` has {len(rates)} values; omit `{name}`")
+    if optim.batch_size == 1:
         raise ValueError("batch_size=1: the batch norm of a probe needs several images; give batch_size=2 or more")
-    settings: dict[str, Any] = {"blr": rates if several else rates[0]}
-    if pools_tokens(run.model.probe) and file and "fc_norm.weight" in file.tensors:
-        settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
-    return settings
 
 
-def open_batches(run: Run, data: RunData, train: Any, features: FrozenFeatures) -> Any:
+def open_batches(optim: OptimSpec, data: RunData, train: Any, features: FrozenFeatures) -> Any:
     """Returns the batches of stored features or of images, and warns if the run has fewer than MIN_UPDATES updates."""
-    updates = run.optim.epochs * sampler.updates_per_epoch(len(train), run.optim.batch_size, run.optim.accum_iter)
+    updates = optim.epochs * sampler.updates_per_epoch(len(train), optim.batch_size, optim.accum_iter)
     if updates < MIN_UPDATES:
         logger.warning(
-            f"{updates} updates are few for {run.optim.epochs} epochs of {len(train):,} images, and the head may not "
-            f"learn: lower batch_size={run.optim.batch_size}, or increase `epochs`"
+            f"{updates} updates are few for {optim.epochs} epochs of {len(train):,} images, and the head may not "
+            f"learn: lower batch_size={optim.batch_size}, or increase `epochs`"
         )
-    if run.data.cache_features:
-        return feature_files.FeatureBatches(
-            *features.load("train"), run.optim.batch_size, run.data.seed, run.optim.accum_iter
-        )
-    augment = transforms.probe_transform(run.images.input_size, run.images.crop, run.images.hflip)
-    return data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
+    if data.data.cache_features:
+        return feature_files.FeatureBatches(*features.load("train"), optim.batch_size, data.data.seed, optim.accum_iter)
+    augment = transforms.probe_transform(data.images.input_size, data.images.crop, data.images.hflip)
+    return data.train_batches(train, augment, optim.batch_size, optim.accum_iter)
 
 
 def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:

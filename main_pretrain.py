@@ -98,8 +98,8 @@ def main(
     train = open_images(data, run.evaluation)  # first, because a large model takes long
     model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
     session.file = None  # its memory
-    if not code.has_published_model:  # for programs that read the checkpoints, and do not have the class
-        run = run.changed({"predicts_pixels": model.predicts_pixels})
+    # Programs that read the checkpoints do not have the class.
+    facts = {} if code.has_published_model else {"predicts_pixels": model.predicts_pixels}
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
@@ -128,8 +128,8 @@ def main(
         return {}
 
     with trainer.opened(
-        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision, run.record(),
-        run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
+        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision,
+        session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
     ) as training:  # fmt: skip
         training.fit(after_epoch, run.evaluation.eval_every, selects="test_acc1")

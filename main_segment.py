@@ -15,6 +15,7 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
-from mae.session import SEGMENTER, open_session
+from mae.session import SEGMENTER, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
@@ -88,10 +89,10 @@ def main(
     file = session.file
     encoder = session.code.encoder
     precision = session.precision
-    evaluated = file if run.evaluation.eval else None
-    run = run.changed(pair_settings(run.model, run.images, run.data.dataset, evaluated))
-    classes, images = run.model.classes, run.images
-    assert classes is not None and images.short_side is not None, "set by `pair_settings`"
+    facts = pair_settings(run.model, run.images, run.data.dataset, file if run.evaluation.eval else None)
+    classes = facts["classes"]
+    spec = replace(run.model, nb_classes=len(classes))
+    images = replace(run.images, colors=facts["colors"], short_side=facts["short_side"])
     data = session.open_data(images)
     evaluation = partial(
         evaluate, normalize=data.normalize, precision=precision.of_evaluation(), num_classes=len(classes),
@@ -100,20 +101,20 @@ def main(
 
     if run.evaluation.eval and file:
         val = open_split(data, "val", classes)  # first, because a large model takes long
-        model = mae.build.segmenter(run.model, run.images, encoder)
-        return evaluate_file(run, data, file, model, precision.device, val, evaluation)
+        model = mae.build.segmenter(spec, images, encoder)
+        return evaluate_file(session, data, file, model, val, evaluation)
 
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.check_statistics(train)
     if parallel.is_main():
         warn_of_lacking_classes(first_classes(train), classes, f"{min(len(train), MASKS_READ)} training")
-    model = mae.build.segmenter(run.model, run.images, encoder)
+    model = mae.build.segmenter(spec, images, encoder)
     if file or not (run.machine.finetune or run.model.unfreeze_blocks == "all"):
         load_frozen(model, file, run.model.adapt_input, classes)
     extras.require_fitting(model, train, val)
     model.to(precision.device)
     augment = transforms.segmentation_transform(
-        images.input_size, images.short_side, run.augmentation.scale, images.hflip, data.statistics[0]
+        images.input_size, facts["short_side"], run.augmentation.scale, images.hflip, data.statistics[0]
     )
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
@@ -128,8 +129,8 @@ def main(
         return {**scores.stats(), "n_parameters": num_parameters}
 
     with trainer.opened(
-        partial(loss, criterion=pixel_loss, normalize=data.normalize), model, built, batches, precision, run.record(),
-        run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
+        partial(loss, criterion=pixel_loss, normalize=data.normalize), model, built, batches, precision,
+        session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, selects="test_miou", saves_first=True)
@@ -137,17 +138,18 @@ def main(
 
 
 def evaluate_file(
-    run: Run, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, val: Source,
+    session: Session, data: RunData, file: loading.Weights, model: Segmenter, val: Source,
     evaluation: Callable[..., Scores],
 ) -> Scores:  # fmt: skip
     """Evaluates the segmentation model of a file on the validation set."""
+    device = session.precision.device
     loading.load_classifier(model, file)
     model.to(device)
-    if run.machine.compile:
+    if session.run.machine.compile:
         compile_model(model, device, freeze_weights=True)
     extras.require_fitting(model, val)
     scores = evaluation(model, eval_batches(data, val))
-    report_scores(scores, val.classes, run.evaluation.report)
+    report_scores(scores, val.classes, session.run.evaluation.report)
     return scores
 
 

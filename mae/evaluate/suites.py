@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mae import parallel
+from mae.checkpoints.checkpoint import compute_digest
 from mae.data import transforms
 from mae.data.kinds.archives import open_archive
 from mae.data.kinds.folders import find_files
@@ -27,6 +28,8 @@ from mae.evaluate import tables, tasks
 from mae.evaluate.imagenet import NUM_CLASSES, synsets
 from mae.files import locks
 from mae.files.results import Results
+from mae.settings import fields as roles
+from mae.settings import names_with
 from mae.settings.choices import SUITES
 from mae.suggestions import did_you_mean
 
@@ -217,6 +220,20 @@ def _with_real_labels(files: Listing, path: Path, limit: int | None) -> tuple[Su
     return Subset(files, chosen), [labels[names[index]] for index in chosen]
 
 
+def warn_of_unused(settings: Mapping[str, Any]) -> None:
+    """Logs a warning that names the settings of a run that have no effect on suites."""
+    names = ("metric", "report", "dataset", "val_list", "val_fraction")
+    if unused := [f"`{name}`" for name in names if settings.get(name)]:
+        logger.warning(f"no effect with `suite`: {' '.join(unused)}")
+
+
+def settings_of(model: torch.nn.Module, settings: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """Returns what results depend on besides the suite: settings of the run, and a digest of the weights."""
+    names = [*names_with(roles.MODEL, roles.IMAGES), "subset"]
+    found = {name: settings[name] for name in names if name in settings}
+    return {**found, "precision": precision, "weights": compute_digest(model.state_dict())}
+
+
 def evaluate(
     suites: Sequence[Suite],
     evaluate_source: Callable[[Suite, Subset], tasks.Evaluation],
@@ -227,7 +244,7 @@ def evaluate(
 
     Args:
         evaluate_source: evaluates the model on the images of a folder of a suite, such as `evaluate_folder`.
-        record: what the results depend on besides the suite: the digest of the weights, the model, the precision.
+        record: what the results depend on besides the suite, as `settings_of`.
         output_dir: folder of suites.json, whose keys are a suite and a digest of all that its results depend on.
 
     Returns:

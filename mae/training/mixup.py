@@ -1,4 +1,4 @@
-"""Augmentations of a batch in fine-tuning: random erasing, mixup and cutmix of timm."""
+"""What changes the images and targets of a batch in fine-tuning: random erasing, mixup and cutmix, label smoothing."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -62,3 +62,16 @@ def make_mixup(
         label_smoothing=smoothing,
         num_classes=num_classes,
     )
+
+
+def smoothing_of(smoothing: float, task: str, is_explicit: bool) -> float:
+    """Returns the label smoothing of the training; 0 if the labels are not classes.
+
+    Raises:
+        ValueError: it is given, and the labels are not classes.
+    """
+    if task == CLASSIFICATION:
+        return smoothing
+    if smoothing and is_explicit:
+        raise ValueError(f"smoothing={smoothing:g}: task={task} has no label smoothing: give smoothing=0")
+    return 0.0
