@@ -35,7 +35,8 @@ def loss(
         erase: random erasing of normalized images.
         mixup: timm's mixup and cutmix.
     """
-    images, targets = batch.normalized(normalize), batch.labels
+    images = batch.normalized(normalize)
+    targets = batch.labels
     if erase is not None:
         images = erase(images)
     if mixup is not None:
@@ -98,7 +99,8 @@ def evaluate(data_loader: Any, model: nn.Module, device: torch.device | str) -> 
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top 1, top 5, images
     for batch in data_loader:
-        images, targets = batch[0].to(device), batch[-1].to(device)
+        images = batch[0].to(device)
+        targets = batch[-1].to(device)
         with torch.autocast("cuda", enabled=device.type == "cuda"):
             outputs = model(images)
         outputs = outputs.float()
@@ -140,7 +142,9 @@ def evaluate_heads(
     task: Classification | None = None,
 ) -> list[Any]:
     """Evaluates several models in one pass, as `evaluate_model` does."""
-    task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
+    task = task or Classification()
+    columns = [list[tuple[Tensor, ...]]() for _ in models]
+    num_outputs = 0
     forwards = [padded(model.eval(), model) for model in models]
     for loaded in prefetch(data_loader, precision.device):
         batch = Batch(*loaded)

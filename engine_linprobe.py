@@ -91,7 +91,9 @@ class HeadLosses:
     def after_update(self, model: nn.Module, epoch: float) -> None:
         """Adds the mean over the batches of an update: the sums do not depend on the number of batches."""
         if self.epoch != math.ceil(epoch):
-            self.epoch, self.batches, self.sums = math.ceil(epoch), 0, None
+            self.epoch = math.ceil(epoch)
+            self.batches = 0
+            self.sums = None
         if self.of_update:
             mean = torch.stack(self.of_update).mean(dim=0)
             self.sums = mean if self.sums is None else self.sums.to(mean) + mean
@@ -104,7 +106,9 @@ class HeadLosses:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the sums."""
-        self.epoch, self.batches, self.sums = state_dict["epoch"], state_dict["batches"], state_dict["sums"]
+        self.epoch = state_dict["epoch"]
+        self.batches = state_dict["batches"]
+        self.sums = state_dict["sums"]
 
     def means(self) -> tuple[list[float], list[float]]:
         """Returns the mean loss of each head over its finite batches of the epoch, and the share of these batches.

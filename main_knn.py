@@ -74,14 +74,16 @@ def main(
         run.model, data, model, precision, {"train": train, "val": val}, run.optim.batch_size,
         Path(run.machine.output_dir), kept=features,
     )  # fmt: skip
-    bank, queries = frozen.load("train"), frozen.load("val")
+    bank = frozen.load("train")
+    queries = frozen.load("val")
     del model, frozen  # to free its memory
     found = predict(
         *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=run.evaluation.k,
         temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=device,
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
-    name, scores = task.selects.removeprefix("test_"), {pair: scores_of(own) for pair, own in evaluations.items()}
+    name = task.selects.removeprefix("test_")
+    scores = {pair: scores_of(own) for pair, own in evaluations.items()}
     values = {pair: own[name] for pair, own in scores.items()}
     report(scores, list(values)[tasks.best_of([*values.values()], task.lower_is_better)])
     return values

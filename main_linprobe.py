@@ -117,8 +117,6 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     The run directory must be locked. `kept` is as in `FrozenFeatures`.
     """
     run = session.run
-    file = session.file
-    encoder = session.code.encoder
     precision = session.precision
     rates = rates_of(run.optim.blr)
     several = len(rates) > 1
@@ -126,7 +124,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     classes = train.classes
     require_usable_batches(run.optim, rates)
     facts = {"blr": rates if several else rates[0], "nb_classes": len(classes), "classes": classes, **statistics}
-    model = build_model(replace(run.model, nb_classes=len(classes)), run.images, encoder, file)
+    model = build_model(replace(run.model, nb_classes=len(classes)), run.images, session.code.encoder, session.file)
     extras.require_fitting(model, train, val)
     model.to(precision.device)
     heads, optimizer = make_heads(model, rates, run.optim.weight_decay)
@@ -142,8 +140,10 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     record = session.record(facts)
     labelled = tasks.task_of(record, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
-    pools = kept is not None and not model.head_pools
-    frozen = build_frozen(run.model, run.images, file, encoder, has_both=True).to(precision.device) if pools else model
+    frozen = model
+    if kept is not None and not model.head_pools:
+        frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=True)
+        frozen.to(precision.device)
     features = FrozenFeatures(
         run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,
@@ -152,11 +152,12 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     batches = open_batches(run.optim, data, train, features)
     if several and precision.overflow_is_normal:  # the hooks of `make_heads` hide overflows from the loss scaler
         precision = Precision("off", precision.device)
-    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
+    criterion = HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         """Evaluates the head with the best score on the held-out images."""
-        best, best_rate = 0, dict[str, float]()
+        best = 0
+        best_rate = dict[str, float]()
         if several:
             held_out = [scores.stats()[labelled.selects] for scores in test(heads, passes["held_out"]())]
             best = tasks.best_of(held_out, labelled.lower_is_better)
@@ -166,7 +167,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
         report_scores(scores, classes, run.evaluation.report)
         if several and parallel.is_main():
             write_probe(model, heads[best], {**record, "blr": rates[best]}, epoch)
-        return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
+        return {**scores.stats(), **best_rate, "n_parameters": sum(p.numel() for p in heads[0].parameters())}
 
     normalize = Tensor.float if run.data.cache_features else data.normalize
     if several:

@@ -199,7 +199,9 @@ def open_samples(
         images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
         vflip=augmentation.vflip, rotate90=augmentation.rotate90,
     )  # fmt: skip
-    patch_size, tokens = model.patch_embed.patch_size, model.num_patches  # a patch may have several tokens
+    # a patch may have several tokens
+    patch_size = model.patch_embed.patch_size
+    tokens = model.num_patches
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
     visible_patches = math.ceil(num_visible * patches / tokens)
     whole = transforms.eval_transform(images.input_size, crop=images.crop)

@@ -87,7 +87,6 @@ def main(
     )
     run = session.run
     file = session.file
-    encoder = session.code.encoder
     precision = session.precision
     facts = pair_settings(run.model, run.images, run.data.dataset, file if run.evaluation.eval else None)
     classes = facts["classes"]
@@ -101,14 +100,15 @@ def main(
 
     if run.evaluation.eval and file:
         val = open_split(data, "val", classes)  # first, because a large model takes long
-        model = mae.build.segmenter(spec, images, encoder)
+        model = mae.build.segmenter(spec, images, session.code.encoder)
         return evaluate_file(session, data, file, model, val, evaluation)
 
-    train, val = open_split(data, "train", classes), open_split(data, "val", classes)
+    train = open_split(data, "train", classes)
+    val = open_split(data, "val", classes)
     data.check_statistics(train)
     if parallel.is_main():
         warn_of_lacking_classes(first_classes(train), classes, f"{min(len(train), MASKS_READ)} training")
-    model = mae.build.segmenter(spec, images, encoder)
+    model = mae.build.segmenter(spec, images, session.code.encoder)
     if file or not (run.machine.finetune or run.model.unfreeze_blocks == "all"):
         load_frozen(model, file, run.model.adapt_input, classes)
     extras.require_fitting(model, train, val)
@@ -182,7 +182,8 @@ def pair_settings(
                 f"palette={images.palette} has the classes {', '.join(palette.names)}: give them the names and "
                 f"the order of the model: {', '.join(classes)}"
             )
-        classes, colors = palette.names, [value for color in palette.colors for value in color]
+        classes = palette.names
+        colors = [value for color in palette.colors for value in color]
     elif not classes and (dataset or "").startswith("VOCSegmentation"):
         classes = list(VOC)
     elif not classes and spec.nb_classes:

@@ -36,8 +36,12 @@ class TimmEncoder(VisionTransformer):
         import timm
 
         Encoder.__init__(self)  # the network takes the place of the parts of a VisionTransformer
-        self.name, self.in_chans = name, in_chans
-        self.global_pool, self.frozen, self.head_pools, self.num_classes = False, False, False, 0
+        self.name = name
+        self.in_chans = in_chans
+        self.global_pool = False
+        self.frozen = False
+        self.head_pools = False
+        self.num_classes = 0
         require_name(name)
         self.net = timm.create_model(name)
         self.net.reset_classifier(0)

@@ -105,7 +105,8 @@ def our_features(
 ) -> float:
     """`python -m mae.inference.features`, which also writes them."""
     source: Any = open_source(DataSpec(data_path=str(folder)), "train")
-    clocks, eval_loader = [], loader.eval_loader
+    clocks = []
+    eval_loader = loader.eval_loader
 
     def timed_loader(*parts: Any, **options: Any) -> Clock:
         clocks.append(Clock(eval_loader(*parts, **options), args))

@@ -126,7 +126,8 @@ def equality(task: Task) -> None:
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:
     """The norm of the difference, divided by the norm of the reference."""
-    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    ours = ours.detach().double().cpu()
+    reference = reference.detach().double().cpu()
     return float((ours - reference).norm() / reference.norm())
 
 
@@ -159,7 +160,8 @@ def compare_devices(task: Task) -> None:
     size = "base_patch16" if task.has_gpu else "mini_patch4"
     torch.manual_seed(0)
     model = getattr(models_mae, f"mae_vit_{size}")(norm_pix_loss=True)
-    imgs, noise = torch.randn(2, 3, *model.patch_embed.img_size), torch.rand(2, model.num_patches)
+    imgs = torch.randn(2, 3, *model.patch_embed.img_size)
+    noise = torch.rand(2, model.num_patches)
 
     def compute(device: torch.device, amp: str) -> tuple[Tensor, Tensor]:
         model.to(device).zero_grad()
@@ -183,7 +185,8 @@ def overflow(task: Task) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     precision = Precision("fp16", task.device)
     precision.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    imgs, changed = torch.randn(8, 3, 32, 32, device=task.device), []
+    imgs = torch.randn(8, 3, 32, 32, device=task.device)
+    changed = []
     for _ in range(40):
         before = model.decoder_pred.weight.detach().clone()
         with precision.autocast():

@@ -42,7 +42,9 @@ def training(task: Task) -> None:
     kind, size, compared_at = TRAINING[task.name]
     batches = BATCHES
     if not task.has_gpu:
-        size, batches, compared_at = TINY, (2,), 2
+        size = TINY
+        batches = (2,)
+        compared_at = 2
     update = partial(train_step.update, kind, size=size, precision=Precision("bf16", task.device))
     others = [way for way in PEERS if task.has_gpu or "eager" in way] if kind == "pretrain" else []
     if not task.has_gpu and kind == "pretrain":
@@ -57,7 +59,8 @@ def training(task: Task) -> None:
     flops = model_table.training_flops(size) if kind == "pretrain" else 3 * model_table.classifier_flops(size)
     task.write(task=kind, size=size, flops_per_image=flops, compile_seconds=time.monotonic() - began)
     task.wait_for_turn()
-    cells, compared = list[dict[str, Any]](), dict[str, float]()
+    cells = list[dict[str, Any]]()
+    compared = dict[str, float]()
     for batch in batches:
         found = measure({" ".join(way): partial(update, *way, batch_size=batch) for way in ways[batch]}, task)
         for way, cell in found.items():
@@ -112,7 +115,8 @@ def measure(builds: Mapping[str, Callable[[], train_step.Step]], task: Task) -> 
 
 def loader(task: Task) -> None:
     """Images/s from JPEG files to batches, in one worker process and in one for each core."""
-    folder, cores = task.folder / "loader", os.cpu_count() or 1
+    folder = task.folder / "loader"
+    cores = os.cpu_count() or 1
     count = 24_000 if task.has_gpu else 6 * input_pipeline.BATCH
     image_sets.write_jpeg_files(folder, count, image_sets.OF_SCIKIT_LEARN)
     task.wait_for_turn()
@@ -127,7 +131,8 @@ def loader(task: Task) -> None:
 
 def whole(task: Task) -> None:
     """main_pretrain.py with data from JPEG files: the second epoch as log.txt has it."""
-    folder, out = task.folder / "whole", task.folder / "whole_run"
+    folder = task.folder / "whole"
+    out = task.folder / "whole_run"
     size, batch, updates = ("base_patch16", 512, 30) if task.has_gpu else (TINY, 8, 4)
     image_sets.write_jpeg_files(folder, batch * updates, image_sets.OF_SCIKIT_LEARN)
     task.wait_for_turn()

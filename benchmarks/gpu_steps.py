@@ -90,7 +90,8 @@ class Steps:
             code = self.running[name].wait(max(0.1, limit - time.monotonic()))
             reason = f"exit status {code}"
         except subprocess.TimeoutExpired:
-            code, reason = None, f"ended after {time.monotonic() - began:.0f} seconds"
+            code = None
+            reason = f"ended after {time.monotonic() - began:.0f} seconds"
         self.end(name)
         file = self.work / f"{name}.json"
         found = json.loads(file.read_text()) if file.exists() else {}

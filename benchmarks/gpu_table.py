@@ -25,7 +25,8 @@ VARIES = 0.05  # difference between the fastest and the slowest round, relative 
 
 def of_steps(results: Results) -> str:
     """What holds, what failed, and what was skipped."""
-    steps, failed = results["steps"], results["failed"]
+    steps = results["steps"]
+    failed = results["failed"]
     rows = []
     for name in {**steps, **failed}:
         skipped = "; ".join(steps.get(name, {}).get("skipped", []))

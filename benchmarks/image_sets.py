@@ -49,7 +49,8 @@ def write_jpeg_files(folder: Path, count: int, names: Sequence[str] = OF_JPEG_FI
     pictures = itertools.cycle([read(name) for name in names])
     for number, picture in zip(range(min(count, num_different)), pictures, strict=False):
         width = min(picture.width, picture.height * 4 / 3) * draw.uniform(0.8, 1)
-        left, top = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - width * 3 / 4)
+        left = draw.uniform(0, picture.width - width)
+        top = draw.uniform(0, picture.height - width * 3 / 4)
         box = (left, top, left + width, top + width * 3 / 4)
         picture.resize((500, 375), Image.Resampling.BICUBIC, box=box).save(out / f"{number:04}.jpg", quality=95)
     for number in range(num_different, count):

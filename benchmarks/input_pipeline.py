@@ -57,7 +57,8 @@ def classic(folder: Path) -> Iterable[Any]:
 
 def ours(folder: Path, workers: int = 0, fast_jpeg: bool = False) -> Iterable[Any]:
     """Batches of the pipeline of main_pretrain.py."""
-    source, transform = open_source(DataSpec(data_path=str(folder)), "train"), transforms.pretrain_transform(224)
+    source = open_source(DataSpec(data_path=str(folder)), "train")
+    transform = transforms.pretrain_transform(224)
     draw_noise = partial(torch.rand, 196)
     samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=draw_noise, fast_jpeg=fast_jpeg)
     return loader.TrainLoader(samples, BATCH, 0, workers, pin_memory=False)
@@ -78,7 +79,8 @@ def differences(folder: Path) -> dict[str, float]:
     transform = transforms.pretrain_transform(224)
     counts = np.zeros(256, dtype=np.int64)
     for number in range(CROPS):
-        data, versions = files[number % len(files)].read_bytes(), []
+        data = files[number % len(files)].read_bytes()
+        versions = []
         pixels = decode_rgb(data, MAX_PIXELS)
         assert pixels is not None
         for picture in (pixels, Image.open(files[number % len(files)])):
@@ -92,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
     """Prints the table and the differences, and writes them as JSON."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        folder, copy = Path(root, "originals"), Path(root, "copy")
+        folder = Path(root, "originals")
+        copy = Path(root, "copy")
         write_jpeg_files(folder, IMAGES)
         scripts.run("examples/resize_folder.py", folder, copy)
         pipelines = {

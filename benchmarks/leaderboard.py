@@ -144,7 +144,8 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
     flags = {**method, "data_path": data, "seed": seed}
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
     with tempfile.TemporaryDirectory() as folder:
-        file, measured = None, {}
+        file = None
+        measured = {}
         if name != PIXELS:
             out, lines = pretrain_for(args.minutes, flags, Path(folder))
             file = out / flags.get("weights", f"checkpoint-{len(lines) - 1}.pth")
@@ -258,7 +259,8 @@ def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
 
 def write_table(command: str, text: str, path: Path = PAGE) -> None:
     """Replaces the table of a command in a page."""
-    page, marker = path.read_text(), f"<!-- {command} -->\n"
+    page = path.read_text()
+    marker = f"<!-- {command} -->\n"
     start = page.index(marker) + len(marker)
     atomic.write_text(path, f"{page[:start]}{text}\n{page[page.index('<!-- end -->', start) :]}")
 

@@ -36,7 +36,10 @@ PACKAGES = {
 }  # fmt: skip
 STYLES = 5  # of a package: bold, italic and so on, evenly spaced
 CHARACTERS = string.digits + string.ascii_letters
-SIDE, SIZE, BASELINE = 28, 22, 21  # pixels of an image, of the font, and from the top
+# pixels of an image, of the font, and from the top
+SIDE = 28
+SIZE = 22
+BASELINE = 21
 
 
 def fonts(package: str) -> list[Path]:

@@ -72,7 +72,7 @@ def processor() -> str:
     units = facts.get("flags", "").split()
     if name.startswith("AMD") and "avx512_bf16" in units:
         return name + (", Zen 5" if facts["cpu family"] == "26" else ", Zen 4")
-    return name + ", AMX" * ("amx_bf16" in units)
+    return f"{name}, AMX" if "amx_bf16" in units else name
 
 
 def write(

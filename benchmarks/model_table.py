@@ -33,7 +33,8 @@ def training_flops(size: str) -> int:
     """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product or a convolution."""
     with torch.device("meta"):
         model = getattr(models_mae, f"mae_vit_{size}")().to("meta")  # its tables are computed on the CPU
-        image, noise = torch.empty(1, 3, *model.patch_embed.img_size), torch.empty(1, model.num_patches)
+        image = torch.empty(1, 3, *model.patch_embed.img_size)
+        noise = torch.empty(1, model.num_patches)
         return count_flops(lambda: model(image, noise=noise)[0].backward())
 
 
@@ -86,7 +87,9 @@ def table() -> str:
               "autoencoder", "MACs, all tokens", "MACs, masked pre-training"]  # fmt: skip
     rows = []
     for size, pixels in ROWS:
-        encoder, decoder, found = models_vit.SIZES[size], models_mae.DECODERS[size], measure(size, pixels)
+        encoder = models_vit.SIZES[size]
+        decoder = models_mae.DECODERS[size]
+        found = measure(size, pixels)
         rows.append([
             f"`mae_vit_{size}`, `vit_{size}`", str(pixels),
             f"{encoder['embed_dim']}, {encoder['depth']}, {encoder['num_heads']}",

@@ -55,7 +55,8 @@ class PlainMAE(nn.Module):
         tokens = self.embed(images) + self.positions[:, 1:]
         count, length, width = tokens.shape
         order = torch.rand(count, length, device=images.device).argsort(dim=1)
-        back, num_visible = order.argsort(dim=1), length // 4
+        back = order.argsort(dim=1)
+        num_visible = length // 4
         visible = torch.gather(tokens, 1, order[:, :num_visible, None].repeat(1, 1, width))
         first = (self.cls_token + self.positions[:, :1]).expand(count, -1, -1)
         latent = self.decoder_embed(self.norm(self.blocks(torch.cat([first, visible], dim=1))))

@@ -88,11 +88,14 @@ def records(rows: Rows) -> str:
         found = tests(entry, RECORDS[number - 1], rows) if number else {}
         machine = min(found, key=lambda name: found[name][3]) if found else _most_rows(entry, rows)
         chosen = pairs(entry, RECORDS[number - 1], rows)[machine][0] if found else rows[entry, machine]
-        gain, p = "", ""
+        gain = ""
+        p = ""
         if found:
             difference, low, high, chance = found[machine]
-            gain, p = f"{difference:+.2f} ({low:.2f} to {high:.2f})", f"{chance:.1g}"
-        mean, last = statistics.fmean(row["score"] for row in chosen), chosen[-1]
+            gain = f"{difference:+.2f} ({low:.2f} to {high:.2f})"
+            p = f"{chance:.1g}"
+        mean = statistics.fmean(row["score"] for row in chosen)
+        last = chosen[-1]
         command = f"`{' '.join(leaderboard.command({**leaderboard.BASE, **leaderboard.ENTRIES[entry]}))}`"
         cells.append([last["date"], entry, f"{mean:.2f}", str(len(chosen)), gain, p, machine, last["commit"], command])
     return markdown(["date", "entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "command"], cells)
@@ -113,7 +116,8 @@ def correlations(rows: Rows) -> str:
     machines = Counter(machine for (_, machine), found in measured.items() if found)
     if not machines:
         return "no rows have these measures"
-    chosen, cells = machines.most_common(1)[0][0], []
+    chosen = machines.most_common(1)[0][0]
+    cells = []
     for measure in leaderboard.UNLABELLED:
         compared = {
             key: [row for row in found if measure != loss or "--norm_pix_loss" in row["command"].split()]
@@ -180,7 +184,8 @@ def main(args: argparse.Namespace) -> None:
         return
     better, worse = args.entries
     rows = read()
-    tested, found = tests(better, worse, rows), pairs(better, worse, rows)
+    tested = tests(better, worse, rows)
+    found = pairs(better, worse, rows)
     for machine, (ours, others) in found.items():
         print(f"{machine}, {len(ours)} seed(s): {gains(ours, others)}")
         if machine in tested:

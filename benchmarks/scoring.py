@@ -54,7 +54,8 @@ def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
     """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
     shared = ("data_path", "train_list", "val_list", "encoder")
     own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
-    few, tuned = {"train_per_class": labels_per_class(flags["data_path"])}, []
+    few = {"train_per_class": labels_per_class(flags["data_path"])}
+    tuned = []
     for draw in range(DRAWS):
         run_directory = out / f"draw{draw}"
         drawn = {"seed": 10 * seed + draw, "output_dir": run_directory}

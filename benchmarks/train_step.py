@@ -60,7 +60,9 @@ def update(task: str, name: str, how: str, size: str, batch_size: int, precision
         how: "eager"; "compiled": a whole model of others; "compiled by blocks": others as ours.
         depths: fewer blocks, of our models and transformers' autoencoder only.
     """
-    device, is_ours, is_compiled = precision.device, name == "ours", how != "eager"
+    device = precision.device
+    is_ours = name == "ours"
+    is_compiled = how != "eager"
     with device:
         model = MODELS[task][name](size, **depths)
     model.to(device)  # tables that the CPU has computed

@@ -135,7 +135,9 @@ def build(model: Autoencoder, samples: Path | None = None) -> gr.Blocks:
         return files[event.index]
 
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        photo, seed, mask = gr.State(files[0] if files else None), gr.State(0), gr.State()
+        photo = gr.State(files[0] if files else None)
+        seed = gr.State(0)
+        mask = gr.State()
         gr.Markdown(INTRODUCTION + describe(model))
         gallery = gr.Gallery(
             [(picture, Path(file).stem) for file, picture in examples.items()], label="Examples", columns=MAX_SAMPLES,
@@ -153,7 +155,8 @@ def build(model: Autoencoder, samples: Path | None = None) -> gr.Blocks:
                          min_width=240)
                 for title in PANELS
             ]  # fmt: skip
-        choice, drawn = [photo, ratio, seed], [mask, caption, *panels]
+        choice = [photo, ratio, seed]
+        drawn = [mask, caption, *panels]
         # One request at a time: a click changes the mask that the click before it has left.
         event: dict[str, Any] = {
             "concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden",
@@ -180,7 +183,8 @@ def find_examples(model: Autoencoder, samples: Path | None) -> dict[str, Image.I
 
 def describe(model: Model) -> str:
     """Returns the name, the input and the patches of a model as Markdown."""
-    (height, width), (p, q) = model.patch_embed.img_size, model.patch_embed.patch_size
+    height, width = model.patch_embed.img_size
+    p, q = model.patch_embed.patch_size
     text = (
         f"`{model.settings['model']}`: input {width} × {height} pixels, {model.in_chans} channel(s); "
         f"{model.patch_embed.num_patches} patches of {q} × {p} pixels."
@@ -236,8 +240,10 @@ def toggle(model: Autoencoder, picture: Picture, mask: torch.Tensor, x: int, y: 
         mask: (1, N), 1 is masked.
     """
     imgs = uncropped_input(model, picture)
-    (rows, columns), (p, q) = model.patch_embed.grid_of(*imgs.shape[2:]), model.patch_embed.patch_size
-    row, column = min(y // (scale_of(imgs) * p), rows - 1), min(x // (scale_of(imgs) * q), columns - 1)
+    rows, columns = model.patch_embed.grid_of(*imgs.shape[2:])
+    p, q = model.patch_embed.patch_size
+    row = min(y // (scale_of(imgs) * p), rows - 1)
+    column = min(x // (scale_of(imgs) * q), columns - 1)
     mask = mask.clone()
     mask[0, row * columns + column] = 1 - mask[0, row * columns + column]
     if mask.all():

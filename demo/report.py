@@ -133,7 +133,8 @@ def main(args: argparse.Namespace) -> None:
     results: dict[str, float] = {}
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
-        results[name], results[f"{name}, neighbours"] = probe(*features), knn.accuracy(*features, NEIGHBORS)
+        results[name] = probe(*features)
+        results[f"{name}, neighbours"] = knn.accuracy(*features, NEIGHBORS)
     bank, _, queries, _ = features  # of the last encoder
     chosen = evenly_spaced(len(test), QUERIES)
     found = find(bank, torch.from_numpy(queries[chosen]))

@@ -37,7 +37,9 @@ from mae.training import log
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "segment_garments.yaml"
-SIDE, SHIFT = 28, 4  # pixels of a picture, and of the largest shift of its garment
+# pixels of a picture, and of the largest shift of its garment
+SIDE = 28
+SHIFT = 4
 INK = 30  # gray level of 255: brighter pixels belong to a garment
 VALIDATION = 300  # pictures
 EXAMPLES = 8
@@ -74,7 +76,8 @@ def make_pictures(split: str, count: int, seed: int) -> tuple[np.ndarray, np.nda
     garments = np.pad(archive[f"{split}_images"][chosen], ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)))
     starts = generator.integers(0, 2 * SHIFT + 1, size=(count, 2))
     cut = [one[top : top + SIDE, left : left + SIDE] for one, (top, left) in zip(garments, starts, strict=True)]
-    shifted, classes = np.stack(cut), archive[f"{split}_labels"][chosen].astype(np.uint8)
+    shifted = np.stack(cut)
+    classes = archive[f"{split}_labels"][chosen].astype(np.uint8)
     is_garment = shifted > INK
     pictures = np.where(is_garment, shifted, make_textures(count, generator))
     return pictures, np.where(is_garment, classes[:, None, None] + np.uint8(1), np.uint8(0))

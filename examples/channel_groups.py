@@ -87,6 +87,8 @@ class ChannelGroups(Groups):
         return SeparateEmbed(self.groups, img_size, patch_size, in_chans, embed_dim)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        table, count = super().positions(grid), grid[0] * grid[1] // self.groups
-        classes, patches = table[:, : self.num_prefix_tokens], self.patch_tokens(table)[:, :count]
+        table = super().positions(grid)
+        count = grid[0] * grid[1] // self.groups
+        classes = table[:, : self.num_prefix_tokens]
+        patches = self.patch_tokens(table)[:, :count]
         return torch.cat([classes, (patches + self.group_embed).flatten(0, 1).unsqueeze(0)], dim=1)

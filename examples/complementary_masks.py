@@ -26,7 +26,8 @@ class ComplementaryMasks(MaskedAutoencoderViT):
 
     def __init__(self, *, parts: int = 4, consistency: float = 1.0, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.parts, self.consistency = parts, consistency
+        self.parts = parts
+        self.consistency = consistency
         if self.num_patches % parts:
             raise ValueError(f"model_args=[parts={parts}]: it does not divide the {self.num_patches} patches")
 
@@ -47,9 +48,11 @@ class ComplementaryMasks(MaskedAutoencoderViT):
                 f"invalid pixels"
             )
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
-        ranks, count = noise.argsort(dim=1, stable=True).argsort(dim=1), noise.shape[1]
+        ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
+        count = noise.shape[1]
         parts = [(ranks - part * count // self.parts) % count for part in range(self.parts)]
-        imgs, context = self._repeated(imgs), {name: self._repeated(value) for name, value in context.items()}
+        imgs = self._repeated(imgs)
+        context = {name: self._repeated(value) for name, value in context.items()}
         return super().prepare_masking(imgs, mask_ratio, None, torch.cat(parts).float(), **context)
 
     def _repeated(self, value: Tensor) -> Tensor:

@@ -21,8 +21,11 @@ class CrossBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1, self.norm2 = LAYER_NORM(dim), LAYER_NORM(dim)
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm1 = LAYER_NORM(dim)
+        self.norm2 = LAYER_NORM(dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -42,7 +45,8 @@ class CrossDecoder(MaskedAutoencoderViT):
     def __init__(self, *, predicted: float = 0.25, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.predicted = predicted
-        dim, heads = arguments["decoder_embed_dim"], arguments["decoder_num_heads"]
+        dim = arguments["decoder_embed_dim"]
+        heads = arguments["decoder_num_heads"]
         ratio = arguments.get("decoder_mlp_ratio") or arguments.get("mlp_ratio", 4.0)
         self.decoder_blocks = nn.ModuleList(CrossBlock(dim, heads, ratio) for _ in self.decoder_blocks)
         self.initialize_weights()
@@ -65,7 +69,8 @@ class CrossDecoder(MaskedAutoencoderViT):
         self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None, **context: Any
     ) -> Tensor:
         tokens = self.decoder_embed(latent)
-        num_visible, num_patches = self.patch_tokens(tokens).shape[1], ids_restore.shape[1]
+        num_visible = self.patch_tokens(tokens).shape[1]
+        num_patches = ids_restore.shape[1]
         order = ids_restore.argsort(dim=1)[:, num_visible : self.last(num_visible, num_patches)]  # (B, M)
         positions = self.patch_tokens(self.decoder_positions(grid_size or self.grid_size, **context))
         x = self.mask_token + take(positions.expand(len(latent), -1, -1), order)

@@ -26,7 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FRAMES, SIZE, GARMENT = 8, 32, 20  # pixels
+# pixels
+FRAMES = 8
+SIZE = 32
+GARMENT = 20
 MOVES = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns
 COUNTS = {"train": 800, "val": 200}
 ARCHIVE = Path(__file__).parents[1] / "demo/data/fashion_mnist_12k.npz"
@@ -56,7 +59,8 @@ def open_dataset(split: str, data_path: str | None) -> Clips:
 def draw(garment: np.ndarray, move: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
     """Returns a clip (FRAMES, SIZE, SIZE) of a garment that moves by a random distance from a random place."""
     small = np.asarray(Image.fromarray(garment).resize((GARMENT, GARMENT)))
-    distance, room = generator.integers(6, SIZE - GARMENT + 1), SIZE - GARMENT
+    distance = generator.integers(6, SIZE - GARMENT + 1)
+    room = SIZE - GARMENT
     path = np.linspace((0, 0), np.array(move) * distance, FRAMES).round().astype(int)  # (row, column) in each frame
     start = generator.integers(-path.min(axis=0), room - path.max(axis=0) + 1)
     clip = np.zeros((FRAMES, SIZE, SIZE), np.uint8)
@@ -68,7 +72,8 @@ def draw(garment: np.ndarray, move: tuple[int, int], generator: np.random.Genera
 def generate(folder: Path, counts: dict[str, int] = COUNTS) -> None:
     """Writes clips of the first garments of the embedded images, which move in all directions."""
     folder.mkdir(parents=True)
-    generator, archive = np.random.default_rng(0), np.load(ARCHIVE)
+    generator = np.random.default_rng(0)
+    archive = np.load(ARCHIVE)
     for split, count in counts.items():
         labels = np.arange(count) % len(MOVES)
         moves = [[*MOVES.values()][label] for label in labels]

@@ -13,7 +13,8 @@ class Images:
 
     def __init__(self, path: str) -> None:
         file = h5py.File(path)
-        self.images, self.labels = file["images"], file["labels"][:]
+        self.images = file["images"]
+        self.labels = file["labels"][:]
 
     def __len__(self) -> int:
         return len(self.labels)

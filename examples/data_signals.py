@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 RATE = 64  # samples per second
-LEADS, SAMPLES = 8, 64
+LEADS = 8
+SAMPLES = 64
 CLASSES = ["elevated", "inverted", "normal", "wide"]
 # The height of the R wave in the leads I, II and V1 to V6.
 HEIGHTS = np.array((0.8, 1.0, -0.6, -0.2, 0.4, 0.9, 1.2, 1.0))

@@ -27,7 +27,8 @@ from torch import Tensor
 from torchvision.datasets import DatasetFolder
 
 RATE = 8000  # samples per second; the sounds take a second
-BINS, FRAMES = 32, 64
+BINS = 32
+FRAMES = 64
 
 
 def spectrogram(file: str) -> Tensor:
@@ -35,7 +36,8 @@ def spectrogram(file: str) -> Tensor:
     rate, samples = wavfile.read(file)
     if (rate, samples.shape, samples.dtype) != (RATE, (RATE,), np.int16):
         raise ValueError(f"{file}: give a second of one channel with 16 bits and {RATE} samples")
-    window, hop = torch.hann_window(2 * BINS), RATE // FRAMES
+    window = torch.hann_window(2 * BINS)
+    hop = RATE // FRAMES
     waves = torch.stft(torch.from_numpy(samples / 2**15).float(), 2 * BINS, hop, window=window, return_complex=True)
     return (waves[:BINS, :FRAMES].abs().square() + 1e-4).log10().flip(0)[None]
 
@@ -49,7 +51,8 @@ def open_dataset(split: str, data_path: str | None) -> DatasetFolder:
 
 def generate(folder: Path) -> None:
     """Writes rising and falling chirps, tones and trills of random pitch, onset and length, in noise."""
-    time, generator = np.arange(RATE) / RATE, np.random.default_rng(0)
+    time = np.arange(RATE) / RATE
+    generator = np.random.default_rng(0)
     changes: dict[str, Any] = {"fall": lambda t: -900 * t, "rise": lambda t: 900 * t, "tone": lambda t: 0 * t,
                                "trill": lambda t: 250 * np.sign(np.sin(40 * t))}  # fmt: skip
     for split, count in (("train", 200), ("val", 50)):

@@ -16,7 +16,8 @@ class Images:
 
     def __init__(self, path: str) -> None:
         group: Any = zarr.open_group(path, mode="r")
-        self.images, self.labels = group["images"], group["labels"][:]
+        self.images = group["images"]
+        self.labels = group["labels"][:]
 
     def __len__(self) -> int:
         return len(self.labels)

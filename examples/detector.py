@@ -42,7 +42,8 @@ class SimplePyramid(nn.Module):
         self.encoder = encoder
         self.patch_size = encoder.patch_embed.patch_size[0]
         self.stride = 2 ** round(math.log2(self.patch_size))
-        width, channels = encoder.pos_embed.shape[2], self.out_channels
+        width = encoder.pos_embed.shape[2]
+        channels = self.out_channels
         double = nn.ConvTranspose2d(width, width // 2, 2, stride=2)
         quadruple = nn.Sequential(
             nn.ConvTranspose2d(width, width // 2, 2, stride=2), LayerNorm2d(width // 2, eps=1e-6), nn.GELU(),
@@ -69,7 +70,9 @@ class SimplePyramid(nn.Module):
 def build_detector(encoder: Any, num_classes: int) -> MaskRCNN:
     """Returns Mask R-CNN on an encoder, with the background as class 0. It scales pictures to 12 x 12 patches."""
     pyramid = SimplePyramid(encoder)
-    side, mean, std = 12 * pyramid.stride, encoder.normalize.mean.flatten(), encoder.normalize.std.flatten()
+    side = 12 * pyramid.stride
+    mean = encoder.normalize.mean.flatten()
+    std = encoder.normalize.std.flatten()
     anchors = AnchorGenerator(tuple((pyramid.stride * scale,) for scale in (1, 2, 4, 8)), ((0.5, 1.0, 2.0),) * 4)
     return MaskRCNN(
         pyramid, num_classes, min_size=side, max_size=side, image_mean=mean.tolist(), image_std=std.tolist(),

@@ -38,7 +38,8 @@ def rotary(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the patches among tokens (B, h, L, D/h), but not the class token and the registers in front of them."""
-    first, patches = x[:, :, : -cos.shape[2]], x[:, :, -cos.shape[2] :]
+    first = x[:, :, : -cos.shape[2]]
+    patches = x[:, :, -cos.shape[2] :]
     left, right = patches.chunk(2, dim=3)
     patches = patches * cos + torch.cat([-right, left], dim=3) * sin
     return torch.cat([first, patches.to(first.dtype)], dim=2)
@@ -50,7 +51,8 @@ class RotaryAttention(Attention):
     def split(self, x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         q, k, v = super().split(x)
         for cos, sin in inputs:
-            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+            q = rotated(q, cos, sin)
+            k = rotated(k, cos, sin)
         return q, k, v
 
 
@@ -67,7 +69,8 @@ class DINOBlock(Block):
         super().__init__(dim, num_heads, mlp_ratio, **arguments)
         if swiglu:
             self.mlp = SwiGLU(dim, round(dim * mlp_ratio * 2 / 3))
-        self.ls1, self.ls2 = LayerScale(dim, INIT_SCALE), LayerScale(dim, INIT_SCALE)
+        self.ls1 = LayerScale(dim, INIT_SCALE)
+        self.ls2 = LayerScale(dim, INIT_SCALE)
 
     def compute(self, x: Tensor, *inputs: Tensor) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *inputs)))

@@ -137,7 +137,8 @@ class FrozenTeacher(MaskedAutoencoderViT):
     @torch.no_grad()
     def features(self, imgs: Tensor) -> Tensor:
         """The student's input (B, c, H, W) -> features of the teacher (B, N, P), after that of the class token."""
-        teacher, imgs = self.teacher[0].to(imgs.device), imgs * self.scale + self.shift
+        teacher = self.teacher[0].to(imgs.device)
+        imgs = imgs * self.scale + self.shift
         is_ours = isinstance(teacher, Encoder)
         tokens = teacher.get_intermediate_layers(imgs)[0] if is_ours else teacher.forward_features(imgs)
         features = tokens[:, teacher.num_prefix_tokens :]

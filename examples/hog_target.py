@@ -21,7 +21,8 @@ class HOGTarget(MaskedAutoencoderViT):
 
     def target(self, imgs: Tensor, **context: Any) -> Tensor:
         gray = F.pad(imgs.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-        dx, dy = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2], gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
+        dx = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]
+        dy = gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
         angle = torch.atan2(dy, dx) % torch.pi  # (B, 1, H, W)
         bins = F.one_hot((angle * 9 / torch.pi).long().clamp(max=8).squeeze(1), 9).permute(0, 3, 1, 2)
         histograms = F.avg_pool2d(bins * torch.hypot(dx, dy), self.patch_embed.patch_size)  # (B, 9, rows, columns)

@@ -19,7 +19,8 @@ class LeadEmbeddings(Encoder):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        leads, width = self.patch_embed.grid_size[0], self.cls_token.shape[2]
+        leads = self.patch_embed.grid_size[0]
+        width = self.cls_token.shape[2]
         self.lead_embed = nn.Parameter(torch.empty(leads, 1, width).normal_(std=0.02))
 
     def tokenize(self, imgs: Tensor, **context: Any) -> Tensor:

@@ -32,7 +32,8 @@ class LowRankQKV(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(base.in_features, base.out_features, device="meta")  # without weights of its own
         dim = base.in_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.bias = base.bias
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(torch.empty(2, rank, dim))
         self.lora_b = nn.Parameter(torch.zeros(2, dim, rank))

@@ -36,7 +36,8 @@ class RisingRatio(MaskedAutoencoderViT):
 
     def __init__(self, *, first: float = 0.5, epochs: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.first, self.epochs = first, epochs
+        self.first = first
+        self.epochs = epochs
         self.register_buffer("decoder_progress", torch.zeros(()))
 
     def random_masking(

@@ -74,11 +74,13 @@ class Tubes(Groups):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.masks:
             noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
-            steps, is_drawn = noise.unflatten(1, (self.groups, -1)), (noise < 1) | noise.isinf()
+            steps = noise.unflatten(1, (self.groups, -1))
+            is_drawn = (noise < 1) | noise.isinf()
             is_same = ((steps > 0) == (steps[:, :1] > 0)).all()  # the masked patches have ranks
             torch._assert_async(is_drawn.all() | is_same, "masks=true: the mask splits tubes; give masking=random")
             first = steps[:, 0]
             ranks = first.argsort(dim=1, stable=True).argsort(dim=1).float()  # noise may have equal numbers
-            noise, visible = ranks.repeat(1, self.groups), self.groups * num_visible(first.shape[1], mask_ratio)
+            noise = ranks.repeat(1, self.groups)
+            visible = self.groups * num_visible(first.shape[1], mask_ratio)
             mask_ratio = ratio_of(visible, x.shape[1])
         return super().random_masking(x, mask_ratio, noise, **context)  # type: ignore[misc]

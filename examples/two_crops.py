@@ -28,7 +28,8 @@ class TwoCrops(MaskedAutoencoderViT):
 
     def __init__(self, *, weight: float = 0.03, temperature: float = 0.1, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.weight, self.temperature = weight, temperature
+        self.weight = weight
+        self.temperature = temperature
         width = self.cls_token.shape[2]
         # Names that start with decoder_: fine-tuning ignores these weights.
         self.decoder_head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 128))

@@ -262,7 +262,8 @@ def freeze_below(model: Encoder, num_blocks: int | str | None) -> None:
     """
     if num_blocks == "all" or (num_blocks is None and not model.adapters):
         return
-    depth, count = len(model.blocks), int(num_blocks or 0)
+    depth = len(model.blocks)
+    count = int(num_blocks or 0)
     if not 0 <= count <= depth:
         raise ValueError(f"unfreeze_blocks={count}: the model has {depth} blocks")
     trained = (*ABOVE_BLOCKS, *(f"blocks.{number}." for number in range(depth - count, depth)))

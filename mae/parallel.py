@@ -45,7 +45,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name} is not available: give auto, {available}")
     if kind != "cuda":
         return torch.device(kind)
-    number, count = int(index or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    number = int(index or os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
     if not index and _has_own_gpus():
         number %= count
     if number >= count:
@@ -145,7 +146,8 @@ def init(
 
 def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: torch.device) -> None:
     """Joins the process group, which waits for all processes."""
-    waits, where = timedelta(seconds=timeout), dist_url
+    waits = timedelta(seconds=timeout)
+    where = dist_url
     number = int(os.environ.get("RANK", -1))  # -1: PyTorch names the missing variable
     if dist_url == "env://":
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -236,7 +238,8 @@ def cores_of_process() -> int:
     """Returns the number of CPU cores that this process may use: its share of those of the machine or container."""
     import joblib  # with scikit-learn, which torch.hub does not need
 
-    cores, of_task = joblib.cpu_count(), os.environ.get("SLURM_CPUS_PER_TASK")
+    cores = joblib.cpu_count()
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK")
     is_task = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "TORCHELASTIC_RUN_ID" not in os.environ
     if is_task and of_task:  # srun gives each process cores of its own
         return min(cores, int(of_task))
@@ -403,7 +406,8 @@ def require_gradients(model: nn.Module) -> None:
         return
     unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
     if unused:
-        names = ", ".join(unused[:5]) + f" and {len(unused) - 5} more" * (len(unused) > 5)
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        names = ", ".join(unused[:5]) + more
         raise ValueError(
             f"the loss does not depend on the parameters {names}, and several processes average their gradients only "
             f"if every parameter has one: freeze them (requires_grad_(False)), or remove them"

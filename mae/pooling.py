@@ -8,7 +8,10 @@ from torch import Tensor
 from mae.probes import pools_tokens
 from mae.settings.choices import TIMM
 
-CLASS_TOKEN, PATCHES, OF_PROBE, OF_TIMM = "cls", "avg", "probe", "timm"
+CLASS_TOKEN = "cls"
+PATCHES = "avg"
+OF_PROBE = "probe"
+OF_TIMM = "timm"
 TITLES = {
     CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the probe",
     OF_TIMM: "pooling of timm",

@@ -52,6 +52,17 @@ def f(run: Run, names: list[str]): run.changed({})
     assert size.changes_of_run(trees) == ["mae/data/planted.py:7"]
 
 
+def test_lines_are_for_reading(trees):
+    assert size.packed_assignments(trees) == []
+    assert size.products_with_booleans(trees) == []
+
+
+def test_settings_stay_in_the_session(trees):
+    """Below it, functions take values: one takes all settings of a run, and nothing changes them."""
+    assert len(size.functions_with_run(trees)) <= 5
+    assert {place.partition(":")[0] for place in size.changes_of_run(trees)} <= {"mae/session.py"}
+
+
 def test_a_setting_has_one_definition(trees):
     counts = size.definitions(trees)
     assert len(counts) > 100

@@ -73,7 +73,9 @@ def init_distributed_mode(args: Namespace) -> None:
         args: may have `device`, "cuda" or "cpu", and `dist_url`.
     """
     parallel.init(getattr(args, "device", "auto"), getattr(args, "dist_url", "env://"))
-    args.rank, args.world_size, args.gpu = get_rank(), get_world_size(), parallel.local_rank()
+    args.rank = get_rank()
+    args.world_size = get_world_size()
+    args.gpu = parallel.local_rank()
     args.distributed = args.world_size > 1
     if args.distributed:
         setup_for_distributed(args.rank == 0)
@@ -173,7 +175,8 @@ class MetricLogger:
 
     def log_every(self, iterable: Iterable[Any], print_freq: int, header: str | None = None) -> Iterator[Any]:
         """Yields the items. Rank 0 prints the meters every `print_freq` items, and the time at the end."""
-        count, started = len(iterable), time.perf_counter()  # type: ignore[arg-type]
+        count = len(iterable)  # type: ignore[arg-type]
+        started = time.perf_counter()
         header = header or ""
         for number, item in enumerate(iterable):
             yield item

@@ -37,7 +37,8 @@ from models_mae import MaskedAutoencoderViT
 # recipes/pretrain_fashion_mnist.yaml
 MODEL = {"patch_size": 7, "img_size": 28, "in_chans": 1, "uniformity": 0.1}
 SIZE = "mini_patch4"
-MEAN, STD = 0.286, 0.353
+MEAN = 0.286
+STD = 0.353
 BATCH = 128
 PEAK_LR = 4e-3 * BATCH / 256
 WARM_UP = 156  # updates: two epochs
@@ -77,7 +78,8 @@ def lr_of(update: int, updates: int) -> float:
 
 def train(way: str, seed: int, updates: int, precision: Precision) -> tuple[MaskedAutoencoderViT, Tensor]:
     """Trains a model; returns it, and the pixel loss of each update (updates,)."""
-    device, pictures = precision.device, images("train")
+    device = precision.device
+    pictures = images("train")
     model = model_of(way, seed).to(device)
     if way == COMPILED:
         from mae.training.compiling import compile_model
@@ -88,11 +90,14 @@ def train(way: str, seed: int, updates: int, precision: Precision) -> tuple[Mask
         update.images.copy_(pictures[:BATCH])
         update.noise.uniform_()
         update.capture()
-    generator, order, losses = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64), []
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    losses = []
     for number in range(updates):
         if len(order) < BATCH:
             order = torch.randperm(len(pictures), generator=generator)
-        chosen, order = order[:BATCH], order[BATCH:]
+        chosen = order[:BATCH]
+        order = order[BATCH:]
         noise = torch.rand(BATCH, model.num_patches, generator=generator)
         terms = update(pictures[chosen], noise, lr_of(number, updates))
         losses.append(terms["pixels"].clone())

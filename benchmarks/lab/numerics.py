@@ -36,7 +36,8 @@ from mae.training.precision import Precision
 # Images, tokens, heads, channels of a head: encoders and decoders in pre-training, and short sequences.
 SHAPES = ((2, 50, 2, 64), (1, 197, 2, 32), (1, 65, 1, 80), (1, 257, 1, 32), (2, 17, 4, 32), (2, 5, 1, 24))
 ROWS = ((300, 96), (33, 257), (3, 1280))  # rows and channels of GELU and LayerNorm
-IMAGES, SIDE = 8, 32
+IMAGES = 8
+SIDE = 32
 
 
 def attention_in_fp64(qkv: Tensor, heads: int, dout: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,8 @@ def of_sums(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     """Errors of the gradients of GELU and LayerNorm: of the input, the other outputs, and the sums over the rows."""
     from benchmarks.lab import backward_kernels as kernels
 
-    found, name = {}, str(dtype).removeprefix("torch.")
+    found = {}
+    name = str(dtype).removeprefix("torch.")
     for rows, dim in ROWS:
         a, dout = (torch.randn(rows, dim).to(device, dtype) for _ in range(2))
         x, dstream = (torch.randn(rows, dim).to(device) for _ in range(2))
@@ -104,10 +106,12 @@ def gradients(name: str, amp: str, device: torch.device) -> tuple[float, Tensor]
 
 def of_variants(device: torch.device) -> dict[str, dict[str, float]]:
     """Differences of the loss and of all gradients, in fp32 from the model, and in bf16 from the model in fp32."""
-    (loss, reference), (_, in_bf16) = gradients("main", "off", device), gradients("main", "bf16", device)
+    loss, reference = gradients("main", "off", device)
+    _, in_bf16 = gradients("main", "bf16", device)
     found = {}
     for name in variants.VARIANTS:
-        exact, rounded = gradients(name, "off", device), gradients(name, "bf16", device)
+        exact = gradients(name, "off", device)
+        rounded = gradients(name, "bf16", device)
         found[name] = {
             "fp32: loss": exact[0] - loss, "fp32: gradient": relative_difference(exact[1], reference),
             "bf16: loss": rounded[0] - loss, "bf16: gradient": relative_difference(rounded[1], reference),

@@ -175,7 +175,8 @@ def block_step(name: str, shape: tuple[int, int, int, int], task: Task) -> Calla
     is_half = issubclass(variant.model, variants.BF16Encoder)
     stream = torch.randn(images, tokens, dim, device=task.device, dtype=torch.bfloat16 if is_half else torch.float32)
     branch = torch.randn(images, tokens, dim, device=task.device, dtype=torch.bfloat16)
-    inputs, gradients = [stream], [torch.randn_like(stream)]
+    inputs = [stream]
+    gradients = [torch.randn_like(stream)]
     if carries := isinstance(block, variants.CarryBlock | variants.FusedBlock):
         inputs.append(branch)
         gradients.append(torch.randn_like(branch))

@@ -52,8 +52,10 @@ def summary(kernels: list[Kernel], wall: float) -> dict[str, Any]:
     Args:
         wall: milliseconds of an update.
     """
-    busy, last = 0.0, 0.0
-    groups, names = Counter[str](), Counter[str]()
+    busy = 0.0
+    last = 0.0
+    groups = Counter[str]()
+    names = Counter[str]()
     for begin, end, name in sorted(kernels):
         milliseconds = (end - begin) / 1e3 / UPDATES
         groups[group_of(name)] += milliseconds  # type: ignore[assignment]

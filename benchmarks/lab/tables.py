@@ -76,7 +76,8 @@ def percent(one: Gain) -> str:
 
 def compare(one: Results, main: Results, key: str = "milliseconds") -> Gain | None:
     """The gain of a variant, if both have all rounds."""
-    ours, theirs = one.get(key, []), main.get(key, [])
+    ours = one.get(key, [])
+    theirs = main.get(key, [])
     return gain(ours, theirs) if len(ours) == len(theirs) > 0 else None
 
 
@@ -96,7 +97,8 @@ def update_table(steps: Results, gpu: str | None) -> str:
         flops = flops_of(size) if peak else 0
         for name, one in of_variants.items():
             rate = 1e3 * batch / median(one["milliseconds"])
-            gained, graph = compare(one, of_variants["main"]), one.get("graph_milliseconds")
+            gained = compare(one, of_variants["main"])
+            graph = one.get("graph_milliseconds")
             rows.append([
                 size, str(batch), name, spread(one["milliseconds"]), spread(one["host_milliseconds"]),
                 f"{rate:,.0f}", f"{rate * flops / peak:.1%}" if peak else "",

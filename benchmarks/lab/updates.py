@@ -30,7 +30,8 @@ def update(task: Task) -> None:
     """
     _, size, batch, variant = task.name.split(".")
     if not task.has_gpu:
-        size, batch = TINY, "2"
+        size = TINY
+        batch = "2"
     build = partial(build_update, size, int(batch), variant, task)
     is_tuned = task.has_gpu and getattr(variants.VARIANTS[variant].block, "attention", None) is variants.PackedAttention
     if is_tuned:
@@ -87,7 +88,8 @@ def build_update(size: str, batch: int, variant: str, task: Task, **depths: int)
         from mae.training.compiling import compile_model
 
         compile_model(model, task.device)
-    images, noise = torch.empty(batch, 3, *model.patch_embed.img_size), torch.empty(batch, model.num_patches)
+    images = torch.empty(batch, 3, *model.patch_embed.img_size)
+    noise = torch.empty(batch, model.num_patches)
     step = Update(model, Precision("bf16", task.device), images, noise)
     step.images.normal_()
     step.noise.uniform_()

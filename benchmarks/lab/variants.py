@@ -135,7 +135,8 @@ class BF16Encoder(MaskedAutoencoderViT):
     """The stream of the encoder has the dtype of the matrix products. That of the decoder stays in fp32."""
 
     def all_tokens(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens, kind = super().all_tokens(patches, grid), patches.device.type
+        tokens = super().all_tokens(patches, grid)
+        kind = patches.device.type
         return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
 
 

@@ -125,7 +125,8 @@ class Study(NamedTuple):
         for name in (*self.baselines, *self.encoders):
             pretraining = [""] * 4
             if name in self.encoders:
-                encoder, cost = self.encoders[name], self.macs(name) / self.macs(next(iter(self.encoders)))
+                encoder = self.encoders[name]
+                cost = self.macs(name) / self.macs(next(iter(self.encoders)))
                 loss = results[name]["loss"]
                 pretraining = [f"{encoder.images:,}", f"{encoder.epochs:,}", f"{cost:.2f}", f"{loss:.4f}"]
             accuracies = results[name]["accuracies"]
@@ -139,7 +140,8 @@ class Study(NamedTuple):
         Args:
             name: "settings", or the name of the files.
         """
-        trained, compared = self.pretrain(), self.compare()
+        trained = self.pretrain()
+        compared = self.compare()
         if name != "settings":
             shutil.copyfile(compared / "table.md", out / f"{name}.md")
             shutil.copyfile(compared / "results.csv", out / f"{name}.csv")
@@ -195,7 +197,8 @@ def other_images(
     name: str, encoders: Mapping[str, Encoder], shared: dict[str, Any], evaluation: dict[str, Any]
 ) -> Study:
     """Returns the study of images of another kind."""
-    work, recipe = WORK / name, f"finetune=benchmarks/small_data/finetune_{name}.yaml"
+    work = WORK / name
+    recipe = f"finetune=benchmarks/small_data/finetune_{name}.yaml"
     data = work / "images"
     evaluation = {**EVALUATION, **evaluation, "data_path": data, "recipes": [recipe]}
     return Study(encoders, {**SHARED, **shared}, evaluation, ["scratch", "pixels"], data, work)

@@ -233,7 +233,8 @@ def _check_parts(state: Any) -> None:
     """Raises ValueError if a small file expands to a large state, or a tensor has fewer values than its shape."""
     if not isinstance(state, dict):
         raise ValueError(f"it contains a {type(state).__name__}")
-    waiting, parts = [(state, 0)], 0
+    waiting = [(state, 0)]
+    parts = 0
     while waiting:
         value, depth = waiting.pop()
         parts += 1

@@ -19,7 +19,9 @@ from mae.files import atomic, locks
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
-LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
+LAST = f"{PREFIX}last.pth"
+BEST = f"{PREFIX}best.pth"
+EMERGENCY = f"{PREFIX}emergency.pth"
 LOCK = "run.lock"
 SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)

@@ -44,7 +44,9 @@ class Progress:
 
     def next_epoch(self) -> None:
         """Moves to the start of the next epoch."""
-        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
+        self.epoch = self.epoch + 1
+        self.first_iteration = 0
+        self.meters = {}
 
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the entry `progress` of a checkpoint, which `resume.restore_progress` reads.

@@ -138,7 +138,8 @@ def read(path: Path | str) -> dict[str, Any]:
         CheckpointError: as in `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
             processes raise the same error.
     """
-    state, error = dict[str, Any](), ""
+    state = dict[str, Any]()
+    error = ""
     try:
         state = checkpoint.read(path)
         if "folder" in state:
@@ -209,7 +210,8 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
     Raises:
         CheckpointError: the tensors can't be read.
     """
-    saved, groups = state["optimizer"]["param_groups"], optimizer_state(model, optimizer)["param_groups"]
+    saved = state["optimizer"]["param_groups"]
+    groups = optimizer_state(model, optimizer)["param_groups"]
     if len(saved) == len(groups):  # else of another architecture: `resume.restore_model` raises an error
         groups = [{**theirs, "params": own["params"]} for theirs, own in zip(saved, groups, strict=True)]
     state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
@@ -231,7 +233,8 @@ def _load(state: dict[str, Any], tensors: dict[str, torch.Tensor], together: boo
     names = [str(name) for group in groups for name in group["params"]]
     number = {name: number for number, name in enumerate(names)}  # a plain checkpoint numbers the parameters
     plain = state["optimizer"].get("state", {})  # checkpoints of earlier versions have tensors only
-    model, moments = {}, {number[name]: dict(values) for name, values in plain.items() if name in number}
+    model = {}
+    moments = {number[name]: dict(values) for name, values in plain.items() if name in number}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         key, _, moment = rest.rpartition(".")

@@ -217,7 +217,8 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
     parser.recipe = f"--config {path}: "
     parser._defaults.clear()
     for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
+        action.default = argparse.SUPPRESS
+        action.required = False
     for key, value in recipe.items():
         if key not in known or key == "config":
             parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")

@@ -12,7 +12,8 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
     def path(text: str) -> Path:
         file = Path(text)
         if suffixes and file.suffix.lower() not in suffixes:
-            endings = " or ".join(suffixes[:4]) + " or another suffix of images" * (len(suffixes) > 4)
+            others = ["another suffix of images"] if len(suffixes) > 4 else []
+            endings = " or ".join([*suffixes[:4], *others])
             raise argparse.ArgumentTypeError(f"{text}: its name must end in {endings}")
         if file.is_dir():
             raise argparse.ArgumentTypeError(f"{text} is a folder: give a file name")

@@ -114,7 +114,8 @@ def _name_or_code(registry: Collection[str], default: str) -> Callable[[str], st
 def _add_switch(group: argparse._ActionsContainer, name: str, default: bool | None, on: str, off: str) -> None:
     """Adds two flags, so that the command line can override a recipe in both directions."""
     for flag, value, text in ((f"--{name}", True, on), (OFF.get(name, f"--no_{name}"), False, off)):
-        text += " (default)" * (default is value)
+        if default is value:
+            text += " (default)"
         group.add_argument(flag, action=f"store_{str(value).lower()}", dest=name, default=default, help=text)
 
 
@@ -131,7 +132,11 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
     add(parser, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
     add_source_options(group_of(parser, "data"), labels)
     add_input_options(parser, "image size")
-    add(parser, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
+    add(parser, "crop", "fast_jpeg")
+    if rereads:
+        add(parser, "cache_images")
+    if labels:
+        add(parser, "task", "label_columns")
 
 
 def add_input_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -201,7 +206,7 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
             polynomial decay.
     """
     add(parser, "batch_size", "accum_iter", "epochs", "warmup_epochs")
-    decay = ", then a cosine (default: computed from --blr)" * (lr is None)
+    decay = ", then a cosine (default: computed from --blr)" if lr is None else ""
     add(parser, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
     if lr is not None:
         add(parser, "poly_power", default=0.9)
@@ -299,7 +304,7 @@ def add_inference_options(
         also: end of the help text of --model: other values that the command accepts.
         amp: default of --amp, of a command with image files.
     """
-    published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
+    published = f", folder in the format of transformers, or published name such as {example}" if example else ""
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
         add_exif(parser, "applied to single photographs")

@@ -56,7 +56,8 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
     costs_text = costs.write(out, encoders, run.machine.device, run.machine.amp, run.model.encoder)
-    text, results = "", dict[str, Result]()
+    text = ""
+    results = dict[str, Result]()
     try:
         for trial, result in _results_of(trials, planned):
             results[trial.name] = result

@@ -15,7 +15,9 @@ from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.weights import model_settings, reading
 
-SCRATCH, PIXELS = "scratch", "pixels"  # random weights; baselines on raw pixels
+# random weights; baselines on raw pixels
+SCRATCH = "scratch"
+PIXELS = "pixels"
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
 ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
 BY_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines

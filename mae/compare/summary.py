@@ -141,7 +141,8 @@ def _distance(best: Entry, other: Entry) -> str:
     unit = " points" if best.metric == ACCURACY else ""
     if len(differences) < 2:
         return f"{best.format(abs(best.mean - other.mean))}{unit} (one draw: the spread is unknown) {side}"
-    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    mean = statistics.fmean(differences)
+    spread = statistics.stdev(differences)
     verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
     return f"{best.format(abs(mean))} ± {best.format(spread)}{unit}{verdict} {side}"
 

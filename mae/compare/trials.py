@@ -24,7 +24,10 @@ from mae.settings.values import as_yaml
 from mae.training import log
 from mae.training.nonfinite import NonFiniteLoss
 
-KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
+KNN = "knn"
+LINEAR = "linear"
+ATTENTIVE = "attentive"
+FINETUNE = "finetune"
 TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
 PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
          "eval_every": 60, "save_every": 60}  # fmt: skip
@@ -102,7 +105,8 @@ class Trials:
         """
         if trial.encoder.name == PIXELS:
             return self._settings_of_pixels(trial)
-        script, recipe = self.scripts[trial.protocol], self.recipes.get(trial.protocol)
+        script = self.scripts[trial.protocol]
+        recipe = self.recipes.get(trial.protocol)
         first: Settings = {"config": recipe} if recipe else DEFAULTS[trial.protocol]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
         run = script.settings(first)
@@ -141,7 +145,8 @@ class Trials:
         """
         if trial.encoder.name == PIXELS:
             scores, command = self._fit_pixels(trial)
-            score, chosen = scores["test_acc1"], scores["chosen"]
+            score = scores["test_acc1"]
+            chosen = scores["chosen"]
         else:
             pooling, value = self._choose(trial._replace(draw=0))
             name = GRIDS[trial.protocol]
@@ -208,7 +213,8 @@ class Trials:
         Args:
             kept: folder of the features of a frozen encoder, which several runs read.
         """
-        script, out = self.scripts[trial.protocol], self.folder / name
+        script = self.scripts[trial.protocol]
+        out = self.folder / name
         settings = self.settings(trial) | hyperparameters
         if trial.protocol != KNN:
             settings |= {"output_dir": out, "resume": "auto"}
@@ -237,11 +243,13 @@ class Trials:
 
     def _fit_pixels(self, trial: Trial) -> tuple[Scores, str]:
         """Fits a baseline of scikit-learn on the images of the same draw; returns its scores and a description."""
-        settings, per_class = self.settings(trial), trial.size.per_class
+        settings = self.settings(trial)
+        per_class = trial.size.per_class
 
         def compute(_: Path) -> Scores:
             few = some_of_each_class(self.train, per_class, trial.draw) if per_class else self.train
-            images, workers = ImageSpec.of(settings), self.given["num_workers"]
+            images = ImageSpec.of(settings)
+            workers = self.given["num_workers"]
             train, val = ((baselines.read(source, images, workers), source.labels) for source in (few, self.val))
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}

@@ -26,7 +26,8 @@ from mae.data.pixels import MAX_PIXELS, SMALL, BadImage, has_bytes, require_size
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
 
-BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+BICUBIC = InterpolationMode.BICUBIC
+BILINEAR = InterpolationMode.BILINEAR
 MAX_INVALID = 0.01  # weight of the invalid pixels in a valid pixel of a scaled image
 
 Values = list[Any]  # the image of an item, and then its valid pixels, mask and maps, if there are any
@@ -109,7 +110,8 @@ class Scale:
     """Scales images to (height, width). Images of this size are unchanged."""
 
     def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
-        self.size, self.mode = size, mode
+        self.size = size
+        self.mode = mode
 
     def __call__(self, values: Values) -> Values:
         return values if size_of(values[0]) == self.size else [scale(value, *self.size, self.mode) for value in values]
@@ -128,7 +130,10 @@ class RandomCrop:
         self, sample: Callable[..., Sequence[int]], size: tuple[int, int], scale: Sequence[float],
         ratio: Sequence[float],
     ) -> None:  # fmt: skip
-        self.sample, self.size, self.scale, self.ratio = sample, size, scale, ratio
+        self.sample = sample
+        self.size = size
+        self.scale = scale
+        self.ratio = ratio
 
     def __call__(self, values: Values) -> Values:
         top, left, height, width = self.sample(values[0], self.scale, self.ratio)
@@ -161,7 +166,8 @@ class RandomFlip:
     """
 
     def __init__(self, flip: Callable[[Any], Any], probability: float) -> None:
-        self.flip, self.probability = flip, probability
+        self.flip = flip
+        self.probability = probability
 
     def __call__(self, values: Values) -> Values:
         return [self.flip(value) for value in values] if torch.rand(1) < self.probability else values
@@ -195,7 +201,8 @@ def sample_once(image: Any, scale: Sequence[float], ratio: Sequence[float]) -> t
     aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
     crop_height = min(round(math.sqrt(area / aspect)), height)
     crop_width = min(round(math.sqrt(area * aspect)), width)
-    top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
+    top = random.randint(0, height - crop_height)
+    left = random.randint(0, width - crop_width)
     return top, left, crop_height, crop_width
 
 
@@ -227,21 +234,25 @@ class Cover:
     """Scales images to cover (height, width)."""
 
     def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
-        self.size, self.mode = size, mode
+        self.size = size
+        self.mode = mode
 
     def __call__(self, values: Values) -> Values:
         height, width = self.size
         rows, columns = size_of(values[0])
         longest = int(10 * max(height / width, width / height) * min(rows, columns))
         if max(rows, columns) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
-            rows, columns = min(rows, longest), min(columns, longest)
+            rows = min(rows, longest)
+            columns = min(columns, longest)
             values = [F.center_crop(value, [rows, columns]) for value in values]
         if height == width:
             shorter = min(rows, columns)  # with the rounding of torchvision, as in the published results
-            height, width = height * rows // shorter, width * columns // shorter
+            height = height * rows // shorter
+            width = width * columns // shorter
         else:
             factor = max(height / rows, width / columns)
-            height, width = max(height, round(rows * factor)), max(width, round(columns * factor))
+            height = max(height, round(rows * factor))
+            width = max(width, round(columns * factor))
         return [scale(value, height, width, self.mode) for value in values]
 
 
@@ -280,7 +291,8 @@ def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
         BadImage: the image is enlarged, and a square of its longer side has more than MAX_PIXELS.
     """
     factor = short_side / min(size)
-    height, width = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+    height = max(1, round(size[0] * factor))
+    width = max(1, round(size[1] * factor))
     if factor > 1 and max(height, width) ** 2 > MAX_PIXELS:  # scaled before the crop, a strip could fill the memory
         raise BadImage(
             f"its {size[1]} x {size[0]} pixels (width x height) would be scaled to {width} x {height}, a side of more "
@@ -326,15 +338,22 @@ class ScaleAndCrop:
     def __init__(
         self, size: tuple[int, int], short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
     ) -> None:
-        self.size, self.short_side, self.scale, self.hflip, self.mean = size, short_side, scale, hflip, mean
+        self.size = size
+        self.short_side = short_side
+        self.scale = scale
+        self.hflip = hflip
+        self.mean = mean
 
     def __call__(self, values: Values) -> Values:
-        stored, (rows, columns) = size_of(values[0]), self.size
+        stored = size_of(values[0])
+        rows, columns = self.size
         short_side = self.short_side or min(stored)
         sides_for(stored, short_side * self.scale[1])  # raises an error for the maximum, also if the scale is smaller
         height, width = sides_for(stored, short_side * random.uniform(*self.scale))
-        top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
-        bottom, right = min(height, top + rows), min(width, left + columns)
+        top = random.randint(0, max(0, height - rows))
+        left = random.randint(0, max(0, width - columns))
+        bottom = min(height, top + rows)
+        right = min(width, left + columns)
         padding = [0, 0, columns - (right - left), rows - (bottom - top)]
         flips = random.random() < self.hflip
 

@@ -72,7 +72,8 @@ def prefetch(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream, queue = _copying_stream(device), deque[tuple[Any, torch.cuda.Event]]()
+    stream = _copying_stream(device)
+    queue = deque[tuple[Any, torch.cuda.Event]]()
 
     def next_batch() -> Any:
         batch, event = queue.popleft()

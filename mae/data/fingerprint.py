@@ -41,7 +41,8 @@ def _digests(source: Any, with_labels: bool) -> dict[str, str]:
 
 def _below_common_folder(names: list[bytes]) -> bytes:
     """Joins names without the folder that contains all of them."""
-    first, last = min(names), max(names)
+    first = min(names)
+    last = max(names)
     differ = next(
         (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
     )

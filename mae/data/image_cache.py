@@ -53,9 +53,12 @@ class ImageCache:
     """
 
     def __init__(self, source: Source, path: Path) -> None:
-        self.source, self.path = source, path
-        self.classes, self.labels = source.classes, source.labels
-        self.name, self.version = source.name, source.version
+        self.source = source
+        self.path = path
+        self.classes = source.classes
+        self.labels = source.labels
+        self.name = source.name
+        self.version = source.version
         data: np.ndarray = np.memmap(path, np.uint8, "c")  # tensors can't be read-only
         self.num_bytes = len(data) - 3 * 8 * len(source)
         self.pixels = data[: self.num_bytes]
@@ -125,7 +128,9 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
     with atomic.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=path.parent)  # another job may write the same file
-    total, done, num_bytes = len(decoded), 0, 0
+    total = len(decoded)
+    done = 0
+    num_bytes = 0
     sizes = np.zeros((3, total), np.int64)
     batches = Batches(
         decoded, up_to_cores(num_workers) * parallel.processes_here(), batch_size=BATCH, collate_fn=list,
@@ -141,7 +146,8 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
                 num_bytes += image.numel()
                 done += 1
             bar.update(len(images))
-            missing, free = num_bytes * (total / done - 1), shutil.disk_usage(path.parent).free
+            missing = num_bytes * (total / done - 1)
+            free = shutil.disk_usage(path.parent).free
             if done >= SAMPLE and missing > free:
                 raise ValueError(
                     f"`cache_images`: {total:,} images take about {num_bytes * total / done / 1e6:,.0f} MB in "
@@ -163,7 +169,8 @@ class _Decoded(Dataset):
     """
 
     def __init__(self, source: Source, samples: Samples) -> None:
-        self.source, self.samples = source, samples
+        self.source = source
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.source)
@@ -174,7 +181,8 @@ class _Decoded(Dataset):
         try:
             with preserve_generators():
                 item = self.samples.read(index)
-                pixels, label = to_tensor(item.image), item.label
+                pixels = to_tensor(item.image)
+                label = item.label
                 is_listed = type(label) in (int, np.ndarray) and np.array_equal(label, self.source.labels[index])
                 if pixels.dtype != torch.uint8 or item.inputs or item.valid is not None or not is_listed:
                     return nothing

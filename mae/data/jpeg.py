@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-END, SCAN = 0xD9, 0xDA
+END = 0xD9
+SCAN = 0xDA
 MAX_SCANS = 50  # a progressive file has about 10; each scan of a small file may process all of its pixels
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # with a length, or the end; other bytes follow FF within a scan
 _EXIF = re.compile(rb"\xff\xe1(?=..Exif\0)", re.DOTALL)
@@ -24,7 +25,8 @@ def has_many_scans(data: bytes) -> bool:
     """Whether a JPEG file has more than MAX_SCANS scans. libjpeg decodes any number of them."""
     if data.count(b"\xff\xda") <= MAX_SCANS:  # as in almost every file
         return False
-    number, at = 0, 2
+    number = 0
+    at = 2
     while (match := _MARKER.search(data, at)) and data[match.start() + 1] != END and number <= MAX_SCANS:
         number += data[match.start() + 1] == SCAN
         at = match.end() + int.from_bytes(data[match.end() : match.end() + 2])

@@ -17,7 +17,9 @@ from mae.data.item import IGNORED
 from mae.data.pixels import BadImage
 from mae.files.untrusted import printable, read_file
 
-JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
+# the first bytes of a file
+JPEG = b"\xff\xd8\xff"
+PNG = b"\x89PNG"
 MOST_CLASSES = 255
 RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
 
@@ -42,7 +44,8 @@ def read_palette(path: Path) -> Palette:
         ValueError: a line has another format.
         OSError: the file can't be read.
     """
-    names, colors = [], []
+    names = []
+    colors = []
     for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue

@@ -75,7 +75,8 @@ class Epochs:
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Sets the epoch and the first batch of the next iteration over this object."""
-        self.epoch, self.first_iteration = epoch, first_iteration
+        self.epoch = epoch
+        self.first_iteration = first_iteration
 
     def __len__(self) -> int:
         return self.num_batches
@@ -114,12 +115,15 @@ class EpochBatches(Epochs, Sampler[list[tuple[int, int]]]):
 
     def images_before(self, iteration: int) -> int:
         """Returns the number of images of all passes before an iteration of the epoch, without repetitions."""
-        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
+        num_images = self.num_images // self.repeats
+        count = self.images_per_iteration // self.repeats
         return self.epoch * (count * len(self) if self.continues else num_images) + iteration * count
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
-        lap, order = -1, np.arange(0)
+        num_images = self.num_images // self.repeats
+        count = self.images_per_iteration // self.repeats
+        lap = -1
+        order = np.arange(0)
         for iteration in range(self.first_iteration, len(self)):
             batch: list[tuple[int, int]] = []
             first = self.images_before(iteration)

@@ -133,7 +133,8 @@ class Samples(Dataset):
     def _augmented(self, epoch: int, index: int, repeats: int) -> list[Sample]:
         """Returns the samples of an image, or of the first of random replacements that can be read."""
         bad: list[Bad] = []
-        chosen, generator = index, None
+        chosen = index
+        generator = None
         while True:
             try:
                 return self.augment(self.read(chosen, epoch), bad, epoch, index, repeats)

@@ -48,7 +48,8 @@ def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
-        channels, bits = page.samplesperpixel, page.bitspersample
+        channels = page.samplesperpixel
+        bits = page.bitspersample
         check_size(page.imagelength, page.imagewidth, channels, max_pixels)
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
@@ -108,7 +109,8 @@ def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:
 
 def _over_white(picture: Tensor, kind: int) -> Tensor:
     """Composites a picture over white; its last channel is alpha."""
-    color, alpha = picture[:-1], picture[-1:]
+    color = picture[:-1]
+    alpha = picture[-1:]
     if picture.dtype == torch.uint8 or ((alpha < 0) | (alpha > 1)).any():
         raise BadImage("its alpha channel is not in the range 0 to 1")
     return (color if kind == EXTRASAMPLE.ASSOCALPHA else color * alpha) + (1 - alpha)

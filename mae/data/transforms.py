@@ -84,9 +84,11 @@ class Normalize(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Normalize":
         # half() and to(torch.bfloat16) of a model would round mean and std: the mean 4005 to 4000 in bf16.
-        mean, std = self.mean, self.std
+        mean = self.mean
+        std = self.std
         super()._apply(fn, recurse)
-        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        self.mean = mean.to(self.mean.device)
+        self.std = std.to(self.std.device)
         return self
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -108,7 +110,8 @@ class Normalize(nn.Module):
         return True
 
     def _warn_of_range(self, imgs: Tensor, remedy: str) -> None:
-        self.checks_range, values = False, imgs[imgs.isfinite()]
+        self.checks_range = False
+        values = imgs[imgs.isfinite()]
         logger.warning(
             f"float images have values from {float(values.min()):.4g} to {float(values.max()):.4g}, and mean and std "
             f"are those of pixels from 0 to 1: {remedy}"

@@ -135,7 +135,8 @@ def neighbors(
     Raises:
         ValueError: as in `classify`.
     """
-    bank, bank_targets = _unit(bank, device), bank_targets.to(device)
+    bank = _unit(bank, device)
+    bank_targets = bank_targets.to(device)
     sizes = parallel.gather(len(bank))
     if sum(sizes) < k:
         raise ValueError(f"k={k}: there are only {sum(sizes)} training images; give a smaller `k`")

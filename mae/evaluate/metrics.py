@@ -138,7 +138,8 @@ def _quadratic_kappa(truth: np.ndarray, predictions: np.ndarray) -> float:
     It is 1 - observed / expected, the mean squared differences of the pairs and of all combinations. The latter is a
     sum of variances, and the matrix of scikit-learn has all pairs of classes.
     """
-    truth, predictions = truth.astype(np.float64), predictions.astype(np.float64)
+    truth = truth.astype(np.float64)
+    predictions = predictions.astype(np.float64)
     expected = truth.var() + predictions.var() + (truth.mean() - predictions.mean()) ** 2
     return float(1 - ((truth - predictions) ** 2).mean() / expected) if expected else float("nan")
 

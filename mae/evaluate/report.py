@@ -38,7 +38,8 @@ def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions:
     """
     if len(classes) > MOST_PAIRED:
         used, both = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-        classes, (labels, predictions) = [classes[number] for number in used], np.split(both, 2)
+        classes = [classes[number] for number in used]
+        labels, predictions = np.split(both, 2)
     if len(classes) > MOST_PAIRED:
         logger.warning(f"`report`: there is none, as its matrix has all pairs of the {len(classes):,} classes")
         return
@@ -64,7 +65,8 @@ def write_matrix(
     Raises:
         OSError: the disk is full, or the folder can't be written to. Its files are unchanged.
     """
-    images, right = matrix.sum(axis=1), matrix.diagonal()
+    images = matrix.sum(axis=1)
+    right = matrix.diagonal()
     rows: list[list[Any]] = [["class", unit, "right", "accuracy", *(scores or {}), "most often taken for"]]
     for number, name in enumerate(classes):
         wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
@@ -98,7 +100,8 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
     used = metrics.names_of(MULTILABEL if has_classes else REGRESSION)
     rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
     for number, name in enumerate(names):
-        truth, own = labels[:, [number]], predictions[:, [number]]
+        truth = labels[:, [number]]
+        own = predictions[:, [number]]
         values = [metrics.compute(one, truth, own, own, 1) for one in used]
         count = int(truth.sum()) if has_classes else len(truth)
         rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])

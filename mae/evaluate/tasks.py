@@ -101,7 +101,9 @@ class Classification:
     def __init__(
         self, metrics: Sequence[str] = (), class_weight: Tensor | None = None, grades: np.ndarray | None = None
     ) -> None:
-        self.metrics, self.class_weight, self.grades = metrics, class_weight, grades
+        self.metrics = metrics
+        self.class_weight = class_weight
+        self.grades = grades
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
         self.lower_is_better = lower_is_better(self.title)
 
@@ -199,7 +201,9 @@ class Regression(Multilabel):
 
     def __init__(self, metrics: Sequence[str], criterion: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(metrics)
-        self.criterion, self.mean, self.std = criterion, np.asarray(mean), np.asarray(std)
+        self.criterion = criterion
+        self.mean = np.asarray(mean)
+        self.std = np.asarray(std)
 
     def of_outputs(self, count: int) -> str:
         return f"with {count} numbers for each" if count > 1 else "with a number for each"
@@ -229,7 +233,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     Raises:
         ValueError: a metric is for a different task, or is undefined for all classes; or no classes have weights.
     """
-    task, weight = flags["task"], flags.get("class_weight") and train is not None
+    task = flags["task"]
+    weight = flags.get("class_weight") and train is not None
     names = list(dict.fromkeys(flags["metric"] or metrics.DEFAULT_METRICS[task]))
     known = metrics.names_of(task)
     if others := [name for name in names if name not in known]:

@@ -85,7 +85,9 @@ def recipe_problem(text: str) -> str | None:
     """
     if len(text) > MAX_RECIPE_BYTES:
         return f"has {len(text):,} characters, and a recipe has at most {MAX_RECIPE_BYTES:,}"
-    depth, keys, is_key = 0, set(), False
+    depth = 0
+    keys = set()
+    is_key = False
     for token in yaml.scan(text):
         if isinstance(token, yaml.AliasToken):
             return f"has an alias (*{printable(token.value)}): write the value where it belongs"

@@ -186,7 +186,8 @@ class ModelMixin(PyTorchModelHubMixin):
                     self.normalize.require_fit_to_bytes()  # another image may turn the bytes into floats
             batch = collate([self.preprocess(_with_inputs(item, values, index)) for index, item in enumerate(items)])
             batch = to_device(batch, device)
-            x, values = batch.normalized(self.normalize), dict(batch.inputs)
+            x = batch.normalized(self.normalize)
+            values = dict(batch.inputs)
         return x.to(weight.dtype), {name: value.to(device) for name, value in values.items()}
 
     def transform(self, picture: Any) -> Tensor:
@@ -440,7 +441,8 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
                     f"uint8 tensors are pixels"
                 )
             self.normalize.check_input(image)
-            pixels, size = image.to(device), (image.shape[1], image.shape[2])
+            pixels = image.to(device)
+            size = (image.shape[1], image.shape[2])
         else:
             item = self.decode(image, channels_last=channels_last)
             size = size_of(item.image)

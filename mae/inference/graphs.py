@@ -55,7 +55,8 @@ def _graph(model: Model) -> tuple[Graph, dict[str, torch.Tensor], dict[str, Any]
     inputs = {"images": normal * model.normalize.std + model.normalize.mean}  # the units of the model's pixels
     outputs = ["logits" if model.settings["nb_classes"] else "features"]
     if isinstance(model, Autoencoder):
-        inputs["noise"], outputs = torch.rand(2, model.num_patches, generator=generator), ["prediction", "mask"]
+        inputs["noise"] = torch.rand(2, model.num_patches, generator=generator)
+        outputs = ["prediction", "mask"]
     batch = torch.export.Dim("batch", min=1)
     return Graph(model).eval(), inputs, {name: {0: batch} for name in inputs}, outputs
 
@@ -73,7 +74,8 @@ def description(model: Model) -> str:
 
 
 def _units(model: Model) -> str:
-    value_range, nodata = model.values.value_range, model.values.nodata
+    value_range = model.values.value_range
+    nodata = model.values.nodata
     if value_range:
         units = f"(value - {value_range[0]:g}) / {value_range[1] - value_range[0]:g}"
     elif model.normalize.fits_bytes:
@@ -92,7 +94,8 @@ def crop_of(model: Model) -> str:
     if is_uncropped(model):
         return f"a picture that is scaled to {height} x {width} pixels (bicubic)"
     crop_pct = settings_of(model)["crop_pct"]
-    rows, columns = int(height / crop_pct), int(width / crop_pct)
+    rows = int(height / crop_pct)
+    columns = int(width / crop_pct)
     return f"the center of a picture that is scaled to cover {rows} x {columns} pixels (bicubic)"
 
 
@@ -126,7 +129,8 @@ def write_onnx(model: Model, out: Path) -> None:
         ValueError: the weights are bf16; or the outputs differ from the outputs of the model by more than CLOSE, or
             HALF_CLOSE.
     """
-    onnx, runtime = library("onnx"), library("onnxruntime", "onnx")
+    onnx = library("onnx")
+    runtime = library("onnxruntime", "onnx")
     library("onnxscript", "onnx")
     for name in ("onnx_ir", "onnxscript"):  # they log each change of the graph
         logging.getLogger(name).setLevel(logging.WARNING)

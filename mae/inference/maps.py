@@ -25,7 +25,8 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     Raises:
         ValueError: the encoder has no such block.
     """
-    x, T = model.prepare(images), model.num_prefix_tokens
+    x = model.prepare(images)
+    T = model.num_prefix_tokens
     with model.evaluating(*NOT_IN_FEATURES):
         _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
     return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
@@ -112,7 +113,8 @@ def components(model: Model, images: Images, remove_position_mean: bool = False)
     # Signs are arbitrary. Each direction is flipped so that its entry with the largest magnitude is positive.
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     components = centered @ (directions * signs)[:3].T
-    low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
+    low = components.quantile(0.01, dim=0)
+    high = components.quantile(0.99, dim=0)
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colors.view(len(x), *maps.shape[2:], 3)
 

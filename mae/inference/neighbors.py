@@ -37,7 +37,8 @@ from mae.inference.classes import Model
 from mae.inference.reconstruct import SUFFIXES
 from mae.training.log import start_logging
 
-QUERIES, NEIGHBORS = 12, 6
+QUERIES = 12
+NEIGHBORS = 6
 SCORED = 5_000  # images whose neighbors are compared with their labels: 8 TFLOPs for a million images of ViT-B
 SIDE = 112  # approximate width of an image in the picture, in pixels; larger images keep their size
 ORDINALS = ("1st", "2nd", "3rd")
@@ -78,11 +79,13 @@ def main(args: argparse.Namespace) -> Neighbors:
         index_of = {_place(source.name(index)): index for index in range(len(source))}
         known = [index_of.get(_place(path), -1) for path in args.query]
         found = find(rows, model.extract_feat(args.query, args.pool, amp=args.amp).float().cpu(), known)
-        queries, names = model.prepare(args.query), [Path(path).name for path in args.query]
+        queries = model.prepare(args.query)
+        names = [Path(path).name for path in args.query]
     else:
         chosen = evenly_spaced(len(source), QUERIES)
         found = find(rows, rows[chosen], chosen)
-        queries, names = read_images(model, source, chosen), names_of(source, chosen)
+        queries = read_images(model, source, chosen)
+        names = names_of(source, chosen)
     columns = columns_of(model, source, queries, found.indices)
     with atomic.replacing(args.out) as written:
         Image.fromarray(draw(columns, model.normalize.inverse, names)).save(written)
@@ -131,12 +134,14 @@ def find(
     if bank.ndim != 2:
         raise ValueError(f"features of shape {tuple(bank.shape)}: give (n, D), which pool=cls and pool=avg have")
     if queries is None:
-        queries, excluded = bank, range(len(bank))
+        queries = bank
+        excluded = range(len(bank))
     same = torch.tensor([-1] * len(queries) if excluded is None else list(excluded))
     more = int(same.max() >= 0)
     k = min(k, len(bank) - more)
     unit = nn.functional.normalize(bank.float(), dim=1)  # a copy, which `knn.neighbors` may overwrite
-    indices, similarities = [], []
+    indices = []
+    similarities = []
     for _, cosines, near, query in knn.neighbors(
         unit, torch.arange(len(bank)), queries, same, k=k + more, num_classes=1, device=bank.device
     ):

@@ -69,7 +69,8 @@ def pair(pixels: np.ndarray, rows: int, titles: Sequence[str], alt: str) -> str:
 
 def picture(pixels: np.ndarray, alt: str) -> str:
     """Returns a picture uint8 (height, width, 1 or 3) as an image of the page."""
-    file, kind = io.BytesIO(), "jpeg" if pixels.nbytes > LARGE else "png"
+    file = io.BytesIO()
+    kind = "jpeg" if pixels.nbytes > LARGE else "png"
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, kind, quality=90)
     return image(file.getvalue(), kind, alt)
 

@@ -128,7 +128,8 @@ def reconstruct(
         BadImage, OSError: the image can't be read.
     """
     item = model.decode(image)
-    picture, device = item.image, model.cls_token.device
+    picture = item.image
+    device = model.cls_token.device
     if item.valid is not None:
         logger.warning("invalid pixels are the mean in the input, in the original and in the PSNR")
     imgs = uncropped_input(model, item, short_side)
@@ -219,7 +220,9 @@ def boxes_to_mask(
 def pixel_range(start: int, length: int, side: int, scaled: int, covered: int) -> slice:
     """Returns the pixels of the center of a scaled side that a part of the side touches; they may be empty."""
     margin = round((scaled - covered) / 2)  # as in torchvision's center_crop
-    first, end = start * scaled // side - margin, -(-(start + length) * scaled // side) - margin  # floor and ceil
+    # floor and ceil
+    first = start * scaled // side - margin
+    end = -(-(start + length) * scaled // side) - margin
     return slice(max(0, first), max(0, end))
 
 

@@ -63,13 +63,15 @@ def main(args: argparse.Namespace) -> Path:
     if not (args.run_dir / environment.FILE).is_file():
         raise ValueError(f"{args.run_dir} is no run directory: give the `output_dir` of a run of main_pretrain.py")
     start = environment.read_last(args.run_dir)
-    settings, entries = start["settings"], log.read(args.run_dir)
+    settings = start["settings"]
+    entries = log.read(args.run_dir)
     if settings.get("script") != "main_pretrain":
         raise ValueError(f"{args.run_dir} is a run of {settings.get('script')}.py: give a run of main_pretrain.py")
     checkpoints = run_directory.newest_first(args.run_dir)
     if not (entries and checkpoints):
         raise ValueError(f"{args.run_dir} has no completed epoch with a checkpoint yet")
-    data, device = data_of(settings, args), parallel.choose_device(args.device)
+    data = data_of(settings, args)
+    device = parallel.choose_device(args.device)
     source = open_images(data)
     model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
     extras.require_fitting(model, source)
@@ -85,7 +87,8 @@ def main(args: argparse.Namespace) -> Path:
         page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
         page.section("Settings", settings_of(start)),
     ]
-    path, title = args.run_dir / "report.html", f"Pre-training run {args.run_dir.resolve().name}"
+    path = args.run_dir / "report.html"
+    title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {checkpoints[0].name}."
     atomic.write_text(path, page.render(title, about, facts_of(entries, settings), sections))
@@ -197,11 +200,15 @@ def commands(
 ) -> str:
     """Returns commands that use a checkpoint."""
     named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
-    labelled, note = ["--data_path", LABELLED], f"{LABELLED} has images in train/CLASS and val/CLASS."
+    labelled = ["--data_path", LABELLED]
+    note = f"{LABELLED} has images in train/CLASS and val/CLASS."
     if settings.get("probe_path"):
-        labelled, note = ["--data_path", settings["probe_path"]], ""
+        labelled = ["--data_path", settings["probe_path"]]
+        note = ""
     elif source.classes:
-        labelled, note = arguments(named), ""  # without val/, a part of the images is held out
+        # without val/, a part of the images is held out
+        labelled = arguments(named)
+        note = ""
     images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
     if is_stream(source) or not images:
         images = ["IMAGES"]

@@ -21,7 +21,9 @@ from mae.inference.model import Segmenter, get_model, picture_of
 from mae.inference.predict import FORMATS
 from mae.settings import types
 
-MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
+# classes in a legend; characters of a name
+MAX_LEGEND = 16
+MAX_NAME = 20
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -119,9 +121,10 @@ def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity:
 def legend(classes: np.ndarray, model: Segmenter) -> tuple[list[str], np.ndarray]:
     """Returns names with shares, and the colors (n, 3) from 0 to 1, of the MAX_LEGEND most frequent classes (H, W)."""
     shares = class_shares(classes)
-    named, others = shares[:MAX_LEGEND], shares[MAX_LEGEND:]
+    named = shares[:MAX_LEGEND]
+    others = shares[MAX_LEGEND:]
     names = [class_name(model, label) for label, _ in named]
-    texts = [f"{name[:MAX_NAME]}{'…' * (len(name) > MAX_NAME)} {share:.1%}"
+    texts = [f"{name[:MAX_NAME]}{'…' if len(name) > MAX_NAME else ''} {share:.1%}"
              for name, (_, share) in zip(names, named, strict=True)]  # fmt: skip
     colors = [model.colors[label] / 255 for label, _ in named]
     if others:

@@ -136,7 +136,8 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
     settings = settings_of(model)
     block: Any = model.blocks[0]
-    pooled, registers = bool(model.settings["global_pool"]), model.num_prefix_tokens - 1
+    pooled = bool(model.settings["global_pool"])
+    registers = model.num_prefix_tokens - 1
     height, width = model.patch_embed.img_size
     name = f"vit_{models_mae.size_of(model.settings['model'])}_224"
     labels = {"label_names": model.classes} if model.classes and model.settings["nb_classes"] else {}
@@ -172,7 +173,8 @@ def write_transformers(model: Model, out: Path) -> None:
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
                     f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip
     if isinstance(model, Autoencoder):
-        ratio, block = model.settings["mask_ratio"], model.settings.get("mask_block") or 1
+        ratio = model.settings["mask_ratio"]
+        block = model.settings.get("mask_block") or 1
         logger.info(MASKS.format(ratio=ratio, folder=out.name, patches=model.num_patches))
         if block > 1:
             logger.info(f"transformers masks single patches, and this model has mask_block {block}")
@@ -220,7 +222,8 @@ def _of_transformers(model: Model) -> Any:
 
 def _write_processor(model: Model, out: Path) -> None:
     """Writes preprocessor_config.json. A log line says where its crop differs."""
-    used, side = settings_of(model), model.patch_embed.img_size[0]
+    used = settings_of(model)
+    side = model.patch_embed.img_size[0]
     edge = int(side / used["crop_pct"])
     if not is_uncropped(model):  # transformers rounds half of the difference down, torchvision to an even number
         of_long_side = "" if (edge - side) % 4 == 3 else " where 3, 7, 11, ... pixels of the longer side remain"

@@ -96,7 +96,8 @@ class Job:
                     raise
                 stopped_by.append(error.signum)
             except Exception as error:
-                failed, lost = True, isinstance(error, RuntimeError) and parallel.lost_process(error) is not None
+                failed = True
+                lost = isinstance(error, RuntimeError) and parallel.lost_process(error) is not None
                 raise
 
         try:
@@ -260,7 +261,8 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
         argv += ["--config", str(recipe)] if recipe else []
         with contextlib.chdir(code), _environment_of_a_shell():  # Python imports modules from its working directory
             job = _start(executor, job_of_run(argv=tuple(argv)))
-        log, output_dir = job.task(0).paths.stdout, str(outputs[0]).replace("%j", job.job_id)
+        log = job.task(0).paths.stdout
+        output_dir = str(outputs[0]).replace("%j", job.job_id)
         print_instructions(args.cluster, job.job_id, log, output_dir)
         if args.wait:
             job.results()

@@ -69,7 +69,8 @@ def report_on(
     """
     good = [fact for fact in facts if fact.sums is not None]
     bad = [fact.unreadable for fact in facts if fact.unreadable]
-    lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
+    read = f", of which {len(facts):,} were read" if len(facts) < len(source) else ""
+    lines = [f"images      {len(source):,}{read}"]
     counts = Counter(fact.label for fact in good if fact.label >= 0)
     if counts and has_class_numbers(source):
         named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
@@ -85,7 +86,7 @@ def report_on(
     else:
         lines.append("classes     none: pre-training needs no labels")
     listed = "".join(f"\n            {name}: {why}" for name, why in bad[:MAX_LISTED])
-    more = f"\n            and {len(bad) - MAX_LISTED:,} more" * (len(bad) > MAX_LISTED)
+    more = f"\n            and {len(bad) - MAX_LISTED:,} more" if len(bad) > MAX_LISTED else ""
     lines.append(f"unreadable  {len(bad):,}{listed}{more}")
     if good:
         heights, widths = np.array([fact.size for fact in good]).T
@@ -93,16 +94,19 @@ def report_on(
         (size, most), *others = Counter(fact.size for fact in good).most_common()
         channels = Counter(fact.channels for fact in good).most_common()
         different = {(fact.size, fact.digest) for fact in good}
-        pixels, valid = int((heights * widths).sum()), sum(fact.valid for fact in good)
+        pixels = int((heights * widths).sum())
+        valid = sum(fact.valid for fact in good)
         lines += [
-            f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
+            f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images{spread if others else ''}",
             "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
             f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
             f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
             f"duplicates  {len(good) - len(different):,} images equal another one",
-            *[f"invalid     {1 - valid / pixels:.2%} of the pixels"] * (valid < pixels),
-            f"rotated     {sum(fact.turned for fact in good):,} images by EXIF data, which is ignored in training",
         ]
+        if valid < pixels:
+            lines.append(f"invalid     {1 - valid / pixels:.2%} of the pixels")
+        turned = sum(fact.turned for fact in good)
+        lines.append(f"rotated     {turned:,} images by EXIF data, which is ignored in training")
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
 

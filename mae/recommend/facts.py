@@ -59,12 +59,14 @@ class Images:
         """
         good = [fact for fact in facts if fact.sums is not None]
         heights, widths = np.array([fact.size for fact in good]).T
-        shorter, aspect = np.minimum(heights, widths), heights / widths
+        shorter = np.minimum(heights, widths)
+        aspect = heights / widths
         narrow, wide = np.quantile(aspect, (0.05, 0.95))
         mean, std = moments_of(good)
         if not std.any():
             raise ValueError(f"every pixel has the value {' '.join(f'{value:g}' for value in mean)}: nothing to learn")
-        low, high = min(fact.low for fact in good), max(fact.high for fact in good)
+        low = min(fact.low for fact in good)
+        high = max(fact.high for fact in good)
         is_deep = all(fact.deep for fact in good)
         count = round(total * len(good) / len(facts))
         return cls(

@@ -110,7 +110,8 @@ def _largest(
 
     On CPUs, the time of an update grows with the parameters, so that a model that is too slow needs no trial.
     """
-    needed, model = rules.images_needed(images), models[0]
+    needed = rules.images_needed(images)
+    model = models[0]
     measured = measure(model)
     for larger in models[1:]:
         factor = 1 if machine.gpus else rules.parameters_of(model) / rules.parameters_of(larger)
@@ -123,7 +124,8 @@ def _largest(
             break
         if needed > of_larger.images_per_s * (seconds - of_larger.startup):
             break
-        model, measured = larger, of_larger
+        model = larger
+        measured = of_larger
     return model, measured
 
 
@@ -135,12 +137,13 @@ def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
         flags: arguments that a recipe must not set.
     """
     script = ["main_pretrain.py"] if Path("main_pretrain.py").is_file() else ["-m", "main_pretrain"]
-    out, numbers = Path("runs", path.stem), itertools.count(2)
+    out = Path("runs", path.stem)
+    numbers = itertools.count(2)
     while out.exists():  # --resume would continue another run
         out = out.with_name(f"{path.stem}-{next(numbers)}")
     settings = {"config": path, "output_dir": out, "resume": "auto"}
     words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *script, *arguments(settings), *flags]
-    return f"OMP_NUM_THREADS={threads} " * (threads > 0) + shlex.join(words)
+    return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(words)
 
 
 def text_of(lines: list[Line]) -> str:

@@ -15,14 +15,18 @@ from models_vit import SIZES
 
 MODELS = ("mini_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16")  # from small to large
 PARAMETERS_PER_PATCH = 4  # of the dataset; ViT-H on ImageNet-1K has 2.5, and mini on the images of the demo 5
-PASSES, IMAGES = 80, 800_000  # that the measured runs process at least, whichever is more
+# that the measured runs process at least, whichever is more
+PASSES = 80
+IMAGES = 800_000
 MAX_EPOCHS = 1600  # the longest published run
 MAX_SIDE = 224  # pixels
 PATCH_SCALE = 1.25  # patch side = scale x root of the image side: 7 of 28 pixels, 12 of 96, 16 of 224
 PATCH_TOLERANCE = 1.5  # ratio to this side, up to which a divisor of the image side is better
 MIN_GRID = 4  # patches along the shorter side
 # Measured on small images. For ViT-B with 4,096 images, the rule for others has 1.9e-3, and the paper 2.4e-3.
-LR, WIDTH, BATCH = 2e-3, 128, 128
+LR = 2e-3
+WIDTH = 128
+BATCH = 128
 UPDATES_PER_EPOCH = 64  # at least, so that large batches have enough updates
 MAX_BATCH = 4096  # images per update, as published
 MAX_PROCESS_BATCH = 256  # images in the memory of a GPU at a time
@@ -47,7 +51,8 @@ def patch_of(height: int, width: int) -> int:
         ValueError: a side has fewer than MIN_GRID pixels.
     """
     shorter = min(height, width)
-    largest, best = shorter // MIN_GRID, PATCH_SCALE * math.sqrt(shorter)
+    largest = shorter // MIN_GRID
+    best = PATCH_SCALE * math.sqrt(shorter)
     if not largest:
         raise ValueError(f"images of {height} x {width} pixels are too small: give at least {MIN_GRID} pixels a side")
     divisors = [side for side in range(1, largest + 1) if math.gcd(height, width) % side == 0]
@@ -91,12 +96,16 @@ def image_lines(images: Images, input_size: Size | None = None) -> list[Line]:
 def _value_lines(images: Images) -> list[Line]:
     channels = {1: "gray images", 3: "color images; gray and transparent ones are converted"}
     lines = [Line("in_chans", images.in_chans, channels.get(images.in_chans, "channels of the files"))]
-    mean, std, of = np.array(images.mean), np.array(images.std), "of these images, for pixels from 0 to 1"
+    mean = np.array(images.mean)
+    std = np.array(images.std)
+    of = "of these images, for pixels from 0 to 1"
     if images.value_range:
         low, high = _rounded(images.value_range)
         reason = "the values of the files, which become 0 and 1: pictures of the log show this range"
         lines.append(Line("value_range", [low, high], reason))
-        mean, std, of = (mean - low) / (high - low), std / (high - low), "of these images in this range"
+        mean = (mean - low) / (high - low)
+        std = std / (high - low)
+        of = "of these images in this range"
     return [*lines, Line("mean", _rounded(mean), of), Line("std", _rounded(std), of)]
 
 
@@ -167,7 +176,8 @@ def effective_batch(images: Images, has_gpu: bool) -> int:
 
 def optimization_lines(images: Images, machine: Machine, model: str) -> list[Line]:
     """Returns the settings of the loss, the batches and the learning rate."""
-    processes, width = processes_of(machine, images), SIZES[model]["embed_dim"]
+    processes = processes_of(machine, images)
+    width = SIZES[model]["embed_dim"]
     of_process = max(1, effective_batch(images, machine.gpus > 0) // processes)
     accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
     batch_size = of_process // accum_iter

@@ -16,7 +16,9 @@ from mae.training import log
 
 logger = logging.getLogger(__name__)
 
-EPOCHS, UPDATES = 4, 15  # of the trial; its first epoch is slower and does not count
+# of the trial; its first epoch is slower and does not count
+EPOCHS = 4
+UPDATES = 15
 
 
 class Trial(NamedTuple):

@@ -35,4 +35,9 @@ def advice(settings: Mapping[str, Any]) -> str:
     """Returns the advice to give settings, such as "give in_chans=1 and omit `mean`". None: the setting is omitted."""
     given = {name: value for name, value in settings.items() if value is not None}
     omitted = " ".join(f"`{name}`" for name, value in settings.items() if value is None)
-    return " and ".join([f"give {in_words(given)}"] * bool(given) + [f"omit {omitted}"] * bool(omitted))
+    parts = []
+    if given:
+        parts.append(f"give {in_words(given)}")
+    if omitted:
+        parts.append(f"omit {omitted}")
+    return " and ".join(parts)

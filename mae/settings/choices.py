@@ -10,7 +10,8 @@ TF32 = (  # in the help of --amp
     "5e-4 each"
 )
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
-CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
+TASK_CHOICES = ("classification", "multilabel", "regression")
+CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES
 SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
 REGRESSION_LOSSES = ("l1", "l2", "huber")
 DEFAULT_WORKERS = 32  # default of --num_workers; more are rarely faster, and each holds two batches

@@ -8,7 +8,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-FREE, WARNS, FIXED = "free", "warns", "fixed"  # whether a resumed run may change a setting
+# whether a resumed run may change a setting
+FREE = "free"
+WARNS = "warns"
+FIXED = "fixed"
 
 # What a setting is about. `run.py` says which uses of a file take the settings of which roles.
 MODEL = "model"  # the encoder and the decoder
@@ -68,7 +71,8 @@ class Values:
     role: ClassVar[str] = ""
 
     def __init_subclass__(cls, group: str = "", role: str = "") -> None:
-        cls.group, cls.role = group or cls.group, role or cls.role
+        cls.group = group or cls.group
+        cls.role = role or cls.role
 
     @classmethod
     def of(cls: type[Spec], settings: Mapping[str, Any]) -> Spec:

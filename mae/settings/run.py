@@ -139,7 +139,10 @@ assert len(PART_OF) == sum(len(fields(kind)) for kind in PARTS.values()), "a set
 UNSET: dict[str, Any] = {"num_cls_tokens": 1, "regression_loss": "l1"}
 
 # What a run does with a file -> the settings that it takes from the file.
-RESUME, RESUME_PUBLISHED, EVALUATE, TRAIN = "resume", "resume a published checkpoint", "evaluate", "train"
+RESUME = "resume"
+RESUME_PUBLISHED = "resume a published checkpoint"
+EVALUATE = "evaluate"
+TRAIN = "train"
 TAKEN = {
     RESUME: FIELDS.keys() - names_with(MACHINE),
     RESUME_PUBLISHED: {*names_with(MODEL, HEAD, LABELS, IMAGES, OPTIM)},  # its other settings are of another program

@@ -81,7 +81,8 @@ def of_epoch(precision: Precision, flops: int | None, images_per_s: float) -> di
         flops: of an image, from `training_flops`.
         images_per_s: the throughput of all processes.
     """
-    device, entries = precision.device, dict[str, float]()
+    device = precision.device
+    entries = dict[str, float]()
     if flops:
         entries["tflops"] = flops * images_per_s / parallel.world_size() / 1e12
     if device.type == "cuda":
@@ -97,7 +98,8 @@ def describe(entries: Mapping[str, float]) -> str:
     """Returns the entries of `of_epoch` as the end of a line of the log."""
     text = ""
     if entries.get("tflops", 0) >= 0.1:  # of models that are not tiny
-        text += f", {entries['tflops']:.3g} TFLOP/s" + " per process" * (parallel.world_size() > 1)
+        per_process = " per process" if parallel.world_size() > 1 else ""
+        text += f", {entries['tflops']:.3g} TFLOP/s{per_process}"
     if "mfu" in entries:
         text += f" ({entries['mfu']:.0%} of the peak)"
     if "peak_memory_gb" in entries:

@@ -118,7 +118,8 @@ def extract(
             yield features.numpy()
             bar.update(len(features))
 
-    stored, done = torch.empty(0, dtype=dtype).numpy(), 0
+    stored = torch.empty(0, dtype=dtype).numpy()
+    done = 0
     if folder:
         with locks.locked(folder):
             stored = _write(folder, dict(settings or {}), len(labels), compute_from, stored.dtype)
@@ -154,7 +155,8 @@ def _write(
         file.truncate(dtype.itemsize * done * math.prod(shape))  # removes features that the progress does not count
     with file:
         for number, features in enumerate(compute_from(done) if done < count else [], start=1):
-            shape, done = list(features.shape[1:]), done + len(features)
+            shape = list(features.shape[1:])
+            done = done + len(features)
             with atomic.writing(folder):
                 left = memoryview(features.astype(dtype, copy=False).tobytes())
                 while left:
@@ -172,10 +174,15 @@ def _progress(folder: Path, rows: Path, settings: dict[str, Any], size: int) -> 
         return 0, []
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        theirs, done, shape = note["settings"], int(note["done"]), list(note["shape"])
+        theirs = note["settings"]
+        done = int(note["done"])
+        shape = list(note["shape"])
         complete = rows.stat().st_size >= size * done * math.prod(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        theirs, done, shape, complete = {}, 0, [], False
+        theirs = {}
+        done = 0
+        shape = []
+        complete = False
     if complete and theirs == settings:
         return done, shape
     reason = changes(theirs, settings) if complete else "damaged"

@@ -98,7 +98,8 @@ class FrozenFeatures:
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
-        source, options = self.sets[name], dict[str, Any]()
+        source = self.sets[name]
+        options = dict[str, Any]()
         if self.model.head_pools or self.kept:
             folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"
             options = {"folder": folder, "settings": self._token_settings(source)}

@@ -62,7 +62,8 @@ def load_for_evaluation(
     if task != file.settings.get("task", CLASSIFICATION):
         recorded = file.settings.get("task", CLASSIFICATION)
         raise ValueError(f"task={task}: {file.origin} was trained with task={recorded}; omit `task`")
-    classes, names = file.settings.get("classes"), file.settings.get("label_names")
+    classes = file.settings.get("classes")
+    names = file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
     if spec.nb_classes not in (None, num_classes):

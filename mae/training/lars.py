@@ -57,7 +57,8 @@ class LARS(torch.optim.Optimizer):
     def _step_one(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         if weight.ndim > 1:
             gradient = gradient + group["weight_decay"] * weight
-            weight_norm, gradient_norm = weight.norm(), gradient.norm()
+            weight_norm = weight.norm()
+            gradient_norm = gradient.norm()
             trust = group["trust_coefficient"] * weight_norm / gradient_norm
             gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
         old = self.state[weight].setdefault("momentum", torch.zeros_like(weight))

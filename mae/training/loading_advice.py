@@ -24,7 +24,8 @@ def faster_loading(batches: Any, record: Mapping[str, Any], device: torch.device
     """
     if not isinstance(batches, TrainLoader):
         return []
-    source, cores = batches.source, parallel.cores_of_process()
+    source = batches.source
+    cores = parallel.cores_of_process()
     if device.type == "cpu":
         cores -= torch.get_num_threads()  # which compute
     found = [f"num_workers={cores}"] if batches.batches.num_workers < cores else []

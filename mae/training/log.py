@@ -129,8 +129,10 @@ class RunLog(NullLog):
         measure_costs: Callable[[float], dict[str, float]] = lambda images_per_s: {},
         remedies: Callable[[], list[str]] = list,
     ) -> None:
-        self.epochs, self.first_epoch = epochs, first_epoch
-        self.measure_costs, self.remedies = measure_costs, remedies
+        self.epochs = epochs
+        self.first_epoch = first_epoch
+        self.measure_costs = measure_costs
+        self.remedies = remedies
         self.loss_tag = loss_tag
         path = output_dir / "log.txt"
         _drop_lines_from(path, first_epoch)
@@ -145,8 +147,10 @@ class RunLog(NullLog):
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
     ) -> None:
-        self.epoch, self.num_iterations = epoch, num_iterations
-        self.images_per_iteration, self.watch = images_per_iteration, watch
+        self.epoch = epoch
+        self.num_iterations = num_iterations
+        self.images_per_iteration = images_per_iteration
+        self.watch = watch
         self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
         self.bar = tqdm(
             total=num_iterations * images_per_iteration,
@@ -179,7 +183,8 @@ class RunLog(NullLog):
             )
             self.bar.update(iterations * self.images_per_iteration - self.bar.n)
         elif is_due:
-            total, rate = self.num_iterations, self.images_per_iteration / watch.seconds_per_iteration
+            total = self.num_iterations
+            rate = self.images_per_iteration / watch.seconds_per_iteration
             logger.info(
                 f"epoch {self.epoch} [{iterations:>{len(str(total))}}/{total}]  loss {loss:.4f}  lr {lr:.2e}  "
                 f"grad {grad_norm:.3g}  {rate:,.0f} images/s  "

@@ -93,7 +93,9 @@ class Events:
             with atomic.writing(self.log_dir):
                 write(self.writer)
         except OSError as error:
-            self.writer, self.next_try = None, time.monotonic() + RETRY_SECONDS  # the thread that writes has ended
+            # the thread that writes has ended
+            self.writer = None
+            self.next_try = time.monotonic() + RETRY_SECONDS
             logger.warning(f"{error}. The run continues, and the events of TensorBoard are lost until then.")
 
     def _open(self, first_x: int | None = None) -> SummaryWriter:

@@ -27,7 +27,8 @@ from mae.uniformity import uniformity
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 25_600  # of each set, chosen at random: the number of images of Garrido et al. 2023
-NEIGHBORS, TEMPERATURE = 20, 0.07
+NEIGHBORS = 20
+TEMPERATURE = 0.07
 HELD_OUT = 0.1  # of the training images, without --probe_path
 
 
@@ -76,7 +77,9 @@ class OnlineProbe:
         self.num_classes = len(train.classes)
         if not self.is_labelled:
             logger.info("`probe_every`: the images have no labels, so there is no accuracy")
-        self.data, self.batch_size, self.precision = data, batch_size, precision.of_evaluation()
+        self.data = data
+        self.batch_size = batch_size
+        self.precision = precision.of_evaluation()
         self.masked = data.samples(self.val, images.transform, "skip", images.draw_noise)
         self.mask_ratio = mask_ratio
         self.pooling = pooling
@@ -119,7 +122,8 @@ class OnlineProbe:
     @torch.no_grad()
     def loss(self, model: Any) -> float:
         """Returns the mean loss of the images that are held out, with the same masks at each call."""
-        data, total = self.data, 0.0
+        data = self.data
+        total = 0.0
         batches = loader.eval_loader(self.masked, self.batch_size, data.data.num_workers, data.pin_memory)
         for batch in prefetch(batches, self.precision.device):
             with self.precision.autocast():

@@ -27,13 +27,15 @@ class Joined(Optimizer):
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts, self.counts = parts, [len(part.param_groups) for part in parts]
+        self.parts = parts
+        self.counts = [len(part.param_groups) for part in parts]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         first = 0
         for part, count in zip(self.parts, self.counts, strict=True):
             # `load_state_dict` replaces groups and state.
-            part.state, part.param_groups = self.state, self.param_groups[first : first + count]
+            part.state = self.state
+            part.param_groups = self.param_groups[first : first + count]
             part.step()
             first += count
 

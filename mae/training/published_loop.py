@@ -48,7 +48,8 @@ def train_one_epoch(
     """
     model.train()
     optimizer.zero_grad()
-    losses, rates = [], []
+    losses = []
+    rates = []
     for iteration, (images, labels, *_) in enumerate(data_loader):
         if iteration % args.accum_iter == 0:
             adjust_learning_rate(optimizer, epoch + iteration / len(data_loader), args)

@@ -74,7 +74,8 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
     """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
-    which, file = run_directory.chosen(output_dir, resume), run_directory.source(output_dir, resume)
+    which = run_directory.chosen(output_dir, resume)
+    file = run_directory.source(output_dir, resume)
     if not file:
         return None
     run_directory.refuse(file)
@@ -242,7 +243,8 @@ def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, An
 
     Checkpoints do not record its class. The settings of Adam and of SGD or LARS differ.
     """
-    saved, ours = state["optimizer"]["param_groups"], optimizer.param_groups
+    saved = state["optimizer"]["param_groups"]
+    ours = optimizer.param_groups
     sizes, our_sizes = ([len(group["params"]) for group in groups] for groups in (saved, ours))
     if sizes != our_sizes:
         raise CheckpointError(
@@ -259,7 +261,8 @@ def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, An
 
 def _require_same_processes(position: dict[str, Any], saved: dict[str, Any]) -> None:
     """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
-    before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), parallel.world_size()
+    before = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"])
+    now = parallel.world_size()
     if before != now:
         raise CheckpointError(
             f"the checkpoint is in the middle of an epoch on stored features, of which each process has a part: start "
@@ -285,7 +288,8 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
     if saved is None:
         progress.epoch = state["epoch"] + 1
         return
-    num_images, images_done = saved.get("num_images"), saved["images_done"]
+    num_images = saved.get("num_images")
+    images_done = saved["images_done"]
     if images_done % progress.effective_batch_size:
         raise CheckpointError(
             f"the checkpoint is {images_done} images into its epoch, within an update of "

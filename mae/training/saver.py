@@ -193,7 +193,8 @@ class Saver(NullSaver):
         Raises:
             OSError: the state can't be written.
         """
-        writing, self.writing = self.writing, None
+        writing = self.writing
+        self.writing = None
         if writing is None:
             return None
         try:

@@ -76,9 +76,15 @@ class Transaction:
         accum_iter: int,
         after_update: Callable[[float], None],
     ) -> None:
-        self.model, self.loader, self.device = model, batches, device
-        self.progress, self.log, self.saver, self.guard = progress, log, saver, guard
-        self.accum_iter, self.after_update = accum_iter, after_update
+        self.model = model
+        self.loader = batches
+        self.device = device
+        self.progress = progress
+        self.log = log
+        self.saver = saver
+        self.guard = guard
+        self.accum_iter = accum_iter
+        self.after_update = after_update
         self.updates_per_epoch, rest = divmod(len(batches), accum_iter)
         assert not rest, "an epoch is a whole number of updates"
 
@@ -193,7 +199,11 @@ class PendingUpdates:
     """Losses, gradient norms and requests that are copied from the device and read some updates later."""
 
     def __init__(self, epoch: int, meters: Meters, log: NullLog, saver: NullSaver, guard: NonFiniteGuard) -> None:
-        self.epoch, self.meters, self.log, self.saver, self.guard = epoch, meters, log, saver, guard
+        self.epoch = epoch
+        self.meters = meters
+        self.log = log
+        self.saver = saver
+        self.guard = guard
         self.queue: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, iterations: int, lr: float, names: list[str], values: Tensor) -> None:
@@ -220,7 +230,8 @@ class PendingUpdates:
         """
         shared_request = Request.NONE
         while len(self.queue) > (0 if shared_request else max_pending):
-            batch, lr = self.queue[0][0] - 1, self.queue[0][1]
+            batch = self.queue[0][0] - 1
+            lr = self.queue[0][1]
             grad_norm, loss, *shares = self._pop()
             shared_request = max(shared_request, *(request for request in Request if shares[request] > 0))
             if not self.guard.accepts(loss, grad_norm):

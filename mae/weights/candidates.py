@@ -106,7 +106,8 @@ def models(state: Any, keeps_names: bool, prefix_of: PrefixOf, path: tuple[str, 
     tensors = {re.sub(anywhere, "", name): value for name, value in direct.items()}
     wrappers = sorted({match[0] for name in direct for match in re.finditer(anywhere, name)})
     if len(tensors) < len(direct):  # names with and without a wrapper are two models
-        tensors, wrappers = direct, []
+        tensors = direct
+        wrappers = []
     prefixes = [prefix for prefix in _prefixes(tensors.keys(), prefix_of) if not (prefix and keeps_names)]
     unread = [name for name in tensors if not name.startswith(tuple(prefixes))]
     for prefix in prefixes:

@@ -24,7 +24,8 @@ from mae.weights.reading import Weights
 
 logger = logging.getLogger(__name__)
 
-ENCODER, DECODER, HEAD = PARTS = ("encoder", "decoder", "head")  # of a model
+PARTS = ("encoder", "decoder", "head")  # of a model
+ENCODER, DECODER, HEAD = PARTS
 TABLES = {"pos_embed", "decoder_pos_embed"}  # position tables of an autoencoder
 
 
@@ -143,7 +144,8 @@ def _adapt_positions(model: Any, weights: Weights, tensors: dict[str, Tensor]) -
     if is_autoencoder and not model.learned_pos_embed:
         return {name for name in before if _adapt_fixed_table(model, weights, tensors, name, grid)}
     if not is_autoencoder:
-        table, count = before["pos_embed"], model.num_prefix_tokens
+        table = before["pos_embed"]
+        count = model.num_prefix_tokens
         expected = count + math.prod(recorded) if recorded else model.pos_embed.shape[1]
         if table.shape[1] != expected and (recorded or _lacks_class_positions(model, weights)):
             table = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
@@ -161,8 +163,10 @@ def _recorded_grid(size: Size | None, shape_of: Mapping[str, torch.Size]) -> tup
     """
     if not size or not {"pos_embed", shapes.PATCHES} <= shape_of.keys():
         return None
-    (height, width), (p, q) = to_pair(size), shape_of[shapes.PATCHES][2:]
-    grid, length = (height // p, width // q), shape_of["pos_embed"][1]
+    height, width = to_pair(size)
+    p, q = shape_of[shapes.PATCHES][2:]
+    grid = (height // p, width // q)
+    length = shape_of["pos_embed"][1]
     return grid if math.prod(grid) in (length, length - shape_of["cls_token"][1]) else None
 
 
@@ -174,12 +178,14 @@ def _lacks_class_positions(model: Any, weights: Weights) -> bool:
     Raises:
         CheckpointError: the table fits two grids. The file does not record its own.
     """
-    length, count = weights.tensors["pos_embed"].shape[1], model.num_prefix_tokens
+    length = weights.tensors["pos_embed"].shape[1]
+    count = model.num_prefix_tokens
     has_square_of_rest = _is_square(length - count)
     if length != model.pos_embed.shape[1] - count:
         return _is_square(length) and not has_square_of_rest
     if has_square_of_rest and length > count:
-        side, (rows, columns) = math.isqrt(length - count), model.patch_embed.grid_size
+        side = math.isqrt(length - count)
+        rows, columns = model.patch_embed.grid_size
         raise CheckpointError(
             f"{weights.origin} records no input_size: its {length} positions are of {side} x {side} patches and class "
             f"tokens, or of {rows} x {columns} patches alone"
@@ -194,7 +200,8 @@ def _adapt_fixed_table(
 
     A table that does not fit its grid is removed: the model computes its own.
     """
-    table, ours = tensors[name], model.state_dict()[name]
+    table = tensors[name]
+    ours = model.state_dict()[name]
     grid = grid or _assumed_grid(table, ours.shape, model)
     length = ours.shape[1] if grid == model.grid_size else model.num_prefix_tokens + math.prod(grid)
     if table.shape == (1, length, ours.shape[2]) and min(grid) > 0:
@@ -210,7 +217,8 @@ def _assumed_grid(table: Tensor, shape: torch.Size, model: Any) -> tuple[int, in
 
     It is that of the model if there is no square, or if the table is the sine-cosine table of the model, of `shape`.
     """
-    grid, count = model.grid_size, model.num_prefix_tokens
+    grid = model.grid_size
+    count = model.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - count, 0))
     if side**2 != table.shape[1] - count or not side:
         return grid

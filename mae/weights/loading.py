@@ -233,13 +233,15 @@ def _warn_of_user_code(weights: Weights, new: set[str], dropped: set[str]) -> No
 def _differing(weights: Weights, ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
     sizes, our_sizes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights.tensors, ours))
-    theirs, expected = shapes.determined(sizes), shapes.determined(our_sizes)
+    theirs = shapes.determined(sizes)
+    expected = shapes.determined(our_sizes)
     names = [name for name in theirs if name not in NOT_OF_MODEL and expected.get(name) is not None]
     different = {name: theirs[name] for name in names if theirs[name] not in (None, expected[name])}
     width, depth = shapes.width_and_depth(sizes)
     if (width, depth) != shapes.width_and_depth(our_sizes):
         row = model_zoo.TABLE.get(weights.origin)
         recorded = row.model if row else weights.settings.get("model", f"(of {depth} blocks, {width} wide)")
-        model = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+        prefix = "mae_" if "mask_token" in ours else ""
+        model = prefix + str(recorded).removeprefix("mae_")
         different = {"model": model, **different}
     return different

@@ -81,7 +81,8 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     settings = chosen({}, {**file.settings, **shapes.certain(determined)}, determined, {})
     if settings.get("patch_size") == SIZES[size]["patch_size"]:
         settings["patch_size"] = None  # that in the name of the model, as the flag has it
-    return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
+    prefix = "mae_" if file.kind == FULL else ""
+    return {**settings, "model": model or f"{prefix}vit_{size}"}
 
 
 def _size_with_shapes(shape_of: Mapping[str, Size], settings: Mapping[str, Any], origin: str) -> str:

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
-ENCODER, FULL, CLASSIFIER, SEGMENTER = "encoder", "encoder and decoder", "classifier", "segmentation model"
+ENCODER = "encoder"
+FULL = "encoder and decoder"
+CLASSIFIER = "classifier"
+SEGMENTER = "segmentation model"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".zip")  # of files of weights
 
 

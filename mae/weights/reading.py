@@ -239,7 +239,8 @@ def _open_folder(folder: Path, file: Path | None = None) -> Content:
         config = dict(json.loads(read_file(folder / CONFIG)))
     except Exception as error:  # of another structure
         raise _unreadable(folder, error) from error
-    state, args = dict[str, Any](), dict[str, Any]()
+    state = dict[str, Any]()
+    args = dict[str, Any]()
     for part in parts:
         tensors, recorded = _read_file(folder / Path(part).name)
         state |= tensors

@@ -106,12 +106,14 @@ def _changes(
     given: Mapping[str, Any], explicit: frozenset[str], recorded: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     for name in sorted(explicit & {*recorded, ARGUMENTS}):
-        current, value = given[name], recorded.get(name)
+        current = given[name]
+        value = recorded.get(name)
         if name == ARGUMENTS:  # those that are given; of another encoder, those that both have
             ours, known = ({text.partition("=")[0]: text for text in of or []} for of in (current, value))
             is_same = recorded.get("encoder") == given["encoder"]
             keys = sorted(key for key in ours if key in known or is_same)
-            current, value = [ours[key] for key in keys], [known[key] for key in keys if key in known]
+            current = [ours[key] for key in keys]
+            value = [known[key] for key in keys if key in known]
         if settings.differs(name, current, value) and not (name == "encoder" and _adapts(current, value)):
             before = f"without `{name}`" if value is None else f"with {in_words({name: value})}"
             yield in_words({name: current}), before

@@ -12,9 +12,13 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.position_tables import side_or_sides
 
 # The weights of the head of a classifier, of a probe (`probes.probe_head`), and of the first of several probes.
-HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+HEAD = "head.weight"
+PROBE_HEAD = "head.1.weight"
+FIRST_OF_HEADS = "head.0.1.weight"
 PATCHES = "patch_embed.proj.weight"  # (D, c, p, q)
-PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
+# of segmentation models
+PIXEL_HEAD = "head.classifier.weight"
+DPT_HEAD = "head.projects.0.weight"
 
 
 def determined(sizes: Mapping[str, Size]) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class HuggingFaceSet(NumberedItems):
         try:
             self.classes, self.labels = self._read_labels(names)
         except ValueError as error:  # pre-training needs no labels
-            self.classes, self.labels = [], np.full(len(self), -1)
+            self.classes = []
+            self.labels = np.full(len(self), -1)
             self.no_labels = f"the column {self.label} is not read: {error}"
         self.has_ids = names is None and are_ids(self.classes)
         labels = self.no_labels or (f"labels of the column {self.label}" if self.label else "no labels")

@@ -63,10 +63,13 @@ class UserSet(NumberedItems):
         self, function: OpenDataset | None, split: str, data_path: str | None, name: str, reads_labels: bool = True
     ) -> None:
         self.reads_labels = reads_labels
-        self.title, self.setting = f"{name.removeprefix(DATASET)} ({split})", f"dataset={name}"
-        self.split, self.data_path = split, data_path
+        self.title = f"{name.removeprefix(DATASET)} ({split})"
+        self.setting = f"dataset={name}"
+        self.split = split
+        self.data_path = data_path
         self.function = function or import_object(f"dataset={DATASET}", name.removeprefix(DATASET))
-        self.opened, self.process = self._open(), os.getpid()
+        self.opened = self._open()
+        self.process = os.getpid()
         self.count = len(self.opened)
         self.maps = tuple(getattr(self.opened, "maps", ()))
         self.start = secrets.token_hex(8)
@@ -77,7 +80,9 @@ class UserSet(NumberedItems):
     def dataset(self) -> Any:
         """The dataset of this process. A worker process opens its own."""
         if self.process != os.getpid():
-            self.opened, self.process = None, os.getpid()  # closes the files that a fork has copied
+            # closes the files that a fork has copied
+            self.opened = None
+            self.process = os.getpid()
             self.opened = self._open()
             if len(self.opened) != self.count:
                 raise ValueError(
@@ -216,9 +221,11 @@ class UserSet(NumberedItems):
 
         They are compared in the precision of the label.
         """
-        known, remedy = self._listed, ""
+        known = self._listed
+        remedy = ""
         if known is None and "labels" in vars(self) and (self.labels.ndim > 1 or self.labels[index] != -1):
-            known, remedy = self.labels, ": return the same dataset in each process"
+            known = self.labels
+            remedy = ": return the same dataset in each process"
         if known is not None and not np.array_equal(label, known[index].astype(label.dtype)):
             raise ValueError(
                 f"{self.describe(index)}: its label is {label}, and labels[{index}] is {known[index]}{remedy}"
@@ -249,7 +256,8 @@ class UserSet(NumberedItems):
                 )
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
-        labels, unreadable = np.full(len(self), -1), list[str]()
+        labels = np.full(len(self), -1)
+        unreadable = list[str]()
         for index in range(len(self)):
             try:
                 labels[index] = self._class_of(index, self._read(index).label)
@@ -281,7 +289,8 @@ class UserSet(NumberedItems):
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
-        are_vectors, own = self.labels.ndim > 1, getattr(self.dataset, "classes", None)
+        are_vectors = self.labels.ndim > 1
+        own = getattr(self.dataset, "classes", None)
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
         if own is None and count > MOST_CLASSES:
             raise ValueError(f"{self.setting}: its highest label is {count - 1}: number the classes from 0")

@@ -58,7 +58,8 @@ class Shards:
             else:
                 self.urls += sorted(map(str, path.parent.glob(path.name))) if "*" in path.name else [str(path)]
         files = [Path(url) for url in self.urls if url.startswith("/")]
-        if missing := [str(file) for file in files if not file.is_file()] or [pattern] * (not self.urls):
+        missing = [str(file) for file in files if not file.is_file()] if self.urls else [pattern]
+        if missing:
             raise ValueError(f"dataset={self.title}: there is no file {missing[0]}")
         if num_images is None and len(files) < len(self.urls):
             raise ValueError(f"dataset={self.title}: images at URLs can't be counted: give num_images=N")
@@ -110,7 +111,8 @@ class Shards:
             members = read_members(webdataset.tariterators.url_opener(urls, handler=handle), handle)
             samples = webdataset.tariterators.group_by_keys(members, handler=handle)
             for sample in shuffle(itertools.islice(samples, skip, None)):
-                name, images = printable(f"{sample['__url__']}: {sample['__key__']}"), _images_of(sample)
+                name = printable(f"{sample['__url__']}: {sample['__key__']}")
+                images = _images_of(sample)
                 if len(images) > 1:  # one would have to be chosen
                     raise ValueError(
                         f"{name} is a sample with {len(images)} images, {printable(first_few(images))}: pack one image "

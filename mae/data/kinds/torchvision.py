@@ -35,7 +35,8 @@ class TorchvisionSet(NumberedItems):
     def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
         import torchvision  # takes more than a second
 
-        self.title, self.root = name, root
+        self.title = name
+        self.root = root
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):

@@ -70,7 +70,8 @@ def tensors(content: Content, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     if REGISTERS in found:
         found["cls_token"] = torch.cat([found["cls_token"], found.pop(REGISTERS)], dim=1)
     if "pos_embed" in found:
-        table, count = found["pos_embed"], found["cls_token"].shape[1]
+        table = found["pos_embed"]
+        count = found["cls_token"].shape[1]
         first = int(math.isqrt(table.shape[1]) ** 2 != table.shape[1])  # timm's models with registers have none
         zeros = table.new_zeros(1, count - first, table.shape[2])
         found["pos_embed"] = torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
@@ -85,8 +86,10 @@ def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     known = recorded(content)
     sizes = {name: tensor.shape for name, tensor in tensors.items()}
     width, depth = shapes.width_and_depth(sizes)
-    count, (_, channels, *patch) = sizes["cls_token"][1], sizes[shapes.PATCHES]
-    hidden, is_gated = sizes["blocks.0.mlp.fc2.weight"][1], "blocks.0.mlp.fc1_g.weight" in sizes
+    count = sizes["cls_token"][1]
+    _, channels, *patch = sizes[shapes.PATCHES]
+    hidden = sizes["blocks.0.mlp.fc2.weight"][1]
+    is_gated = "blocks.0.mlp.fc1_g.weight" in sizes
     heads = width // (128 if width == 4096 else HEAD_WIDTH)  # the model of 7B has wider heads
     arguments = {
         "embed_dim": width, "depth": depth, "num_heads": known.get("num_heads") or max(1, heads),

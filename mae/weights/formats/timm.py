@@ -49,7 +49,8 @@ def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "rope" in config.get("architecture", ""):
         raise ValueError(f"architecture is {config['architecture']}, and only the rotary positions of DINOv3 are read")
-    arguments, pretrained = config.get("model_args", {}), config[CONFIG]
+    arguments = config.get("model_args", {})
+    pretrained = config[CONFIG]
     _check_arguments(arguments)
     channels, *size = pretrained["input_size"]
     size = arguments.get("img_size") or size  # earlier versions of timm did not change input_size
@@ -82,7 +83,8 @@ def of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments of a model that change its output, but not the shapes of its tensors."""
-    pool, norm = arguments.get("global_pool"), arguments.get("fc_norm")
+    pool = arguments.get("global_pool")
+    norm = arguments.get("fc_norm")
     is_supported = {
         "global_pool": pool in (None, "token", "avg"),
         "fc_norm": pool is None or norm is None or norm == (pool == "avg"),

@@ -158,14 +158,17 @@ def of_processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings in a preprocessor_config.json. A warning names the differences to our transform."""
     found: dict[str, Any] = {}
     if "image_mean" in config:
-        mean, std = config["image_mean"], config["image_std"]
+        mean = config["image_mean"]
+        std = config["image_std"]
         if not config.get("do_normalize", True):
-            mean, std = [0.0] * len(mean), [1.0] * len(std)
+            mean = [0.0] * len(mean)
+            std = [1.0] * len(std)
         # Our mean and std are for pixels in 0 to 1.
         scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
         scale = 1.0 if math.isclose(scale, 1) else scale
         found |= {"mean": [value / scale for value in mean], "std": [value / scale for value in std]}
-    size, crop = config.get("size") or {}, config.get("crop_size")
+    size = config.get("size") or {}
+    crop = config.get("crop_size")
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
     height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
     differences = []
