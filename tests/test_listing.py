@@ -82,6 +82,34 @@ def test_masks_in_an_archive_have_the_items_of_the_folder(scenes, tmp_path, name
     assert of_folder.input_shapes == ({"level": "()"} if named_by == "list" else {})
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_folders_of_an_archive_start_where_those_of_the_unpacked_folder_start(tmp_path, caplog, kind):
+    """Folders of the same name within others, such as those of another split, are not read."""
+    root = make_scenes(tmp_path / "scenes", "splits")
+    for split in ("train", "val"):
+        (root / split / "images").rename(root / split / "img")
+        (root / split / "masks").rename(root / split / "msk")
+    enclosed = packed(root, kind)
+    bare = shutil.make_archive(str(tmp_path / "bare"), kind, root)
+    for path in (enclosed, bare):
+        with pytest.raises(ValueError, match=f"data_path={path}: there is no folder img in it"):
+            open_source("train", path, masks=THREE, train_folders=["img", "msk"])
+        with pytest.raises(ValueError, match=f"data_path={path}: there is no folder train/none in it"):
+            open_source("train", path, masks=THREE, train_folders=["train/img", "train/none"])
+    with pytest.raises(FileNotFoundError, match="scenes/img"):
+        open_source("train", str(root), masks=THREE, train_folders=["img", "msk"])
+    caplog.clear()
+    for train in (["train/img", "train/msk"], ["./train/img/", "train//msk"]):
+        folders = {"train_folders": train, "val_folders": ["val/img/", "./val/msk"]}
+        for split in ("train", "val"):
+            found, *others = (open_source(split, str(path), masks=THREE, **folders) for path in (root, enclosed, bare))
+            for other in others:
+                assert_same_items(other, found)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    whole = {"train_folders": ["scenes/train/img", "scenes/train/msk"]}
+    assert len(open_source("train", enclosed, masks=THREE, **whole)) == 12
+
+
 def test_a_list_of_json_has_masks_and_extras(scenes, tmp_path):
     path = tmp_path / "lists/train.json"
     path.write_text(

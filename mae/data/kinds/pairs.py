@@ -1,8 +1,10 @@
 """Images with segmentation masks: a folder or archive of two layouts, two folders, a CSV file, VOC, a dataset."""
 
 import logging
+import posixpath
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def open_pairs(
     else:
         assert root is not None
         images = masks = _opened(root, "images and masks")
-        indices = _of_layout(images, root, split, [tuple(folders)] if folders else LAYOUTS[split])
+        indices = _of_folders(images, root, split, folders) if folders else _of_layout(images, root, split)
     mask_files = MaskFiles(masks.chosen(indices[:, 1].tolist()), mask_format)
     return Listing(images.chosen(indices[:, 0].tolist()), masks=mask_files)
 
@@ -135,33 +137,52 @@ def _layouts_of(split: str) -> str:
     return ", or ".join(" and ".join(layout) for layout in LAYOUTS[split])
 
 
-def _of_layout(files: Files, root: Path, split: str, layouts: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """Returns the indices of the images of a split and of their masks, (n, 2).
+def _of_folders(files: Files, root: Path, split: str, folders: Sequence[str]) -> np.ndarray:
+    """Returns the indices of the images in a folder of an archive and of their masks in another, (n, 2).
 
-    Args:
-        layouts: pairs of folders of images and masks, of which the first with images is used.
+    The folders start at the top, or below folders that contain all images and masks, as in `members_named`.
 
     Raises:
-        ValueError: there are no images in the folders.
+        ValueError: a folder is not in the archive, or an image has no mask.
     """
-    folders = FOLDERS + tuple(f"/{folder}/" for layout in layouts for folder in layout)
-    if outside := [name for name in files.names if not any(folder in f"/{name}" for folder in folders)]:
+    names = list(files.names)
+    enclosing = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    for start in ("", *accumulate(enclosing.split("/"), posixpath.join)):
+        paths = [posixpath.join(start, posixpath.normpath(folder).strip("/")) for folder in folders]
+        exist = [any(name.startswith(f"{path}/") for name in names) for path in paths]
+        if exist[0]:
+            break
+    if not all(exist):
+        raise ValueError(f"data_path={root}: there is no folder {folders[exist.index(False)]} in it")
+    return _matched(_by_key(files, split, paths[0]), _by_key(files, split, paths[1]), files, folders[1], split)
+
+
+def _of_layout(files: Files, root: Path, split: str) -> np.ndarray:
+    """Returns the indices of the images of a split and of their masks, (n, 2).
+
+    Raises:
+        ValueError: there are no images in the folders of a layout.
+    """
+    if outside := [name for name in files.names if not any(folder in f"/{name}" for folder in FOLDERS)]:
         logger.warning(
             f"{len(outside):,} of {len(files.names):,} files are not used, because they are in no folder of a layout "
             f"({', '.join(FOLDERS)}): {first_few([printable(name) for name in outside])}"
         )
-    for images_folder, masks_folder in layouts:
-        if images := _by_key(files, split, images_folder):
-            return _matched(images, _by_key(files, split, masks_folder), files, masks_folder, split)
-    looked = ", or ".join(" and ".join(layout) for layout in layouts)
+    for images_folder, masks_folder in LAYOUTS[split]:
+        if images := _by_key(files, split, images_folder, anywhere=True):
+            masks = _by_key(files, split, masks_folder, anywhere=True)
+            return _matched(images, masks, files, masks_folder, split)
     raise ValueError(
-        f"data_path={root}: there are no images for {split} in it (looked for {looked}): give "
+        f"data_path={root}: there are no images for {split} in it (looked for {_layouts_of(split)}): give "
         f"{split}_folders=[IMAGES, MASKS] or {split}_list=CSV"
     )
 
 
-def _by_key(files: Files, split: str, folder: str = "") -> dict[str, int]:
+def _by_key(files: Files, split: str, folder: str = "", anywhere: bool = False) -> dict[str, int]:
     """Returns the indices of the files in a folder by their names without the folder and the suffix.
+
+    Args:
+        anywhere: the folder may be in other folders.
 
     Raises:
         ValueError: two files have the same name.
@@ -169,7 +190,7 @@ def _by_key(files: Files, split: str, folder: str = "") -> dict[str, int]:
     index_of: dict[str, int] = {}
     for index, name in enumerate(files.names):
         above, found, below = f"/{name}".partition(f"/{folder}/" if folder else "/")
-        if not found:
+        if not found or (above and not anywhere):
             continue
         key = f"{above}/{below.rpartition('.')[0]}"
         if key in index_of:
