@@ -367,6 +367,24 @@ def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, m
     assert len(computed) == 4
 
 
+@pytest.mark.slow
+def test_a_validation_set_that_is_added_computes_the_scores_again(labelled, encoder, tmp_path):
+    """Training images took its place. They chose nothing, and now they do: each score is of other images."""
+    data = tmp_path / "data"
+    shutil.copytree(labelled / "train", data / "train")
+    flags = ("--encoders", "pixels", encoder, "--protocols", "knn")
+    compare(data, tmp_path / "out", encoder, *flags)
+    records = sorted((tmp_path / "out/runs").rglob("run.json"))
+    before = [record.read_text() for record in records]
+    compare(data, tmp_path / "out", encoder, *flags)
+    assert [record.read_text() for record in records] == before
+    shutil.copytree(labelled / "val", data / "val")
+    compare(data, tmp_path / "out", encoder, *flags)
+    after = [record.read_text() for record in records]
+    assert any("choices" in record.parts for record in records)
+    assert not set(before) & set(after)
+
+
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     names = []
     monkeypatch.setattr(store, "run", lambda folder, *_: names.append(folder) or SCORES)

@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 Scores = dict[str, Any]
 
 RECORD = "run.json"  # what the scores of a folder depend on, and the scores once they are computed
-WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir"}  # on a result
+WITHOUT_EFFECT = {"download", "num_workers", "output_dir", "log_dir", "features"}  # on a result
 
 
 class Script(Protocol):
@@ -75,7 +75,7 @@ def run(
     Args:
         settings: by name.
         read: returns the scores of the folder, and of what `main` has returned.
-        options: further arguments of its `main`, which `kept` does not compare.
+        options: further arguments of its `main`, which `kept` compares as it compares settings.
 
     Raises:
         locks.Busy, FileExistsError: as in `kept`.
@@ -85,7 +85,7 @@ def run(
     def compute(out: Path) -> Scores:
         return read(out, script.run(settings, out / "output.txt", **options))
 
-    return kept(folder, {"script": script.name, **settings}, compute)
+    return kept(folder, {"script": script.name, **settings, **options}, compute)
 
 
 def _inputs_of(settings: Mapping[str, Any]) -> dict[str, Any]:

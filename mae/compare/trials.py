@@ -91,7 +91,8 @@ class Trials:
         self.folder = folder
         self.train = train
         self.val = val
-        self.spares_stand_in = spares_stand_in
+        # All scores depend on it. It is absent with a validation set, as in records of earlier results.
+        self.validation: Settings = {"spares_stand_in": True} if spares_stand_in else {}
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
         self.recipes = _recipes_of(spec)
         self.metric = next(iter(given.get("metric") or DEFAULT_METRICS[given["task"]]), ACCURACY)
@@ -218,7 +219,7 @@ class Trials:
         settings = self.settings(trial) | hyperparameters
         if trial.protocol != KNN:
             settings |= {"output_dir": out, "resume": "auto"}
-        options: dict[str, Any] = {"spares_stand_in": self.spares_stand_in}
+        options = dict(self.validation)
         if kept and trial.protocol != FINETUNE:
             options["features"] = kept
             if trial.protocol != KNN:
@@ -254,7 +255,7 @@ class Trials:
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        scores = store.kept(self.folder / trial.name, settings, compute)
+        scores = store.kept(self.folder / trial.name, settings | self.validation, compute)
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
 
 
