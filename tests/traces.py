@@ -1,6 +1,7 @@
 """Counts the functions of this project that a value passes in a small run, and the modules that the run loads.
 
     python tests/traces.py
+    python tests/traces.py --trip    # of this tree, also of an earlier commit into which the file is copied
 
 A function counts if an argument is the value itself, a path of the file, or a tensor of the file. The settings of a run
 (`Run` and its parts) do not count, nor does the command line. A function in a function is a part of it.
@@ -174,6 +175,59 @@ def functions_to_backward(images: Path, out: Path) -> list[Function]:
     return found
 
 
+class TripTrace:
+    """A profiler that records all functions of this project that run in the second update, from the index to the loss.
+
+    They are functions by file and name, in the main process, without worker processes: from the first call of
+    `Samples.__getitems__` to the call of `forward` of the autoencoder, and on to its return.
+    """
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.found: dict[str, set[Function]] = {"to the model": set(), "to the loss": set()}
+        self.reached: list[str] = []  # what the trip has passed
+
+    def after_update(self, model: torch.nn.Module, epoch: float) -> None:
+        """Counts the updates, as a callback."""
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if self.updates != 1 or not code.co_filename.startswith(str(ROOT)) or code.co_name[0] == "<":
+            return
+        name = code.co_qualname
+        if event == "call" and name == "Samples.__getitems__" and not self.reached:
+            self.reached.append("index")
+        elif event == "call" and name == "MaskedAutoencoderViT.forward" and self.reached == ["index"]:
+            self.reached.append("model")
+        elif event == "return" and name == "MaskedAutoencoderViT.forward":
+            raise Stopped
+        if event == "call" and self.reached and "/.venv/" not in code.co_filename:
+            function = (str(Path(code.co_filename).relative_to(ROOT)), name.partition(".<locals>")[0])
+            self.found["to the loss"].add(function)
+            if self.reached == ["index"]:
+                self.found["to the model"].add(function)
+
+
+def functions_of_trip(images: Path, out: Path) -> dict[str, set[Function]]:
+    """Returns the functions that run in main_pretrain.py from the sampler's index to the model, and to the loss."""
+    import main_pretrain
+
+    flags = [*SMALL, "--model", "mae_vit_mini_patch4", "--data_path", images, "--output_dir", out, "--vis_every", 0]
+    trace = TripTrace()
+    sys.setprofile(trace)
+    try:
+        main_pretrain.main(settings(main_pretrain, *flags), callbacks=[trace])
+    except Stopped:
+        pass
+    finally:
+        sys.setprofile(None)
+    return trace.found
+
+
 def functions_of_image(images: Path, out: Path) -> list[Function]:
     """Returns the functions that an image passes before the model in main_pretrain.py."""
     import main_pretrain
@@ -269,6 +323,19 @@ def report() -> dict[str, list[str]]:
         return found | {title: [f"{count} {file}" for file, count in modules.items()]}
 
 
+def print_trip() -> None:
+    """Prints the functions that run from the index of an image to the model, and their number to the loss."""
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as name:
+        found = functions_of_trip(make_images(Path(name, "images")), Path(name, "out"))
+    for title, functions in found.items():
+        print(f"functions that run from the index of an image {title}: {len(functions)}")
+    print("\n".join(f"  {file} {function}" for file, function in sorted(found["to the model"])))
+
+
 if __name__ == "__main__":
+    if "--trip" in sys.argv:
+        print_trip()
+        sys.exit()
     for title, entries in report().items():
         print("\n".join([f"{title}: {len(entries)}", *(f"  {entry}" for entry in entries)]))
