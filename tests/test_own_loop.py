@@ -1,5 +1,6 @@
 """The example of a training loop of one's own."""
 
+import pytest
 from conftest import pretraining
 from mains import assert_equal, lines, stop_and_resume, weights
 
@@ -13,3 +14,12 @@ def test_it_trains_as_the_script_and_resumes_within_an_epoch(pictures, tmp_path,
     parts = stop_and_resume(monkeypatch, run, 3)  # an epoch has six updates
     assert_equal(weights(parts), weights(whole))
     assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
+
+
+def test_it_takes_the_code_of_the_user_and_refuses_what_has_no_effect(pictures, tmp_path):
+    flags = {"model_class": "examples.hog_target:HOGTarget", "lr_schedule": "examples.stable_decay:stable_decay",
+             "repeated_sampling": 2}  # fmt: skip
+    run = pretraining(pictures, tmp_path, main=own_loop.main)
+    assert_equal(weights(run("own", **flags)), weights(pretraining(pictures, tmp_path)("whole", **flags)))
+    with pytest.raises(ValueError, match="accum_iter"):
+        run("updates", accum_iter=3)
