@@ -75,6 +75,7 @@ def train_one_epoch(
     """
 
     def compute_loss(images: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.to(images.device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         return in_fp32(criterion)(model(images), targets)

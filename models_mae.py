@@ -323,7 +323,7 @@ class MaskedAutoencoderViT(Encoder):
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
         loss = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
-        check_masking(self, mask, patch_mask, ids_restore, self.patch_tokens(latent).shape[1], context)
+        check_masking(self, mask, patch_mask, ids_restore, latent, context)
         return self.with_uniformity(loss, latent), pred, patch_mask
 
     def prepare_masking(

@@ -93,7 +93,7 @@ def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[
 
 
 def check_masking(
-    model: Any, mask: Tensor | None, patch_mask: Tensor, ids_restore: Tensor, visible: int, context: Mapping[str, Any]
+    model: Any, mask: Tensor | None, patch_mask: Tensor, ids_restore: Tensor, latent: Any, context: Mapping[str, Any]
 ) -> None:
     """Checks that a model masks the patches of a given mask, and the patches without valid pixels.
 
@@ -102,7 +102,7 @@ def check_masking(
         mask: the given mask, if any. The context has its noise.
         patch_mask: the mask of the model (B, N), 1 masked.
         ids_restore: (B, N), the index of each patch among the visible patches followed by the masked ones.
-        visible: the number of visible patches.
+        latent: (B, T + K, D) of class tokens and visible patches. Without valid pixels, an override may return another.
         context: may contain `noise` (B, N), infinite for patches without valid pixels, and `valid`.
 
     Raises:
@@ -116,6 +116,7 @@ def check_masking(
         name = type(model).__name__
         raise ValueError(f"{name}.random_masking ignores the mask: call super().random_masking, which uses it")
     if "valid" in context:
+        visible = model.patch_tokens(latent).shape[1]
         message = "random_masking leaves patches without valid pixels visible: keep their noise, which is infinite"
         torch._assert_async(((ids_restore >= visible) | noise.isfinite()).all(), message)
 

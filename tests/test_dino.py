@@ -95,6 +95,19 @@ def test_features_of_a_folder_equal_those_of_transformers(name, tmp_path, caplog
     assert_same(smaller.extract_feat(images(16, 16)), expected[:, 0])
 
 
+@pytest.mark.parametrize("name", ["v2", "v2 registers"])
+def test_a_folder_that_a_loaded_encoder_wrote_is_read_as_it_is(name, tmp_path, caplog):
+    """Its tensors have our names, and its settings are recorded: nothing is converted or assumed."""
+    of_transformers(name, tmp_path / "theirs")
+    model = get_model(str(tmp_path / "theirs"), encoder=DINOv2).eval()
+    model.save_pretrained(tmp_path / "ours")
+    caplog.clear()
+    again = get_model(str(tmp_path / "ours"), encoder=DINOv2).eval()
+    assert "ssumed" not in caplog.text
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("name", ["v2 giant registers", "v3 plus"])
 def test_a_state_dict_in_memory_is_read(name, tmp_path):
     kind, theirs = of_transformers(name, tmp_path / "folder")

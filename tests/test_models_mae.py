@@ -338,3 +338,23 @@ def test_loss_is_the_mean_over_masked_patches():
                 target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6) ** 0.5
                 total, count = total + ((pred[b, n] - target) ** 2).mean(), count + 1
     torch.testing.assert_close(model.forward_loss(imgs, pred, mask), total / count)
+
+
+def test_the_encoder_may_return_what_only_the_decoder_of_a_class_takes():
+    class Layers(MaskedAutoencoderViT):
+        def forward_encoder(self, imgs, mask_ratio, **context):
+            latent, mask, ids_restore = super().forward_encoder(imgs, mask_ratio, **context)
+            return [latent, latent], mask, ids_restore
+
+        def forward_decoder(self, latent, ids_restore, **context):
+            return super().forward_decoder(sum(latent) / 2, ids_restore, **context)
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16,
+             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
+    torch.manual_seed(0)
+    plain = MaskedAutoencoderViT(**sizes)
+    layers = Layers(**sizes)
+    layers.load_state_dict(plain.state_dict())
+    imgs = torch.rand(2, 3, 16, 16)
+    noise = torch.rand(2, 16)
+    assert torch.equal(layers(imgs, noise=noise)[0], plain(imgs, noise=noise)[0])

@@ -32,6 +32,7 @@ import argparse
 import sys
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, transforms
 
 import models_mae
@@ -83,8 +84,9 @@ if args.distributed:
 optimizer = torch.optim.AdamW(model_without_ddp.parameters(), lr=args.lr, betas=(0.9, 0.95))
 loss_scaler = NativeScaler()
 misc.load_model(args=args, model_without_ddp=model_without_ddp, optimizer=optimizer, loss_scaler=loss_scaler)
+log_writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
 for epoch in range(args.start_epoch, args.epochs):
-    stats = train_one_epoch(model, loader, optimizer, "cpu", epoch, loss_scaler, None, args=args)
+    stats = train_one_epoch(model, loader, optimizer, "cpu", epoch, loss_scaler, log_writer, args=args)
     print(f"mean loss {stats['loss']!r} of epoch {epoch}")
     misc.save_model(args=args, model=model, model_without_ddp=model_without_ddp, optimizer=optimizer,
                     loss_scaler=loss_scaler, epoch=epoch)

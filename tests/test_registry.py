@@ -1,5 +1,7 @@
 """Choices by name: a function and a line in a registry are enough for a new one."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from mains import lines, open_source, parse
@@ -63,6 +65,25 @@ def test_an_unknown_name_is_refused_where_it_is_used(setting):
     assert find(setting, registry, first) == registry[first]
     with pytest.raises(ValueError, match=f"{setting}={first}x: give one of {first}.*; did you mean {first}?"):
         find(setting, registry, f"{first}x")
+
+
+def test_an_unknown_schedule_of_a_program_ends_before_the_first_update(pictures, tmp_path):
+    updates = []
+
+    class Update:
+        def after_update(self, model, epoch):
+            updates.append(epoch)
+
+        def state_dict(self):
+            return {}
+
+    args = Namespace(
+        data_path=str(pictures), output_dir=str(tmp_path), model="mae_vit_mini_patch4", input_size=16, batch_size=4,
+        warmup_epochs=1, num_workers=0, device="cpu", lr_schedule="cosin",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="lr_schedule=cosin.*did you mean cosine"):
+        main_pretrain.main(args, callbacks=[Update()])
+    assert updates == []
 
 
 def test_a_recipe_may_have_names_and_no_code(tmp_path, capsys):

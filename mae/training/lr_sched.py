@@ -26,6 +26,15 @@ def cosine(progress: float) -> float:
 SCHEDULES = {"cosine": Choice("", cosine, is_default=True)}
 
 
+def named(name: str | None) -> Schedule:
+    """Returns the decay of a name. None: the default.
+
+    Raises:
+        ValueError: SCHEDULES has no such name.
+    """
+    return find("lr_schedule", SCHEDULES, name or default_name(SCHEDULES)).function
+
+
 def scaled_lr(lr: float | None, blr: float | list[float] | None, effective_batch_size: int) -> float:
     """Returns and logs `lr`, or blr x effective batch size / 256 if `lr` is None (linear scaling rule).
 
@@ -56,16 +65,12 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule
 
     Args:
         epoch: fractional epoch; 1.5 is the middle of the second epoch.
-        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`, and may have `poly_power` and `lr_schedule`. The decay
-            from `lr` to `min_lr` after the warm-up is (1 - progress) to the power of `poly_power`, else the entry
-            `lr_schedule` of SCHEDULES, by default a half-cycle cosine.
-        schedule: the decay in place of these.
+        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`. After the warm-up, the decay from `lr` to `min_lr` is a
+            half-cycle cosine, or with `poly_power`, which it may lack, (1 - progress) to this power.
+        schedule: the decay in place of both.
 
     Returns:
         The learning rate of groups with an `lr_scale` of 1.
-
-    Raises:
-        ValueError: SCHEDULES has no such name.
     """
     assert args.lr is not None, "set by `scaled_lr`"
     if epoch < args.warmup_epochs:
@@ -78,8 +83,7 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Any, schedule
         elif poly_power is not None:
             factor = (1 - progress) ** poly_power
         else:
-            name = getattr(args, "lr_schedule", None) or default_name(SCHEDULES)
-            factor = find("lr_schedule", SCHEDULES, name).function(progress)
+            factor = cosine(progress)
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

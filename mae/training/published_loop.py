@@ -19,7 +19,7 @@ PRINT_EVERY = 20  # iterations
 
 
 def train_one_epoch(
-    compute_loss: Callable[[Tensor, Tensor], Tensor],
+    compute_loss: Callable[[Tensor, Any], Tensor],
     model: nn.Module,
     data_loader: Any,
     optimizer: Optimizer,
@@ -34,7 +34,7 @@ def train_one_epoch(
     """Trains for an epoch. An update has `args.accum_iter` iterations; those that remain at the end change nothing.
 
     Args:
-        compute_loss: images (B, c, H, W), labels -> the loss (). It calls the model.
+        compute_loss: images (B, c, H, W) on the device, labels as they are -> the loss (). It calls the model.
         data_loader: pairs of images and labels. More elements of a batch are not used.
         loss_scaler: called with the loss, the optimizer, `clip_grad`, `parameters` and `update_grad`.
         loss_tag: name of the loss in the log.
@@ -54,7 +54,6 @@ def train_one_epoch(
         if iteration % args.accum_iter == 0:
             adjust_learning_rate(optimizer, epoch + iteration / len(data_loader), args)
         images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
         with torch.autocast("cuda", enabled=device.type == "cuda"):  # on a CPU, the published code trains in fp32
             loss = compute_loss(images, labels)
         losses.append(loss.item())
@@ -68,9 +67,11 @@ def train_one_epoch(
         )  # fmt: skip
         if is_update:
             optimizer.zero_grad()
+        if is_update:
+            mean = _mean(losses[-1], device)  # by all processes: often, rank 0 alone has a log_writer
         if is_update and log_writer is not None:
             x = int(1000 * (epoch + iteration / len(data_loader)))
-            log_writer.add_scalar(loss_tag, _mean(losses[-1], device), x)
+            log_writer.add_scalar(loss_tag, mean, x)
             log_writer.add_scalar("lr", rates[-1], x)
         if iteration % PRINT_EVERY == 0:
             print(f"Epoch: [{epoch}]  [{iteration}/{len(data_loader)}]  lr: {rates[-1]:.6f}  loss: {losses[-1]:.4f}")

@@ -61,6 +61,8 @@ def opened(
     """
     record = dict(record)
     _require_usable(model, record, callbacks, lr_schedule)
+    if lr_schedule is None and optim.poly_power is None:
+        lr_schedule = lr_sched.named(optim.lr_schedule)
     run_state.require_same_settings(record, batches.num_images)
     output_dir = Path(machine.output_dir)
     progress = _start_of(optim, machine.start_epoch, batches.num_images, fingerprint)

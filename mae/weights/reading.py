@@ -240,7 +240,7 @@ def _open_folder(folder: Path, file: Path | None = None) -> Content:
     except Exception as error:  # of another structure
         raise _unreadable(folder, error) from error
     state = dict[str, Any]()
-    args = dict[str, Any]()
+    args = dict(config.get("settings") or {})  # of `save_pretrained` of this library
     for part in parts:
         tensors, recorded = _read_file(folder / Path(part).name)
         state |= tensors
