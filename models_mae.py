@@ -450,37 +450,23 @@ def _constructor(name: str, **defaults: Any) -> Callable[..., MaskedAutoencoderV
     return build
 
 
-mae_vit_mini_patch4 = _constructor("mae_vit_mini_patch4")
-mae_vit_tiny_patch16 = _constructor("mae_vit_tiny_patch16")
-mae_vit_small_patch16 = _constructor("mae_vit_small_patch16")
-mae_vit_base_patch16 = _constructor("mae_vit_base_patch16")
-mae_vit_large_patch16 = _constructor("mae_vit_large_patch16")
-mae_vit_huge_patch14 = _constructor("mae_vit_huge_patch14")
-mae_vit_huge_patch16 = _constructor("mae_vit_huge_patch16")
-mae_vit_1b_patch16 = _constructor("mae_vit_1b_patch16")
-mae_vit_giant_patch14 = _constructor("mae_vit_giant_patch14")
+# The choices of --model: a constructor for each of SIZES, also of a size that you add.
+MODELS = {f"mae_vit_{size}": _constructor(f"mae_vit_{size}") for size in SIZES}
+mae_vit_mini_patch4 = MODELS["mae_vit_mini_patch4"]
+mae_vit_tiny_patch16 = MODELS["mae_vit_tiny_patch16"]
+mae_vit_small_patch16 = MODELS["mae_vit_small_patch16"]
+mae_vit_base_patch16 = MODELS["mae_vit_base_patch16"]
+mae_vit_large_patch16 = MODELS["mae_vit_large_patch16"]
+mae_vit_huge_patch14 = MODELS["mae_vit_huge_patch14"]
+mae_vit_huge_patch16 = MODELS["mae_vit_huge_patch16"]
+mae_vit_1b_patch16 = MODELS["mae_vit_1b_patch16"]
+mae_vit_giant_patch14 = MODELS["mae_vit_giant_patch14"]
 # The names of the published code.
-mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
-mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
-mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14
+mae_vit_base_patch16_dec512d8b = MODELS["mae_vit_base_patch16_dec512d8b"] = mae_vit_base_patch16
+mae_vit_large_patch16_dec512d8b = MODELS["mae_vit_large_patch16_dec512d8b"] = mae_vit_large_patch16
+mae_vit_huge_patch14_dec512d8b = MODELS["mae_vit_huge_patch14_dec512d8b"] = mae_vit_huge_patch14
 # Their flags are in recipes/pretrain_pixio_*.yaml.
 pixio_vit_base_patch16 = _constructor("pixio_vit_base_patch16", **PIXIO)
 pixio_vit_large_patch16 = _constructor("pixio_vit_large_patch16", **PIXIO)
 pixio_vit_huge_patch16 = _constructor("pixio_vit_huge_patch16", **PIXIO)
 pixio_vit_1b_patch16 = _constructor("pixio_vit_1b_patch16", **PIXIO)
-
-# The choices of --model.
-MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
-    "mae_vit_mini_patch4": mae_vit_mini_patch4,
-    "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
-    "mae_vit_small_patch16": mae_vit_small_patch16,
-    "mae_vit_base_patch16": mae_vit_base_patch16,
-    "mae_vit_large_patch16": mae_vit_large_patch16,
-    "mae_vit_huge_patch14": mae_vit_huge_patch14,
-    "mae_vit_huge_patch16": mae_vit_huge_patch16,
-    "mae_vit_1b_patch16": mae_vit_1b_patch16,
-    "mae_vit_giant_patch14": mae_vit_giant_patch14,
-    "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
-    "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
-    "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
-}

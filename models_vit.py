@@ -591,25 +591,14 @@ def _constructor(name: str) -> Callable[..., VisionTransformer]:
     return build
 
 
-vit_mini_patch4 = _constructor("vit_mini_patch4")
-vit_tiny_patch16 = _constructor("vit_tiny_patch16")
-vit_small_patch16 = _constructor("vit_small_patch16")
-vit_base_patch16 = _constructor("vit_base_patch16")
-vit_large_patch16 = _constructor("vit_large_patch16")
-vit_huge_patch14 = _constructor("vit_huge_patch14")
-vit_huge_patch16 = _constructor("vit_huge_patch16")
-vit_1b_patch16 = _constructor("vit_1b_patch16")
-vit_giant_patch14 = _constructor("vit_giant_patch14")
-
-# The choices of --model.
-MODELS: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_mini_patch4": vit_mini_patch4,
-    "vit_tiny_patch16": vit_tiny_patch16,
-    "vit_small_patch16": vit_small_patch16,
-    "vit_base_patch16": vit_base_patch16,
-    "vit_large_patch16": vit_large_patch16,
-    "vit_huge_patch14": vit_huge_patch14,
-    "vit_huge_patch16": vit_huge_patch16,
-    "vit_1b_patch16": vit_1b_patch16,
-    "vit_giant_patch14": vit_giant_patch14,
-}
+# The choices of --model: a constructor for each of SIZES, also of a size that you add.
+MODELS = {f"vit_{size}": _constructor(f"vit_{size}") for size in SIZES}
+vit_mini_patch4 = MODELS["vit_mini_patch4"]
+vit_tiny_patch16 = MODELS["vit_tiny_patch16"]
+vit_small_patch16 = MODELS["vit_small_patch16"]
+vit_base_patch16 = MODELS["vit_base_patch16"]
+vit_large_patch16 = MODELS["vit_large_patch16"]
+vit_huge_patch14 = MODELS["vit_huge_patch14"]
+vit_huge_patch16 = MODELS["vit_huge_patch16"]
+vit_1b_patch16 = MODELS["vit_1b_patch16"]
+vit_giant_patch14 = MODELS["vit_giant_patch14"]

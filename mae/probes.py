@@ -82,7 +82,8 @@ class Probe(NamedTuple):
     """An entry of PROBES."""
 
     help: str
-    function: Callable[[int, ModelSpec], nn.Module]  # the channels of its input -> the head
+    # The channels of its input -> the head, whose last layer is `head[1]`: its weight has a row for each class.
+    function: Callable[[int, ModelSpec], nn.Module]
     pools: bool = False  # its input is the patch tokens (B, N, D), not the pooled features (B, D)
     tensor: str = ""  # a tensor that only it has. Without such a tensor, a file that records no probe has a linear one
     counts: str = ""  # the setting that is the length of this tensor

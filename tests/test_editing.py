@@ -47,7 +47,7 @@ assert model.blocks[0].attn.num_heads == 8
 sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in (model.blocks, model.decoder_blocks)]
 assert 0 < sizes[1] < sizes[0] / 2  # the decoder is that of a small encoder
 assert inference.get_model("vit_heads8_patch4", "run/checkpoint-1.pth", nb_classes=0).blocks[0].attn.num_heads == 8
-assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
+assert models_vit.MODELS["vit_heads8_patch4"]().blocks[0].attn.num_heads == 8
 entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
 """
 

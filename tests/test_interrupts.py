@@ -110,7 +110,7 @@ from mae.cli import entry_point
 def slowly(*given, **named):
     print("evaluates", flush=True)
     time.sleep(300)
-main_finetune.evaluate = slowly
+main_finetune.evaluate_model = slowly
 entry_point.run(main_finetune.main, main_finetune.get_args_parser())
 """
 

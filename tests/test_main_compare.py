@@ -522,7 +522,7 @@ def test_an_interrupted_training_goes_on(labelled, encoder, tmp_path, monkeypatc
 
 
 def test_a_signal_ends_the_comparison(labelled, encoder, tmp_path, monkeypatch, capsys):
-    def stop(run):
+    def stop(run, **options):
         raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(main_finetune, "main", stop)

@@ -81,7 +81,7 @@ def test_an_unknown_schedule_of_a_program_ends_before_the_first_update(pictures,
         data_path=str(pictures), output_dir=str(tmp_path), model="mae_vit_mini_patch4", input_size=16, batch_size=4,
         warmup_epochs=1, num_workers=0, device="cpu", lr_schedule="cosin",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="lr_schedule=cosin.*did you mean cosine"):
+    with pytest.raises(ValueError, match=r"lr_schedule=cosin.*did you mean cosine"):
         main_pretrain.main(args, callbacks=[Update()])
     assert updates == []
 

@@ -100,7 +100,8 @@ def reconstruction(
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture
-    titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in TITLES]
+    masked = float(result.mask.mean())  # a strategy has a ratio between those of two numbers of patches
+    titles = [f"{title} {masked:.0%}" if title == "masked" else title for title in TITLES]
     return with_labels(picture, titles, labels, NOTE)
 
 

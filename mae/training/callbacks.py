@@ -27,6 +27,12 @@ class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of to
         """Restores the state of a checkpoint."""
 
 
+def after_update(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
+    """Calls the callbacks after an update. `epoch` is fractional."""
+    for callback in callbacks:
+        callback.after_update(model, epoch)
+
+
 def entries_after_epoch(
     callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: NullLog, others: Collection[str]
 ) -> dict[str, Any]:

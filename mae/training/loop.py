@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from mae import parallel
 from mae.checkpoints.run_state import Progress
-from mae.training.callbacks import Callback, entries_after_epoch
+from mae.training.callbacks import Callback, after_update, entries_after_epoch
 from mae.training.log import NullLog
 from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
@@ -61,7 +62,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.transaction = Transaction(
             self.model, self.batches, self.precision.device, self.progress, self.log, self.saver, self.guard,
-            self.accum_iter, self.after_update,
+            self.accum_iter, partial(after_update, self.callbacks, self.model_without_ddp),
         )  # fmt: skip
 
     def fit(
@@ -132,15 +133,6 @@ class Trainer:
         self.transaction.prepare()
         grad_norm = self.precision.step(self.optimizer, self.clip_grad)
         self.transaction.commit(grad_norm, lr)
-
-    def after_update(self, epoch: float) -> None:
-        """Calls the callbacks after an update.
-
-        Args:
-            epoch: fractional; 1.5 is the middle of the second epoch.
-        """
-        for callback in self.callbacks:
-            callback.after_update(self.model_without_ddp, epoch)
 
 
 def terms_of(loss: Loss) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def _require_encoder(
         if len(sizes.get(key, ())) != AXES[key]:
             raise CheckpointError(
                 f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "
-                f"{some(map(str, found))}"
+                f"{some(map(str, found)) or 'no tensors with known names'}"
             )
 
 
