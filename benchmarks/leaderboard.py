@@ -4,8 +4,10 @@
     python benchmarks/leaderboard.py baseline muon                     # five minutes of pre-training each
     python benchmarks/leaderboard.py baseline muon --seeds 0 1 2       # alternating, as a comparison needs
     python benchmarks/leaderboard.py muon --images letters --test      # other images; evaluated on test images, too
+    python benchmarks/leaderboard.py baseline muon --epochs 40         # equal updates, whatever they cost
 
-An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs.
+An entry is pre-trained for the number of epochs that fit into the minutes, at the median speed of five epochs, or for
+--epochs. Such rows are in tables of their own.
 scoring.py evaluates it. The entry "raw pixels" has no encoder. Each entry appends a row to leaderboard.jsonl, and
 writes the table and the board of the recipes. The command says whether the score agrees with the earlier rows of the
 same entry and machine. records.py compares two entries.
@@ -35,7 +37,7 @@ from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.settings.arguments import arguments
-from mae.settings.types import positive
+from mae.settings.types import positive, positive_int
 from mae.training import log
 from mae.training.environment import commit
 
@@ -114,12 +116,17 @@ def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, An
     return log.read(out)
 
 
+def pretrain_probed(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, Any]]:
+    """Trains with a probe after the last epoch; returns the lines of log.txt."""
+    return pretrain({**flags, "probe_every": epochs, "probe_path": flags["data_path"]}, out, epochs)
+
+
 def pretrain_for(minutes: float, flags: dict[str, Any], folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Trains for the number of epochs that fit into the minutes; returns the run directory and the lines of log.txt."""
     _, *lines = pretrain(flags, folder / "speed", 6)  # the first epoch is slower
     for out in (folder / "run", folder / "run_again"):
         epochs = max(2, round(60 * minutes / statistics.median(line["seconds"] for line in lines)))
-        lines = pretrain({**flags, "probe_every": epochs, "probe_path": flags["data_path"]}, out, epochs)
+        lines = pretrain_probed(flags, out, epochs)
         if abs(minutes_of(lines) / minutes - 1) < TOLERANCE or minutes > REPEATED:
             break
     return out, lines
@@ -147,7 +154,11 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
         file = None
         measured = {}
         if name != PIXELS:
-            out, lines = pretrain_for(args.minutes, flags, Path(folder))
+            if args.epochs:
+                out = Path(folder) / "run"
+                lines = pretrain_probed(flags, out, args.epochs)
+            else:
+                out, lines = pretrain_for(args.minutes, flags, Path(folder))
             file = out / flags.get("weights", f"checkpoint-{len(lines) - 1}.pth")
             measured = measures(flags, lines, images)
         sets = {"held-out": scoring.hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
@@ -157,7 +168,8 @@ def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> 
             else scoring.of_pixels({**flags, **lists}, seed)
             for evaluated, lists in sets.items()
         }
-    entry = {"entry": name, "seed": seed, "budget": args.minutes, "images": images, "kind": kind}
+    budget = f"{args.epochs} epochs" if args.epochs else args.minutes
+    entry = {"entry": name, "seed": seed, "budget": budget, "images": images, "kind": kind}
     shared = {"machine": machine.processor(), "commit": version, "date": date.today().isoformat()}
     return [
         {
@@ -187,6 +199,12 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
+def budget_of(row: dict[str, Any]) -> str:
+    """Returns the budget of a row: minutes, or epochs that were given."""
+    budget = row["budget"]
+    return budget if isinstance(budget, str) else f"{budget:g} minutes"
+
+
 def described(kind: str) -> str:
     """Returns a kind of images, with the flag that its rows have besides those of the entry."""
     flags = dict(KINDS.values()).get(kind, {})
@@ -197,6 +215,8 @@ def board_of(rows: list[dict[str, Any]]) -> str:
     """Returns the best mean score of each kind and time, for `mae.recommend.board`: on test images, if there is one."""
     scores: dict[tuple[str, int, float], dict[str, dict[tuple[str, str], list[float]]]] = {}
     for row in rows:
+        if isinstance(row["budget"], str):  # epochs
+            continue
         kinds = scores.setdefault((row["kind"], row["images"], row["budget"]), {})
         entries = kinds.setdefault(row["evaluated on"], {})
         entries.setdefault((row["machine"], row["entry"]), []).append(row["score"])
@@ -215,9 +235,7 @@ def table() -> str:
     """Returns a table for each budget, with a row for each entry: the means over its seeds, the best first."""
     tables: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in read():
-        title = (
-            f"{row['budget']:g} minutes, {row['images']:,} {row['kind']}, evaluated on {row['evaluated on']} images:"
-        )
+        title = f"{budget_of(row)}, {row['images']:,} {row['kind']}, evaluated on {row['evaluated on']} images:"
         tables.setdefault(title, {}).setdefault((row["machine"], row["entry"]), []).append(row)
     titles = ["entry", "seeds", "score", *MEANS, "machine", "commit", "date"]
     parts = []
@@ -282,7 +300,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Pre-trains entries of the leaderboard for a fixed time, and evaluates them.")
     parser.add_argument("entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=", ".join(ENTRIES))
-    parser.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
+    budget.add_argument("--epochs", type=positive_int, metavar="N", help="epochs of the pre-training: equal updates")
     parser.add_argument("--seeds", nargs="+", default=[0], type=int, metavar="S", help="of pre-training and draws; the "
                         "entries alternate")  # fmt: skip
     parser.add_argument("--test", action="store_true", help="evaluate on the test images too, once per entry")

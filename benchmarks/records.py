@@ -147,7 +147,7 @@ def recipes(rows: list[Row]) -> str:
     """Returns the score of the automatic recipe and of the best other entry, on the same machine, for each kind."""
     scores: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        track = f"{row['budget']:g} minutes, {row['images']:,} {leaderboard.described(row['kind'])}"
+        track = f"{leaderboard.budget_of(row)}, {row['images']:,} {leaderboard.described(row['kind'])}"
         scores[track, row["evaluated on"], row["machine"]][row["entry"]].append(row["score"])
     cells = []
     for place, entries in scores.items():
