@@ -26,7 +26,7 @@ from mae.settings.choices import DEFAULT_WORKERS
 
 logger = logging.getLogger(__name__)
 
-PLACE = Path("/dev/shm")  # of Linux; containers limit it, Docker's default is 64 MB
+SHM = Path("/dev/shm")  # of Linux; containers limit it, Docker's default is 64 MB
 SEMAPHORES = 8  # of the queues of a worker process; each takes a page
 
 
@@ -118,13 +118,13 @@ def to_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def require_space(num_workers: int) -> None:
     """Raises OSError if the queues of the worker processes do not fit into the shared memory."""
-    if PLACE.is_dir() and shutil.disk_usage(PLACE).free < SEMAPHORES * (1 + num_workers) * mmap.PAGESIZE:
+    if SHM.is_dir() and shutil.disk_usage(SHM).free < SEMAPHORES * (1 + num_workers) * mmap.PAGESIZE:
         raise _full(num_workers)
 
 
 def _full(num_workers: int) -> OSError:
     """Returns an error that names the shared memory and the remedies."""
-    size = f" ({shutil.disk_usage(PLACE).total / 1e6:,.1f} MB)" if PLACE.is_dir() else ""
+    size = f" ({shutil.disk_usage(SHM).total / 1e6:,.1f} MB)" if SHM.is_dir() else ""
     return OSError(
         f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give fewer "
         f"`num_workers` (0 sends none), or more shared memory (docker run --shm-size 8g)"

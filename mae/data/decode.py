@@ -234,11 +234,11 @@ def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORE
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     if picture.ndim != 3:
         raise BadImage(f"it is a tensor of shape {tuple(picture.shape)}: give (channels, height, width)")
-    own = len(picture)
-    check_channels(own, in_chans)
+    channels = len(picture)
+    check_channels(channels, in_chans)
     if has_bytes(picture):
         return fit_channels(to_pillow(picture), in_chans)
-    if (own, in_chans) == (3, 1):
+    if (channels, in_chans) == (3, 1):
         return (picture * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(dim=0, keepdim=True)
     return picture.expand(in_chans, -1, -1)
 

@@ -44,7 +44,7 @@ def _below_common_folder(names: list[bytes]) -> bytes:
     first = min(names)
     last = max(names)
     differ = next(
-        (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
+        (position for position, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
     )
     start = first.rfind(b"/", 0, differ) + 1
     return b"\0".join(name[start:] for name in names)

@@ -166,11 +166,13 @@ def readable(
     """
     from mae.data.labels import Subset
 
-    own = list(range(parallel.rank(), len(source), parallel.world_size()))
+    indices = list(range(parallel.rank(), len(source), parallel.world_size()))
     with preserve_generators():
-        facts = all_facts(source, in_chans, own, up_to_cores(num_workers), values)
-        bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if parallel.is_main() else True)
-        bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
+        facts = all_facts(source, in_chans, indices, up_to_cores(num_workers), values)
+        bar = tqdm(
+            facts, "reading", len(indices), unit="image", leave=False, disable=None if parallel.is_main() else True
+        )
+        bad = {index: fact.unreadable for index, fact in zip(indices, bar, strict=True) if fact.unreadable}
     bad = {index: why for part in parallel.gather(bad) for index, why in part.items()}
     for name, reason in bad.values():
         logger.warning(f"{name}: {reason}; it is excluded")

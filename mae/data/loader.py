@@ -56,9 +56,9 @@ class TrainLoader:
         options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
         self.stream = StreamedSamples(samples, samples.source, repeats) if is_stream(samples.source) else None
         if self.stream:
-            if workers:  # persistent worker processes read the place of the next pass from it
+            if workers:  # persistent worker processes read the next pass from it
                 require_space(workers)
-                self.stream.place.share_memory_()
+                self.stream.next_pass.share_memory_()
             self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)

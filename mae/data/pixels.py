@@ -95,10 +95,10 @@ def check_size(height: int, width: int, channels: int, max_pixels: int) -> None:
         )
 
 
-def check_channels(own: int, in_chans: int) -> None:
+def check_channels(channels: int, in_chans: int) -> None:
     """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
-    if own != in_chans and not (own in MODES and in_chans in MODES):
-        raise BadImage(f"it has {own} channel{'s' if own > 1 else ''}, and in_chans={in_chans}")
+    if channels != in_chans and not (channels in MODES and in_chans in MODES):
+        raise BadImage(f"it has {channels} channel{'s' if channels > 1 else ''}, and in_chans={in_chans}")
 
 
 def require_stored_values(values: PixelValues, are_stored: bool) -> None:

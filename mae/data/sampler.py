@@ -122,14 +122,14 @@ class EpochBatches(Epochs, Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         num_images = self.num_images // self.repeats
         count = self.images_per_iteration // self.repeats
-        lap = -1
+        pass_number = -1
         order = np.arange(0)
         for iteration in range(self.first_iteration, len(self)):
             batch: list[tuple[int, int]] = []
             first = self.images_before(iteration)
             for position in range(first + parallel.rank(), first + count, parallel.world_size()):
-                if position // num_images != lap:
-                    lap = position // num_images
-                    order = np.random.default_rng([self.seed, lap]).permutation(num_images)
-                batch += [(lap, int(order[position % num_images]))] * self.repeats
+                if position // num_images != pass_number:
+                    pass_number = position // num_images
+                    order = np.random.default_rng([self.seed, pass_number]).permutation(num_images)
+                batch += [(pass_number, int(order[position % num_images]))] * self.repeats
             yield batch

@@ -74,15 +74,15 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        return self.__getitems__([place])[0]
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return self.__getitems__([key])[0]
 
     @errors.marked()
-    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
-        """Returns the samples of a batch. A place that is repeated consecutively is read once and augmented anew."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        """Returns the samples of a batch. A key that is repeated consecutively is read once and augmented anew."""
         samples: list[Sample] = []
         with preserve_generators():
-            for (epoch, index), same in itertools.groupby(places):
+            for (epoch, index), same in itertools.groupby(keys):
                 samples += self._augmented(epoch, index, sum(1 for _ in same))
         return samples
 
@@ -156,7 +156,7 @@ class StreamedSamples(IterableDataset):
         self.samples = samples
         self.shards = shards
         self.repeats = repeats
-        self.place = torch.zeros(5, dtype=torch.int64)  # the arguments of `seek`, rank and number of processes
+        self.next_pass = torch.zeros(5, dtype=torch.int64)  # the arguments of `seek`, rank and number of processes
 
     def seek(self, start: int, num_batches: int, batch_size: int) -> None:
         """Sets the next pass over this object.
@@ -166,10 +166,10 @@ class StreamedSamples(IterableDataset):
             num_batches: number of batches of this process.
         """
         # Rank and world size are set here because worker processes of a fork server do not know them.
-        self.place.copy_(torch.tensor([start, num_batches, batch_size, parallel.rank(), parallel.world_size()]))
+        self.next_pass.copy_(torch.tensor([start, num_batches, batch_size, parallel.rank(), parallel.world_size()]))
 
     def __iter__(self) -> Iterator[Sample]:
-        start, num_batches, batch_size, rank, world_size = self.place.tolist()
+        start, num_batches, batch_size, rank, world_size = self.next_pass.tolist()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         batches = len(range(worker, num_batches, workers))  # workers take turns

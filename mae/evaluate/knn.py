@@ -111,7 +111,7 @@ def predict(
     return {
         pair: [
             parallel.interleave([torch.cat(part).numpy() for part in parts])
-            for parts in zip(*(zip(*own, strict=True) for own in by_rank if own), strict=True)
+            for parts in zip(*(zip(*batches, strict=True) for batches in by_rank if batches), strict=True)
         ]
         for pair, by_rank in found.items()
     }
@@ -147,8 +147,8 @@ def neighbors(
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
             if not len(part):
                 continue
-            similarity, places = nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, k)
-            candidates = parallel.gather((similarity.cpu(), bank_targets[places].cpu()))
+            similarity, indices = nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, k)
+            candidates = parallel.gather((similarity.cpu(), bank_targets[indices].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             found = torch.cat([t for _, t in candidates], dim=1)
             yield rank, similarity[:, :k], found[torch.arange(len(found))[:, None], order[:, :k]], truth
@@ -170,9 +170,9 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     The bank may be fp16, but products are fp32: similarities of near neighbors differ by less than fp16 can represent.
     """
     similarity = queries.new_zeros(len(queries), 0)
-    places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+    indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     for number, rows in enumerate(bank.split(SLICE)):
         cosines, where = (queries @ rows.to(queries.dtype).T).topk(min(k, len(rows)), dim=1)
         similarity, order = torch.cat([similarity, cosines], dim=1).topk(min(k, similarity.shape[1] + len(rows)), dim=1)
-        places = torch.cat([places, where + number * SLICE], dim=1).gather(1, order)
-    return similarity, places
+        indices = torch.cat([indices, where + number * SLICE], dim=1).gather(1, order)
+    return similarity, indices

@@ -63,72 +63,72 @@ def compute(
         return float(metric.function(Predictions(truth, predictions, scores, classes, grades)))
 
 
-def _accuracy(own: Predictions) -> float:
+def _accuracy(given: Predictions) -> float:
     from sklearn import metrics  # takes a second
 
-    return metrics.accuracy_score(own.truth, own.predictions)
+    return metrics.accuracy_score(given.truth, given.predictions)
 
 
-def _balanced_accuracy(own: Predictions) -> float:
+def _balanced_accuracy(given: Predictions) -> float:
     """Classes without an image do not enter."""
-    counts = counts_of(own.truth, own.classes)
-    right = np.bincount(own.truth[own.truth == own.predictions], minlength=own.classes)
+    counts = counts_of(given.truth, given.classes)
+    right = np.bincount(given.truth[given.truth == given.predictions], minlength=given.classes)
     return (right[counts > 0] / counts[counts > 0]).mean()
 
 
-def _average_precision(own: Predictions) -> float:
+def _average_precision(given: Predictions) -> float:
     from sklearn import metrics
 
-    return _mean_over_classes("average_precision", metrics.average_precision_score, own)
+    return _mean_over_classes("average_precision", metrics.average_precision_score, given)
 
 
-def _auroc(own: Predictions) -> float:
+def _auroc(given: Predictions) -> float:
     from sklearn import metrics
 
-    return _mean_over_classes("auroc", metrics.roc_auc_score, own)
+    return _mean_over_classes("auroc", metrics.roc_auc_score, given)
 
 
-def _mean_over_classes(name: str, score: Callable[..., float], own: Predictions) -> float:
+def _mean_over_classes(name: str, score: Callable[..., float], given: Predictions) -> float:
     """Returns the mean score of the classes for which it is defined, each against the others."""
-    assert own.scores is not None
-    used = np.flatnonzero(is_defined(name, counts_of(own.truth, own.classes), len(own.truth)))
-    columns = (own.truth[:, number] if own.truth.ndim == 2 else own.truth == number for number in used)
-    values = [score(column, own.scores[:, number]) for column, number in zip(columns, used, strict=True)]
+    assert given.scores is not None
+    used = np.flatnonzero(is_defined(name, counts_of(given.truth, given.classes), len(given.truth)))
+    columns = (given.truth[:, number] if given.truth.ndim == 2 else given.truth == number for number in used)
+    values = [score(column, given.scores[:, number]) for column, number in zip(columns, used, strict=True)]
     return float(np.mean(values)) if values else float("nan")
 
 
-def _macro_f1(own: Predictions) -> float:
+def _macro_f1(given: Predictions) -> float:
     """A class without an image has an F1 of 0; a class (n,) that is not predicted either does not enter."""
     from sklearn import metrics
 
-    if own.truth.ndim == 2:  # scikit-learn's "macro" of a single class includes the F1 of its absence
-        pairs = zip(own.truth.T, own.predictions.T >= 0.5, strict=True)
+    if given.truth.ndim == 2:  # scikit-learn's "macro" of a single class includes the F1 of its absence
+        pairs = zip(given.truth.T, given.predictions.T >= 0.5, strict=True)
         return float(np.mean([metrics.f1_score(truth, predicted, zero_division=0) for truth, predicted in pairs]))
-    return metrics.f1_score(own.truth, own.predictions, average="macro", zero_division=0)
+    return metrics.f1_score(given.truth, given.predictions, average="macro", zero_division=0)
 
 
-def _kappa(own: Predictions) -> float:
-    if own.grades is None:
-        return _quadratic_kappa(own.truth, own.predictions)
-    return _quadratic_kappa(own.grades[own.truth], own.grades[own.predictions])
+def _kappa(given: Predictions) -> float:
+    if given.grades is None:
+        return _quadratic_kappa(given.truth, given.predictions)
+    return _quadratic_kappa(given.grades[given.truth], given.grades[given.predictions])
 
 
-def _r2(own: Predictions) -> float:
+def _r2(given: Predictions) -> float:
     from sklearn import metrics
 
-    return metrics.r2_score(own.truth, own.predictions)
+    return metrics.r2_score(given.truth, given.predictions)
 
 
-def _mae(own: Predictions) -> float:
+def _mae(given: Predictions) -> float:
     from sklearn import metrics
 
-    return metrics.mean_absolute_error(own.truth, own.predictions)
+    return metrics.mean_absolute_error(given.truth, given.predictions)
 
 
-def _spearman(own: Predictions) -> float:
+def _spearman(given: Predictions) -> float:
     from scipy import stats
 
-    pairs = zip(own.truth.T, own.predictions.T, strict=True)
+    pairs = zip(given.truth.T, given.predictions.T, strict=True)
     return float(np.mean([stats.spearmanr(truth, predicted).statistic for truth, predicted in pairs]))
 
 

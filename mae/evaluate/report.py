@@ -73,8 +73,8 @@ def write_matrix(
         other = classes[int(wrong.argmax())] if wrong.any() else ""
         share = f"{right[number] / images[number]:.4f}" if images[number] else ""
         columns = [column[number] for column in (scores or {}).values()]
-        own = ["" if np.isnan(value) else f"{value / 100:.4f}" for value in columns]
-        rows.append([name, images[number], right[number], share, *own, other])
+        texts = ["" if np.isnan(value) else f"{value / 100:.4f}" for value in columns]
+        rows.append([name, images[number], right[number], share, *texts, other])
     counts = [[name, *row] for name, row in zip(classes, matrix.tolist(), strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(folder) as written:
@@ -101,8 +101,8 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
     rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
     for number, name in enumerate(names):
         truth = labels[:, [number]]
-        own = predictions[:, [number]]
-        values = [metrics.compute(one, truth, own, own, 1) for one in used]
+        predicted = predictions[:, [number]]
+        values = [metrics.compute(one, truth, predicted, predicted, 1) for one in used]
         count = int(truth.sum()) if has_classes else len(truth)
         rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])
     folder.mkdir(parents=True, exist_ok=True)

@@ -185,9 +185,9 @@ class Multilabel(Classification):
 
     def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> TargetEvaluation:
         """As in `Classification`."""
-        truth, own = self.values(*columns[:2])
-        found = {name: metrics.compute(name, truth, own, own, num_outputs) for name in self.metrics}
-        return TargetEvaluation(truth, own, None, float(columns[2].mean(dtype=np.float64)), found)
+        truth, predictions = self.values(*columns[:2])
+        found = {name: metrics.compute(name, truth, predictions, predictions, num_outputs) for name in self.metrics}
+        return TargetEvaluation(truth, predictions, None, float(columns[2].mean(dtype=np.float64)), found)
 
 
 class Regression(Multilabel):
@@ -283,9 +283,9 @@ def _require_defined(names: Sequence[str], truth: np.ndarray, classes: Sequence[
         if len(missing) == len(classes) and metric.needs_scores:
             raise ValueError(f"metric={name}: the validation images are of one class; give images of other classes")
         if len(missing) and parallel.is_main():
-            which = first_few([classes[number] for number in missing.tolist()])
+            lacking = first_few([classes[number] for number in missing.tolist()])
             kind = "none or all of the validation images" if metric.needs_absence else "no validation image"
-            logger.warning(f"metric={name} {metric.without_class}: {kind} is of {which}")
+            logger.warning(f"metric={name} {metric.without_class}: {kind} is of {lacking}")
 
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:

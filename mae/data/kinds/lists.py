@@ -160,7 +160,7 @@ def _text_table(text: str) -> Table:
 
 def _csv_table(text: str) -> Table:
     """Parses CSV with a header."""
-    lines = [[cell.strip() for cell in row] for row in spreadsheet.read(text)]
+    lines = [[value.strip() for value in row] for row in spreadsheet.read(text)]
     header, *rows = [row for row in lines if any(row)] or [["path"]]
     for row in rows:
         if len(row) != len(header):
@@ -218,7 +218,7 @@ def _find(titles: Iterable[str], names: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def _cells(table: Table, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
+def _rows(table: Table, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
     """Returns the cells of some columns, row by row."""
     if missing := [name for name in columns if name not in table.columns]:
         found = printable(", ".join(["path", *table.columns]))
@@ -242,28 +242,26 @@ def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) ->
             raise ValueError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give label_columns=NAME ...")
         table = Table(table.paths, {"label": table.columns[title]})
         columns = ["label"]
-    cells = _cells(table, columns, "`label_columns`")
+    rows = _rows(table, columns, "`label_columns`")
     if task == CLASSIFICATION and len(columns) > 1:
         raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
     if task == CLASSIFICATION:
-        labels = [cell for (cell,) in cells if cell.lower() not in UNLABELED]
-        if 0 < len(labels) < len(cells):
+        labels = [text for (text,) in rows if text.lower() not in UNLABELED]
+        if 0 < len(labels) < len(rows):
             raise ValueError(
-                f"only {len(labels)} of its {len(cells)} files have a label; an empty label, nan and -1 are none"
+                f"only {len(labels)} of its {len(rows)} files have a label; an empty label, nan and -1 are none"
             )
-        return number_labels(labels, len(cells))
+        return number_labels(labels, len(rows))
     names = [printable(name) for name in columns]
     if task == REGRESSION:
-        return names, _numbers(table, columns, cells, np.isfinite, "task=regression needs a finite number")
-    if len(columns) == 1 and _are_names([cell for (cell,) in cells]):
-        return _tags([cell for (cell,) in cells])
-    return names, _numbers(
-        table, columns, cells, lambda values: np.isin(values, (0, 1)), "task=multilabel needs 0 or 1"
-    )
+        return names, _numbers(table, columns, rows, np.isfinite, "task=regression needs a finite number")
+    if len(columns) == 1 and _are_names([text for (text,) in rows]):
+        return _tags([text for (text,) in rows])
+    return names, _numbers(table, columns, rows, lambda values: np.isin(values, (0, 1)), "task=multilabel needs 0 or 1")
 
 
 def _numbers(
-    table: Table, columns: Sequence[str], cells: list[tuple[str, ...]], are_valid: Callable[[np.ndarray], np.ndarray],
+    table: Table, columns: Sequence[str], rows: list[tuple[str, ...]], are_valid: Callable[[np.ndarray], np.ndarray],
     rule: str,
 ) -> np.ndarray:  # fmt: skip
     """Returns the numbers in some columns (n, C).
@@ -272,10 +270,10 @@ def _numbers(
         are_valid: whether numbers are valid, NaN if the cell is no number.
         rule: what the numbers must be, for the error.
     """
-    values = np.array([[float(cell) if DECIMAL.fullmatch(cell) else np.nan for cell in row] for row in cells])
+    values = np.array([[float(text) if DECIMAL.fullmatch(text) else np.nan for text in row] for row in rows])
     for row, column in np.argwhere(~are_valid(values))[:1]:
-        name, path, cell = (printable(text) for text in (columns[column], table.paths[row], cells[row][column]))
-        raise ValueError(f"the {name} of {path} is {cell or 'empty'}; {rule}")
+        name, path, text = (printable(part) for part in (columns[column], table.paths[row], rows[row][column]))
+        raise ValueError(f"the {name} of {path} is {text or 'empty'}; {rule}")
     return values
 
 
@@ -298,29 +296,29 @@ def _extras(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
     for name in columns:
         extra_inputs.check_name(name)
     rule = "`extras` are finite numbers in fp32, whose integers are exact up to 16,777,216"
-    values = _numbers(table, columns, _cells(table, columns, "`extras`"), are_exact, rule)
+    values = _numbers(table, columns, _rows(table, columns, "`extras`"), are_exact, rule)
     return dict(zip(columns, values.T.astype("f4"), strict=True))
 
 
-def _are_names(cells: Sequence[str]) -> bool:
+def _are_names(texts: Sequence[str]) -> bool:
     """Whether the cells of a column are names of classes, such as a;b. Beside 0 and 1, other cells are mistakes."""
-    are_numbers = [bool(DECIMAL.fullmatch(cell)) and float(cell) in (0, 1) for cell in cells]
-    return not all(are_numbers) and (not any(are_numbers) or any(";" in cell for cell in cells))
+    are_numbers = [bool(DECIMAL.fullmatch(text)) and float(text) in (0, 1) for text in texts]
+    return not all(are_numbers) and (not any(are_numbers) or any(";" in text for text in texts))
 
 
-def _tags(cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _tags(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Returns the classes in the cells of a column, such as a;b, and the labels (n, C), 0 or 1.
 
     Raises:
         ValueError: another character may separate labels: each combination would be a class.
     """
-    has_several = any(";" in cell for cell in cells)
-    if wrong := [cell for cell in cells if cell.lower() == "nan" or (not has_several and SEPARATORS.search(cell))]:
+    has_several = any(";" in text for text in texts)
+    if wrong := [text for text in texts if text.lower() == "nan" or (not has_several and SEPARATORS.search(text))]:
         raise ValueError(
             f"the label {printable(wrong[0])} may be several labels or none: separate labels by ;, and end a single "
             f"label that contains this text with ;"
         )
-    rows = [{part.strip() for part in cell.split(";")} - {""} for cell in cells]
+    rows = [{part.strip() for part in text.split(";")} - {""} for text in texts]
     classes = sorted(set().union(*rows))
     return [printable(name) for name in classes], np.array([[name in row for name in classes] for row in rows])
 

@@ -290,12 +290,12 @@ class UserSet(NumberedItems):
     def classes(self) -> list[str]:
         """The names of the classes or targets; default: their numbers. Empty if no sample has a label."""
         are_vectors = self.labels.ndim > 1
-        own = getattr(self.dataset, "classes", None)
+        given = getattr(self.dataset, "classes", None)
         count = self.labels.shape[1] if are_vectors else int(self.labels.max()) + 1
-        if own is None and count > MOST_CLASSES:
+        if given is None and count > MOST_CLASSES:
             raise ValueError(f"{self.setting}: its highest label is {count - 1}: number the classes from 0")
-        names = list(map(str, range(count) if own is None else own))
-        lacks_names = count > len(names) or (are_vectors and count < len(names)) or isinstance(own, str)
+        names = list(map(str, range(count) if given is None else given))
+        lacks_names = count > len(names) or (are_vectors and count < len(names)) or isinstance(given, str)
         if lacks_names or len(set(names)) < len(names):
             labels = f"labels have {count} numbers" if are_vectors else f"highest label is {count - 1}"
             raise ValueError(
@@ -316,8 +316,8 @@ class UserSet(NumberedItems):
 
     def version(self, index: int) -> str:
         """Returns `version(index)` of the dataset; default: the version of the files in `data_path` and of the code."""
-        own = getattr(self.dataset, "version", None)
-        return str(own(index)) if callable(own) else self.files_version
+        version = getattr(self.dataset, "version", None)
+        return str(version(index)) if callable(version) else self.files_version
 
     @cached_property
     def files_version(self) -> str:

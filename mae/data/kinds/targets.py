@@ -43,7 +43,7 @@ class TargetSet(UserSet):
         self._require_known(index, vector.astype(given.dtype) if given.dtype.kind == "f" else vector)
         return vector
 
-    def _vectors(self, value: Any, place: str, what: str) -> np.ndarray:
+    def _vectors(self, value: Any, name: str, what: str) -> np.ndarray:
         try:
             found = _array(value).astype(np.float64)
         except (TypeError, ValueError):
@@ -52,7 +52,7 @@ class TargetSet(UserSet):
         if wrong.any():
             kind = "0 or 1 for each class" if self.task == MULTILABEL else "finite numbers"
             shown = value if found.ndim == 0 else found[wrong][0]
-            raise ValueError(f"{place}: {what} {printable(str(shown))[:80]}: task={self.task} needs {kind}")
+            raise ValueError(f"{name}: {what} {printable(str(shown))[:80]}: task={self.task} needs {kind}")
         return found
 
     @cached_property

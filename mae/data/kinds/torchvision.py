@@ -70,12 +70,12 @@ class TorchvisionSet(NumberedItems):
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
             raise ValueError(f"dataset={self.title}: {make.__name__} has no splits of its own")
-        own = {chooser: part} if chooser and part else {}
+        selected = {chooser: part} if chooser and part else {}
         if "train" in takes and split in ("train", *VALIDATION):
-            return [own | {"train": split == "train"}]
+            return [selected | {"train": split == "train"}]
         if split == "train":  # "train" first, because the default split may include the images of "val"
-            return [own] if own or not chooser else [{chooser: "train"}, {}]
-        if not chooser or (own and chooser == "version"):
+            return [selected] if selected or not chooser else [{chooser: "train"}, {}]
+        if not chooser or (selected and chooser == "version"):
             raise ValueError(f"dataset={self.title}: torchvision has no {split} split of it: give val_list=FILE")
         return [{chooser: name} for name in names_of(split)]
 
