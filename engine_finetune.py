@@ -149,14 +149,14 @@ def evaluate_heads(
     forwards = [padded(model.eval(), model) for model in models]
     for loaded in prefetch(data_loader, precision.device):
         batch = Batch(*loaded)
-        for forward, own in zip(forwards, columns, strict=True):
+        for forward, results in zip(forwards, columns, strict=True):
             with precision.autocast():
                 outputs = forward(batch.normalized(normalize), **batch.inputs).float()
-            own.append(task.columns(outputs, batch.labels))
+            results.append(task.columns(outputs, batch.labels))
             num_outputs = outputs.shape[1]
     evaluations = []
-    for own in columns:
-        local = [torch.cat(column).cpu().numpy() for column in zip(*own, strict=True)]
+    for results in columns:
+        local = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
         shards = parallel.gather((local, num_outputs))
         parts = zip(*(shard for shard, _ in shards if shard), strict=True)
         merged = [parallel.interleave(list(part)) for part in parts]

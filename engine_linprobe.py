@@ -24,10 +24,10 @@ def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> 
     """
     head = model.get_submodule("head")
     heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
-    for parameter in (parameter for own in heads for parameter in own.parameters() if len(heads) > 1):
+    for parameter in (parameter for head in heads for parameter in head.parameters() if len(heads) > 1):
         parameter.register_hook(lambda gradient: torch.where(gradient.isfinite().all(), gradient, 0.0))
     groups = [
-        {"params": list(own.parameters()), "lr_scale": blr / max(blrs)} for own, blr in zip(heads, blrs, strict=True)
+        {"params": list(head.parameters()), "lr_scale": blr / max(blrs)} for head, blr in zip(heads, blrs, strict=True)
     ]
     return heads, LARS(groups, weight_decay=weight_decay)
 
@@ -53,10 +53,12 @@ def report_best_rate(
     for rate, share in zip(blrs, shares, strict=False):
         if share < 1:
             logger.warning(f"blr={rate:g}: {1 - share:.0%} of the updates had an infinite loss, which counts as zero")
-    for end, which, beyond in ((max(blrs), "largest", 3), (min(blrs), "smallest", 1 / 3)):
+    for end, extreme, beyond in ((max(blrs), "largest", 3), (min(blrs), "smallest", 1 / 3)):
         if is_last and blrs[best] == end:
             rates = ", ".join(f"{rate:g}" for rate in sorted([*blrs, float(f"{end * beyond:.2g}")]))
-            logger.warning(f"blr={end:g}, the {which} value, is the best; give blr=[{rates}] and another `output_dir`")
+            logger.warning(
+                f"blr={end:g}, the {extreme} value, is the best; give blr=[{rates}] and another `output_dir`"
+            )
     return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
 
 
@@ -80,7 +82,7 @@ class HeadLosses:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.ndim == 2:
             return self.loss(logits, targets)
-        losses = torch.stack([self.loss(own, targets) for own in logits])
+        losses = torch.stack([self.loss(outputs, targets) for outputs in logits])
         finite = losses.isfinite()
         total = losses.where(finite, 0.0).sum()
         batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])

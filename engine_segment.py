@@ -72,18 +72,18 @@ def evaluate(
     return Scores(sum(parallel.gather(matrix.cpu().numpy())))
 
 
-def warn_of_lacking_classes(found: Sequence[int], classes: Sequence[str], which: str) -> None:
+def warn_of_lacking_classes(found: Sequence[int], classes: Sequence[str], split: str) -> None:
     """Logs a warning if the pixels of masks have one of several classes, or none.
 
     Args:
         found: the classes in the masks.
-        which: the masks, such as "the validation".
+        split: the set of the masks, such as "the validation".
     """
     if len(found) >= min(2, len(classes)):
         return
     only = f"{class_title(classes[found[0]])}, or " if len(found) else ""
     logger.warning(
-        f"all pixels of {which} masks are {only}{IGNORED}, which is ignored; in masks of two classes with the "
+        f"all pixels of {split} masks are {only}{IGNORED}, which is ignored; in masks of two classes with the "
         f"values 0 and {IGNORED}, write 1 in place of {IGNORED}"
     )
 

@@ -83,8 +83,8 @@ def main(
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
     name = task.selects.removeprefix("test_")
-    scores = {pair: scores_of(own) for pair, own in evaluations.items()}
-    values = {pair: own[name] for pair, own in scores.items()}
+    scores = {pair: scores_of(evaluation) for pair, evaluation in evaluations.items()}
+    values = {pair: found[name] for pair, found in scores.items()}
     report(scores, list(values)[tasks.best_of([*values.values()], task.lower_is_better)])
     return values
 
@@ -101,27 +101,26 @@ def report(scores: Mapping[tuple[int, float], Mapping[str, float]], best: tuple[
     """Logs scores by (k, temperature): a line for each k; for several temperatures, a table and its best entry."""
     ks, temperatures = (list(dict.fromkeys(values)) for values in zip(*scores, strict=True))
     first = tasks.TITLES.get(name := next(iter(scores[best])), name)
-    texts = {pair: tasks.text(own).removeprefix(f"{first} ") for pair, own in scores.items()}
+    texts = {pair: tasks.text(found).removeprefix(f"{first} ") for pair, found in scores.items()}
     names = {(k, t): f"k{k}" if len(temperatures) == 1 else f"k{k}_t{t:g}" for k, t in scores}
     if len(temperatures) == 1:
         for (k, _), text in texts.items():
             logger.info(f"* {k}-NN {first} {text}")
     else:
-        cells = texts | {best: f"**{texts[best]}**"}
+        shown = texts | {best: f"**{texts[best]}**"}
         titles = ["k", *(f"temperature {temperature:g}" for temperature in temperatures)]
-        rows = [[str(k), *(cells[k, temperature] for temperature in temperatures)] for k in ks]
+        rows = [[str(k), *(shown[k, temperature] for temperature in temperatures)] for k in ks]
         logger.info("\n" + markdown(titles, rows))
         logger.info(
             f"* {best[0]}-NN {first} {texts[best]} with temperature {best[1]:g}, the best of {len(scores)}; it "
             f"is optimistic, because the validation set selected it"
         )
     tasks.warn_of_undefined(scores[best])
-    logged = list(dict.fromkeys(name for own in scores.values() for name in own))
-    logger.info(
-        results.to_line(
-            {f"knn_{name}_{names[pair]}": own[name] for name in logged for pair, own in scores.items() if name in own}
-        )
-    )
+    logged = list(dict.fromkeys(name for found in scores.values() for name in found))
+    entries = {
+        f"knn_{name}_{names[pair]}": found[name] for name in logged for pair, found in scores.items() if name in found
+    }
+    logger.info(results.to_line(entries))
 
 
 if __name__ == "__main__":

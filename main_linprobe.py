@@ -234,8 +234,8 @@ def open_batches(optim: OptimSpec, data: RunData, train: Any, features: FrozenFe
 
 def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
     """Writes probe.pth: the model with one of its heads, under the published names."""
-    own = {f"head.{name}": value for name, value in head.state_dict().items()}
-    state = {"model": encoder_state(model) | checkpoint.snapshot(own), "epoch": epoch, "args": settings}
+    weights = {f"head.{name}": value for name, value in head.state_dict().items()}
+    state = {"model": encoder_state(model) | checkpoint.snapshot(weights), "epoch": epoch, "args": settings}
     checkpoint.write(state, Path(settings["output_dir"]) / "probe.pth")
 
 

@@ -58,8 +58,8 @@ class TimmEncoder(VisionTransformer):
             except (AttributeError, TypeError) as error:
                 raise ValueError(f"timm:{name}: timm has no pooled features of this model ({error})") from error
         # The tokens of several grids are a list. Without a number of prefix tokens, a class token is not told apart.
-        own = dict(self.net.named_parameters(recurse=False))
-        is_counted = hasattr(self.net, "num_prefix_tokens") or not any(key.startswith("cls_token") for key in own)
+        names = [name for name, _ in self.net.named_parameters(recurse=False)]
+        is_counted = hasattr(self.net, "num_prefix_tokens") or not any(key.startswith("cls_token") for key in names)
         is_grid = isinstance(features, Tensor) and features.ndim in (3, 4)
         self.has_tokens = is_grid and (features.ndim == 4 or is_counted)
         self.length, width = self._tokens(features).shape[1:] if self.has_tokens else (0, 0)

@@ -32,10 +32,10 @@ def image(name: str, draw: np.random.Generator) -> np.ndarray:
     outside = np.hypot(along, across) - radius  # about the distance from the border, in pixels
     width = draw.uniform(0.6, 1.4)
     profile = np.exp(-((outside / width) ** 2)) if interior == "ring" else 1 / (1 + np.exp(2 * outside / width))
-    cells = (profile * draw.uniform(0.6, 1, (number, 1, 1))).max(axis=0)
+    drawn = (profile * draw.uniform(0.6, 1, (number, 1, 1))).max(axis=0)
     slope = draw.uniform(-0.05, 0.05, 2)
     background = draw.uniform(0.05, 0.15) + np.tensordot(slope, grid / SIDE - 0.5, axes=1)
-    return np.clip(background + draw.uniform(0.5, 0.85) * cells, 0, 1)
+    return np.clip(background + draw.uniform(0.5, 0.85) * drawn, 0, 1)
 
 
 def write(folder: Path) -> None:

@@ -75,8 +75,8 @@ class Runs:
 
     def differing(self, a: str, b: str) -> list[str]:
         """Names of the weights that differ in two runs."""
-        ours, theirs = (checkpoint.read(self.folder / name / "checkpoint-1.pth")["model"] for name in (a, b))
-        return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+        first, second = (checkpoint.read(self.folder / name / "checkpoint-1.pth")["model"] for name in (a, b))
+        return [name for name in first if not torch.equal(first[name], second[name])]
 
     def resume(self) -> str:
         """Repeats the second epoch of the first run from its checkpoint."""

@@ -59,19 +59,19 @@ def training(task: Task) -> None:
     flops = model_table.training_flops(size) if kind == "pretrain" else 3 * model_table.classifier_flops(size)
     task.write(task=kind, size=size, flops_per_image=flops, compile_seconds=time.monotonic() - began)
     task.wait_for_turn()
-    cells = list[dict[str, Any]]()
+    entries = list[dict[str, Any]]()
     compared = dict[str, float]()
     for batch in batches:
         found = measure({" ".join(way): partial(update, *way, batch_size=batch) for way in ways[batch]}, task)
-        for way, cell in found.items():
-            if cell["fits"]:
-                rates = [batch / seconds for seconds, _ in cell.pop("times")]
-                cell |= {"images_per_second": median(rates), "all_images_per_second": rates,
+        for way, entry in found.items():
+            if entry["fits"]:
+                rates = [batch / seconds for seconds, _ in entry.pop("times")]
+                entry |= {"images_per_second": median(rates), "all_images_per_second": rates,
                          "milliseconds": 1000 * batch / median(rates), "flops": median(rates) * flops}  # fmt: skip
                 if batch == compared_at:
                     compared[way] = median(rates)
-            cells.append({"way": way, "batch_size": batch, **cell})
-        task.write(cells=cells, compared_at=compared_at, images_per_second=compared)
+            entries.append({"way": way, "batch_size": batch, **entry})
+        task.write(cells=entries, compared_at=compared_at, images_per_second=compared)
 
 
 def empty_cache(task: Task) -> None:

@@ -50,16 +50,16 @@ def of_training(steps: Results, gpu: str | None) -> str:
     peak = 1e12 * PEAK_TFLOPS.get(gpu or "", 0)
     rows = []
     for found in steps.values():
-        for cell in found.get("cells", []):
-            row = [found["task"], found["size"], str(cell["batch_size"]), cell["way"]]
-            if "flops" not in cell:
+        for entry in found.get("cells", []):
+            row = [found["task"], found["size"], str(entry["batch_size"]), entry["way"]]
+            if "flops" not in entry:
                 rows.append([*row, "does not fit", "", "", "", "", ""])
                 continue
             rows.append([
-                *row, with_range(cell["all_images_per_second"]), f"{cell['milliseconds']:.1f}",
-                f"{cell['host_milliseconds']:.1f}" if "host_milliseconds" in cell else "",
-                f"{cell['flops'] / 1e12:,.3g}", f"{cell['flops'] / peak:.0%}" if peak else "",
-                f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else "",
+                *row, with_range(entry["all_images_per_second"]), f"{entry['milliseconds']:.1f}",
+                f"{entry['host_milliseconds']:.1f}" if "host_milliseconds" in entry else "",
+                f"{entry['flops'] / 1e12:,.3g}", f"{entry['flops'] / peak:.0%}" if peak else "",
+                f"{entry['peak_bytes'] / 1e9:.1f}" if entry["peak_bytes"] else "",
             ])  # fmt: skip
     titles = ["task", "size", "batch size", "way", "images/s", "ms", "ms of the host", "TFLOP/s",
               "share of the data sheet", "GB"]  # fmt: skip
@@ -71,8 +71,8 @@ def of_rates(name: str, found: Results) -> str:
     """The throughput of each way, relative to the first."""
     rates = found["images_per_second"]
     first = next(iter(rates.values()))
-    compared = [cell for cell in found.get("cells", []) if cell["batch_size"] == found.get("compared_at")]
-    rounds = found.get("all_images_per_second") or {cell["way"]: cell["all_images_per_second"] for cell in compared}
+    compared = [entry for entry in found.get("cells", []) if entry["batch_size"] == found.get("compared_at")]
+    rounds = found.get("all_images_per_second") or {entry["way"]: entry["all_images_per_second"] for entry in compared}
     shown = {way: with_range(rounds[way]) if way in rounds else f"{rate:,.0f}" for way, rate in rates.items()}
     rows = [(way, shown[way], f"{rate / first:.3f}") for way, rate in rates.items()]
     return markdown([name, "images/s", "relative"], rows)

@@ -110,9 +110,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # of images: their name in the
 
 def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, Any]]:
     """Trains in two processes; returns the lines of log.txt."""
-    own = {"epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "output_dir": out}
+    run_flags = {"epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "output_dir": out}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", PROCESSES]
-    scripts.run(*launcher, *command({**flags, **own}), threads=1)
+    scripts.run(*launcher, *command({**flags, **run_flags}), threads=1)
     return log.read(out)
 
 
@@ -145,8 +145,8 @@ def command(flags: dict[str, Any]) -> list[str]:
 
 def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
-    kind, own = KINDS[args.images]
-    method = {**BASE, **ENTRIES[name], **own}
+    kind, image_flags = KINDS[args.images]
+    method = {**BASE, **ENTRIES[name], **image_flags}
     data = args.data_path or (scripts.DATA if args.images == FASHION_MNIST else images_of(args.images))
     flags = {**method, "data_path": data, "seed": seed}
     images = sum(1 for _ in (scripts.ROOT / data / "train").glob("*/*"))
@@ -271,8 +271,8 @@ def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     if len(scores) < 2:
         return f"{found}, {len(scores)} earlier rows"
     low, high = prediction_interval(scores)
-    place = f"the 95 % prediction interval of {len(scores)} earlier rows, {low:.2f} to {high:.2f}"
-    return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {place}"
+    interval = f"the 95 % prediction interval of {len(scores)} earlier rows, {low:.2f} to {high:.2f}"
+    return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {interval}"
 
 
 def write_table(command: str, text: str, path: Path = PAGE) -> None:

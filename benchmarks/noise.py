@@ -105,7 +105,13 @@ def recipe(data_path: Path) -> dict[str, Any]:
 def measure(settings: Mapping[str, Any], out: Path) -> float:
     """Pre-trains an encoder; returns the accuracy of neighbors in percent."""
     epochs = settings["epochs"]
-    own = {"warmup_epochs": epochs / 20, "save_every": epochs, "vis_every": 0, "resume": "auto", "output_dir": out}
+    run_flags = {
+        "warmup_epochs": epochs / 20,
+        "save_every": epochs,
+        "vis_every": 0,
+        "resume": "auto",
+        "output_dir": out,
+    }
 
     def neighbors(folder: Path, _: object) -> dict[str, Any]:
         encoder = {"finetune": folder / f"checkpoint-{epochs - 1}.pth", "model": f"vit_{MODEL}", "global_pool": False}
@@ -113,7 +119,7 @@ def measure(settings: Mapping[str, Any], out: Path) -> float:
         (accuracy,) = Script(main_knn).run(flags, folder / "knn.txt").values()
         return {"k-NN": accuracy}
 
-    return store.run(out, Script(main_pretrain), {**settings, **own}, neighbors)["k-NN"]
+    return store.run(out, Script(main_pretrain), {**settings, **run_flags}, neighbors)["k-NN"]
 
 
 def read() -> list[dict[str, Any]]:

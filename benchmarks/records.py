@@ -83,7 +83,7 @@ def gains(ours: list[Row], others: list[Row]) -> str:
 
 def records(rows: Rows) -> str:
     """Returns the table of the records. The first has no test."""
-    cells = []
+    lines = []
     for number, entry in enumerate(RECORDS):
         found = tests(entry, RECORDS[number - 1], rows) if number else {}
         machine = min(found, key=lambda name: found[name][3]) if found else _most_rows(entry, rows)
@@ -97,8 +97,8 @@ def records(rows: Rows) -> str:
         mean = statistics.fmean(row["score"] for row in chosen)
         last = chosen[-1]
         command = f"`{' '.join(leaderboard.command({**leaderboard.BASE, **leaderboard.ENTRIES[entry]}))}`"
-        cells.append([last["date"], entry, f"{mean:.2f}", str(len(chosen)), gain, p, machine, last["commit"], command])
-    return markdown(["date", "entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "command"], cells)
+        lines.append([last["date"], entry, f"{mean:.2f}", str(len(chosen)), gain, p, machine, last["commit"], command])
+    return markdown(["date", "entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "command"], lines)
 
 
 def _most_rows(entry: str, rows: Rows) -> str:
@@ -117,7 +117,7 @@ def correlations(rows: Rows) -> str:
     if not machines:
         return "no rows have these measures"
     chosen = machines.most_common(1)[0][0]
-    cells = []
+    lines = []
     for measure in leaderboard.UNLABELLED:
         compared = {
             key: [row for row in found if measure != loss or "--norm_pix_loss" in row["command"].split()]
@@ -131,12 +131,12 @@ def correlations(rows: Rows) -> str:
             (statistics.fmean(row[measure] for row in found), statistics.fmean(row["score"] for row in found))
             for (_, machine), found in compared.items() if found and machine == chosen
         ]  # fmt: skip
-        cells.append([
+        lines.append([
             measure, f"{_spearman(means):.2f}" if len(means) > FEWEST else "", str(len(means)),
             f"{statistics.median(within):.2f}" if within else "", str(len(within)),
         ])  # fmt: skip
     titles = ["measure", "between entries", "entries", "within an entry, median", "entries with four seeds"]
-    return markdown(titles, cells)
+    return markdown(titles, lines)
 
 
 def _spearman(pairs: list[tuple[float, float]]) -> float:
@@ -149,21 +149,21 @@ def recipes(rows: list[Row]) -> str:
     for row in rows:
         track = f"{leaderboard.budget_of(row)}, {row['images']:,} {leaderboard.described(row['kind'])}"
         scores[track, row["evaluated on"], row["machine"]][row["entry"]].append(row["score"])
-    cells = []
-    for place, entries in scores.items():
+    lines = []
+    for key, entries in scores.items():
         means = {entry: statistics.fmean(found) for entry, found in entries.items()}
         ours = means.pop(leaderboard.RECIPE, None)
         pixels = means.pop(leaderboard.PIXELS, None)
         if ours is None or not means:
             continue
         best = max(means, key=lambda entry: means[entry])
-        cells.append([
-            *place, f"{ours:.2f}", f"{ours - means[best]:+.2f}", best, f"{means[best]:.2f}",
+        lines.append([
+            *key, f"{ours:.2f}", f"{ours - means[best]:+.2f}", best, f"{means[best]:.2f}",
             "" if pixels is None else f"{pixels:.2f}",
         ])  # fmt: skip
     return markdown(
         ["track", "evaluated on", "machine", "recipe", "difference", "best other entry", "its score", "raw pixels"],
-        cells,
+        lines,
     )
 
 

@@ -53,24 +53,26 @@ def labels_per_class(data_path: Path) -> int:
 def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
     """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
     shared = ("data_path", "train_list", "val_list", "encoder")
-    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
+    encoder_flags: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
     few = {"train_per_class": labels_per_class(flags["data_path"])}
     tuned = []
     for draw in range(DRAWS):
         run_directory = out / f"draw{draw}"
         drawn = {"seed": 10 * seed + draw, "output_dir": run_directory}
-        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, **few, **drawn}), threads=2)
+        scripts.run("main_finetune.py", *arguments({**FINETUNE, **encoder_flags, **few, **drawn}), threads=2)
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
-    scripts.run("main_linprobe.py", *arguments({**LINPROBE, **own, "seed": seed, "output_dir": out / "linear"}))
+    scripts.run(
+        "main_linprobe.py", *arguments({**LINPROBE, **encoder_flags, "seed": seed, "output_dir": out / "linear"})
+    )
     linear = log.read(out / "linear")[-1]["test_acc1"]
-    found = {"500 labels": statistics.fmean(tuned), "k-NN": neighbors(own), "linear": linear}
+    found = {"500 labels": statistics.fmean(tuned), "k-NN": neighbors(encoder_flags), "linear": linear}
     return {name: round(accuracy, 2) for name, accuracy in found.items()}
 
 
 def neighbors(flags: dict[str, Any]) -> float:
     """Returns the accuracy of k-NN in percent."""
-    own = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
-    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
+    knn_flags = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
+    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(knn_flags))).values()
     return accuracy
 
 

@@ -56,12 +56,12 @@ class HalfWidth(Encoder):
         super().__init__(embed_dim=embed_dim // 2, num_heads=num_heads // 2, **arguments)
 
 
-def adapt(way: tuple[ModuleType, dict[str, Any]], own: dict[str, Any], out: Path) -> dict[str, Any]:
+def adapt(way: tuple[ModuleType, dict[str, Any]], encoder: dict[str, Any], out: Path) -> dict[str, Any]:
     """Trains with few labels, on three random subsets; returns accuracies, trained weights and seconds.
 
     Args:
         way: a script and its flags.
-        own: flags of the encoder and the images.
+        encoder: flags of the encoder and the images.
     """
     module, flags = way
 
@@ -69,10 +69,10 @@ def adapt(way: tuple[ModuleType, dict[str, Any]], own: dict[str, Any], out: Path
         last = log.read(folder)[-1]
         return {"accuracy": round(last["test_acc1"], 2), "weights": last["n_parameters"]}
 
-    drawn = {"train_per_class": scoring.labels_per_class(own["data_path"])}
+    drawn = {"train_per_class": scoring.labels_per_class(encoder["data_path"])}
     found = []
     for draw in range(scoring.DRAWS):
-        given = {**flags, **own, **drawn, "seed": draw, "output_dir": out / str(draw)}
+        given = {**flags, **encoder, **drawn, "seed": draw, "output_dir": out / str(draw)}
         found.append(store.run(out / str(draw), Script(module), given, read))
     return {
         "accuracies": [scores["accuracy"] for scores in found],
@@ -83,10 +83,10 @@ def adapt(way: tuple[ModuleType, dict[str, Any]], own: dict[str, Any], out: Path
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Pre-trains and adapts all encoders; returns the results."""
-    kind, own = leaderboard.KINDS[args.images]
+    kind, image_flags = leaderboard.KINDS[args.images]
     default = scripts.DATA if args.images == leaderboard.FASHION_MNIST else images_of(args.images)
     data = {"data_path": scripts.ROOT / (args.data_path or default)}
-    base = {**leaderboard.BASE, **own, **data}
+    base = {**leaderboard.BASE, **image_flags, **data}
 
     def pretrained(name: str, minutes: float, flags: dict[str, Any]) -> Path:
         out, lines = leaderboard.pretrain_for(minutes, {**base, **flags}, folder / name)

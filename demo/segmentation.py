@@ -92,10 +92,10 @@ def write_pictures(folder: Path, count: int) -> None:
     with atomic.replacing(folder) as written:
         for split, source, number, seed in (("training", "train", count, 0), ("validation", "val", VALIDATION, 1)):
             for kind, arrays in zip(("images", "annotations"), make_pictures(source, number, seed), strict=True):
-                place = written / kind / split
-                place.mkdir(parents=True)
+                out = written / kind / split
+                out.mkdir(parents=True)
                 for index, array in enumerate(tqdm(arrays, desc=f"{kind}/{split}", leave=False, disable=None)):
-                    Image.fromarray(array).save(place / f"{index:05}.png")
+                    Image.fromarray(array).save(out / f"{index:05}.png")
         colors = default_colors(len(names))
         lines = [f"{red} {green} {blue} {name}" for (red, green, blue), name in zip(colors, names, strict=True)]
         (written / "palette.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -113,9 +113,9 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     names, colors = read_palette(data / "palette.txt")
     figure = Figure(figsize=(EXAMPLES + 2.2, len(rows) * 1.15), dpi=100)
     for line, (title, arrays) in zip(figure.subplots(len(rows), EXAMPLES), rows.items(), strict=True):
-        for cell, array in zip(line, arrays, strict=True):
-            cell.imshow(array if title == "picture" else np.array(colors)[array], cmap="gray", vmin=0, vmax=255)
-            cell.axis("off")
+        for axes, array in zip(line, arrays, strict=True):
+            axes.imshow(array if title == "picture" else np.array(colors)[array], cmap="gray", vmin=0, vmax=255)
+            axes.axis("off")
         line[0].set_title(title, fontsize=8, loc="left")
     patches = [Patch(color=(red / 255, green / 255, blue / 255)) for red, green, blue in colors]
     figure.legend(patches, names, loc="center right", fontsize=8, frameon=False)

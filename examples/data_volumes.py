@@ -65,8 +65,8 @@ def draw(axes: tuple[float, float, float], generator: np.random.Generator) -> np
     """Returns a noisy volume (SHAPE) with an ellipsoid of a random size at a random place."""
     radii = generator.uniform(3.5, 5) * np.array(axes)
     center = generator.uniform(radii, np.array(SHAPE) - radii)
-    places = (np.moveaxis(np.indices(SHAPE), 0, -1) - center) / radii  # (slices, H, W, 3)
-    return (np.square(places).sum(axis=-1) < 1) + generator.normal(0, 0.1, SHAPE)
+    offsets = (np.moveaxis(np.indices(SHAPE), 0, -1) - center) / radii  # (slices, H, W, 3)
+    return (np.square(offsets).sum(axis=-1) < 1) + generator.normal(0, 0.1, SHAPE)
 
 
 def generate(folder: Path, counts: dict[str, int] = COUNTS) -> None:

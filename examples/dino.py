@@ -30,9 +30,9 @@ INIT_SCALE = 0.1  # of layer scale, for training from scratch
 def rotary(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
     """Returns cosines and sines (2, N, width) of the patches. `width`: channels of a head, a multiple of 4."""
     centers = [(2 * torch.arange(side, device=device) + 1) / side - 1 for side in grid]  # in [-1, 1]
-    places = torch.stack(torch.meshgrid(*centers, indexing="ij"), dim=-1).view(-1, 2, 1)  # (N, 2, 1): row, column
+    positions = torch.stack(torch.meshgrid(*centers, indexing="ij"), dim=-1).view(-1, 2, 1)  # (N, 2, 1): row, column
     periods = 100 ** (torch.arange(width // 4, device=device) / (width // 4))
-    angles = (2 * math.pi * places / periods).flatten(1).repeat(1, 2)
+    angles = (2 * math.pi * positions / periods).flatten(1).repeat(1, 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -19,8 +19,8 @@ from models_vit import Attention, Block
 
 def window_mask(grid: tuple[int, int], window: tuple[int, int], num_class_tokens: int, shifted: bool) -> Tensor:
     """Returns which tokens (row) attend to which (column), bool (T + N, T + N)."""
-    places = [(torch.arange(side) + shifted * (size // 2)) // size for side, size in zip(grid, window, strict=True)]
-    windows = torch.cartesian_prod(*places)  # (N, 2)
+    indices = [(torch.arange(side) + shifted * (size // 2)) // size for side, size in zip(grid, window, strict=True)]
+    windows = torch.cartesian_prod(*indices)  # (N, 2)
     same = (windows[:, None] == windows[None]).all(dim=2)
     return F.pad(same, (num_class_tokens, 0, num_class_tokens, 0), value=True)
 

@@ -28,8 +28,8 @@ TITLES = ("masked", "reconstruction + visible", "original")
 
 def reconstruct(model: Any, samples: Samples) -> list[Tensor]:
     """Returns the normalized images of TITLES, (ROWS, c, H, W). Masked pixels of the first are NaN."""
-    places = torch.linspace(0, len(samples) - 1, ROWS + 2).long()[1:-1].tolist()
-    batch = loader.collate([samples[0, index].item for index in places])
+    chosen = torch.linspace(0, len(samples) - 1, ROWS + 2).long()[1:-1].tolist()
+    batch = loader.collate([samples[0, index].item for index in chosen])
     noise = torch.rand(ROWS, model.num_patches, generator=torch.Generator().manual_seed(0))
     images = batch.normalized(model.normalize)
     result = model.reconstruct(images, model.settings["mask_ratio"], noise=noise, **batch.context)

@@ -60,9 +60,9 @@ class Tubes(Groups):
         """
         if dim % 16:
             raise ValueError(f"the positions in time and space need a multiple of 16 channels, got {dim}")
-        places = np.meshgrid(*map(np.arange, (self.groups, grid[0] // self.groups, grid[1])), indexing="ij")
+        positions = np.meshgrid(*map(np.arange, (self.groups, grid[0] // self.groups, grid[1])), indexing="ij")
         widths = (4 * dim // 16, 6 * dim // 16, 6 * dim // 16)
-        parts = [get_1d_sincos_pos_embed_from_grid(*pair) for pair in zip(widths, places, strict=True)]
+        parts = [get_1d_sincos_pos_embed_from_grid(*pair) for pair in zip(widths, positions, strict=True)]
         table = torch.from_numpy(np.concatenate(parts[::-1], axis=1)).float()
         return torch.nn.functional.pad(table, (0, 0, self.num_prefix_tokens, 0)).unsqueeze(0)
 

@@ -49,6 +49,6 @@ class TwoCrops(MaskedAutoencoderViT):
         """Vectors (2 B, 128) of pairs of crops -> cross-entropy of finding the other crop, ()."""
         vectors = F.normalize(vectors, dim=1)
         similarity = vectors @ vectors.T / self.temperature
-        is_own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+        is_same = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
         partners = torch.arange(len(vectors), device=vectors.device) ^ 1  # 0 and 1, 2 and 3, ...
-        return F.cross_entropy(similarity.masked_fill(is_own, -torch.inf), partners)
+        return F.cross_entropy(similarity.masked_fill(is_same, -torch.inf), partners)

@@ -64,14 +64,14 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
 
 def own_parameters(kind: type) -> dict[str, inspect.Parameter]:
     """Returns the keyword-only parameters of the constructors of a class, as far as each passes others on."""
-    own: dict[str, inspect.Parameter] = {}
+    found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-            own = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY} | own
+            found = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY} | found
             if not any(one.kind is one.VAR_KEYWORD for one in parameters):
                 break
-    return own
+    return found
 
 
 def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def own_arguments(kind: type, texts: Sequence[str] | None, flag: str) -> dict[st
     Raises:
         ValueError: it has no such argument, which may be an argument of the model.
     """
-    own = own_parameters(kind)
+    known = own_parameters(kind)
     pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
-        if name not in own or not value:
-            takes = " ".join(f"{one}=VALUE" for one in own) or "no arguments"
+        if name not in known or not value:
+            takes = " ".join(f"{one}=VALUE" for one in known) or "no arguments"
             raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
     return {name: read_value(value) for name, value in pairs}
 
@@ -119,8 +119,8 @@ def autoencoder(
         raise ValueError(f"the model has a class of its own: {remedy} model_class={spec.model_class}")
     if model_class is not MaskedAutoencoderViT:
         of_encoder = own_parameters(encoder).keys() if encoder else set[str]()
-        own: Any = getattr(model_class, "func", model_class)
-        arguments |= {name: getattr(image, name) for name in ("mean", "std") if name in own_parameters(own)}
+        kind: Any = getattr(model_class, "func", model_class)
+        arguments |= {name: getattr(image, name) for name in ("mean", "std") if name in own_parameters(kind)}
         arguments |= _arguments_of_class(model_class, spec.model_args, arguments.keys() | of_encoder)
     elif spec.model_args:
         raise ValueError("`model_args` are arguments of the class of `model_class`, which is not given")
@@ -151,11 +151,11 @@ def _arguments_of_class(
     """Returns the own arguments of a class or of a `partial` of it. `of_run`: those of the run and of the encoder."""
     kind: Any = getattr(model_class, "func", model_class)
     keywords = getattr(model_class, "keywords", {})
-    own = keywords | own_arguments(kind, texts, "`model_args`")
-    if both := sorted(own.keys() & of_run):
+    arguments = keywords | own_arguments(kind, texts, "`model_args`")
+    if both := sorted(arguments.keys() & of_run):
         name = user_code.name_of(kind)
         raise ValueError(f"model_class={name}: the run or `encoder` has an argument {both[0]}, too")
-    return own
+    return arguments
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:

@@ -45,8 +45,8 @@ class Recorder(NullSaver):
     def request(self):
         return next(self.requests, Request.NONE)
 
-    def save(self, epoch, iterations, meters, alone=False):
-        self.saved.append((iterations, meters["updates"], alone))
+    def save(self, epoch, iterations, meters, only_this_rank=False):
+        self.saved.append((iterations, meters["updates"], only_this_rank))
 
     def save_emergency(self, epoch, iterations, meters):
         self.emergencies.append((epoch, iterations))

@@ -40,7 +40,7 @@ class Gain(NamedTuple):
 
 def gain(ours: Sequence[float], main: Sequence[float]) -> Gain:
     """Compares the times of two ways in the same rounds."""
-    ratios = [theirs / our - 1 for our, theirs in zip(ours, main, strict=True)]
+    ratios = [reference / time - 1 for time, reference in zip(ours, main, strict=True)]
     if len(ratios) < 2:
         return Gain(ratios[0], -math.inf, math.inf)
     half = stats.t.ppf(0.975, len(ratios) - 1) * stdev(ratios) / math.sqrt(len(ratios))
@@ -77,8 +77,8 @@ def percent(one: Gain) -> str:
 def compare(one: Results, main: Results, key: str = "milliseconds") -> Gain | None:
     """The gain of a variant, if both have all rounds."""
     ours = one.get(key, [])
-    theirs = main.get(key, [])
-    return gain(ours, theirs) if len(ours) == len(theirs) > 0 else None
+    reference = main.get(key, [])
+    return gain(ours, reference) if len(ours) == len(reference) > 0 else None
 
 
 @cache

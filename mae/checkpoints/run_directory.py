@@ -91,10 +91,10 @@ def chosen(output_dir: Path, resume: str) -> str:
 
 def source(output_dir: Path, resume: str) -> Path | None:
     """Returns the checkpoint from which a run starts; None: it starts anew."""
-    which = chosen(output_dir, resume)
-    if which == "auto":
+    resumed = chosen(output_dir, resume)
+    if resumed == "auto":
         return next(iter(newest_first(output_dir)), None)
-    return Path(which) if which else None
+    return Path(resumed) if resumed else None
 
 
 def _continues(output_dir: Path, resume: str) -> bool:

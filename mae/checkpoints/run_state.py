@@ -103,12 +103,12 @@ def require_same_settings(settings: dict[str, Any], num_images: int) -> None:
     Raises:
         ValueError: a process has other settings or another number of images than process 0.
     """
-    own = {name: settings[name] for name in settings.keys() - FREE} | {"images of an epoch": num_images}
-    own |= {name: settings[name] for name in ("batch_size", "accum_iter")}
-    first = parallel.from_rank_0(lambda: own)
-    names = sorted(first.keys() | own.keys())
-    different = [name for name in names if differs(name, first.get(name), own.get(name))]
-    texts = parallel.gather(", ".join(f"{name} {own.get(name)} instead of {first.get(name)}" for name in different))
+    local = {name: settings[name] for name in settings.keys() - FREE} | {"images of an epoch": num_images}
+    local |= {name: settings[name] for name in ("batch_size", "accum_iter")}
+    first = parallel.from_rank_0(lambda: local)
+    names = sorted(first.keys() | local.keys())
+    different = [name for name in names if differs(name, first.get(name), local.get(name))]
+    texts = parallel.gather(", ".join(f"{name} {local.get(name)} instead of {first.get(name)}" for name in different))
     for rank, text in enumerate(texts):
         if text:
             raise ValueError(

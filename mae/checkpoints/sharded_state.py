@@ -213,7 +213,7 @@ def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.O
     saved = state["optimizer"]["param_groups"]
     groups = optimizer_state(model, optimizer)["param_groups"]
     if len(saved) == len(groups):  # else of another architecture: `resume.restore_model` raises an error
-        groups = [{**theirs, "params": own["params"]} for theirs, own in zip(saved, groups, strict=True)]
+        groups = [{**saved_group, "params": group["params"]} for saved_group, group in zip(saved, groups, strict=True)]
     state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
     ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}

@@ -82,8 +82,8 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
     fixed = {name: value for name, value in shared.items() if name in explicit}
     return [
         of_timm.get(name)
-        or Encoder(name, own or untrained, {**shared, **(own or untrained), **fixed}, (), poolings[name])
-        for name, own in settings.items()
+        or Encoder(name, of_file or untrained, {**shared, **(of_file or untrained), **fixed}, (), poolings[name])
+        for name, of_file in settings.items()
     ]
 
 
@@ -96,7 +96,7 @@ def _timm_files(spec: ComparisonSpec) -> dict[str, str]:
     files: dict[str, str] = {}
     for text in spec.timm_weights:
         name, _, path = text.partition("=")
-        if not Path(path).is_file() or not any(own.endswith(f"{TIMM}{name}") for own in spec.encoders):
+        if not Path(path).is_file() or not any(encoder.endswith(f"{TIMM}{name}") for encoder in spec.encoders):
             raise ValueError(
                 f"timm_weights={as_yaml(text)}: give NAME=FILE, the file of a model {TIMM}NAME of `encoders`"
             )

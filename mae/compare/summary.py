@@ -96,7 +96,7 @@ def columns_of(entries: Entries) -> list[int]:
 def _ranked(entries: Entries, labels: int) -> list[tuple[str, Entry]]:
     """Returns the entries of a column with the titles of their rows, the best first."""
     column = [(title, row[labels]) for title, row in entries.items() if labels in row]
-    return sorted(column, key=lambda cell: -cell[1].rank)
+    return sorted(column, key=lambda entry: -entry[1].rank)
 
 
 def table(entries: Entries) -> str:

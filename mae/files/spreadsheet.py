@@ -22,7 +22,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 def write(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Writes the rows of a CSV file, completely or not at all."""
     with atomic.replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([_to_cell(value) for value in row] for row in rows)
+        csv.writer(file).writerows([_escaped(value) for value in row] for row in rows)
 
 
 def read(text: str) -> list[list[str]]:
@@ -33,14 +33,14 @@ def read(text: str) -> list[list[str]]:
     Raises:
         csv.Error: a cell is too long.
     """
-    return [[_to_text(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
+    return [[_unescaped(text) for text in row] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
-def _to_cell(value: Any) -> str:
+def _escaped(value: Any) -> str:
     text = str(value)
     is_formula = FORMULA.match(text) and not (isinstance(value, Number) or DECIMAL.fullmatch(text))
     return f"'{text}" if is_formula else text
 
 
-def _to_text(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+def _unescaped(text: str) -> str:
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text

@@ -422,8 +422,8 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         results = []
         with self.evaluating():
             for index, image in enumerate(several):
-                own = {name: value[index : index + 1] for name, value in inputs.items()}
-                results.append(self._segment_one(image, batch_size, own, channels_last, amp))
+                of_image = {name: value[index : index + 1] for name, value in inputs.items()}
+                results.append(self._segment_one(image, batch_size, of_image, channels_last, amp))
         return results if _are_several(images) else results[0]
 
     def _segment_one(

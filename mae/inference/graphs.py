@@ -149,11 +149,11 @@ def write_onnx(model: Model, out: Path) -> None:
             exported.metadata_props.add(key=key, value=json.dumps(value))
         onnx.save(exported, out)
         batch = {name: value[:1].repeat(3, *(1,) * (value.ndim - 1)) for name, value in inputs.items()}
-        theirs = runtime.InferenceSession(out).run(None, {name: value.numpy() for name, value in batch.items()})
+        results = runtime.InferenceSession(out).run(None, {name: value.numpy() for name, value in batch.items()})
         ours = graph(**batch)
-        pairs = zip([ours] if isinstance(ours, torch.Tensor) else ours, theirs, strict=True)
-        for our, their in pairs:
-            difference = float((torch.from_numpy(their) - our).abs().max())
+        pairs = zip([ours] if isinstance(ours, torch.Tensor) else ours, results, strict=True)
+        for our, result in pairs:
+            difference = float((torch.from_numpy(result) - our).abs().max())
             close = HALF_CLOSE * float(our.abs().max()) if our.dtype == torch.float16 else CLOSE
             if not difference <= close:  # NaN, too
                 raise ValueError(

@@ -76,8 +76,8 @@ def main(args: argparse.Namespace) -> Neighbors:
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip
     if args.query:
-        index_of = {_place(source.name(index)): index for index in range(len(source))}
-        known = [index_of.get(_place(path), -1) for path in args.query]
+        index_of = {_real_path(source.name(index)): index for index in range(len(source))}
+        known = [index_of.get(_real_path(path), -1) for path in args.query]
         found = find(rows, model.extract_feat(args.query, args.pool, amp=args.amp).float().cpu(), known)
         queries = model.prepare(args.query)
         names = [Path(path).name for path in args.query]
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> Neighbors:
     return found
 
 
-def _place(path: str) -> str:
+def _real_path(path: str) -> str:
     """Returns the path of a file in a folder that is no link."""
     folder, name = os.path.split(path)
     return os.path.join(_real_folder(folder), name)

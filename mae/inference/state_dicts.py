@@ -163,10 +163,12 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
 def write_transformers(model: Model, out: Path) -> None:
     """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
-    theirs = _of_transformers(model)
-    theirs.load_state_dict(layouts.to_transformers(plain_head(model), set(theirs.state_dict())))
-    theirs.config.settings = {name: model.settings[name] for name in ONLY_OURS if model.settings.get(name) is not None}
-    theirs.save_pretrained(out)
+    converted = _of_transformers(model)
+    converted.load_state_dict(layouts.to_transformers(plain_head(model), set(converted.state_dict())))
+    converted.config.settings = {
+        name: model.settings[name] for name in ONLY_OURS if model.settings.get(name) is not None
+    }
+    converted.save_pretrained(out)
     _write_processor(model, out)
     _log_of_pixels(model, "transformers")
     if model.in_chans not in (1, 3):

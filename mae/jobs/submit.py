@@ -310,11 +310,11 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
     # If one process fails, the others would wait for ever. Since Slurm 22.05, srun ignores sbatch's cpus_per_task.
     extra["srun_args"] += ["--kill-on-bad-exit=1"]
     extra["srun_args"] += [f"--cpus-per-task={extra['cpus_per_task']}"] if "cpus_per_task" in extra else []
-    own = {key: extra.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in extra}
-    own |= {"wckey": extra.pop("wckey", None)} if "wckey" in dict(args.slurm) else {}  # submitit has a default
+    options = {key: extra.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in extra}
+    options |= {"wckey": extra.pop("wckey", None)} if "wckey" in dict(args.slurm) else {}  # submitit has a default
     slurm.update_parameters(
         time=args.timeout, nodes=args.nodes, ntasks_per_node=args.ngpus, stderr_to_stdout=True,
-        additional_parameters=extra, **own,
+        additional_parameters=extra, **options,
     )  # fmt: skip
     return slurm
 
@@ -322,9 +322,9 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
 @contextlib.contextmanager
 def _environment_of_a_shell() -> Iterator[None]:
     """Removes the variables of an enclosing launcher or job from the environment, but not the user's Slurm settings."""
-    own = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_CONF"))}
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_CONF"))}
     with submitit.helpers.clean_env():
-        os.environ.update(own)
+        os.environ.update(kept)
         yield
 
 

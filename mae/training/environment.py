@@ -86,9 +86,9 @@ def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) 
         settings: the settings of the run, plain values. Checkpoints have the names of the classes, too.
     """
     path = output_dir / FILE
-    own = {name: settings[name] for name in sorted(settings) if name != "classes"}
+    recorded = {name: settings[name] for name in sorted(settings) if name != "classes"}
     with atomic.writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**describe(device), "settings": own}) + "\n")
+        file.write(json.dumps({**describe(device), "settings": recorded}) + "\n")
     logger.info(f"settings and versions: {path}")
 
 

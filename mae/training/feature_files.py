@@ -174,17 +174,17 @@ def _progress(folder: Path, rows: Path, settings: dict[str, Any], size: int) -> 
         return 0, []
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        theirs = note["settings"]
+        stored = note["settings"]
         done = int(note["done"])
         shape = list(note["shape"])
         complete = rows.stat().st_size >= size * done * math.prod(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        theirs = {}
+        stored = {}
         done = 0
         shape = []
         complete = False
-    if complete and theirs == settings:
+    if complete and stored == settings:
         return done, shape
-    reason = changes(theirs, settings) if complete else "damaged"
+    reason = changes(stored, settings) if complete else "damaged"
     logger.warning(f"{folder} can't be resumed ({reason}): starting from the beginning")
     return 0, []

@@ -78,10 +78,10 @@ def load_for_evaluation(
     if not classes and len(val.classes) != num_classes:
         raise ValueError(f"{file.origin} has {num_classes} classes, and the validation set has {len(val.classes)}")
     if not classes and names and val.classes != synsets():
-        ours, theirs = next(pair for pair in zip(val.classes, names, strict=True) if pair[0] != pair[1])
+        ours, other = next(pair for pair in zip(val.classes, names, strict=True) if pair[0] != pair[1])
         logger.warning(
             f"{file.origin} has other names of classes: its labels are taken in the order of the validation set, such "
-            f"as {theirs!r} for {ours!r}"
+            f"as {other!r} for {ours!r}"
         )
     val = labels.counted_as(val, classes or val.classes, task)
     if task == REGRESSION:

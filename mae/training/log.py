@@ -168,8 +168,8 @@ class RunLog(NullLog):
         x = x_of(self.epoch, iterations, self.num_iterations)
         if x >= self.next_x:  # long epochs have several updates at each x
             self.next_x = x + 1
-            own = {f"train_{name}": value for name, value in (terms or {}).items()}
-            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **own}, x)
+            named_terms = {f"train_{name}": value for name, value in (terms or {}).items()}
+            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **named_terms}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES

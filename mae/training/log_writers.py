@@ -56,11 +56,11 @@ class GrowingFile:
             self.flush()
         except OSError as error:
             try:
-                place = Path(tempfile.mkdtemp(prefix="mae-")) / self.path.name
-                place.write_bytes(self.pending)
+                copy = Path(tempfile.mkdtemp(prefix="mae-")) / self.path.name
+                copy.write_bytes(self.pending)
             except OSError:
                 raise error from None
-            raise OSError(f"{error}; the last {len(self.pending):,} bytes are in {place}") from error
+            raise OSError(f"{error}; the last {len(self.pending):,} bytes are in {copy}") from error
 
 
 class Events:

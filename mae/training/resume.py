@@ -74,7 +74,7 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
     """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
-    which = run_directory.chosen(output_dir, resume)
+    resumed = run_directory.chosen(output_dir, resume)
     file = run_directory.source(output_dir, resume)
     if not file:
         return None
@@ -82,10 +82,10 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     state = checkpoint.read(file, verify=False)
     saved = _settings_of(state)
     if saved.get("script", script) != script:
-        remedy = _start_from(which, script)
-        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
+        remedy = _start_from(resumed, script)
+        if resumed != "auto" and script == "main_pretrain":  # no classifier is the start of one
             remedy = f"give a checkpoint of {script}.py"
-        raise CheckpointError(f"resume={which}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
+        raise CheckpointError(f"resume={resumed}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
     return str(file), saved, "progress" in state
 
 
@@ -98,7 +98,7 @@ def _require_setting(file: str, name: str, value: Any) -> None:
 
 
 def restore_run(
-    which: str,
+    resumed: str,
     output_dir: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -110,28 +110,28 @@ def restore_run(
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
     Args:
-        which: the path of a checkpoint, or "auto" for the newest checkpoint in `output_dir`, if any.
+        resumed: the path of a checkpoint, or "auto" for the newest checkpoint in `output_dir`, if any.
         settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
 
     Raises:
         CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
             size, or a setting that can't change within a run.
     """
-    which = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, which))
-    state = read_newest(output_dir) if which == "auto" else sharded_state.read(which)
+    resumed = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, resumed))
+    state = read_newest(output_dir) if resumed == "auto" else sharded_state.read(resumed)
     if state is not None:
         saved = _settings_of(state)
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             what = " and no ".join(sorted(missing))
-            remedy = _start_from(which, settings.get("script", ""))
-            raise CheckpointError(f"resume={which}: the file contains no {what}: {remedy}")
+            remedy = _start_from(resumed, settings.get("script", ""))
+            raise CheckpointError(f"resume={resumed}: the file contains no {what}: {remedy}")
         if "folder" in state:
             state = sharded_state.fill(state, model, optimizer)
         else:
             remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
-            checkpoint.require_finite(state["model"], f"resume={which}", remedy_text)
-        restore_model(model, state, settings, which)
+            checkpoint.require_finite(state["model"], f"resume={resumed}", remedy_text)
+        restore_model(model, state, settings, resumed)
         _require_same_meaning(saved, settings)
         require_same_optimizer(optimizer, state)
         restore_progress(progress, state)
@@ -145,10 +145,10 @@ def restore_run(
         _warn_of_changes(saved, settings)
     if len(set(parallel.gather((progress.epoch, progress.first_iteration)))) > 1:
         raise CheckpointError(
-            f"resume={which}: the processes found different checkpoints; give all of them the same file"
+            f"resume={resumed}: the processes found different checkpoints; give all of them the same file"
         )
-    if which != "auto" and parallel.is_main():  # after all processes have accepted the checkpoint
-        run_directory.record_source(output_dir, Path(which))
+    if resumed != "auto" and parallel.is_main():  # after all processes have accepted the checkpoint
+        run_directory.record_source(output_dir, Path(resumed))
 
 
 def read_newest(output_dir: Path) -> dict[str, Any] | None:
@@ -186,18 +186,20 @@ def _start_from(file: str, script: str) -> str:
     return f"{name}={file} instead of `resume` starts from its weights"
 
 
-def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
+def restore_model(
+    model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], resumed: str = "auto"
+) -> None:
     """Loads all weights of a checkpoint.
 
     Args:
         settings: settings of this run. The error message names those that differ from the checkpoint.
-        which: as in `resume`.
+        resumed: as in `restore_run`.
 
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
     saved = _settings_of(state)
-    fitted = fit(model, Weights(state["model"], saved, "", which), exact=True)
+    fitted = fit(model, Weights(state["model"], saved, "", resumed), exact=True)
     differing = sorted(fitted.missing | fitted.unexpected)
     if differing:
         _require_same_data(saved, settings)
@@ -205,7 +207,7 @@ def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = _differing(of_model, saved, settings)
         is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
-        remedy = advice(differing_settings) if is_known else _start_from(which, settings.get("script", ""))
+        remedy = advice(differing_settings) if is_known else _start_from(resumed, settings.get("script", ""))
         raise CheckpointError(
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
             f"such as {', '.join(differing[:3])}: {remedy}"
@@ -304,14 +306,14 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
             )
         logger.warning(f"an epoch had {num_images} images, and has {progress.num_images} now")
     elif changed := [kind for kind, digest in images.items() if progress.images.get(kind, digest) != digest]:
-        which = " and ".join(changed)
+        what = " and ".join(changed)
         if images_done:
             raise CheckpointError(
-                f"the checkpoint is in the middle of an epoch, and the {which} of its images have changed since: give "
+                f"the checkpoint is in the middle of an epoch, and the {what} of its images have changed since: give "
                 f"the same images and labels in the same order, or resume from the checkpoint of a complete epoch "
                 f"{ELSEWHERE}"
             )
-        logger.warning(f"the {which} of the training images have changed since the last epoch")
+        logger.warning(f"the {what} of the training images have changed since the last epoch")
     progress.best_accuracy = saved.get("best_accuracy", -math.inf)
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size
@@ -338,12 +340,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def place(value: Any, parameter: torch.Tensor) -> Any:
+    def placed(value: Any, parameter: torch.Tensor) -> Any:
         is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
         return parallel.placed_as(value, parameter) if is_moment else value
 
     state = {
-        number: {name: place(value, parameters[number]) for name, value in moments.items()}
+        number: {name: placed(value, parameters[number]) for name, value in moments.items()}
         for number, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})

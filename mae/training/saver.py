@@ -45,12 +45,12 @@ class NullSaver:
         """Returns the request of this process after an update."""
         return Request.STOP if self.interrupts.pending else Request.NONE
 
-    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], only_this_rank: bool = False) -> None:
         """Saves the rolling checkpoint.
 
         Args:
             iterations: number of iterations of the epoch whose gradients are in the weights.
-            alone: other processes may have ended, or may not save.
+            only_this_rank: other processes may have ended, or may not save.
         """
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
@@ -130,7 +130,7 @@ class Saver(NullSaver):
         self.next_save = math.inf  # until the state is saved
         return max(super().request(), Request.SAVE)
 
-    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], only_this_rank: bool = False) -> None:
         self._write([run_directory.LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
@@ -219,8 +219,8 @@ class ShardedSaver(Saver):
         super().__init__(*args, **options)
         self.group = parallel.new_host_group()
 
-    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
-        if not alone:
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], only_this_rank: bool = False) -> None:
+        if not only_this_rank:
             super().save(epoch, iterations, meters)
 
     def _write_files(self, state: dict[str, Any], paths: list[Path]) -> Path:

@@ -165,12 +165,12 @@ class Transaction:
         # For example a bad image, a killed worker process, or out of memory.
         self._restore_buffers(torch.ones((), dtype=torch.bool, device=self.device))
         if not self.is_changing and (self.progress.epoch or self.completed):
-            self._save(alone=True)
+            self._save(only_this_rank=True)
         self.saver.raise_if_stopping(error)
 
-    def _save(self, alone: bool = False) -> None:
+    def _save(self, only_this_rank: bool = False) -> None:
         iterations = self.completed * self.accum_iter
-        self.saver.save(self.progress.epoch, iterations, self.pending.drain(), alone)
+        self.saver.save(self.progress.epoch, iterations, self.pending.drain(), only_this_rank)
 
     def _restore_buffers(self, is_skipped: Tensor) -> None:
         """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
@@ -270,6 +270,6 @@ def saved_if_it_raises(saver: NullSaver, epoch: int, iterations: int, meters: Me
     except Interrupted:  # the state was saved before the evaluation
         raise
     except Exception as error:
-        saver.save(epoch, iterations, meters.state_dict(), alone=True)
+        saver.save(epoch, iterations, meters.state_dict(), only_this_rank=True)
         saver.raise_if_stopping(error)
         raise
