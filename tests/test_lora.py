@@ -149,14 +149,14 @@ def test_an_argument_that_the_file_left_at_its_default_is_named(plain, pretrain,
 
 def test_frozen_random_weights_have_a_warning(plain, classify, capsys):
     """Of a run without a file, and of what a file does not have. A resumed run has its checkpoint."""
-    assert "stay random" not in capsys.readouterr().out
+    assert "frozen weights keep" not in capsys.readouterr().out
     out = classify(main_finetune, "random", **OWN, epochs=1)
-    assert "stay random" in capsys.readouterr().out
+    assert "frozen weights keep" in capsys.readouterr().out
     classify(main_finetune, "random", **OWN, epochs=1, resume=out / "checkpoint-0.pth")
-    assert "stay random" not in capsys.readouterr().out
+    assert "frozen weights keep" not in capsys.readouterr().out
     classify(main_finetune, "tuned", finetune=plain, **OWN, epochs=1)
     text = capsys.readouterr().out
-    assert "stay random" not in text and "they are frozen" not in text
+    assert "frozen weights keep" not in text and "they are frozen" not in text
     classify(main_finetune, "skipped", finetune=plain, **OWN, in_chans=1, adapt_input="skip", epochs=1)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "they are frozen" in line)
     assert "patch_embed.proj.weight" in line

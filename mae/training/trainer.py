@@ -136,7 +136,9 @@ def _warn_of_frozen(model: nn.Module) -> None:
     """Logs a warning if the model starts without a file, and has frozen weights besides fixed position tables."""
     frozen = [name for name, weight in model.named_parameters() if not (weight.requires_grad or "pos_embed" in name)]
     if frozen:
-        logger.warning(f"no `finetune` or `init_from`: {len(frozen)} frozen weights stay random, such as {frozen[0]}")
+        logger.warning(
+            f"no `finetune` or `init_from`: {len(frozen)} frozen weights keep their initial values, such as {frozen[0]}"
+        )
 
 
 def _open_log(
