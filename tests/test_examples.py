@@ -26,6 +26,7 @@ from mains import (
     weights,
 )
 from PIL import Image
+from scipy.special import ndtr
 from test_dino import of_transformers
 from torch import nn
 
@@ -65,7 +66,9 @@ def teacher(tmp_path_factory):
 
 CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
            "complementary_masks:ComplementaryMasks": {"model_args": "consistency=0.5"},
-           "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5"}, "hog_target:HOGTarget": {},
+           "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5", "input_size": "16 24", "accum_iter": 2,
+                                          "amp": "bf16", "uniformity": 0.1},
+           "hog_target:HOGTarget": {},
            "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
            "random_projection:RandomProjection": {"model_args": "width=16"},
            "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
@@ -79,7 +82,8 @@ def train_and_resume(pretrain, monkeypatch, **flags):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 3)
         pretrain("parts", **flags, save_minutes=0)
-    resumed = {"resume": "auto", "input_size": flags.get("input_size", 16), "save_minutes": 10}
+    machine = {"input_size": flags.get("input_size", 16), "amp": flags.get("amp", "off")}
+    resumed = {"resume": "auto", **machine, "save_minutes": 10}
     parts = pretrain("parts", **resumed, **own)  # the checkpoint has the arguments
     assert_equal(weights(whole), weights(parts))
     for ours, theirs in zip(lines(whole), lines(parts), strict=True):
@@ -302,6 +306,60 @@ def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():
     torch.testing.assert_close(loss, errors[mask.bool()].mean())
     with pytest.raises(RuntimeError, match="masking=random"):
         model.train()(imgs, noise=noise.round())
+
+
+def test_each_block_of_the_cross_attention_decoder_has_its_sum_of_all_encoder_outputs():
+    """NumPy computes the decoder from the outputs of the encoder blocks."""
+    torch.manual_seed(0)
+    size = {**SMALL, "img_size": (8, 12), "num_cls_tokens": 2}
+    model = CrossDecoder(**size, decoder_embed_dim=16, decoder_depth=3, decoder_num_heads=2).double().eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    imgs, noise = torch.randn(2, 3, 8, 12).double(), torch.rand(2, 6)
+    order = noise.argsort(dim=1)
+    tokens = model.tokenize(imgs).gather(1, order[:, :2, None].expand(-1, -1, 32))
+    outputs = [model.with_class_tokens(tokens, (2, 3))]
+    for block in model.blocks:
+        outputs.append(block(outputs[-1]))
+    given = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
+
+    def linear(name, x):
+        return x @ given[f"{name}.weight"].T + given[f"{name}.bias"]
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * given[f"{name}.weight"] + given[f"{name}.bias"]
+
+    def heads(x):
+        return x.reshape(2, -1, 2, 8).swapaxes(1, 2)
+
+    maps = np.stack([output.detach().numpy() for output in outputs])  # (3, 2, 4, 32)
+    mixed = np.einsum("ji,ibld->jbld", given["decoder_mix.weight"], maps)
+    x = given["mask_token"][0] + given["decoder_pos_embed"][0, 2:][order[:, 2:].numpy()]
+    for number, mix in enumerate(mixed):
+        at = f"decoder_blocks.{number}."
+        keys, values = np.split(linear(f"{at}kv", norm(f"{at}norm_tokens", mix)), 2, axis=2)
+        scores = heads(linear(f"{at}q", norm(f"{at}norm1", x))) @ heads(keys).swapaxes(2, 3) / np.sqrt(8)
+        shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        x = x + linear(f"{at}proj", (shares @ heads(values)).swapaxes(1, 2).reshape(2, -1, 16))
+        hidden = linear(f"{at}mlp.fc1", norm(f"{at}norm2", x))
+        x = x + linear(f"{at}mlp.fc2", hidden * ndtr(hidden))
+    expected = linear("decoder_pred", norm("decoder_norm", x))
+    pred = model(imgs, mask_ratio=0.6, noise=noise)[1].gather(1, order[:, 2:, None].expand(-1, -1, 48))
+    np.testing.assert_allclose(pred.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("uniformity", [0.0, 0.1])
+def test_all_weights_of_the_cross_attention_decoder_are_trained(uniformity):
+    """Without uniformity, no loss has the final norm of the encoder, and it stays as it is."""
+    model = CrossDecoder(**SMALL, uniformity=uniformity, decoder_embed_dim=32, decoder_depth=3, decoder_num_heads=2)
+    loss = model(torch.randn(4, 3, 16, 16))[0]
+    (sum(loss.values()) if isinstance(loss, dict) else loss).backward()
+    untrained = {name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()}
+    norm = set() if uniformity else {"norm.weight", "norm.bias"}
+    assert untrained == {"pos_embed", "decoder_pos_embed"} | norm
+    assert model.decoder_mix.weight.grad.shape == (3, 3) and (model.decoder_mix.weight.grad != 0).all()
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == untrained
 
 
 def test_masks_of_red_noise_are_clustered_and_of_blue_noise_spread():
