@@ -49,6 +49,7 @@ BASE = {**scripts.PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": T
 DEMO: dict[str, Any] = {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"}
 NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "muon"}
+CROSS = {"model_class": "examples.cross_decoder:CrossDecoder"}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
 PIXELS = "raw pixels"
 RECIPE = "demo with normalized pixels, muon, uniformity .1"  # the settings of python -m mae.data --recipe
@@ -63,6 +64,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "demo with normalized pixels, uniformity .1": {**NORMALIZED, "uniformity": 0.1},
     "demo with normalized pixels, muon, uniformity .03": {**NORMALIZED, **MUON, "uniformity": 0.03},
     RECIPE: {**NORMALIZED, **MUON, "uniformity": 0.1},
+    f"{RECIPE}, cross .25": {**NORMALIZED, **MUON, "uniformity": 0.1, **CROSS, "model_args": ["predicted=0.25"]},
+    f"{RECIPE}, cross .75": {**NORMALIZED, **MUON, "uniformity": 0.1, **CROSS, "model_args": ["predicted=0.75"]},
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
     "demo with normalized pixels, complementary masks without consistency": {
         **NORMALIZED,
@@ -76,7 +79,6 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "decoder of 2 blocks": {"decoder_depth": 2},
     "decoder of 128 channels": {"model_class": "examples.wide_decoder:WideDecoder", "model_args": ["width=128"]},
     "mask blocks, 4 class tokens": {"patch_size": 2, "mask_block": 2, "num_cls_tokens": 4},
-    "cross": {"model_class": "examples.cross_decoder:CrossDecoder", "model_args": ["predicted=0.25"]},
     "green masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=green"]},
     "blue masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=blue"]},
     "red masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=red"]},
