@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mae import parallel
 from mae.data.batches import prefetch
 from mae.data.item import IGNORED, Batch
-from mae.evaluate import report
+from mae.evaluate import score_files
 from mae.evaluate.segmentation import Scores, class_title, confusion_matrix, predict_classes
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -93,4 +93,6 @@ def report_scores(scores: Scores, classes: list[str], folder: str | None) -> Non
     logger.info(str(scores))
     warn_of_lacking_classes(np.flatnonzero(scores.matrix.sum(axis=1)).tolist(), classes, "the validation")
     if folder and parallel.is_main():
-        report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})
+        score_files.write_matrix(
+            Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou}
+        )

@@ -33,7 +33,7 @@ from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.evaluate.imagenet import require_imagenet
-from mae.evaluate.report import report_scores
+from mae.evaluate.score_files import report_scores
 from mae.session import CLASSIFIER, Session, open_session
 from mae.settings import AugmentationSpec, ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer

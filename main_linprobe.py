@@ -40,7 +40,7 @@ from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source
 from mae.evaluate import tasks
-from mae.evaluate.report import report_scores
+from mae.evaluate.score_files import report_scores
 from mae.probes import pools_tokens
 from mae.session import PROBE, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, OptimSpec, Run

@@ -10,7 +10,7 @@ from mains import open_source
 from PIL import Image
 
 from mae.compare import summary
-from mae.evaluate import report
+from mae.evaluate import score_files
 from mae.files import spreadsheet
 
 # Formulas, numbers, and texts with apostrophes of their own.
@@ -48,10 +48,10 @@ def test_the_files_of_a_report_are_no_formulas(kind, tmp_path):
     names = ["=HYPERLINK(1)", "-1.2", "@b"]
     labels = np.array([0, 1, 2, 2])
     if kind == "classes":
-        report.write(tmp_path, names, labels, labels[::-1])
+        score_files.write(tmp_path, names, labels, labels[::-1])
     else:
         truth = np.eye(3)[labels]
-        report.write_targets(tmp_path, names, truth, truth - 0.5)
+        score_files.write_targets(tmp_path, names, truth, truth - 0.5)
     files = sorted(tmp_path.glob("*.csv"))
     assert len(files) == (2 if kind == "classes" else 1)
     for file in files:

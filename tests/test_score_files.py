@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mae.evaluate import report
+from mae.evaluate import score_files
 
 
 def rows(path):
@@ -16,7 +16,7 @@ def rows(path):
 
 def test_report_writes_tables_and_a_picture(tmp_path):
     labels, predictions = np.array([0, 0, 0, 1, 1]), np.array([0, 2, 2, 1, 1])
-    report.write(tmp_path / "new", ["cat", "dog", "emu"], labels, predictions)
+    score_files.write(tmp_path / "new", ["cat", "dog", "emu"], labels, predictions)
     assert rows(tmp_path / "new" / "classes.csv") == [
         ["class", "images", "right", "accuracy", "most often taken for"],
         ["cat", "3", "1", "0.3333", "emu"],
@@ -30,10 +30,10 @@ def test_report_writes_tables_and_a_picture(tmp_path):
 
 
 def test_names_of_classes_are_no_formulas_and_may_be_many(tmp_path):
-    report.write(tmp_path, [r"$\frac{1$", "$5-$9"], np.array([0, 1]), np.array([0, 1]))
+    score_files.write(tmp_path, [r"$\frac{1$", "$5-$9"], np.array([0, 1]), np.array([0, 1]))
     assert Image.open(tmp_path / "confusion.png").width > 200
     labels = np.arange(300)
-    report.write(tmp_path, [str(n) for n in labels], labels, labels)
+    score_files.write(tmp_path, [str(n) for n in labels], labels, labels)
     assert Image.open(tmp_path / "confusion.png").height <= 1300
 
 
@@ -41,7 +41,7 @@ def test_the_picture_shows_the_share_of_each_true_class(tmp_path, monkeypatch):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure) or save(figure, path))
-    report.write(tmp_path, ["cat", "dog", "emu"], np.array([0, 0, 0, 0, 1, 1]), np.array([0, 2, 2, 2, 1, 0]))
+    score_files.write(tmp_path, ["cat", "dog", "emu"], np.array([0, 0, 0, 0, 1, 1]), np.array([0, 2, 2, 2, 1, 0]))
     picture = figures[0].axes[0].images[0]
     assert picture.get_array().tolist() == [[0.25, 0, 0.75], [0.5, 0.5, 0], [0, 0, 0]]
     assert picture.get_clim() == (0, 1)
