@@ -32,8 +32,8 @@ from mae.cli import entry_point, options
 from mae.data import extras, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.kinds.pairs import MASKS_READ, first_classes
-from mae.data.masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.run_data import RunData
+from mae.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, read_palette
 from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes

@@ -28,7 +28,7 @@ from mae.checkpoints import checkpoint
 from mae.cli import entry_point, options
 from mae.cli.script import Script
 from mae.compare import store
-from mae.data.masks import default_colors, read_palette
+from mae.data.segmentation_masks import default_colors, read_palette
 from mae.evaluate.tables import markdown, save
 from mae.files import atomic
 from mae.inference.model import get_model

@@ -11,7 +11,7 @@ from test_extras import CODE
 
 import main_segment
 from mae.data.fingerprint import fingerprint
-from mae.data.masks import MaskFormat
+from mae.data.segmentation_masks import MaskFormat
 
 THREE = MaskFormat(["ground", "tree", "water"])
 

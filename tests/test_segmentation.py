@@ -9,7 +9,7 @@ from PIL import Image
 from demo import segmentation
 from mae.checkpoints import checkpoint
 from mae.compare import store
-from mae.data.masks import read_palette
+from mae.data.segmentation_masks import read_palette
 from mae.inference import get_model, maps
 
 

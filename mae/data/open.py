@@ -15,7 +15,7 @@ from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
 
 if TYPE_CHECKING:
-    from mae.data.masks import MaskFormat
+    from mae.data.segmentation_masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 

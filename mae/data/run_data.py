@@ -18,7 +18,7 @@ from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec
 
 if TYPE_CHECKING:
-    from mae.data.masks import MaskFormat
+    from mae.data.segmentation_masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from mae.data.batches import to_device
 from mae.data.decode import decode_item
 from mae.data.item import Item
 from mae.data.loader import collate
-from mae.data.masks import default_colors
 from mae.data.pixels import MAX_PIXELS, BadImage, PixelValues, size_of, to_tensor
+from mae.data.segmentation_masks import default_colors
 from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file

@@ -36,7 +36,7 @@ from mae.settings.choices import CLASSIFICATION
 from mae.user_code import dataset_of
 
 if TYPE_CHECKING:
-    from mae.data.masks import MaskFormat
+    from mae.data.segmentation_masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def open_images(run: Run, split: str, source: OpenDataset | None) -> Source | St
 
 def mask_format(run: Run) -> "MaskFormat":
     """Returns what the masks of the images may contain: `nb_classes` classes, or the colors of `palette`."""
-    from mae.data.masks import MOST_CLASSES, MaskFormat, read_palette
+    from mae.data.segmentation_masks import MOST_CLASSES, MaskFormat, read_palette
     from mae.files import recipes
 
     images = run.images

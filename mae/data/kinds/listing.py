@@ -17,7 +17,7 @@ from mae.data.source import label_at, version_of
 from mae.files.untrusted import printable, read_file
 
 if TYPE_CHECKING:
-    from mae.data.masks import MaskFormat
+    from mae.data.segmentation_masks import MaskFormat
 
 
 class Strings:
@@ -96,7 +96,7 @@ class MaskFiles:
         Raises:
             BadImage: the mask can't be read, or has a value that is not a class.
         """
-        from mae.data.masks import as_mask
+        from mae.data.segmentation_masks import as_mask
 
         try:
             return as_mask(self.format.decode(self.files.read(index)))

@@ -23,7 +23,7 @@ from mae.files.untrusted import open_file, printable
 from mae.settings.choices import CLASSIFICATION, REGRESSION
 
 if TYPE_CHECKING:
-    from mae.data.masks import MaskFormat
+    from mae.data.segmentation_masks import MaskFormat
 
 logger = logging.getLogger(__name__)
 

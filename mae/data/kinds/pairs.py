@@ -19,8 +19,8 @@ from mae.data.kinds.listing import Files, Listing, MaskFiles
 from mae.data.kinds.lists import read_list
 from mae.data.kinds.objects import UserSet, read_named
 from mae.data.kinds.torchvision import TorchvisionSet
-from mae.data.masks import MaskFormat, as_mask
 from mae.data.pixels import BadImage
+from mae.data.segmentation_masks import MaskFormat, as_mask
 from mae.data.source import OpenDataset, Source, evenly_spaced, first_few
 from mae.files.untrusted import printable
 from mae.settings import DataSpec

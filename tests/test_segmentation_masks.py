@@ -17,9 +17,9 @@ from test_decode import png as raw_png
 
 from mae.data import transforms
 from mae.data.item import Item
-from mae.data.masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, read_palette
 from mae.data.pixels import BadImage, to_tensor
 from mae.data.samples import Samples
+from mae.data.segmentation_masks import IGNORED, VOC, MaskFormat, as_mask, default_colors, read_palette
 
 CLASSES = ["ground", "tree", "water"]
 THREE = MaskFormat(CLASSES)
