@@ -190,16 +190,23 @@ def _initial_weights(run: Run) -> Start:
 def _classifier(run: Run) -> Start:
     """Reads the weights of `finetune`; with `eval`, a classifier."""
     from mae.weights.model_zoo import CLASSIFIER
+    from mae.weights.recorded_settings import classifier_settings
 
-    return _with_settings(run, _weights(run, CLASSIFIER), EVALUATE if run.evaluation.eval else TRAIN)
+    file = _weights(run, CLASSIFIER)
+    return file, classifier_settings(file, run.record(), run.explicit, _purpose(run))
 
 
 def _segmenter(run: Run) -> Start:
     """Reads the weights of `finetune`; with `eval`, a segmentation model."""
     from mae.weights.model_zoo import SEGMENTER
+    from mae.weights.recorded_settings import classifier_settings
 
     file = _with_token_norm(_weights(run, SEGMENTER))
-    return _with_settings(run, file, EVALUATE if run.evaluation.eval else TRAIN)
+    return file, classifier_settings(file, run.record(), run.explicit, _purpose(run))
+
+
+def _purpose(run: Run) -> str:
+    return EVALUATE if run.evaluation.eval else TRAIN
 
 
 def _probe(run: Run) -> Start:
@@ -209,7 +216,7 @@ def _probe(run: Run) -> Start:
     """
     if run.evaluation.eval:
         return _classifier(run)
-    from mae.weights import reading
+    from mae.weights import reading, recorded_settings
 
     file = None
     folder = Path(run.machine.output_dir)
@@ -221,7 +228,9 @@ def _probe(run: Run) -> Start:
     name = run.machine.finetune if which == "auto" else which or run.machine.finetune
     if file is None and name:
         file = reading.read(name)
-    return _with_settings(run, file, TRAIN, pools=not pools_tokens(run.model.probe))
+    if not pools_tokens(run.model.probe):
+        return file, _pooled(run, file, TRAIN)
+    return file, recorded_settings.classifier_settings(file, run.record(), run.explicit, TRAIN)
 
 
 def _features(run: Run) -> Start:
@@ -229,29 +238,16 @@ def _features(run: Run) -> Start:
     from mae.weights import reading
 
     file = reading.read(run.machine.finetune) if run.machine.finetune else None
-    return _with_settings(run, file, EVALUATE, pools=True, left_out=names_with(LABELS))
+    return file, _pooled(run, file, EVALUATE, names_with(LABELS))
 
 
-def _with_settings(
-    run: Run, file: "Weights | None", purpose: str, pools: bool = False, left_out: Collection[str] = ()
-) -> Start:
-    """Returns a file, and the settings that it gives a run of supervised training or evaluation.
+def _pooled(run: Run, file: "Weights | None", purpose: str, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the settings that a file gives a run on pooled features. Arguments as in `classifier_settings`."""
+    from mae.weights.recorded_settings import classifier_settings, pooling_settings
 
-    Args:
-        purpose: as in `recorded_settings.classifier_settings`.
-        pools: the run is on pooled features.
-        left_out: settings that are not taken from the file.
-    """
-    from mae.weights import model_settings, recorded_settings
-
-    pooling = {}
-    if pools:
-        pooling = recorded_settings.pooling_settings(file, run.record(), run.explicit)
-        run = run.changed(pooling)
-    recorded = model_settings.classifier_settings(file)
-    recorded = {name: value for name, value in recorded.items() if name not in left_out}
-    found = recorded_settings.classifier_settings(file, run.record(), run.explicit, recorded, purpose)
-    return file, {**pooling, **found}
+    pooling = pooling_settings(file, run.record(), run.explicit)
+    run = run.changed(pooling)
+    return pooling | classifier_settings(file, run.record(), run.explicit, purpose, left_out)
 
 
 def _weights(run: Run, kind: str) -> "Weights | None":

@@ -22,7 +22,7 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 from mae.position_tables import resize_pos_embed
 from mae.weights.formats import dino
-from mae.weights.formats.format import Content
+from mae.weights.formats.format import Record
 from models_mae import MaskedAutoencoderViT
 from models_vit import vit_mini_patch4
 
@@ -38,7 +38,7 @@ TRANSFORMERS = {
     "v3 plus": (DINOv3, V3, {**OF_V3, "use_gated_mlp": True, "hidden_act": "silu"}),
     "v3 heads": (DINOv3, V3, {**OF_V3, "num_attention_heads": 4}),
 }
-BARE = Content(Path("file.pth"), {})  # without settings
+BARE = Record(Path("file.pth"))  # without settings
 SMALL = {"embed_dim": 128, "depth": 2, "num_heads": 2}
 TIMM = {
     "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
@@ -192,12 +192,13 @@ def test_larger_models_have_the_shapes_of_their_files(name):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=0)
         found = dino.tensors(BARE, theirs.state_dict())
-        settings = dino.settings(BARE, found)
+        sizes = {key: tensor.shape for key, tensor in found.items()}
+        settings = dino.settings(BARE, sizes)
         settings["input_size"] = [theirs.patch_embed.grid_size[0] * settings["patch_size"]] * 2
         model, image = mae.settings.specs(settings)
         ours = mae.build.classifier(model, image, LARGE[name])
     shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
-    assert shapes == {key: tensor.shape for key, tensor in found.items()}
+    assert shapes == sizes
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
 
 

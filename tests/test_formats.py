@@ -23,16 +23,16 @@ ROWS = [("cls_token", "token"), ("pos_embed", "positions"), ("patch_embed.proj."
         ("head.", "out."), *blocks("blocks", "stages", PARTS)]
 
 
-def matches(content, names):
+def matches(record, names):
     return "stages.0.n1.weight" in names
 
 
-def tensors(content, weights):
+def tensors(record, weights):
     return to_ours(weights, ROWS)
 
 
-def settings(content, tensors):
-    beside = json.loads(content.path.with_suffix(".json").read_text())
+def settings(record, sizes):
+    beside = json.loads(record.path.with_suffix(".json").read_text())
     return {"mean": beside["offset"], "std": beside["scale"], "crop_pct": beside["share"],
             "label_names": beside["words"]}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mae.files.untrusted import read_file
 from mae.weights.formats import timm, transformers
-from mae.weights.formats.format import Content
+from mae.weights.formats.format import Record
 from mae.weights.formats.transformers import crop_share
 
 __all__ = ["crop_share", "read_folder", "recorded"]
@@ -19,10 +19,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
         Exception: config.json or preprocessor_config.json can't be read, or has another structure.
     """
     config = json.loads(read_file(folder / "config.json"))
-    return recorded(Content(folder, {}, folder=folder, config=config))
+    return recorded(Record(folder, folder=folder, config=config))
 
 
-def recorded(content: Content) -> dict[str, Any]:
+def recorded(record: Record) -> dict[str, Any]:
     """Returns the settings that are recorded beside weights of any names."""
-    library = transformers if transformers.has_config(content) else timm
-    return library.settings(content, {})
+    library = transformers if transformers.has_config(record) else timm
+    return library.settings(record, {})

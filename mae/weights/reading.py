@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mae.settings.choices import TASK_CHOICES, TIMM
 from mae.weights import candidates, model_zoo, shapes, timm_models
 from mae.weights.candidates import some, warn_once
 from mae.weights.formats import dino, mmpretrain, ours, published, timm, transformers
-from mae.weights.formats.format import Content
+from mae.weights.formats.format import Record
 from mae.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
@@ -59,17 +59,8 @@ class Weights(NamedTuple):
     kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     origin: str  # path or published name, for messages
     format: str = ours.NAME  # a name in FORMATS
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether mean and std have to be given: the configuration of mmpretrain, which is not read, has them."""
-        is_private = self.format == mmpretrain.NAME and model_zoo.row_of(self.origin) is None
-        return is_private and self.settings.get("mean") is None
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether it is of another library, whose crops are about evaluation."""
-        return self.format == dino.NAME or "model" not in self.settings
+    # Whether mean and std have to be given: the configuration of mmpretrain, which is not read, has them.
+    needs_statistics: bool = False
 
     @property
     def trained_by(self) -> str:
@@ -110,26 +101,32 @@ def read(name: Path | str) -> Weights:
     if (model or str(name)).startswith(TIMM):
         return _read_timm(str(name), file if model else None)
     path = file if file.exists() else _download(str(name), file)
-    content = _open(path)
-    found = candidates.weights_of(content.state, str(file), model, _keeps_names(content.args), _prefix_of)
-    file_format = next(each for each in FORMATS.values() if each.matches(content, found))
+    state, record = _open_folder(path) if path.is_dir() else _read_file(path)
+    is_of_hub = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
+    if is_of_hub and path.is_file() and not record.is_ours:
+        state, record = _open_folder(path.parent, path)  # of another library, whose folder has the settings
+    found = candidates.weights_of(state, str(file), model, _keeps_names(record.args), _prefix_of)
+    file_format = next(each for each in FORMATS.values() if each.matches(record, found.keys()))
     try:
-        tensors = file_format.tensors(content, found)
+        tensors = file_format.tensors(record, found)
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    try:
-        settings = file_format.settings(content, tensors)
-    except Exception as error:  # of another structure
-        raise _unreadable(content.folder or path, error) from error
     sizes = {key: tensor.shape for key, tensor in tensors.items()}
-    _require_encoder(path, sizes, settings, found)
+    try:
+        settings = file_format.settings(record, sizes)
+    except Exception as error:  # of another structure
+        raise _unreadable(record.folder or path, error) from error
+    if missing := _missing(sizes, settings):
+        has = some(map(str, found)) or "no tensors with known names"
+        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: it has no {missing}, but {has}")
     if invalid := _first_invalid(settings):
         raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    weights = Weights(tensors, settings, _kind(sizes, settings), str(name), file_format.name)
-    if not (content.is_ours or model_zoo.row_of(str(path))):
-        _warn_of_assumptions(path, weights)
-    return weights
+    records_mean = settings.get("mean") is not None
+    needs_statistics = file_format.name == mmpretrain.NAME and not (records_mean or model_zoo.row_of(str(name)))
+    if not (record.is_ours or model_zoo.row_of(str(path))):
+        _warn_of_assumptions(path, settings, needs_statistics)
+    return Weights(tensors, settings, _kind(sizes, settings), str(name), file_format.name, needs_statistics)
 
 
 def _keeps_names(args: Mapping[str, Any]) -> bool:
@@ -144,18 +141,12 @@ def _prefix_of(prefix: str, names: Collection[str]) -> str:
     return prefix
 
 
-def _require_encoder(
-    path: Path, sizes: Mapping[str, torch.Size], settings: Mapping[str, Any], found: Iterable[str]
-) -> None:
-    """Raises CheckpointError without the tensors of a Vision Transformer. `found`: the names in the file."""
+def _missing(sizes: Mapping[str, torch.Size], settings: Mapping[str, Any]) -> str:
+    """Returns the first tensor of a Vision Transformer that a file does not have; "" if it has all."""
     if str(settings.get("model")).startswith(TIMM):  # a probe of this library
-        return
-    for key in AXES if settings.get("encoder") is None else ["cls_token"]:
-        if len(sizes.get(key, ())) != AXES[key]:
-            raise CheckpointError(
-                f"{path} contains no weights of a Vision Transformer: it has no {key} of {AXES[key]} axes, but "
-                f"{some(map(str, found)) or 'no tensors with known names'}"
-            )
+        return ""
+    names = AXES if settings.get("encoder") is None else ["cls_token"]
+    return next((f"{key} of {AXES[key]} axes" for key in names if len(sizes.get(key, ())) != AXES[key]), "")
 
 
 def _read_timm(name: str, file: Path | None) -> Weights:
@@ -171,13 +162,13 @@ def _read_timm(name: str, file: Path | None) -> Weights:
     return Weights(tensors, settings, ENCODER, name, timm.NAME)
 
 
-def _warn_of_assumptions(path: Path, weights: Weights) -> None:
+def _warn_of_assumptions(path: Path, settings: Mapping[str, Any], needs_statistics: bool) -> None:
     """Logs what a file of another library does not record."""
-    if not weights.settings.keys() - {"label_names"}:
-        statistics = "the given mean and std" if weights.needs_statistics else "ImageNet's mean and std"
-        folder = "" if weights.needs_statistics else f". A folder with {CONFIG} records them"
+    if not settings.keys() - {"label_names"}:
+        statistics = "the given mean and std" if needs_statistics else "ImageNet's mean and std"
+        folder = "" if needs_statistics else f". A folder with {CONFIG} records them"
         warn_once(f"{path} records no settings. Assumed are: {ASSUMED_MODEL} {statistics}{folder}")
-    elif weights.settings.get("mean") is None:
+    elif settings.get("mean") is None:
         warn_once(f"{path} records no mean and std. Assumed are: {ASSUMED_PIXELS}")
 
 
@@ -206,17 +197,7 @@ def _first_invalid(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _open(path: Path) -> Content:
-    """Reads a file, or a folder. A file in a folder of another library has its settings there."""
-    if path.is_dir():
-        return _open_folder(path)
-    state, args = _read_file(path)
-    content = Content(path, {"model": state} if path.suffix == SAFETENSORS and args else state, args)
-    is_of_hub = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
-    return _open_folder(path.parent, path) if is_of_hub and not content.is_ours else content
-
-
-def _open_folder(folder: Path, file: Path | None = None) -> Content:
+def _open_folder(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], Record]:
     """Reads a folder of transformers, of timm, or of a sharded run.
 
     Args:
@@ -224,7 +205,7 @@ def _open_folder(folder: Path, file: Path | None = None) -> Content:
     """
     if (folder / checkpoint.STATE).is_file():
         state = sharded_state.gather(folder)
-        return Content(folder, {"model": state["model"]}, state["args"])
+        return state["model"], Record(folder, True, state["args"])
     present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not file and len(present) > 1:
         logger.info(f"{folder}: {present[0].name} is read, and not {', '.join(other.name for other in present[1:])}")
@@ -244,23 +225,25 @@ def _open_folder(folder: Path, file: Path | None = None) -> Content:
     for part in parts:
         tensors, recorded = _read_file(folder / Path(part).name)
         state |= tensors
-        args |= recorded
-    return Content(file or folder, {"model": state} if "model" in args else state, args, folder, config)
+        args |= recorded.args
+    is_ours = "model" in args or isinstance(state.get("model"), dict)
+    return state, Record(file or folder, is_ours, args, folder, config, state.get("meta"))
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: its configuration can't be read: {error}")
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the content of a file, and the settings in it."""
+def _read_file(path: Path) -> tuple[dict[str, Any], Record]:
+    """Returns the content of a file: its tensors, and other entries if they are not in a .safetensors file."""
     if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
+        tensors, args = _read_safetensors(path)
+        return tensors, Record(path, bool(args), args)
     state = checkpoint.read(path)
     args = dict(state["args"])
     if args.get("task") not in (None, *TASK_CHOICES):  # a flag of forks, such as the name of a run of RETFound
         del args["task"]
-    return state, args
+    return state, Record(path, isinstance(state.get("model"), dict), args, meta=state.get("meta"))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

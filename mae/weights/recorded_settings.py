@@ -1,7 +1,7 @@
 """The settings that a run takes from the file of weights that it starts from, or evaluates."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,13 +16,14 @@ from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
 from mae.user_code import import_object, name_of, plain_encoder, runs_code
 from mae.weights import model_settings, reading
+from mae.weights.formats import dino
 
 logger = logging.getLogger(__name__)
 
 
 def classifier_settings(
-    file: reading.Weights | None, given: Mapping[str, Any], explicit: frozenset[str], recorded: Mapping[str, Any],
-    purpose: str = EVALUATE,
+    file: reading.Weights | None, given: Mapping[str, Any], explicit: frozenset[str], purpose: str = EVALUATE,
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the settings that a file gives a run of supervised training or evaluation: those that are not explicit.
 
@@ -33,9 +34,9 @@ def classifier_settings(
         file: the file to start from or to evaluate, if any.
         given: the settings of the run.
         explicit: the names of the explicit ones.
-        recorded: the settings of the file that determine its model, by the names of the flags.
         purpose: EVALUATE, or TRAIN for a new head. Then the settings of the task are not taken from the file, and its
             crops only if it is a file of this library; the crops of other libraries are about evaluation.
+        left_out: settings that are not taken from the file.
     """
     found: dict[str, Any] = {}
     if file:
@@ -45,6 +46,8 @@ def classifier_settings(
                 f"{file.origin} records a `dataset` that runs code: give {in_words({'dataset': dataset})}, or other "
                 f"data"
             )
+        recorded = model_settings.classifier_settings(file)
+        recorded = {name: value for name, value in recorded.items() if name not in left_out}
         found = settings_of_file(file, given, explicit, recorded, purpose)
     now = {**given, **found}
     crop_pct = now.get("crop_pct") or transforms.default_crop_pct(ImageSpec.of(now).input_size)
@@ -76,7 +79,7 @@ def settings_of_file(
         # The images that were held out from the training of the file, or a warning that it held out none.
         also = settings.names_with(SPLIT) if file.settings["val_fraction"] else ["val_fraction"]
     left_out = {"nb_classes", "mean", "std"}
-    if purpose == TRAIN and file.is_foreign:
+    if purpose == TRAIN and (file.format == dino.NAME or "model" not in file.settings):  # of another library
         left_out |= {"crop", "crop_pct"}
     taken = TAKEN[purpose] & given.keys() - left_out
     of_file = {**recorded, **{name: file.settings[name] for name in also if name in file.settings}}

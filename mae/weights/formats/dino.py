@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from mae.position_tables import side_or_sides
 from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.foreign_settings import recorded
-from mae.weights.formats.format import Content, Format
+from mae.weights.formats.format import Format, Record
 from models_vit import SIZES
 
 logger = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ UNUSED = re.compile(r"mask_token|rope(_embed|_embeddings)?\.(periods|inv_freq)|.
 HEAD_WIDTH = 64  # channels of a head; state dicts do not show it
 
 
-def matches(content: Content, names: Collection[str]) -> bool:
+def matches(record: Record, names: Collection[str]) -> bool:
     """A model with layer scale, and a position table or registers. Our own files record the encoder."""
     ours = {_our_name(name) for name in names}
     is_dino = "blocks.0.ls1.gamma" in ours and bool({"pos_embed", REGISTERS} & ours)
-    return is_dino and not content.is_ours and content.args.get("encoder") is None
+    return is_dino and not record.is_ours and record.args.get("encoder") is None
 
 
-def tensors(content: Content, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors(record: Record, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames the weights. Registers follow the class token, and have positions of zeros.
 
     A line names the patterns of the names that are not used; # is a number.
@@ -77,14 +77,13 @@ def tensors(content: Content, weights: Mapping[str, Tensor]) -> dict[str, Tensor
         found["pos_embed"] = torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
     if unused:
         patterns = sorted({re.sub(r"\d+", "#", name) for name in unused})
-        logger.info(f"{content.path}: the features do not depend on {', '.join(patterns)}")
+        logger.info(f"{record.path}: the features do not depend on {', '.join(patterns)}")
     return found
 
 
-def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     """What a folder of transformers or timm records, and what the shapes of the tensors say."""
-    known = recorded(content)
-    sizes = {name: tensor.shape for name, tensor in tensors.items()}
+    known = recorded(record)
     width, depth = shapes.width_and_depth(sizes)
     count = sizes["cls_token"][1]
     _, channels, *patch = sizes[shapes.PATCHES]
@@ -111,7 +110,7 @@ def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         side = math.isqrt(sizes["pos_embed"][1] - count)
         found["input_size"] = side_or_sides([side * length for length in patch])
     if "num_heads" not in known:
-        warn_once(f"{content.path} records no heads. Assumed are: {found['encoder']}, {HEAD_WIDTH} channels a head")
+        warn_once(f"{record.path} records no heads. Assumed are: {found['encoder']}, {HEAD_WIDTH} channels a head")
     return found | {name: value for name, value in known.items() if value is not None}
 
 

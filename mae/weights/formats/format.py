@@ -1,4 +1,4 @@
-"""What a file of weights contains, and the type of its format."""
+"""What a file of weights records, and the type of its format."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -6,26 +6,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 Rows = list[tuple[str, str]]  # pairs (ours, theirs) of names, or of prefixes that end with a dot; # is a number
 
 DECODER = ["mask_token", "decoder_pos_embed", "decoder_embed.", "decoder_pred."]
 
 
-class Content(NamedTuple):
-    """What a file contains, and what is beside it."""
+class Record(NamedTuple):
+    """What a file contains without its tensors, and what is beside it."""
 
     path: Path
-    state: dict[str, Any]  # tensors in nested dicts and lists, and other values, under the names of the library
+    is_ours: bool = False  # of this library or of the published code, whose models and images are known
     args: Mapping[str, Any] = MappingProxyType({})  # settings that the run recorded: of this library, of a script
     folder: Path | None = None  # of transformers or timm
     config: Mapping[str, Any] = MappingProxyType({})  # its config.json
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is of this library or of the published code, whose models and images are known."""
-        return isinstance(self.state.get("model"), dict)
+    meta: Any = None  # the entry of mmpretrain
 
 
 def _same(prefix: str, names: Collection[str]) -> str:
@@ -36,12 +32,13 @@ class Format(NamedTuple):
     """How a library writes the weights of a Vision Transformer. `mae.weights.reading.FORMATS` has all of them."""
 
     name: str
-    # Whether a model has this format, by the content of its file and the names of its tensors.
-    matches: Callable[[Content, Collection[str]], bool]
+    # Whether a model has this format, by the names of its tensors.
+    matches: Callable[[Record, Collection[str]], bool]
     # The tensors of the model -> the tensors under our names. KeyError, RuntimeError: one is missing, or does not fit.
-    tensors: Callable[[Content, dict[str, Tensor]], dict[str, Tensor]]
-    # The settings that the file records, or that the tensors under our names show. Any error: they are not supported.
-    settings: Callable[[Content, Mapping[str, Tensor]], dict[str, Any]]
+    tensors: Callable[[Record, dict[str, Tensor]], dict[str, Tensor]]
+    # The settings that the file records, or that the shapes of the tensors under our names show. Any error: they are
+    # not supported.
+    settings: Callable[[Record, Mapping[str, Size]], dict[str, Any]]
     # The prefix of a class token, and the names of all tensors -> the prefix of the model.
     prefix: Callable[[str, Collection[str]], str] = _same
     trained_by: str = ""  # the method whose loss trained the class token, if it is that of all files

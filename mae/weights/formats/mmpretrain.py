@@ -7,9 +7,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
-from mae.weights.formats.format import DECODER, Content, Format, Rows, blocks, to_ours
+from mae.weights.formats.format import DECODER, Format, Record, Rows, blocks, to_ours
 from mae.weights.model_zoo import row_of
 
 NAME = "mmpretrain"
@@ -32,7 +32,7 @@ HEADS: Rows = [("head.", "head.fc."), ("head.", "head.layers.head.")]
 PROBE: Rows = [("head.0.", "neck.bn."), ("head.1.", "head.layers.head.")]
 
 
-def matches(content: Content, names: Collection[str]) -> bool:
+def matches(record: Record, names: Collection[str]) -> bool:
     """A model with a backbone."""
     return any(name.startswith("backbone.") for name in names)
 
@@ -44,33 +44,32 @@ def prefix(prefix: str, names: Collection[str]) -> str:
     return prefix
 
 
-def tensors(content: Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors(record: Record, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the weights."""
     is_probe = any(name.startswith("neck.bn.") for name in weights)
     return to_ours(weights, [*ROWS, *(PROBE if is_probe else HEADS)])
 
 
-def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     """The names of the classes."""
-    return {**content.args, **of_meta(content)}
+    return {**record.args, **of_meta(record)}
 
 
-def of_meta(content: Content) -> dict[str, Any]:
+def of_meta(record: Record) -> dict[str, Any]:
     """Returns the names of the classes in the entry `meta`. The configuration is not read.
 
     Raises:
         ValueError: the model is for BGR images. mmpretrain decodes images to BGR, and converts them to RGB only if its
             configuration says so.
     """
-    meta = content.state.get("meta")
-    if not isinstance(meta, dict) or content.args or row_of(str(content.path)):  # the released models are for RGB
+    if not isinstance(record.meta, dict) or record.args or row_of(str(record.path)):  # the released models are for RGB
         return {}
-    config = meta.get("cfg")
+    config = record.meta.get("cfg")
     if config and not TO_RGB.search(str(config)):
         raise ValueError(
             "it has no to_rgb=True, so that the model is for BGR images: convert it as in docs/migrating.md"
         )
-    dataset = meta.get("dataset_meta")
+    dataset = record.meta.get("dataset_meta")
     classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None
     if classes and all(isinstance(name, str) for name in classes):
         return {"label_names": list(classes)}

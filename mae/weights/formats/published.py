@@ -3,14 +3,14 @@
 from collections.abc import Collection
 
 from mae.weights.formats import ours, timm
-from mae.weights.formats.format import Content, Format
+from mae.weights.formats.format import Format, Record
 
 NAME = "published"
 
 
-def matches(content: Content, names: Collection[str]) -> bool:
+def matches(record: Record, names: Collection[str]) -> bool:
     """A file with this layout and our names. The released files have no settings."""
-    return content.is_ours and "cls_token" in names
+    return record.is_ours and "cls_token" in names
 
 
 FORMAT = Format(NAME, matches, timm.tensors, ours.settings)

@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from mae.position_tables import side_or_sides, to_pair
 from mae.weights.formats import mmpretrain
-from mae.weights.formats.format import Content, Format
+from mae.weights.formats.format import Format, Record
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +17,12 @@ NAME = "timm"
 CONFIG = "pretrained_cfg"  # the entry in a config.json with the settings of the images
 
 
-def matches(content: Content, names: Collection[str]) -> bool:
+def matches(record: Record, names: Collection[str]) -> bool:
     """Any other file: what its tensors lack is named in an error."""
     return True
 
 
-def tensors(content: Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors(record: Record, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Appends the register tokens to the class tokens, if the head pools patches and uses neither."""
     if not {"reg_token", "fc_norm.weight"} <= weights.keys():
         return weights
@@ -31,10 +31,10 @@ def tensors(content: Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**rest, "cls_token": torch.cat(tokens, dim=1)}
 
 
-def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     """The settings of a folder, or of a run of timm's train.py."""
-    of_folder = of_config(content.config) if CONFIG in content.config else {}
-    found = {**of_folder, **content.args, **of_run(content.args), **mmpretrain.of_meta(content)}
+    of_folder = of_config(record.config) if CONFIG in record.config else {}
+    found = {**of_folder, **record.args, **of_run(record.args), **mmpretrain.of_meta(record)}
     size = found.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:  # train.py records (channels, height, width)
         found["input_size"] = side_or_sides(size[1:])

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from mae.files.untrusted import read_file
 from mae.settings.choices import MULTILABEL, REGRESSION
 from mae.weights.formats import timm
-from mae.weights.formats.format import DECODER, Content, Format, Rows, blocks, renamed, to_ours
+from mae.weights.formats.format import DECODER, Format, Record, Rows, blocks, renamed, to_ours
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,14 @@ LAYOUTS: list[Rows] = [
 ]
 
 
-def matches(content: Content, names: Collection[str]) -> bool:
+def matches(record: Record, names: Collection[str]) -> bool:
     """A model with its embeddings, or any in a folder with its configuration."""
-    return any(name.endswith("embeddings.cls_token") for name in names) or has_config(content)
+    return any(name.endswith("embeddings.cls_token") for name in names) or has_config(record)
 
 
-def has_config(content: Content) -> bool:
+def has_config(record: Record) -> bool:
     """Whether the folder of a file has a configuration, and not that of timm."""
-    return content.folder is not None and timm.CONFIG not in content.config
+    return record.folder is not None and timm.CONFIG not in record.config
 
 
 def prefix(prefix: str, names: Collection[str]) -> str:
@@ -77,7 +77,7 @@ def prefix(prefix: str, names: Collection[str]) -> str:
     return re.sub(r"(?<![^.])(vit\.)?embeddings\.$", "", prefix)
 
 
-def tensors(content: Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors(record: Record, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the weights, and joins query, key and value."""
     # The features do not depend on the pooler.
     plain = {name.removeprefix("vit."): value for name, value in weights.items()}
@@ -121,12 +121,12 @@ def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Te
     raise ValueError(f"the installed transformers has unknown names of weights: {', '.join(differing[:4])}")
 
 
-def settings(content: Content, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     """The settings of a folder: of the model, of an export of this library, and of the images."""
-    found = {**of_config(content.config), **content.config.get("settings", {})}
-    if content.folder and (content.folder / PROCESSOR).is_file():
-        found |= of_processor(content.folder, json.loads(read_file(content.folder / PROCESSOR)))
-    return {**found, **content.args}
+    found = {**of_config(record.config), **record.config.get("settings", {})}
+    if record.folder and (record.folder / PROCESSOR).is_file():
+        found |= of_processor(record.folder, json.loads(read_file(record.folder / PROCESSOR)))
+    return {**found, **record.args}
 
 
 def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
