@@ -19,7 +19,7 @@ import yaml
 from mae import errors, parallel
 from mae.cli.flags import Range, Size, is_refused_in_recipes
 from mae.files import recipes
-from mae.files.untrusted import printable, recipe_problem
+from mae.files.untrusted import printable
 from mae.interrupts import Interrupted
 from mae.settings.arguments import arguments
 from mae.settings.images import unused_crops
@@ -200,14 +200,11 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
     if not path.is_file():
         parser.error(f"--config: there is no file {path}{did_you_mean(str(path), recipes.names())}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if problem := recipe_problem(text):
-            parser.error(f"--config {path} {problem}")
-        recipe = read_recipe(text)
+        recipe = read_recipe(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
-        parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        parser.error(f"--config {path} is no recipe: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must be a list of `flag: value` lines")
     by_flag = parser._option_string_actions

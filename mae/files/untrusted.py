@@ -1,7 +1,4 @@
-"""Checks of untrusted files.
-
-They reject file names with escape sequences, files that never end, and recipes that run commands or fill the memory.
-"""
+"""Checks of untrusted files: they reject file names with escape sequences, and files that never end."""
 
 import errno
 import hashlib
@@ -11,11 +8,7 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
-import yaml
-
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
-MAX_RECIPE_BYTES = 20_000
-MAX_RECIPE_DEPTH = 10
 
 
 def printable(text: str) -> str:
@@ -72,33 +65,3 @@ def file_digest(path: str | Path, kind: str = "sha256") -> str:
     """
     with open_file(path) as file:
         return hashlib.file_digest(file, kind).hexdigest()
-
-
-def recipe_problem(text: str) -> str | None:
-    """Returns the reason to reject a recipe, or None. It is called before the recipe is loaded.
-
-    With aliases and merges, a few lines of YAML can expand to lists that fill the memory. A recipe is flat and needs
-    neither.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML.
-    """
-    if len(text) > MAX_RECIPE_BYTES:
-        return f"has {len(text):,} characters, and a recipe has at most {MAX_RECIPE_BYTES:,}"
-    depth = 0
-    keys = set()
-    is_key = False
-    for token in yaml.scan(text):
-        if isinstance(token, yaml.AliasToken):
-            return f"has an alias (*{printable(token.value)}): write the value where it belongs"
-        if is_key and isinstance(token, yaml.ScalarToken):
-            if token.value in keys:
-                return f"has {printable(token.value)} twice: delete one of them"
-            keys.add(token.value)
-        is_key = isinstance(token, yaml.KeyToken)
-        kind = type(token).__name__
-        depth += kind.endswith("StartToken") and kind.startswith(("Block", "Flow"))
-        depth -= kind.endswith("EndToken") and kind.startswith(("Block", "Flow"))
-        if depth > MAX_RECIPE_DEPTH:
-            return "is nested: a recipe is a list of `flag: value` lines"
-    return None
