@@ -312,11 +312,6 @@ class Encoder(nn.Module):
         cls.extra_inputs = frozenset(extra_inputs(cls))
         cls.needed_inputs = needed_inputs(cls, ["tokenize"])
 
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        # An AttributeError in a property ends here. nn.Module would raise another one, which names only the property.
-        attribute = getattr(type(self), name, None)
-        return attribute.__get__(self) if isinstance(attribute, property) else super().__getattr__(name)
-
     @property
     def num_prefix_tokens(self) -> int:
         """T, the number of class tokens. They precede the patch tokens."""

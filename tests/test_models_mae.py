@@ -212,13 +212,6 @@ def test_models_of_pixio(size):
         assert {str(block) for block in blocks} == {str(expected)}
 
 
-def test_an_error_in_a_property_names_its_cause(mini_mae):
-    mini_mae.patch_embed = torch.nn.ModuleList([mini_mae.patch_embed])  # as in a model of groups of channels
-    for name, kind in (("predicts_pixels", "ModuleList"), ("grid_size", "ModuleList"), ("no", "MaskedAutoencoderViT")):
-        with pytest.raises(AttributeError, match=f"'{kind}' object has no attribute"):
-            getattr(mini_mae, name)
-
-
 def single_layers(side, patch_size=1, **kwargs) -> MaskedAutoencoderViT:
     """A model without blocks, for images of one channel."""
     return build(img_size=side, patch_size=patch_size, in_chans=1, depth=0, decoder_depth=0, **kwargs)
