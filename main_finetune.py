@@ -102,7 +102,7 @@ def main(
     classes = train.classes
     smoothing = smoothing_of(run.optim.smoothing, run.images.task, "smoothing" in session.explicit)
     record = session.record({"nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing})
-    labels = tasks.task_of(record, val, train)
+    task = tasks.task_of(record, val, train)
     mixup = make_mixup(
         run.augmentation, run.images.task, run.optim.class_weight, smoothing, run.optim.batch_size,
         len(classes), extras.shapes_of(train),
@@ -114,18 +114,18 @@ def main(
 
     augment = augmentation(run.images, run.augmentation, data.statistics[0])
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
-    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
+    criterion = SoftTargetCrossEntropy() if mixup else partial(task.loss, smoothing=smoothing)
     erase = make_erasing(run.augmentation, precision.device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {task.of_outputs(len(classes))}")
 
     val_batches = data.eval_batches(val, run.optim.batch_size)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         scores = evaluate_model(
-            model, val_batches, normalize=data.normalize, precision=precision.of_evaluation(), task=labels
+            model, val_batches, normalize=data.normalize, precision=precision.of_evaluation(), task=task
         )
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
@@ -135,9 +135,7 @@ def main(
         precision, record, run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
-        training.fit(
-            evaluate_epoch, run.evaluation.eval_every, labels.selects, labels.lower_is_better, saves_first=True
-        )
+        training.fit(evaluate_epoch, run.evaluation.eval_every, task.selects, task.lower_is_better, saves_first=True)
     return None
 
 

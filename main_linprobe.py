@@ -138,8 +138,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
             f"a head for each of {len(heads)} rates: lines have the smallest loss of each batch, and the largest rate"
         )
     record = session.record(facts)
-    labelled = tasks.task_of(record, val, train)
-    test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
+    task = tasks.task_of(record, val, train)
+    test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=task)  # stored tokens are fp16
     frozen = model
     if kept is not None and not model.head_pools:
         frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=True)
@@ -152,17 +152,17 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     batches = open_batches(run.optim, data, train, features)
     if several and precision.overflow_is_normal:  # the hooks of `make_heads` hide overflows from the loss scaler
         precision = Precision("off", precision.device)
-    criterion = HeadLosses(labelled.loss)
+    criterion = HeadLosses(task.loss)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         """Evaluates the head with the best score on the held-out images."""
         best = 0
         best_rate = dict[str, float]()
         if several:
-            held_out = [scores.stats()[labelled.selects] for scores in test(heads, passes["held_out"]())]
-            best = tasks.best_of(held_out, labelled.lower_is_better)
+            held_out = [scores.stats()[task.selects] for scores in test(heads, passes["held_out"]())]
+            best = tasks.best_of(held_out, task.lower_is_better)
             is_last = epoch + 1 == run.optim.epochs
-            best_rate = report_best_rate(rates, best, labelled.title, held_out, *criterion.means(), is_last)
+            best_rate = report_best_rate(rates, best, task.title, held_out, *criterion.means(), is_last)
         (scores,) = test([heads[best]], passes["val"]())
         report_scores(scores, classes, run.evaluation.report)
         if several and parallel.is_main():
@@ -178,8 +178,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
         trained=model.head if run.data.cache_features else None, is_locked=True,
     ) as training:  # fmt: skip
         training.fit(
-            evaluate_epoch, run.evaluation.eval_every, selects=labelled.selects,
-            lower_is_better=labelled.lower_is_better, saves_first=not features.are_stored,
+            evaluate_epoch, run.evaluation.eval_every, selects=task.selects,
+            lower_is_better=task.lower_is_better, saves_first=not features.are_stored,
         )  # fmt: skip
 
 
