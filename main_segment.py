@@ -194,13 +194,13 @@ def pair_settings(
             "palette=FILE with a line `R G B NAME` for each class"
         )
     origin = f"palette={images.palette}" if images.palette else "the dataset"
-    count, source = (file.num_classes, file.origin) if file else (len(classes), origin)
+    count, owner = (file.num_classes, file.origin) if file else (len(classes), origin)
     if count > MOST_CLASSES:
         raise ValueError(f"nb_classes={count}: masks of 8 bits have at most {MOST_CLASSES} classes")
     if spec.nb_classes not in (None, count):
-        raise ValueError(f"nb_classes={spec.nb_classes}: {source} has {count} classes; omit `nb_classes`")
+        raise ValueError(f"nb_classes={spec.nb_classes}: {owner} has {count} classes; omit `nb_classes`")
     if len(classes) != count:
-        raise ValueError(f"{origin} has {len(classes)} classes, and {source} has {count}")
+        raise ValueError(f"{origin} has {len(classes)} classes, and {owner} has {count}")
     short_side = min(to_pair(images.input_size)) if images.short_side is None else images.short_side
     return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
 

@@ -90,8 +90,8 @@ def write_pictures(folder: Path, count: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     names = ["texture", *(str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"])]
     with atomic.replacing(folder) as written:
-        for split, source, number, seed in (("training", "train", count, 0), ("validation", "val", VALIDATION, 1)):
-            for kind, arrays in zip(("images", "annotations"), make_pictures(source, number, seed), strict=True):
+        for split, part, number, seed in (("training", "train", count, 0), ("validation", "val", VALIDATION, 1)):
+            for kind, arrays in zip(("images", "annotations"), make_pictures(part, number, seed), strict=True):
                 out = written / kind / split
                 out.mkdir(parents=True)
                 for index, array in enumerate(tqdm(arrays, desc=f"{kind}/{split}", leave=False, disable=None)):

@@ -273,7 +273,7 @@ def _weights(run: Run, kind: str) -> "Weights | None":
 
 
 def _source(machine: MachineSpec) -> Path | None:
-    return run_directory.source(Path(machine.output_dir), machine.resume)
+    return run_directory.starting_checkpoint(Path(machine.output_dir), machine.resume)
 
 
 def _resumes(machine: MachineSpec) -> bool:

@@ -79,8 +79,8 @@ def named_object(setting: str, name: str | None) -> Any:
     return import_object(f"{setting}=", name)
 
 
-def dataset_of(source: Callable[..., Any], dataset: str | None = None) -> str:
-    """Returns the name of the function `source` as a value of --dataset.
+def dataset_of(function: Callable[..., Any], dataset: str | None = None) -> str:
+    """Returns the name of a function as a value of --dataset.
 
     Args:
         dataset: the setting.
@@ -88,7 +88,7 @@ def dataset_of(source: Callable[..., Any], dataset: str | None = None) -> str:
     Raises:
         ValueError: it names a different dataset.
     """
-    named = source if hasattr(source, "__qualname__") else type(source)
+    named = function if hasattr(function, "__qualname__") else type(function)
     name = f"{DATASET}{named.__module__}:{named.__qualname__}"
     if dataset not in (None, name):
         raise ValueError(f"dataset={dataset} and source= ({name}) exclude each other; give one of them")

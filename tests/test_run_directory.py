@@ -68,7 +68,7 @@ def start():
         with run_directory.locked(out, str(resume)):
             which = run_directory.chosen(out, str(resume))
             if which not in ("", "auto"):
-                run_directory.record_source(out, Path(which))
+                run_directory.record_start(out, Path(which))
             (out / "log.txt").touch()
             return which
 
@@ -104,7 +104,7 @@ def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start)
 def test_a_new_run_forgets_the_file_of_an_earlier_one(tmp_path, start):
     """The earlier run was killed before it wrote a file."""
     write(tmp_path, 7, epoch=7)
-    run_directory.record_source(tmp_path, tmp_path / "checkpoint-7.pth")
+    run_directory.record_start(tmp_path, tmp_path / "checkpoint-7.pth")
     (tmp_path / "checkpoint-7.pth").unlink()
     assert (start(tmp_path, ""), start(tmp_path, "auto")) == ("", "auto")
 
@@ -134,7 +134,7 @@ def test_a_second_start_that_is_refused_changes_nothing(tmp_path, start):
     write(tmp_path, 0, epoch=0)
     start(tmp_path, file)
     with run_directory.locked(tmp_path, str(file)):
-        run_directory.record_source(tmp_path, file)
+        run_directory.record_start(tmp_path, file)
         for resume in ("auto", file):
             with pytest.raises(ValueError, match="by another run"):
                 start(tmp_path, resume)

@@ -116,20 +116,20 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
                 link(temporary, name)
 
 
-def link(source: Path | str, path: Path | str) -> None:
+def link(file: Path | str, path: Path | str) -> None:
     """Makes a hard link, or a copy if the file system does not support links."""
     try:
-        os.link(source, path)
+        os.link(file, path)
     except OSError:
-        shutil.copyfile(source, path)
+        shutil.copyfile(file, path)
 
 
-def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
+def require_finite(tensors: Mapping[str, Any], origin: str, remedy: str) -> None:
     """Checks that weights are finite.
 
     Args:
         tensors: the weights by name.
-        source: the file, for the message.
+        origin: the file, for the message.
         remedy: the end of the message.
 
     Raises:
@@ -141,7 +141,7 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
     ]  # fmt: skip
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise CheckpointError(f"{source}: NaN or infinite values in {bad[0]}{more}: {remedy}")
+        raise CheckpointError(f"{origin}: NaN or infinite values in {bad[0]}{more}: {remedy}")
 
 
 def snapshot(value: Any) -> Any:

@@ -89,7 +89,7 @@ def chosen(output_dir: Path, resume: str) -> str:
     return "auto" if checkpoints(output_dir) else _content(output_dir / RESUMED) or "auto"
 
 
-def source(output_dir: Path, resume: str) -> Path | None:
+def starting_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """Returns the checkpoint from which a run starts; None: it starts anew."""
     resumed = chosen(output_dir, resume)
     if resumed == "auto":
@@ -104,8 +104,8 @@ def _continues(output_dir: Path, resume: str) -> bool:
     """
     if resume in ("", "auto"):
         return resume == "auto"
-    is_source = _content(output_dir / RESUMED) == str(Path(resume).resolve())
-    return is_source and not _is_inside(output_dir, resume)
+    is_recorded = _content(output_dir / RESUMED) == str(Path(resume).resolve())
+    return is_recorded and not _is_inside(output_dir, resume)
 
 
 def _content(path: Path) -> str:
@@ -208,7 +208,7 @@ def _take(file: IO[bytes], output_dir: Path) -> None:
     os.fsync(file.fileno())  # with NFS, other machines see it
 
 
-def record_source(output_dir: Path, resumed: Path) -> None:
+def record_start(output_dir: Path, resumed: Path) -> None:
     """Records the checkpoint from which the run has resumed, so that the same command continues the run.
 
     Raises:
@@ -235,7 +235,7 @@ def interrupted_images(output_dir: Path, resume: str) -> list[str]:
     Args:
         resume: as in `prepare`.
     """
-    file = source(output_dir, resume)
+    file = starting_checkpoint(output_dir, resume)
     with contextlib.suppress(CheckpointError):  # of the file, which ends the run later
         if file and (file.parent / IMAGES).is_file() and position(file)[1]:
             return _read_names(file.parent / IMAGES)

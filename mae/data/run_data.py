@@ -32,7 +32,7 @@ class RunData:
         images: how a picture becomes the input of the model.
         data: the datasets, and how they are read.
         device: the device of the model.
-        source: the function of the dataset, if the caller gives one instead of its name.
+        function: the function of the dataset, if the caller gives one instead of its name.
         interrupted_images: returns the names of the training images of a run that resumes within an epoch. With
             `on_bad_image` "skip", those that have disappeared from their folder since are images that can't be read.
         spares_stand_in: with `val_fraction`, the images that take the place of a missing validation set are not used,
@@ -40,13 +40,13 @@ class RunData:
     """
 
     def __init__(
-        self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None,
+        self, images: ImageSpec, data: DataSpec, device: torch.device, function: OpenDataset | None = None,
         interrupted_images: Callable[[], list[str]] = list, spares_stand_in: bool = False,
     ) -> None:  # fmt: skip
         self.images = images
         self.data = data
         self.device = device
-        self.source = source
+        self.function = function
         self.interrupted_images = interrupted_images
         self.spares_stand_in = spares_stand_in
         self.values = PixelValues(images.nodata, images.value_range, images.channels_last)
@@ -71,7 +71,7 @@ class RunData:
         data = self.data
         task = self.images.task if reads_labels else None
         found = open_source(
-            data, split, task=task, label_columns=self.images.label_columns, masks=masks, function=self.source
+            data, split, task=task, label_columns=self.images.label_columns, masks=masks, function=self.function
         )
         skips = split == "train" and data.on_bad_image == "skip" and not data.train_list
         if skips and isinstance(found, Listing):

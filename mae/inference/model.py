@@ -124,8 +124,8 @@ def get_model(
     if pretrained is False:
         kind = with_encoder(_class_of(architecture), encoder)
         return kind(merged_settings(architecture, settings, model_zoo.row_settings(name))).to(device)
-    source = _published_for(name) if pretrained is True else str(pretrained)
-    return _load(loading.read(source), None if source == name else architecture, settings, encoder).to(device)
+    weights = _published_for(name) if pretrained is True else str(pretrained)
+    return _load(loading.read(weights), None if weights == name else architecture, settings, encoder).to(device)
 
 
 def inference_model(

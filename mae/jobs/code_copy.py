@@ -46,7 +46,7 @@ def _project() -> list[Path]:
     """Returns the files of this project: those of the clone, or those that pip installed beside other packages."""
     installed = next(ROOT.glob("masked_autoencoders-*.dist-info"), None)
     if installed is None:
-        return list(_sources(ROOT))
+        return list(_source_files(ROOT))
     files = Distribution.at(installed).files or []
     return [ROOT / file for file in files if _is_source(Path(file))]
 
@@ -55,7 +55,7 @@ def _is_source(file: Path) -> bool:
     return file.suffix in (".py", ".yaml") or file.match("recipes/*.txt")
 
 
-def _sources(folder: Path) -> Iterator[Path]:
+def _source_files(folder: Path) -> Iterator[Path]:
     """Yields the source files of a folder, and of subfolders that directly contain Python or YAML files."""
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and _is_source(entry):
@@ -63,4 +63,4 @@ def _sources(folder: Path) -> Iterator[Path]:
         elif entry.is_dir() and not entry.name.startswith((".", "_")):
             around = folder.resolve().is_relative_to(entry.resolve())  # a link upwards
             if not around and any(file.suffix in (".py", ".yaml") for file in entry.iterdir()):
-                yield from _sources(entry)
+                yield from _source_files(entry)

@@ -201,19 +201,19 @@ def _has_masks(given: Collection[str]) -> bool:
     return any(name in given for name in MASKS)
 
 
-def open_images(run: Run, split: str, source: OpenDataset | None) -> Source | Stream:
+def open_images(run: Run, split: str, function: OpenDataset | None) -> Source | Stream:
     """Opens the images. If their labels can't be read, a warning says why, unless their task or columns are given."""
     data = replace(run.data, val_list=run.data.val_list if split == "val" else None)
     if _has_masks(run.explicit):
-        return open_source(data, split, masks=mask_format(run), function=source)
+        return open_source(data, split, masks=mask_format(run), function=function)
     try:
         columns = run.images.label_columns
-        return open_source(data, split, task=run.images.task, label_columns=columns, function=source)
+        return open_source(data, split, task=run.images.task, label_columns=columns, function=function)
     except ValueError as error:
         is_list = data.train_list if split == "train" else data.val_list
         if not is_list or not run.explicit.isdisjoint(LABELS[:2]):
             raise
-        images = open_source(data, split, function=source, task=None)
+        images = open_source(data, split, function=function, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
         return images
 

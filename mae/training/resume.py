@@ -75,7 +75,7 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
     """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
     resumed = run_directory.chosen(output_dir, resume)
-    file = run_directory.source(output_dir, resume)
+    file = run_directory.starting_checkpoint(output_dir, resume)
     if not file:
         return None
     run_directory.refuse(file)
@@ -148,7 +148,7 @@ def restore_run(
             f"resume={resumed}: the processes found different checkpoints; give all of them the same file"
         )
     if resumed != "auto" and parallel.is_main():  # after all processes have accepted the checkpoint
-        run_directory.record_source(output_dir, Path(resumed))
+        run_directory.record_start(output_dir, Path(resumed))
 
 
 def read_newest(output_dir: Path) -> dict[str, Any] | None:
