@@ -9,4 +9,4 @@ This command prints the sbatch script; without --dry_run, it submits the job:
 from mae.jobs import submit
 
 if __name__ == "__main__":
-    submit.run("main_linprobe")
+    submit.submit_script("main_linprobe")

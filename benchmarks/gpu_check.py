@@ -77,7 +77,7 @@ class Check(gpu_steps.Steps):
 
 def main(args: argparse.Namespace) -> None:
     """Runs the steps, prints the table, and exits with an error that names the steps that failed."""
-    gpu_steps.run(Check, args)
+    gpu_steps.run_steps(Check, args)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 65, 80), (16, 257, 80
 def tests(task: Task) -> None:
     """tests/test_cuda.py, with no plugin of pytest. Without a GPU, its tests are skipped."""
     os.environ |= {"CUDA_TESTS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = gpu_task.run("-m", "pytest", "-p", "no:cacheprovider", "tests/test_cuda.py")
+    done = gpu_task.run_python("-m", "pytest", "-p", "no:cacheprovider", "tests/test_cuda.py")
     summary = gpu_task.last_line(done.stdout or done.stderr)
     task.write(summary=summary)
     task.check(
@@ -64,7 +64,7 @@ class Runs:
         """Runs a command; returns its error message, or nothing."""
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
         words = [*launcher[: 5 if processes > 1 else 0], "main_pretrain.py", "--output_dir", self.folder / name]
-        done = gpu_task.run(*words, *self.flags, "--batch_size", self.batch // processes, *flags)
+        done = gpu_task.run_python(*words, *self.flags, "--batch_size", self.batch // processes, *flags)
         if done.returncode == 0:
             return ""
         lines = [line for line in done.stderr.splitlines() if ": error: " in line]
@@ -217,7 +217,7 @@ def memory(task: Task) -> None:
         return task.skip("the message of a full GPU memory")
     data = task.folder / "large_batch"
     image_sets.write_jpeg_files(data, 2048, image_sets.OF_SCIKIT_LEARN, num_different=64)
-    done = gpu_task.run(
+    done = gpu_task.run_python(
         "main_pretrain.py", "--data_path", data, "--output_dir", data / "run", "--model", "mae_vit_large_patch16",
         "--batch_size", 2048, "--epochs", 1, "--warmup_epochs", 0, "--amp", "off", "--device", "cuda:0",
         "--num_workers", 2,

@@ -105,7 +105,7 @@ class Lab(gpu_steps.Steps):
 
 def main(args: argparse.Namespace) -> None:
     """Runs the steps, prints the tables, and exits with an error that names the steps that failed."""
-    gpu_steps.run(Lab, args)
+    gpu_steps.run_steps(Lab, args)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -139,7 +139,7 @@ def whole(task: Task) -> None:
     compiled = ["--compile"] if task.has_gpu else []
     if not task.has_gpu:
         task.skip("--compile of main_pretrain.py with data")
-    gpu_task.run(
+    gpu_task.run_python(
         "main_pretrain.py", "--data_path", folder, "--output_dir", out, "--model", f"mae_vit_{size}", "--input_size",
         peers.image_side(size), "--batch_size", batch, "--device", task.device, "--epochs", 2, "--warmup_epochs", 1,
         "--updates_per_epoch", updates, "--save_every", 9, "--vis_every", 0, "--fast_jpeg", *compiled,

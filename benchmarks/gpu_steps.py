@@ -134,7 +134,7 @@ class Steps:
         return (self.work / f"{name}.ready").exists() or self.running[name].poll() is not None
 
 
-def run(kind: Callable[[argparse.Namespace, Path], Any], args: argparse.Namespace) -> None:
+def run_steps(kind: Callable[[argparse.Namespace, Path], Any], args: argparse.Namespace) -> None:
     """Runs the steps of a command, prints table.txt, and exits with an error that names the steps that failed.
 
     Args:

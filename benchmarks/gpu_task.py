@@ -68,7 +68,7 @@ class Task:
         turn.unlink()
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
+def run_python(*command: object) -> subprocess.CompletedProcess[str]:
     """Runs Python in the repository, and prints the output, which goes to logs.txt."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     print("$ python", *command, f"\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}", flush=True)

@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(root, "originals")
         copy = Path(root, "copy")
         write_jpeg_files(folder, IMAGES)
-        scripts.run("examples/resize_folder.py", folder, copy)
+        scripts.run_python("examples/resize_folder.py", folder, copy)
         pipelines = {
             "classic": classic(folder),
             "ours": ours(folder),

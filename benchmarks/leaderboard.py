@@ -114,7 +114,7 @@ def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, An
     """Trains in two processes; returns the lines of log.txt."""
     run_flags = {"epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "output_dir": out}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", PROCESSES]
-    scripts.run(*launcher, *command({**flags, **run_flags}), threads=1)
+    scripts.run_python(*launcher, *command({**flags, **run_flags}), threads=1)
     return log.read(out)
 
 
@@ -145,7 +145,7 @@ def command(flags: dict[str, Any]) -> list[str]:
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
 
 
-def run(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
+def rows_of(name: str, seed: int, args: argparse.Namespace, version: str | None) -> list[dict[str, Any]]:
     """Pre-trains and evaluates an entry; returns its rows. `version`: the commit."""
     kind, image_flags = KINDS[args.images]
     method = {**BASE, **ENTRIES[name], **image_flags}
@@ -290,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
     version = commit()  # before the first row changes a file
     for seed, name in itertools.product(args.seeds, args.entries):
         earlier = read()
-        rows = run(name, seed, args, version)
+        rows = rows_of(name, seed, args, version)
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         write_table("python benchmarks/leaderboard.py", table())

@@ -116,10 +116,10 @@ def measure(settings: Mapping[str, Any], out: Path) -> float:
     def neighbors(folder: Path, _: object) -> dict[str, Any]:
         encoder = {"finetune": folder / f"checkpoint-{epochs - 1}.pth", "model": f"vit_{MODEL}", "global_pool": False}
         flags = {**encoder, "data_path": settings["data_path"], "k": [scoring.NEIGHBORS], "num_workers": 0}
-        (accuracy,) = Script(main_knn).run(flags, folder / "knn.txt").values()
+        (accuracy,) = Script(main_knn).call_main(flags, folder / "knn.txt").values()
         return {"k-NN": accuracy}
 
-    return store.run(out, Script(main_pretrain), {**settings, **run_flags}, neighbors)["k-NN"]
+    return store.run_once(out, Script(main_pretrain), {**settings, **run_flags}, neighbors)["k-NN"]
 
 
 def read() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ PRETRAIN = {
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 
 
-def run(*command: object, threads: int | None = None) -> None:
+def run_python(*command: object, threads: int | None = None) -> None:
     """Prints and runs a command of Python in the repository.
 
     Args:

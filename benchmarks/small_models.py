@@ -30,7 +30,7 @@ WAYS: dict[str, list[str]] = {
 def measure(flags: list[str]) -> float:
     """Images/s of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        scripts.run(
+        scripts.run_python(
             *scripts.TWO_PROCESSES, "main_pretrain.py", "--config", "recipes/pretrain_fashion_mnist.yaml",
             "--epochs", 3, "--warmup_epochs", 0, "--output_dir", folder, *flags, threads=1,
         )  # fmt: skip

@@ -73,7 +73,7 @@ def adapt(way: tuple[ModuleType, dict[str, Any]], encoder: dict[str, Any], out: 
     found = []
     for draw in range(scoring.DRAWS):
         given = {**flags, **encoder, **drawn, "seed": draw, "output_dir": out / str(draw)}
-        found.append(store.run(out / str(draw), Script(module), given, read))
+        found.append(store.run_once(out / str(draw), Script(module), given, read))
     return {
         "accuracies": [scores["accuracy"] for scores in found],
         "weights": found[0]["weights"],

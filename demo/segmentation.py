@@ -160,7 +160,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         out = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": out, "resume": "auto", **others}
-        return store.run(out, Script(main_segment), settings, lambda out, _: log.read(out)[-1])["test_miou"]
+        return store.run_once(out, Script(main_segment), settings, lambda out, _: log.read(out)[-1])["test_miou"]
 
     scores = {title: [run(title, seed) for seed in range(args.seeds)] for title in RUNS}
     print(table(scores))

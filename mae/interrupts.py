@@ -92,11 +92,11 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_from_others(run: int, *_: object) -> None:
+def ignore_from_others(run_pid: int, *_: object) -> None:
     """Ignores the signals in a worker process, except SIGTERM from its run, which `multiprocessing` sends to end it.
 
     Args:
-        run: process ID of the run. The parent may be another process, a fork server.
+        run_pid: process ID of the run. The parent may be another process, a fork server.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
@@ -104,7 +104,7 @@ def ignore_from_others(run: int, *_: object) -> None:
         return
 
     def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != run:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != run_pid:
             pass
         os._exit(0)
 

@@ -77,7 +77,7 @@ def test_every_protocol_extends_its_grid_and_names_its_choice(labelled, tmp_path
             raise ValueError("the script has failed") from NonFiniteLoss("loss nan")
         return {"seconds": 1.0, **of_k, "test_acc1": 50 + score - abs(math.log(rate / 900))}
 
-    monkeypatch.setattr(store, "run", run)
+    monkeypatch.setattr(store, "run_once", run)
     monkeypatch.setattr(store, "kept", lambda *_: {"parameters": 1, "images_per_s": 1.0})
     text = call(main_compare, "--encoders", tmp_path / "mine.pth", "--protocols", "knn", "linear", "attentive",
                 "finetune", "--labels", "48", "--draws", 1, "--blr", "1", "3", data_path=labelled, device="cpu",

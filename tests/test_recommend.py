@@ -130,7 +130,7 @@ def recipe_of(folder: Path, out: Path, *flags) -> dict:
 @pytest.fixture
 def fast_machine(monkeypatch):
     """A machine of two cores, without a trial run."""
-    monkeypatch.setattr(trial, "run", lambda *arguments: trial.Trial(4000, 10))
+    monkeypatch.setattr(trial, "measure", lambda *arguments: trial.Trial(4000, 10))
     monkeypatch.setattr("mae.parallel.cores_of_process", lambda: 2)
 
 
@@ -302,7 +302,7 @@ def test_the_largest_model_that_fits_images_and_time_is_chosen(
         measured.append(yaml.safe_load(draft.read_text())["model"].split("_")[2])
         return trial.Trial(rates[measured[-1]], 10)
 
-    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(trial, "measure", run)
     images, machine = replace(PHOTOS, count=count, distinct=count), Machine(gpus=gpus, cores=2, cache_bytes=0)
     recipe.write(tmp_path / "mine.yaml", images, machine, {}, minutes, decoding=1000)
     chosen = yaml.safe_load((tmp_path / "mine.yaml").read_text())["model"]
@@ -315,7 +315,7 @@ def test_a_larger_model_that_fails_leaves_the_smaller_one(tmp_path, monkeypatch)
             raise ValueError("out of memory")
         return trial.Trial(4000, 10)
 
-    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(trial, "measure", run)
     recipe.write(tmp_path / "mine.yaml", PHOTOS, Machine(gpus=0, cores=2, cache_bytes=0), {}, 300, decoding=1000)
     assert "mini" in yaml.safe_load((tmp_path / "mine.yaml").read_text())["model"]
 
@@ -323,7 +323,7 @@ def test_a_larger_model_that_fails_leaves_the_smaller_one(tmp_path, monkeypatch)
 def test_images_that_take_long_to_decode_are_cached_before_the_trial(tmp_path, monkeypatch):
     """So the start of the trial is that of the run."""
     updates = []
-    monkeypatch.setattr(trial, "run", lambda *arguments: updates.append(arguments[-1]) or trial.Trial(4000, 10))
+    monkeypatch.setattr(trial, "measure", lambda *arguments: updates.append(arguments[-1]) or trial.Trial(4000, 10))
     images, machine = replace(PHOTOS, count=1000, distinct=1000), Machine(gpus=0, cores=2, cache_bytes=1e12)
     for decoding in (1000, 100):
         recipe.write(tmp_path / "mine.yaml", images, machine, {}, 5, decoding)

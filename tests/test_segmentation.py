@@ -60,7 +60,7 @@ def saved(folder, **settings):
 
 @pytest.mark.slow
 def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypatch):
-    calls, run = {}, store.run
+    calls, run = {}, store.run_once
 
     def run_an_epoch(folder, script, flags, read):
         calls[folder.name] = flags

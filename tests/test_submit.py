@@ -39,10 +39,10 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [main.replace("main", "submitit") + ".py", *map(str, flags)])
         if fails:
             with pytest.raises(SystemExit) as stop:
-                submit.run(main)
+                submit.submit_script(main)
             assert stop.value.code
             return " ".join(capsys.readouterr().err.split())
-        submit.run(main)
+        submit.submit_script(main)
         return capsys.readouterr().out
 
     return run

@@ -113,7 +113,7 @@ def held_out_loss(model: MaskedAutoencoderViT) -> float:
         return float(model(pictures, noise=noise)[0])
 
 
-def run(way: str, seed: int, updates: int, precision: Precision) -> dict[str, Any]:
+def train_and_evaluate(way: str, seed: int, updates: int, precision: Precision) -> dict[str, Any]:
     """Trains a model; returns the mean losses of the intervals, the held-out loss, and the seconds."""
     began = time.monotonic()
     with fast_bf16(precision.device):
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         found = results["curves"].setdefault(str(seed), {})
         for way in args.ways:
-            found[way] = run(way, seed, args.updates, precision)
+            found[way] = train_and_evaluate(way, seed, args.updates, precision)
             print(f"seed {seed}, {way}: {found[way]}", flush=True)
             machine.write(args.name or f"curves_{args.updates}", device, vars(args), results, args.out)
         print(f"\nseed {seed}, {precision.name}\n\n{table(found, args.updates)}\n", flush=True)

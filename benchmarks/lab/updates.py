@@ -119,5 +119,5 @@ def curves(task: Task) -> None:
     precision = Precision("bf16", task.device, trains=True)
     found: dict[str, Any] = {}
     for way in ("main", demo_curves.COMPILED, "control-1", "control-2") if task.has_gpu else ("main", "control-1"):
-        found[way] = demo_curves.run(way, 0, updates, precision)
+        found[way] = demo_curves.train_and_evaluate(way, 0, updates, precision)
         task.write(updates=updates, curves=found)

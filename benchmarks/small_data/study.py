@@ -96,7 +96,7 @@ class Study(NamedTuple):
         trained: dict[str, dict[str, Any]] = {}
         for name, encoder in self.encoders.items():
             self.write_list(encoder.images)
-            trained[name] = scores = store.run(self.work / name, Script(main_pretrain), self.flags(name), read)
+            trained[name] = scores = store.run_once(self.work / name, Script(main_pretrain), self.flags(name), read)
             print(f"{name}: loss {scores['loss']:.4f}, {scores['seconds'] / 60:.1f} minutes", flush=True)
         return trained
 
@@ -108,7 +108,7 @@ class Study(NamedTuple):
             for name, encoder in self.encoders.items()
         )
         flags = {**self.evaluation, "encoders": [*self.baselines, *checkpoints], "output_dir": out}
-        scripts.run("main_compare.py", *arguments(flags))
+        scripts.run_python("main_compare.py", *arguments(flags))
         return out
 
     def table(self, results: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ class Script:
         """
         return entry_point.parse(self.module.get_args_parser(), arguments(given))
 
-    def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
+    def call_main(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Calls `main` with settings, and returns its result. It appends what it prints to a file.
 
         Args:

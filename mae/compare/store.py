@@ -30,7 +30,7 @@ class Script(Protocol):
     def settings(self, given: Mapping[str, Any]) -> Run:
         """Returns the settings of a run."""
 
-    def run(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
+    def call_main(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
         """Runs the script, and returns its result. It appends what it prints to a file. `options`: of its `main`."""
 
 
@@ -66,7 +66,7 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Sc
         return file.read()["scores"]
 
 
-def run(
+def run_once(
     folder: Path, script: Script, settings: Mapping[str, Any], read: Callable[[Path, Any], Scores],
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Scores:  # fmt: skip
@@ -83,7 +83,7 @@ def run(
     """
 
     def compute(out: Path) -> Scores:
-        return read(out, script.run(settings, out / "output.txt", **options))
+        return read(out, script.call_main(settings, out / "output.txt", **options))
 
     return kept(folder, {"script": script.name, **settings, **options}, compute)
 

@@ -225,7 +225,7 @@ class Trials:
             if trial.protocol != KNN:
                 settings["cache_features"] = True
         try:
-            scores = store.run(out, script, settings, self._scores, options)
+            scores = store.run_once(out, script, settings, self._scores, options)
         except locks.Busy:
             raise
         except ValueError as error:  # it may name a flag that the comparison does not have

@@ -85,7 +85,7 @@ class Job:
                 args.resume = _resume_of_restart(Path(args.output_dir), file)
             return Run.of({name: value for name, value in vars(args).items() if name not in ours}, explicit)
 
-        def run(settings: Run) -> None:
+        def call_main(settings: Run) -> None:
             nonlocal failed, lost
             try:
                 os.chdir(self.folder)
@@ -101,7 +101,7 @@ class Job:
                 raise
 
         try:
-            entry_point.run(run, parser, settings_of)
+            entry_point.run(call_main, parser, settings_of)
         except SystemExit as error:
             if not failed or job.cluster == "debug":
                 raise
@@ -175,7 +175,7 @@ def _without_traceback(kind: type[BaseException], error: BaseException, trace: A
 # ---------------------------------------------------------------------------------------------------------- submission
 
 
-def run(main: str) -> None:
+def submit_script(main: str) -> None:
     """Entry point of submitit_*.py: parses the flags of the script and of the job, and submits the job."""
     from mae.cli import entry_point
 

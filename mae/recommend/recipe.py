@@ -79,7 +79,7 @@ def write(
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder, "recipe.yaml")
             draft.write_text(text_of(lines_of(model)))
-            return trial.run(draft, processes, threads, flags, updates)
+            return trial.measure(draft, processes, threads, flags, updates)
 
     if images.count / decoding > LONG and settings["cache_images"]:
         logger.info("decoding    the images, for `cache_images`")

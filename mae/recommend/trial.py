@@ -28,7 +28,7 @@ class Trial(NamedTuple):
     startup: float  # seconds that a run takes besides its updates
 
 
-def run(recipe: Path, processes: int, threads: int, given: Sequence[str], updates: int = UPDATES) -> Trial:
+def measure(recipe: Path, processes: int, threads: int, given: Sequence[str], updates: int = UPDATES) -> Trial:
     """Trains with a recipe for EPOCHS x `updates` updates in new processes.
 
     Args:
