@@ -26,7 +26,7 @@ import mae.build
 import models_vit
 from engine_finetune import evaluate_model, loss
 from mae.cli import entry_point, options
-from mae.data import extras, transforms
+from mae.data import extra_inputs, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.labels import has_ids
 from mae.data.run_data import RunData
@@ -105,11 +105,11 @@ def main(
     task = tasks.task_of(record, val, train)
     mixup = make_mixup(
         run.augmentation, run.images.task, run.optim.class_weight, smoothing, run.optim.batch_size,
-        len(classes), extras.shapes_of(train),
+        len(classes), extra_inputs.shapes_of(train),
     )  # fmt: skip
     train, val = data.cached(train, val)
     model = build_model(build, run.model, run.images, classes, file, has_ids(train))
-    extras.require_fitting(model, train, val)
+    extra_inputs.require_fitting(model, train, val)
     model.to(precision.device)
 
     augment = augmentation(run.images, run.augmentation, data.statistics[0])

@@ -20,7 +20,7 @@ from typing import Any
 
 import models_vit
 from mae.cli import entry_point, options
-from mae.data import extras
+from mae.data import extra_inputs
 from mae.data.source import OpenDataset
 from mae.evaluate import tasks
 from mae.evaluate.knn import predict
@@ -68,7 +68,7 @@ def main(
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
     model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=features is not None)
-    extras.require_fitting(model, train, val)
+    extra_inputs.require_fitting(model, train, val)
     model.to(device)
     frozen = FrozenFeatures(
         run.model, data, model, precision, {"train": train, "val": val}, run.optim.batch_size,

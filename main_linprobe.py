@@ -35,7 +35,7 @@ from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point, options
-from mae.data import extras, labels, sampler, transforms
+from mae.data import extra_inputs, labels, sampler, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source
@@ -125,7 +125,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     require_usable_batches(run.optim, rates)
     facts = {"blr": rates if several else rates[0], "nb_classes": len(classes), "classes": classes, **statistics}
     model = build_model(replace(run.model, nb_classes=len(classes)), run.images, session.code.encoder, session.file)
-    extras.require_fitting(model, train, val)
+    extra_inputs.require_fitting(model, train, val)
     model.to(precision.device)
     heads, optimizer = make_heads(model, rates, run.optim.weight_decay)
     sets = {"val": val}

@@ -26,7 +26,7 @@ from engine_pretrain import check_targets, loss
 from mae import masking, parallel
 from mae.cli import entry_point, options
 from mae.context import STEPS, require_context
-from mae.data import extras, loader, transforms
+from mae.data import extra_inputs, loader, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.generators import preserve_generators
 from mae.data.run_data import RunData
@@ -191,7 +191,7 @@ def open_samples(
 
     It warns as `check_targets`.
     """
-    extras.require_fitting(model, source, steps=STEPS)
+    extra_inputs.require_fitting(model, source, steps=STEPS)
     data.check_statistics(source)
     (source,) = data.cached(source)
     images = data.images

@@ -29,7 +29,7 @@ from engine_finetune import loss
 from engine_segment import evaluate, pixel_loss, report_scores, warn_of_lacking_classes
 from mae import parallel
 from mae.cli import entry_point, options
-from mae.data import extras, transforms
+from mae.data import extra_inputs, transforms
 from mae.data.fingerprint import fingerprint
 from mae.data.kinds.pairs import MASKS_READ, first_classes
 from mae.data.run_data import RunData
@@ -111,7 +111,7 @@ def main(
     model = mae.build.segmenter(spec, images, session.code.encoder)
     if file or not (run.machine.finetune or run.model.unfreeze_blocks == "all"):
         load_frozen(model, file, run.model.adapt_input, classes)
-    extras.require_fitting(model, train, val)
+    extra_inputs.require_fitting(model, train, val)
     model.to(precision.device)
     augment = transforms.segmentation_transform(
         images.input_size, facts["short_side"], run.augmentation.scale, images.hflip, data.statistics[0]
@@ -147,7 +147,7 @@ def evaluate_file(
     model.to(device)
     if session.run.machine.compile:
         compile_model(model, device, freeze_weights=True)
-    extras.require_fitting(model, val)
+    extra_inputs.require_fitting(model, val)
     scores = evaluation(model, eval_batches(data, val))
     report_scores(scores, val.classes, session.run.evaluation.report)
     return scores

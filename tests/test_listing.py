@@ -7,7 +7,7 @@ import pytest
 import torch
 from mains import assert_same_run, call, open_source, stop_and_resume
 from segments import make_scenes
-from test_extras import CODE
+from test_extra_inputs import CODE
 
 import main_segment
 from mae.data.fingerprint import fingerprint

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.data import extras
+from mae.data import extra_inputs
 from mae.data.item import Item
 from mae.data.kinds.folders import strays_of
 from mae.data.kinds.listing import Listing
@@ -210,7 +210,7 @@ def without_placeholders(source: Source) -> Source:
 
 def has_ids(source: Any) -> bool:
     """Whether the names of the classes of a source, or of a subset of it, are integer ids, as in `Source`."""
-    return getattr(extras.original(source), "has_ids", False)
+    return getattr(extra_inputs.original(source), "has_ids", False)
 
 
 def has_class_numbers(source: Source | Stream) -> bool:
@@ -300,7 +300,7 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     total = len(source)
     if total < 2:
         raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
-    if isinstance(extras.original(source), Listing):  # the names of other samples need not differ
+    if isinstance(extra_inputs.original(source), Listing):  # the names of other samples need not differ
         name, count = Counter(map(source.name, range(total))).most_common(1)[0]
         if count > 1:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from mae import parallel
 from mae.data.batches import Batches, require_space, up_to_cores
-from mae.data.extras import original
+from mae.data.extra_inputs import original
 from mae.data.generators import seed_generators
 from mae.data.item import Batch, Item
 from mae.data.kinds.listing import folder_of

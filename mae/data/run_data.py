@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mae import parallel
-from mae.data import extras, image_facts, loader, transforms
+from mae.data import extra_inputs, image_facts, loader, transforms
 from mae.data.kinds.folders import NoValidation, with_missing
 from mae.data.kinds.listing import Listing
 from mae.data.open import open_source
@@ -176,7 +176,7 @@ class RunData:
         data = self.data
         if not data.cache_images:
             return sources
-        if any(map(extras.shapes_of, sources)):
+        if any(map(extra_inputs.shapes_of, sources)):
             logger.warning("`cache_images` has no effect with extra inputs: images are decoded at each access")
             return sources
         from mae.data import image_cache

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mae import errors, parallel
 from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
-from mae.data.extras import original
+from mae.data.extra_inputs import original
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
 from mae.data.pixels import AS_STORED, BadImage, PixelValues

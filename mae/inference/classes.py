@@ -17,8 +17,7 @@ import mae.probes
 import models_mae
 import models_segment
 import models_vit
-from mae.data import extras as extra_inputs
-from mae.data import transforms
+from mae.data import extra_inputs, transforms
 from mae.data.batches import to_device
 from mae.data.decode import decode_item
 from mae.data.item import Item

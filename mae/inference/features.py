@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
-from mae.data import extras, loader
+from mae.data import extra_inputs, loader
 from mae.data.image_facts import readable
 from mae.data.item import Batch
 from mae.data.labels import has_class_numbers
@@ -133,7 +133,7 @@ def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Preci
     precision = Precision(args.amp, device)
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
-    extras.require_fitting(model, source)
+    extra_inputs.require_fitting(model, source)
     extractor = Extractor(model, args.pool)
     logger.info(f"features: {f'--pool {args.pool}' if args.pool else model.pooling}")
     if args.compile:

@@ -19,7 +19,7 @@ import mae.build
 from mae import parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
-from mae.data import extras, loader
+from mae.data import extra_inputs, loader
 from mae.data.image_facts import readable
 from mae.data.labels import Subset
 from mae.data.open import open_source
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> Path:
     device = parallel.choose_device(args.device)
     source = open_images(data)
     model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
-    extras.require_fitting(model, source)
+    extra_inputs.require_fitting(model, source)
     sections = [page.section("Curves", curves(entries))]
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))

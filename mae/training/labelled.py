@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import mae.build
-from mae.data import extras, labels
+from mae.data import extra_inputs, labels
 from mae.data.run_data import RunData
 from mae.data.source import Source
 from mae.evaluate.imagenet import synsets
@@ -88,7 +88,7 @@ def load_for_evaluation(
         val = labels.standardized(val, file.settings["target_mean"], file.settings["target_std"])
     model = build(replace(spec, nb_classes=num_classes), data.images)
     loading.load_classifier(model, file)
-    extras.require_fitting(model, val)
+    extra_inputs.require_fitting(model, val)
     return model, val
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mae import parallel
 from mae.context import STEPS
-from mae.data import extras, labels, loader
+from mae.data import extra_inputs, labels, loader
 from mae.data.batches import prefetch
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
@@ -167,7 +167,7 @@ def open_probe(
             f"main_knn.py"
         )
     probe = OnlineProbe(data, images, mask_ratio, path, batch_size, precision, pooling_of(spec.record()))
-    extras.require_fitting(model, probe.train, probe.val, STEPS)
+    extra_inputs.require_fitting(model, probe.train, probe.val, STEPS)
     return probe
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mae.data import extras as extra_inputs
+from mae.data import extra_inputs
 from mae.data.decode import SUFFIXES
 from mae.data.kinds.listing import Files, Listing, MaskFiles
 from mae.files import spreadsheet

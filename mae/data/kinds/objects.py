@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mae.data import decode, extras
+from mae.data import decode, extra_inputs
 from mae.data.decode import MAX_BAD_IN_A_ROW
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Item
@@ -157,8 +157,8 @@ class UserSet(NumberedItems):
         tensors = {}
         for name, value in inputs.items():
             try:
-                extras.check_name(name)
-                tensors[str(name)] = extras.to_tensor(value)
+                extra_inputs.check_name(name)
+                tensors[str(name)] = extra_inputs.to_tensor(value)
             except ValueError as error:
                 raise ValueError(f"{self.describe(index)}: its {name} ({_kind(value)}): {error}") from error
         for name in self.maps:
