@@ -58,9 +58,9 @@ def evaluate(
     # Images differ in their number of windows. Powers of two are few graphs, and less than double the computation.
     forward = padded(model.eval(), model, lambda count: min(batch_size, 2 ** (count - 1).bit_length()))
 
-    def predict(windows: Tensor, **extras: Tensor) -> Tensor:
+    def predict(windows: Tensor, **inputs: Tensor) -> Tensor:
         with precision.autocast():
-            return forward(windows, **extras).float()
+            return forward(windows, **inputs).float()
 
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
     batches = tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None)

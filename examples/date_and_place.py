@@ -4,7 +4,7 @@
         --encoder examples.date_and_place:DateAndPlace ...
 
 The list has columns of latitude and longitude in degrees, and of the day of the year. A dataset of your own may return
-them as extras. All scripts that use the encoder need them.
+them as extra inputs. All scripts that use the encoder need them.
 """
 
 import math

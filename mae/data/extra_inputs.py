@@ -77,17 +77,17 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: Iterable[str
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 
 
-def by_name(extras: Mapping[str, Any], count: int, several: bool) -> dict[str, torch.Tensor]:
+def by_name(inputs: Mapping[str, Any], count: int, several: bool) -> dict[str, torch.Tensor]:
     """Returns the extra inputs of `count` images as tensors (B, ...).
 
     Args:
-        extras: with `several`, a value for each image; else the value of the only image.
+        inputs: with `several`, a value for each image; else the value of the only image.
 
     Raises:
         ValueError: an extra input is no number, or does not have a value for each image.
     """
     tensors = {}
-    for name, value in extras.items():
+    for name, value in inputs.items():
         try:
             tensor = to_tensor(value)
         except ValueError as error:

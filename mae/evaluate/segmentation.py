@@ -23,7 +23,7 @@ def window_starts(length: int, window: int) -> list[int]:
 
 def predict_windows(
     model: Callable[..., Tensor], image: Tensor, window: tuple[int, int], batch_size: int,
-    extras: Mapping[str, Tensor] = MappingProxyType({}),
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:  # fmt: skip
     """Averages the logits of overlapping windows.
 
@@ -35,7 +35,7 @@ def predict_windows(
         image: normalized image (c, H, W).
         window: (h, w).
         batch_size: number of windows in a batch.
-        extras: extra inputs of the image (1, ...), which all windows have.
+        inputs: extra inputs of the image (1, ...), which all windows have.
 
     Returns:
         Logits (classes, H, W), fp32.
@@ -50,7 +50,7 @@ def predict_windows(
     count = torch.zeros(image.shape[1:], device=image.device)
     for first in range(0, len(areas), batch_size):
         batch = areas[first : first + batch_size]
-        repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in extras.items()}
+        repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in inputs.items()}
         for area, logits in zip(batch, model(torch.stack([image[area] for area in batch]), **repeated), strict=True):
             if total is None:
                 total = logits.new_zeros(len(logits), *image.shape[1:], dtype=torch.float32)
@@ -62,19 +62,19 @@ def predict_windows(
 
 def predict_classes(
     model: Callable[..., Tensor], image: Tensor, size: tuple[int, int], window: tuple[int, int], batch_size: int,
-    extras: Mapping[str, Tensor] = MappingProxyType({}),
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:  # fmt: skip
     """Returns the most likely class of each pixel.
 
     Args:
-        model, image, window, batch_size, extras: as in `predict_windows`, which needs 4 bytes for each class and pixel
+        model, image, window, batch_size, inputs: as in `predict_windows`, which needs 4 bytes for each class and pixel
             of the image.
         size: (H, W) of the result. The logits are scaled to it before the classes are compared.
 
     Returns:
         (H, W), int64.
     """
-    return most_likely(predict_windows(model, image, window, batch_size, extras), size)
+    return most_likely(predict_windows(model, image, window, batch_size, inputs), size)
 
 
 def most_likely(logits: Tensor, size: tuple[int, int]) -> Tensor:

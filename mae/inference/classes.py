@@ -153,7 +153,7 @@ class ModelMixin(PyTorchModelHubMixin):
         return self.inputs(images, {}, channels_last)[0]
 
     def inputs(
-        self, images: Images, extras: dict[str, Any], channels_last: bool | None = None
+        self, images: Images, inputs: dict[str, Any], channels_last: bool | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and their extra inputs -> the input of the model (B, c, H, W) and tensors by name, on its device.
 
@@ -173,7 +173,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 "the list mixes float tensors, which are the input of the model, with other images, which are "
                 "normalized; give float tensors only, or none"
             )
-        values = extra_inputs.by_name(extras, len(several), _are_several(images))
+        values = extra_inputs.by_name(inputs, len(several), _are_several(images))
         if are_inputs == {True}:
             x = torch.stack(list(several))
             self.normalize.check_input(x)
@@ -229,7 +229,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def predict(
-        self, images: Images, topk: int = 5, *, channels_last: bool | None = None, amp: str | None = None, **extras: Any
+        self, images: Images, topk: int = 5, *, channels_last: bool | None = None, amp: str | None = None, **inputs: Any
     ) -> Any:
         """Predicts the classes of images, or their numbers.
 
@@ -238,7 +238,7 @@ class ModelMixin(PyTorchModelHubMixin):
             topk: number of classes in `top`.
             channels_last: as in `prepare`.
             amp: as in `autocast`. The results are fp32.
-            extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...). Maps of a
+            inputs: extra inputs of the model by name: for a list of images, a value for each image (B, ...). Maps of a
                 picture have its size (H, W), and follow its scaling and crop.
 
         Returns:
@@ -255,7 +255,7 @@ class ModelMixin(PyTorchModelHubMixin):
         """
         if not (isinstance(self, Classifier) and self.settings["nb_classes"]):
             raise ValueError(f"{self.settings['model']} has no classification head here: give a fine-tuned file")
-        x, inputs = self.inputs(images, extras, channels_last)
+        x, inputs = self.inputs(images, inputs, channels_last)
         with self.evaluating(), self.autocast(amp):
             outputs = self(x, **inputs).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
@@ -294,7 +294,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def extract_feat(
         self, images: Images, pool: str | None = None, *, channels_last: bool | None = None,
-        requires_grad: bool = False, amp: str | None = None, **extras: Any,
+        requires_grad: bool = False, amp: str | None = None, **inputs: Any,
     ) -> Tensor:  # fmt: skip
         """Computes features of images in evaluation mode. No patch is masked.
 
@@ -306,7 +306,7 @@ class ModelMixin(PyTorchModelHubMixin):
             requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
                 `compute_features`, which also has the mode of the model.
             amp: as in `autocast`. The features have the type of the weights.
-            extras: as in `predict`.
+            inputs: as in `predict`.
 
         Returns:
             (B, D), or (B, T + N, D) for "tokens", with T class tokens.
@@ -316,12 +316,12 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
-            x, inputs = self.inputs(images, extras, channels_last)
+            x, inputs = self.inputs(images, inputs, channels_last)
             with self.autocast(amp):
                 features = self.compute_features(x, pool, **inputs)
             return features if amp is None else features.to(x.dtype)
 
-    def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
+    def compute_features(self, x: Tensor, pool: str | None = None, **inputs: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
         of the model; otherwise as `extract_feat`.
         """
@@ -329,10 +329,10 @@ class ModelMixin(PyTorchModelHubMixin):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
         name = pool or self.pooling.name
         if name == OF_PROBE:
-            return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
+            return self.head.pool(self.forward_features(x, **inputs))  # type: ignore[attr-defined]
         if name == OF_TIMM or (name == PATCHES and self.settings.get("global_pool")):  # normalized after pooling
-            return self.forward_features(x, **extras)  # type: ignore[attr-defined]
-        tokens = self.get_intermediate_layers(x, **extras)[0]  # type: ignore[attr-defined]
+            return self.forward_features(x, **inputs)  # type: ignore[attr-defined]
+        tokens = self.get_intermediate_layers(x, **inputs)[0]  # type: ignore[attr-defined]
         return tokens if name == "tokens" else pooled(self, tokens, name)
 
 
@@ -397,7 +397,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
     @torch.inference_mode()
     def segment(
         self, images: Images, batch_size: int = 8, *, channels_last: bool | None = None, amp: str | None = "auto",
-        **extras: Any,
+        **inputs: Any,
     ) -> Any:  # fmt: skip
         """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
 
@@ -406,7 +406,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             batch_size: number of windows in a batch.
             channels_last: as in `prepare`.
             amp: as in `autocast`.
-            extras: as in `predict`.
+            inputs: as in `predict`.
 
         Returns:
             For an image, the classes of its pixels, uint8 (H, W) in the size of the image. For a list of images, a list
@@ -417,7 +417,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             BadImage, OSError: as in `prepare`.
         """
         several: Any = images if _are_several(images) else [images]
-        inputs = extra_inputs.by_name(extras, len(several), _are_several(images))
+        inputs = extra_inputs.by_name(inputs, len(several), _are_several(images))
         results = []
         with self.evaluating():
             for index, image in enumerate(several):
@@ -426,7 +426,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         return results if _are_several(images) else results[0]
 
     def _segment_one(
-        self, image: ImageLike, batch_size: int, extras: dict[str, Tensor], channels_last: bool | None, amp: str | None
+        self, image: ImageLike, batch_size: int, inputs: dict[str, Tensor], channels_last: bool | None, amp: str | None
     ) -> np.ndarray:
         def predict(windows: Tensor, **inputs: Tensor) -> Tensor:
             with self.autocast(amp):
@@ -448,7 +448,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             batch = to_device(collate([transforms.scaled_transform(self.short_side)(item)]), device)
             pixels = batch.normalized(self.normalize)[0]
         pixels = pixels.to(self.pos_embed.dtype)
-        inputs = {name: value.to(device) for name, value in extras.items()}
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         return predict_classes(predict, pixels, size, self.window, batch_size, inputs).to(torch.uint8).cpu().numpy()
 
 

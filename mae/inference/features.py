@@ -198,8 +198,8 @@ class Extractor(torch.nn.Module):
         self.model = model
         self.pool = pool
 
-    def forward(self, imgs: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
-        return self.model.compute_features(imgs, self.pool, **extras)
+    def forward(self, imgs: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.compute_features(imgs, self.pool, **inputs)
 
 
 def extract(

@@ -91,7 +91,7 @@ def padded(
         return forward
     largest = 0
 
-    def padded_forward(imgs: Tensor, **extras: Tensor) -> Tensor:
+    def padded_forward(imgs: Tensor, **inputs: Tensor) -> Tensor:
         nonlocal largest
         largest = max(largest, len(imgs))
         lacking = (size_of(len(imgs)) if size_of else largest) - len(imgs)
@@ -100,7 +100,7 @@ def padded(
             return torch.cat([values, *[values[:1]] * lacking])  # keeps the memory format, on which a graph depends
 
         if not lacking:
-            return forward(imgs, **extras)
-        return forward(pad(imgs), **{name: pad(values) for name, values in extras.items()})[: len(imgs)]
+            return forward(imgs, **inputs)
+        return forward(pad(imgs), **{name: pad(values) for name, values in inputs.items()})[: len(imgs)]
 
     return padded_forward

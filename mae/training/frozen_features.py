@@ -41,9 +41,9 @@ def encode_images(
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
-def _both_poolings(model: Any, images: Tensor, **extras: Tensor) -> Tensor:
+def _both_poolings(model: Any, images: Tensor, **inputs: Tensor) -> Tensor:
     """Images (B, c, H, W) -> the inputs of the heads without and with `global_pool`, whose norm is new: (B, 2, D)."""
-    tokens = model.get_intermediate_layers(images, norm=False, **extras)[0]
+    tokens = model.get_intermediate_layers(images, norm=False, **inputs)[0]
     mean = pooled(model, tokens, PATCHES)
     mean = F.layer_norm(mean, mean.shape[-1:], eps=getattr(model.norm, "eps", 1e-6))
     return torch.stack([pooled(model, model.norm(tokens), CLASS_TOKEN), mean], dim=1)

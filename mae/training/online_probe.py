@@ -135,8 +135,8 @@ class OnlineProbe:
     def encode(self, model: Any, source: Source) -> Any:
         """Yields the features of the images of a source, without masks, as `feature_files.encode`."""
 
-        def forward(images: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
-            return pooled(model, model.get_intermediate_layers(images, **extras)[0], self.pooling.name)
+        def forward(images: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+            return pooled(model, model.get_intermediate_layers(images, **inputs)[0], self.pooling.name)
 
         batches = self.data.eval_batches(source, self.batch_size)
         return feature_files.encode(

@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
 def read_list(
     path: Path, data_path: Path | None, flag: str, task: str | None = CLASSIFICATION,
-    columns: Sequence[str] | None = None, extras: Sequence[str] | None = None, masks: "MaskFormat | None" = None,
+    columns: Sequence[str] | None = None, input_columns: Sequence[str] | None = None, masks: "MaskFormat | None" = None,
 ) -> Listing:  # fmt: skip
     """Reads a list of image files. The order of the list is kept.
 
@@ -65,7 +65,7 @@ def read_list(
         flag: the flag of the list, for messages.
         task: what the labels mean, one of `choices.TASK_CHOICES`. None: labels are not read.
         columns: the columns with the labels.
-        extras: the columns of extra inputs, numbers.
+        input_columns: the columns of extra inputs, numbers.
         masks: decodes the masks of one of MASK_COLUMNS, which are the labels. Any suffix but .json is then CSV.
 
     Raises:
@@ -83,7 +83,7 @@ def read_list(
             classes, labels = _categories(**document)
         else:
             classes, labels = _labels_of(table, task, columns)
-        inputs = _extras(table, extras) if extras else {}
+        inputs = _inputs(table, input_columns) if input_columns else {}
         if task != REGRESSION:  # an image may be measured several times
             _check_repeated(origin, table.paths, labels, inputs, task)
         mask_names = _masks_of(table) if masks else []
@@ -286,7 +286,7 @@ def _masks_of(table: Table) -> Sequence[str]:
     return masks
 
 
-def _extras(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def _inputs(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
 
     def are_exact(values: np.ndarray) -> np.ndarray:

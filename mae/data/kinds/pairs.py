@@ -108,7 +108,7 @@ def open_pairs(
         opened = TorchvisionSet(data.dataset, split, data.data_path, data.download).images
         return Listing(Files("", opened.images), masks=MaskFiles(Files("", opened.masks), mask_format))
     if file_list:
-        return read_list(Path(file_list), root, f"`{split}_list`", None, extras=data.extras, masks=mask_format)
+        return read_list(Path(file_list), root, f"`{split}_list`", None, input_columns=data.extras, masks=mask_format)
     if root is None and not folders:
         raise ValueError(
             f"`data_path` is needed: a folder or an archive with {_layouts_of(split)} (or give `{split}_folders`, "
