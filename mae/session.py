@@ -220,12 +220,12 @@ def _probe(run: Run) -> Start:
 
     file = None
     folder = Path(run.machine.output_dir)
-    which = parallel.from_rank_0(lambda: run_directory.chosen(folder, run.machine.resume))
-    for path in run_directory.newest_first(folder) if which == "auto" else []:
+    resumed = parallel.from_rank_0(lambda: run_directory.chosen(folder, run.machine.resume))
+    for path in run_directory.newest_first(folder) if resumed == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
             file = reading.read(path)
             break
-    name = run.machine.finetune if which == "auto" else which or run.machine.finetune
+    name = run.machine.finetune if resumed == "auto" else resumed or run.machine.finetune
     if file is None and name:
         file = reading.read(name)
     if not pools_tokens(run.model.probe):

@@ -22,6 +22,7 @@ METHOD_AND_LOOP = (
     "main_pretrain.py", "models_mae.py", "models_vit.py", "engine_pretrain.py", "mae/training/loop.py",
     "mae/training/trainer.py", "mae/training/precision.py", "mae/training/lr_sched.py", "mae/training/optimizers.py",
 )  # fmt: skip
+VAGUE = ("own", "which", "place", "cell", "theirs", "lap", "settle", "alone", "rescue")  # say nothing of a value
 BESIDE = ("mae/session.py", "mae/training/transaction.py", "mae/valid_pixels.py")
 
 
@@ -148,6 +149,20 @@ def products_with_booleans(trees: dict[str, ast.Module]) -> list[str]:
     return found
 
 
+def vague_names(trees: dict[str, ast.Module]) -> list[str]:
+    """Lists the variables, parameters, attributes, functions and classes with one of the names VAGUE or its plural."""
+    found = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Store):
+                continue
+            name = next((getattr(node, kind) for kind in ("id", "attr", "arg", "name") if hasattr(node, kind)), None)
+            is_vague = str(name).strip("_").lower().removesuffix("s") in {word.removesuffix("s") for word in VAGUE}
+            if is_vague and not isinstance(node, ast.keyword | ast.alias):
+                found.append(f"{path}:{node.lineno} {name}")
+    return found
+
+
 def _is_sequence(node: ast.AST) -> bool:
     is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
     return is_text or isinstance(node, ast.JoinedStr | ast.List | ast.Tuple)
@@ -237,6 +252,7 @@ def report(root: Path = ROOT) -> list[str]:
         "calls of `Run.changed`": changes_of_run(trees),
         "packed assignments": packed_assignments(trees),
         "products of a text or a list and a boolean": products_with_booleans(trees),
+        "vague names": vague_names(trees),
     }
     return [
         *(line for title, found in listed.items() for line in (f"{title}: {len(found)}", *(f"  {x}" for x in found))),

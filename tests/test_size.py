@@ -44,10 +44,13 @@ first, second = pair
 names = ["x"] * has_names + "s" * (count > 1) + [0] * len(names)
 has_names = not lacking
 def f(run: Run, names: list[str]): run.changed({})
+def g(which, whole): return names(cells=run.own)
+self.places = whole
 """
     trees = {"mae/data/planted.py": ast.parse(text)}
     assert size.packed_assignments(trees) == ["mae/data/planted.py:2"]
     assert size.products_with_booleans(trees) == ["mae/data/planted.py:5"] * 2
+    assert sorted(size.vague_names(trees)) == ["mae/data/planted.py:8 which", "mae/data/planted.py:9 places"]
     assert size.functions_with_run(trees) == ["mae/data/planted.py f"]
     assert size.changes_of_run(trees) == ["mae/data/planted.py:7"]
 
@@ -55,12 +58,13 @@ def f(run: Run, names: list[str]): run.changed({})
 def test_lines_are_for_reading(trees):
     assert size.packed_assignments(trees) == []
     assert size.products_with_booleans(trees) == []
+    assert size.vague_names(trees) == []
 
 
 def test_settings_stay_in_the_session(trees):
     """Below it, functions take values: one takes all settings of a run, and nothing changes them."""
     assert len(size.functions_with_run(trees)) <= 5
-    assert {place.partition(":")[0] for place in size.changes_of_run(trees)} <= {"mae/session.py"}
+    assert {position.partition(":")[0] for position in size.changes_of_run(trees)} <= {"mae/session.py"}
 
 
 def test_a_setting_has_one_definition(trees):

@@ -73,11 +73,11 @@ def init_mae(model: Any, weights: Weights) -> None:
     name = weights.settings.get("model_class")
     if name and re.split("[.:]", name)[-1] not in classes:
         logger.warning(f"{weights.origin} was trained with the class {name}, and this model lacks its changes")
-    own = set() if name else _of_classifier(weights)
-    tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in own}
+    left_out = set() if name else _of_classifier(weights)
+    tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in left_out}
     fitted = fit(model, weights._replace(tensors=tensors))
     new, dropped = _of_user_code(fitted, weights.settings)
-    if own >= FC_NORM:
+    if left_out >= FC_NORM:
         new |= NORM & fitted.missing
     if new or dropped:
         _warn_of_user_code(weights, new, dropped)
@@ -89,7 +89,7 @@ def init_mae(model: Any, weights: Weights) -> None:
         logger.warning(f"{weights.origin} contains an encoder only; the decoder starts from random weights")
         optional |= decoder
     require_fit(model, weights, fitted, optional)
-    without = f", without {some(own)}" if own else ""
+    without = f", without {some(left_out)}" if left_out else ""
     logger.info(f"weights from {weights.origin} ({weights.kind}){without}")
 
 
@@ -191,7 +191,7 @@ def _require_one_head(weights: Weights) -> None:
 
 def _has_same_head(model: Any, weights: Weights, classes: Sequence[str], task: str, has_ids: bool) -> bool:
     """Whether the head of a file predicts the classes of a model from the same features."""
-    ours, theirs = (
+    ours, of_file = (
         {name: tensor.shape for name, tensor in tensors.items() if part_of(name) == HEAD}
         for tensors in (model.state_dict(), weights.tensors)
     )
@@ -201,7 +201,7 @@ def _has_same_head(model: Any, weights: Weights, classes: Sequence[str], task: s
         recorded = [str(number) for number in range(weights.num_classes)]
     is_pooled, pools = ("fc_norm.weight" in tensors for tensors in (weights.tensors, model.state_dict()))
     has_same_task = weights.settings.get("task", CLASSIFICATION) == task
-    return ours == theirs and recorded in (None, list(classes)) and has_same_task and is_pooled == pools
+    return ours == of_file and recorded in (None, list(classes)) and has_same_task and is_pooled == pools
 
 
 def _added(names: Iterable[str], in_blocks: bool = False) -> set[str]:
@@ -233,10 +233,10 @@ def _warn_of_user_code(weights: Weights, new: set[str], dropped: set[str]) -> No
 def _differing(weights: Weights, ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
     sizes, our_sizes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights.tensors, ours))
-    theirs = shapes.determined(sizes)
+    found = shapes.determined(sizes)
     expected = shapes.determined(our_sizes)
-    names = [name for name in theirs if name not in NOT_OF_MODEL and expected.get(name) is not None]
-    different = {name: theirs[name] for name in names if theirs[name] not in (None, expected[name])}
+    names = [name for name in found if name not in NOT_OF_MODEL and expected.get(name) is not None]
+    different = {name: found[name] for name in names if found[name] not in (None, expected[name])}
     width, depth = shapes.width_and_depth(sizes)
     if (width, depth) != shapes.width_and_depth(our_sizes):
         row = model_zoo.TABLE.get(weights.origin)

@@ -119,14 +119,14 @@ def statistics(
     if not file or not records:
         return mean, std
     patches = file.tensors.get(shapes.PATCHES)  # an encoder of the user's code may have none
-    theirs = file.settings.get("mean"), file.settings.get("std")
+    of_file = file.settings.get("mean"), file.settings.get("std")
     if str(file.settings.get("model")).startswith(TIMM) and in_chans != file.settings["in_chans"]:
-        means = [[sum(values) / len(values)] * in_chans for values in theirs if values]
+        means = [[sum(values) / len(values)] * in_chans for values in of_file if values]
         return mean or means[0], std or means[1]
     if in_chans != (file.settings.get("in_chans") if patches is None else patches.shape[1]):
         return mean, std
-    chosen = mean or theirs[0], std or theirs[1]
-    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
+    chosen = mean or of_file[0], std or of_file[1]
+    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *of_file), strict=True)
     for name, (used, recorded) in zip(("mean", "std"), pairs, strict=True):
         if used != recorded:
             now, then = (

@@ -42,19 +42,19 @@ class Published(NamedTuple):
     license: str = "CC-BY-NC 4.0"
 
 
-def row_of(source: str) -> Published | None:
+def row_of(name: str) -> Published | None:
     """Returns the row of a name, or of a file with the name of a published file."""
-    file = Path(source).name.partition("#")[0]  # FILE#MODEL is one of several models in a file
+    file = Path(name).name.partition("#")[0]  # FILE#MODEL is one of several models in a file
     files = (row for row in TABLE.values() if row.url and Path(row.url).name == file)
-    return TABLE.get(source) or next(files, None)
+    return TABLE.get(name) or next(files, None)
 
 
-def row_settings(source: str) -> dict[str, Any]:
+def row_settings(name: str) -> dict[str, Any]:
     """Returns the settings of a model in the table, for a name or a file as in `row_of`; {} for others."""
-    row = row_of(source)
+    row = row_of(name)
     if not row:
         return {}
-    head = {"probe": "linear", "global_pool": False} if "-linear-" in Path(source).name else {}
+    head = {"probe": "linear", "global_pool": False} if "-linear-" in Path(name).name else {}
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 
@@ -137,7 +137,7 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
         known: names that are similar to a misspelled one.
     """
     stem = Path(name.partition("#")[0]).stem
-    published = [own for own, row in TABLE.items() if stem == own or (row.url and stem == Path(row.url).stem)]
+    published = [key for key, row in TABLE.items() if stem == key or (row.url and stem == Path(row.url).stem)]
     of_hub = re.fullmatch(r"(hf[-_]hub:|https://huggingface\.co/)?([\w-]+/[\w.-]+)", name)
     if published:
         return f"; give {published[0]}, the name of these published weights"

@@ -115,8 +115,8 @@ def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
 
 
 def _our_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        name = re.sub(theirs, ours, name)
+    for pattern, ours in NAMES.items():
+        name = re.sub(pattern, ours, name)
     return name
 
 

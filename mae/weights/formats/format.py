@@ -44,9 +44,9 @@ class Format(NamedTuple):
     trained_by: str = ""  # the method whose loss trained the class token, if it is that of all files
 
 
-def blocks(ours: str, theirs: str, parts: Mapping[str, str]) -> Rows:
+def blocks(ours: str, foreign: str, parts: Mapping[str, str]) -> Rows:
     """Returns the rows of the blocks of a model. `parts`: the names in a block, ours and theirs."""
-    return [(f"{ours}.#.{part}.", f"{theirs}.#.{name}.") for part, name in parts.items()]
+    return [(f"{ours}.#.{part}.", f"{foreign}.#.{name}.") for part, name in parts.items()]
 
 
 def renamed(weights: Mapping[str, Tensor], rows: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
@@ -67,4 +67,4 @@ def renamed(weights: Mapping[str, Tensor], rows: Iterable[tuple[str, str]]) -> d
 
 def to_ours(weights: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     """Gives weights our names."""
-    return renamed(weights, [(theirs, ours) for ours, theirs in rows])
+    return renamed(weights, [(foreign, ours) for ours, foreign in rows])

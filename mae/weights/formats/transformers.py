@@ -110,14 +110,14 @@ def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Te
     split: dict[str, Tensor] = {}
     for name, value in weights.items():
         parts = zip(SPLIT, value.chunk(3), strict=True) if ".attn.qkv." in name else [("qkv", value)]
-        split |= {name.replace(".qkv.", f".{part}."): own for part, own in parts}
+        split |= {name.replace(".qkv.", f".{part}."): tensor for part, tensor in parts}
     for rows in LAYOUTS:
-        theirs = renamed(split, rows)
+        converted = renamed(split, rows)
         for prefix in ("vit.", ""):
-            complete = {k if k.startswith(("decoder.", "classifier.")) else prefix + k: v for k, v in theirs.items()}
+            complete = {k if k.startswith(("decoder.", "classifier.")) else prefix + k: v for k, v in converted.items()}
             if complete.keys() == names:
                 return complete
-    differing = sorted(names ^ theirs.keys())
+    differing = sorted(names ^ converted.keys())
     raise ValueError(f"the installed transformers has unknown names of weights: {', '.join(differing[:4])}")
 
 
@@ -144,7 +144,7 @@ def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
              "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
              "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip
-    found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    found = {ours: config[key] for key, ours in names.items() if key in config}
     tasks = {"regression": REGRESSION, "multi_label_classification": MULTILABEL}
     if config.get("problem_type") in tasks:
         found["task"] = tasks[config["problem_type"]]
