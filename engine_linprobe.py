@@ -71,8 +71,6 @@ class HeadLosses:
     the sums.
     """
 
-    is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them
-
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> None:
         self.loss = loss
         self.epoch = self.batches = 0

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, from which runs of this version resume: `python tests/earlier.py COMMIT ...`.
+"""Checkpoints of earlier versions, whose weights load; the runs of df1688b4 resume: `python tests/earlier.py COMMIT`.
 
 It trains in a worktree of each commit, and keeps tests/fixtures/earlier/COMMIT/NAME: the state after two updates of the
 first epoch, and log.txt of the same run without interruption. The commit has `call` in tests/mains.py; df30571, which

@@ -67,13 +67,6 @@ def test_a_resumed_run_keeps_its_optimizer(pretrain):
     assert "data" not in str(error.value) and "task" not in str(error.value)
 
 
-def test_a_run_with_the_earlier_name_of_muon_resumes(pretrain):
-    first = pretrain(epochs=1, optimizer="muon") / LAST
-    state = checkpoint.read(first)
-    checkpoint.write({**state, "args": {**state["args"], "optimizer": "examples.muon:muon_and_adamw"}}, first)
-    assert len(lines(pretrain(epochs=2, resume="auto"))) == 2
-
-
 def test_muon_is_the_name_of_an_optimizer_only(pretrain):
     with pytest.raises(ValueError, match="encoder=muon: give"):
         pretrain(encoder="muon")

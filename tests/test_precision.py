@@ -70,7 +70,7 @@ def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, t
             shutil.copy(tmp_path / amp / "checkpoint-0.pth", tmp_path / f"{amp}-{name}")
     set_bf16(True)
     assert (resumed("off-again"), resumed("bf16-again")) == (losses["off"], losses["bf16"])
-    file = tmp_path / "off-earlier/checkpoint-0.pth"  # of a version that trained in fp32 on every CPU
+    file = tmp_path / "off-earlier/checkpoint-0.pth"  # as of the published code, which trains in fp32 on CPUs
     state = checkpoint.read(file)
     del state["args"]["precision"]
     checkpoint.write(state, file)

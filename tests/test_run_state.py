@@ -20,20 +20,21 @@ from models_mae import mae_vit_mini_patch4
 
 
 def test_progress_counts_images():
-    saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
+    saved = Progress(effective_batch_size=48, global_batch_size=12).position(4, 8, {})
     progress = Progress(effective_batch_size=48, global_batch_size=12)
-    resume.restore_progress(progress, {"epoch": 3, "progress": saved})
+    resume.restore_progress(progress, {"epoch": 3, "progress": saved, "args": {}})
     assert (progress.epoch, progress.first_iteration) == (4, 8)
     with pytest.raises(CheckpointError, match=r"48 .*`batch_size`"):
-        resume.restore_progress(Progress(8, 8), {"progress": saved})
+        resume.restore_progress(Progress(8, 8), {"progress": saved, "args": {}})
     foreign = Progress(48, 48)
-    resume.restore_progress(foreign, {"epoch": 19})
+    resume.restore_progress(foreign, {"epoch": 19, "args": {}})
     assert (foreign.epoch, foreign.first_iteration) == (20, 0)
 
 
 def test_scale_random_numbers_and_best_accuracy_are_restored(tmp_path, mini_mae):
     """Resumed runs have equal weights and losses in the tests of each script."""
-    optimizer, settings = torch.optim.AdamW(mini_mae.parameters()), {"model": "mae_vit_mini_patch4"}
+    optimizer = torch.optim.AdamW(mini_mae.parameters())
+    settings = {"script": "main_pretrain", "model": "mae_vit_mini_patch4"}
     progress, scaler = Progress(16, 8, num_images=48), torch.amp.GradScaler("cpu", init_scale=1024.0)
     checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-best.pth")  # otherwise a saver resets the best accuracy
     progress.best_accuracy = 70.0
@@ -63,7 +64,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another `output_dir`"),
                                                ("a.pth", "finetune=a.pth instead of `resume` starts")])  # fmt: skip
 def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
-    """Earlier versions did not record the script. Flags can't change the script, so the remedy names none."""
+    """The published code does not record the script. Flags can't change the script, so the remedy names none."""
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
     with pytest.raises(CheckpointError) as raised:
         resume.restore_model(ours, {"model": theirs, "args": {"model": "vit"}}, {"model": "mae_vit"}, which)
@@ -137,9 +138,9 @@ def test_what_an_optimizer_keeps_in_its_groups_is_restored():
 
 
 def test_resuming_within_an_epoch_requires_the_same_images(caplog):
-    position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
+    earlier = run_state.Progress(8, 8, num_images=160)
     progress = run_state.Progress(8, 8, num_images=161)
-    resume.restore_progress(progress, {"progress": {**position, "images_done": 0}})
+    resume.restore_progress(progress, {"progress": earlier.position(3, 0, {}), "args": {}})
     assert "had 160 images, and has 161 now" in caplog.text
     with pytest.raises(CheckpointError, match=r"160 images, .*161"):
-        resume.restore_progress(progress, {"progress": {**position, "images_done": 16}})
+        resume.restore_progress(progress, {"progress": earlier.position(3, 2, {}), "args": {}})

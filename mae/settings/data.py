@@ -39,7 +39,7 @@ class DataSpec(Values, group="data", role=DATA):
     fast_jpeg: bool = setting(False, action="switch",
         help="decode color JPEG files with torchcodec, and scale color images with PyTorch instead of Pillow: up to "
         "twice the throughput. Three pixel values in a thousand differ by 1 of 255")
-    fast_jpeg_resize: str = fact("pytorch")  # of earlier versions: numba; no flag
+    fast_jpeg_resize: str = fact("pytorch")  # no flag; before df1688b4: numba
     cache_images: bool = setting(False, resumed=FREE, action="switch",
         help="for small datasets: decode all images once, into a file in the folder $MAE_CACHE (default: "
         "~/.cache/mae), which all processes of a machine read, and later runs. An image takes height x width x "

@@ -119,7 +119,7 @@ class Run:
         return getattr(getattr(self, PART_OF[name]), name)
 
     def record(self) -> dict[str, Any]:
-        """Returns the settings by their names, as plain values."""
+        """Returns the settings by their names, as plain values. By their order, `resume` knows earlier versions."""
         script = {"script": self.script} if self.script else {}
         return {**self.others, **script, **{name: self[name] for name in PART_OF if name in self.names}}
 

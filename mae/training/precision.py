@@ -17,8 +17,8 @@ def precision_name(amp: str, device: torch.device, trains: bool = False, recorde
 
     Args:
         trains: weights of an encoder are trained.
-        recorded: for auto, the name of the precision of the resumed run; "" for a run of an earlier version, which
-            trained in fp32 on CPUs; None for a new run.
+        recorded: for auto, the name of the precision of the resumed run; "" for a run of the published code, which
+            trains in fp32 on CPUs; None for a new run.
 
     Raises:
         ValueError: `amp` is unknown, the device does not support fp16, TF32 or the precision of the resumed run, or its

@@ -15,7 +15,6 @@ from mae.checkpoints.run_state import FREE, Progress
 from mae.settings import REBUILDS, RESUME, ModelSpec, differs, fits, names_of, taken_from
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
-from mae.settings.choices import published_crop_pct
 from mae.settings.run import RESUME_PUBLISHED, names_resumed
 from mae.settings.values import as_yaml
 from mae.user_code import runs_code
@@ -36,6 +35,7 @@ OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturab
 
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
+FIRST_VERSION = "df1688b4"  # the first commit whose runs resume; weights of all versions load
 ELSEWHERE = "with resume=FILE and another `output_dir`"  # --output_dir contains later checkpoints
 ANOTHER_FOLDER = "give another `output_dir`"
 
@@ -80,13 +80,29 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
         return None
     run_directory.refuse(file)
     state = checkpoint.read(file, verify=False)
-    saved = _settings_of(state)
+    _require_known_version(state, resumed, script)
+    saved = state["args"]
     if saved.get("script", script) != script:
         remedy = _start_from(resumed, script)
         if resumed != "auto" and script == "main_pretrain":  # no classifier is the start of one
             remedy = f"give a checkpoint of {script}.py"
         raise CheckpointError(f"resume={resumed}: {file} is a checkpoint of {saved['script']}.py: {remedy}")
     return str(file), saved, "progress" in state
+
+
+def _require_known_version(state: dict[str, Any], resumed: str, script: str) -> None:
+    """Raises CheckpointError if a version before FIRST_VERSION wrote a checkpoint. Published ones have no `progress`.
+
+    Earlier versions recorded the model before the script, or no script; and for a while, not what scaled the images.
+    """
+    args = state["args"]
+    names = [name for name in args if name in ("script", "model")]
+    scales_otherwise = args.get("fast_jpeg") and "fast_jpeg_resize" not in args
+    if "progress" in state and (names != ["script", "model"] or scales_otherwise):
+        raise CheckpointError(
+            f"resume={resumed}: a version before the commit {FIRST_VERSION} wrote the checkpoint: check out "
+            f"{FIRST_VERSION}, which resumes it, or {_start_from(resumed, script)}"
+        )
 
 
 def _require_setting(file: str, name: str, value: Any) -> None:
@@ -120,7 +136,8 @@ def restore_run(
     resumed = parallel.from_rank_0(lambda: run_directory.chosen(output_dir, resumed))
     state = read_newest(output_dir) if resumed == "auto" else sharded_state.read(resumed)
     if state is not None:
-        saved = _settings_of(state)
+        _require_known_version(state, resumed, settings.get("script", ""))
+        saved = state["args"]
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             what = " and no ".join(sorted(missing))
@@ -198,7 +215,7 @@ def restore_model(
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    saved = _settings_of(state)
+    saved = state["args"]
     fitted = fit(model, Weights(state["model"], saved, "", resumed), exact=True)
     differing = sorted(fitted.missing | fitted.unexpected)
     if differing:
@@ -279,7 +296,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
         CheckpointError: the effective batch size differs; or within an epoch, the images differ.
     """
     saved = state.get("progress")
-    factors: list[Any] = [_settings_of(state).get(name) for name in BATCH_FACTORS]
+    factors: list[Any] = [state["args"].get(name) for name in BATCH_FACTORS]
     published = math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
     batch = saved["effective_batch_size"] if saved else published
     if batch not in (None, progress.effective_batch_size):
@@ -290,14 +307,14 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
     if saved is None:
         progress.epoch = state["epoch"] + 1
         return
-    num_images = saved.get("num_images")
+    num_images = saved["num_images"]
     images_done = saved["images_done"]
     if images_done % progress.effective_batch_size:
         raise CheckpointError(
             f"the checkpoint is {images_done} images into its epoch, within an update of "
             f"{progress.effective_batch_size}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
         )
-    images = saved.get("images", {})  # files of earlier versions have none
+    images = saved.get("images", {})  # those of FIRST_VERSION have none
     if None not in (num_images, progress.num_images) and num_images != progress.num_images:
         if images_done:
             raise CheckpointError(
@@ -314,22 +331,10 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
                 f"{ELSEWHERE}"
             )
         logger.warning(f"the {what} of the training images have changed since the last epoch")
-    progress.best_accuracy = saved.get("best_accuracy", -math.inf)
+    progress.best_accuracy = saved["best_accuracy"]
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size
     progress.meters = saved["meters"]
-
-
-def _settings_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a checkpoint, with those that earlier versions did not record, or named otherwise."""
-    args = state.get("args") or {}
-    if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
-        args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
-    if args.get("fast_jpeg"):
-        args = {"fast_jpeg_resize": "numba", **args}  # of an earlier version, which did not record it
-    if args.get("optimizer") == "examples.muon:muon_and_adamw":  # of an earlier version
-        args = {**args, "optimizer": "muon"}
-    return args
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -352,8 +357,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
-    if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
-        return
     if len(callbacks) != len(states):
         raise CheckpointError(
             f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}"
