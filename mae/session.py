@@ -147,6 +147,8 @@ def open_session(
         from mae.training import resume
 
         run = run.changed(resume.resumed_settings(run.record(), run.explicit, script))
+    if trains:  # before a file is read, which may take minutes
+        run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     torch.manual_seed(run.data.seed)
     file, settings = uses.read(run)
     run = run.changed(settings)
@@ -154,8 +156,6 @@ def open_session(
     run = run.changed({"precision": precision.name})
     if run.data.fast_jpeg:
         run = run.changed({"fast_jpeg_resize": DataSpec.fast_jpeg_resize})
-    if trains:
-        run_directory.prepare(Path(run.machine.output_dir), run.machine.resume)
     return Session(run, code, file, precision, explicit)
 
 
