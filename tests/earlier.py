@@ -32,6 +32,16 @@ RUNS = {  # name of a run -> script, its dataset, its flags
     "linprobe": ("main_linprobe", "images", f"--model vit_mini_patch4 --blr 0.1 1 {SHARED}"),
     "segment": ("main_segment", "scenes", f"--model vit_mini_patch4 --nb_classes 3 --lr 0.01 {SHARED}"),
 }
+# Of df1688b4, whose encoders of DINO and low-rank updates were examples. {written}: the folder of the runs above them.
+OF_EXAMPLES = {
+    "dinov2": ("main_pretrain", "images", f"{PRETRAIN} --encoder examples.dino:DINOv2 --learned_pos_embed"),
+    "dinov3": ("main_pretrain", "images", f"{PRETRAIN} --encoder examples.dino:DINOv3 --encoder_args swiglu=true "
+               "--num_cls_tokens 3"),
+    "continued": ("main_pretrain", "images", f"{PRETRAIN} --init_from {{written}}/dinov2/checkpoint-last.pth --encoder "
+                  "examples.lora:LoRADINOv2 --encoder_args rank=2 alpha=3"),
+    "lora": ("main_finetune", "images", f"--finetune {{written}}/pretrain/checkpoint-last.pth --model vit_mini_patch4 "
+             f"--encoder examples.lora:LoRA --encoder_args rank=2 --blr 0.05 {SHARED}"),
+}  # fmt: skip
 
 
 def make_data(folder: Path) -> None:
@@ -72,18 +82,20 @@ def main(commit: str) -> None:
         subprocess.run(["git", "worktree", "add", "--detach", tree, commit], cwd=root, check=True)
         make_data(data)
         try:
-            for name, (script, dataset, flags) in RUNS.items():
-                for out, stop in ((data / name, 0), (folder / name, 2)):
-                    argv = [*flags.split(), "--data_path", str(data / dataset), "--output_dir", str(out)]
+            of_examples = OF_EXAMPLES if (tree / "examples/lora.py").exists() else {}
+            for name, (script, dataset, flags) in {**RUNS, **of_examples}.items():
+                for out, stop in ((data / "whole" / name, 0), (data / "stopped" / name, 2)):
+                    argv = flags.format(written=data / "stopped").split()
+                    argv += ["--data_path", str(data / dataset), "--output_dir", str(out)]
                     code, paths = Path(temporary, "code.py"), [tree, tree / "tests", Path(__file__).parent]
                     code.write_text(f"import sys\nsys.path[:0] = {[*map(str, paths)]}\n"
                                     f"import earlier\nearlier.train{(script, argv, stop)}")  # fmt: skip
                     command = [*torchrun(2), code] if "--fsdp" in argv else [sys.executable, code]
                     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                for path in folder.joinpath(name).iterdir():
-                    if path.stem != "checkpoint-last":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                shutil.copy(data / name / "log.txt", folder / name / "expected.txt")
+                (folder / name).mkdir(parents=True)
+                for path in data.joinpath("stopped", name).glob("checkpoint-last*"):
+                    (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name / path.name)
+                shutil.copy(data / "whole" / name / "log.txt", folder / name / "expected.txt")
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=root, check=True)
 
