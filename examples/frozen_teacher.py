@@ -6,7 +6,7 @@
         --model_args teacher=dinov3-small distance=cosine class_token=true --mask_ratio 0 ...
 
 The teacher is any Vision Transformer of timm; a checkpoint of this library: teacher=runs/mine/checkpoint-399.pth; or a
-file of `examples/dino.py`. The second command distils it to a smaller model: without masked patches, all are scored.
+file of `models_dino.py`. The second command distils it to a smaller model: without masked patches, all are scored.
 The teacher sees the whole image, normalized by its own mean and std, whatever those of the student are. It has the
 student's patch size and number of channels. It is not trained, is always in evaluation mode, and checkpoints do not
 contain it.
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.dino import DINOv2, DINOv3
 from mae import get_model
 from mae.data.transforms import channel_statistics
 from mae.user_code import name_of
 from mae.weights import model_zoo, reading
+from models_dino import DINOv2, DINOv3
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
 

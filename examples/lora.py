@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.dino import DINOv2, DINOv3
+from models_dino import DINOv2, DINOv3
 from models_vit import Encoder
 
 

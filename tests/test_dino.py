@@ -16,13 +16,13 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfi
 import mae.build
 import mae.settings
 import main_finetune
-from examples.dino import DINOv2, DINOv3
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 from mae.position_tables import resize_pos_embed
 from mae.weights.formats import dino
 from mae.weights.formats.format import Record
+from models_dino import DINOv2, DINOv3
 from models_mae import MaskedAutoencoderViT
 from models_vit import vit_mini_patch4
 
@@ -237,7 +237,7 @@ def test_a_file_of_the_released_code_has_buffers_that_are_not_used(tmp_path, cap
 def test_the_error_without_an_encoder_names_it(name, encoder, tmp_path, classify):
     of_transformers(name, tmp_path)
     for use in (lambda: get_model(tmp_path), lambda: classify(main_finetune, finetune=tmp_path, input_size=32)):
-        with pytest.raises(ValueError, match=f"encoder=examples.dino:{encoder}"):
+        with pytest.raises(ValueError, match=f"encoder=models_dino:{encoder}"):
             use()
 
 
@@ -276,7 +276,7 @@ def test_a_training_does_not_take_the_crop_of_an_evaluation(tmp_path, classify):
     theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, **SMALL)
     theirs.pretrained_cfg["crop_pct"] = 0.6
     timm.models.save_for_hf(theirs, tmp_path / "folder", model_args={"img_size": 56, **SMALL}, safe_serialization=True)
-    own = {"finetune": tmp_path / "folder", "encoder": "examples.dino:DINOv2"}
+    own = {"finetune": tmp_path / "folder", "encoder": "models_dino:DINOv2"}
     assert get_model(tmp_path / "folder", encoder=DINOv2).settings["crop_pct"] == 0.6
     out = classify(main_finetune, **own, input_size=28, epochs=1)
     assert get_model(out / "checkpoint-0.pth", encoder=DINOv2).settings["crop_pct"] == 1
@@ -301,7 +301,7 @@ def test_pre_training_starts_from_a_file(name, pretrain, tmp_path):
     The pooling is that of the training of a file, whatever its encoder.
     """
     kind, theirs = of_transformers(name, tmp_path / "file")
-    own = {"init_from": tmp_path / "file", "encoder": f"examples.dino:{kind.__name__}", "input_size": 32}
+    own = {"init_from": tmp_path / "file", "encoder": f"models_dino:{kind.__name__}", "input_size": 32}
     out = pretrain(**own, lr=0, epochs=1)
     ours = get_model(out / "checkpoint-0.pth", encoder=kind)
     assert "DINO trains it" in str(get_model(tmp_path / "file", encoder=kind).pooling)
@@ -339,7 +339,7 @@ def test_models_of_size_s_are_the_same_after_a_run_and_an_export(name, library, 
         file = tmp_path / "folder"
         kind, theirs = of_transformers(name, file, **sizes)
         expected = theirs(images(side, side)).last_hidden_state
-    own = {"encoder": f"examples.dino:{kind.__name__}", "model": "mae_vit_small_patch16", "input_size": side}
+    own = {"encoder": f"models_dino:{kind.__name__}", "model": "mae_vit_small_patch16", "input_size": side}
     out = pretrain(init_from=file, **own, decoder_depth=1, lr=0, epochs=1, batch_size=24)
     ours = get_model(out / "checkpoint-0.pth", encoder=kind)
     assert_same(ours.extract_feat(images(side, side), "tokens"), expected)
@@ -352,7 +352,7 @@ def test_models_of_size_s_are_the_same_after_a_run_and_an_export(name, library, 
 def test_fine_tuning_starts_from_a_file(name, classify, tmp_path):
     """Also at another size, and the checkpoint describes itself."""
     kind, _ = of_transformers(name, tmp_path / "file")
-    encoder = f"examples.dino:{kind.__name__}"
+    encoder = f"models_dino:{kind.__name__}"
     out = classify(main_finetune, finetune=tmp_path / "file", encoder=encoder, input_size=16, lr=0, epochs=1)
     before, after = get_model(tmp_path / "file", encoder=kind).state_dict(), weights(out, "checkpoint-0.pth")
     assert [key for key in before if key.startswith("blocks.") and not torch.equal(before[key], after[key])] == []

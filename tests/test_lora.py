@@ -20,11 +20,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
-from examples.dino import DINOv2
 from examples.lora import LoRA, LoRADINOv2
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model
 from mae.user_code import plain_encoder
+from models_dino import DINOv2
 from models_vit import Encoder, VisionTransformer
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -207,9 +207,9 @@ def test_updates_of_dino(pretrain, own_module, tmp_path, capsys):
     own = {"encoder": "examples.lora:LoRADINOv2", "encoder_args": "rank=2", "input_size": 32}
     out = pretrain(init_from=tmp_path / "file", **own, lr=0, epochs=1)
     assert "was made with" not in capsys.readouterr().out
-    own_module("another", "from examples.dino import DINOv2\nclass Another(DINOv2):\n    pass\n")
+    own_module("another", "from models_dino import DINOv2\nclass Another(DINOv2):\n    pass\n")
     pretrain("other", init_from=tmp_path / "file", encoder="another:Another", input_size=32, lr=0, epochs=1)
-    assert "was made with encoder=examples.dino:DINOv2" in capsys.readouterr().out
+    assert "was made with encoder=models_dino:DINOv2" in capsys.readouterr().out
     ours = get_model(out / "checkpoint-0.pth", encoder=LoRADINOv2)
     expected = theirs(images(32, 32)).last_hidden_state
     assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)

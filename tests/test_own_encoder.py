@@ -22,7 +22,6 @@ import main_linprobe
 import main_segment
 from examples import reconstructions
 from examples.channel_groups import ChannelGroups, Groups
-from examples.dino import DINOv3
 from examples.lead_embeddings import LeadEmbeddings
 from examples.tubes import Tubes
 from examples.wide_decoder import WideDecoder
@@ -32,6 +31,7 @@ from mae.inference.classes import Segmenter
 from mae.inference.model import with_encoder
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading, model_zoo, reading
+from models_dino import DINOv3
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
 from models_vit import Block, Encoder, VisionTransformer

@@ -11,9 +11,9 @@ import mae.build
 import main_finetune
 import main_pretrain
 from examples.detector import LayerNorm2d
-from examples.dino import DINOv3
 from mae.checkpoints import checkpoint
 from mae.training.precision import Precision
+from models_dino import DINOv3
 from models_vit import Block, Encoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

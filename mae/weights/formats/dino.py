@@ -1,6 +1,6 @@
 """Reads the encoders of DINOv2 (Oquab et al. 2024) and DINOv3 (Siméoni et al. 2025): their names and their sizes.
 
-The layouts are those of the released code, of timm and of transformers. `examples/dino.py` has the models. The weights
+The layouts are those of the released code, of timm and of transformers. `models_dino.py` has the models. The weights
 of DINOv2 have the Apache license. Those of DINOv3 have a license of their own, and their files are gated.
 """
 
@@ -98,7 +98,7 @@ def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     nearest = min(SIZES, key=lambda name: [abs(SIZES[name]["embed_dim"] - width), abs(SIZES[name]["depth"] - depth)])
     found: dict[str, Any] = {
         "model": f"vit_{nearest}",  # the arguments determine the encoder, and this name the decoder
-        "encoder": f"examples.dino:DINOv{2 if has_table else 3}",
+        "encoder": f"models_dino:DINOv{2 if has_table else 3}",
         "encoder_args": [f"{name}={value}" for name, value in arguments.items()],
         "patch_size": side_or_sides(patch),
         "in_chans": channels,
