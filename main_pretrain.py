@@ -99,7 +99,7 @@ def main(
     model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
     session.file = None  # its memory
     # Programs that read the checkpoints do not have the class.
-    facts = {} if code.has_published_model else {"predicts_pixels": model.predicts_pixels}
+    facts = {} if code.has_published_model(run.model) else {"predicts_pixels": model.predicts_pixels}
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
@@ -154,7 +154,7 @@ def build_model(
         ValueError: a step of the model lacks the context; or as in `mae.build.autoencoder`.
     """
     # `fsdp` initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
-    with torch.device("meta" if is_sharded and code.has_published_model else "cpu"):
+    with torch.device("meta" if is_sharded and code.has_published_model(spec) else "cpu"):
         model = mae.build.autoencoder(spec, images, code.model_class, code.encoder)
     require_context(type(model))  # the noise of the batches determines the masks
     mae.build.log_sizes(model)

@@ -1,12 +1,13 @@
-"""The encoders of DINOv2 (Oquab et al. 2024) and DINOv3 (Siméoni et al. 2025), which read their files.
+"""The encoders of DINOv2 (Oquab et al. 2024) and DINOv3 (Siméoni et al. 2025), by the names `dinov2` and `dinov3`.
 
-    python main_finetune.py --finetune dinov2-small --encoder models_dino:DINOv2 --input_size 224 ...
-    python main_pretrain.py --init_from dinov2-small --encoder models_dino:DINOv2 --input_size 224 ...
-    python main_pretrain.py --encoder models_dino:DINOv3 --encoder_args swiglu=true --num_cls_tokens 5 ...
+A file of their weights says which one it has, and its sizes: a folder of transformers, a state dict of timm or of the
+released code, or a Hugging Face name.
 
-A file is a folder of transformers (`hf download facebook/dinov2-small --local-dir dinov2-small`), or a state dict of
-timm or of the released code. It determines the sizes. The weights of DINOv2 have the Apache license. Those of DINOv3
-have a license of their own, and their files are gated.
+    python main_finetune.py --finetune facebook/dinov2-small --input_size 224 ...
+    python main_pretrain.py --init_from facebook/dinov2-small --input_size 224 ...
+    python main_pretrain.py --encoder dinov3 --encoder_args swiglu=true --num_cls_tokens 5 ...
+
+The weights of DINOv2 have the Apache license. Those of DINOv3 have a license of their own, and their files are gated.
 
 Class tokens after the first are registers. At equal weights, the features equal those of transformers, at all sizes of
 images. For images of another size than that of the file, timm and the released code interpolate the positions of

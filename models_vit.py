@@ -299,7 +299,7 @@ class Encoder(nn.Module):
     encoder_name: ClassVar[str | None] = None
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
     needed_inputs: ClassVar[tuple[str, ...]] = ()
-    adapters: ClassVar[tuple[str, ...]] = ()
+    adapters: tuple[str, ...] = ()
 
     blocks: nn.ModuleList
     norm: nn.Module

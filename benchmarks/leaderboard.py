@@ -84,7 +84,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "red masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=red"]},
     "muon": MUON,
     "muon, 128 images per update": {**MUON, "batch_size": 64, "lr": 2e-3},
-    "rotary": {"encoder": "models_dino:DINOv3", "encoder_args": ["swiglu=true"], "num_cls_tokens": 5},
+    "rotary": {"encoder": "dinov3", "encoder_args": ["swiglu=true"], "num_cls_tokens": 5},
     "normalized pixels": {"norm_pix_loss": True},
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
     "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},

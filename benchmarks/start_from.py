@@ -40,11 +40,11 @@ NAME = "start_from"  # of the files of the results
 RECIPE = leaderboard.ENTRIES["demo with normalized pixels, uniformity .1"]
 STUDENT = {"encoder": "benchmarks.start_from:HalfWidth"}
 FULL: tuple[ModuleType, dict[str, Any]] = (main_finetune, scoring.FINETUNE)
-LORA = {**scoring.FINETUNE, "encoder": "examples.lora:LoRA", "lr": 5e-3, "layer_decay": 1}
+LORA = {**scoring.FINETUNE, "lr": 5e-3, "layer_decay": 1}
 WAYS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "fine-tuned in full": FULL,
-    "LoRA of rank 16": (main_finetune, {**LORA, "encoder_args": ["rank=16"]}),
-    "LoRA of rank 4": (main_finetune, {**LORA, "encoder_args": ["rank=4"]}),
+    "LoRA of rank 16": (main_finetune, {**LORA, "lora": 16}),
+    "LoRA of rank 4": (main_finetune, {**LORA, "lora": 4}),
     "frozen, with a linear head": (main_linprobe, {**scoring.LINPROBE, "batch_size": 32}),
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from mae import masking, user_code
+from mae import encoders, lora, masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec
 from mae.settings.choices import TIMM
 from mae.settings.model import BLOCK_ARGUMENTS
@@ -34,7 +34,7 @@ def combined(encoder: type[Encoder], model_class: type[Model]) -> type[Model]:
         ValueError: the class is no mix-in.
     """
     _require_mix_in(user_code.name_of(encoder), encoder)
-    names = {"encoder_name": user_code.name_of(encoder), "__module__": model_class.__module__}
+    names = {"encoder_name": encoders.name_of(encoder), "__module__": model_class.__module__}
     return type(model_class.__name__, (encoder, model_class), names)
 
 
@@ -113,6 +113,7 @@ def autoencoder(
     Raises:
         ValueError: as in `autoencoder_arguments` and `own_arguments`.
     """
+    encoder = encoder or encoders.class_of(spec.encoder)
     arguments = autoencoder_arguments(spec, image, encoder)
     if spec.model_class and model_class is MaskedAutoencoderViT:  # recorded: a file can't make a program import code
         remedy = "give" if ":" in spec.model_class else "use its own script, or in Python"
@@ -160,6 +161,7 @@ def _arguments_of_class(
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
     """Builds the classifier of a run."""
+    encoder = encoder or encoders.class_of(spec.encoder)
     return _set_options(build(VisionTransformer, encoder, classifier_arguments(spec, image, encoder)), spec)
 
 
@@ -184,6 +186,7 @@ def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None =
     """Builds the segmentation model of a run. Without trained blocks, the encoder stays in evaluation mode."""
     from models_segment import Segmenter
 
+    encoder = encoder or encoders.class_of(spec.encoder)
     model = _set_options(build(Segmenter, encoder, segmenter_arguments(spec, image, encoder)), spec)
     if spec.unfreeze_blocks == 0 and not model.adapters:
         model.freeze()
@@ -230,7 +233,9 @@ def timm_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | N
         ValueError: a setting of other models is given.
     """
     given = [
-        name for name in ("patch_size", "qk_norm", "encoder", "encoder_args", "global_pool") if getattr(spec, name)
+        name
+        for name in ("patch_size", "qk_norm", "encoder", "encoder_args", "lora", "global_pool")
+        if getattr(spec, name)
     ]
     if given or encoder:
         raise ValueError(f"`{[*given, 'encoder'][0]}` has no effect on {spec.model}, a model of timm: omit it")
@@ -313,11 +318,24 @@ def _set_options(model: Model, spec: ModelSpec) -> Model:
             f"`grad_checkpointing` has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
             f"models_vit.Block, and override compute instead of forward"
         )
+    add_updates(model, spec)
     freeze_below(model, spec.unfreeze_blocks)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine and not isinstance(module, LayerNorm):
             module.register_forward_pre_hook(_to_type_of_weights)  # a norm of the user's code
     return model
+
+
+def add_updates(model: Encoder, spec: ModelSpec) -> None:
+    """Adds low-rank updates to a model, in place, if its settings have any.
+
+    Raises:
+        ValueError: there are none, and their scale is given; or as in `lora.add_updates`.
+    """
+    if spec.lora:
+        lora.add_updates(model, spec.lora, spec.lora_alpha)
+    elif spec.lora_alpha:
+        raise ValueError("`lora_alpha` is the scale of the updates of `lora`, which is not given")
 
 
 def _to_type_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

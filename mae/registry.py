@@ -31,9 +31,9 @@ def find(setting: str, registry: Mapping[str, Entry], name: str) -> Entry:
     return registry[name]
 
 
-def default_name(registry: Mapping[str, Choice]) -> str:
-    """Returns the name of the default."""
-    return next(name for name, choice in registry.items() if choice.is_default)
+def default_name(registry: Mapping[str, Any]) -> str:
+    """Returns the name of the default, "" without one."""
+    return next((name for name, choice in registry.items() if choice.is_default), "")
 
 
 def described(registry: Mapping[str, Any]) -> str:

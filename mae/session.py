@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mae.build
-from mae import parallel, user_code
+from mae import encoders, parallel, user_code
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
 from mae.probes import pools_tokens
-from mae.settings import EVALUATE, TRAIN, DataSpec, ImageSpec, MachineSpec, Run, names_with
+from mae.settings import EVALUATE, TRAIN, DataSpec, ImageSpec, MachineSpec, ModelSpec, Run, names_with
 from mae.settings.fields import LABELS
 from mae.training.log import start_logging
 from mae.training.lr_sched import Schedule
@@ -48,10 +48,10 @@ class Code:
     optimizer: MakeOptimizer | None = None
     lr_schedule: Schedule | None = None
 
-    @property
-    def has_published_model(self) -> bool:
-        """Whether the model is that of this library."""
-        return self.model_class is MaskedAutoencoderViT and self.encoder is None
+    def has_published_model(self, spec: ModelSpec) -> bool:
+        """Whether the model is that of the paper."""
+        has_own_encoder = self.encoder or spec.encoder or spec.lora
+        return self.model_class is MaskedAutoencoderViT and not has_own_encoder
 
 
 @dataclass
@@ -152,6 +152,8 @@ def open_session(
     torch.manual_seed(run.data.seed)
     file, settings = uses.read(run)
     run = run.changed(settings)
+    if run.model.lora and run.model.lora_alpha is None:  # files record it
+        run = run.changed({"lora_alpha": float(run.model.lora)})
     precision = Precision(run.machine.amp, device, trains == "encoder", run.machine.precision)
     run = run.changed({"precision": precision.name})
     if run.data.fast_jpeg:
@@ -172,7 +174,7 @@ def _open_code(run: Run, source: OpenDataset | None, objects: Mapping[str, Any])
             found[name] = user_code.named_object(name, run[name])
         else:
             found[name] = given
-            names[name] = user_code.name_of(given)
+            names[name] = encoders.name_of(given) if name == "encoder" else user_code.name_of(given)
     return Code(source, **found), names
 
 

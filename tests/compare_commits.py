@@ -188,7 +188,7 @@ def commands(tree: Path, data: Path, out: Path) -> Iterator[tuple[str, list[obje
     listed = ["--data_path", data, "--train_list", data / "list.csv"]
     days = ["--extras", "day", "--encoder", "compared:Days"]
     yield "extras", ["main_pretrain.py", *listed, *days, *model, "--output_dir"]
-    dino = ["--encoder", f"{'examples.dino' if (tree / 'examples/dino.py').exists() else 'models_dino'}:DINOv2"]
+    dino = ["--encoder", "examples.dino:DINOv2"] if (tree / "examples/dino.py").exists() else []  # of df1688b4
     yield "dino", [*pretrain, *dino, "--init_from", data / "dino", "--output_dir"]
     yield "dino_finetune", ["main_finetune.py", *images, "--finetune", data / "dino", *dino, *SMALL, "--output_dir"]
     yield "finetune", ["main_finetune.py", *images, *tuned, *SMALL, "--nb_classes", 2, "--output_dir"]

@@ -30,24 +30,24 @@ SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "
 V2, REGISTERS, V3 = Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
 OF_V3 = {"num_register_tokens": 4, "intermediate_size": 512}
 TRANSFORMERS = {
-    "v2": (DINOv2, V2, {}),
-    "v2 giant": (DINOv2, V2, {"use_swiglu_ffn": True}),
-    "v2 registers": (DINOv2, REGISTERS, {"num_register_tokens": 4}),
-    "v2 giant registers": (DINOv2, REGISTERS, {"num_register_tokens": 4, "use_swiglu_ffn": True}),
-    "v3": (DINOv3, V3, OF_V3),
-    "v3 plus": (DINOv3, V3, {**OF_V3, "use_gated_mlp": True, "hidden_act": "silu"}),
-    "v3 heads": (DINOv3, V3, {**OF_V3, "num_attention_heads": 4}),
+    "v2": (V2, {}),
+    "v2 giant": (V2, {"use_swiglu_ffn": True}),
+    "v2 registers": (REGISTERS, {"num_register_tokens": 4}),
+    "v2 giant registers": (REGISTERS, {"num_register_tokens": 4, "use_swiglu_ffn": True}),
+    "v3": (V3, OF_V3),
+    "v3 plus": (V3, {**OF_V3, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "v3 heads": (V3, {**OF_V3, "num_attention_heads": 4}),
 }
 BARE = Record(Path("file.pth"))  # without settings
 SMALL = {"embed_dim": 128, "depth": 2, "num_heads": 2}
-TIMM = {
-    "vit_small_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
-    "vit_small_patch14_reg4_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
-    "vit_giant_patch14_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
-    "vit_giant_patch14_reg4_dinov2": (DINOv2, {"img_size": 56, **SMALL}),
-    "vit_small_patch16_dinov3": (DINOv3, {"img_size": 64, **SMALL}),
-    "vit_small_patch16_dinov3_qkvb": (DINOv3, {"img_size": 64, **SMALL}),
-    "vit_small_plus_patch16_dinov3": (DINOv3, {"img_size": 64, **SMALL}),
+TIMM = {  # side of the images
+    "vit_small_patch14_dinov2": 56,
+    "vit_small_patch14_reg4_dinov2": 56,
+    "vit_giant_patch14_dinov2": 56,
+    "vit_giant_patch14_reg4_dinov2": 56,
+    "vit_small_patch16_dinov3": 64,
+    "vit_small_patch16_dinov3_qkvb": 64,
+    "vit_small_plus_patch16_dinov3": 64,
 }
 
 
@@ -60,10 +60,10 @@ def random(model):
 
 
 def of_transformers(name, folder, **sizes):
-    kind, config, own = TRANSFORMERS[name]
+    config, own = TRANSFORMERS[name]
     model = transformers.AutoModel.from_config(config(**{**SIZES, **own, **sizes}))
     random(model).save_pretrained(folder)
-    return kind, model
+    return model
 
 
 def of_timm(name, path, **arguments):
@@ -84,13 +84,13 @@ def assert_same(found, expected):
 def test_features_of_a_folder_equal_those_of_transformers(name, tmp_path, caplog):
     """At the size of the file, at other sizes, and in a model for another size."""
     caplog.set_level("INFO")
-    kind, theirs = of_transformers(name, tmp_path)
-    ours = get_model(tmp_path, encoder=kind)
+    theirs = of_transformers(name, tmp_path)
+    ours = get_model(tmp_path)
     assert "embeddings.mask_token" in caplog.text
     for size in ((32, 32), (48, 24), (16, 16)):
         expected = theirs(images(*size)).last_hidden_state
         assert_same(ours.extract_feat(images(*size), "tokens"), expected)
-    smaller = get_model(tmp_path, encoder=kind, input_size=16)
+    smaller = get_model(tmp_path, input_size=16)
     assert_same(smaller.extract_feat(images(16, 16), "tokens"), expected)
     assert_same(smaller.extract_feat(images(16, 16)), expected[:, 0])
 
@@ -99,10 +99,10 @@ def test_features_of_a_folder_equal_those_of_transformers(name, tmp_path, caplog
 def test_a_folder_that_a_loaded_encoder_wrote_is_read_as_it_is(name, tmp_path, caplog):
     """Its tensors have our names, and its settings are recorded: nothing is converted or assumed."""
     of_transformers(name, tmp_path / "theirs")
-    model = get_model(str(tmp_path / "theirs"), encoder=DINOv2).eval()
+    model = get_model(str(tmp_path / "theirs")).eval()
     model.save_pretrained(tmp_path / "ours")
     caplog.clear()
-    again = get_model(str(tmp_path / "ours"), encoder=DINOv2).eval()
+    again = get_model(str(tmp_path / "ours")).eval()
     assert "ssumed" not in caplog.text
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -110,26 +110,25 @@ def test_a_folder_that_a_loaded_encoder_wrote_is_read_as_it_is(name, tmp_path, c
 
 @pytest.mark.parametrize("name", ["v2 giant registers", "v3 plus"])
 def test_a_state_dict_in_memory_is_read(name, tmp_path):
-    kind, theirs = of_transformers(name, tmp_path / "folder")
+    theirs = of_transformers(name, tmp_path / "folder")
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
-    ours = get_model(tmp_path / "file.pth", encoder=kind)
+    ours = get_model(tmp_path / "file.pth")
     assert_same(ours.extract_feat(images(32, 32), "tokens"), theirs(images(32, 32)).last_hidden_state)
 
 
 def test_other_rotations_are_refused(tmp_path):
-    _, theirs = of_transformers("v3", tmp_path)
+    theirs = of_transformers("v3", tmp_path)
     theirs.config.rope_theta = 50.0
     theirs.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="rope_theta is 50"):
-        get_model(tmp_path, encoder=DINOv3)
+        get_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_features_of_a_file_equal_those_of_timm(name, tmp_path):
-    kind, arguments = TIMM[name]
-    theirs = of_timm(name, tmp_path / "file.pth", **arguments)
-    ours = get_model(tmp_path / "file.pth", encoder=kind)
-    side = arguments["img_size"]
+    side = TIMM[name]
+    theirs = of_timm(name, tmp_path / "file.pth", img_size=side, **SMALL)
+    ours = get_model(tmp_path / "file.pth")
     assert_same(ours.extract_feat(images(side, side), "tokens"), theirs.forward_features(images(side, side)))
 
 
@@ -137,7 +136,7 @@ def test_the_size_of_a_model_of_timm_may_differ_with_registers(tmp_path):
     """Both filter the position table."""
     name, arguments = "vit_small_patch14_reg4_dinov2", {"img_size": 56, "dynamic_img_size": True, **SMALL}
     theirs = of_timm(name, tmp_path / "file.pth", **arguments)
-    ours = get_model(tmp_path / "file.pth", encoder=DINOv2, input_size=28)
+    ours = get_model(tmp_path / "file.pth", input_size=28)
     expected = theirs.forward_features(images(28, 28))
     assert_same(ours.extract_feat(images(28, 28), "tokens"), expected)
 
@@ -152,7 +151,7 @@ class Filtered(DINOv2):
 @pytest.mark.parametrize("side", [28, 84])
 def test_other_sizes_without_registers_are_those_of_transformers(side, tmp_path):
     """timm filters the position table, transformers does not: with equal weights, this is the only difference."""
-    kind, model = of_transformers("v2", tmp_path / "folder", patch_size=14, image_size=56)
+    model = of_transformers("v2", tmp_path / "folder", patch_size=14, image_size=56)
     theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, dynamic_img_size=True, **SMALL)
     theirs.eval().load_state_dict(dino.tensors(BARE, model.state_dict()))
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
@@ -160,7 +159,7 @@ def test_other_sizes_without_registers_are_those_of_transformers(side, tmp_path)
     expected = model(images(side, side)).last_hidden_state
     for file in (tmp_path / "folder", tmp_path / "file.pth"):
         for size in (56, side):
-            ours = get_model(file, encoder=kind, input_size=size)
+            ours = get_model(file, input_size=size)
             assert_same(ours.extract_feat(images(side, side), "tokens"), expected)
     of_timm = theirs.forward_features(images(side, side))
     assert (of_timm - expected).abs().max() > 1e-3
@@ -224,28 +223,40 @@ def test_a_file_of_the_released_code_has_buffers_that_are_not_used(tmp_path, cap
     unused = {"mask_token": torch.zeros(1, 128), "rope_embed.periods": torch.ones(16),
               "local_cls_norm.weight": torch.ones(128)}  # fmt: skip
     torch.save(state | unused, tmp_path / "released.pth")
-    ours = get_model(tmp_path / "released.pth", encoder=DINOv3)
+    ours = get_model(tmp_path / "released.pth")
     assert_same(ours.extract_feat(images(64, 64), "tokens"), theirs.forward_features(images(64, 64)))
     for name in (*unused, "blocks.#.attn.qkv.bias_mask"):
         assert name in caplog.text
     torch.save({"teacher": {f"backbone.{name}": value for name, value in state.items()}}, tmp_path / "nested.pth")
-    nested = get_model(tmp_path / "nested.pth", encoder=DINOv3)
+    nested = get_model(tmp_path / "nested.pth")
     assert torch.equal(nested.extract_feat(images(64, 64)), ours.extract_feat(images(64, 64)))
 
 
-@pytest.mark.parametrize(("name", "encoder"), [("v2", "DINOv2"), ("v3", "DINOv3")])
-def test_the_error_without_an_encoder_names_it(name, encoder, tmp_path, classify):
+@pytest.mark.parametrize(("name", "encoder"), [("v2", "dinov2"), ("v3", "dinov3")])
+def test_a_file_says_which_encoder_it_is(name, encoder, tmp_path, classify):
+    """Another encoder is refused, also by the name of its class."""
     of_transformers(name, tmp_path)
-    for use in (lambda: get_model(tmp_path), lambda: classify(main_finetune, finetune=tmp_path, input_size=32)):
-        with pytest.raises(ValueError, match=f"encoder=models_dino:{encoder}"):
-            use()
+    assert get_model(tmp_path).settings["encoder"] == encoder
+    other = {"dinov2": DINOv3, "dinov3": DINOv2}[encoder]
+    with pytest.raises((CheckpointError, ValueError)):
+        get_model(tmp_path, encoder=other)
+
+
+def test_a_checkpoint_of_a_training_with_chunks_of_blocks_is_read(tmp_path):
+    """The file of a teacher in a training of DINOv2 on several nodes, with its head."""
+    theirs = of_timm("vit_small_patch14_dinov2", tmp_path / "file.pth", img_size=56, **SMALL)
+    state = {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", name): value for name, value in theirs.state_dict().items()}
+    state = {f"backbone.{name}": value for name, value in state.items()} | {"dino_head.mlp.0.weight": torch.zeros(4, 4)}
+    torch.save({"teacher": state}, tmp_path / "teacher.pth")
+    ours = get_model(tmp_path / "teacher.pth")
+    assert_same(ours.extract_feat(images(56, 56), "tokens"), theirs.forward_features(images(56, 56)))
 
 
 def test_other_weights_are_refused(tmp_path):
     state = of_timm("vit_small_patch14_dinov2", tmp_path / "file.pth", img_size=56, **SMALL).state_dict()
     torch.save({**state, "blocks.0.attn.relative_bias": torch.zeros(4)}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=r"unexpected \(blocks\.0\.attn\.relative_bias\)"):
-        get_model(tmp_path / "file.pth", encoder=DINOv2)
+        get_model(tmp_path / "file.pth")
     torch.save(dict(vit_mini_patch4(img_size=16).state_dict()), tmp_path / "plain.pth")
     assert get_model(tmp_path / "plain.pth").settings.get("encoder") is None
 
@@ -255,19 +266,19 @@ def test_other_rotary_positions_are_refused(tmp_path):
     theirs = timm.create_model("vit_small_patch16_rope_ape_224", num_classes=0, img_size=64, **SMALL)
     timm.models.save_for_hf(theirs, tmp_path / "folder", model_args=SMALL, safe_serialization=True)
     with pytest.raises(CheckpointError, match="rope_ape"):
-        get_model(tmp_path / "folder", encoder=DINOv2)
+        get_model(tmp_path / "folder")
     learned = {**theirs.state_dict(), "rope.freqs": torch.zeros(2, 2, 4)}
     torch.save(learned, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=r"unexpected \(rope\.freqs\)"):
-        get_model(tmp_path / "file.pth", encoder=DINOv2)
+        get_model(tmp_path / "file.pth")
 
 
 def test_what_a_file_of_tensors_does_not_show_is_named(tmp_path, caplog):
-    _, theirs = of_transformers("v3 heads", tmp_path / "folder")
-    get_model(tmp_path / "folder", encoder=DINOv3)
+    theirs = of_transformers("v3 heads", tmp_path / "folder")
+    get_model(tmp_path / "folder")
     assert "channels a head" not in caplog.text
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
-    get_model(tmp_path / "file.pth", encoder=DINOv3)
+    get_model(tmp_path / "file.pth")
     assert "64 channels a head" in caplog.text
 
 
@@ -276,10 +287,10 @@ def test_a_training_does_not_take_the_crop_of_an_evaluation(tmp_path, classify):
     theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56, **SMALL)
     theirs.pretrained_cfg["crop_pct"] = 0.6
     timm.models.save_for_hf(theirs, tmp_path / "folder", model_args={"img_size": 56, **SMALL}, safe_serialization=True)
-    own = {"finetune": tmp_path / "folder", "encoder": "models_dino:DINOv2"}
-    assert get_model(tmp_path / "folder", encoder=DINOv2).settings["crop_pct"] == 0.6
+    own = {"finetune": tmp_path / "folder"}
+    assert get_model(tmp_path / "folder").settings["crop_pct"] == 0.6
     out = classify(main_finetune, **own, input_size=28, epochs=1)
-    assert get_model(out / "checkpoint-0.pth", encoder=DINOv2).settings["crop_pct"] == 1
+    assert get_model(out / "checkpoint-0.pth").settings["crop_pct"] == 1
 
 
 def test_visible_patches_are_rotated_by_their_own_positions():
@@ -300,11 +311,11 @@ def test_pre_training_starts_from_a_file(name, pretrain, tmp_path):
 
     The pooling is that of the training of a file, whatever its encoder.
     """
-    kind, theirs = of_transformers(name, tmp_path / "file")
-    own = {"init_from": tmp_path / "file", "encoder": f"models_dino:{kind.__name__}", "input_size": 32}
+    theirs = of_transformers(name, tmp_path / "file")
+    own = {"init_from": tmp_path / "file", "input_size": 32}
     out = pretrain(**own, lr=0, epochs=1)
-    ours = get_model(out / "checkpoint-0.pth", encoder=kind)
-    assert "DINO trains it" in str(get_model(tmp_path / "file", encoder=kind).pooling)
+    ours = get_model(out / "checkpoint-0.pth")
+    assert "DINO trains it" in str(get_model(tmp_path / "file").pooling)
     assert "the file does not tell" in str(ours.pooling)  # a masked autoencoder
     expected = theirs(images(32, 32)).last_hidden_state
     assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
@@ -332,32 +343,31 @@ def test_models_of_size_s_are_the_same_after_a_run_and_an_export(name, library, 
     sizes, name_in_timm = FAMILIES[name]
     side = sizes["image_size"]
     if library == "timm":
-        kind, file = TRANSFORMERS[name][0], tmp_path / "file.pth"
+        file = tmp_path / "file.pth"
         theirs = of_timm(name_in_timm, file, img_size=side)
         expected = theirs.forward_features(images(side, side))
     else:
         file = tmp_path / "folder"
-        kind, theirs = of_transformers(name, file, **sizes)
+        theirs = of_transformers(name, file, **sizes)
         expected = theirs(images(side, side)).last_hidden_state
-    own = {"encoder": f"models_dino:{kind.__name__}", "model": "mae_vit_small_patch16", "input_size": side}
+    own = {"model": "mae_vit_small_patch16", "input_size": side}
     out = pretrain(init_from=file, **own, decoder_depth=1, lr=0, epochs=1, batch_size=24)
-    ours = get_model(out / "checkpoint-0.pth", encoder=kind)
+    ours = get_model(out / "checkpoint-0.pth")
     assert_same(ours.extract_feat(images(side, side), "tokens"), expected)
     export.export(export.encoder_of(ours), "safetensors", tmp_path / "model.safetensors")
-    exported = get_model(tmp_path / "model.safetensors", encoder=kind)
+    exported = get_model(tmp_path / "model.safetensors")
     assert_same(exported.extract_feat(images(side, side), "tokens"), expected)
 
 
 @pytest.mark.parametrize("name", ["v2", "v3"])
 def test_fine_tuning_starts_from_a_file(name, classify, tmp_path):
     """Also at another size, and the checkpoint describes itself."""
-    kind, _ = of_transformers(name, tmp_path / "file")
-    encoder = f"models_dino:{kind.__name__}"
-    out = classify(main_finetune, finetune=tmp_path / "file", encoder=encoder, input_size=16, lr=0, epochs=1)
-    before, after = get_model(tmp_path / "file", encoder=kind).state_dict(), weights(out, "checkpoint-0.pth")
+    of_transformers(name, tmp_path / "file")
+    out = classify(main_finetune, finetune=tmp_path / "file", input_size=16, lr=0, epochs=1)
+    before, after = get_model(tmp_path / "file").state_dict(), weights(out, "checkpoint-0.pth")
     assert [key for key in before if key.startswith("blocks.") and not torch.equal(before[key], after[key])] == []
     recorded = checkpoint.read(out / "checkpoint-0.pth")["args"]
     assert {"embed_dim=128", "depth=2"} < set(recorded["encoder_args"])
     assert recorded["layer_norm_eps"] == json.loads((tmp_path / "file/config.json").read_text())["layer_norm_eps"]
-    scores = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth", encoder=encoder)
+    scores = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
     assert scores.acc1 == pytest.approx(lines(out)[-1]["test_acc1"])

@@ -6,7 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from earlier import FOLDER, RUNS, make_data, small_models
+import torch
+from earlier import FOLDER, OF_EXAMPLES, RUNS, make_data, small_models
 from mains import call, lines
 
 import main_finetune
@@ -15,7 +16,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.inference import features
+from mae.inference import export, features, get_model
 
 FIRST = "df1688b4"  # whose runs resume
 RESULTS = ("train_lr", "train_loss", "test_acc1", "test_loss", "test_miou", "test_pixel_acc", "chosen_blr")
@@ -41,13 +42,13 @@ def written(request):
 
 
 def resume(name, which, out, data):
-    script, dataset, _ = RUNS[name]
+    script, dataset, _ = {**RUNS, **OF_EXAMPLES}[name]
     # A sharded checkpoint resumes in one process, too; there, the batch size is that of both.
     how = ["--batch_size", 4] if name == "sharded" else []
     call(importlib.import_module(script), "--resume", which, "--output_dir", out, "--data_path", data / dataset, *how)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *OF_EXAMPLES])
 def test_a_run_resumes_in_the_middle_of_an_epoch(name, data, tmp_path):
     """Losses, rates and scores are those of the uninterrupted run of the earlier version."""
     shutil.copytree(FOLDER / FIRST / name, tmp_path / "run")
@@ -57,6 +58,20 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(name, data, tmp_path):
     for ours, theirs in zip(resumed, expected[-len(resumed) :], strict=True):
         compared = [key for key in RESULTS if key in theirs]
         assert {key: ours[key] for key in compared} == pytest.approx({key: theirs[key] for key in compared}, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_a_file_that_names_an_encoder_of_the_examples_is_read_and_exported(name, tmp_path):
+    """The classes of examples/ are in the library now. No command names an encoder."""
+    model = get_model(FOLDER / FIRST / name / "checkpoint-last.pth")
+    assert bool(model.settings.get("lora")) == (name in ("continued", "lora"))
+    encoder = export.encoder_of(model)
+    export.export(encoder, "safetensors", tmp_path / "model.safetensors")
+    merged = get_model(tmp_path / "model.safetensors")
+    assert merged.settings.get("encoder") == {"lora": None, "dinov3": "dinov3"}.get(name, "dinov2")
+    assert not merged.settings.get("lora")
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(merged.extract_feat(images), encoder.extract_feat(images))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -15,7 +15,7 @@ from mae.checkpoints import checkpoint
 from mae.inference import export, get_model
 from mae.weights import model_zoo
 
-LORA = {"encoder": "examples.lora:LoRA", "encoder_args": "rank=2"}
+LORA = {"lora": 2}
 FILES = {  # script, its settings, the settings of the pre-training
     "tuned_patches": (main_finetune, {"global_pool": True}, {}),
     "tuned_class_token": (main_finetune, {"cls_token": True}, {}),
@@ -23,9 +23,9 @@ FILES = {  # script, its settings, the settings of the pre-training
     "linear_patches": (main_linprobe, {"blr": 1, "global_pool": True}, {}),
     "several_linear": (main_linprobe, {"blr": "0.1 1"}, {}),
     "attentive": (main_linprobe, {"blr": 1, "probe": "attentive", "num_queries": 4}, {}),
-    "lora_patches": (main_finetune, {"global_pool": True, **LORA}, {"encoder": LORA["encoder"]}),
-    "lora_class_token": (main_finetune, {"cls_token": True, **LORA}, {"encoder": LORA["encoder"]}),
-    "lora_linear": (main_linprobe, {"blr": 1, **LORA}, {"encoder": LORA["encoder"]}),
+    "lora_patches": (main_finetune, {"global_pool": True, **LORA}, {}),
+    "lora_class_token": (main_finetune, {"cls_token": True, **LORA}, {}),
+    "lora_linear": (main_linprobe, {"blr": 1, **LORA}, {}),
 }
 NORM = {"norm.weight": 1, "norm.bias": 0}  # the values of a new norm
 

@@ -20,16 +20,16 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
-from examples.lora import LoRA, LoRADINOv2
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model
+from mae.lora import add_updates
 from mae.user_code import plain_encoder
 from models_dino import DINOv2
 from models_vit import Encoder, VisionTransformer
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-OWN = {"encoder": "examples.lora:LoRA", "encoder_args": "rank=4 alpha=8"}
-FLAGS = tuple(word for name, value in OWN.items() for word in (f"--{name}", *value.split()))
+OWN = {"lora": 4, "lora_alpha": 8}
+FLAGS = tuple(word for name, value in OWN.items() for word in (f"--{name}", value))
 ADAPTERS = ("lora_a", "lora_b")
 SCRIPTS = (main_finetune, main_linprobe, main_pretrain)
 
@@ -40,12 +40,18 @@ def plain(pretrain_once):
     return pretrain_once("plain", epochs=1) / "checkpoint-0.pth"
 
 
+def with_updates(rank, alpha=None):
+    model = VisionTransformer(**SMALL)
+    add_updates(model, rank, alpha)
+    return model
+
+
 def changed(before, after):
     return {name for name in before if name in after and not torch.equal(before[name], after[name])}
 
 
 def test_the_start_is_the_model_without_updates():
-    lora = mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=4).eval()
+    lora = with_updates(4).eval()
     plain = VisionTransformer(**SMALL).eval()
     state = {name: value for name, value in lora.state_dict().items() if not name.endswith(ADAPTERS)}
     plain.load_state_dict(state)
@@ -53,7 +59,7 @@ def test_the_start_is_the_model_without_updates():
 
 
 def test_updates_are_low_rank_and_of_queries_and_values():
-    lora = mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=4, alpha=12)
+    lora = with_updates(4, 12)
     layer = lora.blocks[1].attn.qkv
     nn.init.normal_(layer.lora_b)
     q, k, v = (layer.merged() - layer.weight).chunk(3)
@@ -118,33 +124,23 @@ def test_fine_tuning_trains_updates_head_and_norm(plain, classify):
 
 
 def test_a_probe_and_neighbors_have_the_updates(plain, pretrain, classify):
-    own = {name: OWN[name] for name in ("encoder",)}  # the checkpoint has the arguments
     file = pretrain(init_from=plain, **OWN, epochs=1) / "checkpoint-0.pth"
-    assert classify(main_knn, k=3, finetune=file, **own)[3, 0.07] > 0
-    out = classify(main_linprobe, "probe", finetune=file, **own, epochs=1, blr=1)
+    assert classify(main_knn, k=3, finetune=file)[3, 0.07] > 0
+    out = classify(main_linprobe, "probe", finetune=file, epochs=1, blr=1)
     before, after = (weights(one, "checkpoint-0.pth") for one in (file.parent, out))
     assert {name for name in changed(before, after) if name.startswith("blocks")} == set()
     assert any(name.endswith("lora_b") for name in after)
-    with pytest.raises(ValueError, match=f"encoder={OWN['encoder']}"):
-        classify(main_knn, k=3, finetune=file)
 
 
 @pytest.mark.slow
-def test_an_argument_that_differs_from_the_file_is_named(plain, pretrain, classify, capsys):
-    """An argument that the file does not have is no difference."""
-    file = pretrain(init_from=plain, **OWN, epochs=1) / "checkpoint-0.pth"
+@pytest.mark.parametrize(("own", "before"), [(OWN, "lora_alpha=8"), ({"lora": 4}, "lora_alpha=4")])
+def test_a_scale_that_differs_from_the_file_is_named(own, before, plain, pretrain, classify, capsys):
+    """Also that which the file left at its default."""
+    file = pretrain(init_from=plain, **own, epochs=1) / "checkpoint-0.pth"
     assert "is used, and" not in "".join(line for line in capsys.readouterr().out.splitlines() if "alpha" in line)
-    classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
+    classify(main_finetune, "tuned", finetune=file, lora_alpha=16, epochs=1)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "is used, and" in line)
-    assert "alpha=16" in line and "alpha=8" in line
-
-
-@pytest.mark.slow
-def test_an_argument_that_the_file_left_at_its_default_is_named(plain, pretrain, classify, capsys):
-    """Its updates are scaled by alpha / rank."""
-    file = pretrain(init_from=plain, **{**OWN, "encoder_args": "rank=4"}, epochs=1) / "checkpoint-0.pth"
-    classify(main_finetune, "tuned", finetune=file, encoder=OWN["encoder"], encoder_args="alpha=16", epochs=1)
-    assert "encoder_args=[alpha=16] is used, and" in capsys.readouterr().out.replace("'", "")
+    assert "lora_alpha=16" in line and before in line
 
 
 def test_frozen_random_weights_have_a_warning(plain, classify, capsys):
@@ -167,13 +163,19 @@ def test_steps_that_an_export_would_lose_are_refused():
         def class_features(self, tokens):
             return tokens[:, 1]
 
-    class Own(LoRA):
+    class Adapted(Encoder):
+        adapters = ("adapter",)
+
+    class Own(Adapted):
         class_features = Step.class_features
 
-    class Several(LoRA, DINOv2, Step):
+    class OfDINO(Adapted, DINOv2):
         pass
 
-    assert plain_encoder(LoRADINOv2) is DINOv2 and plain_encoder(LoRA) is Encoder
+    class Several(Adapted, DINOv2, Step):
+        pass
+
+    assert plain_encoder(OfDINO) is DINOv2 and plain_encoder(Adapted) is Encoder
     for kind, name in ((Own, "Own"), (Several, "Step")):
         with pytest.raises(ValueError, match=rf"{name}\.class_features"):
             plain_encoder(kind)
@@ -181,12 +183,12 @@ def test_steps_that_an_export_would_lose_are_refused():
 
 def test_exports_merge_the_updates(plain, classify, tmp_path):
     out = classify(main_finetune, finetune=plain, **OWN, epochs=1, blr=0.1, warmup_epochs=0)
-    model = get_model(out / "checkpoint-0.pth", encoder=LoRA)
+    model = get_model(out / "checkpoint-0.pth")
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)
     expected = model(images(16, 16))
-    without = get_model(out / "checkpoint-0.pth", encoder=LoRA)
+    without = get_model(out / "checkpoint-0.pth")
     assert (expected - without(images(16, 16))).abs().max() > 1e-3
     for to, suffix in (("safetensors", ".safetensors"), ("onnx", ".onnx"), ("timm", ""), ("reference", ".pth")):
         export.export(model, to, tmp_path / f"model{suffix}")
@@ -203,19 +205,19 @@ def test_exports_merge_the_updates(plain, classify, tmp_path):
 
 def test_updates_of_dino(pretrain, own_module, tmp_path, capsys):
     """The file gives its sizes, and the command the rank. The export is a model of DINO. Only another encoder warns."""
-    _, theirs = of_transformers("v2 registers", tmp_path / "file")
-    own = {"encoder": "examples.lora:LoRADINOv2", "encoder_args": "rank=2", "input_size": 32}
+    theirs = of_transformers("v2 registers", tmp_path / "file")
+    own = {"lora": 2, "input_size": 32}
     out = pretrain(init_from=tmp_path / "file", **own, lr=0, epochs=1)
     assert "was made with" not in capsys.readouterr().out
     own_module("another", "from models_dino import DINOv2\nclass Another(DINOv2):\n    pass\n")
     pretrain("other", init_from=tmp_path / "file", encoder="another:Another", input_size=32, lr=0, epochs=1)
-    assert "was made with encoder=models_dino:DINOv2" in capsys.readouterr().out
-    ours = get_model(out / "checkpoint-0.pth", encoder=LoRADINOv2)
+    assert "was made with encoder=dinov2" in capsys.readouterr().out
+    ours = get_model(out / "checkpoint-0.pth")
     expected = theirs(images(32, 32)).last_hidden_state
     assert_same(ours.extract_feat(images(32, 32), "tokens"), expected)
-    assert {"rank=2", "depth=2"} < set(ours.settings["encoder_args"])
+    assert ours.settings["encoder"] == "dinov2" and ours.settings["lora"] == 2
     export.export(ours, "safetensors", tmp_path / "merged.safetensors")
-    merged = get_model(tmp_path / "merged.safetensors", encoder=DINOv2)
+    merged = get_model(tmp_path / "merged.safetensors")
     assert_same(merged.extract_feat(images(32, 32), "tokens"), expected)
     assert_equal(*({key: value for key, value in model.state_dict().items() if key.startswith("decoder")}
                    for model in (merged, ours)))  # fmt: skip
@@ -240,17 +242,17 @@ def test_the_five_commands_of_the_page_run(labelled, tmp_path, monkeypatch):
             done.append(Path(words[-1]))
     assert len(done) == 5
     assert all((tmp_path / out / "checkpoint-0.pth").exists() for out in done)
-    assert get_model("runs/continued/checkpoint-0.pth", encoder=LoRADINOv2).settings["input_size"] == 224
+    assert get_model("runs/continued/checkpoint-0.pth").settings["input_size"] == 224
     assert get_model("runs/student/checkpoint-0.pth").settings.get("encoder") is None
 
 
-def test_a_rank_below_one_is_an_error():
-    with pytest.raises(ValueError, match="rank=0"):
-        mae.build.combined(LoRA, VisionTransformer)(**SMALL, rank=0)
+def test_a_scale_without_updates_is_an_error(classify):
+    with pytest.raises(ValueError, match="lora_alpha"):
+        classify(main_finetune, lora_alpha=8)
 
 
 @pytest.mark.parametrize("blocks", [-1, 5])
 def test_a_wrong_number_of_blocks_is_an_error(blocks):
-    model = mae.build.combined(LoRA, VisionTransformer)(**SMALL)
+    model = with_updates(8)
     with pytest.raises(ValueError, match=f"unfreeze_blocks={blocks}"):
         mae.build.freeze_below(model, blocks)

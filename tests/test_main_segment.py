@@ -274,7 +274,7 @@ def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):
 
 
 def test_adapters_of_a_frozen_encoder_learn(segment, encoder):
-    out = segment(finetune=encoder, encoder="examples.lora:LoRA", encoder_args="rank=2", epochs=1)
+    out = segment(finetune=encoder, lora=2, epochs=1)
     state, before = checkpoint.read(out / "checkpoint-0.pth")["model"], checkpoint.read(encoder)["model"]
     assert all(value.any() for name, value in state.items() if name.endswith("lora_b"))
     assert torch.equal(state["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])

@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.encoders import class_named
 from mae.registry import default_name, described
 from mae.settings.arguments import OFF
 from mae.settings.choices import HEAD_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import InvalidValue, count_or_all, positive
-from mae.user_code import NAMED, import_object, runs_code
+from mae.user_code import NAMED, runs_code
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
 GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.py)"}
@@ -23,13 +24,14 @@ GROUPS |= {"distributed": "distributed (start with torchrun, srun or submitit_*.
 REFUSED = {
     "dataset": runs_code,
     **dict.fromkeys(
-        ("download", "encoder", "model_class", "dist_backend", "dist_url"),
+        ("download", "model_class", "dist_backend", "dist_url"),
         lambda value: True,
     ),
     **dict.fromkeys(NAMED, lambda value: ":" in value),
 }
 # A setting -> the module and the name of the registry that has its values. A flag imports the module where it is added.
 REGISTRIES = {
+    "encoder": ("mae.encoders", "ENCODERS"),
     "optimizer": ("mae.training.optimizers", "OPTIMIZERS"),
     "lr_schedule": ("mae.training.lr_sched", "SCHEDULES"),
     "masking": ("mae.masking", "MASKING"),
@@ -105,7 +107,7 @@ def _name_or_code(registry: Collection[str], default: str) -> Callable[[str], st
 
     def name(text: str) -> str | None:
         if ":" not in text and text not in registry:
-            raise InvalidValue(f"must be {', '.join(registry)} or MODULE:FUNCTION, got {text}")
+            raise InvalidValue(f"must be {', '.join(registry)} or MODULE:NAME, got {text}")
         return None if text == default else text
 
     return name
@@ -188,7 +190,7 @@ def add_exif(group: argparse._ActionsContainer, default: str) -> None:
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
     """Adds the flags of the architecture."""
     add(parser, "model", default=default, choices=models, help=f"one of {', '.join(models)}")
-    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
+    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args", "lora", "lora_alpha")
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -332,7 +334,7 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """
     names = ("encoder_args", "exif", "nodata", "value_range", "channels_last")
     settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    return settings | ({"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {})
+    return settings | ({"encoder": class_named(args.encoder)} if args.encoder else {})
 
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from mae.weights import model_settings, reading
 SCRATCH = "scratch"
 PIXELS = "pixels"
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
-ARCHITECTURE = ("model", "encoder", "encoder_args")  # settings that a file of --encoders replaces
+ARCHITECTURE = ("model", "encoder", "encoder_args", "lora", "lora_alpha")  # settings that a file of --encoders replaces
 BY_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
@@ -116,7 +116,8 @@ def _recorded_settings(given: Settings, explicit: frozenset[str], text: str, wei
     recorded = model_settings.classifier_settings(weights)
     if not recorded:
         raise ValueError(f"encoders={as_yaml(text)}: no model of this library has its shapes")
-    if recorded.get("encoder") not in (None, given.get("encoder")):  # a file can't make a program import code
+    encoder = recorded.get("encoder") or ""
+    if ":" in encoder and encoder != given.get("encoder"):  # a file can't make a program import code
         raise ValueError(f"encoders={as_yaml(text)}: it has an encoder of its own: give encoder={recorded['encoder']}")
     if recorded.get("crop_pct") is None and given.get("crop_pct") is None:
         size = given["input_size"] if "input_size" in explicit else recorded.get("input_size") or given["input_size"]

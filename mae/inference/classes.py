@@ -67,6 +67,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        mae.build.add_updates(self, specs(settings)[0])  # type: ignore[arg-type]
         self.pooling = pooling_of(settings)
         self.in_chans = settings["in_chans"]
         self.values = PixelValues(settings.get("nodata"), settings.get("value_range"), settings.get("channels_last"))

@@ -18,7 +18,7 @@ import torch
 import mae.build
 import models_mae
 import models_vit
-from mae import user_code
+from mae import encoders
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
 from mae.data.pixels import to_tensor
@@ -99,7 +99,7 @@ def get_model(
             weights of an architecture are the fine-tuned weights for vit_*, and those with a decoder for mae_vit_*. Or
             the weights to load: a published name or a file.
         device: device of the model.
-        encoder: a mix-in, derived from `models_vit.Encoder`. The file of such a model needs it.
+        encoder: a mix-in of the user's code, derived from `models_vit.Encoder`. The file of such a model needs it.
         settings: settings of the model to change, by the names of the flags: input_size, patch_size, in_chans,
             nb_classes, global_pool, norm_pix_loss, mean, std, channels_last, classes, encoder_args.
 
@@ -108,7 +108,7 @@ def get_model(
         CheckpointError: the file is damaged, or does not contain the requested model.
     """
     if encoder:
-        settings["encoder"] = user_code.name_of(encoder)
+        settings["encoder"] = encoders.name_of(encoder)
     unknown = settings.keys() - set(REBUILDS)
     if unknown:
         known = ", ".join(name for name in REBUILDS if name != "model")
@@ -116,7 +116,8 @@ def get_model(
     name = str(name)
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has aliases
-    if name.startswith(TIMM) or reading.path_and_model(name)[0].exists():
+    file = reading.path_and_model(name)[0]
+    if name.startswith(TIMM) or file.exists() or model_zoo.is_of_hub(file):
         return _load(loading.read(name), None, settings, encoder).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
         raise ValueError(f"there is no file, model or published weights {name}{model_zoo.advice(name, list_models())}")
@@ -194,6 +195,7 @@ def _load(
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
         merged["crop_pct"] = model_settings.crop_pct_of_earlier_version(file, merged["input_size"])
+    encoder = encoder or encoders.class_of(merged.get("encoder"))
     segments = file.kind == model_zoo.SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
     model: Model = kind(merged)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import mae.build
-from mae import parallel
+from mae import encoders, parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extra_inputs, loader
@@ -212,7 +212,7 @@ def commands(
     images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
     if is_stream(source) or not images:
         images = ["IMAGES"]
-    code = arguments({name: settings.get(name) for name in ("encoder", "encoder_args")})
+    code = arguments(encoders.user_code_of(settings))
     file = str(checkpoint)
     lines = {
         "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],

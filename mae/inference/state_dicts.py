@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import mae.build
 import models_mae
-from mae import user_code
+from mae import encoders, user_code
 from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
@@ -58,12 +58,12 @@ def without_adapters(model: Model) -> Model:
     """Returns a model with the updates of its adapters merged into its weights. Its class has no adapters."""
     if not model.adapters:
         return model
-    assert model.encoder
-    plain = user_code.plain_encoder(model.encoder)
+    plain = user_code.plain_encoder(model.encoder or Encoder)
     encoder = None if plain is Encoder else plain
     known = mae.build.own_parameters(plain)
     texts = [text for text in model.settings.get("encoder_args") or [] if text.partition("=")[0] in known]
-    names = {"encoder": encoder and user_code.name_of(encoder), "encoder_args": texts or None}
+    names = {"encoder": encoder and encoders.name_of(encoder), "encoder_args": texts or None, "lora": None,
+             "lora_alpha": None}  # fmt: skip
     kind: Any = next(kind for kind in (Autoencoder, Classifier, Segmenter) if isinstance(model, kind))
     merged: Model = with_encoder(kind, encoder)({**model.settings, **names})
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(model.adapters)}

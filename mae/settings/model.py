@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mae.position_tables import Size
 from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
-from mae.settings.types import count, non_negative, positive_int, ratio
+from mae.settings.types import count, non_negative, positive, positive_int, ratio
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,17 @@ class ModelSpec(Values, group="model", role=MODEL):
     layer_norm_eps: float | None = fact(None)  # of foreign models; None: 1e-6
     num_heads: int | None = fact(None, role=TRAINING)  # in foreign files, to be checked
     decoder_num_heads: int | None = fact(None, role=TRAINING)
-    encoder: str | None = setting(None, resumed=FIXED, metavar="MODULE:CLASS",
-        help="your own encoder: a class derived from models_vit.Encoder, from a module on Python's path or in the "
-        "working directory. Files record its name, and do not import it")
+    encoder: str | None = setting(None, resumed=FIXED, metavar="NAME",
+        help="{choices}; or MODULE:CLASS, your own encoder: a class derived from models_vit.Encoder, from a module on "
+        "Python's path or in the working directory. Files record its name, and do not import it (default: as in the "
+        "loaded weights)")
     encoder_args: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --encoder, such as groups=3 (default: as in the loaded weights)")
+    lora: int | None = setting(None, positive_int, resumed=FIXED, metavar="R",
+        help="low-rank updates of queries and values in every block (LoRA, Hu et al. 2022): they are trained, and the "
+        "weights below them are frozen; exports merge them. Typical: 8 to 64 (default: as in the loaded weights)")
+    lora_alpha: float | None = setting(None, positive, resumed=FIXED, metavar="A",
+        help="--lora multiplies its updates by A / R (default: as in the loaded weights, else R)")
     model_class: str | None = setting(None, role=TRAINING, metavar="MODULE:CLASS",
         help="your own method: a class derived from models_mae.MaskedAutoencoderViT (docs/method.md). Files record "
         "its name, and do not import it")

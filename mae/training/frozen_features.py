@@ -123,7 +123,8 @@ class FrozenFeatures:
         mean, std = self.data.statistics
         return {
             "model": spec.model, "patch_size": spec.patch_size, "encoder": spec.encoder,
-            "encoder_args": spec.encoder_args, "dataset": data.dataset, "data_path": data.data_path,
+            "encoder_args": spec.encoder_args, "lora_alpha": spec.lora_alpha,
+            "dataset": data.dataset, "data_path": data.data_path,
             **{name: value for name, value in self.data.images.record().items() if name in REBUILDS},
             "mean": list(mean), "std": list(std), "fast_jpeg": data.fast_jpeg and data.fast_jpeg_resize,
             "precision": self.precision.name, "has_both": self.has_both,

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mae import parallel
+from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
 from mae.settings.arguments import arguments
@@ -238,7 +239,7 @@ def log_report_command(
     Args:
         encoder, encoder_args, dataset: the settings.
     """
-    code: dict[str, Any] = {"encoder": encoder, "encoder_args": encoder_args}
+    code = user_code_of({"encoder": encoder, "encoder_args": encoder_args})
     if dataset and runs_code(dataset):
         code["dataset"] = dataset
     command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]

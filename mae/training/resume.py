@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mae import parallel
+from mae import encoders, parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
@@ -81,7 +81,7 @@ def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str
     run_directory.refuse(file)
     state = checkpoint.read(file, verify=False)
     _require_known_version(state, resumed, script)
-    saved = state["args"]
+    saved = encoders.renamed(state["args"])
     if saved.get("script", script) != script:
         remedy = _start_from(resumed, script)
         if resumed != "auto" and script == "main_pretrain":  # no classifier is the start of one
@@ -137,7 +137,7 @@ def restore_run(
     state = read_newest(output_dir) if resumed == "auto" else sharded_state.read(resumed)
     if state is not None:
         _require_known_version(state, resumed, settings.get("script", ""))
-        saved = state["args"]
+        saved = encoders.renamed(state["args"])
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             what = " and no ".join(sorted(missing))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mae import lora
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.settings.arguments import advice
 from mae.settings.choices import CLASSIFICATION
@@ -76,12 +77,14 @@ def init_mae(model: Any, weights: Weights) -> None:
     left_out = set() if name else _of_classifier(weights)
     tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in left_out}
     fitted = fit(model, weights._replace(tensors=tensors))
+    updates = _new_updates(fitted.missing, weights.settings)
     new, dropped = _of_user_code(fitted, weights.settings)
+    new -= updates
     if left_out >= FC_NORM:
         new |= NORM & fitted.missing
     if new or dropped:
         _warn_of_user_code(weights, new, dropped)
-    optional = new | dropped
+    optional = new | dropped | updates
     if not model.learned_pos_embed:
         optional |= TABLES  # the model computes them
     decoder = {name for name in model.state_dict() if part_of(name) == DECODER} - optional
@@ -137,7 +140,7 @@ def load_encoder(
     has_head = any(part_of(name) == HEAD for name in weights.tensors)
     takes_head = has_head and classes is not None and _has_same_head(model, weights, classes, task, has_ids)
     fitted = fit(model, weights, (ENCODER, HEAD) if takes_head else (ENCODER,), adapt_input)
-    optional = FC_NORM & fitted.missing
+    optional = (FC_NORM & fitted.missing) | _new_updates(fitted.missing, weights.settings)
     if "fc_norm.weight" in model.state_dict():
         optional |= NORM
     if adapt_input == "skip":
@@ -202,6 +205,11 @@ def _has_same_head(model: Any, weights: Weights, classes: Sequence[str], task: s
     is_pooled, pools = ("fc_norm.weight" in tensors for tensors in (weights.tensors, model.state_dict()))
     has_same_task = weights.settings.get("task", CLASSIFICATION) == task
     return ours == of_file and recorded in (None, list(classes)) and has_same_task and is_pooled == pools
+
+
+def _new_updates(missing: Collection[str], settings: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the low-rank updates, which are zero, unless the file has updates of its own."""
+    return set() if settings.get("lora") else {name for name in missing if name.endswith(lora.PARAMETERS)}
 
 
 def _added(names: Iterable[str], in_blocks: bool = False) -> set[str]:

@@ -186,6 +186,39 @@ def fetch(name: str) -> Path:
     return path
 
 
+def is_of_hub(name: Path | str) -> bool:
+    """Whether a name may be OWNER/NAME of the Hugging Face Hub: there is no such file or folder, and no OWNER/."""
+    file = Path(name)
+    return len(file.parts) == 2 and not (file.is_absolute() or file.parent.exists()) and file.suffix not in SUFFIXES
+
+
+def fetch_from_hub(name: str) -> Path:
+    """Downloads a model of the Hugging Face Hub to its cache, unless it is there: .safetensors and .json files only.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is no such model, its license has to be accepted, or it can't be downloaded.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        logger.info(f"weights from {page}")
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except GatedRepoError as error:
+        raise ValueError(f"{page} is gated: accept its license there, and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"there is no file or folder {name}, and no {page} that you may read") from error
+    except Exception as error:  # of the network; the library has many
+        raise ValueError(
+            f"there is no file or folder {name}, and {page} can't be downloaded ({type(error).__name__}). On a machine "
+            f"with a network: `hf download {name} --local-dir FOLDER`; then give the folder"
+        ) from error
+
+
 def _check(path: Path, digest: str | None) -> None:
     """Compares a file with its published digest, or with the SHA-256 that was recorded at its first use."""
     if digest:

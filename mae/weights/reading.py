@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mae import parallel
+from mae import encoders, parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
@@ -105,6 +105,7 @@ def read(name: Path | str) -> Weights:
     is_of_hub = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
     if is_of_hub and path.is_file() and not record.is_ours:
         state, record = _open_folder(path.parent, path)  # of another library, whose folder has the settings
+    record = record._replace(args=encoders.renamed(record.args))
     found = candidates.weights_of(state, str(file), model, _keeps_names(record.args), _prefix_of)
     file_format = next(each for each in FORMATS.values() if each.matches(record, found.keys()))
     try:
@@ -179,10 +180,14 @@ def path_and_model(name: Path | str) -> tuple[Path, str]:
 
 
 def _download(name: str, file: Path) -> Path:
-    if file.suffix or len(file.parts) > 1:
+    if model_zoo.is_of_hub(file):
+        fetch = model_zoo.fetch_from_hub
+    elif file.suffix or len(file.parts) > 1:
         raise CheckpointError(f"there is no file {name}{model_zoo.advice(name)}")
-    parallel.from_rank_0(lambda: model_zoo.fetch(str(file)))  # a download may take longer than --dist_timeout
-    return model_zoo.fetch(str(file))
+    else:
+        fetch = model_zoo.fetch
+    parallel.from_rank_0(lambda: fetch(str(file)))  # a download may take longer than --dist_timeout
+    return fetch(str(file))
 
 
 def _first_invalid(settings: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mae import settings
 from mae.data import transforms
+from mae.encoders import class_named, name_of
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES, Pooling, pooling_of
 from mae.probes import pools_tokens
 from mae.settings import EVALUATE, TRAIN, ImageSpec
@@ -14,7 +15,7 @@ from mae.settings.arguments import in_words
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
-from mae.user_code import import_object, name_of, plain_encoder, runs_code
+from mae.user_code import plain_encoder, runs_code
 from mae.weights import model_settings, reading
 from mae.weights.formats import dino
 
@@ -125,5 +126,5 @@ def _changes(
 def _adapts(encoder: str, recorded: str | None) -> bool:
     """Whether a mix-in that the user names adds adapters to an encoder. The features at the start are the same."""
     with suppress(ValueError):  # a class in a function can't be imported
-        return name_of(plain_encoder(import_object("encoder=", encoder))) == recorded
+        return name_of(plain_encoder(class_named(encoder))) == recorded
     return False

@@ -31,6 +31,7 @@ NAMES = {  # patterns of their names -> ours; those of the gated MLP are those o
     r"^embeddings\.": "",
     r"^layernorm\.": "norm.",
     r"^((encoder|model)\.)?layer\.(?=\d)": "blocks.",
+    r"^blocks\.\d+\.(?=\d)": "blocks.",  # a chunk of blocks, in checkpoints of a training
     r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
     r"\.attention\.(attention\.)?": ".attn.",
     r"\.attn\.(query|q_proj)\.": ".attn.q.",
@@ -98,7 +99,7 @@ def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     nearest = min(SIZES, key=lambda name: [abs(SIZES[name]["embed_dim"] - width), abs(SIZES[name]["depth"] - depth)])
     found: dict[str, Any] = {
         "model": f"vit_{nearest}",  # the arguments determine the encoder, and this name the decoder
-        "encoder": f"models_dino:DINOv{2 if has_table else 3}",
+        "encoder": f"dinov{2 if has_table else 3}",
         "encoder_args": [f"{name}={value}" for name, value in arguments.items()],
         "patch_size": side_or_sides(patch),
         "in_chans": channels,

@@ -1,13 +1,8 @@
 """Low-rank updates of a frozen encoder: LoRA (Hu et al. 2022), and ExPLoRA (Khanna et al. 2025) in pre-training.
 
-    python main_finetune.py --finetune FILE --encoder examples.lora:LoRA --encoder_args rank=8 ...
-    python main_pretrain.py --init_from dinov2-small --encoder examples.lora:LoRADINOv2 --encoder_args rank=64 \\
-        --unfreeze_blocks 1 ...
-
 Queries and values of every block have updates, which are zero at the start: the features are those of the file. The
-updates, the final norm, and the head or the decoder are trained, and the last K blocks with --unfreeze_blocks K. All
-other weights are frozen. The other scripts read such a checkpoint with the same --encoder. Exports merge the updates
-into the matrices.
+updates, the final norm, and the head or the decoder are trained, and the last K blocks with `unfreeze_blocks` K. All
+other weights are frozen. Exports merge the updates into the matrices.
 """
 
 from typing import Any
@@ -16,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_dino import DINOv2, DINOv3
-from models_vit import Encoder
+PARAMETERS = ("lora_a", "lora_b")
 
 
 class LowRankQKV(nn.Linear):
@@ -49,31 +43,20 @@ class LowRankQKV(nn.Linear):
         return F.linear(x, self.merged(), self.bias)
 
 
-class LoRA(Encoder):
-    """An encoder whose blocks have low-rank updates.
+def add_updates(model: Any, rank: int, alpha: float | None) -> None:
+    """Adds low-rank updates to the blocks of a model, in place.
 
     Args:
+        model: a `models_vit.Encoder`.
         rank: of the updates.
-        alpha: scale of the updates, which are multiplied by alpha / rank. Default: the rank.
+        alpha: they are multiplied by alpha / rank. None: the rank.
 
     Raises:
-        ValueError: the rank is below 1.
+        ValueError: a block of the user's code has no layer `attn.qkv`.
     """
-
-    adapters = ("lora_a", "lora_b")
-
-    def __init__(self, *, rank: int = 8, alpha: float | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        if rank < 1:
-            raise ValueError(f"encoder_args=[rank={rank}]: must be at least 1")
-        block: Any
-        for block in self.blocks:
-            block.attn.qkv = LowRankQKV(block.attn.qkv, rank, rank if alpha is None else alpha)
-
-
-class LoRADINOv2(LoRA, DINOv2):
-    """DINOv2 with low-rank updates."""
-
-
-class LoRADINOv3(LoRA, DINOv3):
-    """DINOv3 with low-rank updates."""
+    for block in model.blocks:
+        layer = getattr(getattr(block, "attn", None), "qkv", None)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"lora={rank}: blocks of class {type(block).__name__} have no linear layer attn.qkv")
+        block.attn.qkv = LowRankQKV(layer, rank, rank if alpha is None else alpha)
+    model.adapters = (*model.adapters, *PARAMETERS)
