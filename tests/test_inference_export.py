@@ -16,6 +16,7 @@ from mains import parse, randomized
 from PIL import Image
 
 import hubconf
+import models_vit
 from mae.checkpoints import checkpoint
 from mae.inference import export, get_model, graphs
 from mae.inference.model import ARCHITECTURES, Autoencoder, Classifier
@@ -23,6 +24,12 @@ from mae.probes import probe_head
 
 FORMATS = ["reference", "safetensors", "timm", "transformers"]
 SIZES = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
+
+
+@pytest.fixture
+def _two_blocks(monkeypatch):
+    """Graphs of fewer blocks are written in less time."""
+    monkeypatch.setitem(models_vit.SIZES, "mini_patch4", models_vit.SIZES["mini_patch4"] | {"depth": 2})
 
 
 @pytest.fixture
@@ -246,6 +253,7 @@ def test_a_gray_classifier_by_the_code_that_its_export_prints(tmp_path, monkeypa
     torch.testing.assert_close(eval(expression, names), ours(ours.prepare(image)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("_two_blocks")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
 def test_graphs_take_pixels(kind, tmp_path, request, caplog):
@@ -273,6 +281,7 @@ def test_graphs_take_pixels(kind, tmp_path, request, caplog):
         assert "(B, 3, 32, 32), RGB, pixels of 0 to 1" in text
 
 
+@pytest.mark.usefixtures("_two_blocks")
 def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
     caplog.set_level("INFO")
     settings = {"in_chans": 2, "mean": [4000, -3], "std": [200, 0.01], "input_size": 16, "nodata": "nan"}
@@ -290,6 +299,7 @@ def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
     assert "timm divides pixels by 255" in caplog.text
 
 
+@pytest.mark.usefixtures("_two_blocks")
 @pytest.mark.slow
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "CLOSE", -1.0)
@@ -298,6 +308,7 @@ def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("_two_blocks")
 @pytest.mark.slow
 def test_weights_in_bf16_are_exported_to_onnx_in_fp16(pooled, tmp_path):
     """As the error for bf16 says. The outputs are those of the same weights in fp32, up to the rounding of fp16."""
