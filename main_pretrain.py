@@ -37,6 +37,7 @@ from mae.session import INITIAL_WEIGHTS, Code, open_session
 from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
+from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_report_command
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
@@ -132,7 +133,8 @@ def main(
         session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
     ) as training:  # fmt: skip
-        training.fit(after_epoch, run.evaluation.eval_every, selects="test_acc1")
+        gate = open_gate(run.machine.init_from, probe, training.progress)
+        training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
     log_report_command(run.machine.output_dir, run.model.encoder, run.model.encoder_args, run.data.dataset)
 
 

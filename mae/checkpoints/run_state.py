@@ -41,6 +41,7 @@ class Progress:
         self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # state of `meters.Meters`
         self.best_accuracy = -math.inf  # best score of the epochs so far
+        self.selection: dict[str, Any] = {}  # of the start and of the best state (`gate.Gate`)
 
     def next_epoch(self) -> None:
         """Moves to the start of the next epoch."""
@@ -61,6 +62,7 @@ class Progress:
             "effective_batch_size": self.effective_batch_size,
             "meters": meters,
             "best_accuracy": self.best_accuracy,
+            **({"selection": self.selection} if self.selection else {}),
             "num_images": self.num_images,
             "images": dict(self.images),
         }

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from mae.training.nonfinite import NonFiniteGuard
 from mae.training.precision import Precision
 from mae.training.saver import NullSaver
 from mae.training.transaction import Loader, Transaction, saved_if_it_raises
+
+if TYPE_CHECKING:
+    from mae.training.gate import Gate
 
 Loss = Tensor | Mapping[str, Tensor]  # (), or its terms by name
 RESERVED = {"loss", "lr"}  # train_NAME in log.txt
@@ -72,6 +75,7 @@ class Trainer:
         selects: str = "",
         lower_is_better: bool = False,
         saves_first: bool = False,
+        gate: "Gate | None" = None,
     ) -> None:
         """Trains to the end of the last epoch. It waits for the device only to save a state.
 
@@ -79,6 +83,7 @@ class Trainer:
             evaluate: called with epoch and log every `eval_every` epochs, and after the last epoch. It returns entries
                 of log.txt.
             selects: the entry of log.txt whose best state is saved as checkpoint-best.pth.
+            gate: measures the start, which is saved as the first best state, and decides which later states replace it.
             saves_first: the evaluation takes long and does not change the state. The state is saved before it, and a
                 signal ends it at once; a resumed run repeats it.
 
@@ -87,6 +92,9 @@ class Trainer:
             NonFiniteLoss: `guard` ends the run. The non-finite updates did not change the weights.
             Interrupted: a signal stopped the run, and its state is saved.
         """
+        if gate and not gate.has_start:
+            with self.saver.interrupts.at_once():
+                self.saver.save_start(gate.measure_start(self.model_without_ddp))
         for epoch in range(self.progress.epoch, self.epochs):
             is_last = epoch + 1 == self.epochs
             self.model.train()
@@ -110,12 +118,16 @@ class Trainer:
                 further = entries_after_epoch(self.callbacks, self.model_without_ddp, epoch, self.log, entries)
                 self.log.end_epoch(entries | further)
                 score = results.get(selects)
+                if gate and score is not None and not gate.accepts(epoch):
+                    score = None
                 self.saver.save_epoch(epoch, -score if score is not None and lower_is_better else score)
                 # A signal may have arrived during the evaluation or a write in one process.
                 stops = not is_last and any(parallel.gather(self.saver.interrupts.pending))
             if stops:
                 self.saver.save(epoch + 1, 0, {})
                 self.saver.stop()
+            if gate and is_last:
+                gate.log_end()
 
     def update(self, batches: Iterable[Any]) -> None:
         """Runs an update: the forward and backward passes of `accum_iter` batches, and the optimizer step."""

@@ -21,6 +21,7 @@ from mae.pooling import Pooling, pooled, pooling_of
 from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.training import feature_files
 from mae.training.compiling import padded
+from mae.training.gate import KNN
 from mae.training.precision import Precision
 from mae.uniformity import uniformity
 
@@ -52,10 +53,15 @@ class OnlineProbe:
         precision: precision of the run.
         pooling: of the features.
 
+    Attributes:
+        hits: whether the neighbors classify each held-out image correctly (n,), after `scores`.
+
     Raises:
         ValueError: the dataset of `path` can't be opened, or there is no `path` and the images are streamed.
         BadImage: an image can't be read, and is not skipped.
     """
+
+    hits: torch.Tensor
 
     def __init__(
         self, data: RunData, images: Samples, mask_ratio: float, path: str | None, batch_size: int,
@@ -107,12 +113,13 @@ class OnlineProbe:
         }  # fmt: skip
         if self.is_labelled:
             k = min(NEIGHBORS, len(self.train))
-            (right,) = knn.classify(
-                *bank, *feature_files.extract(encode, self.val), ks=[k], temperatures=[TEMPERATURE],
-                num_classes=self.num_classes, device=self.precision.device,
+            ((hits,),) = knn.predict(
+                *bank, *feature_files.extract(encode, self.val), lambda votes, truth: (votes.argmax(dim=1) == truth,),
+                ks=[k], temperatures=[TEMPERATURE], num_classes=self.num_classes, device=self.precision.device,
             ).values()  # fmt: skip
-            scores = {"test_knn_acc1": 100 * sum(right) / len(self.val), **scores}
-            logger.info(f"* {k}-NN Acc@1 {scores['test_knn_acc1']:.3f}")
+            self.hits = torch.from_numpy(hits)
+            scores = {KNN: 100 * int(hits.sum()) / len(self.val), **scores}
+            logger.info(f"* {k}-NN Acc@1 {scores[KNN]:.3f}")
         logger.info(
             f"* loss of {len(self.val):,} held-out images {scores['test_loss']:.4f}, effective rank "
             f"{scores['test_effective_rank']:.1f} of {features.shape[1]} (probe: {time.perf_counter() - start:.1f} s)"

@@ -332,6 +332,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
             )
         logger.warning(f"the {what} of the training images have changed since the last epoch")
     progress.best_accuracy = saved["best_accuracy"]
+    progress.selection = saved.get("selection", {})
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size
     progress.meters = saved["meters"]

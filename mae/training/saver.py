@@ -56,6 +56,9 @@ class NullSaver:
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         """Saves the state after an epoch if the epoch is a milestone or its accuracy is the best."""
 
+    def save_start(self, accuracy: float) -> None:
+        """Saves the state before the first update as the best one."""
+
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         """Saves the state before the run ends with an error. Returns the name of the file."""
         return ""
@@ -145,6 +148,11 @@ class Saver(NullSaver):
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
             self._wait()  # the run fails if its result can't be written
+
+    def save_start(self, accuracy: float) -> None:
+        self.progress.best_accuracy = accuracy
+        self._write([run_directory.BEST], 0, 0, {})
+        self._wait()  # a run that fails in its first update leaves it
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:

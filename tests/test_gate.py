@@ -1,0 +1,95 @@
+"""A run that starts from a file never ends worse than it began: checkpoint-best.pth is the start, or clearly better."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mains import assert_equal, assert_same_run, lines, stop_and_resume, weights
+
+from mae.checkpoints import checkpoint
+from mae.checkpoints.run_state import Progress
+from mae.training.gate import Gate, paired
+from mae.training.nonfinite import NonFiniteLoss
+
+
+@pytest.fixture(scope="module")
+def start(pretrain_once, labelled):
+    """The file from which the runs start."""
+    return pretrain_once("start", data_path=labelled, epochs=1) / "checkpoint-0.pth"
+
+
+@pytest.fixture
+def flags(start, labelled):
+    return {"init_from": start, "data_path": labelled, "probe_every": 1, "probe_path": labelled, "batch_size": 8}
+
+
+def test_without_progress_the_start_is_the_best(start, flags, pretrain, capsys):
+    """A later state replaces the start only if it is better. A warning says that none is."""
+    out = pretrain(**flags, lr=0, epochs=2)
+    text = capsys.readouterr().out
+    best = checkpoint.read(out / "checkpoint-best.pth")
+    assert best["epoch"] == -1
+    assert_equal(best["model"], weights(start.parent, start.name))
+    (line,) = (line for line in text.splitlines() if "at the start" in line)
+    score = lines(out)[-1]["test_knn_acc1"]
+    assert line.count(f"{score:.1f}") == 2 and "± 0.0 now" in line
+    assert "no later state is better" in text
+    assert "23 held-out images, which are few" in text
+
+
+def test_a_run_that_diverges_leaves_the_start(start, flags, pretrain, tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        pretrain(**flags, lr=1e8, epochs=4)
+    best = checkpoint.read(tmp_path / "run/checkpoint-best.pth")
+    assert best["epoch"] == -1
+    assert_equal(best["model"], weights(start.parent, start.name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_resumed_run_does_not_measure_the_start_again(calls, flags, pretrain, monkeypatch, capsys):
+    """Killed in the middle of an epoch, and before the first checkpoint after the start."""
+    whole = pretrain("whole", **flags, epochs=2)
+    best = checkpoint.read(whole / "checkpoint-best.pth")
+    capsys.readouterr()
+    resumed = stop_and_resume(monkeypatch, pretrain, calls, **flags, epochs=2)
+    assert capsys.readouterr().out.count("the start, before the first update") == 1
+    assert_same_run(whole, resumed)
+    again = checkpoint.read(resumed / "checkpoint-best.pth")
+    assert again["epoch"] == best["epoch"]
+    assert_equal(again["model"], best["model"])
+
+
+def test_without_labels_the_start_is_not_measured(flags, pictures, pretrain, tmp_path, capsys):
+    out = pretrain(init_from=flags["init_from"], epochs=1)
+    assert "the start is not measured" in capsys.readouterr().out
+    assert not (out / "checkpoint-best.pth").exists()
+
+
+def test_a_state_replaces_the_best_one_by_more_than_the_standard_error():
+    """The differences of n images are 1, 0 or -1: with w wins and l losses, their mean is (w - l) / n."""
+    count = 400
+    before = torch.zeros(count, dtype=torch.bool)
+    before[:200] = True
+
+    def after(wins, losses):
+        hits = before.clone()
+        hits[200 : 200 + wins] = True
+        hits[:losses] = False
+        return hits
+
+    difference, error = paired(after(30, 20), before)
+    assert difference == pytest.approx(2.5)
+    variance = (50 - 10**2 / count) / (count - 1)
+    assert error == pytest.approx(100 * math.sqrt(variance / count))
+    probe = SimpleNamespace(hits=before)
+    progress = Progress(8, 8)
+    progress.selection = {"start": before, "best": before, "epoch": -1}
+    progress.best_accuracy = 50.0
+    gate = Gate(probe, progress)
+    for wins, losses, expected in ((30, 25, False), (30, 20, True), (0, 0, False)):
+        progress.selection = {"start": before, "best": before, "epoch": -1}
+        probe.hits = after(wins, losses)
+        assert gate.accepts(3) == expected
+        assert progress.selection["epoch"] == (3 if expected else -1)
