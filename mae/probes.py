@@ -82,7 +82,7 @@ class Probe(NamedTuple):
     """An entry of PROBES."""
 
     help: str
-    # The channels of its input -> the head, whose last layer is `head[1]`: its weight has a row for each class.
+    # The channels of its input -> the head, whose last layer has the name `1`: its weight has a row for each class.
     function: Callable[[int, ModelSpec], nn.Module]
     pools: bool = False  # its input is the patch tokens (B, N, D), not the pooled features (B, D)
     tensor: str = ""  # a tensor that only it has. Without such a tensor, a file that records no probe has a linear one

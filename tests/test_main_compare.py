@@ -387,7 +387,7 @@ def test_a_validation_set_that_is_added_computes_the_scores_again(labelled, enco
 
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     names = []
-    monkeypatch.setattr(store, "run", lambda folder, *_: names.append(folder) or SCORES)
+    monkeypatch.setattr(store, "run_once", lambda folder, *_: names.append(folder) or SCORES)
     (tmp_path / "recipe.yaml").write_text("amps: off\n")
     flags = ("--protocols", "finetune", "knn", "--recipes", f"knn={tmp_path / 'recipe.yaml'}")
     with pytest.raises(SystemExit):

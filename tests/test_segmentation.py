@@ -66,7 +66,7 @@ def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypa
         calls[folder.name] = flags
         return run(folder, script, {**flags, "epochs": 1, "num_workers": 0}, read)
 
-    monkeypatch.setattr(store, "run", run_an_epoch)
+    monkeypatch.setattr(store, "run_once", run_an_epoch)
     monkeypatch.setattr(segmentation, "VALIDATION", 9)
     encoder = saved(tmp_path, input_size=28, patch_size=7, in_chans=1)
     scores = call(segmentation, model=encoder, pictures=40, seeds=2, out=tmp_path / "out", device="cpu")

@@ -185,8 +185,8 @@ def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weigh
 
 
 def _require_one_head(weights: Weights) -> None:
-    """A checkpoint of several learning rates has a head for each."""
-    if shapes.FIRST_OF_HEADS in weights.tensors:
+    """A checkpoint of several learning rates has a head for each, and none of its own."""
+    if shapes.FIRST_OF_HEADS in weights.tensors and shapes.PROBE_HEAD not in weights.tensors:
         raise CheckpointError(
             f"{weights.origin} has several heads; give probe.pth in the same folder, which has the best head"
         )
