@@ -197,10 +197,7 @@ def open_samples(
     data.check_statistics(source)
     (source,) = data.cached(source)
     images = data.images
-    augment = transforms.pretrain_transform(
-        images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
-        vflip=augmentation.vflip, rotate90=augmentation.rotate90,
-    )  # fmt: skip
+    augment = transforms.augmentation_of(images, augmentation)
     # a patch may have several tokens
     patch_size = model.patch_embed.patch_size
     tokens = model.num_patches

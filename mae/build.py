@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mae import encoders, lora, masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec
 from mae.settings.choices import TIMM
-from mae.settings.model import BLOCK_ARGUMENTS
+from mae.settings.model import BLOCK_ARGUMENTS, OF_AUTOENCODER
 from mae.settings.values import read_value
 from mae.weights import timm_models
 from models_mae import DECODERS, MaskedAutoencoderViT, size_of
@@ -205,9 +205,7 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encod
     return {
         **_shape(spec, image, encoder),
         **decoder,
-        "norm_pix_loss": spec.norm_pix_loss,
-        "uniformity": spec.uniformity,
-        "learned_pos_embed": spec.learned_pos_embed,
+        **{name: getattr(spec, name) for name in OF_AUTOENCODER},
         "drop_path_rate": spec.drop_path,
     }
 

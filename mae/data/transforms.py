@@ -15,6 +15,7 @@ from mae.data.item import Item
 from mae.data.pixels import BadImage
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
+from mae.settings.images import AugmentationSpec, ImageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +194,14 @@ def pretrain_transform(
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio)
     flip = augment.RandomFlip(augment.F.horizontal_flip, hflip)
     return augment.Stages(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
+
+
+def augmentation_of(images: ImageSpec, augmentation: AugmentationSpec) -> Transform:
+    """The augmentation of a pre-training with these settings, as `pretrain_transform`."""
+    return pretrain_transform(
+        images.input_size, images.crop_scale, images.hflip, crop=images.crop, crop_ratio=images.crop_ratio,
+        vflip=augmentation.vflip, rotate90=augmentation.rotate90,
+    )  # fmt: skip
 
 
 def finetune_transform(

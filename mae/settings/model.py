@@ -90,3 +90,5 @@ class ModelSpec(Values, group="model", role=MODEL):
 
 # Arguments of `models_vit.Block` with the names of settings. Other libraries do not read models that have them.
 BLOCK_ARGUMENTS = ("qk_norm",)
+# Arguments of `models_mae.MaskedAutoencoderViT` with the names of settings.
+OF_AUTOENCODER = ("norm_pix_loss", "uniformity", "learned_pos_embed")
