@@ -207,7 +207,7 @@ def test_an_encoder_is_adapted_and_distilled(tmp_path, monkeypatch):
     def pretrain(flags, out, epochs):
         out.parent.mkdir(exist_ok=True)
         script = Script(main_pretrain)
-        script.run({**flags, "epochs": epochs, "save_every": epochs, "output_dir": out}, out.with_suffix(".txt"))
+        script.call_main({**flags, "epochs": epochs, "save_every": epochs, "output_dir": out}, out.with_suffix(".txt"))
         return lines(out)
 
     monkeypatch.chdir(ROOT)
