@@ -22,13 +22,10 @@ from torch.nn import functional as F
 
 from mae import get_model
 from mae.data.transforms import channel_statistics
-from mae.user_code import name_of
 from mae.weights import model_zoo, reading
-from models_dino import DINOv2, DINOv3
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
 
-ENCODERS = {name_of(kind): kind for kind in (DINOv2, DINOv3)}  # a file can't make a program import code
 # Predictions and targets (B, N, P) -> (B, N)
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": lambda pred, target: (pred - target).square().mean(dim=-1),
@@ -63,14 +60,15 @@ class FrozenTeacher(MaskedAutoencoderViT):
     ) -> None:  # fmt: skip
         if distance not in DISTANCES:
             raise ValueError(f"model_args=[distance={distance}]: give one of {', '.join(DISTANCES)}")
-        if reading.path_and_model(teacher)[0].exists() or teacher in model_zoo.TABLE:
+        file = reading.path_and_model(teacher)[0]
+        if file.exists() or teacher in model_zoo.TABLE or model_zoo.is_of_hub(file):
             kind = reading.read(teacher).settings.get("encoder") or ""
-            if kind and kind not in ENCODERS:
+            if ":" in kind:
                 raise ValueError(
                     f"model_args=[teacher={teacher}]: it has the class {kind}, which a file can't import: export it "
                     f"with mae.inference.export --to safetensors"
                 )
-            model: Any = get_model(teacher, encoder=ENCODERS.get(kind), input_size=img_size)
+            model: Any = get_model(teacher, input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
             of_teacher = [model.settings.get(name) for name in ("mean", "std")]
         else:

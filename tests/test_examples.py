@@ -164,7 +164,7 @@ def test_a_checkpoint_of_ours_is_a_frozen_teacher(pretrain):
 @pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
 def test_a_teacher_of_dino_is_distilled_without_masks(distance, pretrain, tmp_path):
     """All patches and the class token are the target of a student of another width and depth."""
-    _, theirs = of_transformers("v3", tmp_path / "teacher")
+    theirs = of_transformers("v3", tmp_path / "teacher")
     flags = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 32, "patch_size": 8}
     own = f"teacher={tmp_path / 'teacher'} distance={distance} class_token=true"
     out = pretrain(**flags, model_args=own, mask_ratio=0)

@@ -26,6 +26,7 @@ from examples.lead_embeddings import LeadEmbeddings
 from examples.tubes import Tubes
 from examples.wide_decoder import WideDecoder
 from mae.checkpoints import checkpoint
+from mae.encoders import ENCODERS
 from mae.inference import export, features, get_model, maps, predict, reconstruct
 from mae.inference.classes import Segmenter
 from mae.inference.model import with_encoder
@@ -41,7 +42,7 @@ GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "g
 EXAMPLES = {"channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
             "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
             "tubes": (Tubes, {"encoder_args": "tube=1 masks=true"}, "patch_embed.proj.weight"),
-            "dino": (DINOv3, {"num_cls_tokens": 3, "encoder_args": "swiglu=true"}, "blocks.0.ls1.gamma")}  # fmt: skip
+            "dinov3": (DINOv3, {"num_cls_tokens": 3, "encoder_args": "swiglu=true"}, "blocks.0.ls1.gamma")}  # fmt: skip
 LEADS = """
 import torch
 from torch import nn
@@ -174,7 +175,8 @@ def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, tmp_path, monkeypatch):
     kind, own, weight = EXAMPLES[name]
-    is_whole, flags, name = name == "channel_groups", {"num_workers": 1}, f"examples.{name}:{kind.__name__}"
+    is_whole, flags = name == "channel_groups", {"num_workers": 1}
+    name = name if name in ENCODERS else f"examples.{name}:{kind.__name__}"
     whole = pretrain("whole", **flags, encoder=name, **own)
     assert_equal(weights(whole), weights(stop_and_resume(monkeypatch, pretrain, 3, **flags, encoder=name, **own)))
     file = whole / "checkpoint-1.pth"

@@ -189,7 +189,8 @@ def fetch(name: str) -> Path:
 def is_of_hub(name: Path | str) -> bool:
     """Whether a name may be OWNER/NAME of the Hugging Face Hub: there is no such file or folder, and no OWNER/."""
     file = Path(name)
-    return len(file.parts) == 2 and not (file.is_absolute() or file.parent.exists()) and file.suffix not in SUFFIXES
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(file)) and file.suffix not in SUFFIXES
+    return bool(is_name) and not file.parent.exists()
 
 
 def fetch_from_hub(name: str) -> Path:
