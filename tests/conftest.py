@@ -12,6 +12,7 @@ from pathlib import Path
 
 if "CUDA_TESTS" not in os.environ:  # ./run test-cuda
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-equal results are guaranteed on CPUs
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test downloads nothing, and test_hub.py has a server of its own
 
 import numpy as np
 import pytest
