@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mains import assert_equal, assert_same_run, lines, stop_and_resume, weights
+from mains import Stopped, assert_equal, assert_same_run, lines, stop_after, stop_and_resume, weights
 
 from mae.checkpoints import checkpoint
 from mae.checkpoints.run_state import Progress
@@ -59,6 +59,19 @@ def test_a_resumed_run_does_not_measure_the_start_again(calls, flags, pretrain, 
     again = checkpoint.read(resumed / "checkpoint-best.pth")
     assert again["epoch"] == best["epoch"]
     assert_equal(again["model"], best["model"])
+
+
+def test_a_run_that_resumes_without_naming_its_file_keeps_the_start(start, flags, pretrain, monkeypatch, capsys):
+    """It compares the end with the start, which is still the best state."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 1)
+        pretrain(**flags, lr=0, epochs=2, save_minutes=0)
+    given = {name: value for name, value in flags.items() if name != "init_from"}
+    out = pretrain(**given, lr=0, epochs=2, resume="auto")
+    best = checkpoint.read(out / "checkpoint-best.pth")
+    assert best["epoch"] == -1
+    assert_equal(best["model"], weights(start.parent, start.name))
+    assert "no later state is better" in capsys.readouterr().out
 
 
 def test_without_labels_the_start_is_not_measured(flags, pictures, pretrain, tmp_path, capsys):

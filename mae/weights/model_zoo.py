@@ -213,10 +213,11 @@ def fetch_from_hub(name: str) -> Path:
         raise ValueError(f"{page} is gated: accept its license there, and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"there is no file or folder {name}, and no {page} that you may read") from error
-    except Exception as error:  # of the network; the library has many
+    except Exception as error:  # of the network, of the disk; the library has many
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"there is no file or folder {name}, and {page} can't be downloaded ({type(error).__name__}). On a machine "
-            f"with a network: `hf download {name} --local-dir FOLDER`; then give the folder"
+            f"there is no file or folder {name}, and {page} can't be downloaded: {reason} On a machine with a network: "
+            f"`hf download {name} --local-dir FOLDER`; then give the folder"
         ) from error
 
 

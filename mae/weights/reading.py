@@ -102,8 +102,8 @@ def read(name: Path | str) -> Weights:
         return _read_timm(str(name), file if model else None)
     path = file if file.exists() else _download(str(name), file)
     state, record = _open_folder(path) if path.is_dir() else _read_file(path)
-    is_of_hub = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
-    if is_of_hub and path.is_file() and not record.is_ours:
+    has_config = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
+    if has_config and path.is_file() and not record.is_ours:
         state, record = _open_folder(path.parent, path)  # of another library, whose folder has the settings
     record = record._replace(args=encoders.renamed(record.args))
     found = candidates.weights_of(state, str(file), model, _keeps_names(record.args), _prefix_of)
