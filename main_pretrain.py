@@ -11,6 +11,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
         --batch_size 64 --accum_iter 8 --output_dir runs/large --resume auto
 """
 
+import logging
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -47,6 +48,8 @@ from models_vit import Encoder
 if TYPE_CHECKING:
     from mae.weights.reading import Weights
 
+logger = logging.getLogger(__name__)
+
 EXAMPLES = 8  # reconstructions in TensorBoard
 BETAS = (0.9, 0.95)  # of AdamW, as published
 
@@ -59,8 +62,8 @@ def get_args_parser() -> ArgumentParser:
     options.add(
         parser, "num_images", "repeated_sampling", "min_valid", *options.CROP_FLAGS, "mask_ratio", "masking",
         "mask_block", "learned_pos_embed", "drop_path", "decoder_depth", "norm_pix_loss", "uniformity", "model_class",
-        "model_args", "init_from", "unfreeze_blocks", "grad_checkpointing", "lr_schedule", "updates_per_epoch",
-        "vis_every", "probe_every", "probe_path", "fsdp",
+        "model_args", "init_from", "preserve", "unfreeze_blocks", "grad_checkpointing", "lr_schedule",
+        "updates_per_epoch", "vis_every", "probe_every", "probe_path", "fsdp",
     )  # fmt: skip
     options.add_optimizer_options(parser)
     options.add(parser, *options.RUN_FLAGS)
@@ -98,11 +101,11 @@ def main(
     data = session.open_data()
     train = open_images(data, run.evaluation)  # first, because a large model takes long
     model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
+    facts = open_preservation(model, run, code, session.file, precision)
     session.file = None  # its memory
-    # Programs that read the checkpoints do not have the class.
-    facts = {} if code.has_published_model(run.model) else {"predicts_pixels": model.predicts_pixels}
+    if not code.has_published_model(run.model):  # programs that read the checkpoints do not have the class
+        facts["predicts_pixels"] = model.predicts_pixels
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
-    model.to(precision.device)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
     batches = loader.TrainLoader(
@@ -148,9 +151,13 @@ def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:
 
 
 def build_model(
-    spec: ModelSpec, images: ImageSpec, code: Code, file: "Weights | None", precision: Precision, is_sharded: bool
-) -> models_mae.MaskedAutoencoderViT:
+    spec: ModelSpec, images: ImageSpec, code: Code, file: "Weights | None", precision: Precision, is_sharded: bool,
+    method: str = "reconstruct",
+) -> models_mae.MaskedAutoencoderViT:  # fmt: skip
     """Builds the model of a run, with the weights of a file.
+
+    Args:
+        method: as in `fsdp.shard`.
 
     Raises:
         ValueError: a step of the model lacks the context; or as in `mae.build.autoencoder`.
@@ -163,12 +170,51 @@ def build_model(
     if is_sharded:
         from mae.training import fsdp  # takes a second
 
-        fsdp.shard(model, mae.build.blocks_of(model), precision.device, precision.dtype, method="reconstruct")
+        fsdp.shard(model, mae.build.blocks_of(model), precision.device, precision.dtype, method)
     if file:
         from mae.weights import loading
 
         loading.init_mae(model, file)
-    return model
+    return model.to(precision.device)
+
+
+def open_preservation(
+    model: models_mae.MaskedAutoencoderViT, run: Run, code: Code, file: "Weights | None", precision: Precision
+) -> dict[str, Any]:
+    """Sets the loss `preserve` of a model that starts from a file. Returns what the run records of the file.
+
+    The weights of the model are those of the start. A resumed run restores its own after it.
+
+    Raises:
+        ValueError: there is no file, or the class of the model has a `forward` without this loss.
+    """
+    spec = run.model
+    if not spec.preserve:
+        return {}
+    if file is None:
+        raise ValueError(f"preserve={spec.preserve:g} keeps the features of a file: give init_from=FILE")
+    if type(model).forward is not models_mae.MaskedAutoencoderViT.forward:
+        raise ValueError(f"preserve={spec.preserve:g}: {type(model).__name__} has a `forward` without this loss")
+    from mae import preservation
+    from mae.checkpoints.checkpoint import compute_digest
+    from mae.weights import model_settings
+
+    if run.machine.fsdp:  # weights of another module can't be shared
+        with preserve_generators():
+            start = build_model(spec, run.images, code, file, precision, True, "get_intermediate_layers")
+    else:
+        start = preservation.frozen_copy(model)
+    weights = {id(weight) for weight in model.parameters()}
+    copied = sum(weight.numel() for weight in start.parameters() if id(weight) not in weights)
+    logger.info(f"preserve={spec.preserve:g}: the start sees each image whole; {copied:,} of its weights are copies")
+    images = run.images
+    of_run = images.mean, images.std
+    of_start = of_run if file.needs_statistics else model_settings.statistics(file, images.in_chans, None, None)
+    scale, shift = transforms.renormalization(images.in_chans, of_run, of_start)
+    model.preserve = preservation.Preservation(
+        start, spec.preserve, scale.to(precision.device), shift.to(precision.device)
+    )
+    return {"start_digest": compute_digest(dict(sorted(file.tensors.items())))}
 
 
 def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:

@@ -85,10 +85,13 @@ class MaskedAutoencoderViT(Encoder):
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch. A constructor may
             set it before it calls that of this class.
+        preserve: another loss of the encoder in training, called with the latent, the images, ids_restore and the
+            context, such as a `mae.preservation.Preservation`. None: none.
         scores_visible: `forward_loss` also scores visible patches, so that a training may have a mask ratio of 0.
     """
 
     target_dim: int | None = None
+    preserve: Callable[..., Tensor] | None = None
     scores_visible = False
 
     def __init__(
@@ -324,7 +327,7 @@ class MaskedAutoencoderViT(Encoder):
         pred = self.forward_decoder(latent, ids_restore, **context)
         loss = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
         check_masking(self, mask, patch_mask, ids_restore, latent, context)
-        return self.with_uniformity(loss, latent), pred, patch_mask
+        return self.with_terms(loss, latent, imgs, ids_restore, **context), pred, patch_mask
 
     def prepare_masking(
         self, imgs: Tensor, mask_ratio: float, mask: Tensor | None = None, noise: Tensor | None = None,
@@ -363,12 +366,16 @@ class MaskedAutoencoderViT(Encoder):
         grid_size = None if grid == self.grid_size else grid
         return imgs, mask_ratio, _given(noise=noise, valid=valid, grid_size=grid_size) | context
 
-    def with_uniformity(self, loss: Any, latent: Tensor) -> Any:
-        """Adds the second loss, if there is one: the result of `forward_loss` -> the same, or a dict of terms."""
-        if not (self.uniformity and self.training):
+    def with_terms(self, loss: Any, latent: Tensor, imgs: Tensor, ids_restore: Tensor, **context: Any) -> Any:
+        """Adds the losses of the encoder in training: the result of `forward_loss` -> the same, or a dict of terms."""
+        if not self.training or not (self.uniformity or self.preserve):
             return loss
-        terms = loss if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
-        return {**terms, "uniformity": self.uniformity * uniformity(self.class_features(latent))}
+        terms = dict(loss) if isinstance(loss, dict) else {"pixels" if self.target_dim is None else "target": loss}
+        if self.uniformity:
+            terms["uniformity"] = self.uniformity * uniformity(self.class_features(latent))
+        if self.preserve:
+            terms["preserve"] = self.preserve(latent, imgs, ids_restore, **context)
+        return terms
 
     def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""

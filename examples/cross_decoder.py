@@ -98,5 +98,6 @@ class CrossDecoder(MaskedAutoencoderViT):
         found = pred.new_zeros(len(latent), num_patches, pred.shape[2])  # visible patches are not predicted
         return found.scatter(1, order.unsqueeze(2).expand(-1, -1, pred.shape[2]), pred)
 
-    def with_uniformity(self, loss: Any, latent: Tensor) -> Any:
-        return super().with_uniformity(loss, self.norm(latent[..., -1])) if self.uniformity else loss
+    def with_terms(self, loss: Any, latent: Tensor, *args: Any, **context: Any) -> Any:
+        needs_norm = self.uniformity or self.preserve
+        return super().with_terms(loss, self.norm(latent[..., -1]) if needs_norm else latent, *args, **context)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae import get_model
-from mae.data.transforms import channel_statistics
+from mae.data.transforms import renormalization
 from mae.weights import model_zoo, reading
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
@@ -70,16 +70,18 @@ class FrozenTeacher(MaskedAutoencoderViT):
                 )
             model: Any = get_model(teacher, input_size=img_size)
             self.target_dim = model.cls_token.shape[2]
-            of_teacher = [model.settings.get(name) for name in ("mean", "std")]
+            of_teacher = model.settings.get("mean"), model.settings.get("std")
         else:
             model = timm.create_model(
                 teacher, pretrained=not weights, checkpoint_path=weights, num_classes=0, img_size=img_size,
                 in_chans=arguments.get("in_chans", 3),
             )  # fmt: skip
             self.target_dim = model.num_features
-            of_teacher = [model.pretrained_cfg[name] for name in ("mean", "std")]
+            of_teacher = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
         super().__init__(img_size=img_size, **arguments)
-        self._set_statistics(mean, std, *of_teacher)
+        scale, shift = renormalization(self.in_chans, (mean, std), of_teacher)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
         if class_token and getattr(model, "cls_token", None) is None:
             raise ValueError(f"model_args=[teacher={teacher}, class_token=true]: it has no class token")
         if model.patch_embed.grid_size != self.grid_size:
@@ -90,25 +92,6 @@ class FrozenTeacher(MaskedAutoencoderViT):
         self.distance = DISTANCES[distance]
         self.teacher = (model.eval().requires_grad_(False),)  # in a tuple: not a module of this one
         self.decoder_class = nn.Linear(self.cls_token.shape[2], self.target_dim) if class_token else None
-
-    def _set_statistics(self, mean: Any, std: Any, mean_of_teacher: Any, std_of_teacher: Any) -> None:
-        """Sets `scale` and `shift`: the student's normalization is undone, and that of the teacher applied."""
-        if mean_of_teacher and len(mean_of_teacher) != self.in_chans:  # of colors
-            mean_of_teacher, std_of_teacher = (
-                [sum(values) / len(values)] * self.in_chans for values in (mean_of_teacher, std_of_teacher)
-            )
-        student, teacher = (  # means and standard deviations, (2, c, 1, 1)
-            torch.tensor(channel_statistics(self.in_chans, *pair))[..., None, None]
-            for pair in ((mean, std), (mean_of_teacher, std_of_teacher))
-        )
-        units = [bool(((means >= 0) & (means <= 1)).all()) for means, _ in (student, teacher)]
-        if units[0] != units[1]:
-            raise ValueError(
-                f"mean={student[0].flatten().tolist()}: the mean of the teacher is {teacher[0].flatten().tolist()}, of "
-                f"pixels in other units; give value_range=(MIN, MAX), and mean and std of pixels from 0 to 1"
-            )
-        self.register_buffer("scale", student[1] / teacher[1], persistent=False)
-        self.register_buffer("shift", (student[0] - teacher[0]) / teacher[1], persistent=False)
 
     def prepare_masking(self, *args: Any, **context: Any) -> tuple[Tensor, float, dict[str, Any]]:
         """As in the base class. The teacher runs here, in the precision of the training; the loss is in fp32."""

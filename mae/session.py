@@ -179,12 +179,15 @@ def _open_code(run: Run, source: OpenDataset | None, objects: Mapping[str, Any])
 
 
 def _initial_weights(run: Run) -> Start:
-    """Reads the weights of `init_from`, unless the run resumes."""
-    if not run.machine.init_from or _resumes(run.machine):
+    """Reads the weights of `init_from`. A run that resumes needs them for `preserve` only."""
+    resumes = _resumes(run.machine)
+    if not run.machine.init_from or (resumes and not run.model.preserve):
         return None, {}
     from mae.weights import model_settings, reading, recorded_settings
 
     file = reading.read(run.machine.init_from)
+    if resumes:
+        return file, {}
     recorded = model_settings.autoencoder_settings(file)
     return file, recorded_settings.settings_of_file(file, run.record(), run.explicit, recorded, TRAIN)
 

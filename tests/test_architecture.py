@@ -40,6 +40,7 @@ PACKAGES = (
     "mae.parallel",
     "mae.interrupts",
     "mae.valid_pixels",
+    "mae.preservation",
     "mae.masking",
     "mae.uniformity",
     "mae.lora",

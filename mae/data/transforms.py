@@ -53,6 +53,35 @@ def channel_statistics(
     return choose("`mean`", mean, IMAGENET_MEAN), choose("`std`", std, IMAGENET_STD)
 
 
+def renormalization(
+    in_chans: int,
+    of_input: tuple[Sequence[float] | None, Sequence[float] | None],
+    of_model: tuple[Sequence[float] | None, Sequence[float] | None],
+) -> tuple[Tensor, Tensor]:
+    """Returns what converts normalized images to the mean and std of a second model: the images are multiplied by the
+    first tensor (c, 1, 1), and the second one (c, 1, 1) is added.
+
+    Args:
+        of_input: mean and std that normalized the images, as in `channel_statistics`.
+        of_model: those of the second model. If they are of colors and the images are not, every channel has their
+            average.
+
+    Raises:
+        ValueError: only one of both has the mean of pixels from 0 to 1.
+    """
+    if of_model[0] and of_model[1] and len(of_model[0]) != in_chans:
+        of_model = ([sum(of_model[0]) / len(of_model[0])] * in_chans, [sum(of_model[1]) / len(of_model[1])] * in_chans)
+    (mean, std), (mean_of_model, std_of_model) = (
+        torch.tensor(channel_statistics(in_chans, *pair))[..., None, None] for pair in (of_input, of_model)
+    )
+    if len({bool(((means >= 0) & (means <= 1)).all()) for means in (mean, mean_of_model)}) > 1:
+        raise ValueError(
+            f"mean={mean.flatten().tolist()}: the mean of the other model is {mean_of_model.flatten().tolist()}, of "
+            f"pixels in other units; give value_range=[MIN, MAX], and mean and std of pixels from 0 to 1"
+        )
+    return std / std_of_model, (mean - mean_of_model) / std_of_model
+
+
 def to_unit_range(imgs: Tensor) -> Tensor:
     """Scales uint8 images to the range 0 to 1. Float images (more than 8 bits) are unchanged."""
     return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs

@@ -59,6 +59,10 @@ class ModelSpec(Values, group="model", role=MODEL):
     uniformity: float = setting(0.0, non_negative, role=TRAINING, metavar="W",
         help="weight of a second loss that spreads the class tokens of the images in a batch: the mean squared cosine "
         "over all pairs (U-MAE, Zhang et al. 2022); .1 for batches of 64 small images; 0: none")
+    preserve: float = setting(0.0, non_negative, role=TRAINING, metavar="W",
+        help="weight of a loss that keeps the features near those of the start, --init_from, for the whole image: 1 - "
+        "cosine, half of it of the class token, half of the visible patches; 0: none")
+    start_digest: str | None = fact(None, role=TRAINING, resumed=FREE)  # of the file that `preserve` reads
     mask_ratio: float = setting(0.75, ratio, metavar="R", help="fraction of masked patches")
     mask_block: int = setting(1, positive_int, metavar="N",
         help="--masking random masks blocks of NxN patches instead of single patches; Pixio has 4")

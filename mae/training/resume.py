@@ -242,6 +242,12 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             f"the run of the checkpoint had {before}, and this run has {now}, which can't change within a run: "
             f"{advice(different)}"
         )
+    digests = [values.get("start_digest") for values in (saved, settings)]
+    if None not in digests and settings.get("preserve") and digests[0] != digests[1]:
+        raise CheckpointError(
+            f"init_from={settings['init_from']} is not the file from which the run started, and whose features "
+            f"`preserve` keeps: give that file"
+        )
     _require_same_data(saved, settings)
 
 
