@@ -2,11 +2,12 @@
 
     python -m mae.data IMAGES
     python -m mae.data IMAGES.zip --recipe mine.yaml --minutes 30
+    python -m mae.data LABELLED --recipe tuned.yaml --for finetune --finetune runs/mine/checkpoint-99.pth
 
 The command prints the number of images, their sizes, channels and classes, the unreadable images with the reason, the
 mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s. With
 --recipe, it measures the training for some seconds, writes the settings of main_pretrain.py with their reasons, and
-prints the command that runs them.
+prints the command that runs them. With --for finetune, they are those of main_finetune.py for the labels.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from mae.cli import entry_point, flags, options
@@ -29,6 +31,7 @@ from mae.data.labels import has_class_numbers, has_ids, is_placeholder
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
+from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_few, is_stream
 from mae.settings import Run, types
 from mae.settings.arguments import in_words
@@ -55,6 +58,12 @@ ON_BAD_IMAGE = "on_bad_image"
 LABELS = ("task", "label_columns", "val_list")
 MASKS = ("train_folders", "val_folders", "reduce_zero_label", "palette")
 OTHERS = ("crop_pct", "val_fraction", "nb_classes", "train_per_class", "cache_features", "short_side")
+# The values of --for; what a recipe of fine-tuning has besides, and what it has not.
+PRETRAINING = "pretrain"
+FINETUNING = "finetune"
+OF_FINETUNING = ("val_fraction", "nb_classes", "train_per_class")
+ENCODER = ("finetune", "encoder", "encoder_args")
+NOT_OF_FINETUNING = ("num_images", "repeated_sampling", "min_valid")
 
 
 def report_on(
@@ -121,18 +130,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     named = ("crop", "fast_jpeg", "cache_images", "num_images", "repeated_sampling", "min_valid")
     options.add(parser, *named, *LABELS, *MASKS, *OTHERS)
     options.add(parser, ON_BAD_IMAGE, help=BAD)
+    options.add(parser, *ENCODER)
     # None: not given.
-    parser.set_defaults(**dict.fromkeys((*READ, *PRETRAIN, *LABELS, *MASKS, *OTHERS, ON_BAD_IMAGE)))
+    parser.set_defaults(**dict.fromkeys((*READ, *PRETRAIN, *LABELS, *MASKS, *OTHERS, *ENCODER, ON_BAD_IMAGE)))
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
         "--limit", type=types.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
     )
     parser.add_argument(
-        "--recipe", type=flags.new_file(".yaml"), metavar="FILE", help="write a recipe for main_pretrain.py --config"
+        "--recipe", type=flags.new_file(".yaml"), metavar="FILE", help="write a recipe for --config of a script"
     )
     parser.add_argument(
-        "--minutes", type=types.positive, metavar="M", help=f"time of the pre-training of --recipe (default: {MINUTES})"
-    )
+        "--for", dest="purpose", default=PRETRAINING, choices=(PRETRAINING, FINETUNING),
+        help=f"the script of --recipe: main_pretrain.py, or main_finetune.py for the labels and the encoder of "
+        f"--finetune (default: {PRETRAINING})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=types.positive, metavar="M",
+        help=f"time of the training of --recipe (default: {MINUTES}; of fine-tuning, as long as the labels need)",
+    )  # fmt: skip
     return parser
 
 
@@ -170,7 +186,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     if num_bad:
         logger.warning(f"{text}: on_bad_image=skip leaves them out of the training")
     if args.recipe:
-        write_recipe(args, given, images, facts, in_chans, len(facts) / seconds)
+        write = write_finetuning if args.purpose == FINETUNING else write_pretraining
+        write(args, run, source, given, images, facts, in_chans, len(facts) / seconds)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +196,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: they exclude each other.
     """
-    given = {name: value for name, value in vars(args).items() if value is not None and name != "path"}
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("path", "purpose")}
+    finetunes = bool(args.recipe and args.purpose == FINETUNING)
     if getattr(args, "path", None):
         if "data_path" in given:
             raise ValueError(f"data_path={args.data_path} and the argument {args.path} are the same: give one of them")
@@ -190,7 +208,13 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"split={args.split}: a recipe is for the training set")
     if args.recipe and args.extras:
         raise ValueError("`extras`: a recipe has no `encoder` for them; give both to main_pretrain.py beside `config`")
-    idle = [*OTHERS, *([] if args.recipe else PRETRAIN)]
+    if args.purpose != PRETRAINING and not args.recipe:
+        raise ValueError(f"for={args.purpose} is for a recipe: give recipe=FILE")
+    if not finetunes and (unused := [name for name in ENCODER if name in given]):
+        raise ValueError(f"{in_words({name: given[name] for name in unused})}: give for={FINETUNING} too")
+    idle = [name for name in OTHERS if not (finetunes and name in OF_FINETUNING)]
+    idle += [] if args.recipe else PRETRAIN
+    idle += [name for name in NOT_OF_FINETUNING if finetunes and name != "num_images"]
     idle = [name for name in idle if name in given and not (name == "nb_classes" and _has_masks(given))]
     if idle:
         logger.warning(f"no effect on the check: {in_words({name: given[name] for name in idle})}")
@@ -230,9 +254,9 @@ def mask_format(run: Run) -> "MaskFormat":
     return MaskFormat(list(map(str, range(run.model.nb_classes or MOST_CLASSES))), images.reduce_zero_label)
 
 
-def write_recipe(
-    args: argparse.Namespace, given: Mapping[str, Any], source: Source | Stream, facts: list[ImageFacts],
-    in_chans: int, decoding: float,
+def write_pretraining(
+    args: argparse.Namespace, run: Run, function: OpenDataset | None, given: Mapping[str, Any],
+    source: Source | Stream, facts: list[ImageFacts], in_chans: int, decoding: float,
 ) -> None:  # fmt: skip
     """Writes the recipe, and prints the command that runs it.
 
@@ -250,3 +274,30 @@ def write_recipe(
     settings = {name: given[name] for name in ("data_path", *READ, *PRETRAIN, ON_BAD_IMAGE) if name in given}
     machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
     print("\n".join(recipe.write(args.recipe, found, machine, settings, args.minutes or MINUTES, decoding)))
+
+
+def write_finetuning(
+    args: argparse.Namespace, run: Run, function: OpenDataset | None, given: Mapping[str, Any],
+    source: Source | Stream, facts: list[ImageFacts], in_chans: int, decoding: float,
+) -> None:  # fmt: skip
+    """Writes a recipe of main_finetune.py, as `write_pretraining`.
+
+    Raises:
+        ValueError: as in `recommend.finetuning.write`, or the images have no labels.
+    """
+    from mae.recommend import finetuning, recipe
+    from mae.recommend.facts import Images
+
+    found = Images.of(facts, len(source), in_chans, args.value_range is not None)
+    mean = run.images.mean or list(found.mean)
+    images = replace(run.images, in_chans=in_chans, mean=mean, std=run.images.std or list(found.std))
+    data = RunData(images, run.data, torch.device("cpu"), function)
+    train, val, _ = data.open_pair(run.model.nb_classes)
+    labels = finetuning.Labels.of(train, val, run.images.task)
+    names = ("data_path", *READ, *PRETRAIN, "in_chans", ON_BAD_IMAGE, *LABELS, *OF_FINETUNING, *ENCODER)
+    settings = {name: given[name] for name in names if name in given and name not in NOT_OF_FINETUNING}
+    machine = recipe.this_machine(can_cache=not getattr(source, "runs_code", False))
+    start = finetuning.Start.of(run.machine.finetune)
+    print("\n".join(finetuning.write(
+        args.recipe, found, labels, start, machine, settings, args.minutes, decoding
+    )))  # fmt: skip

@@ -58,8 +58,7 @@ def write(
     Raises:
         ValueError: the images are too small, or the trial run failed.
     """
-    start = [Line(name, value, "as given") for name, value in given.items() if not _is_refused(name, value)]
-    flags = arguments({name: value for name, value in given.items() if _is_refused(name, value)})
+    start, flags = split_given(given)
     inputs, loading = (
         [line for line in lines if line.name not in given]
         for lines in (rules.image_lines(images, given.get("input_size")), rules.loading_lines(images, machine))
@@ -76,23 +75,19 @@ def write(
         return [*start, rules.model_line(images, patches, model), *inputs, *optimization, *loading]
 
     def measure(model: str, updates: int = trial.UPDATES) -> trial.Trial:
-        with tempfile.TemporaryDirectory() as folder:
-            draft = Path(folder, "recipe.yaml")
-            draft.write_text(text_of(lines_of(model)))
-            return trial.measure(draft, processes, threads, flags, updates)
+        settings = {"updates_per_epoch": updates, "vis_every": 0}
+        return tried(lines_of(model), processes, threads, flags, "main_pretrain", settings, updates)
 
     if images.count / decoding > LONG and settings["cache_images"]:
         logger.info("decoding    the images, for `cache_images`")
         measure(rules.MODELS[0], updates=1)
     model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
     lines = lines_of(model)
-    batch = {line.name: line.value for line in lines}
-    effective = processes * batch["batch_size"] * batch.get("accum_iter", 1)
+    effective = rules.images_per_update(lines, processes)
     in_epoch = images.count // effective * effective
     length = rules.length_lines(in_epoch, measured.images_per_s, measured.startup, 60 * minutes)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
-    header = f"# Pre-training for {minutes:g} minutes on the machine that wrote this file.\n#\n#   {command}\n#\n"
-    atomic.write_text(path, header + text_of([*lines, *length]))
+    save(path, "Pre-training", minutes, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
         *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes)],
@@ -129,20 +124,46 @@ def _largest(
     return model, measured
 
 
-def launch(path: Path, processes: int, threads: int, flags: list[str]) -> str:
+def split_given(given: Mapping[str, Any]) -> tuple[list[Line], list[str]]:
+    """Returns the lines of settings that are given, and the arguments of those that a recipe must not set."""
+    lines = [Line(name, value, "as given") for name, value in given.items() if not _is_refused(name, value)]
+    return lines, arguments({name: value for name, value in given.items() if _is_refused(name, value)})
+
+
+def tried(
+    lines: list[Line], processes: int, threads: int, flags: list[str], script: str, settings: Mapping[str, Any],
+    updates: int = trial.UPDATES,
+) -> trial.Trial:  # fmt: skip
+    """Measures settings without a file, as `trial.measure`."""
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, "recipe.yaml")
+        draft.write_text(text_of(lines))
+        return trial.measure(draft, processes, threads, flags, script, settings, updates)
+
+
+def save(path: Path, title: str, minutes: float | None, command: str, lines: list[Line]) -> None:
+    """Writes the file of a recipe. Its header has the command that runs it."""
+    time = f" for {minutes:g} minutes" if minutes else ""
+    header = f"# {title}{time} on the machine that wrote this file.\n#\n#   {command}\n#\n"
+    atomic.write_text(path, header + text_of(lines))
+
+
+def launch(path: Path, processes: int, threads: int, flags: list[str], script: str = "main_pretrain") -> str:
     """Returns the command that runs a recipe.
 
     Args:
         threads: threads of each process; 0: the default.
         flags: arguments that a recipe must not set.
+        script: name of the script.
     """
-    script = ["main_pretrain.py"] if Path("main_pretrain.py").is_file() else ["-m", "main_pretrain"]
+    words_of_script = [f"{script}.py"] if Path(f"{script}.py").is_file() else ["-m", script]
     out = Path("runs", path.stem)
     numbers = itertools.count(2)
     while out.exists():  # --resume would continue another run
         out = out.with_name(f"{path.stem}-{next(numbers)}")
     settings = {"config": path, "output_dir": out, "resume": "auto"}
-    words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *script, *arguments(settings), *flags]
+    words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *words_of_script, *arguments(settings)]
+    words += flags
     return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(words)
 
 
@@ -153,4 +174,4 @@ def text_of(lines: list[Line]) -> str:
 
 def _is_refused(name: str, value: Any) -> bool:
     """Whether a recipe must not have a setting, because it runs code."""
-    return name == "dataset" and runs_code(value)
+    return (name == "dataset" and runs_code(value)) or (name == "encoder" and ":" in value)

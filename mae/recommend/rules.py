@@ -4,6 +4,7 @@ The numbers come from the paper (He et al. 2021), from benchmarks/LEADERBOARD.md
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,19 +175,32 @@ def effective_batch(images: Images, has_gpu: bool) -> int:
     return 2 ** int(math.log2(min(largest, images.count)))
 
 
+def batch_lines(count: int, wanted: int, processes: int) -> list[Line]:
+    """Returns the settings of the batches of `count` images, with about `wanted` images per update."""
+    of_process = max(1, wanted // processes)
+    accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
+    batch_size = of_process // accum_iter
+    effective = batch_size * accum_iter * processes
+    split = f"{effective} images per update in {processes} process(es)"
+    lines = [Line("batch_size", batch_size, f"{split}; an epoch has {count // effective:,} updates")]
+    if accum_iter > 1:
+        lines.append(Line("accum_iter", accum_iter, f"at most {MAX_PROCESS_BATCH} images are in memory at a time"))
+    return lines
+
+
+def images_per_update(lines: Iterable[Line], processes: int) -> int:
+    """Returns the number of images per update of the settings of a recipe."""
+    settings = {line.name: line.value for line in lines}
+    of_process: int = settings["batch_size"] * settings.get("accum_iter", 1)
+    return of_process * processes
+
+
 def optimization_lines(images: Images, machine: Machine, model: str) -> list[Line]:
     """Returns the settings of the loss, the batches and the learning rate."""
     processes = processes_of(machine, images)
     width = SIZES[model]["embed_dim"]
-    of_process = max(1, effective_batch(images, machine.gpus > 0) // processes)
-    accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
-    batch_size = of_process // accum_iter
-    effective = batch_size * accum_iter * processes
-    lr = LR * WIDTH / width * math.sqrt(effective / BATCH)
-    split = f"{effective} images per update in {processes} process(es)"
-    batches = [Line("batch_size", batch_size, f"{split}; an epoch has {images.count // effective:,} updates")]
-    if accum_iter > 1:
-        batches.append(Line("accum_iter", accum_iter, f"at most {MAX_PROCESS_BATCH} images are in memory at a time"))
+    batches = batch_lines(images.count, effective_batch(images, machine.gpus > 0), processes)
+    lr = LR * WIDTH / width * math.sqrt(images_per_update(batches, processes) / BATCH)
     rate = (
         f"{LR:g} for {WIDTH} channels and {BATCH} images per update; a wider model has a smaller rate, a larger batch "
         f"one that grows with its root"

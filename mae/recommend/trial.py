@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mae.settings.arguments import arguments
 from mae.training import log
@@ -28,24 +28,29 @@ class Trial(NamedTuple):
     startup: float  # seconds that a run takes besides its updates
 
 
-def measure(recipe: Path, processes: int, threads: int, given: Sequence[str], updates: int = UPDATES) -> Trial:
-    """Trains with a recipe for EPOCHS x `updates` updates in new processes.
+def measure(
+    recipe: Path, processes: int, threads: int, given: Sequence[str], script: str, settings: Mapping[str, Any],
+    updates: int = UPDATES,
+) -> Trial:  # fmt: skip
+    """Trains with a recipe for EPOCHS epochs of about `updates` updates in new processes.
 
     Args:
         recipe: the file.
         threads: threads of each process.
         given: arguments that a recipe must not set.
+        script: name of the script.
+        settings: those that make it short, by name.
 
     Raises:
         ValueError: the run failed, for example for lack of memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "config": recipe, "output_dir": folder, "epochs": EPOCHS, "updates_per_epoch": updates, "warmup_epochs": 1,
-            "save_every": EPOCHS, "vis_every": 0,
+            "config": recipe, "output_dir": folder, "epochs": EPOCHS, "warmup_epochs": 1, "save_every": EPOCHS,
+            **settings,
         }  # fmt: skip
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, "-m", "main_pretrain", *arguments(settings), *given]
+        command = [sys.executable, *launcher, "-m", script, *arguments(settings), *given]
         logger.info(f"measuring   {EPOCHS * updates} updates in {processes} process(es)")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
