@@ -43,7 +43,6 @@ MEASURES = {
     "train_loss": "training loss", "test_loss": "held-out loss", "test_knn_acc1": "k-NN accuracy (%)",
     "test_effective_rank": "effective rank", "test_uniformity": "uniformity",
 }  # fmt: skip
-LABELLED = "LABELLED"  # in commands, in place of images without labels
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -200,22 +199,16 @@ def commands(
 ) -> str:
     """Returns commands that use a checkpoint."""
     named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
-    labelled = ["--data_path", LABELLED]
-    note = f"{LABELLED} has images in train/CLASS and val/CLASS."
-    if settings.get("probe_path"):
-        labelled = ["--data_path", settings["probe_path"]]
-        note = ""
-    elif source.classes:
-        # without val/, a part of the images is held out
-        labelled = arguments(named)
-        note = ""
+    # without val/, a part of the images is held out
+    found = log.labelled_images(named, settings.get("probe_path"), bool(source.classes))
+    labelled = arguments(found)
+    note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
     images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
     if is_stream(source) or not images:
         images = ["IMAGES"]
-    code = arguments(encoders.user_code_of(settings))
+    code = encoders.user_code_of(settings)
     file = str(checkpoint)
     lines = {
-        "Fine-tune with labels": ["main_finetune", *labelled, "--finetune", file, "--output_dir", f"{run_dir}_tuned"],
         "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
         "Compare with raw pixels": [
             "main_compare", *labelled, "--encoders", "pixels", file, "--protocols", "knn", "linear",
@@ -231,8 +224,13 @@ def commands(
             "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",
         ],
     }  # fmt: skip
-    shown = [f"<h3>{title}</h3>{page.command(['python', '-m', *words, *code])}" for title, words in lines.items()]
-    return page.paragraph(note) * bool(note) + "".join(shown)
+    named_lines = {
+        "Fine-tune with labels": log.finetune_command(found, file, code),
+        **{title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()},
+    }
+    shown = [f"<h3>{title}</h3>{page.command(words)}" for title, words in named_lines.items()]
+    note += "The first command writes a recipe for the labels, and prints the command that trains with it."
+    return page.paragraph(note) + "".join(shown)
 
 
 def settings_of(start: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Entries of log.txt that the log itself adds.
 OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait", "tflops", "mfu", "peak_memory_gb")
+UNLABELLED = {"data_path": "LABELLED"}  # in commands, in place of images without labels
 MAX_LOADING = 0.05  # of the time; more slows the run down
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
@@ -244,6 +245,47 @@ def log_report_command(
         code["dataset"] = dataset
     command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]
     logger.info(f"report: {shlex.join(command)}")
+
+
+def labelled_images(images: Mapping[str, Any], probe_path: str | None, has_labels: bool) -> Mapping[str, Any]:
+    """Returns the labelled images of the commands after a pre-training, as settings by name.
+
+    Args:
+        images: the training images.
+        probe_path: as the setting.
+        has_labels: the training images have labels.
+    """
+    if probe_path:
+        return {"data_path": probe_path}
+    return images if has_labels else UNLABELLED
+
+
+def finetune_command(images: Mapping[str, Any], file: str, encoder: Mapping[str, Any]) -> list[str]:
+    """Returns the command that writes a recipe of fine-tuning beside a run directory; it prints the one that trains.
+
+    Args:
+        images: from `labelled_images`.
+        file: a checkpoint in the run directory.
+        encoder: settings of an encoder of the user's code.
+    """
+    recipe = f"{Path(file).parent}_tuned.yaml"
+    words = ["--recipe", recipe, "--for", "finetune", "--finetune", file]
+    return ["python", "-m", "mae.data", *arguments(images), *words, *arguments(encoder)]
+
+
+def log_finetune_command(
+    output_dir: str, epochs: int, images: Mapping[str, Any], encoder: str | None, encoder_args: Sequence[str] | None
+) -> None:
+    """Logs the `finetune_command` of the last epoch of a run of `main_pretrain.py`.
+
+    Args:
+        images: from `labelled_images`.
+        epochs, encoder, encoder_args: the settings.
+    """
+    file = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
+    if file.exists():
+        code = user_code_of({"encoder": encoder, "encoder_args": encoder_args})
+        logger.info(f"fine-tune: {shlex.join(finetune_command(images, str(file), code))}")
 
 
 def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
