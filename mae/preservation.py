@@ -32,10 +32,19 @@ class Preservation:
         self.shift = shift
 
     def __call__(self, latent: Tensor, imgs: Tensor, ids_restore: Tensor, **context: Any) -> Tensor:
-        """Returns the weight times `distance`, ().
+        """Returns the weight times the loss, (). Arguments and errors as in `tokens_of_start`."""
+        tokens = self.tokens_of_start(latent, imgs, ids_restore, **context)
+        return self.weight * distance(
+            self.start.class_features(latent), self.start.class_features(tokens),
+            self.start.patch_tokens(latent), self.start.patch_tokens(tokens),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def tokens_of_start(self, latent: Tensor, imgs: Tensor, ids_restore: Tensor, **context: Any) -> Tensor:
+        """Returns the class tokens and visible patches of the start for the whole image, (B, T + K, D).
 
         Args:
-            latent: class tokens and visible patches (B, T + K, D), after the final norm.
+            latent: those of the encoder, after the final norm.
             imgs: normalized images (B, c, H, W).
             ids_restore: (B, N), the index of each patch among the visible patches followed by the masked ones.
             context: the extra inputs of the images; others are ignored.
@@ -43,25 +52,22 @@ class Preservation:
         Raises:
             ValueError: the latent of a subclass has another shape.
         """
-        with torch.no_grad():
-            inputs = {name: value for name, value in context.items() if name not in OF_LIBRARY}
-            tokens = self.start.get_intermediate_layers(imgs * self.scale + self.shift, **inputs)[0]
-            patches = self.start.patch_tokens(tokens)
-            num_visible = latent.shape[1] - self.start.num_prefix_tokens
-            if patches.shape[1] != ids_restore.shape[1] or latent.shape[2:] != tokens.shape[2:]:
-                raise ValueError(
-                    f"preserve={self.weight:g}: the start has {patches.shape[1]} tokens of patches, and the encoder "
-                    f"of this class {ids_restore.shape[1]}, with a latent of the shape {tuple(latent.shape)}"
-                )
-            visible = take(patches, ids_restore.argsort(dim=1)[:, :num_visible])
-        return self.weight * distance(
-            self.start.class_features(latent), self.start.patch_tokens(latent),
-            self.start.class_features(tokens), visible,
-        )  # fmt: skip
+        inputs = {name: value for name, value in context.items() if name not in OF_LIBRARY}
+        tokens = self.start.get_intermediate_layers(imgs * self.scale + self.shift, **inputs)[0]
+        patches = self.start.patch_tokens(tokens)
+        num_prefix = tokens.shape[1] - patches.shape[1]
+        visible = take(patches, ids_restore.argsort(dim=1)[:, : latent.shape[1] - num_prefix])
+        tokens = torch.cat([tokens[:, :num_prefix], visible], dim=1)
+        if patches.shape[1] != ids_restore.shape[1] or latent.shape != tokens.shape:
+            raise ValueError(
+                f"preserve={self.weight:g}: the latent of this class is {tuple(latent.shape)}, and that of the start "
+                f"{tuple(tokens.shape)}"
+            )
+        return tokens
 
 
 @in_fp32
-def distance(class_token: Tensor, patches: Tensor, class_of_start: Tensor, patches_of_start: Tensor) -> Tensor:
+def distance(class_token: Tensor, class_of_start: Tensor, patches: Tensor, patches_of_start: Tensor) -> Tensor:
     """Returns 1 - cosine: half of it for the class token (B, D), half for the mean over the patches (B, K, D)."""
     of_class = 1 - F.cosine_similarity(class_token, class_of_start, dim=-1)
     of_patches = 1 - F.cosine_similarity(patches, patches_of_start, dim=-1)

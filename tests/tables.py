@@ -11,13 +11,14 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import leaderboard, model_table, noise, records, start_from
+from benchmarks import continued, leaderboard, model_table, noise, records, start_from
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
     "python benchmarks/leaderboard.py": leaderboard.table,
     "python benchmarks/records.py": records.table,
     "python benchmarks/start_from.py": start_from.table,
+    "python benchmarks/continued.py": continued.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
