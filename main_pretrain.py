@@ -39,7 +39,7 @@ from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec,
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
-from mae.training.log import NullLog, labelled_images, log_finetune_command, log_report_command
+from mae.training.log import NullLog, log_commands
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
@@ -138,17 +138,8 @@ def main(
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
-    log_commands(run, bool(train.classes))
-
-
-def log_commands(run: Run, has_labels: bool) -> None:
-    """Logs the commands of what to do next: a fine-tuning, and the page of the run."""
-    output_dir = run.machine.output_dir
-    encoder = run.model.encoder, run.model.encoder_args
-    images = {name: run[name] for name in ("data_path", "dataset", "train_list")}
-    images_with_labels = labelled_images(images, run.evaluation.probe_path, has_labels)
-    log_finetune_command(output_dir, run.optim.epochs, images_with_labels, *encoder)
-    log_report_command(output_dir, *encoder, run.data.dataset)
+    probe_path = run.evaluation.probe_path
+    log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, probe_path, bool(train.classes))
 
 
 def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:

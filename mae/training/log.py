@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mae import parallel
 from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
+from mae.settings import DataSpec, ModelSpec
 from mae.settings.arguments import arguments
 from mae.training import costs
 from mae.training.meters import Stopwatch
@@ -230,29 +231,12 @@ class RunLog(NullLog):
                 logger.warning(f"{error}. The run continues and tries again later.")
 
 
-def log_report_command(
-    output_dir: str, encoder: str | None, encoder_args: Sequence[str] | None, dataset: str | None
-) -> None:
-    """Logs the command that writes a page about a run of `main_pretrain.py`.
-
-    The command names the user's code, because no file makes a command import code.
-
-    Args:
-        encoder, encoder_args, dataset: the settings.
-    """
-    code = user_code_of({"encoder": encoder, "encoder_args": encoder_args})
-    if dataset and runs_code(dataset):
-        code["dataset"] = dataset
-    command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]
-    logger.info(f"report: {shlex.join(command)}")
-
-
 def labelled_images(images: Mapping[str, Any], probe_path: str | None, has_labels: bool) -> Mapping[str, Any]:
     """Returns the labelled images of the commands after a pre-training, as settings by name.
 
     Args:
         images: the training images.
-        probe_path: as the setting.
+        probe_path: the setting.
         has_labels: the training images have labels.
     """
     if probe_path:
@@ -268,24 +252,31 @@ def finetune_command(images: Mapping[str, Any], file: str, encoder: Mapping[str,
         file: a checkpoint in the run directory.
         encoder: settings of an encoder of the user's code.
     """
-    recipe = f"{Path(file).parent}_tuned.yaml"
-    words = ["--recipe", recipe, "--for", "finetune", "--finetune", file]
-    return ["python", "-m", "mae.data", *arguments(images), *words, *arguments(encoder)]
+    recipe = {"recipe": f"{Path(file).parent}_tuned.yaml", "for": "finetune", "finetune": file}
+    return ["python", "-m", "mae.data", *arguments({**images, **recipe, **encoder})]
 
 
-def log_finetune_command(
-    output_dir: str, epochs: int, images: Mapping[str, Any], encoder: str | None, encoder_args: Sequence[str] | None
+def log_commands(
+    output_dir: str, epochs: int, data: DataSpec, model: ModelSpec, probe_path: str | None, has_labels: bool
 ) -> None:
-    """Logs the `finetune_command` of the last epoch of a run of `main_pretrain.py`.
+    """Logs what to do after a run of `main_pretrain.py`: the commands of a fine-tuning, and of a page about the run.
+
+    The commands name the user's code, because no file makes a command import code.
 
     Args:
-        images: from `labelled_images`.
-        epochs, encoder, encoder_args: the settings.
+        has_labels: the training images have labels.
+        output_dir, epochs, data, model, probe_path: the settings.
     """
+    code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
     file = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
     if file.exists():
-        code = user_code_of({"encoder": encoder, "encoder_args": encoder_args})
-        logger.info(f"fine-tune: {shlex.join(finetune_command(images, str(file), code))}")
+        images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
+        labelled = labelled_images(images, probe_path, has_labels)
+        logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
+    if data.dataset and runs_code(data.dataset):
+        code["dataset"] = data.dataset
+    command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]
+    logger.info(f"report: {shlex.join(command)}")
 
 
 def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
