@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -160,3 +161,13 @@ def test_a_folder_of_classes_is_compared_without_a_validation_set(labelled, tmp_
     assert choices and all(val <= first[0] and len(val) == 2 for _, val in choices)
     call(main_knn, *shared, "--k", "1", data_path=images)
     assert re.search(r"10 of 48 training images are held out", capsys.readouterr().out)
+
+
+def test_few_labels_have_several_draws_by_default(labelled, tmp_path, capsys):
+    """As many as have 2,500 labels together, at most 10; a line says so. All labels are one draw."""
+    small = ["--input_size", 16, "--num_workers", 0, "--labels", "12", "all", "--encoders", "pixels"]
+    call(main_compare, "--data_path", labelled, "--output_dir", tmp_path, *small)
+    found = Counter((row["protocol"], row["labels"]) for row in rows(tmp_path))
+    assert found == {(name, labels): draws for name in ("logistic regression", "RBF-SVM")
+                     for labels, draws in (("12", 10), ("48", 1))}  # fmt: skip
+    assert "draws: 10 of 12 labels, 1 of 48 labels" in capsys.readouterr().out

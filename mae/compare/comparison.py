@@ -1,6 +1,7 @@
 """The comparison of encoders: protocols x numbers of labels x random subsets."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ from mae.settings.values import as_yaml
 from mae.training import log
 
 logger = logging.getLogger(__name__)
+
+# The standard error of an accuracy of n images is up to 50 / root of n points: a point with ENOUGH.
+ENOUGH = 2500
+MOST_DRAWS = 10
 
 
 def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
@@ -92,18 +97,30 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
         ValueError: a number is not one, a class has fewer images, or two numbers are the same images of each class.
     """
     texts = spec.labels
-    draws = _for_each(texts, "draws", spec.draws)
     budgets = _for_each(texts, "budget", spec.budget)
     numbers = [_number_of(text, train) for text in texts]
+    draws = _for_each(texts, "draws", spec.draws or [_draws_of(labels) for labels, _ in numbers])
     if len(set(numbers)) < len(numbers):
         raise ValueError(
             f"labels={as_yaml(texts)}: these are {', '.join(f'{labels:,}' for labels, _ in numbers)} images, equally "
             f"many of each class; give each once"
         )
-    return [
+    sizes = [
         Size(labels, per_class, count if per_class else 1, epochs)
         for (labels, per_class), count, epochs in zip(numbers, draws, budgets, strict=True)
     ]
+    if not spec.draws:
+        texts = [f"{size.draws} of {size.labels:,} labels" for size in sizes]
+        logger.info(
+            f"draws: {', '.join(texts)}, as many as have {ENOUGH:,} labels together, at most {MOST_DRAWS}; all labels "
+            f"are one (`draws` sets others)"
+        )
+    return sizes
+
+
+def _draws_of(labels: int) -> int:
+    """Returns the number of random subsets by default: several if labels are few."""
+    return min(MOST_DRAWS, math.ceil(ENOUGH / labels))
 
 
 def _number_of(text: str, train: Source) -> tuple[int, int | None]:

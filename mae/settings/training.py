@@ -153,9 +153,9 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
     protocols: list[str] = setting([], nargs="+", metavar="P")
     labels: list[str] = setting(["all"], nargs="+", metavar="N",
         help="numbers of labeled training images, equally many of each class; all: the whole training set")
-    draws: list[int] = setting([3], positive_int, nargs="+", metavar="N",
+    draws: list[int] | None = setting(None, positive_int, nargs="+", metavar="N",
         help="number of random subsets of each number of labels; all labels are a single one. One value, or one for "
-        "each of --labels")
+        "each of --labels (default: as many as have 2,500 labels together, at most 10)")
     budget: list[int] = setting([50], positive_int, nargs="+", metavar="N",
         help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes")
