@@ -11,6 +11,7 @@ import main_knn
 from benchmarks import scripts
 from mae.cli import entry_point
 from mae.compare import baselines
+from mae.data import raw_pixels
 from mae.data.labels import some_of_each_class
 from mae.data.open import open_source
 from mae.data.source import Source
@@ -85,11 +86,11 @@ def of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
     data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
     images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
     train, val = (cast(Source, open_source(data, split)) for split in ("train", "val"))
-    bank, queries = (baselines.read(source, images, 0) for source in (train, val))
+    bank, queries = (raw_pixels.read(source, images, 0) for source in (train, val))
     fitted: dict[str, list[float]] = {name: [] for name in baselines.STRENGTHS}
     for draw in range(10 * seed, 10 * seed + DRAWS):
         few = some_of_each_class(train, labels_per_class(flags["data_path"]), draw)
-        pixels = baselines.read(few, images, 0)
+        pixels = raw_pixels.read(few, images, 0)
         for name, found in fitted.items():
             found.append(baselines.evaluate(name, pixels, few.labels, queries, val.labels, draw)[0])
     near = 100 * knn.accuracy(bank, train.labels, queries, val.labels, NEIGHBORS)

@@ -30,7 +30,7 @@ import main_pretrain
 import main_segment
 from examples.cross_decoder import CrossDecoder
 from mae.checkpoints import checkpoint
-from mae.compare import baselines
+from mae.data import raw_pixels
 from mae.data.decode import decode, decode_item
 from mae.data.item import Item
 from mae.data.pixels import BadImage, PixelValues, to_tensor
@@ -470,7 +470,7 @@ def test_pixel_baselines_see_the_mean_of_an_image(tmp_path):
     (tmp_path / "a.npy").write_bytes(npy(image))
     (tmp_path / "b.npy").write_bytes(npy(np.full_like(image, np.nan)))
     source = open_source("train", str(tmp_path))
-    rows = baselines.read(source, ImageSpec(16, 1, crop="none", nodata="nan"), 0)
+    rows = raw_pixels.read(source, ImageSpec(16, 1, crop="none", nodata="nan"), 0)
     image[:5] = np.nanmean(image)
     np.testing.assert_allclose(rows, [image.flatten(), np.zeros(256)], rtol=1e-5)
 

@@ -30,6 +30,7 @@ import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.compare import baselines, encoders, store, summary
 from mae.compare.summary import Result
+from mae.data import raw_pixels
 from mae.data.labels import hold_out, some_of_each_class
 from mae.inference import get_model
 from mae.interrupts import Interrupted
@@ -461,7 +462,7 @@ def test_pixels_of_the_baselines(labelled, tmp_path):
     """They have at most 32 rows, the default crop of the input size, and one range for files of 8 and 16 bits."""
 
     def read(path, *spec, **options):
-        return baselines.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
+        return raw_pixels.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
 
     assert np.array_equal(read(labelled, 256, 1), read(labelled, 256, 1, crop_pct=1.0))
     pixels = read(labelled, (64, 32), 1, crop_pct=1)

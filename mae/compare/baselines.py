@@ -5,37 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mae.compare import grids
-from mae.data import loader, transforms
-from mae.data.pixels import PixelValues
-from mae.data.samples import Samples
-from mae.data.source import Source
-from mae.position_tables import to_pair
-from mae.settings import ImageSpec
 
-SIDE = 32  # images are resized to at most this many pixels per side
 STRENGTHS = {"logistic regression": [0.01, 0.1, 1.0], "RBF-SVM": [1.0, 10.0, 100.0]}  # C
 MOST = 10_000  # images on which C is chosen
 ITERATIONS = 300  # of logistic regression, at most
-
-
-def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
-    """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation.
-
-    Invalid pixels have the mean of the image, as `decode.decode_item` decodes them.
-    """
-    height, width = to_pair(images.input_size)
-    scale = min(1.0, SIDE / max(height, width))
-    crop_pct = images.crop_pct or transforms.default_crop_pct(images.input_size)
-    transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, images.crop)
-    samples = Samples(
-        source, transform, in_chans=images.in_chans, seed=0, exif=bool(images.exif),
-        values=PixelValues(images.nodata, images.value_range, images.channels_last),
-    )  # fmt: skip
-    batches = loader.eval_loader(samples, 256, num_workers, False)
-    return torch.cat([transforms.to_unit_range(batch.images) for batch in batches]).flatten(1).numpy()
 
 
 def evaluate(

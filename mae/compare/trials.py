@@ -11,6 +11,7 @@ from mae.compare import baselines, grids, store
 from mae.compare.encoders import ARCHITECTURE, PIXELS, Encoder, directory_of
 from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
+from mae.data import raw_pixels
 from mae.data.labels import some_of_each_class
 from mae.data.source import Source
 from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
@@ -251,7 +252,7 @@ class Trials:
             few = some_of_each_class(self.train, per_class, trial.draw) if per_class else self.train
             images = ImageSpec.of(settings)
             workers = self.given["num_workers"]
-            train, val = ((baselines.read(source, images, workers), source.labels) for source in (few, self.val))
+            train, val = ((raw_pixels.read(source, images, workers), source.labels) for source in (few, self.val))
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 

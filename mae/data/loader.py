@@ -1,7 +1,7 @@
 """Batches of training and evaluation, and the count of images that can't be read."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,16 @@ class TrainLoader:
             )
 
 
-def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes."""
-    mine = [(0, index) for index in range(parallel.rank(), len(samples), parallel.world_size())]
+def eval_loader(
+    samples: Samples, batch_size: int, num_workers: int, pin_memory: bool, indices: Sequence[int] | None = None
+) -> DataLoader:
+    """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes.
+
+    Args:
+        indices: those of the samples. Default: all.
+    """
+    chosen = range(len(samples)) if indices is None else indices
+    mine = [(0, index) for index in chosen[parallel.rank() :: parallel.world_size()]]
     return Batches(
         samples, up_to_cores(num_workers), batch_size=batch_size, sampler=mine, collate_fn=_collate_good,
         pin_memory=pin_memory,
