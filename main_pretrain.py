@@ -32,11 +32,11 @@ from mae.data.fingerprint import fingerprint
 from mae.data.generators import preserve_generators
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
-from mae.data.source import OpenDataset, Source, Stream
+from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures
 from mae.session import INITIAL_WEIGHTS, Code, open_session
 from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
-from mae.training import optimizers, trainer
+from mae.training import explained, optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands
@@ -117,6 +117,13 @@ def main(
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
 
+    constant = None
+    if explained.has_constant(model) and not is_stream(train):
+        some = loader.eval_loader(
+            samples, run.optim.batch_size, run.data.num_workers, data.pin_memory,
+            evenly_spaced(len(samples), explained.IMAGES),
+        )  # fmt: skip
+        constant = explained.loss_of_constant(model, some, mask_ratio, data.normalize, precision.device)
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
@@ -135,6 +142,7 @@ def main(
         partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision,
         session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
+        further_entries=partial(explained.share, constant=constant),
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)

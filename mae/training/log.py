@@ -205,8 +205,9 @@ class RunLog(NullLog):
         self.lines.pending += (results.to_line(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
+        share = f"{stats['train_explained']:.1%} explained, " if "train_explained" in stats else ""
         logger.info(
-            f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, "
+            f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, {share}"
             f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}{costs.describe(speed)}"
         )
         if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):

@@ -44,6 +44,7 @@ class Trainer:
         accum_iter: iterations per update; divides the iterations of an epoch.
         clip_grad: maximum global norm of the gradient.
         callbacks: called after every update and every epoch, in this order.
+        further_entries: function(means of an epoch) that returns further entries of log.txt.
     """
 
     loss: Callable[[nn.Module, Any], Loss]
@@ -61,6 +62,7 @@ class Trainer:
     accum_iter: int = 1
     clip_grad: float | None = None
     callbacks: Sequence[Callback] = ()
+    further_entries: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.transaction = Transaction(
@@ -115,6 +117,8 @@ class Trainer:
                         results = evaluate(epoch, self.log)
                 # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
                 entries = meters.means() | results | self.batches.counts()
+                if self.further_entries:
+                    entries |= self.further_entries(entries)
                 further = entries_after_epoch(self.callbacks, self.model_without_ddp, epoch, self.log, entries)
                 self.log.end_epoch(entries | further)
                 score = results.get(selects)

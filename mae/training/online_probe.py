@@ -11,7 +11,7 @@ from torch import nn
 
 from mae import parallel
 from mae.context import STEPS
-from mae.data import extra_inputs, labels, loader
+from mae.data import extra_inputs, labels, loader, raw_pixels
 from mae.data.batches import prefetch
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
@@ -19,7 +19,7 @@ from mae.data.source import Source, is_stream
 from mae.evaluate import knn
 from mae.pooling import Pooling, pooled, pooling_of
 from mae.settings import DATASETS, DataSpec, ModelSpec
-from mae.training import feature_files
+from mae.training import explained, feature_files
 from mae.training.compiling import padded
 from mae.training.gate import KNN
 from mae.training.precision import Precision
@@ -81,6 +81,7 @@ class OnlineProbe:
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
+        self.k = min(NEIGHBORS, len(self.train))
         if not self.is_labelled:
             logger.info("`probe_every`: the images have no labels, so there is no accuracy")
         self.data = data
@@ -88,6 +89,7 @@ class OnlineProbe:
         self.precision = precision.of_evaluation()
         self.masked = data.samples(self.val, images.transform, "skip", images.draw_noise)
         self.mask_ratio = mask_ratio
+        self.baselines: dict[str, Any] | None = None  # computed once
         self.pooling = pooling
         logger.info(f"`probe_every`: features of {len(self.train):,} and {len(self.val):,} images: {pooling}")
 
@@ -98,8 +100,9 @@ class OnlineProbe:
     def scores(self, model: Any) -> dict[str, float]:
         """Returns the entries of log.txt.
 
-        test_loss is the loss of the images that are held out. The others are of the features: test_knn_acc1 in
-        percent if there are labels, test_effective_rank, and test_uniformity.
+        test_loss is the loss of the images that are held out, and test_explained the share of their variance. The
+        others are of the features: test_knn_acc1 in percent if there are labels, with test_knn_pixels, that of raw
+        pixels; test_effective_rank; and test_uniformity.
 
         All processes call it. The model is in evaluation mode afterwards.
         """
@@ -111,28 +114,68 @@ class OnlineProbe:
             "test_loss": self.loss(model), "test_effective_rank": effective_rank(features),
             "test_uniformity": float(uniformity(features.double())),
         }  # fmt: skip
+        if self.baselines is None:
+            self.baselines = self.of_baselines(model)
+        if constant := self.baselines["constant"]:
+            scores["test_explained"] = 1 - scores["test_loss"] / constant
         if self.is_labelled:
-            k = min(NEIGHBORS, len(self.train))
-            ((hits,),) = knn.predict(
-                *bank, *feature_files.extract(encode, self.val), lambda votes, truth: (votes.argmax(dim=1) == truth,),
-                ks=[k], temperatures=[TEMPERATURE], num_classes=self.num_classes, device=self.precision.device,
-            ).values()  # fmt: skip
-            self.hits = torch.from_numpy(hits)
-            scores = {KNN: 100 * int(hits.sum()) / len(self.val), **scores}
-            logger.info(f"* {k}-NN Acc@1 {scores[KNN]:.3f}")
+            self.hits = self.hits_of(bank, feature_files.extract(encode, self.val))
+            of_pixels = self.baselines["pixels"]
+            scores = {KNN: 100 * int(self.hits.sum()) / len(self.val), "test_knn_pixels": of_pixels, **scores}
+            logger.info(f"* {self.k}-NN Acc@1 {scores[KNN]:.3f} (raw pixels {of_pixels:.3f})")
+        share = f" ({scores['test_explained']:.1%} explained)" if "test_explained" in scores else ""
         logger.info(
-            f"* loss of {len(self.val):,} held-out images {scores['test_loss']:.4f}, effective rank "
+            f"* loss of {len(self.val):,} held-out images {scores['test_loss']:.4f}{share}, effective rank "
             f"{scores['test_effective_rank']:.1f} of {features.shape[1]} (probe: {time.perf_counter() - start:.1f} s)"
         )
         return scores
+
+    def hits_of(
+        self, bank: tuple[torch.Tensor, torch.Tensor], queries: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Returns whether the neighbors classify each held-out image correctly (n,).
+
+        Args:
+            bank, queries: features (m, D) and labels (m,) of the images of this process.
+        """
+        ((hits,),) = knn.predict(
+            *bank, *queries, lambda votes, truth: (votes.argmax(dim=1) == truth,), ks=[self.k],
+            temperatures=[TEMPERATURE], num_classes=self.num_classes, device=self.precision.device,
+        ).values()  # fmt: skip
+        return torch.from_numpy(hits)
+
+    def of_baselines(self, model: Any) -> dict[str, Any]:
+        """Returns the loss of the best constant ("constant"), and the accuracy of raw pixels in percent ("pixels").
+
+        They are None if they are not known.
+        """
+        constant = None
+        if explained.has_constant(model):
+            constant = explained.loss_of_constant(
+                model, self.masked_batches(), self.mask_ratio, self.data.normalize, self.precision.device
+            )
+        of_pixels = None
+        if self.is_labelled:
+            workers = self.data.data.num_workers
+            parts = []
+            for source in (self.train, self.val):
+                pixels = torch.from_numpy(raw_pixels.read(source, self.data.images, workers))
+                mine = slice(parallel.rank(), None, parallel.world_size())
+                parts.append((pixels, torch.as_tensor(np.asarray(source.labels)[mine])))
+            of_pixels = 100 * float(self.hits_of(*parts).double().mean())
+        return {"constant": constant, "pixels": of_pixels}
+
+    def masked_batches(self) -> Any:
+        """Returns the batches of the images that are held out, with the same masks at each call."""
+        data = self.data
+        return loader.eval_loader(self.masked, self.batch_size, data.data.num_workers, data.pin_memory)
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:
         """Returns the mean loss of the images that are held out, with the same masks at each call."""
         data = self.data
         total = 0.0
-        batches = loader.eval_loader(self.masked, self.batch_size, data.data.num_workers, data.pin_memory)
-        for batch in prefetch(batches, self.precision.device):
+        for batch in prefetch(self.masked_batches(), self.precision.device):
             with self.precision.autocast():
                 found = model(batch.normalized(data.normalize), self.mask_ratio, noise=batch.noise, **batch.context)[0]
             terms = found.values() if isinstance(found, dict) else [found]

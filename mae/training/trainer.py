@@ -32,7 +32,7 @@ def opened(
     precision: Precision, record: Mapping[str, Any], optim: OptimSpec, machine: MachineSpec,
     fingerprint: Mapping[str, str], *, callbacks: Sequence[Callback] = (), lr_schedule: lr_sched.Schedule | None = None,
     trained: nn.Module | None = None, forward: Callable[[], Any] | None = None, loss_tag: str = "train_loss",
-    is_locked: bool = False,
+    is_locked: bool = False, further_entries: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[Trainer]:  # fmt: skip
     """The context manager of a training: yields a `Trainer` at the position from which the run resumes.
 
@@ -53,6 +53,7 @@ def opened(
         forward: computes one image, so that its FLOPs are counted. Default: log.txt has no TFLOP/s.
         loss_tag: name of the loss in TensorBoard.
         is_locked: the caller has locked the run directory.
+        further_entries: function(means of an epoch) that returns further entries of log.txt.
 
     Raises:
         ValueError: the model is sharded and there are callbacks, whose states would not be saved; a setting or the
@@ -95,6 +96,7 @@ def opened(
             progress=progress, log=log, saver=saver,
             guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal), epochs=optim.epochs,
             accum_iter=optim.accum_iter, clip_grad=optim.clip_grad, callbacks=callbacks,
+            further_entries=further_entries,
         )  # fmt: skip
 
 
