@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from test_dino import images, of_transformers
 
 CODE = """
@@ -92,6 +92,30 @@ def test_a_name_of_the_hub_is_downloaded_once(hub, tmp_path):
         (tmp_path / "found.pt").unlink()
     assert any("model.safetensors" in path for path in asked)
     assert not any(".bin" in path for path in asked)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_machine_ask_once(hub, tmp_path):
+    _, environment, asked = hub
+    code = """
+import sys
+from mae import parallel
+from mae.weights import reading
+parallel.init("cpu")
+print(len(reading.read("owner/dino-small").tensors))
+parallel.teardown()
+"""
+    (tmp_path / "read.py").write_text(code)
+    counts = []
+    for processes in (1, 2):
+        asked.clear()
+        environment["HF_HOME"] = str(tmp_path / str(processes))
+        done = subprocess.run([*torchrun(processes), tmp_path / "read.py"], env=environment, cwd=tmp_path,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == processes
+        counts.append(sorted(asked))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("owner/gated", "license"), ("owner/other", "owner/other")])

@@ -9,6 +9,7 @@ segmentation model.
 import json
 import logging
 import math
+import platform
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -186,8 +187,9 @@ def _download(name: str, file: Path) -> Path:
         raise CheckpointError(f"there is no file {name}{model_zoo.advice(name)}")
     else:
         fetch = model_zoo.fetch
-    parallel.from_rank_0(lambda: fetch(str(file)))  # a download may take longer than --dist_timeout
-    return fetch(str(file))
+    # A download may take longer than --dist_timeout. Another machine may have a disk of its own.
+    host, path = parallel.from_rank_0(lambda: (platform.node(), fetch(str(file))))
+    return path if platform.node() == host else fetch(str(file))
 
 
 def _first_invalid(settings: Mapping[str, Any]) -> str | None:
