@@ -233,6 +233,7 @@ def _probe(run: Run) -> Start:
     name = run.machine.finetune if resumed == "auto" else resumed or run.machine.finetune
     if file is None and name:
         file = reading.read(name)
+    _require_updates(run, file)
     if not pools_tokens(run.model.probe):
         return file, _pooled(run, file, TRAIN)
     return file, recorded_settings.classifier_settings(file, run.record(), run.explicit, TRAIN)
@@ -243,6 +244,7 @@ def _features(run: Run) -> Start:
     from mae.weights import reading
 
     file = reading.read(run.machine.finetune) if run.machine.finetune else None
+    _require_updates(run, file)
     return file, _pooled(run, file, EVALUATE, names_with(LABELS))
 
 
@@ -253,6 +255,13 @@ def _pooled(run: Run, file: "Weights | None", purpose: str, left_out: Collection
     pooling = pooling_settings(file, run.record(), run.explicit)
     run = run.changed(pooling)
     return pooling | classifier_settings(file, run.record(), run.explicit, purpose, left_out)
+
+
+def _require_updates(run: Run, file: "Weights | None") -> None:
+    """Raises ValueError if low-rank updates of a frozen encoder are those of no file: they are zero, and stay zero."""
+    if run.model.lora and not (file and file.settings.get("lora")):
+        of_file = f"{file.origin} has no updates" if file else "there are no updates without `finetune`"
+        raise ValueError(f"lora={run.model.lora} has no effect on a frozen encoder: {of_file}; omit `lora`")
 
 
 def _weights(run: Run, kind: str) -> "Weights | None":

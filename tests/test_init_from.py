@@ -25,7 +25,7 @@ FILES = {  # script, its settings, the settings of the pre-training
     "attentive": (main_linprobe, {"blr": 1, "probe": "attentive", "num_queries": 4}, {}),
     "lora_patches": (main_finetune, {"global_pool": True, **LORA}, {}),
     "lora_class_token": (main_finetune, {"cls_token": True, **LORA}, {}),
-    "lora_linear": (main_linprobe, {"blr": 1, **LORA}, {}),
+    "lora_linear": (main_linprobe, {"blr": 1, "finetune": "lora_class_token"}, {}),
 }
 NORM = {"norm.weight": 1, "norm.bias": 0}  # the values of a new norm
 
@@ -46,6 +46,10 @@ def require_start(out, file, text):
 @pytest.mark.parametrize("name", FILES)
 def test_a_classifier_starts_a_pre_training(name, classify_once, pretrain, capsys):
     script, settings, own = FILES[name]
+    if start := settings.get("finetune"):
+        of_start, flags, _ = FILES[start]
+        folder = classify_once(of_start, f"{start}_of_{name}", **flags, epochs=1, warmup_epochs=0)
+        settings = settings | {"finetune": folder / "checkpoint-0.pth"}
     out = classify_once(script, name, **settings, epochs=1, warmup_epochs=0)
     for file in [out / "checkpoint-0.pth", *out.glob("probe.pth")]:
         capsys.readouterr()

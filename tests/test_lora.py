@@ -251,6 +251,15 @@ def test_a_scale_without_updates_is_an_error(classify):
         classify(main_finetune, lora_alpha=8)
 
 
+@pytest.mark.parametrize("script", [main_knn, main_linprobe])
+@pytest.mark.parametrize("has_file", [True, False])
+def test_updates_of_a_frozen_encoder_are_those_of_its_file(script, has_file, plain, classify):
+    """Others would stay zero."""
+    own = {"finetune": plain} if has_file else {}
+    with pytest.raises(ValueError, match="lora=4"):
+        classify(script, **own, **OWN)
+
+
 @pytest.mark.parametrize("blocks", [-1, 5])
 def test_a_wrong_number_of_blocks_is_an_error(blocks):
     model = with_updates(8)
