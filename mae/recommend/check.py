@@ -2,12 +2,14 @@
 
     python -m mae.data IMAGES
     python -m mae.data IMAGES.zip --recipe mine.yaml --minutes 30
+    python -m mae.data IMAGES --recipe mine.yaml --minutes 30 --init_from facebook/dinov2-small
     python -m mae.data LABELLED --recipe tuned.yaml --for finetune --finetune runs/mine/checkpoint-99.pth
 
 The command prints the number of images, their sizes, channels and classes, the unreadable images with the reason, the
 mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s. With
 --recipe, it measures the training for some seconds, writes the settings of main_pretrain.py with their reasons, and
-prints the command that runs them. With --for finetune, they are those of main_finetune.py for the labels.
+prints the command that runs them. With --init_from, they continue an encoder (docs/start_from.md). With --for finetune,
+they are those of main_finetune.py for the labels.
 """
 
 import argparse
@@ -40,12 +42,17 @@ from mae.user_code import dataset_of
 
 if TYPE_CHECKING:
     from mae.data.segmentation_masks import MaskFormat
+    from mae.recommend.continued import Start
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # unreadable images that are listed
 MINUTES = 30  # of a recipe
 CHANNELS = "input channels: 3 RGB, 1 gray (default: those of the images)"
+INIT_FROM = (
+    "with --recipe: continue this encoder: a file or folder of DINOv2, DINOv3, MAE or a run of your own, a published "
+    "name, or OWNER/NAME of the Hugging Face Hub"
+)
 BAD = "if an image can't be read: error, or skip: accept up to 10 %% of them (default: error; skip with --recipe)"
 # The settings of the data of the scripts: those that determine which images the command reads and how, those that it
 # writes to a recipe, and the others.
@@ -149,6 +156,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--minutes", type=types.positive, metavar="M",
         help=f"time of the training of --recipe (default: {MINUTES}; of fine-tuning, as long as the labels need)",
     )  # fmt: skip
+    options.add(parser, "init_from", default=None, help=INIT_FROM)
     return parser
 
 
@@ -159,17 +167,18 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
 
     Raises:
-        ValueError: the dataset can't be opened, or there is no recipe for it.
+        ValueError: the dataset can't be opened, or there is no recipe for it or for the encoder of `init_from`.
         BadImage: an image can't be read, and `on_bad_image` is not "skip"; or more than `loader.MAX_BAD_SHARE` can't.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     given = _given(args)
     named = {"dataset": dataset_of(source, given.get("dataset"))} if source else {}
     run = Run.of({**given, **named})
+    encoder = _encoder(args.init_from, args.in_chans) if args.init_from else None
     images = open_images(run, args.split, source)
     indices = evenly_spaced(len(images), args.limit or len(images))
     values = PixelValues(run.images.nodata, run.images.value_range, run.images.channels_last)
-    in_chans = args.in_chans or channels_of(images, values)
+    in_chans = args.in_chans or (encoder.in_chans if encoder else channels_of(images, values))
     facts_of = all_facts(images, in_chans, indices, up_to_cores(args.num_workers), values)
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
@@ -186,8 +195,11 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     if num_bad:
         logger.warning(f"{text}: on_bad_image=skip leaves them out of the training")
     if args.recipe:
-        write = write_finetuning if args.purpose == FINETUNING else write_pretraining
-        write(args, run, source, given, images, facts, in_chans, len(facts) / seconds)
+        facts_of_images = (given, images, facts, in_chans, len(facts) / seconds)
+        if args.purpose == FINETUNING:
+            write_finetuning(args, run, source, *facts_of_images)
+        else:
+            write_pretraining(args, encoder, *facts_of_images)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,6 +216,10 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         given["data_path"] = args.path
     if args.minutes and not args.recipe:
         raise ValueError(f"minutes={args.minutes:g} is the time of a recipe: give recipe=FILE")
+    if args.init_from and not args.recipe:
+        raise ValueError(f"init_from={args.init_from} is the start of a recipe: give recipe=FILE")
+    if args.init_from and finetunes:
+        raise ValueError(f"init_from={args.init_from}: the encoder of for={FINETUNING} is that of `finetune`")
     if args.recipe and args.split != "train":
         raise ValueError(f"split={args.split}: a recipe is for the training set")
     if args.recipe and args.extras:
@@ -219,6 +235,20 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if idle:
         logger.warning(f"no effect on the check: {in_words({name: given[name] for name in idle})}")
     return given
+
+
+def _encoder(name: str, in_chans: int | None) -> "Start":
+    """Reads the encoder to continue.
+
+    Raises:
+        ValueError: it has other input channels than those that are given; or as in `continued.read`.
+    """
+    from mae.recommend import continued
+
+    encoder = continued.read(name)
+    if in_chans not in (None, encoder.in_chans):
+        raise ValueError(f"in_chans={in_chans}: {name} has {encoder.in_chans} input channels; omit `in_chans`")
+    return encoder
 
 
 def _has_masks(given: Collection[str]) -> bool:
@@ -255,12 +285,13 @@ def mask_format(run: Run) -> "MaskFormat":
 
 
 def write_pretraining(
-    args: argparse.Namespace, run: Run, function: OpenDataset | None, given: Mapping[str, Any],
-    source: Source | Stream, facts: list[ImageFacts], in_chans: int, decoding: float,
+    args: argparse.Namespace, encoder: "Start | None", given: Mapping[str, Any], source: Source | Stream,
+    facts: list[ImageFacts], in_chans: int, decoding: float,
 ) -> None:  # fmt: skip
     """Writes the recipe, and prints the command that runs it.
 
     Args:
+        encoder: what the recipe continues, if anything.
         given: the arguments that are given. Those of main_pretrain.py are in the recipe.
         decoding: images/s that are read and decoded.
 
@@ -273,7 +304,18 @@ def write_pretraining(
     found = Images.of(facts, len(source), in_chans, args.value_range is not None)
     settings = {name: given[name] for name in ("data_path", *READ, *PRETRAIN, ON_BAD_IMAGE) if name in given}
     machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
-    print("\n".join(recipe.write(args.recipe, found, machine, settings, args.minutes or MINUTES, decoding)))
+    is_labelled = _is_classified(source, facts, given)
+    minutes = args.minutes or MINUTES
+    print("\n".join(recipe.write(args.recipe, found, machine, settings, minutes, decoding, encoder, is_labelled)))
+
+
+def _is_classified(source: Source | Stream, facts: list[ImageFacts], given: Mapping[str, Any]) -> bool:
+    """Whether main_pretrain.py, which has no flags for labels, reads a class for each image, and there are several."""
+    labels = {fact.label for fact in facts if fact.sums is not None}
+    has_labels = len(labels) > 1 and min(labels) >= 0
+    return (
+        has_labels and not is_stream(source) and has_class_numbers(source) and given.keys().isdisjoint(LABELS + MASKS)
+    )
 
 
 def write_finetuning(

@@ -7,7 +7,8 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from mae import parallel
 from mae.data import image_cache
 from mae.files import atomic
-from mae.position_tables import to_pair
-from mae.recommend import board, rules, trial
+from mae.position_tables import Size
+from mae.recommend import board, continued, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
@@ -27,6 +28,7 @@ from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
+MAX_SHARE = 0.1  # of the time of a run, which a trial may take: a large encoder has a short one
 LONG = 5  # seconds of decoding, above which a trial run before the others caches the images
 
 
@@ -42,8 +44,9 @@ def this_machine(can_cache: bool) -> Machine:
 
 
 def write(
-    path: Path, images: Images, machine: Machine, given: Mapping[str, Any], minutes: float, decoding: float
-) -> list[str]:
+    path: Path, images: Images, machine: Machine, given: Mapping[str, Any], minutes: float, decoding: float,
+    encoder: continued.Start | None = None, is_labelled: bool = False,
+) -> list[str]:  # fmt: skip
     """Writes a recipe that pre-trains for a time.
 
     Args:
@@ -51,6 +54,8 @@ def write(
         given: settings of the dataset, by name.
         minutes: time of the run, with its start.
         decoding: images/s that are read and decoded.
+        encoder: what the recipe continues. Default: it pre-trains from scratch.
+        is_labelled: the run can classify the images, and so measure the encoder at the start and later.
 
     Returns:
         The lines that the command prints: what is wrong with the images, and the command that runs the recipe.
@@ -59,43 +64,67 @@ def write(
         ValueError: the images are too small, or the trial run failed.
     """
     start, flags = split_given(given)
-    inputs, loading = (
-        [line for line in lines if line.name not in given]
-        for lines in (rules.image_lines(images, given.get("input_size")), rules.loading_lines(images, machine))
-    )
-    if given.get("crop") == NO_CROP:
-        inputs = [line for line in inputs if line.name != "crop_scale"]
+    inputs = list(_inputs(images, given, encoder and encoder.patch_size))
+    loading = [line for line in rules.loading_lines(images, machine) if line.name not in given]
     settings = {line.name: line.value for line in [*start, *inputs, *loading]}
-    patches = math.prod(side // settings["patch_size"] for side in to_pair(settings["input_size"]))
+    patches = math.prod(rules.grid_of(settings["input_size"], settings["patch_size"]))
     processes = rules.processes_of(machine, images)
     threads = max(1, machine.cores // processes)
 
     def lines_of(model: str) -> list[Line]:
         optimization = rules.optimization_lines(images, machine, model)
-        return [*start, rules.model_line(images, patches, model), *inputs, *optimization, *loading]
+        own = [*inputs, *optimization]
+        own = continued.lines(own, encoder) if encoder else [rules.model_line(images, patches, model), *own]
+        return [*start, *own, *loading]
 
     def measure(model: str, updates: int = trial.UPDATES) -> trial.Trial:
         settings = {"updates_per_epoch": updates, "vis_every": 0}
         return tried(lines_of(model), processes, threads, flags, "main_pretrain", settings, updates)
 
-    if images.count / decoding > LONG and settings["cache_images"]:
-        logger.info("decoding    the images, for `cache_images`")
-        measure(rules.MODELS[0], updates=1)
-    model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
+    if encoder:
+        model = encoder.size
+        measured = _trial_of_encoder(
+            rules.images_per_update(lines_of(model), processes), 60 * minutes, partial(measure, model)
+        )
+    else:
+        if images.count / decoding > LONG and settings["cache_images"]:
+            logger.info("decoding    the images, for `cache_images`")
+            measure(rules.MODELS[0], updates=1)
+        model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
     lines = lines_of(model)
     effective = rules.images_per_update(lines, processes)
     in_epoch = images.count // effective * effective
-    length = rules.length_lines(in_epoch, measured.images_per_s, measured.startup, 60 * minutes)
+    length = (
+        continued.length_lines(in_epoch, *measured, 60 * minutes, is_labelled)
+        if encoder
+        else rules.length_lines(in_epoch, *measured, 60 * minutes)
+    )
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
-    save(path, "Pre-training", minutes, command, [*lines, *length])
+    title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
+    save(path, title, minutes, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
-        *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes)],
+        *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes) if not encoder],
         *[f"warning     {text}" for text in warnings_of(images)],
         *[f"warning     {line.reason}" for line in length if line.is_warning],
         f"recipe      {path}\n",
         command,
     ]
+
+
+def _inputs(images: Images, given: Mapping[str, Any], patch_size: Size | None) -> Iterator[Line]:
+    """Yields the settings of images and augmentation that are not given. Arguments as in `rules.image_lines`."""
+    unused = "crop_scale" if given.get("crop") == NO_CROP else ""
+    for line in rules.image_lines(images, given.get("input_size"), patch_size):
+        if line.name not in given and line.name != unused:
+            yield line
+
+
+def _trial_of_encoder(images_per_update: int, seconds: float, measure: Callable[..., trial.Trial]) -> trial.Trial:
+    """Returns the trial of an encoder: a short one, if the usual one would take more than MAX_SHARE of the time."""
+    short = measure(updates=1)
+    needed = trial.EPOCHS * trial.UPDATES * images_per_update / short.images_per_s
+    return measure() if needed < MAX_SHARE * seconds else short
 
 
 def _largest(

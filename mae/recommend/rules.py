@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae.position_tables import Size, to_pair
+from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import Images, Machine
 from mae.settings.choices import SMALL
 from models_vit import SIZES
@@ -62,33 +62,49 @@ def patch_of(height: int, width: int) -> int:
     return nearest if is_near else min(largest, round(best))
 
 
-def image_lines(images: Images, input_size: Size | None = None) -> list[Line]:
+def grid_of(input_size: Size, patch_size: Size) -> tuple[int, int]:
+    """Returns the numbers of patches along both sides of an image."""
+    height, width = to_pair(input_size)
+    rows, columns = to_pair(patch_size)
+    return height // rows, width // columns
+
+
+def image_lines(images: Images, input_size: Size | None = None, patch_size: Size | None = None) -> list[Line]:
     """Returns the settings of the input and the augmentation.
 
     Args:
         input_size: the size that is given.
+        patch_size: that of the encoder to continue. Default: `patch_of` the size.
 
     Raises:
-        ValueError: as `patch_of`, or the given size is no multiple of its patch size.
+        ValueError: as `patch_of`, or the given size is no multiple of the patch size.
     """
     shorter = images.shorter
     is_whole = images.has_one_shape and shorter < SMALL
     height, width = (images.height, images.width) if is_whole else (min(shorter, MAX_SIDE),) * 2
     if input_size:
         height, width = to_pair(input_size)
-    patch = patch_of(height, width)
-    if input_size and (height % patch or width % patch):
-        raise ValueError(f"input_size={input_size}: give multiples of {patch}, the patch size of this size")
-    height, width = (patch * round(side / patch) for side in (height, width))
+    rows, columns = to_pair(patch_size or patch_of(height, width))
+    if not input_size:
+        height = rows * max(MIN_GRID, round(height / rows))
+        width = columns * max(MIN_GRID, round(width / columns))
+    elif height % rows or width % columns:
+        of = "the encoder" if patch_size else "this size"
+        patch = side_or_sides((rows, columns))
+        raise ValueError(f"input_size={input_size}: give multiples of {patch}, the patch size of {of}")
     low, high = images.spread
     sides = f"half of the images have at most {shorter} pixels along the shorter side"
     sides = sides if low < high else f"the shorter side has {low} pixels"
-    multiple = "; the nearest multiple of the patch size" if shorter <= MAX_SIDE and shorter % patch else ""
+    is_multiple = shorter % rows == 0 and shorter % columns == 0
+    multiple = "; the nearest multiple of the patch size" if shorter <= MAX_SIDE and not is_multiple else ""
+    if shorter < MIN_GRID * max(rows, columns):
+        multiple = f"; at least {MIN_GRID} patches along each side"
     capped = f"; {MAX_SIDE} as published" if shorter > MAX_SIDE else ""
-    grid = f"{height // patch} x {width // patch} patches: the patch side grows with the root of the image side"
+    why = "that of the encoder" if patch_size else "the patch side grows with the root of the image side"
+    grid = f"{height // rows} x {width // columns} patches: {why}"
     return [
-        Line("input_size", height if height == width else [height, width], sides + multiple + capped),
-        Line("patch_size", patch, grid),
+        Line("input_size", side_or_sides((height, width)), sides + multiple + capped),
+        Line("patch_size", side_or_sides((rows, columns)), grid),
         *_value_lines(images),
         *_crop_lines(shorter, is_whole),
     ]
