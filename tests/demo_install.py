@@ -10,8 +10,10 @@ import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, torchrun
+from test_dino import of_transformers
 
 pytestmark = pytest.mark.xdist_group("install")
 OWN = {
@@ -148,6 +150,53 @@ def test_a_clone_comes_before_an_installed_copy(python, clone):
     code = "import importlib.util; print(importlib.util.find_spec('mae').origin)"
     done = subprocess.run([python, "-c", code], cwd=clone, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == clone / "mae/__init__.py"
+
+
+# Each line is a command, python -m MODULE. One process runs them, because most of their time is that of imports.
+OF_DINO = """
+main_knn --data_path {data} --finetune dino --input_size 32 --k 3 --device cpu
+main_linprobe --data_path {data} --finetune dino --input_size 32 --blr 1 {flags} --output_dir probe
+main_finetune --data_path {data} --finetune dino --input_size 32 {flags} --output_dir full
+main_finetune --data_path {data} --finetune dino --lora 4 --input_size 32 {flags} --output_dir lora
+main_pretrain --data_path {data} --init_from dino --lora 4 --unfreeze_blocks 1 --input_size 32 --lr 1e-2 \
+    --vis_every 0 {flags} --output_dir continued
+main_knn --data_path {data} --finetune continued/checkpoint-0.pth --k 3 --device cpu
+main_finetune --data_path {data} --finetune continued/checkpoint-0.pth {flags} --output_dir tuned
+mae.inference.predict {image} --model lora/checkpoint-0.pth --device cpu
+mae.inference.features {data}/val --model dino --device cpu --out start.npz
+mae.inference.features {data}/val --model continued/checkpoint-0.pth --device cpu --out continued.npz
+mae.inference.export --model continued/checkpoint-0.pth --to safetensors --out merged.safetensors
+mae.inference.features {data}/val --model merged.safetensors --device cpu --out merged.npz
+mae.inference.neighbors {data}/val --model merged.safetensors --device cpu --out neighbors.png
+"""
+RUN = """
+import runpy, shlex, sys
+for line in sys.stdin.read().replace("\\\n", "").splitlines():
+    print("$", line, flush=True)
+    sys.argv = shlex.split(line)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, end
+"""
+
+
+@pytest.mark.parametrize("python", ["git"], indirect=True)
+@pytest.mark.parametrize("layout", ["v2 registers", "v3"])
+def test_a_released_encoder_is_used_by_its_folder(layout, python, labelled, tmp_path, monkeypatch):
+    """In an empty folder. It is probed, fine-tuned, continued and exported; the file says which encoder it has."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    of_transformers(layout, tmp_path / "dino")
+    image = next(labelled.glob("val/kind3/*.png"))
+    commands = OF_DINO.strip().format(data=labelled, image=image, flags=" ".join([*FLAGS, "--amp", "off"]))
+    done = subprocess.run([python, "-c", RUN], cwd=tmp_path, input=commands, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--encoder" not in commands and (tmp_path / "neighbors.png").stat().st_size > 5000
+    start, continued, merged = (
+        np.load(tmp_path / f"{name}.npz")["features"] for name in ("start", "continued", "merged")
+    )
+    np.testing.assert_allclose(merged, continued, rtol=1e-4, atol=1e-5)
+    assert np.abs(continued - start).max() > 1e-3
 
 
 def test_torch_hub_beside_a_util_of_the_user(run, clone, tmp_path_factory):
