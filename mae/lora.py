@@ -5,6 +5,7 @@ updates, the final norm, and the head or the decoder are trained, and the last K
 other weights are frozen. Exports merge the updates into the matrices.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PARAMETERS = ("lora_a", "lora_b")
+
+
+def merge(weight: Tensor, scale: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """Returns a matrix of queries, keys and values (3D, D) with its updates.
+
+    Args:
+        scale: of the updates.
+        lora_a, lora_b: (2, rank, D) and (2, D, rank), of queries and values.
+    """
+    q, k, v = weight.chunk(3)
+    of_q, of_v = scale * lora_b @ lora_a
+    return torch.cat([q + of_q, k, v + of_v])
 
 
 class LowRankQKV(nn.Linear):
@@ -35,9 +48,7 @@ class LowRankQKV(nn.Linear):
 
     def merged(self) -> Tensor:
         """Returns the matrix with the updates, (3D, D)."""
-        q, k, v = self.weight.chunk(3)
-        of_q, of_v = self.scale * self.lora_b @ self.lora_a
-        return torch.cat([q + of_q, k, v + of_v])
+        return merge(self.weight, self.scale, self.lora_a, self.lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.merged(), self.bias)
@@ -60,3 +71,19 @@ def add_updates(model: Any, rank: int, alpha: float | None) -> None:
             raise ValueError(f"lora={rank}: blocks of class {type(block).__name__} have no linear layer attn.qkv")
         block.attn.qkv = LowRankQKV(layer, rank, rank if alpha is None else alpha)
     model.adapters = (*model.adapters, *PARAMETERS)
+
+
+def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float | None) -> dict[str, Tensor]:
+    """Returns the tensors of a model without its low-rank updates, which are merged into its matrices.
+
+    Args:
+        tensors: by name.
+        rank, alpha: as in `add_updates`.
+    """
+    scale = (rank if alpha is None else alpha) / rank
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(PARAMETERS)}
+    for name in tensors:
+        layer, is_update, _ = name.partition("lora_b")
+        if is_update:
+            found[f"{layer}weight"] = merge(tensors[f"{layer}weight"], scale, tensors[f"{layer}lora_a"], tensors[name])
+    return found

@@ -185,7 +185,7 @@ def _initial_weights(run: Run) -> Start:
         return None, {}
     from mae.weights import model_settings, reading, recorded_settings
 
-    file = reading.read(run.machine.init_from)
+    file = _of_rank(run, reading.read(run.machine.init_from))
     if resumes:
         return file, {}
     recorded = model_settings.autoencoder_settings(file)
@@ -233,6 +233,7 @@ def _probe(run: Run) -> Start:
     name = run.machine.finetune if resumed == "auto" else resumed or run.machine.finetune
     if file is None and name:
         file = reading.read(name)
+    file = _of_rank(run, file) if file else None
     _require_updates(run, file)
     if not pools_tokens(run.model.probe):
         return file, _pooled(run, file, TRAIN)
@@ -243,7 +244,7 @@ def _features(run: Run) -> Start:
     """Reads the encoder of `finetune`. The labels are those of the data."""
     from mae.weights import reading
 
-    file = reading.read(run.machine.finetune) if run.machine.finetune else None
+    file = _of_rank(run, reading.read(run.machine.finetune)) if run.machine.finetune else None
     _require_updates(run, file)
     return file, _pooled(run, file, EVALUATE, names_with(LABELS))
 
@@ -260,7 +261,7 @@ def _pooled(run: Run, file: "Weights | None", purpose: str, left_out: Collection
 def _require_updates(run: Run, file: "Weights | None") -> None:
     """Raises ValueError if low-rank updates of a frozen encoder are those of no file: they are zero, and stay zero."""
     if run.model.lora and not (file and file.settings.get("lora")):
-        of_file = f"{file.origin} has no updates" if file else "there are no updates without `finetune`"
+        of_file = f"{file.origin} has none of this rank" if file else "there are no updates without `finetune`"
         raise ValueError(f"lora={run.model.lora} has no effect on a frozen encoder: {of_file}; omit `lora`")
 
 
@@ -277,13 +278,21 @@ def _weights(run: Run, kind: str) -> "Weights | None":
 
     machine = run.machine
     if not run.evaluation.eval:
-        return loading.read(machine.finetune) if machine.finetune and not _resumes(machine) else None
+        starts = machine.finetune and not _resumes(machine)
+        return _of_rank(run, loading.read(machine.finetune)) if starts else None
     name: Path | str = machine.resume or machine.finetune
     if name == "auto" and (name := _source(machine) or machine.finetune):
         logger.info(f"resume=auto: evaluates {name}")
     if not name:
         raise ValueError(f"`eval` needs `resume` or `finetune`: the file of a {kind}, or a published name")
-    return loading.read_classifier(name, kind)
+    return _of_rank(run, loading.read_classifier(name, kind))
+
+
+def _of_rank(run: Run, file: "Weights") -> "Weights":
+    """Merges the low-rank updates of a file if the command gives another rank."""
+    from mae.weights.recorded_settings import with_updates_of
+
+    return with_updates_of(run.model.lora if "lora" in run.explicit else None, file)
 
 
 def _source(machine: MachineSpec) -> Path | None:

@@ -10,12 +10,23 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from mains import assert_close, assert_equal, assert_same_run, call, in_processes, lines, stop_and_resume, weights
+from mains import (
+    assert_close,
+    assert_equal,
+    assert_same_run,
+    call,
+    in_processes,
+    lines,
+    parse,
+    stop_and_resume,
+    weights,
+)
 from test_dino import assert_same, images, of_transformers, random
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 import mae.build
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -112,6 +123,24 @@ def test_two_processes_equal_one(own, plain, pictures, tmp_path):
                      "--fsdp", "--resume", tmp_path / "two/checkpoint-1")  # fmt: skip
     else:
         assert_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_updates_of_another_rank_are_merged(plain, pretrain, classify):
+    """All weights are trained with rank 0. The features at the start are those of the file, as those of an export."""
+    file = pretrain(init_from=plain, **OWN, epochs=1) / "checkpoint-0.pth"
+    assert checkpoint.read(file)["model"]["blocks.0.attn.qkv.lora_b"].any()
+    expected = get_model(file).extract_feat(images(16, 16), "tokens")
+    for name, flags in (("full", {"lora": 0}), ("other", {"lora": 2}), ("same", {"lora": 4})):
+        out = classify(main_finetune, name, finetune=file, **flags, cls_token=True, lr=0, epochs=1)
+        model = get_model(out / "checkpoint-0.pth")
+        assert_same(model.extract_feat(images(16, 16), "tokens"), expected)
+        assert any(key.endswith("lora_b") for key in model.state_dict()) is (name != "full")
+        assert model.settings.get("lora_alpha") == {"full": None, "other": 2, "same": 8}[name]
+        size = sum(value.numel() for value in weights(out, "checkpoint-0.pth").values())
+        trained = size if name == "full" else 4 * 2 * 2 * flags["lora"] * 128 + 128 * 6 + 6 + 2 * 128
+        assert lines(out)[0]["n_parameters"] == trained
+    continued = pretrain("continued", init_from=file, lora=2, lr=0, epochs=1) / "checkpoint-0.pth"
+    assert_same(get_model(continued).extract_feat(images(16, 16), "tokens"), expected)
 
 
 def test_fine_tuning_trains_updates_head_and_norm(plain, classify):
@@ -236,7 +265,9 @@ def test_the_five_commands_of_the_page_run(labelled, tmp_path, monkeypatch):
     done = []
     for command in "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines():
         words = shlex.split(command.replace("IMAGES", str(labelled)), comments=True)
-        if words[:1] == ["python"]:
+        if words[1:2] == ["main_compare.py"]:
+            assert "lora" in parse(main_compare, *words[2:]).comparison.protocols
+        elif words[:1] == ["python"]:
             module = {script.__name__: script for script in SCRIPTS}[words[1].removesuffix(".py")]
             call(module, *words[2:], **small)
             done.append(Path(words[-1]))

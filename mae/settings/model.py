@@ -30,9 +30,10 @@ class ModelSpec(Values, group="model", role=MODEL):
         "loaded weights)")
     encoder_args: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", metavar="NAME=VALUE",
         help="arguments of the class of --encoder, such as groups=3 (default: as in the loaded weights)")
-    lora: int | None = setting(None, positive_int, resumed=FIXED, metavar="R",
+    lora: int | None = setting(None, count, resumed=FIXED, metavar="R",
         help="low-rank updates of queries and values in every block (LoRA, Hu et al. 2022): they are trained, and the "
-        "weights below them are frozen; exports merge them. Typical: 8 to 64 (default: as in the loaded weights)")
+        "weights below them are frozen; exports merge them. Updates of another rank in the loaded weights are merged; "
+        "0: no updates. Typical: 8 to 64 (default: as in the loaded weights)")
     lora_alpha: float | None = setting(None, positive, resumed=FIXED, metavar="A",
         help="--lora multiplies its updates by A / R (default: as in the loaded weights, else R)")
     model_class: str | None = setting(None, role=TRAINING, metavar="MODULE:CLASS",
