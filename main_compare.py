@@ -29,9 +29,13 @@ from mae.cli.script import Script
 from mae.compare.comparison import compare
 from mae.data.source import OpenDataset
 from mae.settings import Run
+from mae.settings.types import positive_int
 from mae.user_code import DATASET
 
-MODULES = {"knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "finetune": main_finetune}
+MODULES = {
+    "knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "lora": main_finetune,
+    "finetune": main_finetune,
+}  # fmt: skip
 SCRIPTS = {protocol: Script(module) for protocol, module in MODULES.items()}
 
 
@@ -40,7 +44,8 @@ def get_args_parser() -> ArgumentParser:
     parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
     options.add_data_options(parser, labels=True)
     options.add(parser, "val_list", "crop_pct")
-    options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
+    rank = "rank of the low-rank updates of the protocol lora (default: that of its recipe, else 8)"
+    options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16", type=positive_int, help=rank)
     options.add_comparison_options(parser, SCRIPTS)
     options.add_metric_options(parser, selects="hyperparameters, and is compared")
     parser.set_defaults(protocols=["knn", "linear", "finetune"])

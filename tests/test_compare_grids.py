@@ -81,11 +81,11 @@ def test_every_protocol_extends_its_grid_and_names_its_choice(labelled, tmp_path
     monkeypatch.setattr(store, "run_once", run)
     monkeypatch.setattr(store, "kept", lambda *_: {"parameters": 1, "images_per_s": 1.0})
     text = call(main_compare, "--encoders", tmp_path / "mine.pth", "--protocols", "knn", "linear", "attentive",
-                "finetune", "--labels", "48", "--draws", 1, "--blr", "1", "3", data_path=labelled, device="cpu",
+                "lora", "finetune", "--labels", "48", "--draws", 1, "--blr", "1", "3", data_path=labelled, device="cpu",
                 output_dir=tmp_path / "out", num_workers=0)  # fmt: skip
     chosen = {row["protocol"]: row["chosen"] for row in rows(tmp_path / "out")}
     assert chosen == {"k-NN": "k 38, class token", "linear probe": "blr 1000, class token",
-                      "attentive probe": "blr 1000", "fine-tuned": "blr 1000"}  # fmt: skip
+                      "attentive probe": "blr 1000", "LoRA": "blr 1000", "fine-tuned": "blr 1000"}  # fmt: skip
     for protocol, choice in chosen.items():
         assert re.search(rf"mine \({protocol}\) \| .*\({choice}\) \|", text)
     assert re.search(r"With 48 labels, mine \(k-NN\) .*\(k 38, class token\)", text)

@@ -134,3 +134,19 @@ def test_without_a_network_the_error_names_the_command_that_downloads_elsewhere(
     done = subprocess.run(command, env={**environment, "HF_ENDPOINT": "http://127.0.0.1:1"}, cwd=tmp_path,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 1 and "hf download owner/dino-small" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_comparison_takes_names_of_the_hub(hub, labelled, tmp_path):
+    """The title is the name without the owner. The weights are the same in each run, also without the server."""
+    _, environment, _ = hub
+    command = [sys.executable, ROOT / "main_compare.py", "--encoders", "owner/dino-small", "--protocols", "knn",
+               "--labels", "all", "--data_path", labelled, "--num_workers", "0", "--device", "cpu", "--output_dir",
+               tmp_path / "out"]  # fmt: skip
+    for endpoint in (environment["HF_ENDPOINT"], "http://127.0.0.1:1"):
+        done = subprocess.run(command, env={**environment, "HF_ENDPOINT": endpoint}, cwd=tmp_path,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "| dino-small (k-NN) |" in done.stdout
+    record = json.loads((tmp_path / "out/runs/dino-small/knn/48/0/run.json").read_text())
+    assert record["inputs"]["finetune"] == COMMIT

@@ -65,7 +65,7 @@ def test_the_files_of_a_report_are_no_formulas(kind, tmp_path):
 
 def test_results_of_a_comparison_are_read_as_they_were(tmp_path):
     results = [
-        summary.Result("=mine", "k-NN", 12, 0, -1.25, "k 5", 1.5, "python main_knn.py", "r2"),
+        summary.Result("=mine", "k-NN", 12, 0, -1.25, "k 5", 1.5, "python main_knn.py", "r2", 7, 0.5),
         summary.Result("@scratch", "linear probe", 12, 1, float("nan"), "", 2.0, "python", "r2"),
     ]
     summary.write(tmp_path, results)

@@ -187,10 +187,16 @@ def add_exif(group: argparse._ActionsContainer, default: str) -> None:
     )  # fmt: skip
 
 
-def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
-    """Adds the flags of the architecture."""
+def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str, **lora: Any) -> None:
+    """Adds the flags of the architecture.
+
+    Args:
+        lora: a type or a help text of --lora that differs.
+    """
     add(parser, "model", default=default, choices=models, help=f"one of {', '.join(models)}")
-    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args", "lora", "lora_alpha")
+    add(parser, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
+    add(parser, "lora", **lora)
+    add(parser, "lora_alpha")
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -247,8 +253,8 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     add(parser, "labels", "draws", "budget")
     add_to(
         group_of(parser, "evaluation"), "blr", nargs="+", type=positive, default=None,
-        help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
-        "is used (default: the rate of the recipe)",
+        help="base learning rates of fine-tuning; those of lora are ten times as large. Of several, the best on "
+        "held-out training images of the first draw is used (default: that of the recipe, else 1e-3)",
     )  # fmt: skip
     add(parser, "recipes")
     add(

@@ -12,8 +12,9 @@ import torch
 from mae import parallel
 from mae.compare import baselines, costs, store, summary
 from mae.compare.encoders import PIXELS, Encoder, open_encoders
+from mae.compare.protocols import reason_against, row_of
 from mae.compare.summary import Result
-from mae.compare.trials import FINETUNE, Size, Trial, Trials
+from mae.compare.trials import Size, Trial, Trials
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
@@ -57,7 +58,8 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     train, val = open_pair(open_split, run.images.task)
     sizes = _sizes_of(spec, train)
     trials = Trials(spec, settings, run.explicit, scripts, out / "runs", train, val, bool(held_out))
-    planned = _plan(encoders, spec.protocols, sizes)
+    left_out = _left_out(encoders, spec.protocols)
+    planned = _plan(encoders, spec.protocols, sizes, left_out)
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
     costs_text = costs.write(out, encoders, run.machine.device, run.machine.amp, run.model.encoder)
@@ -74,7 +76,8 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     finally:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
-                text = summary.write(out, [results[trial.name] for trial in planned if trial.name in results])
+                found = [results[trial.name] for trial in planned if trial.name in results]
+                text = summary.write(out, found, len(val), left_out)
     logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 
@@ -150,33 +153,38 @@ def _for_each(labels: Sequence[str], setting: str, values: list[int]) -> list[in
     return values * len(labels) if len(values) == 1 else values
 
 
-def _plan(encoders: Sequence[Encoder], protocols: Sequence[str], sizes: Sequence[Size]) -> list[Trial]:
-    """Returns the trials in the order of the table."""
+def _plan(
+    encoders: Sequence[Encoder], protocols: Sequence[str], sizes: Sequence[Size], left_out: Mapping[str, str]
+) -> list[Trial]:
+    """Returns the trials in the order of the table, without rows that are left out."""
     return [
         Trial(encoder, protocol, size, draw)
         for encoder in encoders
-        for protocol in _protocols_of(encoder, protocols)
+        for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(protocols))
+        if row_of(encoder.name, protocol) not in left_out
         for size in sizes
         for draw in range(size.draws)
     ]
 
 
-def _protocols_of(encoder: Encoder, protocols: Sequence[str]) -> list[str]:
-    """Returns the protocols of an encoder, or its baselines. A model of timm is not fine-tuned, which a warning says.
+def _left_out(encoders: Sequence[Encoder], protocols: Sequence[str]) -> dict[str, str]:
+    """Returns the rows of the table that can't be computed, and the reasons. A warning names them.
 
     Raises:
-        ValueError: no protocol is left.
+        ValueError: no protocol of an encoder is left.
     """
-    if encoder.name == PIXELS:
-        return [*baselines.STRENGTHS]
-    names = [*dict.fromkeys(protocols)]
-    if encoder.without and FINETUNE in names:
-        names.remove(FINETUNE)
-        text = f"{encoder.name}: models of timm are frozen encoders, and are not fine-tuned"
-        if not names:
-            raise ValueError(f"protocols={FINETUNE}: {text}")
-        logger.warning(text)
-    return names
+    reasons: dict[str, str] = {}
+    for encoder in encoders:
+        if encoder.name == PIXELS:
+            continue
+        found = {protocol: text for protocol in protocols if (text := reason_against(encoder, protocol))}
+        if found.keys() == {*protocols}:
+            names = [*found] if len(found) > 1 else next(iter(found))
+            raise ValueError(f"protocols={as_yaml(names)}: {encoder.name}: {next(iter(found.values()))}")
+        reasons |= {row_of(encoder.name, protocol): text for protocol, text in found.items()}
+    for row, text in reasons.items():
+        logger.warning(f"{row} is left out: {text}")
+    return reasons
 
 
 def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:

@@ -13,13 +13,14 @@ from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
 from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
-from mae.weights import model_settings, reading
+from mae.weights import model_settings, model_zoo, reading
 
 # random weights; baselines on raw pixels
 SCRATCH = "scratch"
 PIXELS = "pixels"
 RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
-ARCHITECTURE = ("model", "encoder", "encoder_args", "lora", "lora_alpha")  # settings that a file of --encoders replaces
+UPDATES = ("lora", "lora_alpha")
+ARCHITECTURE = ("model", "encoder", "encoder_args", *UPDATES)  # settings that a file of --encoders replaces
 BY_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
 READ_BY_SCRIPTS = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
 
@@ -76,7 +77,8 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
     if "model" in explicit or not of_first:  # the images are those of the first file
         untrained = {name: given[name] for name in ARCHITECTURE if given.get(name) is not None}
         untrained |= {name: value for name, value in of_first.items() if name in names_of(ImageSpec)}
-    untrained["layer_decay"] = 1  # no layer has pre-trained weights
+    # No layer has pre-trained weights: all are trained, at the same rate.
+    untrained = {name: value for name, value in untrained.items() if name not in UPDATES} | {"layer_decay": 1}
     names = [name for name in names_of(ModelSpec, ImageSpec) if name in given and name not in ARCHITECTURE]
     shared = {name: given[name] for name in names}
     fixed = {name: value for name, value in shared.items() if name in explicit}
@@ -135,8 +137,8 @@ def name_and_file(text: str) -> tuple[str, str]:
     name, file = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
     if not name and file.startswith(TIMM):
         name = file.removeprefix(TIMM)
-    elif not name:  # a dot of a folder begins no suffix
-        name = Path(file).name if Path(file).is_dir() else Path(file).stem
+    elif not name:  # a dot of a folder or of a model of the hub begins no suffix
+        name = Path(file).name if Path(file).is_dir() or model_zoo.is_of_hub(file) else Path(file).stem
     if not file:
         raise ValueError(f"encoders={as_yaml(text)}: give a file or a published name after the equals sign")
     if directory_of(name) in RESERVED:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mae.files import locks
 from mae.files.results import Results
 from mae.settings import Run
+from mae.weights import model_zoo
 
 Settings = dict[str, Any]
 Scores = dict[str, Any]
@@ -37,6 +38,8 @@ class Script(Protocol):
 def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Scores]) -> Scores:
     """Returns the scores of a folder, and the `seconds` that they took. They are computed unless they are kept.
 
+    The seconds of a computation that was interrupted include those until it last wrote a file.
+
     A result is computed again if a setting has changed, or the contents of a file that a setting names. After an
     interruption, `compute` is called with the same folder, unless the settings or files differ: then it is emptied.
 
@@ -58,12 +61,24 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Sc
             if record:
                 shutil.rmtree(folder)
             file.add({"inputs": inputs})
+            record = {}
         elif "scores" in record:
             return record["scores"]
+        earlier = _seconds_of(folder, record)
+        file.add({"attempt": {"earlier_seconds": earlier, "begin": time.time()}})
         begin = time.perf_counter()
         scores = compute(folder)
-        file.add({"scores": {**scores, "seconds": time.perf_counter() - begin}})
+        file.add({"scores": {**scores, "seconds": earlier + time.perf_counter() - begin}})
         return file.read()["scores"]
+
+
+def _seconds_of(folder: Path, record: Mapping[str, Any]) -> float:
+    """Returns the seconds of the interrupted attempts at the scores of a folder, until each last wrote to it."""
+    attempt = record.get("attempt")
+    if not attempt:
+        return 0.0
+    last = max(path.stat().st_mtime for path in folder.iterdir())
+    return attempt["earlier_seconds"] + max(0.0, last - attempt["begin"])
 
 
 def run_once(
@@ -93,6 +108,8 @@ def _inputs_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     inputs = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
     for name in inputs.keys() - {"data_path"}:
         digest = _digest_of(inputs[name]) if isinstance(inputs[name], str | Path) else None
+        if name == "finetune" and not digest and model_zoo.is_of_hub(inputs[name]):
+            digest = _commit_of(inputs[name])
         if digest and name.endswith("_list") and not settings.get("data_path"):  # its paths start at its folder
             digest += f" in {Path(inputs[name]).resolve().parent}"
         inputs[name] = digest or inputs[name]
@@ -110,6 +127,12 @@ def _digest_of(path: str | Path) -> str | None:
         return None
     status = os.stat(file)
     return f"{model} {_digest(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)}".strip()
+
+
+@cache  # requests
+def _commit_of(name: str) -> str:
+    """Returns the commit of a model of the Hugging Face Hub, which its folder is named after."""
+    return model_zoo.fetch_from_hub(name).name
 
 
 @cache  # checkpoints of gigabytes

@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from mae.evaluate.metrics import lower_is_better
 from mae.evaluate.tables import markdown
@@ -26,11 +27,18 @@ class Result(NamedTuple):
     seconds: float
     command: str
     metric: str = ACCURACY  # or a name of --metric
+    trained_parameters: int | None = None  # None: of a baseline, or of an earlier version
+    peak_memory_gb: float | None = None  # of a training with CUDA, in 10^9 bytes
 
     @property
     def row(self) -> str:
         """The title of its row."""
-        return f"{self.encoder} ({self.protocol})"
+        return row_of(self.encoder, self.protocol)
+
+
+def row_of(encoder: str, protocol: str) -> str:
+    """Returns the title of the row of an encoder and the title of a protocol."""
+    return f"{encoder} ({protocol})"
 
 
 class Entry(NamedTuple):
@@ -41,6 +49,9 @@ class Entry(NamedTuple):
     by_draw: dict[int, float]
     metric: str = ACCURACY
     chosen: Mapping[int, str] = MappingProxyType({})  # by draw, as in `Result`
+    seconds: Mapping[int, float] = MappingProxyType({})  # by draw
+    trained_parameters: int | None = None
+    peak_memory_gb: float | None = None  # the largest
 
     @property
     def choice(self) -> str:
@@ -82,9 +93,13 @@ def entries_of(results: Sequence[Result]) -> Entries:
     for result in results:
         row = entries.setdefault(result.row, {})
         before = row.get(result.labels) or Entry(result.encoder, result.protocol, {}, result.metric)
-        by_draw = {**before.by_draw, result.draw: result.accuracy}
-        chosen = {**before.chosen, result.draw: result.chosen}
-        row[result.labels] = before._replace(by_draw=by_draw, chosen=chosen)
+        row[result.labels] = before._replace(
+            by_draw={**before.by_draw, result.draw: result.accuracy},
+            chosen={**before.chosen, result.draw: result.chosen},
+            seconds={**before.seconds, result.draw: result.seconds},
+            trained_parameters=result.trained_parameters,
+            peak_memory_gb=max(filter(None, (before.peak_memory_gb, result.peak_memory_gb)), default=None),
+        )
     return entries
 
 
@@ -99,24 +114,57 @@ def _ranked(entries: Entries, labels: int) -> list[tuple[str, Entry]]:
     return sorted(column, key=lambda entry: -entry[1].rank)
 
 
-def table(entries: Entries) -> str:
-    """Returns the table in Markdown, with what was chosen. The best mean of each column is bold."""
+def table(entries: Entries, left_out: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns the table in Markdown, with what was chosen, and costs. The best mean of each column is bold.
+
+    Args:
+        left_out: rows that were not computed, and the reasons, which stand below the table.
+    """
     columns = columns_of(entries)
     best = {labels: _ranked(entries, labels)[0][1] for labels in columns}
     metric = next(iter(best.values())).metric
+    costs = _costs_of(entries)
     titles = [f"test {'accuracy, %' if metric == ACCURACY else metric}", *(f"{labels:,} labels" for labels in columns)]
     lines = []
     for title, row in entries.items():
         texts = {n: f"**{entry}**" if entry.rank == best[n].rank else str(entry) for n, entry in row.items()}
-        lines.append([title, *(f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns)])
-    return markdown(titles, lines)
+        cells = [f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns]
+        lines.append([title, *cells, *(cost[title] for cost in costs.values())])
+    lines += [[title, *("–" for _ in (*columns, *costs))] for title in left_out]
+    notes = [f"{title} is left out: {reason}." for title, reason in left_out.items()]
+    return "\n".join([markdown([*titles, *costs], lines), *(f"\n{note}" for note in notes)])
 
 
-def conclusion(entries: Entries) -> str:
+def _costs_of(entries: Entries) -> dict[str, dict[str, str]]:
+    """Returns the columns of costs: by their titles, the cells by the titles of the rows. Unknown costs have none."""
+    columns = columns_of(entries)
+    of_labels = f" ({' / '.join(f'{labels:,}' for labels in columns)} labels)" if len(columns) > 1 else ""
+    trained: dict[str, str] = {}
+    seconds: dict[str, str] = {}
+    memory: dict[str, str] = {}
+    for title, row in entries.items():
+        counts = {f"{entry.trained_parameters:,}" for entry in row.values() if entry.trained_parameters is not None}
+        trained[title] = " or ".join(sorted(counts))
+        medians = {labels: statistics.median(entry.seconds.values()) for labels, entry in row.items() if entry.seconds}
+        seconds[title] = " / ".join(_time(medians[labels]) if labels in medians else "–" for labels in columns)
+        of_row = [entry.peak_memory_gb for entry in row.values() if entry.peak_memory_gb is not None]
+        memory[title] = f"{max(of_row):.1f}" if of_row else ""
+    found = {"trained parameters": trained, f"seconds{of_labels}": seconds, "GPU memory, GB": memory}
+    return {title: cells for title, cells in found.items() if any(cell.strip("– /") for cell in cells.values())}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
+
+
+def conclusion(entries: Entries, test_images: int | None = None) -> str:
     """Returns one sentence: the best encoder for each number of labels, and its distance to the best other encoder.
 
     Encoders with the same mean tie. The distance is the mean over the draws, with its standard deviation: the encoders
-    share the subset of each draw.
+    share the subset of each draw. Encoders that `_doubt` can't tell from the best are named.
+
+    Args:
+        test_images: their number. None: unknown.
     """
     parts = []
     for labels in columns_of(entries):
@@ -128,34 +176,75 @@ def conclusion(entries: Entries) -> str:
             text = f"{', '.join(names[:-1])} and {names[-1]} tie for the best {noun}"
             parts.append(f"with {labels:,} labels, {text}, {best.format(best.mean)}{unit}")
             continue
-        part = f"with {labels:,} labels, {title} has the best {noun}, {best}{unit}{best.choice}"
-        others = [f", {_distance(best, other)} {name}" for name, other in rest if other.encoder != best.encoder]
-        parts.append(part + "".join(others[:1]))
+        others = [(name, one, _doubt(best, one, test_images)) for name, one in _best_of_others(rest, best.encoder)]
+        unclear = [*takewhile(lambda other: other[2], others)]
+        part = f"with {labels:,} labels, {title} has the {'highest' if unclear else 'best'} {noun}, {best}{unit}"
+        texts = [
+            f", not distinguishable from {name} ({_distance(best, one)} it, {doubt})" for name, one, doubt in unclear
+        ]
+        texts += [f", {_distance(best, one)} {name}" for name, one, _ in others[len(unclear) :][:1]]
+        parts.append("".join([part, best.choice, *texts]))
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
+def _best_of_others(ranked: Sequence[tuple[str, Entry]], encoder: str) -> list[tuple[str, Entry]]:
+    """Returns the best entry of each other encoder, the best first."""
+    found: dict[str, tuple[str, Entry]] = {}
+    for title, entry in ranked:
+        if entry.encoder != encoder:
+            found.setdefault(entry.encoder, (title, entry))
+    return [*found.values()]
+
+
+def _differences(best: Entry, other: Entry) -> list[float]:
+    return [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
+
+
+def _doubt(best: Entry, other: Entry, test_images: int | None) -> str:
+    """Returns why two entries can't be told apart; "" if they can, or if that is unknown.
+
+    The difference is within the spread of the draws, or within two standard errors of the difference of two accuracies
+    of so many test images. The latter is that of independent images: a paired one, usually smaller, needs the
+    predictions.
+    """
+    difference = abs(best.mean - other.mean)
+    differences = _differences(best, other)
+    if len(differences) > 1 and difference <= statistics.stdev(differences):
+        return "within the spread of the draws"
+    if best.metric == ACCURACY and test_images:
+        variances = [entry.mean / 100 * (1 - entry.mean / 100) for entry in (best, other)]
+        if difference <= 200 * math.sqrt(sum(variances) / test_images):
+            return f"within the error of {test_images:,} test images"
+    return ""
+
+
 def _distance(best: Entry, other: Entry) -> str:
-    differences = [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
+    differences = _differences(best, other)
     side = "below" if lower_is_better(best.metric) else "above"
     unit = " points" if best.metric == ACCURACY else ""
     if len(differences) < 2:
         return f"{best.format(abs(best.mean - other.mean))}{unit} (one draw: the spread is unknown) {side}"
-    mean = statistics.fmean(differences)
     spread = statistics.stdev(differences)
-    verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
-    return f"{best.format(abs(mean))} ± {best.format(spread)}{unit}{verdict} {side}"
+    return f"{best.format(abs(statistics.fmean(differences)))} ± {best.format(spread)}{unit} {side}"
 
 
-def write(folder: Path, results: Sequence[Result]) -> str:
+def write(
+    folder: Path, results: Sequence[Result], test_images: int | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+) -> str:  # fmt: skip
     """Writes table.md and results.csv to a folder.
+
+    Args:
+        test_images, left_out: as in `conclusion` and `table`.
 
     Returns:
         The table and the conclusion.
     """
     entries = entries_of(results)
-    text = f"{table(entries)}\n\n{conclusion(entries)}\n"
-    spreadsheet.write(folder / "results.csv", [Result._fields, *results])
+    text = f"{table(entries, left_out)}\n\n{conclusion(entries, test_images)}\n"
+    rows = [["" if value is None else value for value in result] for result in results]
+    spreadsheet.write(folder / "results.csv", [Result._fields, *rows])
     atomic.write_text(folder / "table.md", text)
     return text
 
@@ -168,5 +257,9 @@ def read(folder: Path) -> list[Result]:
     """
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         titles, *rows = spreadsheet.read(file.read())
-    kinds = get_type_hints(Result)
+    kinds = get_type_hints(Result) | {"trained_parameters": _or_none(int), "peak_memory_gb": _or_none(float)}
     return [Result(**{name: kinds[name](value) for name, value in zip(titles, row, strict=True)}) for row in rows]
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: kind(text) if text else None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae.compare import baselines, grids, store
-from mae.compare.encoders import ARCHITECTURE, PIXELS, Encoder, directory_of
+from mae.compare.encoders import ARCHITECTURE, PIXELS, UPDATES, Encoder, directory_of
+from mae.compare.protocols import DEFAULTS, GRIDS, KNN, LINEAR, LORA, RANK, RATE_OF_LORA, TITLES, TUNED
 from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data import raw_pixels
@@ -18,28 +19,13 @@ from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
 from mae.pooling import TITLES as POOLING_TITLES
-from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, names_of
+from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
 from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.training import log
 from mae.training.nonfinite import NonFiniteLoss
 
-KNN = "knn"
-LINEAR = "linear"
-ATTENTIVE = "attentive"
-FINETUNE = "finetune"
-TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
-PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
-         "eval_every": 60, "save_every": 60}  # fmt: skip
-# The settings of each protocol without a recipe.
-DEFAULTS: dict[str, Settings] = {
-    KNN: {"k": [1, 5, 20, 100]},
-    LINEAR: {**PROBE, "blr": [1, 3, 10, 30, 100, 300]},
-    ATTENTIVE: {**PROBE, "blr": [0.3, 1, 3, 10, 30], "probe": "attentive"},
-    FINETUNE: {"batch_size": 128},
-}
-GRIDS = {KNN: "k", LINEAR: "blr", ATTENTIVE: "blr", FINETUNE: "blr"}  # the setting of which the best value is chosen
 # Settings that all scripts share; the comparison passes those that are given.
 SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
@@ -95,6 +81,7 @@ class Trials:
         # All scores depend on it. It is absent with a validation set, as in records of earlier results.
         self.validation: Settings = {"spares_stand_in": True} if spares_stand_in else {}
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
+        self.updates = {name: given[name] for name in UPDATES if name in explicit}
         self.recipes = _recipes_of(spec)
         self.metric = next(iter(given.get("metric") or DEFAULT_METRICS[given["task"]]), ACCURACY)
 
@@ -115,12 +102,15 @@ class Trials:
         if trial.encoder.without:  # a recipe may name another model
             first = {name: run[name] for name in run.explicit - {"config", *trial.encoder.without}}
         of_encoder = run.names - run.explicit.intersection(names_of(ImageSpec))
+        if trial.protocol in TUNED:
+            of_encoder -= {*UPDATES}
         settings = first | {name: value for name, value in trial.encoder.settings.items() if name in of_encoder}
         shared = {name: value for name, value in self.shared.items() if name not in trial.encoder.without}
         settings |= shared | {"seed": trial.draw}
         if trial.size.per_class:
             settings["train_per_class"] = trial.size.per_class
-        if trial.protocol == FINETUNE:
+        if trial.protocol in TUNED:
+            settings |= self._updates(trial, run)
             epochs = trial.size.epochs
             settings |= {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
         run = script.settings(settings)
@@ -131,6 +121,17 @@ class Trials:
         if trial.protocol != KNN and run.optim.batch_size > largest:
             settings["batch_size"] = largest
         return settings
+
+    def _updates(self, trial: Trial, first: Run) -> Settings:
+        """Returns the low-rank updates of a training. Those of the file are merged into its weights.
+
+        Args:
+            first: the settings of the protocol.
+        """
+        if trial.protocol == LORA:
+            return ({} if first.model.lora else {"lora": RANK}) | self.updates
+        has_updates = trial.encoder.settings.get("lora")
+        return {"lora": 0} if has_updates and "lora" not in first.explicit else {}
 
     def _settings_of_pixels(self, trial: Trial) -> Settings:
         """Returns the data and the images of a baseline."""
@@ -160,7 +161,7 @@ class Trials:
         title = TITLES.get(trial.protocol, trial.protocol)
         return Result(
             trial.encoder.name, title, trial.size.labels, trial.draw, score, chosen, scores["seconds"], command,
-            self.metric,
+            self.metric, scores.get("trained_parameters"), scores.get("peak_memory_gb"),
         )  # fmt: skip
 
     def _choose(self, trial: Trial) -> tuple[str, Any]:
@@ -196,7 +197,9 @@ class Trials:
         if trial.protocol == KNN:
             most = max(1, min(round(trial.size.labels * (1 - VAL_FRACTION)), trial.size.labels - 1))
             return [k for k in ks if k <= most] or [1], 1, most
-        rates: Any = self.given["blr"] if trial.protocol == FINETUNE else blr  # the flag is for fine-tuning
+        rates: Any = self.given["blr"] if trial.protocol in TUNED else blr  # the flag is for fine-tuning
+        if trial.protocol == LORA and rates:
+            rates = [float(f"{RATE_OF_LORA * rate:g}") for rate in rates]
         return (rates if isinstance(rates, list) else [rates] if rates else []), 0, math.inf
 
     def _score_of(self, name: str, trial: Trial, hyperparameters: Settings, kept: Path) -> float:
@@ -221,7 +224,7 @@ class Trials:
         if trial.protocol != KNN:
             settings |= {"output_dir": out, "resume": "auto"}
         options = dict(self.validation)
-        if kept and trial.protocol != FINETUNE:
+        if kept and trial.protocol not in TUNED:
             options["features"] = kept
             if trial.protocol != KNN:
                 settings["cache_features"] = True
@@ -240,8 +243,13 @@ class Trials:
     def _scores(self, out: Path, returned: Any) -> Scores:
         """Returns the scores of the neighbors that `main` has returned, or those in the last line of log.txt."""
         if isinstance(returned, Mapping):
-            return {f"{self.metric}_k{k}": score for (k, _), score in returned.items()}
-        return {name: value for name, value in log.read(out)[-1].items() if name.startswith(("test_", "chosen"))}
+            return {f"{self.metric}_k{k}": score for (k, _), score in returned.items()} | {"trained_parameters": 0}
+        epochs = log.read(out)
+        last = epochs[-1]
+        scores = {name: value for name, value in last.items() if name.startswith(("test_", "chosen"))}
+        memory = [epoch["peak_memory_gb"] for epoch in epochs if "peak_memory_gb" in epoch]  # with CUDA
+        scores |= {"peak_memory_gb": max(memory)} if memory else {}
+        return scores | {"trained_parameters": last["n_parameters"]}
 
     def _fit_pixels(self, trial: Trial) -> tuple[Scores, str]:
         """Fits a baseline of scikit-learn on the images of the same draw; returns its scores and a description."""

@@ -145,9 +145,10 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
     """The settings of main_compare.py alone."""
 
     encoders: list[str] = setting([], required=True, nargs="+", metavar="[NAME=]ENCODER",
-        help="checkpoint files, published names, timm:MODEL (a model of timm with its weights, frozen), scratch "
-        "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and "
-        "an RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)")
+        help="checkpoint files, folders, published names, OWNER/NAME of the Hugging Face Hub, timm:MODEL (a model of "
+        "timm with its weights, frozen), scratch (random weights in the architecture of the first file, or of "
+        "--model), pixels (logistic regression and an RBF-SVM on raw pixels). NAME is the title in the table (default: "
+        "the name of the file)")
     timm_weights: list[str] = setting([], nargs="+", metavar="NAME=FILE",
         help="files with the weights of models timm:NAME of --encoders (default: downloaded)")
     protocols: list[str] = setting([], nargs="+", metavar="P")
