@@ -222,14 +222,15 @@ def board_of(rows: list[dict[str, Any]]) -> str:
         kinds = scores.setdefault((row["kind"], row["images"], row["budget"]), {})
         entries = kinds.setdefault(row["evaluated on"], {})
         entries.setdefault((row["machine"], row["entry"]), []).append(row["score"])
-    sides = {kind: flags["input_size"] for kind, flags in KINDS.values()}
+    flags_of = dict(KINDS.values())
     found = []
     for (kind, images, minutes), sets in scores.items():
         means = {key: statistics.fmean(found) for key, found in sets.get("test", sets["held-out"]).items()}
         pixels = [means.pop(key) for key in list(means) if key[1] == PIXELS]
         if pixels and means:
             best = {"score": round(max(means.values()), 2), "pixels": round(pixels[0], 2)}
-            found.append({"images": images, "kind": described(kind), "side": sides[kind], "minutes": minutes, **best})
+            shape = {"channels": flags_of[kind]["in_chans"], "side": flags_of[kind]["input_size"]}
+            found.append({"images": images, "kind": described(kind), **shape, "minutes": minutes, **best})
     return f"{json.dumps(found, indent=2)}\n"
 
 

@@ -216,7 +216,7 @@ def test_the_rules_give_the_recipe_of_the_demo(fast_machine, tmp_path, capsys):
             archive.writestr(f"{number}.png", file.getvalue())
     mine = recipe_of(tmp_path / "images.zip", tmp_path / "mine.yaml", "--minutes", 2)
     printed = capsys.readouterr().out
-    assert "measured    10,000 images of Fashion-MNIST, 28 pixels, 5 minutes on two cores: score " in printed
+    assert "measured    10,000 images of Fashion-MNIST, 28 pixels, 5 minutes on two cores: " in printed
     demo = yaml.safe_load((ROOT / "recipes/pretrain_fashion_mnist.yaml").read_text())
     same = ("model", "patch_size", "input_size", "in_chans", "crop", "cache_images", "num_workers")
     assert {name: mine[name] for name in same} == {name: demo[name] for name in same}
@@ -255,14 +255,50 @@ def test_the_rules_give_the_settings_of_an_entry_of_the_board(count, side, chann
     assert flags.get("hflip", 0.5) == (0 if is_named else settings["hflip"])
 
 
-@pytest.mark.parametrize(("images", "side", "minutes", "first"), [
-    (9_000, 30, 4, "10,000 images of Fashion-MNIST, 28 pixels, 5 minutes"),
-    (50_000, 64, 120, "60,000 images of Fashion-MNIST, 28 pixels, 75 minutes"),
-    (500, 128, 10, "960 squares of photographs, 96 pixels, 5 minutes"),
+@pytest.mark.parametrize(("count", "side", "channels", "first"), [
+    (9_000, 30, 1, "10,000 images of Fashion-MNIST, 28 pixels, 5 minutes"),
+    (50_000, 48, 1, "60,000 images of Fashion-MNIST, 28 pixels, 75 minutes"),
+    (500, 128, 3, "960 squares of photographs, 96 pixels, 5 minutes"),
+    (500, 128, 1, "no run with 1 channel"), (10_000, 28, 3, "no run with 3 channel"),
+    (10_000, 28, 5, "no run with 5 channel"), (1_000_000, 28, 1, "no run with 1 channel"),
 ])  # fmt: skip
-def test_the_nearest_measured_runs_are_listed(images, side, minutes, first):
-    found = board.nearest(images, side, minutes)
-    assert len(found) == 2 and found[0].startswith(first) and "raw pixels" in found[0]
+def test_the_nearest_measured_runs_are_those_of_such_images(count, side, channels, first):
+    images = replace(PHOTOS, count=count, shorter=side, in_chans=channels)
+    found = board.nearest(images, minutes=5 if count < 50_000 else 100)
+    assert found[0].startswith(first)
+    assert all(re.search(r"[\d.]+ %, raw pixels [\d.]+ %", text) for text in found) or first.startswith("no run")
+
+
+@pytest.mark.parametrize(("count", "side", "is_said"), [(60_000, 96, False), (60_001, 28, True), (900, 97, True)])
+def test_a_line_says_that_larger_images_were_not_measured(count, side, is_said):
+    text = board.beyond(replace(PHOTOS, count=count, shorter=side))
+    assert ("96 x 96 pixels and 60,000 images" in text) == is_said == bool(text)
+
+
+@pytest.mark.parametrize(("count", "rate", "minutes"), [
+    (10_000, 4000, 800_000 / 4000 / 60), (100_000, 4000, 8_000_000 / 4000 / 60), (100_000, 100, 480),
+])  # fmt: skip
+def test_without_a_time_measured_runs_determine_it(count, rate, minutes, tmp_path, monkeypatch):
+    """800,000 images or 80 epochs, whichever is more, at most eight hours."""
+    monkeypatch.setattr(trial, "measure", lambda *arguments: trial.Trial(rate, 0))
+    images = replace(PHOTOS, count=count, distinct=1000, shorter=64, height=64, width=64)
+    *_, said = recipe.write(
+        tmp_path / "mine.yaml", images, Machine(gpus=0, cores=2, cache_bytes=0), {}, None, decoding=1e6
+    )[1:2]
+    settings = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    processed = settings["epochs"] * (count // 128 * 128)
+    assert processed / rate / 60 == pytest.approx(minutes, rel=0.05)
+    assert ("that measured runs needed" in said) and ("100.0% of" in said or "1 times" in said) == (minutes < 480)
+
+
+@pytest.mark.parametrize(("minutes", "share"), [(0.05, "1.2% of"), (1, "24.8% of"), (10, "2.5 times")])
+def test_a_line_says_what_share_of_the_time_is_given(minutes, share, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "measure", lambda *arguments: trial.Trial(4000, 0))
+    images = replace(PHOTOS, count=12_000, distinct=1000, shorter=64, height=64, width=64)
+    machine = Machine(gpus=0, cores=2, cache_bytes=0)
+    said = recipe.write(tmp_path / "mine.yaml", images, machine, {}, minutes, decoding=1e6)[1]
+    needed = 80 * 12_000
+    assert f"{share} the {needed:,} that measured runs needed: 4 minutes here" in said
 
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 2), (28, 7), (32, 8), (64, 8), (96, 12), (128, 16), (224, 16)])

@@ -20,6 +20,7 @@ RANK = 64  # as published
 MIN_WIDTH = 384  # channels of the smallest released encoders; rank 64 is not low in a narrower one
 OF_FILE = ("mean", "std")  # the run takes them from the file
 OF_RECORD = ("value_range", "hflip")  # the run takes them from a file that records them
+MINUTES = 30  # of a recipe if no time is given: what continuing needs was not measured
 MEASUREMENTS = 5  # of the start and of later states
 EPOCHS = 5  # that fit the time, for each measurement: it takes about as long as one of them
 

@@ -44,7 +44,7 @@ def this_machine(can_cache: bool) -> Machine:
 
 
 def write(
-    path: Path, images: Images, machine: Machine, given: Mapping[str, Any], minutes: float, decoding: float,
+    path: Path, images: Images, machine: Machine, given: Mapping[str, Any], minutes: float | None, decoding: float,
     encoder: continued.Start | None = None, is_labelled: bool = False,
 ) -> list[str]:  # fmt: skip
     """Writes a recipe that pre-trains for a time.
@@ -52,7 +52,7 @@ def write(
     Args:
         path: the file.
         given: settings of the dataset, by name.
-        minutes: time of the run, with its start.
+        minutes: time of the run, with its start; None: that of `rules.images_needed`, at most `rules.MAX_SECONDS`.
         decoding: images/s that are read and decoded.
         encoder: what the recipe continues. Default: it pre-trains from scratch.
         is_labelled: the run can classify the images, and so measure the encoder at the start and later.
@@ -82,33 +82,51 @@ def write(
         return tried(lines_of(model), processes, threads, flags, "main_pretrain", settings, updates)
 
     if encoder:
+        most = 60 * (minutes or continued.MINUTES)
         model = encoder.size
-        measured = _trial_of_encoder(
-            rules.images_per_update(lines_of(model), processes), 60 * minutes, partial(measure, model)
-        )
+        measured = _trial_of_encoder(rules.images_per_update(lines_of(model), processes), most, partial(measure, model))
     else:
         if images.count / decoding > LONG and settings["cache_images"]:
             logger.info("decoding    the images, for `cache_images`")
             measure(rules.MODELS[0], updates=1)
-        model, measured = _largest(rules.models_for(images, patches), images, machine, 60 * minutes, measure)
+        most = 60 * minutes if minutes else rules.MAX_SECONDS
+        model, measured = _largest(rules.models_for(images, patches), images, machine, most, measure)
     lines = lines_of(model)
     effective = rules.images_per_update(lines, processes)
     in_epoch = images.count // effective * effective
-    length = (
-        continued.length_lines(in_epoch, *measured, 60 * minutes, is_labelled)
-        if encoder
-        else rules.length_lines(in_epoch, *measured, 60 * minutes)
-    )
+    measured_runs: list[str] = []
+    if encoder:
+        length = continued.length_lines(in_epoch, *measured, most, is_labelled)
+    else:
+        needed = rules.seconds_needed(images.count, in_epoch, *measured)
+        length = rules.length_lines(in_epoch, *measured, most if minutes else min(most, needed))
+        measured_runs = _measured_lines(images, in_epoch * length[0].value, measured, needed)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
-    save(path, title, minutes, command, [*lines, *length])
+    takes = measured.startup + in_epoch * length[0].value / measured.images_per_s
+    save(path, title, minutes or takes / 60, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
-        *[f"measured    {text}" for text in board.nearest(images.count, images.shorter, minutes) if not encoder],
+        *measured_runs,
         *[f"warning     {text}" for text in warnings_of(images)],
         *[f"warning     {line.reason}" for line in length if line.is_warning],
         f"recipe      {path}\n",
         command,
+    ]
+
+
+def _measured_lines(images: Images, processed: int, measured: trial.Trial, needed: float) -> list[str]:
+    """Returns the lines that compare a pre-training with measured ones.
+
+    Args:
+        processed: images of all its epochs.
+        needed: seconds that measured runs would take here.
+    """
+    minutes = (measured.startup + processed / measured.images_per_s) / 60
+    return [
+        f"time        {minutes_text(minutes)} process {rules.share_text(processed, images.count)}: "
+        f"{minutes_text(needed / 60)} here{board.beyond(images)}",
+        *[f"measured    {text}" for text in board.nearest(images, minutes)],
     ]
 
 
@@ -134,7 +152,7 @@ def _largest(
 
     On CPUs, the time of an update grows with the parameters, so that a model that is too slow needs no trial.
     """
-    needed = rules.images_needed(images)
+    needed = rules.images_needed(images.count)
     model = models[0]
     measured = measure(model)
     for larger in models[1:]:
@@ -151,6 +169,13 @@ def _largest(
         model = larger
         measured = of_larger
     return model, measured
+
+
+def minutes_text(minutes: float) -> str:
+    """Returns a time in minutes; from ten hours on, in hours."""
+    if minutes >= 600:
+        return f"{minutes / 60:,.0f} hours"
+    return f"{minutes:.0f} minutes" if minutes >= 10 else f"{minutes:.2g} minutes"
 
 
 def split_given(given: Mapping[str, Any]) -> tuple[list[Line], list[str]]:
@@ -172,7 +197,7 @@ def tried(
 
 def save(path: Path, title: str, minutes: float | None, command: str, lines: list[Line]) -> None:
     """Writes the file of a recipe. Its header has the command that runs it."""
-    time = f" for {minutes:g} minutes" if minutes else ""
+    time = f" for {minutes_text(minutes)}" if minutes else ""
     header = f"# {title}{time} on the machine that wrote this file.\n#\n#   {command}\n#\n"
     atomic.write_text(path, header + text_of(lines))
 
