@@ -14,7 +14,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 import logging
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,13 +117,6 @@ def main(
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
 
-    constant = None
-    if explained.has_constant(model) and not is_stream(train):
-        some = loader.eval_loader(
-            samples, run.optim.batch_size, run.data.num_workers, data.pin_memory,
-            evenly_spaced(len(samples), explained.IMAGES),
-        )  # fmt: skip
-        constant = explained.loss_of_constant(model, some, mask_ratio, data.normalize, precision.device)
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
@@ -142,12 +135,25 @@ def main(
         partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision,
         session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
-        further_entries=partial(explained.share, constant=constant),
+        further_entries=open_share(model, samples, data, mask_ratio, run.optim.batch_size),
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
     probe_path = run.evaluation.probe_path
     log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, probe_path, bool(train.classes))
+
+
+def open_share(
+    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float, batch_size: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
+    """Returns `explained.share` with the constant of some training images; None for a stream, or another loss."""
+    if is_stream(samples.source) or not explained.has_constant(model):
+        return None
+    some = evenly_spaced(len(samples), explained.IMAGES)
+    batches = loader.eval_loader(samples, batch_size, data.data.num_workers, data.pin_memory, some)
+    with preserve_generators():
+        constant = explained.loss_of_constant(model, batches, mask_ratio, data.normalize, data.device)
+    return partial(explained.share, constant=constant)
 
 
 def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:

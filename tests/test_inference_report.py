@@ -85,9 +85,9 @@ def test_the_page_is_one_file(page, run):
 
 
 def test_curves_reconstructions_and_neighbors_are_shown(page):
-    """Losses in one figure, and one for k-NN accuracy, rank and uniformity; the pictures in two halves."""
+    """Losses, shares and k-NN accuracies have a figure each, rank and uniformity one; pictures are in two halves."""
     sizes, drawings = page.pictures()
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     step = 16 * 7 + 2
     assert sizes == [(4 * step - 2, 4 * step - 2)] * 2 + [(7 * step - 2, 6 * step - 2)] * 2
 
@@ -150,7 +150,7 @@ def test_the_last_line_of_a_run_is_the_command_of_its_page(pictures, tmp_path):
     assert page.commands[2][2] == "main_compare"
     call(main_compare, *page.commands[2][3:], "--labels", "8", "--protocols", "knn", device="cpu", num_workers=0)
     sizes, drawings = page.pictures()
-    assert (len(sizes), len(drawings)) == (4, 1)
+    assert (len(sizes), len(drawings)) == (4, 2)
 
 
 def test_images_without_labels_that_have_moved(pretrain, pictures, tmp_path, capsys, monkeypatch):

@@ -41,6 +41,10 @@ dl { columns: 300px }
 dl div { break-inside: avoid; padding-left: 1em; text-indent: -1em }
 dt, dd { display: inline; margin: 0 }
 dt { color: var(--soft) }
+table { border-collapse: collapse; font-size: .9rem }
+th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th { color: var(--soft); font-weight: 600 }
+.verdict { color: #1b2530; font-size: 1.1rem }
 summary { margin: 12px 0; cursor: pointer }
 """
 
@@ -87,9 +91,17 @@ def command(words: Iterable[str]) -> str:
     return f"<pre>{' '.join(shown)}</pre>"
 
 
-def paragraph(text: str) -> str:
-    """Returns a paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table of texts. The first column has the names of the rows."""
+    header = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{header}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def paragraph(text: str, style: str = "") -> str:
+    """Returns a paragraph of plain text. `style`: a class in STYLE."""
+    kind = f' class="{style}"' if style else ""
+    return f"<p{kind}>{html.escape(text)}</p>"
 
 
 def section(title: str, content: str) -> str:

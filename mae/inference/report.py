@@ -2,13 +2,16 @@
 
     python -m mae.inference.report runs/mine
 
-The page has the curves of log.txt, reconstructions, nearest neighbors, commands that use the newest checkpoint, and the
-settings. It is one file, which loads nothing else.
+The page says whether the pre-training helped, compared with raw pixels and random weights. It has the curves of
+log.txt, reconstructions, nearest neighbors, commands that use the newest checkpoint, and the settings. It is one file,
+which loads nothing else.
 """
 
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from mae.data.open import open_source
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import features, neighbors, page
+from mae.inference import features, neighbors, page, verdict
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
@@ -40,9 +43,14 @@ IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes fo
 RECONSTRUCTIONS = 8
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {
-    "train_loss": "training loss", "test_loss": "held-out loss", "test_knn_acc1": "k-NN accuracy (%)",
+    "train_loss": "training loss", "test_loss": "held-out loss", "train_explained": "variance explained",
+    "test_explained": "variance explained, held-out", "test_knn_acc1": "k-NN accuracy (%)",
+    "test_knn_pixels": "k-NN of raw pixels (%)",
     "test_effective_rank": "effective rank", "test_uniformity": "uniformity",
 }  # fmt: skip
+TOGETHER = (
+    ("train_loss", "test_loss"), ("train_explained", "test_explained"), ("test_knn_acc1", "test_knn_pixels"),
+)  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,13 +83,20 @@ def main(args: argparse.Namespace) -> Path:
     model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
     extra_inputs.require_fitting(model, source)
     sections = [page.section("Curves", curves(entries))]
+    some: Source | None = None
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
     if not is_stream(source):
-        some: Source = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
+        some = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
         if data.on_bad_image == "skip":
             some = readable(some, model.in_chans, args.num_workers, model.values)
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
+    if some is not None and isinstance(model, Autoencoder):
+        result = verdict.section(
+            model, some, held_out_of(data, some, model, args), entries, IMAGES, partial(rows_of, args=args),
+            args.num_workers,
+        )  # fmt: skip
+        sections.insert(0, page.section("Did it help?", result))
     sections += [
         page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
         page.section("Settings", settings_of(start)),
@@ -120,6 +135,19 @@ def open_images(data: DataSpec) -> Source | Stream:
         return open_source(data, "train", task=None)
 
 
+def held_out_of(data: DataSpec, train: Source, model: Model, args: argparse.Namespace) -> Source | None:
+    """Opens the validation images of a run, if there are any with the classes of the training images."""
+    if not verdict.is_classified(train):
+        return None
+    try:
+        val = features.open_labelled(data, "val")
+    except ValueError:  # there are none
+        return None
+    if is_stream(val) or list(val.classes) != list(train.classes):
+        return None
+    return readable(val, model.in_chans, args.num_workers, model.values) if data.on_bad_image == "skip" else val
+
+
 def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns the main numbers of a run, by their titles."""
     last = {name: entry[name] for entry in entries for name in MEASURES if name in entry}
@@ -134,9 +162,10 @@ def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
 def curves(entries: Sequence[Mapping[str, Any]]) -> str:
     """Draws the losses, and each other measure of --probe_every and of callbacks."""
     found = dict.fromkeys(name for entry in entries for name in entry if name.startswith("test_"))
-    losses: list[str] = [name for name in ("train_loss", "test_loss") if name in found or name == "train_loss"]
-    figures = [losses, *([name] for name in found if name not in losses)]
-    return f'<div class="curves">{"".join(curve(entries, names) for names in figures)}</div>'
+    found |= dict.fromkeys(name for entry in entries for name in entry if name in chain(*TOGETHER))
+    figures = [[name for name in names if name in found] for names in TOGETHER]
+    figures += [[name] for name in found if name not in chain(*TOGETHER)]
+    return f'<div class="curves">{"".join(curve(entries, names) for names in figures if names)}</div>'
 
 
 def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -170,6 +199,13 @@ def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec
     return page.paragraph(text) + page.pair(pixels, len(batch.images), titles, "images and their reconstructions")
 
 
+def rows_of(model: Model, source: Source, args: argparse.Namespace) -> torch.Tensor:
+    """Computes the features of images, (n, D)."""
+    precision = Precision("auto", parallel.choose_device(args.device))
+    extractor = features.Extractor(model, None)
+    return torch.from_numpy(features.extract(extractor, source, None, {}, args.batch_size, args.num_workers, precision))
+
+
 def nearest_images(model: Model, source: Source, total: int, args: argparse.Namespace) -> str:
     """Draws the nearest neighbors of evenly spaced images.
 
@@ -177,10 +213,7 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
         source: the images among which the neighbors are.
         total: number of images of the run.
     """
-    precision = Precision("auto", parallel.choose_device(args.device))
-    rows = torch.from_numpy(features.extract(
-        features.Extractor(model, None), source, None, {}, args.batch_size, args.num_workers, precision
-    ))  # fmt: skip
+    rows = rows_of(model, source, args)
     chosen = evenly_spaced(len(source), neighbors.QUERIES)
     found = neighbors.find(rows, rows[chosen], chosen)
     columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)

@@ -93,10 +93,9 @@ def opened(
         yield Trainer(
             loss, wrapped, model, optimizer, batches, precision,
             schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=optim, schedule=lr_schedule),
-            progress=progress, log=log, saver=saver,
-            guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal), epochs=optim.epochs,
-            accum_iter=optim.accum_iter, clip_grad=optim.clip_grad, callbacks=callbacks,
-            further_entries=further_entries,
+            progress=progress, log=log, saver=saver, epochs=optim.epochs, accum_iter=optim.accum_iter,
+            guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal), clip_grad=optim.clip_grad,
+            callbacks=callbacks, further_entries=further_entries,
         )  # fmt: skip
 
 

@@ -1,0 +1,151 @@
+"""Whether a pre-training helped: the encoder of a run, raw pixels and random weights on the same held-out images."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae.data import raw_pixels
+from mae.data.labels import Subset, hold_out
+from mae.data.source import Source, evenly_spaced
+from mae.evaluate import knn
+from mae.inference import page
+from mae.inference.model import Autoencoder
+from mae.settings import ImageSpec
+
+HELD_OUT = 0.2  # of the images, if there are no others
+NEIGHBORS = 20
+TEMPERATURE = 0.07
+RESAMPLES = 2_000
+LEVEL = 95  # percent of an interval
+ENCODER = "the encoder"
+PIXELS = "raw pixels"
+RANDOM = "random weights of the same model"
+
+Extract = Callable[[Autoencoder, Source], torch.Tensor]
+
+
+def is_classified(source: Source) -> bool:
+    """Whether each image of a source has one class, and there are several."""
+    labels = np.asarray(source.labels) if source.classes else np.zeros(0)
+    return labels.ndim == 1 and len(labels) > 1 and labels.min() >= 0 and labels.min() < labels.max()
+
+
+def split(train: Source, val: Source | None, count: int) -> tuple[Source, Source]:
+    """Returns the images that classify, and the held-out images: at most `count` evenly spaced ones each.
+
+    Args:
+        val: held-out images. None: HELD_OUT of the training images, on which the encoder was trained, too.
+    """
+    if val is None:
+        return hold_out(train, HELD_OUT, 0, "the verdict")
+    return train, Subset(val, np.array(evenly_spaced(len(val), count)))
+
+
+def hits_of(
+    model: Autoencoder, train: Source, val: Source, extract: Extract, num_workers: int
+) -> dict[str, np.ndarray]:
+    """Returns whether k neighbors classify each held-out image correctly (n,), by ENCODER, PIXELS and RANDOM."""
+    images = ImageSpec.of(model.settings)
+    with_random_weights = random_weights(model)
+    pairs = {
+        ENCODER: [extract(model, source) for source in (train, val)],
+        PIXELS: [torch.from_numpy(raw_pixels.read(source, images, num_workers)) for source in (train, val)],
+        RANDOM: [extract(with_random_weights, source) for source in (train, val)],
+    }
+    labels, truth = (torch.as_tensor(np.asarray(source.labels)) for source in (train, val))
+    found = {}
+    for name, (bank, queries) in pairs.items():
+        ((hits,),) = knn.predict(
+            bank, labels, queries, truth, lambda votes, targets: (votes.argmax(dim=1) == targets,),
+            ks=[min(NEIGHBORS, len(train))], temperatures=[TEMPERATURE], num_classes=len(train.classes),
+            device=torch.device("cpu"),
+        ).values()  # fmt: skip
+        found[name] = hits
+    return found
+
+
+def random_weights(model: Autoencoder) -> Autoencoder:
+    """Returns a copy of a model with new weights, those of the seed 0."""
+    network: Any = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        network.initialize_weights()
+    return network
+
+
+def interval(difference: np.ndarray) -> tuple[float, float]:
+    """Returns the bounds of the mean (n,) -> (): the percentiles of a bootstrap over the images."""
+    draw = np.random.default_rng(0)
+    means = [difference[draw.integers(0, len(difference), len(difference))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def differences(hits: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """Returns the paired difference of the encoder to the others in percent points, with the bounds of its interval."""
+    found = {}
+    for name in (PIXELS, RANDOM):
+        difference = 100 * (hits[ENCODER].astype(float) - hits[name].astype(float))
+        found[name] = (float(difference.mean()), *interval(difference))
+    return found
+
+
+def in_words(name: str, difference: tuple[float, float, float]) -> str:
+    """Returns a sentence on the difference to a baseline, which claims nothing if the interval contains 0."""
+    mean, low, high = difference
+    bounds = f"{LEVEL} % interval {low:+.1f} to {high:+.1f}"
+    if low <= 0 <= high:
+        return f"Not distinguishable from {name}: {mean:+.1f} points, {bounds}."
+    return f"{'Better' if mean > 0 else 'Worse'} than {name}, by {abs(mean):.1f} points: {bounds}."
+
+
+def explained(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence on what the model has learned without labels; "" if the log does not have it."""
+    for name, images in (("test_explained", "held-out"), ("train_explained", "training")):
+        values = [entry[name] for entry in entries if entry.get(name) is not None]
+        if values and math.isfinite(values[-1]):
+            return (
+                f"The model explains {values[-1]:.1%} of the variance of masked patches of {images} images: 0 is their "
+                f"mean, 100 % the patches themselves."
+            )
+    return ""
+
+
+def section(
+    model: Autoencoder, train: Source, val: Source | None, entries: Sequence[Mapping[str, Any]], count: int,
+    extract: Extract, num_workers: int,
+) -> str:  # fmt: skip
+    """Returns the verdict on a run, as HTML.
+
+    Args:
+        train: training images, whose labels are used if there are any.
+        val: held-out images of the same classes.
+        entries: log.txt.
+        count: of the held-out images, at most.
+        extract: function(model, source) that returns features (n, D).
+    """
+    learned = explained(entries)
+    if not is_classified(train):
+        without = "The images have no labels, so that nothing says whether the features tell them apart."
+        return page.paragraph(" ".join([learned, without]), "verdict")
+    train, held_out = split(train, val, count)
+    hits = hits_of(model, train, held_out, extract, num_workers)
+    found = differences(hits)
+    sentences = [in_words(name, difference) for name, difference in found.items()]
+    rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
+    for name, (mean, low, high) in found.items():
+        rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
+    trained_on = "" if val is not None else ", which it was trained on without their labels"
+    note = (
+        f"{min(NEIGHBORS, len(train))} nearest neighbors among {len(train):,} images classify {len(held_out):,} "
+        f"held-out images{trained_on}. The intervals are of these images: one run says nothing of the spread of others."
+    )
+    titles = ["features", "accuracy, %", f"the encoder is better by, points ({LEVEL} % interval)"]
+    return page.paragraph(" ".join([*sentences, learned]), "verdict") + page.table(titles, rows) + page.paragraph(note)

@@ -1,0 +1,85 @@
+"""The first lines of the page of a run: whether its encoder is better than raw pixels and than random weights."""
+
+import html
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from mains import call
+
+from mae.inference import report, verdict
+
+
+def test_an_interval_that_contains_zero_claims_nothing():
+    """Of 60 planted sets of images with a true difference of 5 points, about 95 % of the intervals have it."""
+    draw = np.random.default_rng(0)
+
+    def planted(count, better):
+        pixels = draw.random(count) < 0.7
+        changed = draw.random(count)
+        ours = np.where(pixels, changed > 0.1, changed < (0.1 * 0.7 + better) / 0.3)
+        return {verdict.ENCODER: ours, verdict.PIXELS: pixels, verdict.RANDOM: pixels}
+
+    covered = 0
+    for _ in range(60):
+        _, low, high = verdict.differences(planted(400, 0.05))[verdict.PIXELS]
+        covered += low <= 5 <= high
+    assert 52 <= covered <= 60
+    same = verdict.in_words(verdict.PIXELS, verdict.differences(planted(50, 0.0))[verdict.PIXELS])
+    assert same.startswith("Not distinguishable from raw pixels")
+    assert verdict.in_words("raw pixels", (7.9, 4.1, 11.6)) == (
+        "Better than raw pixels, by 7.9 points: 95 % interval +4.1 to +11.6."
+    )
+    assert verdict.in_words("raw pixels", (-7.9, -11.6, -4.1)).startswith("Worse than raw pixels, by 7.9 points")
+
+
+@pytest.fixture(scope="module")
+def run(pretrain_once, labelled):
+    return pretrain_once("run", data_path=labelled, epochs=2, probe_every=1, probe_path=labelled)
+
+
+def paragraphs(page):
+    return html.unescape(re.sub("<[^>]+>", " ", page))
+
+
+def test_the_first_section_of_a_page_is_the_verdict(run):
+    """k-NN of the encoder and of raw pixels are those of the log, on the same held-out images."""
+    path = call(report, run, device="cpu", num_workers=0)
+    page = path.read_text()
+    first = page.split("<h2>")[1]
+    assert first.startswith("Did it help?")
+    text = paragraphs(first)
+    for name in (verdict.PIXELS, verdict.RANDOM):
+        assert re.search(rf"(Better than|Worse than|Not distinguishable from) {name}", text)
+    from mains import lines
+
+    last = lines(run)[-1]
+    assert f"explains {last['test_explained']:.1%} of the variance" in text
+    assert f"{verdict.ENCODER}   {last['test_knn_acc1']:.1f}" in re.sub(r"\s{2,}", "   ", text)
+    assert f"{verdict.PIXELS}   {last['test_knn_pixels']:.1f}" in re.sub(r"\s{2,}", "   ", text)
+
+
+def test_without_labels_it_says_what_is_explained_only(pretrain, pictures, tmp_path):
+    images = tmp_path / "flat"
+    images.mkdir()
+    for file in (pictures / "train").glob("*/*"):
+        shutil.copy(file, images)
+    page = call(report, pretrain(epochs=1, data_path=images), device="cpu", num_workers=0).read_text()
+    text = paragraphs(page.split("<h2>")[1])
+    assert "of the variance of masked patches of training images" in text
+    assert "have no labels" in text and "accuracy" not in text
+
+
+def test_random_weights_are_new_and_the_model_stays(run):
+    from mae import get_model
+
+    model = get_model(run / "checkpoint-1.pth")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network = verdict.random_weights(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    weights = dict(network.named_parameters())
+    changed = [name for name in weights if not torch.equal(weights[name], before[name])]
+    assert "blocks.0.attn.qkv.weight" in changed and "cls_token" in changed
+    assert torch.equal(weights["norm.weight"], torch.ones_like(weights["norm.weight"]))
