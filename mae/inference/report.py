@@ -227,13 +227,27 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     return page.paragraph(text) + page.pair(pixels, len(chosen), titles, "images and their nearest neighbors")
 
 
+def labelled_images(settings: Mapping[str, Any], data: DataSpec, source: Source | Stream) -> Mapping[str, Any]:
+    """Returns the labelled images of a run, as settings. Without val/, the commands hold out a part of them."""
+    named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
+    return log.labelled_images(named, settings.get("probe_path"), bool(source.classes))
+
+
+def comparison(
+    run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
+) -> list[str]:
+    """Returns the command that compares a checkpoint with raw pixels, without the interpreter."""
+    return [
+        "main_compare", *arguments(labelled_images(settings, data, source)), "--encoders", "pixels", str(checkpoint),
+        "--protocols", "knn", "linear", "--output_dir", f"{run_dir}_compared",
+    ]  # fmt: skip
+
+
 def commands(
     run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
 ) -> str:
     """Returns commands that use a checkpoint."""
-    named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
-    # without val/, a part of the images is held out
-    found = log.labelled_images(named, settings.get("probe_path"), bool(source.classes))
+    found = labelled_images(settings, data, source)
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
     images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
@@ -243,10 +257,7 @@ def commands(
     file = str(checkpoint)
     lines = {
         "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
-        "Compare with raw pixels": [
-            "main_compare", *labelled, "--encoders", "pixels", file, "--protocols", "knn", "linear",
-            "--output_dir", f"{run_dir}_compared",
-        ],
+        "Compare with raw pixels": comparison(run_dir, checkpoint, settings, data, source),
         "Compute the features of all images": [
             "mae.inference.features", *images, "--model", file, "--out", "features.npz",
         ],

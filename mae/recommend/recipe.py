@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -99,7 +100,9 @@ def write(
         length = continued.length_lines(in_epoch, *measured, most, is_labelled)
     else:
         needed = rules.seconds_needed(images.count, in_epoch, *measured)
-        length = rules.length_lines(in_epoch, *measured, most if minutes else min(most, needed))
+        seconds = most if minutes else min(most, needed)
+        length_lines = rules.probed_length_lines if is_labelled else rules.length_lines
+        length = length_lines(in_epoch, *measured, seconds)
         measured_runs = _measured_lines(images, in_epoch * length[0].value, measured, needed)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
@@ -200,6 +203,21 @@ def save(path: Path, title: str, minutes: float | None, command: str, lines: lis
     time = f" for {minutes_text(minutes)}" if minutes else ""
     header = f"# {title}{time} on the machine that wrote this file.\n#\n#   {command}\n#\n"
     atomic.write_text(path, header + text_of(lines))
+
+
+def command_of(path: Path, output_dir: Path) -> list[str]:
+    """Returns the command in the header of a recipe, with another run directory, for this Python.
+
+    Raises:
+        ValueError: the header has no command.
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = shlex.split(line.removeprefix("#").strip()) if "--output_dir" in line else []
+        if "torchrun" in words:
+            words[words.index("--output_dir") + 1] = str(output_dir)
+            at = words.index("torchrun")
+            return [*words[:at], sys.executable, "-m", "torch.distributed.run", *words[at + 1 :]]
+    raise ValueError(f"{path}: its header has no command of torchrun: delete the file, so that it is written again")
 
 
 def launch(path: Path, processes: int, threads: int, flags: list[str], script: str = "main_pretrain") -> str:

@@ -25,6 +25,8 @@ IMAGES = 800_000
 SHORT = 0.1  # share of these images, below which a run has a warning
 MAX_SECONDS = 8 * 3600  # that a recipe takes if no time is given
 MAX_EPOCHS = 1600  # the longest published run
+PROBE_SHARE = 0.1  # of the time, for the measurements of a run with labels
+MEASUREMENTS = 20
 ROUNDING = 1e-6  # epochs
 MAX_SIDE = 224  # pixels
 PATCH_SCALE = 1.25  # patch side = scale x root of the image side: 7 of 28 pixels, 12 of 96, 16 of 224
@@ -292,6 +294,17 @@ def seconds_needed(count: int, images_per_epoch: int, images_per_s: float, start
     """Returns the time of the complete epochs that process `images_needed`. Arguments as in `length_lines`."""
     epochs = math.ceil(images_needed(count) / images_per_epoch)
     return startup + epochs * images_per_epoch / images_per_s
+
+
+def probed_length_lines(images_per_epoch: int, images_per_s: float, startup: float, seconds: float) -> list[Line]:
+    """Returns the settings of `length_lines`, for a run that measures k-NN within the time, if a tenth is enough."""
+    epoch = images_per_epoch / images_per_s  # about the time of a measurement
+    count = min(MEASUREMENTS, int(PROBE_SHARE * (seconds - startup) / epoch))
+    epochs, *others = length_lines(images_per_epoch, images_per_s, startup + count * epoch, seconds)
+    if not count:
+        return [epochs, *others]
+    reason = "k-NN of held-out images beside that of raw pixels, in at most a tenth of the time"
+    return [epochs, *others, Line("probe_every", math.ceil(epochs.value / count), reason)]
 
 
 def length_lines(images_per_epoch: int, images_per_s: float, startup: float, seconds: float) -> list[Line]:

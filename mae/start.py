@@ -1,0 +1,146 @@
+"""From a folder of images to a page about an encoder of them, in one command.
+
+    mae start IMAGES --minutes 30 --output_dir runs/mine
+
+It checks the images and writes a recipe (runs/mine.yaml), pre-trains with it (runs/mine), compares the encoder with raw
+pixels if the images have labels (runs/mine_compared), and writes the page (runs/mine/report.html). The minutes are
+those of the pre-training. The same command resumes what was interrupted, and names the page if it is there. The flags
+are those of `mae recipe`. Processes are started for all GPUs or cores.
+"""
+
+import argparse
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mae import parallel
+from mae.checkpoints import run_directory
+from mae.cli import entry_point
+from mae.data.source import is_stream
+from mae.inference import report, verdict
+from mae.recommend import check, recipe
+from mae.settings.arguments import arguments
+from mae.training import environment, log
+
+logger = logging.getLogger(__name__)
+
+OF_RECIPE = ("recipe", "purpose", "split", "limit")  # arguments of `mae recipe` that are not those of this command
+SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
+VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
+COUNT = re.compile(r"images      ([\d,]+)")
+PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
+FITTING = 60  # seconds of the baselines on raw pixels, about
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = check.get_args_parser()
+    parser.description = "Pre-trains on a folder of images, compares the encoder, and writes a page about it."
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="directory of the run (default: runs/NAME of the images)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs what is missing, and prints the path of the page.
+
+    Raises:
+        ValueError: several processes were launched, an argument is not one of this command, or no images are named.
+        SystemExit: a part has failed; the exit status is that of the part.
+    """
+    log.start_logging()
+    defaults = vars(get_args_parser().parse_args([]))
+    given = {name: value for name, value in vars(args).items() if name != "output_dir" and value != defaults[name]}
+    images = args.path or args.data_path or args.dataset
+    if parallel.launched_processes() > 1:
+        raise ValueError("it starts the processes itself: run it without torchrun or srun, or run the recipe with them")
+    if unused := [name for name in OF_RECIPE if name in given]:
+        raise ValueError(f"`{unused[0]}` is an argument of `mae recipe`, which writes a recipe only")
+    if not images:
+        raise ValueError("name a folder of images, such as: mae start IMAGES")
+    out = args.output_dir or Path("runs", Path(str(images)).stem.replace(":", "_"))
+    page = out / "report.html"
+    if page.exists() and all(page.stat().st_mtime >= file.stat().st_mtime for file in run_directory.checkpoints(out)):
+        print(f"page: {page}")
+        return
+    file = out.with_name(f"{out.name}.yaml")
+    if not file.exists():
+        write_recipe(given, file)
+    call(recipe.command_of(file, out))
+    if comparison := comparison_of(out):
+        call(comparison)
+    call([sys.executable, "-m", "mae.inference.report", str(out)])
+    print(f"page: {page}")
+
+
+def write_recipe(given: dict[str, Any], file: Path) -> None:
+    """Checks the images and writes the recipe. It prints what the parts after the pre-training add."""
+    settings = {name: value for name, value in given.items() if name != "path"}
+    path = [str(given["path"])] if "path" in given else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    words = [sys.executable, "-m", "mae.data", *path, *arguments({**settings, "recipe": file})]
+    output = call(words, is_read=True)
+    numbers = [found[1].replace(",", "") for pattern in (COUNT, SPEED) if (found := pattern.search(output))]
+    if len(numbers) == 2:
+        count, speed = map(int, numbers)
+        logger.info(
+            f"the check took {log.duration(time.perf_counter() - begin)}; after the pre-training, the comparison with "
+            f"raw pixels (k-NN and linear, if there are labels) and the page add about "
+            f"{log.duration(FITTING + PASSES * count / speed)}"
+        )
+
+
+def comparison_of(out: Path) -> list[str]:
+    """Returns the command that compares the encoder of a run with raw pixels; [] without labels."""
+    settings = environment.read_last(out)["settings"]
+    data = report.data_of(settings, argparse.Namespace(data_path=None, dataset=None))
+    source = report.open_images(data)
+    is_labelled = not is_stream(source) and verdict.is_classified(source)
+    if not (settings.get("probe_path") or is_labelled):
+        logger.info("the images have no labels: there is no comparison")
+        return []
+    file = run_directory.newest_first(out)[0]
+    return [sys.executable, "-m", *report.comparison(out, file, settings, data, source)]
+
+
+def call(words: Sequence[str], is_read: bool = False) -> str:
+    """Prints and runs a command. Signals are passed on.
+
+    Args:
+        is_read: return what it prints; it is printed, too.
+
+    Raises:
+        SystemExit: it failed; with its exit status.
+    """
+    variables = dict(word.split("=", 1) for word in words if VARIABLE.match(word))
+    command = [word for word in words if not VARIABLE.match(word)]
+    shown = ["python" if word == sys.executable else word for word in words]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    process = subprocess.Popen(
+        command, env=os.environ | variables, stdout=subprocess.PIPE if is_read else None, text=True
+    )
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to all processes
+    output = []
+    for line in process.stdout or ():
+        print(line, end="", flush=True)
+        output.append(line)
+    status = process.wait()
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
+    return "".join(output)
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

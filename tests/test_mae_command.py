@@ -1,0 +1,82 @@
+"""The command `mae`: its list of commands, and `mae start`, from a folder of images to a page."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from mains import fails
+
+from mae import __main__ as mae_command
+from mae import parallel, start
+
+
+def run(*words, cwd=ROOT):
+    return subprocess.run([sys.executable, "-m", "mae", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_help_lists_the_commands_without_importing_torch():
+    code = "import sys, runpy; sys.argv = ['mae', '--help']; runpy.run_module('mae', run_name='__main__'); "
+    code += "assert not {'torch', 'numpy'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [name for commands in mae_command.COMMANDS.values() for name in commands]
+    assert re.findall(r"^  (\w+)", done.stdout, flags=re.MULTILINE) == names
+    assert {"start", "recipe", "pretrain", "finetune", "linprobe", "knn", "segment", "compare", "report", "neighbors",
+            "features", "predict", "reconstruct", "export", "submit"} == {*names}  # fmt: skip
+
+
+def test_each_command_is_a_module_with_a_parser():
+    for commands in mae_command.COMMANDS.values():
+        for module, text in commands.values():
+            found = importlib.import_module("mae.recommend.check" if module == "mae.data" else module)
+            assert hasattr(found, "get_args_parser") or module.startswith("submitit"), module
+            assert text and not text.endswith(".")
+
+
+def test_a_command_has_the_flags_of_its_module_and_its_exit_status():
+    done = run("knn", "--bank", "x")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --bank" in done.stderr
+    done = run("prtrain")
+    assert (done.returncode, done.stderr) == (
+        1, "mae: error: there is no command prtrain; did you mean pretrain?; mae --help lists them\n"
+    )  # fmt: skip
+
+
+def test_mistakes_of_start_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, text in (((), "name a folder of images"), ((tmp_path, "--for", "finetune"), "`purpose`")):
+        assert text in fails(capsys, monkeypatch, start, *words)
+    monkeypatch.setattr(parallel, "launched_processes", lambda: 2)
+    assert "run it without torchrun" in fails(capsys, monkeypatch, start, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_exit_status_of_a_part_is_that_of_the_command(tmp_path, monkeypatch):
+    """The images of the first part can't be opened. Signals reach the part."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        start.main(start.get_args_parser().parse_args([str(tmp_path / "none")]))
+    assert stop.value.code == 1
+    monkeypatch.setattr(start.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        start.call([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
+    assert stop.value.code == 128 + 15
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_a_page(labelled, tmp_path):
+    """From an empty folder. The same command names the page."""
+    words = ("start", labelled, "--minutes", 0.02, "--output_dir", "runs/mine")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    out = tmp_path / "runs/mine"
+    assert done.stdout.splitlines()[-1] == "page: runs/mine/report.html"
+    assert re.search(r"the check took \d:\d\d:\d\d; after the pre-training, .* add about \d:\d\d:\d\d", done.stdout)
+    assert "Did it help?" in (out / "report.html").read_text()
+    assert (tmp_path / "runs/mine_compared").is_dir()
+    again = run(*words, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "page: runs/mine/report.html\n")
