@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -632,6 +633,21 @@ def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, rec
     (tmp_path / "recipe").write_text(recipe)
     found = store.kept(tmp_path / "run", before | flags, lambda out: {"value": (out / "state").exists()})
     assert found["value"] is resumes
+
+
+def test_the_seconds_of_an_interrupted_run_include_those_before(tmp_path):
+    """Also after two interruptions, until the last file of each. Other settings begin anew."""
+
+    def interrupt(out):
+        time.sleep(0.3)
+        (out / "state").touch()
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            store.kept(tmp_path / "run", {"seed": 1}, interrupt)
+    assert store.kept(tmp_path / "run", {"seed": 1}, lambda out: {})["seconds"] > 0.55
+    assert store.kept(tmp_path / "run", {"seed": 2}, lambda out: {})["seconds"] < 0.3
 
 
 def test_files_of_another_command_are_not_removed(tmp_path):
