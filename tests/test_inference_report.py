@@ -22,8 +22,8 @@ from mains import call, fails, in_processes, lines, weights
 from PIL import Image
 
 import main_compare
-import main_finetune
 import main_knn
+import main_linprobe
 from mae.cli import entry_point
 from mae.evaluate import pictures
 from mae.inference import get_model, report
@@ -218,6 +218,6 @@ def test_reconstructions_know_the_invalid_pixels(pretrain, tmp_path, monkeypatch
 
 
 def test_other_directories_are_refused(classify, tmp_path, capsys, monkeypatch):
-    tuned = classify(main_finetune, epochs=1)
-    assert "main_finetune.py" in fails(capsys, monkeypatch, report, tuned)
+    probed = classify(main_linprobe, epochs=1)
+    assert "main_linprobe.py" in fails(capsys, monkeypatch, report, probed)
     assert str(tmp_path / "none") in fails(capsys, monkeypatch, report, tmp_path / "none")

@@ -81,7 +81,8 @@ def write_matrix(
         written.mkdir()
         spreadsheet.write(written / "classes.csv", rows)
         spreadsheet.write(written / "confusion.csv", [["true \\ predicted", *classes], *counts])
-        _draw(written / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
+        figure = confusion_figure(classes, matrix / np.maximum(images, 1)[:, None])
+        tables.save(figure, written / "confusion.png")
 
 
 def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
@@ -109,7 +110,12 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
     spreadsheet.write(folder / ("classes.csv" if has_classes else "targets.csv"), rows)
 
 
-def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
+def confusion_figure(classes: Sequence[str], shares: np.ndarray) -> Any:
+    """Returns a figure of a confusion matrix.
+
+    Args:
+        shares: (classes, classes), the share of each true class that is predicted as each class.
+    """
     side = min(12.0, 3.0 + 0.35 * len(classes))
     figure = tables.new_figure(side + 1, side)
     axes = figure.subplots()
@@ -123,4 +129,4 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
                 axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
     figure.colorbar(picture, shrink=0.8)
-    tables.save(figure, path)
+    return figure

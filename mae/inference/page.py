@@ -30,6 +30,9 @@ img { display: block; width: 100%; height: auto }
 .facts b { display: block; color: #1b2530; font-size: 1.3rem; font-weight: 600; line-height: 1.3 }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 370px), 1fr)); gap: 16px }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px }
+.captioned { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 16px }
+figure { margin: 0 }
+figcaption { margin-top: 4px; color: var(--soft); font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
 .titles { display: grid; grid-auto-columns: 1fr; grid-auto-flow: column; align-items: end; margin-bottom: 4px;
   color: var(--soft); font-size: .75rem; line-height: 1.2; text-align: center }
 pre, dl { margin: 0; padding: 10px 14px; border-radius: 8px; background: var(--shade); overflow-wrap: anywhere;
@@ -77,6 +80,12 @@ def picture(pixels: np.ndarray, alt: str) -> str:
     kind = "jpeg" if pixels.nbytes > LARGE else "png"
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, kind, quality=90)
     return image(file.getvalue(), kind, alt)
+
+
+def captioned(images: Iterable[tuple[str, str]]) -> str:
+    """Returns images of the page in a grid, each with a text below it."""
+    figures = [f"<figure>{shown}<figcaption>{html.escape(text)}</figcaption></figure>" for shown, text in images]
+    return f'<div class="captioned">{"".join(figures)}</div>'
 
 
 def image(content: bytes, kind: str, alt: str) -> str:

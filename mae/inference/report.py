@@ -1,4 +1,4 @@
-"""Writes a page about a pre-training run: report.html, in its directory.
+"""Writes a page about a run of main_pretrain.py or main_finetune.py: report.html, in its directory.
 
     python -m mae.inference.report runs/mine
 
@@ -10,6 +10,7 @@ which loads nothing else.
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,7 @@ from mae.data.open import open_source
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import features, neighbors, page, verdict
+from mae.inference import features, neighbors, page, tuned, verdict
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
@@ -39,6 +40,9 @@ from mae.training import environment, log
 from mae.training.precision import Precision
 from mae.user_code import runs_code
 
+OF_CLASSIFIER = {"test_acc1": "accuracy (%)", "test_acc5": "top-5 accuracy (%)"}  # titles of curves
+FINETUNING = "main_finetune"
+SCRIPTS = ("main_pretrain", FINETUNING)
 IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
 RECONSTRUCTIONS = 8
 FEW = 30  # epochs whose values are dots, because a line needs several
@@ -55,7 +59,9 @@ TOGETHER = (
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = entry_point.parser("Writes a page about a run of main_pretrain.py: report.html, in its directory.")
+    parser = entry_point.parser(
+        "Writes a page about a run of main_pretrain.py or main_finetune.py: report.html, in its directory."
+    )
     parser.add_argument("run_dir", type=Path, metavar="DIR", help="directory of the run")
     options.add_to(parser, "data_path", help="images of the run, if it read them elsewhere")
     options.add_dataset_option(parser)
@@ -68,16 +74,19 @@ def main(args: argparse.Namespace) -> Path:
     """Writes the page, and returns its path."""
     log.start_logging()
     if not (args.run_dir / environment.FILE).is_file():
-        raise ValueError(f"{args.run_dir} is no run directory: give the `output_dir` of a run of main_pretrain.py")
+        raise ValueError(f"{args.run_dir} is no run directory: give the `output_dir` of a run")
     start = environment.read_last(args.run_dir)
     settings = start["settings"]
     entries = log.read(args.run_dir)
-    if settings.get("script") != "main_pretrain":
-        raise ValueError(f"{args.run_dir} is a run of {settings.get('script')}.py: give a run of main_pretrain.py")
+    if settings.get("script") not in SCRIPTS:
+        given = f"{args.run_dir} is a run of {settings.get('script')}.py"
+        raise ValueError(f"{given}: give a run of {' or '.join(f'{name}.py' for name in SCRIPTS)}")
     checkpoints = run_directory.newest_first(args.run_dir)
     if not (entries and checkpoints):
         raise ValueError(f"{args.run_dir} has no completed epoch with a checkpoint yet")
     data = data_of(settings, args)
+    if settings["script"] == FINETUNING:
+        return write_tuned(args, start, entries, checkpoints, data)
     device = parallel.choose_device(args.device)
     source = open_images(data)
     model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
@@ -101,11 +110,67 @@ def main(args: argparse.Namespace) -> Path:
         page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
         page.section("Settings", settings_of(start)),
     ]
-    path = args.run_dir / "report.html"
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {checkpoints[0].name}."
-    atomic.write_text(path, page.render(title, about, facts_of(entries, settings), sections))
+    return save(args.run_dir, page.render(title, about, facts_of(entries, settings), sections))
+
+
+def write_tuned(
+    args: argparse.Namespace, start: Mapping[str, Any], entries: Sequence[Mapping[str, Any]],
+    checkpoints: Sequence[Path], data: DataSpec,
+) -> Path:  # fmt: skip
+    """Writes the page about a run of main_finetune.py, of its best checkpoint; returns its path."""
+    settings = start["settings"]
+    best = args.run_dir / run_directory.BEST
+    path = best if best.exists() else checkpoints[0]
+    encoder = options.chosen_settings(args).get("encoder")
+    opened = replace(data, num_workers=args.num_workers, cache_images=False)
+    found = tuned.evaluate(path, opened, encoder, args.device, args.batch_size)
+    sections = [page.section("Curves", curves(entries))]
+    if tuned.has_classes(found):
+        evaluations = sum("test_loss" in entry for entry in entries)
+        sections += [
+            page.section("Which classes are confused", tuned.notes(path, evaluations) + tuned.confusion(found)),
+            page.section("Images that are wrong", tuned.mistakes(found)),
+        ]
+    sections += [
+        page.section("What to do next", tuned_commands(path, data, encoders.user_code_of(settings))),
+        page.section("Settings", settings_of(start)),
+    ]
+    title = f"Fine-tuning run {args.run_dir.resolve().name}"
+    images = data.train_list or data.dataset or data.data_path
+    started = f"started from {settings['finetune']}" if settings.get("finetune") else "started from random weights"
+    about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {path.name}."
+    facts = {**tuned.facts_of(found), **facts_of(entries, settings)}
+    return save(args.run_dir, page.render(title, about, facts, sections))
+
+
+def tuned_commands(path: Path, data: DataSpec, code: Mapping[str, Any]) -> str:
+    """Returns commands that use a classifier.
+
+    Args:
+        code: settings of an encoder of the user's code.
+    """
+    names = ("data_path", "dataset", "train_list", "val_list", "val_fraction")
+    images = arguments({name: getattr(data, name) for name in names})
+    lines = {
+        "Evaluate, with the scores of each class": [
+            "main_finetune", "--eval", "--resume", str(path), *images, "--report", f"{path.parent}/report",
+        ],
+        "Classify images": ["mae.inference.predict", "IMAGE", "--model", str(path)],
+        "Export the classifier": [
+            "mae.inference.export", "--model", str(path), "--to", "onnx", "--out", "classifier.onnx",
+        ],
+    }  # fmt: skip
+    named = {title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()}
+    return "".join(f"<h3>{title}</h3>{page.command(words)}" for title, words in named.items())
+
+
+def save(run_dir: Path, text: str) -> Path:
+    """Writes the page, and returns its path."""
+    path = run_dir / "report.html"
+    atomic.write_text(path, text)
     print(f"report: {path}")
     return path
 
@@ -172,7 +237,7 @@ def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Draws entries of log.txt by epoch."""
     figure = tables.new_figure(5, 3)
     axes = figure.subplots()
-    titles = [MEASURES.get(name, name) for name in names]
+    titles = [{**MEASURES, **OF_CLASSIFIER}.get(name, name) for name in names]
     for name, title in zip(names, titles, strict=True):
         points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
         axes.plot(*zip(*points, strict=True), label=title, marker="o" if len(points) <= FEW else "", markersize=4)
