@@ -40,7 +40,7 @@ from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
 from mae.training.labelled import load_for_evaluation, open_labelled
-from mae.training.log import NullLog
+from mae.training.log import NullLog, log_report_command
 from mae.training.mixup import make_erasing, make_mixup, smoothing_of
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading
@@ -136,6 +136,7 @@ def main(
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, task.selects, task.lower_is_better, saves_first=True)
+    log_report_command(run.machine.output_dir, run.data, run.model)
     return None
 
 

@@ -34,6 +34,7 @@ from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures
+from mae.recommend import rules
 from mae.session import INITIAL_WEIGHTS, Code, open_session
 from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
 from mae.training import explained, optimizers, trainer
@@ -123,6 +124,8 @@ def main(
     )
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
+        if epoch == 0 and not run.machine.init_from:
+            rules.warn_of_short_run(run.optim.epochs * len(batches) * batches.images_per_iteration, len(train))
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             picture = pictures.reconstructed_examples(model, full_images, EXAMPLES, data.normalize, mask_ratio)
@@ -139,8 +142,7 @@ def main(
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
-    probe_path = run.evaluation.probe_path
-    log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, probe_path, bool(train.classes))
+    log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes))
 
 
 def open_share(

@@ -209,7 +209,9 @@ def test_one_process_computes_for_all(tmp_path, function, returned):
 
 def test_a_run_prints_no_warnings(pictures, tmp_path):
     flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1, "--warmup_epochs", 0)
-    assert "warning:" not in in_processes(2, pictures, tmp_path / "run", *flags).lower()
+    output = in_processes(2, pictures, tmp_path / "run", *flags).lower()
+    (said,) = [line for line in output.splitlines() if "warning:" in line]
+    assert "measured runs needed" in said  # the run is short
 
 
 UNUSED = """

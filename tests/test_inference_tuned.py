@@ -66,6 +66,11 @@ def test_the_page_is_one_file_and_its_commands_parse(page, run):
         assert entry_point.parse_command(parser_of(module), flags)
 
 
+def test_the_last_line_of_a_run_is_the_command_of_its_page(classify, capsys):
+    out = classify(main_finetune, epochs=1, warmup_epochs=0)
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: python -m mae.inference.report {out}"
+
+
 def test_held_out_images_are_those_of_the_run(classify, labelled):
     """Without val/ or with --val_fraction, the page evaluates on the images that the run held out."""
     out = classify(main_finetune, val_fraction=0.25, epochs=1, warmup_epochs=0)

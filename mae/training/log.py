@@ -18,7 +18,7 @@ from mae import parallel
 from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
-from mae.settings import DataSpec, ModelSpec
+from mae.settings import DataSpec, EvaluationSpec, ModelSpec
 from mae.settings.arguments import arguments
 from mae.training import costs
 from mae.training.meters import Stopwatch
@@ -258,7 +258,7 @@ def finetune_command(images: Mapping[str, Any], file: str, encoder: Mapping[str,
 
 
 def log_commands(
-    output_dir: str, epochs: int, data: DataSpec, model: ModelSpec, probe_path: str | None, has_labels: bool
+    output_dir: str, epochs: int, data: DataSpec, model: ModelSpec, evaluation: EvaluationSpec, has_labels: bool
 ) -> None:
     """Logs what to do after a run of `main_pretrain.py`: the commands of a fine-tuning, and of a page about the run.
 
@@ -266,14 +266,20 @@ def log_commands(
 
     Args:
         has_labels: the training images have labels.
-        output_dir, epochs, data, model, probe_path: the settings.
+        output_dir, epochs, data, model, evaluation: the settings.
     """
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
     file = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
     if file.exists():
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
-        labelled = labelled_images(images, probe_path, has_labels)
+        labelled = labelled_images(images, evaluation.probe_path, has_labels)
         logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
+    log_report_command(output_dir, data, model)
+
+
+def log_report_command(output_dir: str, data: DataSpec, model: ModelSpec) -> None:
+    """Logs the command of a page about a run, which names the user's code. The arguments are settings."""
+    code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
     if data.dataset and runs_code(data.dataset):
         code["dataset"] = data.dataset
     command = ["python", "-m", "mae.inference.report", output_dir, *arguments(code)]
