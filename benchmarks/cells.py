@@ -5,6 +5,7 @@ ones. Number, size, contrast and sharpness of the cells, and the illumination, a
 """
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,14 @@ def image(name: str, draw: np.random.Generator) -> np.ndarray:
     return np.clip(background + draw.uniform(0.5, 0.85) * drawn, 0, 1)
 
 
-def write(folder: Path) -> None:
-    """Writes the images to folder/train and folder/val, with a folder for each class."""
+def write(folder: Path, counts: Mapping[str, int] = COUNTS) -> None:
+    """Writes the images to folder/train and folder/val, with a folder for each class.
+
+    Args:
+        counts: images of a class.
+    """
     draw = np.random.default_rng(0)
-    for split, count in COUNTS.items():
+    for split, count in counts.items():
         for name in CLASSES:
             out = folder / split / name
             out.mkdir(parents=True)
