@@ -117,7 +117,6 @@ def main(
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
-
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model

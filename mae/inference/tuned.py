@@ -18,7 +18,7 @@ from mae.data.loader import collate
 from mae.data.run_data import RunData
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate import score_files, tables, tasks
-from mae.inference import neighbors, page
+from mae.inference import page
 from mae.settings import DataSpec, specs
 from mae.training.labelled import load_for_evaluation
 from mae.training.precision import Precision
@@ -27,6 +27,7 @@ from mae.weights.model_zoo import CLASSIFIER
 
 PAIRS = 5  # of classes that are listed
 WRONG = 24  # images that are drawn
+SIDE = 112  # approximate width of an image in pixels; larger images keep their size
 ALL = 100  # classes up to which the confusion matrix is drawn
 
 
@@ -112,7 +113,7 @@ def mistakes(found: Evaluated) -> str:
     transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop, images.interpolation)
     samples = found.data.samples(found.val, transform)
     pixels = transforms.to_unit_range(collate([samples[0, index].item for index in chosen]).images)
-    scale = neighbors.scale_of(pixels)
+    scale = max(1, round(SIDE / pixels.shape[3]))
     shown = [
         (
             page.picture(_to_picture(one, scale), found.val.name(index)),
