@@ -128,8 +128,8 @@ def table(entries: Entries, left_out: Mapping[str, str] = MappingProxyType({})) 
     lines = []
     for title, row in entries.items():
         texts = {n: f"**{entry}**" if entry.rank == best[n].rank else str(entry) for n, entry in row.items()}
-        cells = [f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns]
-        lines.append([title, *cells, *(cost[title] for cost in costs.values())])
+        scores = [f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns]
+        lines.append([title, *scores, *(cost[title] for cost in costs.values())])
     lines += [[title, *("–" for _ in (*columns, *costs))] for title in left_out]
     notes = [f"{title} is left out: {reason}." for title, reason in left_out.items()]
     return "\n".join([markdown([*titles, *costs], lines), *(f"\n{note}" for note in notes)])
@@ -150,7 +150,7 @@ def _costs_of(entries: Entries) -> dict[str, dict[str, str]]:
         of_row = [entry.peak_memory_gb for entry in row.values() if entry.peak_memory_gb is not None]
         memory[title] = f"{max(of_row):.1f}" if of_row else ""
     found = {"trained parameters": trained, f"seconds{of_labels}": seconds, "GPU memory, GB": memory}
-    return {title: cells for title, cells in found.items() if any(cell.strip("– /") for cell in cells.values())}
+    return {title: texts for title, texts in found.items() if any(text.strip("– /") for text in texts.values())}
 
 
 def _time(seconds: float) -> str:

@@ -62,11 +62,11 @@ def with_updates_of(rank: int | None, file: reading.Weights) -> reading.Weights:
     Args:
         rank: of the updates; 0: none; None: that of the file.
     """
-    own = file.settings.get("lora")
-    if not own or rank in (None, own):
+    recorded = file.settings.get("lora")
+    if not recorded or rank in (None, recorded):
         return file
-    logger.info(f"{file.origin}: its low-rank updates of rank {own} are merged into its weights")
-    tensors = lora.merged(file.tensors, own, file.settings.get("lora_alpha"))
+    logger.info(f"{file.origin}: its low-rank updates of rank {recorded} are merged into its weights")
+    tensors = lora.merged(file.tensors, recorded, file.settings.get("lora_alpha"))
     left = {name: value for name, value in file.settings.items() if name not in ("lora", "lora_alpha")}
     return file._replace(tensors=tensors, settings=left)
 
