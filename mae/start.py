@@ -3,9 +3,9 @@
     mae start IMAGES --minutes 30 --output_dir runs/mine
 
 It checks the images and writes a recipe (runs/mine.yaml), pre-trains with it (runs/mine), compares the encoder with raw
-pixels if the images have labels (runs/mine_compared), and writes the page (runs/mine/report.html). The minutes are
-those of the pre-training. The same command resumes what was interrupted, and names the page if it is there. The flags
-are those of `mae recipe`. Processes are started for all GPUs or cores.
+pixels with 500 labels if the images have labels (runs/mine_compared), and writes the page (runs/mine/report.html). The
+minutes are those of the pre-training. The same command resumes what was interrupted, and names the page if it is there.
+The flags are those of `mae recipe`. Processes are started for all GPUs or cores.
 """
 
 import argparse
@@ -37,7 +37,8 @@ SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae re
 VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
-FITTING = 60  # seconds of the baselines on raw pixels, about
+FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
+LABELS = 500  # of the comparison, if there are twice as many: choosing the settings of a probe with all takes long
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -110,7 +111,8 @@ def comparison_of(out: Path) -> list[str]:
         logger.info("the images have no labels: there is no comparison")
         return []
     file = run_directory.newest_first(out)[0]
-    return [sys.executable, "-m", *report.comparison(out, file, settings, data, source)]
+    few = ["--labels", str(LABELS)] if len(source) >= 2 * LABELS else []
+    return [sys.executable, "-m", *report.comparison(out, file, settings, data, source), *few]
 
 
 def call(words: Sequence[str], is_read: bool = False) -> str:

@@ -17,7 +17,7 @@ def test_they_run(tmp_path):
         if entry.name not in ("runs", "images", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
     script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
-    assert len(script) == 16
+    assert len(script) == 13
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -30,7 +30,7 @@ def test_the_page_fits_narrow_and_wide_windows(pretrain, labelled):
             page.screenshot(path=SCREENSHOTS / f"{width}.png", full_page=True)
             assert page.evaluate("document.documentElement.scrollWidth") == width
             widths = page.evaluate("Array.from(document.images, image => image.naturalWidth * image.width)")
-            assert len(widths) == 8 and all(widths)
+            assert len(widths) == 9 and all(widths)
             lefts = page.evaluate("Array.from(document.querySelectorAll('.pair > div'), part => part.offsetLeft)")
             assert (lefts[0] < lefts[1] and lefts[2] < lefts[3]) == beside
         browser.close()
