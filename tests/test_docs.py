@@ -81,6 +81,7 @@ def script_commands() -> list[tuple[str, list[str]]]:
     lines = [
         re.sub(r"--config (mine|microscope|photographs)\.yaml", "--config pretrain_vit_base", line) for line in lines
     ]
+    lines = [line.replace("--config tuned.yaml", "--config finetune_vit_base") for line in lines]
     scripts = r"(?:main|submitit)_\w+\.py|(?<=-m )main_\w+|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"mae\.inference\.\w+|mae\.data(?:\.resize)?|mae\.checkpoints\.sharded"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules})(?: (\S.*))?", line) for line in lines]
