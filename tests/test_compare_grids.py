@@ -1,5 +1,6 @@
 """The choice of hyperparameters of a comparison: grids that are extended, and poolings that are tried."""
 
+import json
 import math
 import re
 import shutil
@@ -122,7 +123,7 @@ class Patches(Class):
     ("Class", "class token", "--cls_token"), ("Patches", "mean of the patches", "--global_pool"),
 ])  # fmt: skip
 def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp_path, name, title, flag):
-    """The other pooling is constant. The features of both come from one pass over the labels of the choice."""
+    """The other pooling is constant. The features of both come from one pass over the labels of each split."""
     own_module("two_poolings", ENCODERS)
     (tmp_path / "linear.yaml").write_text(
         "epochs: 60\nwarmup_epochs: 0\nblr: 10\nbatch_size: 8\ncache_features: true\n"
@@ -136,7 +137,7 @@ def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp
     for row in rows(tmp_path / "out"):
         assert row["chosen"].endswith(f", {title}") and float(row["accuracy"]) > 60 and flag in row["command"].split()
     assert title in text
-    assert sum(two_poolings.PASSES) == 2 * 48  # of k-NN and of the linear probe
+    assert sum(two_poolings.PASSES) == 2 * 5 * 48  # of k-NN and of the linear probe, in five splits
 
 
 def test_a_folder_of_classes_is_compared_without_a_validation_set(labelled, tmp_path, capsys, monkeypatch):
@@ -171,3 +172,24 @@ def test_few_labels_have_several_draws_by_default(labelled, tmp_path, capsys):
     assert found == {(name, labels): draws for name in ("logistic regression", "RBF-SVM")
                      for labels, draws in (("12", 10), ("48", 1))}  # fmt: skip
     assert "draws: 10 of 12 labels, 1 of 48 labels" in capsys.readouterr().out
+
+
+def test_few_labels_choose_hyperparameters_on_several_fifths(labelled, tmp_path):
+    """By default, by the mean over the first five draws."""
+    small = ["--input_size", 16, "--model", "vit_mini_patch4", "--num_workers", 0, "--device", "cpu"]
+    call(main_compare, "--data_path", labelled, "--output_dir", tmp_path, *small, "--labels", "30", "--encoders",
+         "scratch", "--protocols", "knn")  # fmt: skip
+    found = {}
+    for draw in range(5):
+        for file in tmp_path.glob(f"runs/choices/scratch/knn/30/{draw}/*/*/run.json"):
+            pooling = file.relative_to(tmp_path).parts[6]
+            for name, score in json.loads(file.read_text())["scores"].items():
+                if match := re.fullmatch(r"acc1_k(\d+)", name):
+                    found.setdefault((pooling, int(match[1])), []).append(score)
+    assert {len(scores) for scores in found.values()} == {5}
+    assert not (tmp_path / "runs/choices/scratch/knn/30/5").exists()
+    means = {key: sum(scores) / 5 for key, scores in found.items()}
+    (chosen,) = {row["chosen"] for row in rows(tmp_path)}
+    k, pooling = re.fullmatch(r"k (\d+), (.*)", chosen).groups()
+    named = {"class token": "cls", "mean of the patches": "avg"}[pooling]
+    assert means[named, int(k)] == pytest.approx(max(means.values()))

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # The standard error of an accuracy of n images is up to 50 / root of n points: a point with ENOUGH.
 ENOUGH = 2500
 MOST_DRAWS = 10
+MOST_SPLITS = 5  # for hyperparameters
 
 
 def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
@@ -109,14 +110,14 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
             f"many of each class; give each once"
         )
     sizes = [
-        Size(labels, per_class, count if per_class else 1, epochs)
+        Size(labels, per_class, count if per_class else 1, epochs, 1 if spec.draws else _splits_of(labels))
         for (labels, per_class), count, epochs in zip(numbers, draws, budgets, strict=True)
     ]
     if not spec.draws:
         texts = [f"{size.draws} of {size.labels:,} labels" for size in sizes]
         logger.info(
             f"draws: {', '.join(texts)}, as many as have {ENOUGH:,} labels together, at most {MOST_DRAWS}; all labels "
-            f"are one (`draws` sets others)"
+            f"are one. Up to {MOST_SPLITS} held-out fifths choose hyperparameters (`draws` sets others, and one fifth)"
         )
     return sizes
 
@@ -124,6 +125,11 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
 def _draws_of(labels: int) -> int:
     """Returns the number of random subsets by default: several if labels are few."""
     return min(MOST_DRAWS, math.ceil(ENOUGH / labels))
+
+
+def _splits_of(labels: int) -> int:
+    """Returns the number of held-out fifths that choose hyperparameters by default: several if labels are few."""
+    return min(MOST_SPLITS, _draws_of(labels))
 
 
 def _number_of(text: str, train: Source) -> tuple[int, int | None]:

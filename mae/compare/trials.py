@@ -3,6 +3,7 @@
 import math
 import shlex
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from mae.training.nonfinite import NonFiniteLoss
 
 # Settings that all scripts share; the comparison passes those that are given.
 SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
-VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
+VAL_FRACTION = 0.2  # of the training images of a draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch: batches of few images are smaller
 
 
@@ -39,6 +40,7 @@ class Size(NamedTuple):
     per_class: int | None  # of each class; None: all images
     draws: int  # number of random subsets
     epochs: int  # of fine-tuning
+    splits: int = 1  # number of draws whose held-out images choose hyperparameters
 
 
 class Trial(NamedTuple):
@@ -165,30 +167,40 @@ class Trials:
         )  # fmt: skip
 
     def _choose(self, trial: Trial) -> tuple[str, Any]:
-        """Chooses the pooling and the value of the grid on held-out training images.
+        """Chooses the pooling and the value of the grid on held-out training images, by the mean over the splits.
 
         Returns:
             The pooling, "" if the protocol does not pool features; and the value, None if there is no grid.
         """
-        folder = f"choices/{trial.name}"
         run = self.scripts[trial.protocol].settings(self.settings(trial))
         poolings = _poolings_of(trial, run.model.global_pool if "global_pool" in run.explicit else None)
         values, least, most = self._grid_of(trial, run.evaluation.k, run.optim.blr)
         if not values or len(poolings) == len(values) == 1:
             return poolings[0], values[0] if values else None
-        kept = self.folder / folder / "features"
+        draws = [trial._replace(draw=draw) for draw in range(trial.size.splits)]
 
         def scores_of(pooling: str, values: Sequence[Any]) -> Scores:
-            settings = {"val_fraction": VAL_FRACTION, **_settings_of_pooling(pooling)}
-            name = f"{folder}/{pooling}" if pooling else folder
-            if trial.protocol == KNN:
-                scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]
-                return {k: scores[f"{self.metric}_k{k}"] for k in values}
-            return {rate: self._score_of(f"{name}/{rate}", trial, settings | {"blr": rate}, kept) for rate in values}
+            found = [self._held_out_scores(one, pooling, values) for one in draws]
+            return {value: statistics.fmean(scores[value] for scores in found) for value in values}
 
         chosen = grids.choose(poolings, values, scores_of, lower_is_better(self.metric), least, most)
-        shutil.rmtree(kept, ignore_errors=True)
+        for one in draws:
+            shutil.rmtree(self._features_of(one), ignore_errors=True)
         return chosen
+
+    def _features_of(self, trial: Trial) -> Path:
+        return self.folder / f"choices/{trial.name}/features"
+
+    def _held_out_scores(self, trial: Trial, pooling: str, values: Sequence[Any]) -> Scores:
+        """Returns the scores of values of the grid on held-out training images of a draw."""
+        folder = f"choices/{trial.name}"
+        kept = self._features_of(trial)
+        settings = {"val_fraction": VAL_FRACTION, **_settings_of_pooling(pooling)}
+        name = f"{folder}/{pooling}" if pooling else folder
+        if trial.protocol == KNN:
+            scores = self._run(f"{name}/{'-'.join(map(str, values))}", trial, settings | {"k": [*values]}, kept)[0]
+            return {k: scores[f"{self.metric}_k{k}"] for k in values}
+        return {rate: self._score_of(f"{name}/{rate}", trial, settings | {"blr": rate}, kept) for rate in values}
 
     def _grid_of(
         self, trial: Trial, ks: Sequence[int], blr: float | list[float] | None
