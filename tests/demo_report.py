@@ -9,9 +9,26 @@ from conftest import ROOT
 from mains import call
 from playwright.sync_api import sync_playwright
 
+import main_finetune
 from mae.inference import report
 
 SCREENSHOTS = ROOT / "runs" / "report_screenshots"
+
+
+def test_the_page_of_a_fine_tuned_run_fits_narrow_and_wide_windows(classify):
+    out = classify(main_finetune, epochs=3, warmup_epochs=0, lr=5e-5)
+    address = call(report, out, device="cpu", num_workers=0).as_uri()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        for width in (400, 1400):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(address)
+            page.screenshot(path=SCREENSHOTS / f"tuned_{width}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            widths = page.evaluate("Array.from(document.images, image => image.naturalWidth * image.width)")
+            assert len(widths) > 4 and all(widths)
+        browser.close()
 
 
 def test_the_page_fits_narrow_and_wide_windows(pretrain, labelled):

@@ -100,7 +100,8 @@ def confusion(found: Evaluated) -> str:
     matrix = np.zeros((len(found.classes),) * 2)
     np.add.at(matrix, (labels, predictions), 1)
     figure = score_files.confusion_figure(found.classes, matrix / np.maximum(of_class, 1)[:, None])
-    return text + page.image(tables.to_svg(figure), "svg+xml", "share of each class that is predicted as each class")
+    shown = page.image(tables.to_svg(figure), "svg+xml", "share of each class that is predicted as each class")
+    return f'{text}<div style="max-width: {figure.get_figwidth():.0f}00px">{shown}</div>'
 
 
 def mistakes(found: Evaluated) -> str:
