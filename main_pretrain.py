@@ -11,10 +11,9 @@ The published recipe on ImageNet, 8 GPUs of one machine:
         --batch_size 64 --accum_iter 8 --output_dir runs/large --resume auto
 """
 
-import logging
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +31,12 @@ from mae.data.fingerprint import fingerprint
 from mae.data.generators import preserve_generators
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
-from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, is_stream
+from mae.data.source import OpenDataset, Source, Stream
 from mae.evaluate import pictures
 from mae.recommend import rules
-from mae.session import INITIAL_WEIGHTS, Code, open_session
+from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
-from mae.training import explained, optimizers, trainer
+from mae.training import explained, optimizers, preserving, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands
@@ -48,8 +47,6 @@ from models_vit import Encoder
 
 if TYPE_CHECKING:
     from mae.weights.reading import Weights
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # reconstructions in TensorBoard
 BETAS = (0.9, 0.95)  # of AdamW, as published
@@ -101,11 +98,7 @@ def main(
     precision = session.precision
     data = session.open_data()
     train = open_images(data, run.evaluation)  # first, because a large model takes long
-    model = build_model(run.model, run.images, code, session.file, precision, is_sharded=run.machine.fsdp)
-    facts = open_preservation(model, run, code, session.file, precision)
-    session.file = None  # its memory
-    if not code.has_published_model(run.model):  # programs that read the checkpoints do not have the class
-        facts["predicts_pixels"] = model.predicts_pixels
+    model, facts = open_model(session)
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
@@ -118,7 +111,7 @@ def main(
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = open_online_probe(
+    probe = trainer.open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
     )
 
@@ -137,33 +130,25 @@ def main(
         partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision,
         session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
-        further_entries=open_share(model, samples, data, mask_ratio, run.optim.batch_size),
+        further_entries=explained.open_share(model, samples, data, num_visible, run.optim.batch_size),
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
     log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes))
 
 
-def open_share(
-    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float, batch_size: int
-) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
-    """Returns `explained.share` with the constant of some training images; None for a stream, or another loss."""
-    if is_stream(samples.source) or not explained.has_constant(model):
-        return None
-    some = evenly_spaced(len(samples), explained.IMAGES)
-    batches = loader.eval_loader(samples, batch_size, data.data.num_workers, data.pin_memory, some)
-    with preserve_generators():
-        constant = explained.loss_of_constant(model, batches, mask_ratio, data.normalize, data.device)
-    return partial(explained.share, constant=constant)
-
-
-def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:
-    """Returns an `online_probe.OnlineProbe`, or None without `probe_every`; as `online_probe.open_probe`."""
-    if not (evaluation.probe_every or evaluation.probe_path):
-        return None
-    from mae.training import online_probe
-
-    return online_probe.open_probe(evaluation.probe_every, evaluation.probe_path, *arguments)
+def open_model(session: Session) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
+    """Builds the model of a run, and its loss `preserve`. Returns it, and what the run records of it."""
+    run = session.run
+    device = session.precision.device
+    build = partial(build_model, run.model, run.images, session.code, session.file, session.precision)
+    model = build(run.machine.fsdp)
+    start = partial(build, is_sharded=True, method="get_intermediate_layers")
+    facts = preserving.open_term(model, run.model.preserve, run.images, session.file, device, run.machine.fsdp, start)
+    session.file = None  # its memory
+    if not session.code.has_published_model(run.model):  # programs that read the checkpoints do not have the class
+        facts["predicts_pixels"] = model.predicts_pixels
+    return model, facts
 
 
 def build_model(
@@ -192,45 +177,6 @@ def build_model(
 
         loading.init_mae(model, file)
     return model.to(precision.device)
-
-
-def open_preservation(
-    model: models_mae.MaskedAutoencoderViT, run: Run, code: Code, file: "Weights | None", precision: Precision
-) -> dict[str, Any]:
-    """Sets the loss `preserve` of a model that starts from a file. Returns what the run records of the file.
-
-    The weights of the model are those of the start. A resumed run restores its own after it.
-
-    Raises:
-        ValueError: there is no file, or the class of the model has a `forward` without this loss.
-    """
-    spec = run.model
-    if not spec.preserve:
-        return {}
-    if file is None:
-        raise ValueError(f"preserve={spec.preserve:g} keeps the features of a file: give init_from=FILE")
-    if type(model).forward is not models_mae.MaskedAutoencoderViT.forward:
-        raise ValueError(f"preserve={spec.preserve:g}: {type(model).__name__} has a `forward` without this loss")
-    from mae import preservation
-    from mae.checkpoints.checkpoint import compute_digest
-    from mae.weights import model_settings
-
-    if run.machine.fsdp:  # weights of another module can't be shared
-        with preserve_generators():
-            start = build_model(spec, run.images, code, file, precision, True, "get_intermediate_layers")
-    else:
-        start = preservation.frozen_copy(model)
-    weights = {id(weight) for weight in model.parameters()}
-    copied = sum(weight.numel() for weight in start.parameters() if id(weight) not in weights)
-    logger.info(f"preserve={spec.preserve:g}: the start sees each image whole; {copied:,} of its weights are copies")
-    images = run.images
-    of_run = images.mean, images.std
-    of_start = of_run if file.needs_statistics else model_settings.statistics(file, images.in_chans, None, None)
-    scale, shift = transforms.renormalization(images.in_chans, of_run, of_start)
-    model.preserve = preservation.Preservation(
-        start, spec.preserve, scale.to(precision.device), shift.to(precision.device)
-    )
-    return {"start_digest": compute_digest(dict(sorted(file.tensors.items())))}
 
 
 def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:

@@ -99,8 +99,8 @@ class Gram(MaskedAutoencoderViT):
 @in_fp32
 def gram_distance(patches: Tensor, of_start: Tensor) -> Tensor:
     """Returns the mean squared difference of the cosines between the patches of an image: (B, K, D) each -> ()."""
-    ours, theirs = (F.normalize(tokens, dim=2) for tokens in (patches, of_start))
-    return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
+    encoder, start = (F.normalize(tokens, dim=2) for tokens in (patches, of_start))
+    return (encoder @ encoder.mT - start @ start.mT).square().mean()
 
 
 def images_of(kind: str) -> Path:

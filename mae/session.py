@@ -185,7 +185,7 @@ def _initial_weights(run: Run) -> Start:
         return None, {}
     from mae.weights import model_settings, reading, recorded_settings
 
-    file = _of_rank(run, reading.read(run.machine.init_from))
+    file = reading.read(run.machine.init_from, _rank(run))
     if resumes:
         return file, {}
     recorded = model_settings.autoencoder_settings(file)
@@ -228,12 +228,11 @@ def _probe(run: Run) -> Start:
     resumed = parallel.from_rank_0(lambda: run_directory.chosen(folder, run.machine.resume))
     for path in run_directory.newest_first(folder) if resumed == "auto" else []:
         with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
-            file = reading.read(path)
+            file = reading.read(path, _rank(run))
             break
     name = run.machine.finetune if resumed == "auto" else resumed or run.machine.finetune
     if file is None and name:
-        file = reading.read(name)
-    file = _of_rank(run, file) if file else None
+        file = reading.read(name, _rank(run))
     _require_updates(run, file)
     if not pools_tokens(run.model.probe):
         return file, _pooled(run, file, TRAIN)
@@ -244,7 +243,7 @@ def _features(run: Run) -> Start:
     """Reads the encoder of `finetune`. The labels are those of the data."""
     from mae.weights import reading
 
-    file = _of_rank(run, reading.read(run.machine.finetune)) if run.machine.finetune else None
+    file = reading.read(run.machine.finetune, _rank(run)) if run.machine.finetune else None
     _require_updates(run, file)
     return file, _pooled(run, file, EVALUATE, names_with(LABELS))
 
@@ -279,20 +278,18 @@ def _weights(run: Run, kind: str) -> "Weights | None":
     machine = run.machine
     if not run.evaluation.eval:
         starts = machine.finetune and not _resumes(machine)
-        return _of_rank(run, loading.read(machine.finetune)) if starts else None
+        return loading.read(machine.finetune, _rank(run)) if starts else None
     name: Path | str = machine.resume or machine.finetune
     if name == "auto" and (name := _source(machine) or machine.finetune):
         logger.info(f"resume=auto: evaluates {name}")
     if not name:
         raise ValueError(f"`eval` needs `resume` or `finetune`: the file of a {kind}, or a published name")
-    return _of_rank(run, loading.read_classifier(name, kind))
+    return loading.read_classifier(name, kind, _rank(run))
 
 
-def _of_rank(run: Run, file: "Weights") -> "Weights":
-    """Merges the low-rank updates of a file if the command gives another rank."""
-    from mae.weights.recorded_settings import with_updates_of
-
-    return with_updates_of(run.model.lora if "lora" in run.explicit else None, file)
+def _rank(run: Run) -> int | None:
+    """Returns the rank of the low-rank updates, if it is explicit."""
+    return run.model.lora if "lora" in run.explicit else None
 
 
 def _source(machine: MachineSpec) -> Path | None:

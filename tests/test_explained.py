@@ -44,7 +44,7 @@ def test_the_mean_explains_nothing_and_the_target_all(norm_pix_loss, has_valid):
     model = planted(norm_pix_loss)
     valid = torch.rand(4, 32, 32) > 0.2 if has_valid else None
     data = batches(valid=valid)
-    constant = explained.loss_of_constant(model, data, 0.75, NORMALIZE, torch.device("cpu"))
+    constant = explained.loss_of_constant(model, data, 16, NORMALIZE, torch.device("cpu"))
 
     def loss_of_all():
         found = []

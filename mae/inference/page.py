@@ -103,7 +103,7 @@ def command(words: Iterable[str]) -> str:
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table of texts. The first column has the names of the rows."""
     header = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     return f"<table><tr>{header}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 

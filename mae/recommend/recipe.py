@@ -73,10 +73,9 @@ def write(
     threads = max(1, machine.cores // processes)
 
     def lines_of(model: str) -> list[Line]:
-        optimization = rules.optimization_lines(images, machine, model)
-        own = [*inputs, *optimization]
-        own = continued.lines(own, encoder) if encoder else [rules.model_line(images, patches, model), *own]
-        return [*start, *own, *loading]
+        lines = [*inputs, *rules.optimization_lines(images, machine, model)]
+        of_model = continued.lines(lines, encoder) if encoder else [rules.model_line(images, patches, model), *lines]
+        return [*start, *of_model, *loading]
 
     def measure(model: str, updates: int = trial.UPDATES) -> trial.Trial:
         settings = {"updates_per_epoch": updates, "vis_every": 0}
@@ -100,9 +99,8 @@ def write(
         length = continued.length_lines(in_epoch, *measured, most, is_labelled)
     else:
         needed = rules.seconds_needed(images.count, in_epoch, *measured)
-        seconds = most if minutes else min(most, needed)
         length_lines = rules.probed_length_lines if is_labelled else rules.length_lines
-        length = length_lines(in_epoch, *measured, seconds)
+        length = length_lines(in_epoch, *measured, most if minutes else min(most, needed))
         measured_runs = _measured_lines(images, in_epoch * length[0].value, measured, needed)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
@@ -211,10 +209,11 @@ def command_of(path: Path, output_dir: Path) -> list[str]:
     Raises:
         ValueError: the header has no command.
     """
+    flag, folder = arguments({"output_dir": output_dir})
     for line in path.read_text(encoding="utf-8").splitlines():
-        words = shlex.split(line.removeprefix("#").strip()) if "--output_dir" in line else []
+        words = shlex.split(line.removeprefix("#").strip()) if flag in line else []
         if "torchrun" in words:
-            words[words.index("--output_dir") + 1] = str(output_dir)
+            words[words.index(flag) + 1] = folder
             at = words.index("torchrun")
             return [*words[:at], sys.executable, "-m", "torch.distributed.run", *words[at + 1 :]]
     raise ValueError(f"{path}: its header has no command of torchrun: delete the file, so that it is written again")

@@ -3,15 +3,22 @@
 The loss of normalized pixels alone does not say whether a model learns: .98 may be much, on noisy images.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mae import parallel, valid_pixels
+from mae.data import loader
 from mae.data.batches import prefetch
+from mae.data.generators import preserve_generators
 from mae.data.item import Batch
+from mae.data.run_data import RunData
+from mae.data.samples import Samples
+from mae.data.source import evenly_spaced, is_stream
 from models_mae import MaskedAutoencoderViT
 
 IMAGES = 2_000  # evenly spaced images on which the constant is computed
@@ -24,9 +31,27 @@ def has_constant(model: Any) -> bool:
     return all(getattr(type(model), step) is getattr(MaskedAutoencoderViT, step) for step in steps)
 
 
+def open_share(
+    model: Any, samples: Samples, data: RunData, num_visible: int, batch_size: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
+    """Returns `share` with the constant of some training images; None for a stream, or another loss.
+
+    Args:
+        samples: the augmented training images.
+        num_visible: number of visible patches of an image.
+    """
+    if is_stream(samples.source) or not has_constant(model):
+        return None
+    some = evenly_spaced(len(samples), IMAGES)
+    batches = loader.eval_loader(samples, batch_size, data.data.num_workers, data.pin_memory, some)
+    with preserve_generators():
+        constant = loss_of_constant(model, batches, num_visible, data.normalize, data.device)
+    return partial(share, constant=constant)
+
+
 @torch.no_grad()
 def loss_of_constant(
-    model: MaskedAutoencoderViT, batches: Iterable[Batch], mask_ratio: float, normalize: Any, device: torch.device
+    model: MaskedAutoencoderViT, batches: Iterable[Batch], num_visible: int, normalize: Any, device: torch.device
 ) -> float:
     """Returns the loss of the best constant prediction for the masked patches: their mean target, (P,).
 
@@ -34,21 +59,17 @@ def loss_of_constant(
 
     Args:
         model: `has_constant`. It is not called.
-        batches: images and the noise of their masks.
-        mask_ratio: fraction of masked patches.
+        batches: images, and the noise of their masks.
+        num_visible: number of visible patches of an image: those with the smallest noise.
         normalize: images -> the input of the model, on the device.
     """
     width = model.decoder_pred.out_features
     sums = torch.zeros(3, width, dtype=torch.float64, device=device)  # of weights, values and squares
     count = 0
     for batch in prefetch(batches, device):
-        imgs, ratio, context = model.prepare_masking(
-            batch.normalized(normalize), mask_ratio, noise=batch.noise, **batch.context
-        )
-        target = model.target(imgs, **context).double()
-        tokens = target.new_zeros(*batch.noise.shape, 1)
-        mask = model.random_masking(tokens, ratio, **context)[1]
-        weight = _weights(model, imgs, mask, context.get("valid")).to(sums).expand_as(target)
+        imgs = batch.normalized(normalize)
+        target = model.target(imgs, **batch.context).double()
+        weight = _weights(model, imgs, batch, num_visible).expand_as(target)
         moments = (weight, weight * target, weight * target**2)
         sums += torch.stack([moment.sum(dim=(0, 1)) for moment in moments])
         count += len(imgs)
@@ -57,17 +78,21 @@ def loss_of_constant(
     return float(variance.sum()) / sum(parallel.gather(count))
 
 
-def _weights(model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
+def _weights(model: MaskedAutoencoderViT, imgs: Tensor, batch: Batch, num_visible: int) -> Tensor:
     """Returns the weight of each squared error in the loss of its image, which are 1 together, (B, N, P or 1)."""
+    valid = None
+    noise: Any = batch.noise
+    if batch.valid is not None:
+        valid = model.patchify(valid_pixels.like_images(batch.valid, imgs)).double()
+        noise = noise.masked_fill(~valid.any(dim=2), math.inf)
+    mask = (noise.argsort(dim=1).argsort(dim=1) >= num_visible).double().unsqueeze(2)
     if valid is None:
-        weight = mask.unsqueeze(2).double() / model.decoder_pred.out_features
-    else:
-        weight = model.patchify(valid_pixels.like_images(valid, imgs)).double()
-        if model.target_dim is not None:
-            weight = weight.amax(dim=2, keepdim=True).expand(-1, -1, model.target_dim)
-        weight = weight / weight.sum(dim=2, keepdim=True).clamp(min=1) * mask.unsqueeze(2)
-    scored = mask.sum(dim=1) if valid is None else weight.sum(dim=(1, 2))
-    return weight / scored.clamp(min=1)[:, None, None]
+        weight = mask / model.decoder_pred.out_features
+        return weight / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if model.target_dim is not None:
+        valid = valid.amax(dim=2, keepdim=True).expand(-1, -1, model.target_dim)
+    weight = valid / valid.sum(dim=2, keepdim=True).clamp(min=1) * mask
+    return weight / weight.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
 def share(entries: Mapping[str, Any], constant: float | None) -> dict[str, float]:

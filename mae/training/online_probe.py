@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae import parallel
+from mae import masking, parallel
 from mae.context import STEPS
 from mae.data import extra_inputs, labels, loader, raw_pixels
 from mae.data.batches import prefetch
@@ -151,8 +151,9 @@ class OnlineProbe:
         """
         constant = None
         if explained.has_constant(model):
+            num_visible = masking.num_visible(model.num_patches, self.mask_ratio)
             constant = explained.loss_of_constant(
-                model, self.masked_batches(), self.mask_ratio, self.data.normalize, self.precision.device
+                model, self.masked_batches(), num_visible, self.data.normalize, self.precision.device
             )
         of_pixels = None
         if self.is_labelled:

@@ -14,7 +14,7 @@ from torch import nn
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.interrupts import Interrupts
-from mae.settings import MachineSpec, OptimSpec
+from mae.settings import EvaluationSpec, MachineSpec, OptimSpec
 from mae.training import costs, environment, lr_sched
 from mae.training.callbacks import Callback
 from mae.training.log import NullLog, RunLog, next_x
@@ -97,6 +97,15 @@ def opened(
             guard=NonFiniteGuard(optim.on_nonfinite, precision.overflow_is_normal), clip_grad=optim.clip_grad,
             callbacks=callbacks, further_entries=further_entries,
         )  # fmt: skip
+
+
+def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:
+    """Returns an `online_probe.OnlineProbe`, or None without `probe_every`; as `online_probe.open_probe`."""
+    if not (evaluation.probe_every or evaluation.probe_path):
+        return None
+    from mae.training import online_probe  # which a run without it does not need
+
+    return online_probe.open_probe(evaluation.probe_every, evaluation.probe_path, *arguments)
 
 
 def _start_of(

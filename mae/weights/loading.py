@@ -171,13 +171,16 @@ def load_classifier(model: Any, weights: Weights) -> None:
         )
 
 
-def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weights:
+def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER, rank: int | None = None) -> Weights:
     """Reads a file that must contain a classifier, or with the kind SEGMENTER a segmentation model.
+
+    Args:
+        rank: as in `read`.
 
     Raises:
         CheckpointError: as in `read`, or the file is of another kind or contains several heads.
     """
-    weights = read(name)
+    weights = read(name, rank)
     _require_one_head(weights)
     if weights.kind == kind:
         return weights

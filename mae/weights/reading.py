@@ -19,7 +19,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mae import encoders, parallel
+from mae import encoders, lora, parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.files.untrusted import open_file, read_file
@@ -86,13 +86,15 @@ class Weights(NamedTuple):
         return recorded or found["nb_classes"]
 
 
-def read(name: Path | str) -> Weights:
+def read(name: Path | str, rank: int | None = None) -> Weights:
     """Reads weights.
 
     Args:
         name: a file of this library, of the published code, of mmpretrain or timm; a folder of transformers or timm, or
             a sharded checkpoint; or a published name, which is downloaded. FILE#MODEL is one of several models in a
             file, such as FILE#model_ema. A model of timm is timm:NAME, or FILE#timm:NAME.
+        rank: of the low-rank updates of the model; 0: none; None: that of the file. Updates of a file that have another
+            rank are merged into its weights.
 
     Raises:
         CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
@@ -124,6 +126,11 @@ def read(name: Path | str) -> Weights:
     if invalid := _first_invalid(settings):
         raise CheckpointError(f"{path}: its recorded {invalid}, {str(settings[invalid])[:80]}, is invalid")
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
+    of_file = settings.get("lora")
+    if of_file and rank not in (None, of_file):
+        logger.info(f"{name}: its low-rank updates of rank {of_file} are merged into its weights")
+        tensors = lora.merged(tensors, of_file, settings.pop("lora_alpha", None))
+        del settings["lora"]
     records_mean = settings.get("mean") is not None
     needs_statistics = file_format.name == mmpretrain.NAME and not (records_mean or model_zoo.row_of(str(name)))
     if not (record.is_ours or model_zoo.row_of(str(path))):

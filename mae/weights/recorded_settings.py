@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from mae import lora, settings
+from mae import settings
 from mae.data import transforms
 from mae.encoders import class_named, name_of
 from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES, Pooling, pooling_of
@@ -54,21 +54,6 @@ def classifier_settings(
     crop_pct = now.get("crop_pct") or transforms.default_crop_pct(ImageSpec.of(now).input_size)
     num_cls_tokens = now.get("num_cls_tokens") or (file.num_cls_tokens if file else 1)
     return {**found, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens}
-
-
-def with_updates_of(rank: int | None, file: reading.Weights) -> reading.Weights:
-    """Returns a file for a model with low-rank updates of a rank. Its own updates are merged if they have another.
-
-    Args:
-        rank: of the updates; 0: none; None: that of the file.
-    """
-    recorded = file.settings.get("lora")
-    if not recorded or rank in (None, recorded):
-        return file
-    logger.info(f"{file.origin}: its low-rank updates of rank {recorded} are merged into its weights")
-    tensors = lora.merged(file.tensors, recorded, file.settings.get("lora_alpha"))
-    left = {name: value for name, value in file.settings.items() if name not in ("lora", "lora_alpha")}
-    return file._replace(tensors=tensors, settings=left)
 
 
 def pooling_settings(
