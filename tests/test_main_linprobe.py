@@ -114,7 +114,7 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, pretrained, evaluat
     output, last = capsys.readouterr().out, lines(out)[-1]
     loss, written = f"{last['train_loss']:.4f}", checkpoint.read(out / "probe.pth")
     assert re.search(rf"blr={last['chosen_blr']:g}, held-out Acc@1 .*, training loss {loss}\n", output)
-    assert f"loss {loss}," in output[output.index("epoch 2 done in") :]
+    assert f"loss {loss}," in output[output.index(" 2 done in") :]
     assert written["args"]["blr"] == last["chosen_blr"]
     number, all_heads = [1, 30, 100].index(last["chosen_blr"]), weights(out, "checkpoint-2.pth")
     head = {name.removeprefix("head."): value for name, value in written["model"].items() if name.startswith("head.")}

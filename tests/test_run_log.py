@@ -304,6 +304,24 @@ def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
     assert [(line["epoch"], line["train_loss"]) for line in lines(tmp_path)] == [(1, 0.5)]
 
 
+def test_short_epochs_share_a_line(tmp_path, caplog, monkeypatch):
+    """The first and the last epoch have lines. log.txt has a line for each epoch."""
+    caplog.set_level("INFO")
+    log = RunLog(tmp_path, tmp_path, epochs=9)
+    for epoch in range(9):
+        watch = Stopwatch()
+        monkeypatch.setattr(type(watch), "seconds", 0.4)
+        log.begin_epoch(epoch, 0, num_iterations=1, images_per_iteration=8, watch=watch)
+        log.update(1, lr=1e-3, loss=0.5, grad_norm=2.0)
+        log.end_epoch({"train_lr": 1e-3, "train_loss": 0.5})
+    log.close()
+    found = [record.getMessage().split(":")[0] for record in caplog.records]
+    done = [text.partition(" done")[0] for text in found if " done in " in text]
+    assert done == ["epoch 0", "epochs 1 to 3", "epochs 4 to 6", "epochs 7 to 8"]
+    assert len(lines(tmp_path)) == 9
+    assert sum("[1/1]" in record.getMessage() for record in caplog.records) == 1  # of updates, in ten seconds
+
+
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
     code = """
 import time

@@ -31,6 +31,7 @@ OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait", "tflops", "mfu", "p
 UNLABELLED = {"data_path": "LABELLED"}  # in commands, in place of images without labels
 MAX_LOADING = 0.05  # of the time; more slows the run down
 SECONDS_BETWEEN_LINES = 10.0
+SHORT = 1.0  # seconds of epochs that share a line
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
 
@@ -145,6 +146,8 @@ class RunLog(NullLog):
         self.events = log_writers.Events(log_dir, first_x)
         self.next_x = first_x
         self.next_warning = 0.0
+        self.next_line = 0.0  # of an update, in seconds of the clock: the first update has one
+        self.shared: list[float] = []  # seconds of the epochs since the last line about an epoch
         self.bar = tqdm(disable=True)
 
     def begin_epoch(
@@ -154,7 +157,6 @@ class RunLog(NullLog):
         self.num_iterations = num_iterations
         self.images_per_iteration = images_per_iteration
         self.watch = watch
-        self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
         self.bar = tqdm(
             total=num_iterations * images_per_iteration,
             initial=first_iteration * images_per_iteration,
@@ -175,9 +177,9 @@ class RunLog(NullLog):
             self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **named_terms}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
-        is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
+        is_due = time.monotonic() >= self.next_line
         if is_due:
-            self.last_line = watch.seconds
+            self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             self.flush()
         if not self.bar.disable:
             self.bar.set_postfix_str(
@@ -204,14 +206,24 @@ class RunLog(NullLog):
         line = stats | {"epoch": self.epoch, "seconds": round(watch.seconds, 3)} | speed
         self.lines.pending += (results.to_line(line) + "\n").encode()
         self.flush()
+        self.shared.append(watch.seconds)
+        if sum(self.shared) >= SHORT or self.epoch in (self.first_epoch, self.epochs - 1):
+            self._log_epochs(stats, rate, speed)
+        if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
+            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (docs/runs.md, Speed)")
+
+    def _log_epochs(self, stats: dict[str, Any], rate: float, speed: dict[str, float]) -> None:
+        """Logs the last epoch. It names the epochs since the last line, which were short."""
+        first = self.epoch + 1 - len(self.shared)
+        named = f"epoch {self.epoch}" if first == self.epoch else f"epochs {first} to {self.epoch}"
+        seconds = sum(self.shared)
+        self.shared = []
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         share = f"{stats['train_explained']:.1%} explained, " if "train_explained" in stats else ""
         logger.info(
-            f"epoch {self.epoch} done in {duration(watch.seconds)}: loss {loss:.4f}, {share}"
-            f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}{costs.describe(speed)}"
+            f"{named} done in {duration(seconds)}: loss {loss:.4f}, {share}"
+            f"{rate:,.0f} images/s, data loading {self.watch.loading_share:.0%}{costs.describe(speed)}"
         )
-        if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):
-            logger.info(f"data loading limits the throughput; faster with {' or '.join(found)} (docs/runs.md, Speed)")
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))
