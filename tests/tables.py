@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import continued, finetune_rule, leaderboard, model_table, noise, records, start_from
+from benchmarks import continued, finetune_rule, forecast, leaderboard, model_table, noise, records, start_from
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/start_from.py": start_from.table,
     "python benchmarks/continued.py": continued.table,
     "python benchmarks/finetune_rule.py": lambda: finetune_rule.table(finetune_rule.read()),
+    "python benchmarks/forecast.py": forecast.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
