@@ -90,9 +90,23 @@ class Run:
 
     def wait_for(self, text: str) -> bool:
         """Waits until the output since the last start contains `text`; returns False if the run ends before."""
+        return self._wait(lambda: text in self.text())
+
+    def wait_for_epoch(self, epoch: int) -> bool:
+        """Waits until an epoch has begun. Short epochs share a line of the output, and a full disk has no log.txt."""
+
+        def has_begun() -> bool:
+            ended = [int(number) + 1 for number in re.findall(r"epochs? (?:\d+ to )?(\d+) done", self.text())]
+            path = self.out / "log.txt"
+            logged = path.read_text().count("\n") if path.exists() else 0
+            return max([0, *ended]) >= epoch or logged >= epoch
+
+        return self._wait(has_begun)
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
         ends = time.monotonic() + SECONDS
         while all(process.is_alive() for process in self.processes) and time.monotonic() < ends:
-            if text in self.text():
+            if condition():
                 return True
             time.sleep(0.01)
         return False
@@ -307,7 +321,7 @@ class Faults:
             command = [*torchrun(2, restarts=2), "main_pretrain.py", *map(str, run.flags), "--resume", "auto"]
             with run.output.open("w") as output:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-            wait_until(lambda run=run: "epoch 1 " in run.text(), seconds=SECONDS)
+            wait_until(lambda log=run.out / "log.txt": log.exists() and log.read_text(), seconds=SECONDS)
             os.kill(ranks(run.out)[self.random.randrange(2)], signal.SIGKILL)
             ended = process.wait(SECONDS)
             survived += ended == 0 and "resuming from" in run.text() and run.equals(self.undisturbed(DDP))
@@ -321,16 +335,16 @@ class Faults:
         for layout, suffix in ((ALONE, ".pth"), (FSDP, "")):
             with small_disk(self.work / f"small{layout.flags}") as place:
                 run = Run(self.data, place / "run", layout, output=self.work / f"small{layout.flags}.output")
-                run.start().wait_for("epoch 3 ")
+                run.start().wait_for_epoch(3)
                 filler = fill(place)
-                warned = run.wait_for("No space left on device") and run.wait_for("epoch 5 done")
+                warned = run.wait_for("No space left on device") and run.wait_for_epoch(6)
                 filler.unlink()
                 good = set(run.finish()) == {0} and warned and run.equals(self.undisturbed(layout))
                 good = good and all((run.out / f"checkpoint-{n}{suffix}").exists() for n in (0, 7))
                 rows.append((f"disk full for three epochs, {layout.name}", 1, int(good)))
         with small_disk(self.work / "full") as place:
             run = Run(self.data, place / "run", output=self.work / "full.output")
-            run.start().wait_for("epoch 5 ")
+            run.start().wait_for_epoch(5)
             filler = fill(place)
             run.wait_for("No space left on device")
             fill(place)  # fills the space of the incomplete checkpoint
@@ -351,7 +365,7 @@ class Faults:
             trials, survived = max(1, self.trials // 10), 0
             for _ in range(trials):
                 run = self.new_run("damaged", layout)
-                run.start().wait_for("epoch 2 ")
+                run.start().wait_for_epoch(2)
                 run.kill()
                 path = run_directory.newest_first(run.out)[0]
                 file = self.random.choice(sorted(path.iterdir())) if path.is_dir() else path

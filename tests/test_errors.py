@@ -81,7 +81,7 @@ OF_PROJECT = {  # a line of a file, and the slip below it
         '        normalize: images -> the input of the model, on the device.\n    """\n',
         "    1 / 0",
     ),
-    "main_pretrain.py": ("    model.to(precision.device)\n", "    {}['key']"),
+    "main_pretrain.py": ("    precision = session.precision\n", "    {}['key']"),
 }
 
 

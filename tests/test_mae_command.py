@@ -1,6 +1,7 @@
 """The command `mae`: its list of commands, and `mae start`, from a folder of images to a page."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -67,16 +68,16 @@ def test_the_exit_status_of_a_part_is_that_of_the_command(tmp_path, monkeypatch)
     assert stop.value.code == 128 + 15
 
 
-@pytest.mark.slow
-def test_from_a_folder_to_a_page(labelled, tmp_path):
-    """From an empty folder. The same command names the page."""
-    words = ("start", labelled, "--minutes", 0.02, "--output_dir", "runs/mine")
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
+def test_a_page_that_is_newer_than_the_checkpoints_is_named(tmp_path, monkeypatch, capsys):
+    """tests/demo_readme.py goes from a folder of images to a page."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "runs/mine"
-    assert done.stdout.splitlines()[-1] == "page: runs/mine/report.html"
-    assert re.search(r"the check took \d:\d\d:\d\d; after the pre-training, .* add about \d:\d\d:\d\d", done.stdout)
-    assert "Did it help?" in (out / "report.html").read_text()
-    assert (tmp_path / "runs/mine_compared").is_dir()
-    again = run(*words, cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (0, "page: runs/mine/report.html\n")
+    out.mkdir(parents=True)
+    (out / "checkpoint-1.pth").touch()
+    (out / "report.html").touch()
+    words = [str(tmp_path / "none"), "--output_dir", "runs/mine"]
+    start.main(start.get_args_parser().parse_args(words))
+    assert capsys.readouterr().out == "page: runs/mine/report.html\n"
+    os.utime(out / "report.html", (0, 0))  # it is older
+    with pytest.raises(SystemExit):
+        start.main(start.get_args_parser().parse_args(words))

@@ -57,7 +57,8 @@ def measure(
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         seconds = time.perf_counter() - started
         if done.returncode:
-            reasons = [line for line in done.stderr.splitlines() if ": error: " in line] or [done.stderr[-2000:]]
+            of_script = done.stderr.partition("torch/distributed/elastic")[0]  # the rest is the report of torchrun
+            reasons = [line for line in done.stderr.splitlines() if ": error: " in line] or [of_script[-2000:]]
             raise ValueError(f"a trial run of the recipe failed: {reasons[0].partition(': error: ')[2] or reasons[0]}")
         lines = log.read(Path(folder))
     rate = statistics.median(line["images_per_s"] for line in lines[1:])
