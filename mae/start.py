@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mae import parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point
@@ -32,13 +34,14 @@ from mae.training import environment, log
 
 logger = logging.getLogger(__name__)
 
-OF_RECIPE = ("recipe", "purpose", "split", "limit")  # arguments of `mae recipe` that are not those of this command
+# Arguments of `mae recipe` that are not those of this command, and their flags.
+OF_RECIPE = {"recipe": "recipe", "purpose": "for", "split": "split", "limit": "limit"}
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
 VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
-LABELS = 500  # of the comparison, if there are twice as many: choosing the settings of a probe with all takes long
+LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -61,11 +64,11 @@ def main(args: argparse.Namespace) -> None:
     log.start_logging()
     defaults = vars(get_args_parser().parse_args([]))
     given = {name: value for name, value in vars(args).items() if name != "output_dir" and value != defaults[name]}
-    images = args.path or args.data_path or args.dataset
+    images = args.path or args.data_path or args.train_list or args.dataset
     if parallel.launched_processes() > 1:
         raise ValueError("it starts the processes itself: run it without torchrun or srun, or run the recipe with them")
     if unused := [name for name in OF_RECIPE if name in given]:
-        raise ValueError(f"`{unused[0]}` is an argument of `mae recipe`, which writes a recipe only")
+        raise ValueError(f"`{OF_RECIPE[unused[0]]}` is an argument of `mae recipe`, which writes a recipe only")
     if not images:
         raise ValueError("name a folder of images, such as: mae start IMAGES")
     out = args.output_dir or Path("runs", Path(str(images)).stem.replace(":", "_"))
@@ -76,6 +79,8 @@ def main(args: argparse.Namespace) -> None:
     file = out.with_name(f"{out.name}.yaml")
     if not file.exists():
         write_recipe(given, file)
+    else:
+        logger.info(f"the settings are those of {file}, which exists: delete it to use other flags")
     call(recipe.command_of(file, out))
     if comparison := comparison_of(out):
         call(comparison)
@@ -111,8 +116,15 @@ def comparison_of(out: Path) -> list[str]:
         logger.info("the images have no labels: there is no comparison")
         return []
     file = run_directory.newest_first(out)[0]
-    few = ["--labels", str(LABELS)] if len(source) >= 2 * LABELS else []
+    few = ["--labels", str(LABELS)] if is_labelled and has_many(source) else []
     return [sys.executable, "-m", *report.comparison(out, file, settings, data, source), *few]
+
+
+def has_many(source: Any) -> bool:
+    """Whether each class of a source has twice as many images as LABELS has of it, as a held-out part may need."""
+    counts = np.bincount(source.labels)
+    per_class = LABELS // len(source.classes)
+    return bool(per_class) and counts[counts > 0].min() >= 2 * per_class
 
 
 def call(words: Sequence[str], is_read: bool = False) -> str:

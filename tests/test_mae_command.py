@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from mains import fails
@@ -49,7 +51,7 @@ def test_a_command_has_the_flags_of_its_module_and_its_exit_status():
 
 def test_mistakes_of_start_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for words, text in (((), "name a folder of images"), ((tmp_path, "--for", "finetune"), "`purpose`")):
+    for words, text in (((), "name a folder of images"), ((tmp_path, "--for", "finetune"), "`for`")):
         assert text in fails(capsys, monkeypatch, start, *words)
     monkeypatch.setattr(parallel, "launched_processes", lambda: 2)
     assert "run it without torchrun" in fails(capsys, monkeypatch, start, tmp_path)
@@ -66,6 +68,15 @@ def test_the_exit_status_of_a_part_is_that_of_the_command(tmp_path, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         start.call([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
     assert stop.value.code == 128 + 15
+
+
+def test_the_comparison_has_few_labels_if_each_class_has_many():
+    def source(*counts):
+        return SimpleNamespace(labels=np.repeat(np.arange(len(counts)), counts), classes=["a"] * len(counts))
+
+    assert start.has_many(source(500, 900))
+    assert not start.has_many(source(499, 5000))
+    assert not start.has_many(source(*[9] * 600))  # more classes than labels
 
 
 def test_a_page_that_is_newer_than_the_checkpoints_is_named(tmp_path, monkeypatch, capsys):
