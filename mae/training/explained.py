@@ -3,7 +3,9 @@
 The loss of normalized pixels alone does not say whether a model learns: .98 may be much, on noisy images.
 """
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +22,8 @@ from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import evenly_spaced, is_stream
 from models_mae import MaskedAutoencoderViT
+
+logger = logging.getLogger(__name__)
 
 IMAGES = 2_000  # evenly spaced images on which the constant is computed
 OF_TARGET = ("train_pixels", "train_target", "train_loss")  # entries of log.txt, the first that an epoch has
@@ -44,8 +48,11 @@ def open_share(
         return None
     some = evenly_spaced(len(samples), IMAGES)
     batches = loader.eval_loader(samples, batch_size, data.data.num_workers, data.pin_memory, some)
+    begin = time.perf_counter()
     with preserve_generators():
         constant = loss_of_constant(model, batches, num_visible, data.normalize, data.device)
+    seconds = time.perf_counter() - begin
+    logger.info(f"0 % explained is a loss of {constant:.4f}, of {len(some):,} training images ({seconds:.1f} s)")
     return partial(share, constant=constant)
 
 
