@@ -34,9 +34,10 @@ DOCUMENTS = sorted(
 )
 NOTEBOOK = ROOT / "demo/mae_visualize.ipynb"
 RUN = (ROOT / "run").read_text()
-OTHER_FLAGS = {  # of torchrun, tensorboard, pip, uvx, Docker, Slurm, hf and tests/golden_settings.py
+OTHER_FLAGS = {  # of torchrun, tensorboard, pip, uvx, Docker, Slurm, hf, Chromium and tests/golden_settings.py
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
     "--from", "--gpus-per-node", "--index-url", "--shm-size", "--signal", "--standalone", "--write", "--local-dir",
+    "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size", "--screenshot",
     "--no_NAME",  # of any flag
 }  # fmt: skip
 
