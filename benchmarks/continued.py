@@ -12,8 +12,8 @@ the epochs.
 
 Exported encoders are evaluated as in scoring.py: k-NN, a linear probe and fine-tuning with 500 labels of the new kind,
 and k-NN of garments, the old kind. `agreement` needs no labels: the share of the 20 nearest neighbors that two random
-crops of an image have in common. The same command resumes an interrupted study. Each row is appended to
-continued.jsonl.
+crops of an image have in common. The same command resumes an interrupted study, also on another machine: each row is
+appended to continued.jsonl, and later seeds take its epochs and rate.
 """
 
 import argparse
@@ -219,6 +219,14 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
+def recorded(name: str, **of_run: str) -> Any:
+    """Returns a value of the first row with these values; None if no row has it.
+
+    So another machine continues a study with the epochs and rates of its first runs.
+    """
+    return next((row[name] for row in read() if of_run.items() <= row.items() and name in row), None)
+
+
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Returns a table for each kind, with the means over the seeds, and the rank correlation of k-NN and agreement."""
     rows = read() if rows is None else rows
@@ -250,15 +258,15 @@ def measure(arm: str, kind: str, seed: int, file: Path) -> dict[str, Any]:
     """Trains and evaluates an arm; returns its results."""
     if arm == START:
         return evaluate(encoder_of(file.parent), kind, seed, WORK / kind / "start" / str(seed))
-    epochs = epochs_of(file)
-    rate = rate_of(arm, file, epochs[CHOSEN_ON, arm])
+    epochs = recorded("epochs", arm=arm, kind=kind) or epochs_of(file)[kind, arm]
+    rate = recorded("lr", arm=arm) or rate_of(arm, file, epochs_of(file)[CHOSEN_ON, arm])
     out = WORK / kind / arm / f"run{seed}"
-    seconds = pretrain({**settings_of(arm, kind, seed, file), "lr": rate}, out, epochs[kind, arm])["epoch seconds"]
+    seconds = pretrain({**settings_of(arm, kind, seed, file), "lr": rate}, out, epochs)["epoch seconds"]
     images = sum(1 for _ in images_of(kind).glob("train/*/*"))
     return {
         **evaluate(encoder_of(out), kind, seed, WORK / kind / arm / f"evaluation{seed}"),
-        "lr": rate, "epochs": epochs[kind, arm], "images/s": round(images / seconds),
-        "updates": epochs[kind, arm] * (images // BASE["batch_size"]),
+        "lr": rate, "epochs": epochs, "images/s": round(images / seconds),
+        "updates": epochs * (images // BASE["batch_size"]),
     }  # fmt: skip
 
 

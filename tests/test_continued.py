@@ -56,8 +56,8 @@ def test_a_study_goes_on_where_it_stopped_and_has_a_table(tmp_path, monkeypatch,
         for name, value in {"epochs": 1, "warmup_epochs": 0, "eval_every": 1}.items():
             monkeypatch.setitem(flags, name, value)
 
-    def study():
-        continued.main(continued.get_args_parser().parse_args(["--seeds", "0", "--kinds", "cells"]))
+    def study(seed=0):
+        continued.main(continued.get_args_parser().parse_args(["--seeds", str(seed), "--kinds", "cells"]))
         return [json.loads(line) for line in continued.ROWS.read_text().splitlines()]
 
     rows = study()
@@ -69,8 +69,16 @@ def test_a_study_goes_on_where_it_stopped_and_has_a_table(tmp_path, monkeypatch,
     assert [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:] == [
         continued.START, *ARMS
     ]  # fmt: skip
+    with monkeypatch.context() as other_machine:  # it takes rates and lengths from the rows
+        other_machine.setattr(continued, "RATES", None)
+        (continued.WORK / "speeds.json").unlink()
+        other_machine.setattr(continued, "epochs_of", None)
+        all_rows = study(seed=1)
+    assert [(row["arm"], row.get("lr"), row.get("epochs")) for row in all_rows[len(rows) :]] == [
+        (row["arm"], row.get("lr"), row.get("epochs")) for row in rows
+    ]
     monkeypatch.setattr(Script, "call_main", None)  # nothing is trained again
-    assert study() == rows
+    assert study() == all_rows
     continued.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     monkeypatch.setattr(scoring, "of_encoder", lambda *_: dict.fromkeys(continued.MEASURES[:3], 50.0))
     assert [row["arm"] for row in study()] == [row["arm"] for row in rows]
