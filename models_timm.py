@@ -103,6 +103,26 @@ class TimmEncoder(VisionTransformer):
             raise ValueError(f"timm:{self.name}: only the tokens of the last layer of models of timm are read")
         return [self._tokens(self.net.forward_features(self._to_colors(imgs)))]
 
+    @property
+    def reductions(self) -> list[int]:
+        """Pixels along the side of a token, of the output of each block or stage, as timm lists them."""
+        return [layer["reduction"] for layer in getattr(self.net, "feature_info", [])]
+
+    def get_intermediate_maps(self, imgs: Tensor, n: int | Sequence[int], **context: Any) -> list[Tensor]:
+        """Returns the outputs of blocks or stages for images (B, c, H, W) as maps (B, D, h, w), without norm.
+
+        Raises:
+            ValueError: timm does not return them, or there is no block with one of the indices.
+        """
+        depth = len(self.reductions)
+        if not depth or not hasattr(self.net, "forward_intermediates"):
+            raise ValueError(f"timm:{self.name}: timm does not return the outputs of its blocks")
+        indices = range(max(0, depth - n), depth) if isinstance(n, int) else n
+        if missing := [index for index in indices if not -depth <= index < depth]:
+            raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
+        chosen = sorted({index % depth for index in indices})
+        return self.net.forward_intermediates(self._to_colors(imgs), chosen, intermediates_only=True)
+
     def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or patch tokens (B, N, D)."""
         features = self.net.forward_features(self._to_colors(imgs))

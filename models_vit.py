@@ -481,6 +481,11 @@ class Encoder(nn.Module):
                 layers.append(normalize(x))
         return (layers, maps) if return_attention else layers
 
+    def get_intermediate_maps(self, imgs: Tensor, n: int | Sequence[int], **context: Any) -> list[Tensor]:
+        """Returns the outputs of blocks before the final norm as maps (B, D, h, w). `n`: as above."""
+        layers = self.get_intermediate_layers(imgs, n, norm=False, **context)
+        return [self.patch_maps(self.patch_tokens(tokens), *imgs.shape[2:]) for tokens in layers]
+
 
 class VisionTransformer(Encoder):
     """The classifier: the encoder of the MAE on all patches, with learned positions and a linear head.
