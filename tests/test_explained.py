@@ -44,7 +44,8 @@ def test_the_mean_explains_nothing_and_the_target_all(norm_pix_loss, has_valid):
     model = planted(norm_pix_loss)
     valid = torch.rand(4, 32, 32) > 0.2 if has_valid else None
     data = batches(valid=valid)
-    constant = explained.loss_of_constant(model, data, 16, NORMALIZE, torch.device("cpu"))
+    constants = explained.losses_of_constants(model, data, 16, NORMALIZE, torch.device("cpu"))
+    constant = constants.best
 
     def loss_of_all():
         found = []
@@ -54,6 +55,8 @@ def test_the_mean_explains_nothing_and_the_target_all(norm_pix_loss, has_valid):
         return torch.stack(found).mean().item()
 
     assert explained.share({"train_loss": loss_of_all()}, constant)["train_explained"] == pytest.approx(1, abs=1e-6)
+    model.constant = torch.zeros(16)
+    assert loss_of_all() == pytest.approx(constants.zero, rel=1e-5)
     if has_valid:  # the best constant is found by descent
         model.constant = torch.zeros(16, requires_grad=True)
         for _ in range(200):

@@ -101,8 +101,9 @@ def main(args: argparse.Namespace) -> Path:
             some = readable(some, model.in_chans, args.num_workers, model.values)
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
+        masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
         result = verdict.section(
-            model, some, held_out_of(data, some, model, args), entries, IMAGES, partial(rows_of, args=args),
+            model, some, held_out_of(data, some, model, args), entries, IMAGES, partial(rows_of, args=args), masked,
             args.num_workers,
         )  # fmt: skip
         sections.insert(0, page.section("Did it help?", result))

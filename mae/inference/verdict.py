@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae.data import raw_pixels
+from mae.data import loader, raw_pixels
 from mae.data.labels import Subset, hold_out
+from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate import knn
 from mae.inference import page
 from mae.inference.model import Autoencoder
 from mae.settings import ImageSpec
+from mae.training.explained import OF_TARGET, has_constant, losses_of_constants
 
+IMAGES = 500  # evenly spaced training images on which the loss of patch means is computed
+BATCH_SIZE = 128
 HELD_OUT = 0.2  # of the images, if there are no others
 NEIGHBORS = 20
 TEMPERATURE = 0.07
@@ -118,9 +122,28 @@ def explained(entries: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def of_patch_means(model: Autoencoder, samples: Samples, entries: Sequence[Mapping[str, Any]], num_workers: int) -> str:
+    """Returns a sentence that compares the loss of normalized pixels with that of the mean of each patch.
+
+    Returns "" if the loss is of other targets.
+
+    Args:
+        samples: training images, with the noise of masks.
+        entries: log.txt.
+    """
+    network: Any = model
+    loss = next((entries[-1][name] for name in OF_TARGET if entries[-1].get(name) is not None), None)
+    if loss is None or not network.norm_pix_loss or not has_constant(network):
+        return ""
+    some = evenly_spaced(len(samples), IMAGES)
+    batches = loader.eval_loader(samples, BATCH_SIZE, num_workers, pin_memory=False, indices=some)
+    of_means = losses_of_constants(network, batches, 0, model.normalize, torch.device("cpu")).zero
+    return f"Its loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {of_means:.3f}."
+
+
 def section(
     model: Autoencoder, train: Source, val: Source | None, entries: Sequence[Mapping[str, Any]], count: int,
-    extract: Extract, num_workers: int,
+    extract: Extract, samples: Samples, num_workers: int,
 ) -> str:  # fmt: skip
     """Returns the verdict on a run, as HTML.
 
@@ -130,8 +153,9 @@ def section(
         entries: log.txt.
         count: of the held-out images, at most.
         extract: function(model, source) that returns features (n, D).
+        samples: training images, with the noise of masks.
     """
-    learned = explained(entries)
+    learned = f"{explained(entries)} {of_patch_means(model, samples, entries, num_workers)}".strip()
     if not is_classified(train):
         without = "The images have no labels, so that nothing says whether the features tell them apart."
         return page.paragraph(" ".join([learned, without]), "verdict")

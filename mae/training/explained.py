@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 
 IMAGES = 2_000  # evenly spaced images on which the constant is computed
 OF_TARGET = ("train_pixels", "train_target", "train_loss")  # entries of log.txt, the first that an epoch has
+
+
+class Constants(NamedTuple):
+    """Losses of predictions that are the same for all masked patches."""
+
+    best: float  # of the mean target of a patch
+    zero: float  # of 0: with norm_pix_loss, the mean of each patch
 
 
 def has_constant(model: Any) -> bool:
@@ -50,17 +57,17 @@ def open_share(
     batches = loader.eval_loader(samples, batch_size, data.data.num_workers, data.pin_memory, some)
     begin = time.perf_counter()
     with preserve_generators():
-        constant = loss_of_constant(model, batches, num_visible, data.normalize, data.device)
+        constant = losses_of_constants(model, batches, num_visible, data.normalize, data.device).best
     seconds = time.perf_counter() - begin
     logger.info(f"0 % explained is a loss of {constant:.4f}, of {len(some):,} training images ({seconds:.1f} s)")
     return partial(share, constant=constant)
 
 
 @torch.no_grad()
-def loss_of_constant(
+def losses_of_constants(
     model: MaskedAutoencoderViT, batches: Iterable[Batch], num_visible: int, normalize: Any, device: torch.device
-) -> float:
-    """Returns the loss of the best constant prediction for the masked patches: their mean target, (P,).
+) -> Constants:
+    """Returns the losses of constant predictions (P,) for the masked patches: the best one, their mean target, and 0.
 
     All processes call it. The result is that of the images of all processes.
 
@@ -82,7 +89,8 @@ def loss_of_constant(
         count += len(imgs)
     weights, values, squares = sum(parallel.gather(sums.cpu())).unbind()
     variance = squares - values**2 / weights.clamp(min=torch.finfo(torch.float64).tiny)
-    return float(variance.sum()) / sum(parallel.gather(count))
+    total = sum(parallel.gather(count))
+    return Constants(best=float(variance.sum()) / total, zero=float(squares.sum()) / total)
 
 
 def _weights(model: MaskedAutoencoderViT, imgs: Tensor, batch: Batch, num_visible: int) -> Tensor:
@@ -107,7 +115,7 @@ def share(entries: Mapping[str, Any], constant: float | None) -> dict[str, float
 
     Args:
         entries: means of the epoch.
-        constant: from `loss_of_constant`, in the training images.
+        constant: the best of `losses_of_constants`, in the training images.
     """
     loss = next((entries[name] for name in OF_TARGET if entries.get(name) is not None), None)
     return {"train_explained": 1 - loss / constant} if constant and loss is not None else {}

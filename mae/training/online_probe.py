@@ -152,9 +152,9 @@ class OnlineProbe:
         constant = None
         if explained.has_constant(model):
             num_visible = masking.num_visible(model.num_patches, self.mask_ratio)
-            constant = explained.loss_of_constant(
+            constant = explained.losses_of_constants(
                 model, self.masked_batches(), num_visible, self.data.normalize, self.precision.device
-            )
+            ).best
         of_pixels = None
         if self.is_labelled:
             workers = self.data.data.num_workers
