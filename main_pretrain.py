@@ -213,12 +213,9 @@ def open_samples(
     visible_patches = math.ceil(num_visible * patches / tokens)
     whole = transforms.eval_transform(images.input_size, crop=images.crop)
     augment, whole = (
-        partial(
-            transforms.with_valid_patches, transform=transform, patch_size=patch_size, min_valid=images.min_valid,
-            num_visible=visible_patches,
-        )
+        transforms.WithValidPatches(transform, patch_size, images.min_valid, visible_patches)
         for transform in (augment, whole)
-    )  # fmt: skip
+    )
     augmented = data.samples(source, augment, data.data.on_bad_image, draw_noise)
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     full_images = data.samples(source, whole, "skip", draw_noise)

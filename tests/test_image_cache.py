@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+from functools import partial
 from unittest import mock
 
 import forks
@@ -14,10 +15,12 @@ from mains import Stopped, assert_equal, lines, open_source, stop_after, weights
 from PIL import Image
 
 import main_finetune
-from mae.data import image_cache
+from mae.data import image_cache, loader, transforms
 from mae.data import samples as samples_module
 from mae.data.decode import decode, decode_item
+from mae.data.item import Batch
 from mae.data.kinds.shards import Shards
+from mae.data.loader import TrainLoader
 from mae.data.pixels import BadImage, PixelValues, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import scaled_transform
@@ -227,3 +230,61 @@ def test_a_bad_validation_image_ends_a_run_before_it_trains(labelled, classify, 
     with pytest.raises(BadImage, match=r"01.png"):
         classify(main_finetune, data_path=folder, cache_images=True, on_bad_image="skip")
     assert not list(tmp_path.glob("run/*.pth"))
+
+
+@pytest.mark.parametrize(("transform", "is_whole_batch"), [
+    (transforms.pretrain_transform((12, 16), crop="none", vflip=0.3), True),
+    (transforms.WithValidPatches(transforms.pretrain_transform((12, 16), crop="none"), (4, 4), 0.5, 2), True),
+    (transforms.eval_transform((12, 16), crop="none"), True),
+    (transforms.pretrain_transform((12, 16)), False),
+    (transforms.pretrain_transform((16, 12), crop="none"), False),
+    (lambda item: transforms.eval_transform((12, 16), crop="none")(item), False),  # of a user
+])  # fmt: skip
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_batch_of_equal_images_is_that_of_single_images(tmp_path, transform, is_whole_batch, in_chans):
+    """Images, labels, noise, memory format, and the generators of the process. Repeated samples differ."""
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        file = tmp_path / "images" / str(number % 2) / f"{number:02}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, draw.integers(0, 256, (12, 16, in_chans), dtype=np.uint8))
+    source = open_source("train", str(tmp_path / "images"))
+    options = {"in_chans": in_chans, "seed": 3, "draw_noise": partial(torch.rand, 12)}
+    cache = cached(source, in_chans=in_chans)
+
+    def batches(images, repeats):
+        samples = Samples(images, transform, **options)
+        found = TrainLoader(samples, 6, 3, 0, False, repeats=repeats)
+        found.seek(5)
+        torch.manual_seed(1)
+        return [*found, torch.rand(2)]
+
+    for repeats in (1, 3):
+        ours, theirs = batches(cache, repeats), batches(source, repeats)
+        assert torch.equal(ours.pop(), theirs.pop())
+        assert len(ours) == len(theirs) == 2 * repeats
+        for our, their in zip(ours, theirs, strict=True):
+            assert ours[0].images.dtype == torch.uint8
+            assert all(torch.equal(getattr(our, slot), getattr(their, slot)) for slot in ("images", "labels", "noise"))
+            assert our.labels.dtype == their.labels.dtype
+            assert our.images.stride() == their.images.stride() or not is_whole_batch
+            assert our.valid is their.valid is None
+    samples = Samples(cache, transform, **options)
+    assert isinstance(samples.__getitems__([(0, 0), (0, 1)]), Batch) == is_whole_batch
+    assert torch.equal(samples[5, 4].noise, Samples(source, transform, **options)[5, 4].noise)
+
+
+def test_a_batch_has_the_labels_of_single_images():
+    """Vectors. If one image has another size, all are read one by one."""
+    items = [(np.full((8, 8, 3), number, np.uint8), np.array([number % 2, 1], np.float32)) for number in range(4)]
+    for images, is_whole_batch in ((items, True), ([*items, (np.zeros((8, 9, 3), np.uint8), items[0][1])], False)):
+        source = open_source("train", dataset="py:tests:none", function=lambda *_: images, task="multilabel")  # noqa: B023
+        samples = Samples(cached(source), transforms.eval_transform(8, crop="none"), in_chans=3, seed=0)
+        assert isinstance(samples.__getitems__([(0, 0)]), Batch) == is_whole_batch
+        (batch, *_) = loader.eval_loader(samples, 4, 0, False)
+        (expected, *_) = loader.eval_loader(Samples(source, samples.transform, in_chans=3, seed=0), 4, 0, False)
+        assert torch.equal(batch.labels, expected.labels)
+        assert batch.labels.dtype == expected.labels.dtype
+        assert batch.labels.shape == (4, 2)
+        assert torch.equal(batch.images, expected.images)
+        assert batch.noise is expected.noise is None

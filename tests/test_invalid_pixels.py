@@ -34,7 +34,7 @@ from mae.data import raw_pixels
 from mae.data.decode import decode, decode_item
 from mae.data.item import Item
 from mae.data.pixels import BadImage, PixelValues, to_tensor
-from mae.data.transforms import eval_transform, pretrain_transform, with_valid_patches
+from mae.data.transforms import WithValidPatches, eval_transform, pretrain_transform
 from mae.inference.model import get_model
 from mae.inference.reconstruct import reconstruct
 from mae.recommend import check as data_check
@@ -201,10 +201,10 @@ def test_patches_with_few_valid_pixels_are_invalid():
     coordinates = torch.arange(256.0).view(16, 16)  # a map is complete
     picture = Item(torch.rand(3, 16, 16), valid=valid, inputs={"map": tv_tensors.Image(coordinates)})
     transform = eval_transform(16, crop="none")
-    found = with_valid_patches(picture, transform, (4, 4), 0.5, 4)
+    found = WithValidPatches(transform, (4, 4), 0.5, 4)(picture)
     assert torch.equal(found.valid, expected) and torch.equal(found.inputs["map"], coordinates)
     with pytest.raises(BadImage, match="14 of its 16 patches"):
-        with_valid_patches(picture, transform, (4, 4), 1.0, 15)
+        WithValidPatches(transform, (4, 4), 1.0, 15)(picture)
 
 
 def test_crops_are_drawn_until_enough_patches_are_valid():
@@ -217,7 +217,7 @@ def test_crops_are_drawn_until_enough_patches_are_valid():
 
     plain, checked = (
         min(number_of_valid(transform) for _ in range(40))
-        for transform in (augment, lambda picture: with_valid_patches(picture, augment, (4, 4), 0.5, 4))
+        for transform in (augment, WithValidPatches(augment, (4, 4), 0.5, 4))
     )
     assert plain < 64
     assert checked >= 4 * 8

@@ -69,6 +69,12 @@ class Stages:
         scaled = {name: value.as_subclass(Tensor)[0] for name, value in zip(maps, others, strict=True)}
         return Item(to_tensor(image), label, valid, {**inputs, **scaled} if scaled else inputs)
 
+    def flips_of(self, size: tuple[int, int]) -> "list[RandomFlip] | None":
+        """Returns the flips, if images of a size (height, width) are flipped only. None: other stages change them."""
+        changing = [stage for stage in self.stages if not (type(stage) is Scale and stage.size == size)]
+        flips = [stage for stage in changing if type(stage) is RandomFlip]
+        return flips if len(flips) == len(changing) else None
+
 
 def _valid_pixels(weights: Tensor) -> Tensor | None:
     """Weights of the valid pixels (1, H, W) -> the valid pixels (H, W); None: all."""
@@ -171,6 +177,10 @@ class RandomFlip:
 
     def __call__(self, values: Values) -> Values:
         return [self.flip(value) for value in values] if torch.rand(1) < self.probability else values
+
+    def of_batch(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Flips images (B, c, H, W), each with its number (B,) from `torch.rand`."""
+        return torch.where((numbers < self.probability).view(-1, 1, 1, 1), self.flip(images), images)
 
 
 class ChangeImage:

@@ -50,6 +50,9 @@ class ImageCache:
     Args:
         source: the encoded images.
         path: the file, which `cached` writes.
+
+    Attributes:
+        stacked: all images (n, H, W, c), if they are in the file and have one size; else None.
     """
 
     def __init__(self, source: Source, path: Path) -> None:
@@ -59,11 +62,15 @@ class ImageCache:
         self.labels = source.labels
         self.name = source.name
         self.version = source.version
-        data: np.ndarray = np.memmap(path, np.uint8, "c")  # tensors can't be read-only
+        data = np.asarray(np.memmap(path, np.uint8, "c"))  # tensors can't be read-only
         self.num_bytes = len(data) - 3 * 8 * len(source)
         self.pixels = data[: self.num_bytes]
         table = np.frombuffer(data[self.num_bytes :].tobytes(), np.int64)
         self.starts, self.heights, self.widths = table.reshape(3, -1)
+        height = int(self.heights[0])
+        width = int(self.widths[0])
+        are_equal = height and np.all(self.heights == height) and np.all(self.widths == width)
+        self.stacked = self.pixels.reshape(len(source), height, width, -1) if are_equal else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageCache, (self.source, self.path)  # another process maps the file

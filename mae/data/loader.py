@@ -154,12 +154,14 @@ def example_names(samples: Samples, count: int) -> list[str]:
     return [Path(samples.source.name(index)).name for index in evenly_spaced(len(samples), count)]
 
 
-def _collate_good(samples: list[Sample]) -> Batch:
+def _collate_good(samples: list[Sample] | Batch) -> Batch:
     return _collate(samples)[0]
 
 
-def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
+def _collate(samples: list[Sample] | Batch) -> tuple[Batch, list[Bad]]:
     """Returns a batch, and the images that can't be read."""
+    if isinstance(samples, Batch):
+        return samples, []
     bad = [image for sample in samples for image in sample.bad]
     noises = [sample.noise for sample in samples if sample.noise is not None]
     return collate([sample.item for sample in samples])._replace(noise=torch.stack(noises) if noises else None), bad

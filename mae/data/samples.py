@@ -9,21 +9,24 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from mae import errors, parallel
 from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
 from mae.data.extra_inputs import original
-from mae.data.generators import preserve_generators, seed_generators
-from mae.data.item import Item
+from mae.data.generators import preserve_generators, seed_generators, seed_torch
+from mae.data.item import Batch, Item
 from mae.data.pixels import AS_STORED, BadImage, PixelValues
-from mae.data.source import Source, Stream, is_stream
-from mae.data.transforms import Transform
+from mae.data.source import Source, Stream, is_stream, label_at
+from mae.data.transforms import Transform, flips_of
+
+if TYPE_CHECKING:
+    from mae.data.augment import RandomFlip
 
 OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
@@ -74,12 +77,21 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    @errors.marked()
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        return self.__getitems__([key])[0]
+        with preserve_generators():
+            return self._augmented(*key, 1)[0]
 
     @errors.marked()
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        """Returns the samples of a batch. A key that is repeated consecutively is read once and augmented anew."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample] | Batch:
+        """Returns the samples of a batch. A key that is repeated consecutively is read once and augmented anew.
+
+        Decoded images of one size that need no crop are flipped together, as a batch.
+        """
+        stacked: Any = getattr(self.source, "stacked", None)
+        flips = None if stacked is None else flips_of(self.transform, stacked.shape[1:3])
+        if flips is not None:
+            return self._flipped(stacked, keys, flips)
         samples: list[Sample] = []
         with preserve_generators():
             for (epoch, index), same in itertools.groupby(keys):
@@ -108,12 +120,37 @@ class Samples(Dataset):
         """
         samples = []
         for repeat in range(repeats):
-            numbers = (epoch, number, repeat) if repeat else (epoch, number)
-            seed_generators(self.seed, *numbers)
+            seed_generators(*self._position(epoch, number, repeat))
             # First, so that the mask does not depend on the augmentation.
             noise = self.draw_noise() if self.draw_noise else None
             samples.append(Sample(self.transform(item), noise, [] if repeat else bad))
         return samples
+
+    def _position(self, epoch: int, number: int, repeat: int) -> tuple[int, ...]:
+        """Returns what the random numbers of a sample depend on."""
+        return (self.seed, epoch, number, repeat) if repeat else (self.seed, epoch, number)
+
+    def _flipped(self, stacked: np.ndarray, keys: list[tuple[int, int]], flips: "list[RandomFlip]") -> Batch:
+        """Returns the batch of `augment` for the images of keys, which are flipped together.
+
+        Args:
+            stacked: all images (n, H, W, c), decoded.
+        """
+        noises: list[Tensor] = []
+        numbers: list[Tensor] = []
+        with torch.random.fork_rng([]):
+            for (epoch, index), same in itertools.groupby(keys):
+                for repeat, _ in enumerate(same):
+                    seed_torch(*self._position(epoch, index, repeat))
+                    noises += [self.draw_noise()] if self.draw_noise else []
+                    numbers.append(torch.rand(len(flips)))
+        indices = [index for _, index in keys]
+        images = torch.from_numpy(stacked[indices]).permute(0, 3, 1, 2)
+        for flip, of_flip in zip(flips, torch.stack(numbers).unbind(1), strict=True):
+            images = flip.of_batch(images, of_flip)
+        source: Any = self.source
+        labels = default_collate([label_at(source.labels, index) for index in indices])
+        return Batch(images, labels, noise=torch.stack(noises) if noises else None)
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.

@@ -24,9 +24,10 @@ class Source(Protocol):
 
     The attribute `input_shapes` of a source whose items have inputs has their names and shapes. The attribute `has_ids`
     is True if the names of the classes are integers that count the outputs of a head without names, as in lists. The
-    attribute `runs_code` is True for a dataset of the user's code, whose items may use random numbers. The method
-    `file_names()` of a source whose samples have names returns a list with the names of all samples as bytes; with
-    masks, a second list has those of the masks.
+    attribute `runs_code` is True for a dataset of the user's code, whose items may use random numbers. The attribute
+    `stacked` has the images of decoded items that have one size and nothing else but labels, uint8 (n, H, W, c). The
+    method `file_names()` of a source whose samples have names returns a list with the names of all samples as bytes;
+    with masks, a second list has those of the masks.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """

@@ -5,7 +5,8 @@ torchvision and timm are imported inside functions, because importing them takes
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -16,6 +17,9 @@ from mae.data.pixels import BadImage
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 from mae.settings.images import AugmentationSpec, ImageSpec
+
+if TYPE_CHECKING:
+    from mae.data.augment import RandomFlip
 
 logger = logging.getLogger(__name__)
 
@@ -160,39 +164,58 @@ class Normalize(nn.Module):
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
-def with_valid_patches(
-    item: Item, transform: Transform, patch_size: tuple[int, int], min_valid: float, num_visible: int
-) -> Item:
+@dataclass
+class WithValidPatches:
     """Applies a transform such that enough patches are valid for pre-training.
 
     All pixels of a patch with few valid pixels become invalid. If an image has too few valid patches left, the
     transform is applied again, up to MAX_CROPS times, because another crop may have more.
 
     Args:
-        item: a decoded item.
         transform: an augmentation or an evaluation transform.
         patch_size: (rows, columns) of pixels in a patch.
         min_valid: minimum share of valid pixels of a patch.
         num_visible: minimum number of valid patches of an image.
 
-    Raises:
+    Raises (when called):
         BadImage: no result of the transform has enough valid patches.
     """
-    for _ in range(MAX_CROPS):
-        transformed = transform(item)
-        if transformed.valid is None:
-            return transformed
-        shares = nn.functional.avg_pool2d(transformed.valid[None].double(), patch_size)[0]
-        patches = shares >= min_valid
-        count = int(patches.sum())
-        if count >= num_visible:
-            rows, columns = patch_size
-            inside = patches.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
-            return transformed._replace(valid=transformed.valid & inside)
-    raise BadImage(
-        f"{count} of its {patches.numel()} patches have valid pixels (at least {min_valid:.0%}), and "
-        f"{num_visible} are visible to the encoder"
-    )
+
+    transform: Transform
+    patch_size: tuple[int, int]
+    min_valid: float
+    num_visible: int
+
+    def __call__(self, item: Item) -> Item:
+        for _ in range(MAX_CROPS):
+            transformed = self.transform(item)
+            if transformed.valid is None:
+                return transformed
+            shares = nn.functional.avg_pool2d(transformed.valid[None].double(), self.patch_size)[0]
+            patches = shares >= self.min_valid
+            count = int(patches.sum())
+            if count >= self.num_visible:
+                rows, columns = self.patch_size
+                inside = patches.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+                return transformed._replace(valid=transformed.valid & inside)
+        raise BadImage(
+            f"{count} of its {patches.numel()} patches have valid pixels (at least {self.min_valid:.0%}), and "
+            f"{self.num_visible} are visible to the encoder"
+        )
+
+    def flips_of(self, size: tuple[int, int]) -> "list[RandomFlip] | None":
+        """As `flips_of`, for images without invalid pixels."""
+        return flips_of(self.transform, size)
+
+
+def flips_of(transform: Transform, size: tuple[int, int]) -> "list[RandomFlip] | None":
+    """Returns the flips, if a transform changes images of a size (height, width) by flips only.
+
+    Returns:
+        None if other stages change them, or if it is not known: the transform is not one of this module.
+    """
+    method = getattr(transform, "flips_of", None)
+    return method(size) if method else None
 
 
 def pretrain_transform(
