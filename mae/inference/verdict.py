@@ -1,6 +1,7 @@
 """Whether a pre-training helped: the encoder of a run, raw pixels and random weights on the same held-out images."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from mae.inference import page
 from mae.inference.model import Autoencoder
 from mae.settings import ImageSpec
 from mae.training.explained import OF_TARGET, has_constant, losses_of_constants
+
+logger = logging.getLogger(__name__)
 
 IMAGES = 500  # evenly spaced training images on which the loss of patch means is computed
 BATCH_SIZE = 128
@@ -163,6 +166,7 @@ def section(
     hits = hits_of(model, train, held_out, extract, num_workers)
     found = differences(hits)
     sentences = [in_words(name, difference) for name, difference in found.items()]
+    logger.info(" ".join([*sentences, learned]))
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():
         rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])

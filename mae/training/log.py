@@ -20,13 +20,15 @@ from mae.files import atomic, results
 from mae.files.untrusted import printable
 from mae.settings import DataSpec, EvaluationSpec, ModelSpec
 from mae.settings.arguments import arguments
-from mae.training import costs
+from mae.training import costs, environment
+from mae.training.gate import KNN
 from mae.training.meters import Stopwatch
 from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
 # Entries of log.txt that the log itself adds.
+LINES = "log.txt"  # in the directory of a run
 OF_EPOCH = ("epoch", "seconds", "images_per_s", "data_wait", "tflops", "mfu", "peak_memory_gb")
 UNLABELLED = {"data_path": "LABELLED"}  # in commands, in place of images without labels
 MAX_LOADING = 0.05  # of the time; more slows the run down
@@ -138,7 +140,7 @@ class RunLog(NullLog):
         self.measure_costs = measure_costs
         self.remedies = remedies
         self.loss_tag = loss_tag
-        path = output_dir / "log.txt"
+        path = output_dir / LINES
         _drop_lines_from(path, first_epoch)
         from mae.training import log_writers  # imports TensorBoard
 
@@ -287,6 +289,29 @@ def log_commands(
         labelled = labelled_images(images, evaluation.probe_path, has_labels)
         logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
     log_report_command(output_dir, data, model)
+    if Path(output_dir, LINES).exists():  # it is absent if the disk was full
+        logger.info(summary_of(Path(output_dir)))
+
+
+def summary_of(output_dir: Path) -> str:
+    """Returns a sentence about all epochs of a run of `main_pretrain.py`: time, starts, loss, and the best k-NN."""
+    entries = read(output_dir)
+    last = entries[-1]
+    starts = len((output_dir / environment.FILE).read_text(encoding="utf-8").splitlines())
+    count = "1 epoch" if len(entries) == 1 else f"{len(entries)} epochs"
+    parts = [f"{count} in {duration(sum(entry['seconds'] for entry in entries))}"]
+    if starts > 1:
+        parts.append(f"resumed ({starts} starts)")
+    parts.append(f"loss {last['train_loss']:.4f}")
+    if "train_explained" in last:
+        parts.append(f"{last['train_explained']:.1%} explained")
+    if measured := [entry for entry in entries if KNN in entry]:
+        now = measured[-1]
+        best = max(measured, key=lambda entry: entry[KNN])
+        pixels = f" (raw pixels {now['test_knn_pixels']:.1f} %)" if "test_knn_pixels" in now else ""
+        parts.append(f"k-NN {now[KNN]:.1f} %{pixels}")
+        parts.append(f"best {best[KNN]:.1f} % after epoch {best['epoch']}")
+    return ", ".join(parts)
 
 
 def log_report_command(output_dir: str, data: DataSpec, model: ModelSpec) -> None:
@@ -324,7 +349,7 @@ def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
 
 def read(output_dir: Path) -> list[dict[str, Any]]:
     """Returns the entries of log.txt, one per completed epoch. Undefined values, which are null, become NaN."""
-    return [results.from_line(line) for line in (output_dir / "log.txt").read_text(encoding="utf-8").splitlines()]
+    return [results.from_line(line) for line in (output_dir / LINES).read_text(encoding="utf-8").splitlines()]
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
