@@ -80,7 +80,9 @@ class TrainLoader:
 
         A run that resumes within an epoch uses the same numbers as a run without interruption.
         """
-        torch.manual_seed(seed_generators(self.order.seed, self.order.epoch, iteration, parallel.rank()))
+        seed = seed_generators(self.order.seed, self.order.epoch, iteration, parallel.rank())
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)  # without a device to seed, it would record a traceback for it: 300 µs
 
     def __len__(self) -> int:
         return len(self.order)

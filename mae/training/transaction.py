@@ -97,6 +97,7 @@ class Transaction:
         self.losses: dict[str, Tensor] = {}  # of the update
         self.shared = torch.zeros(0)  # as `share_requests` returns
         self.request = Request.NONE
+        self.changing = [module for module in self.model.modules() if any(True for _ in module.buffers(recurse=False))]
         self.buffers: list[Tensor] = []  # copies from before the update
         self.is_changing = False  # the weights are between two updates
         return self
@@ -122,7 +123,7 @@ class Transaction:
     def begin(self) -> None:
         """Begins an update."""
         self.losses = {}
-        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.buffers = [buffer.clone() for buffer in self._buffers()]
 
     def seed(self) -> None:
         """Seeds the random numbers of the next iteration."""
@@ -174,8 +175,13 @@ class Transaction:
 
     def _restore_buffers(self, is_skipped: Tensor) -> None:
         """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
-        for buffer, value in zip(self.model.buffers() if self.buffers else (), self.buffers, strict=True):
+        for buffer, value in zip(self._buffers() if self.buffers else (), self.buffers, strict=True):
             buffer.copy_(torch.where(is_skipped, value, buffer))
+
+    def _buffers(self) -> Iterator[Tensor]:
+        """Yields the buffers of the model. A search through all modules in every update takes 150 µs."""
+        for module in self.changing:
+            yield from module.buffers(recurse=False)
 
 
 def share_requests(losses: Tensor, request: Request) -> Tensor:
