@@ -24,6 +24,7 @@ COMMANDS = {  # by what one wants to do: module, and what it does
         "knn": ("main_knn", "classify by nearest neighbors"),
         "features": ("mae.inference.features", "compute the features of images"),
         "neighbors": ("mae.inference.neighbors", "find similar images"),
+        "map": ("mae.inference.image_map", "a map of images: duplicates, outliers, labels that look wrong"),
         "anomalies": ("mae.inference.anomalies", "find images with defects, from images without"),
         "predict": ("mae.inference.predict", "classify images"),
         "reconstruct": ("mae.inference.reconstruct", "mask images and reconstruct them"),

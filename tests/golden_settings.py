@@ -27,7 +27,8 @@ GOLDEN = Path(__file__).with_name("golden")
 SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_knn",
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
            "mae.inference.predict", "mae.inference.reconstruct", "mae.inference.features", "mae.inference.segment",
-           "mae.inference.neighbors", "mae.inference.anomalies", "mae.inference.report", "mae.inference.export",
+           "mae.inference.neighbors", "mae.inference.image_map", "mae.inference.anomalies", "mae.inference.report",
+           "mae.inference.export",
            "mae.recommend.check", "mae.checkpoints.sharded"]  # fmt: skip
 ZOO = "model_zoo"
 SHAPE = {"input_size", "patch_size", "in_chans", "decoder_depth", "learned_pos_embed", "num_cls_tokens", "global_pool"}

@@ -119,7 +119,7 @@ def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsy
     *commands, _ = page.commands  # the last is that of the run
     assert [words[2] for words in commands] == [
         "mae.data", "main_knn", "main_compare", "mae.inference.features", "mae.inference.neighbors",
-        "mae.inference.export",
+        "mae.inference.image_map", "mae.inference.export",
     ]  # fmt: skip
     for python, option, module, *flags in commands:
         assert (python, option) == ("python", "-m")

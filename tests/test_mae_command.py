@@ -28,7 +28,7 @@ def test_the_help_lists_the_commands_without_importing_torch():
     names = [name for commands in mae_command.COMMANDS.values() for name in commands]
     assert re.findall(r"^  (\w+)", done.stdout, flags=re.MULTILINE) == names
     assert {"start", "recipe", "pretrain", "finetune", "linprobe", "knn", "segment", "compare", "report", "neighbors",
-            "anomalies", "features", "predict", "reconstruct", "export", "submit"} == {*names}  # fmt: skip
+            "map", "anomalies", "features", "predict", "reconstruct", "export", "submit"} == {*names}  # fmt: skip
 
 
 def test_each_command_is_a_module_with_a_parser():

@@ -41,7 +41,6 @@ from mae.data.batches import to_device
 from mae.data.image_facts import readable
 from mae.data.labels import Subset
 from mae.data.loader import collate
-from mae.data.open import LISTS
 from mae.data.pixels import size_of
 from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced, first_few, require_random_access
@@ -52,7 +51,7 @@ from mae.fp32 import in_fp32
 from mae.inference import features
 from mae.inference.classes import NOT_IN_FEATURES, Images, Model
 from mae.inference.model import get_model, to_bytes, to_rgb
-from mae.settings import DataSpec, types
+from mae.settings import types
 from mae.settings.choices import NO_CROP
 from mae.training.log import start_logging
 from mae.training.precision import Precision
@@ -376,9 +375,7 @@ class _Step(features.Extractor):
 
 def _open(text: str) -> Source:
     """Opens a folder, an archive or a list."""
-    is_list = Path(text).suffix.lower() in LISTS and not Path(text).is_dir()
-    data = DataSpec(train_list=text) if is_list else DataSpec(data_path=text)
-    return require_random_access(features.open_labelled(data, "train"))
+    return require_random_access(features.open_labelled(features.data_in(text), "train"))
 
 
 def _require_others(normal: Source, tested: Source, args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mae.data import extra_inputs, loader
 from mae.data.image_facts import readable
 from mae.data.item import Batch
 from mae.data.labels import has_class_numbers
-from mae.data.open import open_source
+from mae.data.open import LISTS, open_source
 from mae.data.pixels import BadImage
 from mae.data.samples import Samples
 from mae.data.source import Source, Stream, is_stream, versions
@@ -74,7 +75,8 @@ def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOL
     """
     parser.add_argument(
         "data_path", nargs="?", metavar="FOLDER",
-        help="folder of images, flat or nested, or a tar or zip file of such a folder",
+        help="folder of images, flat or nested; a tar or zip file of such a folder; or a list: a text, CSV or JSON "
+        "file with a path for each image, relative to the list",
     )  # fmt: skip
     options.add_dataset_option(parser, folder="FOLDER")
     options.add_inference_options(
@@ -116,19 +118,38 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
 
 
-def open_extractor(args: argparse.Namespace) -> tuple["Extractor", Source, Precision]:
-    """Opens the model, the images and the precision of a command with the flags of `add_options`.
+def data_in(path: str | None) -> DataSpec:
+    """Returns the dataset of a folder, an archive, or a list of image files, which its suffix tells."""
+    is_list = path is not None and Path(path).suffix.lower() in LISTS and not Path(path).is_dir()
+    return DataSpec(train_list=path) if is_list else DataSpec(data_path=path)
+
+
+def open_images(args: argparse.Namespace) -> Source:
+    """Opens the images of a command with the flags of `add_options`.
 
     Raises:
-        ValueError: the dataset or the model can't be opened, the images are streamed, or they lack extra inputs of the
-            model.
+        ValueError: the dataset can't be opened, or the images are streamed.
+    """
+    source = open_labelled(replace(data_in(args.data_path), dataset=args.dataset), args.split)
+    if is_stream(source):
+        raise ValueError(f"dataset={args.dataset}: the images of shards have no order; give the folder of their images")
+    return source
+
+
+def open_extractor(
+    args: argparse.Namespace, source: Source | None = None
+) -> tuple["Extractor", Source, Precision]:  # fmt: skip
+    """Opens the model, the images and the precision of a command with the flags of `add_options`.
+
+    Args:
+        source: the images. Default: all that the flags name.
+
+    Raises:
+        ValueError: as in `open_images`, the model can't be opened, or the images lack extra inputs of the model.
         BadImage: --on_bad_image skip, and too many images can't be read.
     """
     device = parallel.choose_device(args.device)
-    data = DataSpec(data_path=args.data_path, dataset=args.dataset)
-    source = open_labelled(data, args.split)  # first, because a large model takes long
-    if is_stream(source):
-        raise ValueError(f"dataset={args.dataset}: the images of shards have no order; give the folder of their images")
+    source = source or open_images(args)  # first, because a large model takes long
     model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
     precision = Precision(args.amp, device)
     if args.on_bad_image == "skip":

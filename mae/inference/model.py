@@ -41,7 +41,11 @@ def to_rgb(model: Model, image: torch.Tensor) -> torch.Tensor:
 
     They are the first three channels. Of fewer channels, the first is repeated.
     """
-    pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
+    return colors_of(model.normalize.inverse(image.to(model.normalize.mean)).cpu())
+
+
+def colors_of(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the first three channels of an image (c, H, W). Of fewer channels, the first is repeated."""
     return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
 
 

@@ -18,22 +18,23 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae.cli import entry_point, flags
 from mae.data.batches import to_device
 from mae.data.loader import collate
 from mae.data.source import Source, evenly_spaced
-from mae.evaluate import knn, pictures
+from mae.evaluate import pictures
 from mae.files import atomic
 from mae.files.untrusted import require_files
 from mae.inference import features as feature_file
+from mae.inference import nearest
 from mae.inference.classes import Model
+from mae.inference.nearest import Neighbors
 from mae.inference.reconstruct import SUFFIXES
 from mae.training.log import start_logging
 
@@ -42,14 +43,6 @@ NEIGHBORS = 6
 SCORED = 5_000  # images whose neighbors are compared with their labels: 8 TFLOPs for a million images of ViT-B
 SIDE = 112  # approximate width of an image in the picture, in pixels; larger images keep their size
 ORDINALS = ("1st", "2nd", "3rd")
-
-
-class Neighbors(NamedTuple):
-    """Features, and the nearest of them to each query."""
-
-    features: Tensor  # (n, D), as given
-    indices: Tensor  # (q, k), of the features, nearest first
-    similarities: Tensor  # (q, k), cosines, fp32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -133,22 +126,7 @@ def find(
     bank = torch.as_tensor(features)
     if bank.ndim != 2:
         raise ValueError(f"features of shape {tuple(bank.shape)}: give (n, D), which pool=cls and pool=avg have")
-    if queries is None:
-        queries = bank
-        excluded = range(len(bank))
-    same = torch.tensor([-1] * len(queries) if excluded is None else list(excluded))
-    more = int(same.max() >= 0)
-    k = min(k, len(bank) - more)
-    unit = nn.functional.normalize(bank.float(), dim=1)  # a copy, which `knn.neighbors` may overwrite
-    indices = []
-    similarities = []
-    for _, cosines, near, query in knn.neighbors(
-        unit, torch.arange(len(bank)), queries, same, k=k + more, num_classes=1, device=bank.device
-    ):
-        others = (near == query[:, None]).int().argsort(dim=1, stable=True)[:, :k]
-        indices.append(near.gather(1, others))
-        similarities.append(cosines.gather(1, others))
-    return Neighbors(bank, torch.cat(indices), torch.cat(similarities))
+    return nearest.find(bank, queries, excluded, k)
 
 
 def agreement(source: Source, features: Tensor) -> str:

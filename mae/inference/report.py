@@ -4,7 +4,7 @@
 
 The page says whether the pre-training helped, compared with raw pixels and random weights. It has the curves of
 log.txt, reconstructions, nearest neighbors, commands that use the newest checkpoint, and the settings. It is one file,
-which loads nothing else.
+which loads nothing else. With --map, a map of the images and lists of what stands out take the place of the neighbors.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mae.data.open import open_source
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import features, neighbors, page, tuned, verdict
+from mae.inference import features, image_map, neighbors, page, tuned, verdict
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
@@ -40,6 +40,7 @@ from mae.training import environment, log
 from mae.training.precision import Precision
 from mae.user_code import runs_code
 
+NAME = "report.html"
 OF_CLASSIFIER = {"test_acc1": "accuracy (%)", "test_acc5": "top-5 accuracy (%)"}  # titles of curves
 FINETUNING = "main_finetune"
 SCRIPTS = ("main_pretrain", FINETUNING)
@@ -63,6 +64,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "Writes a page about a run of main_pretrain.py or main_finetune.py: report.html, in its directory."
     )
     parser.add_argument("run_dir", type=Path, metavar="DIR", help="directory of the run")
+    parser.add_argument(
+        "--map", action="store_true",
+        help=f"a map of up to {image_map.IMAGES:,} training images in place of their neighbors, and lists of equal "
+        "images, near-duplicates, outliers, and labels that the neighbors do not have; the lists are CSV files, too",
+    )  # fmt: skip
     options.add_to(parser, "data_path", help="images of the run, if it read them elsewhere")
     options.add_dataset_option(parser)
     options.add_to(parser, "encoder", "encoder_args", "num_workers", "device", "debug")
@@ -95,11 +101,14 @@ def main(args: argparse.Namespace) -> Path:
     some: Source | None = None
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
+    if args.map:
+        sections += mapped(model, source, data, args)
     if not is_stream(source):
         some = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
         if data.on_bad_image == "skip":
             some = readable(some, model.in_chans, args.num_workers, model.values)
-        sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
+        if not args.map:
+            sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
         masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
         result = verdict.section(
@@ -135,6 +144,9 @@ def write_tuned(
             page.section("Which classes are confused", tuned.notes(path, evaluations) + tuned.confusion(found)),
             page.section("Images that are wrong", tuned.mistakes(found)),
         ]
+    if args.map:
+        model: Any = get_model(path, device=found.data.device, **options.chosen_settings(args))
+        sections += mapped(model, open_images(data), data, args)
     sections += [
         page.section("What to do next", tuned_commands(path, data, encoders.user_code_of(settings))),
         page.section("Settings", settings_of(start)),
@@ -170,7 +182,7 @@ def tuned_commands(path: Path, data: DataSpec, code: Mapping[str, Any]) -> str:
 
 def save(run_dir: Path, text: str) -> Path:
     """Writes the page, and returns its path."""
-    path = run_dir / "report.html"
+    path = run_dir / NAME
     atomic.write_text(path, text)
     print(f"report: {path}")
     return path
@@ -293,6 +305,23 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     return page.paragraph(text) + page.pair(pixels, len(chosen), titles, "images and their nearest neighbors")
 
 
+def mapped(model: Model, source: Source | Stream, data: DataSpec, args: argparse.Namespace) -> list[str]:
+    """Returns a map of the training images and lists of what stands out, and writes the CSV files.
+
+    Raises:
+        ValueError: the images are streamed, or too few.
+    """
+    if is_stream(source):
+        raise ValueError(f"map=true: {source.title} has no order; give the folder of the images as `data_path`")
+    extra_inputs.require_fitting(model, source)
+    some = image_map.some_of(source)
+    if data.on_bad_image == "skip":
+        some = readable(some, model.in_chans, args.num_workers, model.values)
+    survey = image_map.take(model, some, rows_of(model, some, args), len(source), args.num_workers)
+    image_map.write_tables(args.run_dir / NAME, survey)
+    return survey.sections
+
+
 def labelled_images(settings: Mapping[str, Any], data: DataSpec, source: Source | Stream) -> Mapping[str, Any]:
     """Returns the labelled images of a run, as settings. Without val/, the commands hold out a part of them."""
     named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
@@ -329,6 +358,9 @@ def commands(
         ],
         "Find the neighbors of an image": [
             "mae.inference.neighbors", *images, "--model", file, "--query", "IMAGE", "--out", "neighbors.png",
+        ],
+        "Map the images, and list duplicates, outliers and labels that look wrong": [
+            "mae.inference.image_map", *images, "--model", file, "--out", "map.html",
         ],
         "Export the encoder": [
             "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",

@@ -1,0 +1,129 @@
+"""What stands out among images: equal ones, near-duplicates, outliers, and labels that the neighbors do not have.
+
+The functions take features and small gray pictures, and no files. `mae.inference.image_map` draws what they find.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mae.inference import nearest
+from mae.inference.nearest import Neighbors
+
+NEIGHBORS = 20  # of an outlier and of a vote: up to so many images of another kind stand out together
+LOCAL = 10  # the neighbor whose distance is the unit of the distance of a pair
+NEAR = 0.5  # distance of near-duplicates, in this unit
+TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4)
+CHUNK = 8_192  # pairs whose vectors are in memory at a time
+COMPONENTS = 50
+CLUSTERS = 10
+
+
+class Pairs(NamedTuple):
+    """Near-duplicates, the nearest first."""
+
+    images: Tensor  # (p, 2), indices
+    distances: Tensor  # (p,), relative to those of other neighbors
+    cosines: Tensor  # (p, 2), of the features and of the gray pictures
+
+
+class Votes(NamedTuple):
+    """What the neighbors say of the labels of images."""
+
+    winners: Tensor  # (n,), the class with most votes
+    excess: Tensor  # (n,), its share of the votes minus that of the label, 0 to 1: 0 if the winner is the label
+
+
+def groups_of_equal(digests: Sequence[Hashable]) -> list[list[int]]:
+    """Returns the indices of images with equal digests (n,), in groups of two or more, in the order of the images."""
+    groups = defaultdict(list)
+    for index, digest in enumerate(digests):
+        groups[digest].append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def near_duplicates(found: Neighbors, grays: Tensor) -> Pairs:
+    """Finds pairs that are much nearer than other neighbors are, in features and in small gray pictures.
+
+    The distance of a pair is |a - b| of unit vectors, divided by the mean distance of both images to their LOCAL-th
+    neighbor: how dense the images are differs by kind. It is below 1 in both spaces, and the geometric mean is below
+    NEAR. The gray pictures have no mean and the norm 1, so that brightness and contrast do not count.
+
+    Args:
+        found: features, and the LOCAL or more nearest to each of them.
+        grays: small gray pictures of the same images (n, pixels).
+    """
+    first = torch.arange(len(grays))[:, None].expand(-1, LOCAL)
+    pairs = torch.stack([first, found.indices[:, :LOCAL]], dim=2).flatten(0, 1).sort(dim=1).values.unique(dim=0)
+    of_grays = nearest.find(grays - grays.mean(dim=1, keepdim=True), k=LOCAL)
+    scaled = []
+    cosines = []
+    for rows, near, _ in (found, of_grays):
+        unit = nn.functional.normalize(rows.float(), dim=1)
+        local = _distances(unit, torch.arange(len(unit)), near[:, LOCAL - 1])
+        distances = _distances(unit, pairs[:, 0], pairs[:, 1])
+        unit_of_pair = local[pairs].mean(dim=1)  # 0 among equal vectors, such as those of flat pictures
+        scaled.append(torch.where(unit_of_pair > 0, distances / unit_of_pair, 1))
+        cosines.append(1 - distances.square() / 2)
+    both = torch.stack(scaled, dim=1)
+    score = both.prod(dim=1).sqrt()
+    is_near = (score < NEAR) & (both < 1).all(dim=1)
+    order = torch.nonzero(is_near)[:, 0][score[is_near].argsort(stable=True)]
+    return Pairs(pairs[order], score[order], torch.stack(cosines, dim=1)[order])
+
+
+def _distances(unit: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Returns |a - b| of pairs of rows (p,). The cosine of near vectors in fp32 is too coarse for it."""
+    parts = zip(first.split(CHUNK), second.split(CHUNK), strict=True)
+    return torch.cat([(unit[some] - unit[others]).norm(dim=1) for some, others in parts])
+
+
+def outlier_distances(found: Neighbors) -> Tensor:
+    """Returns the cosine distance of each image to its NEIGHBORS-th neighbor (n,), 1 - cosine."""
+    return 1 - found.similarities[:, NEIGHBORS - 1]
+
+
+def votes(found: Neighbors, labels: Tensor, num_classes: int) -> Votes:
+    """Lets the NEIGHBORS nearest images vote on the class of each image, weighted as in `mae.evaluate.knn`.
+
+    Args:
+        labels: classes (n,), 0 to num_classes - 1; -1: the image has none, and no vote.
+    """
+    cosines = found.similarities[:, :NEIGHBORS]
+    voters = labels[found.indices[:, :NEIGHBORS]]
+    weights = ((cosines - cosines[:, :1]) / TEMPERATURE).exp().double() * (voters >= 0)
+    shares = torch.zeros(len(labels), num_classes, dtype=torch.double).scatter_add_(1, voters.clamp(min=0), weights)
+    shares /= shares.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    most, winners = shares.max(dim=1)
+    given = shares.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return Votes(winners, (most - given).where(labels >= 0, 0))
+
+
+def reduced(features: Tensor) -> np.ndarray:
+    """Returns the COMPONENTS first principal components of unit features (n, D)."""
+    from sklearn.decomposition import PCA
+
+    unit = nn.functional.normalize(features.float(), dim=1).numpy()
+    return PCA(min(COMPONENTS, *unit.shape), random_state=0).fit_transform(unit)
+
+
+def clusters(components: np.ndarray) -> np.ndarray:
+    """Returns the cluster of k-means of each image (n,), 0 to CLUSTERS - 1, the largest first."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(CLUSTERS, n_init=3, random_state=0).fit_predict(components)
+    by_size = np.argsort(-np.bincount(found, minlength=CLUSTERS), kind="stable")
+    return np.argsort(by_size)[found]
+
+
+def positions(components: np.ndarray) -> np.ndarray:
+    """Returns the positions of images on a map (n, 2), from 0 to 1, by t-SNE."""
+    from sklearn.manifold import TSNE
+
+    found = TSNE(perplexity=min(30, (len(components) - 1) / 3), random_state=0).fit_transform(components)
+    low = found.min(axis=0)
+    return (found - low) / np.maximum(found.max(axis=0) - low, 1e-12)

@@ -1,0 +1,151 @@
+"""What a map of images lists: equal ones, near-duplicates, outliers, and images whose neighbors have another label."""
+
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae.data.source import Source
+from mae.inference import curation, nearest
+
+GRAY = 8  # side of the small gray pictures: a shift by a few pixels changes them little
+
+
+class Images(NamedTuple):
+    """Images, and what is known of each."""
+
+    names: list[str]
+    labels: np.ndarray  # (n,), indices into `classes`; -1 without a class
+    classes: list[str]
+    clusters: np.ndarray  # (n,)
+    among: str  # how many of how many
+
+    def class_of(self, index: int) -> str:
+        """Returns the class of an image, "" if it has none."""
+        return self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
+
+
+class Listed(NamedTuple):
+    """A list of images that stand out."""
+
+    title: str
+    text: str  # how it was chosen, and among how many images
+    entries: list[tuple[list[int], str]]  # of the page: one or two images, and their caption
+    rows: list[list[Any]]  # of the CSV file; the first has the titles
+
+
+def images_of(source: Source, clusters: np.ndarray, compared: str) -> Images:
+    """Returns what is known of the images of a source. Labels that are no classes are left out."""
+    has_classes = bool(source.classes) and np.ndim(source.labels) == 1
+    labels = np.asarray(source.labels) if has_classes else np.full(len(source), -1)
+    names = [source.name(index) for index in range(len(source))]
+    return Images(names, labels, list(source.classes) if has_classes else [], clusters, compared)
+
+
+def all_of(images: Images, features: Tensor, digests: Sequence[Hashable], grays: Tensor) -> dict[str, Listed]:
+    """Returns the lists by the end of the name of their CSV file.
+
+    Args:
+        features: of the images (n, D).
+        digests: of their pixels, equal for equal images (n,). More than curation.NEIGHBORS differ.
+        grays: small gray pictures (n, pixels).
+    """
+    groups = curation.groups_of_equal(digests)
+    different = np.setdiff1d(np.arange(len(digests)), [index for group in groups for index in group[1:]])
+    found = nearest.find(features[different], k=curation.NEIGHBORS)
+    lists = {
+        "duplicates": duplicates(images, groups),
+        "near_duplicates": near_duplicates(images, different, found, grays),
+        "outliers": outliers(images, different, found),
+    }  # fmt: skip
+    if len(np.unique(images.labels[images.labels >= 0])) > 1:
+        lists["labels"] = other_labels(images, different, found)
+    return lists
+
+
+def duplicates(images: Images, groups: Sequence[Sequence[int]]) -> Listed:
+    """Lists the images with equal pixels."""
+    copies = sum(len(group) - 1 for group in groups)
+    text = (
+        f"Images of equal size whose decoded pixels are equal, among {images.among}: {copies:,} equal an earlier one."
+    )
+    labels = [{images.class_of(index) for index in group} for group in groups]
+    if differ := sum(len(of_group) > 1 for of_group in labels):
+        text += f" In {differ:,} of the {len(groups):,} groups, the labels differ."
+    text += " The other lists have the first image of each group only."
+    entries = [
+        (list(group[:2]), f"{len(group)} equal images{_differing(of_group)}")
+        for group, of_group in zip(groups, labels, strict=True)
+    ]
+    rows = [
+        [number, images.names[index], images.class_of(index)] for number, group in enumerate(groups) for index in group
+    ]
+    return Listed("Groups of equal images", text, entries, [["group", "image", "label"], *rows])
+
+
+def _differing(labels: Collection[str]) -> str:
+    """Returns the labels of equal or nearly equal images for a caption, if they differ."""
+    named = sorted({label or "no label" for label in labels})
+    return f", labelled {' and '.join(named)}" if len(named) > 1 else ""
+
+
+def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighbors, grays: Tensor) -> Listed:
+    """Lists the pairs of images that are nearly equal."""
+    pairs = curation.near_duplicates(found, grays[different])
+    text = (
+        f"Pairs among {len(different):,} different images, the nearest first. The distance of a pair is divided by the "
+        f"mean distance of both to their {curation.LOCAL}th neighbor, in the features and in gray pictures of {GRAY} x "
+        f"{GRAY} pixels. It is below 1 in both, and the geometric mean, which is shown, is below {curation.NEAR}."
+    )
+    entries = []
+    rows: list[list[Any]] = [
+        ["image", "other", "distance", "cosine", "cosine of gray pictures", "label", "label of other"]
+    ]
+    for (first, second), distance, cosines in zip(different[pairs.images], *map(Tensor.tolist, pairs[1:]), strict=True):
+        labels = [images.class_of(first), images.class_of(second)]
+        entries.append(([int(first), int(second)], f"distance {distance:.2f}{_differing(labels)}"))
+        both = [f"{value:.6f}" for value in (distance, *cosines)]
+        rows.append([images.names[first], images.names[second], *both, *labels])
+    return Listed("Pairs of near-duplicates", text, entries, rows)
+
+
+def outliers(images: Images, different: np.ndarray, found: nearest.Neighbors) -> Listed:
+    """Lists the images that are farthest from others."""
+    distances = curation.outlier_distances(found)
+    order = distances.argsort(descending=True, stable=True).tolist()
+    text = (
+        f"All {len(order):,} different images, by the cosine distance of their features to their "
+        f"{curation.NEIGHBORS}th neighbor, the largest first; the median is {distances.median():.3g}. The list says "
+        f"what differs most, not that it is wrong: a rare class is at its top, too."
+    )
+    entries = [([int(different[index])], f"distance {distances[index]:.3g}") for index in order]
+    rows = [
+        [images.names[different[index]], f"{distances[index]:.6f}", images.class_of(different[index]),
+         images.clusters[different[index]] + 1]
+        for index in order
+    ]  # fmt: skip
+    return Listed("Outliers", text, entries, [["image", "distance", "label", "cluster"], *rows])
+
+
+def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors) -> Listed:
+    """Lists the images whose neighbors have another label."""
+    labels = torch.from_numpy(images.labels[different])
+    winners, excess = curation.votes(found, labels, len(images.classes))
+    order = [index for index in excess.argsort(descending=True, stable=True).tolist() if excess[index] > 0]
+    labelled = int((labels >= 0).sum())
+    text = (
+        f"{len(order):,} of {labelled:,} different labelled images: their {curation.NEIGHBORS} nearest neighbors vote "
+        f"for another class, weighted by exp(cosine / {curation.TEMPERATURE}). Those whose label has fewest votes in "
+        f"comparison are first; the difference is shown. The neighbors vote for the label of "
+        f"{1 - len(order) / labelled:.1%} of the images: the lower this is, the less the list means."
+    )
+    entries = []
+    rows: list[list[Any]] = [["image", "label", "label of the neighbors", "difference"]]
+    for index in order:
+        image = int(different[index])
+        voted = images.classes[winners[index]]
+        entries.append(([image], f"{images.class_of(image)}; neighbors: {voted}, {excess[index]:.0%}"))
+        rows.append([images.names[image], images.class_of(image), voted, f"{excess[index]:.6f}"])
+    return Listed("Images whose neighbors have another label", text, entries, rows)

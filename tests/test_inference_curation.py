@@ -1,0 +1,94 @@
+"""What stands out among features: near-duplicates, outliers, votes of neighbors; oracles are those of scikit-learn."""
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch.nn.functional import normalize
+
+from mae.inference import curation, neighbors
+
+
+def found_in(rows):
+    return neighbors.find(rows, k=curation.NEIGHBORS)
+
+
+def test_equal_images_are_in_groups():
+    assert curation.groups_of_equal(["a", "b", "a", "c", "b", "a"]) == [[0, 2, 5], [1, 4]]
+    assert curation.groups_of_equal(["a", "b"]) == []
+
+
+def test_near_duplicates_are_near_in_features_and_pictures():
+    """A pair is planted in both, another in the features only, and a third in the pictures only."""
+    rows, grays = torch.randn(300, 16), 128 + 40 * torch.randn(300, 64)
+    rows[1], grays[1] = rows[0] + 0.1 * torch.randn(16), grays[0] + 4 * torch.randn(64)
+    rows[3] = rows[2]
+    grays[5] = grays[4]
+    pairs = curation.near_duplicates(found_in(rows), grays)
+    assert pairs.images.tolist() == [[0, 1]]
+    expected = torch.stack([
+        torch.cosine_similarity(rows[0], rows[1], dim=0),
+        torch.corrcoef(grays[:2])[0, 1],
+    ])  # fmt: skip
+    torch.testing.assert_close(pairs.cosines[0], expected)
+    unit = [normalize(part, dim=1) for part in (rows, grays - grays.mean(dim=1, keepdim=True))]
+    ratios = []
+    for part in unit:
+        distances, _ = NearestNeighbors(n_neighbors=curation.LOCAL + 1).fit(part.numpy()).kneighbors(part[:2].numpy())
+        ratios.append(float((part[0] - part[1]).norm()) / distances[:, -1].mean())
+    np.testing.assert_allclose(pairs.distances, [np.sqrt(np.prod(ratios))], rtol=1e-4)
+
+
+def test_brightness_and_contrast_of_pictures_do_not_count():
+    rows, grays = torch.randn(100, 16), 128 + 40 * torch.randn(100, 64)
+    rows[1], grays[1] = 1.001 * rows[0], 20 + 0.5 * grays[0]
+    assert curation.near_duplicates(found_in(rows), grays).images.tolist() == [[0, 1]]
+
+
+def test_random_images_and_flat_pictures_have_no_near_duplicates():
+    rows = torch.randn(300, 16)
+    assert len(curation.near_duplicates(found_in(rows), torch.randn(300, 64)).images) == 0
+    assert len(curation.near_duplicates(found_in(rows), torch.ones(300, 64)).images) == 0
+
+
+def test_outliers_are_far_from_their_neighbors():
+    rows = torch.randn(200, 8) + 4
+    rows[[7, 50]] *= -1
+    distances = curation.outlier_distances(found_in(rows))
+    assert sorted(distances.argsort(descending=True)[:2].tolist()) == [7, 50]
+    oracle = NearestNeighbors(n_neighbors=curation.NEIGHBORS + 1, metric="cosine").fit(rows.double().numpy())
+    np.testing.assert_allclose(distances, oracle.kneighbors(rows.double().numpy())[0][:, -1], atol=1e-5)
+
+
+def test_votes_are_those_of_weighted_neighbors():
+    rows, labels = torch.randn(150, 6), torch.randint(0, 3, (150,))
+    rows[:, 0] += 2 * labels
+    winners, excess = curation.votes(found_in(rows), labels, 3)
+    for image in range(0, 150, 10):
+        others = np.delete(np.arange(150), image)
+        oracle = KNeighborsClassifier(
+            curation.NEIGHBORS, metric="cosine", weights=lambda distances: np.exp(-distances / curation.TEMPERATURE)
+        ).fit(rows[others].double().numpy(), labels[others].numpy())
+        (shares,) = oracle.predict_proba(rows[image : image + 1].double().numpy())
+        assert winners[image] == shares.argmax()
+        np.testing.assert_allclose(excess[image], shares.max() - shares[labels[image]], atol=1e-3)
+
+
+def test_images_without_a_label_have_no_vote_and_are_not_listed():
+    rows = torch.randn(60, 4)
+    labels = torch.full((60,), -1)
+    labels[:2] = torch.tensor([0, 1])
+    winners, excess = curation.votes(found_in(rows), labels, 2)
+    assert (excess[2:] == 0).all()
+    seen = neighbors.find(rows, k=curation.NEIGHBORS).indices[0]
+    assert winners[0] == (1 if 1 in seen else 0)
+
+
+def test_clusters_are_numbered_by_their_size_and_positions_have_a_range():
+    groups = [torch.randn(5 + 20 * number, 4) * 0.01 + torch.eye(4)[number] for number in range(4)]
+    components = curation.reduced(torch.cat(groups))
+    found = curation.clusters(components)
+    sizes = np.bincount(found)
+    assert len(sizes) == 10 and sizes.tolist() == sorted(sizes, reverse=True)
+    assert {*found[:5]}.isdisjoint(found[5:])
+    positions = curation.positions(components)
+    assert positions.min() == 0 and positions.max() == 1 and positions.shape == (140, 2)
