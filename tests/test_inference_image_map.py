@@ -15,6 +15,7 @@ import torch
 from mains import call, fails
 from PIL import Image
 
+import main_finetune
 from mae.inference import export, features, get_model, image_map, map_lists, report
 
 EVIL = "</script><script>alert(1)</script>"
@@ -204,3 +205,12 @@ def test_the_page_of_a_run_has_a_map_in_place_of_neighbors(pretrain, labelled):
     assert {file.name for file in out.glob("report_*.csv")} == {
         f"report_{name}.csv" for name in ("duplicates", "near_duplicates", "outliers", "labels")
     }
+
+
+def test_the_page_of_a_fine_tuned_run_has_a_map_of_its_training_images(classify, labelled):
+    out = classify(main_finetune, epochs=1, warmup_epochs=0)
+    page = call(report, out, "--map", device="cpu", num_workers=0)
+    data = data_of(page)
+    assert len(data["names"]) == 48 and data["colorings"][0]["names"] == [f"kind{number}" for number in range(6)]
+    assert "<h2>Images that are wrong</h2>" in page.read_text(encoding="utf-8")
+    assert (labelled / "train" / data["names"][0]).is_file()

@@ -15,6 +15,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ from mae.inference.classes import Model
 from mae.inference.features import POOLS
 from mae.inference.model import colors_of, to_bytes
 from mae.training.log import start_logging
+
+logger = logging.getLogger(__name__)
 
 IMAGES = 20_000  # images that are compared; of more, evenly spaced ones
 ON_MAP = 5_000  # images whose positions t-SNE computes: half a minute of a core
@@ -76,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser(
         "Draws a map of images, and lists equal images, near-duplicates, outliers, and labels that the neighbors do "
-        f"not have. It compares up to {IMAGES:,} images; of more, evenly spaced ones."
+        f"not have. Up to {IMAGES:,} images are compared; of more, evenly spaced ones."
     )
     feature_file.add_options(parser)
     parser.add_argument(
@@ -135,6 +138,7 @@ def take(model: Model, source: Source, features: Tensor, total: int, num_workers
     listed = {index for each in lists.values() for shown, _ in each.entries[:LISTED] for index in shown}
     chosen = on_map(len(source), sorted(listed))
     names = relative(images.names)
+    logger.info(f"map: t-SNE of {len(chosen):,} images")
     shown = map_of(images, names, features, components, looks.thumbnails, chosen)
     sections = [page.section("Map", page.paragraph(about_map(source, features, len(chosen))) + shown)]
     number_of = {index: number for number, index in enumerate(chosen)}
@@ -290,8 +294,10 @@ def relative(names: Sequence[str]) -> list[str]:
 
 def write_tables(path: Path, survey: Survey) -> None:
     """Writes the complete lists beside a page, as NAME_LIST.csv."""
-    for name, rows in survey.tables.items():
-        spreadsheet.write(path.with_name(f"{path.stem}_{name}.csv"), rows)
+    files = {name: path.with_name(f"{path.stem}_{name}.csv") for name in survey.tables}
+    for name, file in files.items():
+        spreadsheet.write(file, survey.tables[name])
+    print("lists:", *files.values())
 
 
 if __name__ == "__main__":
