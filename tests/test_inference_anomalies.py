@@ -120,9 +120,7 @@ def test_scores_and_maps_are_those_of_the_formula(model):
     scores, maps = memory(list(tested), batch_size=2)
     stages = getattr(model, "name", "") == "test_resnet"
     blocks = {4: [1, 2], 6: [2, 3], 5: [2, 3]}[len(model.reductions) if hasattr(model, "net") else len(model.blocks)]
-    rows, others = (
-        features_of(memory.patches.model, list(images), blocks, 3 if stages else 1) for images in (normal, tested)
-    )
+    rows, others = (features_of(memory.model, list(images), blocks, 3 if stages else 1) for images in (normal, tested))
     assert memory.rows.shape == (rows[..., 0].size, rows.shape[3])
     assert (rows.shape[1:3] == (20, 20)) == stages
     distances = cdist(others.reshape(-1, rows.shape[3]), rows.reshape(-1, rows.shape[3])).min(axis=1)
@@ -132,7 +130,7 @@ def test_scores_and_maps_are_those_of_the_formula(model):
     sigmas = [side / count / 2 for side, count in zip(sides, rows.shape[1:3], strict=True)]
     expected = [blurred(scaled(one[None], *sides)[0], sigmas) for one in distances]
     np.testing.assert_allclose(maps, expected, rtol=1e-3)
-    assert memory(normal).scores.max() == 0
+    assert memory(normal)[0].max() == 0
 
 
 def test_averages_and_blocks_of_ones_own():
@@ -148,19 +146,35 @@ def test_averages_and_blocks_of_ones_own():
         anomalies.fit(model, images, blocks=[4])
 
 
+def test_an_export_to_timm_has_the_features_of_the_encoder(tmp_path):
+    """anomalib makes its encoder by this call, and takes the outputs of blocks with the final norm."""
+    model = randomized(get_model("vit_mini_patch4", nb_classes=0, global_pool=False), 0.1)
+    file = tmp_path / "encoder.safetensors"
+    export.export(model, "safetensors", file)
+    call(export, model=file, to="timm", out=tmp_path / "vit_mine")
+    name = f"local-dir:{tmp_path / 'vit_mine'}"
+    net = timm.create_model(name, pretrained=True, pretrained_cfg=None, dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        maps = net.forward_intermediates(images, indices=[1, 2], norm=True, intermediates_only=True)
+        tokens = model.get_intermediate_layers(images, [1, 2])
+    for found, expected in zip(maps, tokens, strict=True):
+        torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
 def test_images_of_another_size_than_those_of_the_memory(encoder, folders):
     """Files are scaled as a whole, without a crop; the input of the model may have another size."""
     model = get_model(encoder)
     normal = sorted(folders.glob("normal/*.png"))
     memory = anomalies.fit(model, normal)
     large = [np.asarray(Image.open(name).resize((200, 100))) for name in normal[:2]]
-    assert memory(large).maps.shape == (2, 32, 32)
-    assert memory(torch.zeros(1, 1, 64, 48)).maps.shape == (1, 64, 48)
+    assert memory(large)[1].shape == (2, 32, 32)
+    assert memory(torch.zeros(1, 1, 64, 48))[1].shape == (1, 64, 48)
     scores, maps = memory(sorted(folders.glob("test/*/*.png")))
     assert scores[6:].min() > 2 * scores[:6].max()
     rows, columns = np.unravel_index(maps[6:].flatten(1).argmax(dim=1).numpy(), (32, 32))
     assert rows.max() < 7 and columns.min() > 25
-    assert model.preprocess is not memory.patches.model.preprocess
+    assert model.preprocess is not memory.model.preprocess
 
 
 def test_distances_are_exact_and_those_of_equal_rows_zero():
@@ -200,7 +214,7 @@ def test_a_large_memory_is_the_coreset_of_random_patches(encoder, folders, monke
     model, normal = get_model(encoder), sorted(folders.glob("normal/*.png"))
     memory = anomalies.fit(model, normal, size=10**6)
     assert memory.images.bincount().tolist() == [20] * 10
-    every = features_of(memory.patches.model, normal, [1, 2], 1).reshape(640, -1)
+    every = features_of(memory.model, normal, [1, 2], 1).reshape(640, -1)
     near = cdist(memory.rows.double(), every)
     assert near.min(axis=1).max() < 1e-3 and len({*near.argmin(axis=1)}) == 200
     assert (near.argmin(axis=1) // 64 == memory.images.numpy()).all()
@@ -218,7 +232,7 @@ def test_the_command_writes_scores_and_a_picture(encoder, folders, tmp_path, cap
     _, rows, output = run(folders, encoder, tmp_path / "out", capsys=capsys)
     names = sorted(map(str, folders.glob("test/*/*.png")))
     memory = anomalies.fit(get_model(encoder), sorted(folders.glob("normal/*.png")))
-    expected = dict(zip(names, memory(names).scores.tolist(), strict=True))
+    expected = dict(zip(names, memory(names)[0].tolist(), strict=True))
     found = {row["image"].removeprefix("'"): float(row["score"]) for row in rows}
     assert found == pytest.approx(expected, rel=1e-4)
     assert [*found.values()] == sorted(found.values(), reverse=True)
@@ -232,7 +246,7 @@ def test_normal_images_are_scored_without_their_own_patches(encoder, folders, tm
     _, rows, output = run(folders, encoder, tmp_path / "out", capsys=capsys)
     normal = sorted(folders.glob("normal/*.png"))
     scores = [
-        float(anomalies.fit(get_model(encoder), [*normal[:number], *normal[number + 1 :]])(name).scores)
+        float(anomalies.fit(get_model(encoder), [*normal[:number], *normal[number + 1 :]])(name)[0])
         for number, name in enumerate(normal)
     ]
     assert f"10 normal images, each without its own patches: median score {np.sort(scores)[4]:.4g}" in output
@@ -253,10 +267,13 @@ def test_lists_archives_and_images_without_classes(encoder, folders, tmp_path, c
 
 
 def test_one_normal_image_has_nothing_to_compare_with(encoder, folders, tmp_path, capsys):
-    (tmp_path / "one").mkdir()
-    Image.open(folders / "normal" / "0.png").save(tmp_path / "one" / "0.png")
-    call(anomalies, tmp_path / "one", folders / "test", model=encoder, out=tmp_path / "out", num_workers=0)
-    assert "one image" in capsys.readouterr().out
+    """Its copy has a warning."""
+    for folder in ("one", "copy"):
+        (tmp_path / folder).mkdir()
+        Image.open(folders / "normal" / "0.png").save(tmp_path / folder / "0.png")
+    call(anomalies, tmp_path / "one", tmp_path / "copy", model=encoder, out=tmp_path / "out", num_workers=0)
+    output = capsys.readouterr().out
+    assert "of one image" in output and "1 of the images are copies" in output
     assert "normal_below\n" in (tmp_path / "out" / "scores.csv").read_text().replace("\r", "")
 
 

@@ -26,7 +26,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from mae.files import spreadsheet
 from mae.files.untrusted import printable
 from mae.fp32 import in_fp32
 from mae.inference import features
-from mae.inference.classes import NOT_IN_FEATURES, Images, Model
+from mae.inference.classes import NOT_IN_FEATURES, ImageLike, Images, Model
 from mae.inference.model import get_model, to_bytes, to_rgb
 from mae.settings import types
 from mae.settings.choices import NO_CROP
@@ -69,30 +69,32 @@ SIDE = 320  # pixels of the longer side of an image in the picture
 NORMAL_NAMES = ("good", "normal", "ok")  # classes without defects; the first is that of MVTec AD
 
 
-class Anomalies(NamedTuple):
-    """Scores of images, and their heat maps."""
+class Memory:
+    """Features of the patches of normal images. A call scores images.
 
-    scores: Tensor  # (B,), the distance of the patch that is farthest from the memory
-    maps: Tensor  # (B, H, W), in the size of the input of the model
-
-
-class Patches:
-    """The features of patches: the outputs of blocks, averaged over neighboring patches (section 3.1 of the paper).
-
-    At a border, the average is that of the patches that exist. Maps of coarser grids are scaled to the finest one
-    (bilinear). A feature has the outputs of all blocks.
+    The features of a patch are the outputs of blocks, averaged over neighboring patches (section 3.1 of the paper). At
+    a border, the average is that of the patches that exist. Maps of coarser grids are scaled to the finest one, by
+    bilinear interpolation.
 
     Args:
         model: its images are scaled as a whole to the size of its input. The crop of its evaluation would remove the
             defects at a border.
-        blocks: indices of the blocks, or of the stages of a model of timm. Default: `middle_blocks`.
+        blocks: indices of the blocks, or of the stages of a model of timm. Default: the blocks at half and three
+            quarters of the depth, 5 and 8 of 12; of several grids, the two stages before the last one, as in the paper.
         average: side of the square of patches for the average, an odd number; 1: no average. Default: 3, as in the
             paper, if the blocks have several grids, as in convolutional networks; else 1, because a token of a
             transformer contains its neighbors.
 
+    Attributes:
+        rows: features (M, D).
+        images: (M,), the number of the normal image that a row is of.
+
     Raises:
         ValueError: `average` is even.
     """
+
+    rows: Tensor
+    images: Tensor
 
     def __init__(self, model: Model, blocks: Sequence[int] | None = None, average: int | None = None) -> None:
         if average is not None and average % 2 == 0:
@@ -101,82 +103,73 @@ class Patches:
         size = model.settings["input_size"]
         mode = model.settings.get("interpolation")
         self.model.preprocess = transforms.eval_transform(size, crop=NO_CROP, interpolation=mode)
-        self.blocks = middle_blocks(model) if blocks is None else blocks
-        self.average = average or (3 if len({*_grids(model)}) > 1 else 1)
-
-    def maps(self, imgs: Tensor, **inputs: Tensor) -> Tensor:
-        """Normalized images (B, c, H, W) -> features (B, D, h, w) of the finest grid, fp32."""
-        maps = self.model.get_intermediate_maps(imgs, self.blocks, **inputs)
-        padding = self.average // 2
-        means = [
-            nn.functional.avg_pool2d(one.float(), self.average, 1, padding, count_include_pad=False) for one in maps
-        ]
-        grid = max((one.shape[2:] for one in means), key=math.prod)
-        return torch.cat([nn.functional.interpolate(one, grid, mode="bilinear") for one in means], dim=1)
-
-    def sampler(self, count: int, seed: int = 0) -> Callable[..., Tensor]:
-        """Returns a function: normalized images (B, c, H, W) -> features (B, k, D) of `count` random patches of each
-        image, or of all patches, if there are fewer.
-        """
-        generator = torch.Generator().manual_seed(seed)
-
-        def sample(imgs: Tensor, **inputs: Tensor) -> Tensor:
-            rows = self.maps(imgs, **inputs).flatten(2).transpose(1, 2)
-            if count >= rows.shape[1]:
-                return rows
-            chosen = torch.rand(rows.shape[:2], generator=generator).argsort(dim=1)[:, :count, None].to(rows.device)
-            return rows.gather(1, chosen.expand(-1, -1, rows.shape[2]))
-
-        return sample
-
-
-def middle_blocks(model: Model) -> list[int]:
-    """Returns the indices of the blocks at half and three quarters of the depth: 5 and 8 of 12 blocks.
-
-    Of a model of timm whose stages have several grids, they are the two stages before the last one, as in the paper.
-    """
-    grids = _grids(model)
-    depth = len(grids)
-    if len({*grids}) > 1:
-        return [depth - 3, depth - 2] if depth > 2 else [0]
-    return sorted({max(0, depth // 2 - 1), max(0, 3 * depth // 4 - 1)})
-
-
-def _grids(model: Model) -> list[int]:
-    """Returns a number for the grid of each block, which is equal for equal grids."""
-    return model.reductions if isinstance(model, TimmEncoder) else [1] * len(model.blocks)
-
-
-class Memory:
-    """Patches of normal images. A call scores images.
-
-    Args:
-        patches: computes the features.
-        rows: features (M, D).
-        images: (M,), the number of the normal image that a row is of.
-    """
-
-    def __init__(self, patches: Patches, rows: Tensor, images: Tensor) -> None:
-        self.patches = patches
-        self.rows = rows
-        self.images = images
+        grids = model.reductions if isinstance(model, TimmEncoder) else [1] * len(model.blocks)
+        depth = len(grids)
+        has_stages = len({*grids}) > 1
+        middle = {depth - 3, depth - 2} if has_stages else {depth // 2 - 1, 3 * depth // 4 - 1}
+        self.blocks = sorted({max(0, block) for block in middle}) if blocks is None else blocks
+        self.average = average or (3 if has_stages else 1)
 
     @torch.inference_mode()
-    def __call__(self, images: Images, batch_size: int = 32) -> Anomalies:
+    def __call__(self, images: Images, batch_size: int = 32) -> tuple[Tensor, Tensor]:
         """Scores images, and computes their heat maps.
 
         Args:
             images: as in `ModelMixin.prepare`. They may have another size than the images of the memory.
+
+        Returns:
+            The scores (B,), the distance of the patch that is farthest from the memory; and the heat maps (B, H, W), in
+            the size of the input of the model.
 
         Raises:
             ValueError, BadImage, OSError: as in `ModelMixin.prepare`.
         """
         distances = []
         maps = []
-        for imgs in _batches(self.patches.model, _several(images), batch_size):
+        for imgs in self.batches(images, batch_size):
             distances.append(self.distances(imgs).cpu())
             maps.append(heat_maps(distances[-1], *imgs.shape[2:]))
-        return Anomalies(torch.cat(distances).amax(dim=(1, 2)), torch.cat(maps))
+        return torch.cat(distances).amax(dim=(1, 2)), torch.cat(maps)
+
+    def batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
+        """Yields images of any kind as batches of the input of the model."""
+        several = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
+        with self.model.evaluating(*NOT_IN_FEATURES):
+            for start in range(0, max(1, len(several)), batch_size):
+                yield self.model.prepare(several[start : start + batch_size])
+
+    def features(self, imgs: Tensor, **inputs: Tensor) -> Tensor:
+        """Normalized images (B, c, H, W) -> features (B, D, h, w) of the finest grid, fp32."""
+        maps = self.model.get_intermediate_maps(imgs, self.blocks, **inputs)
+        options: Any = {"stride": 1, "padding": self.average // 2, "count_include_pad": False}
+        means = [nn.functional.avg_pool2d(one.float(), self.average, **options) for one in maps]
+        grid = max((one.shape[2:] for one in means), key=math.prod)
+        return torch.cat([nn.functional.interpolate(one, grid, mode="bilinear") for one in means], dim=1)
+
+    def sampler(self, count: int, seed: int = 0) -> Callable[..., Tensor]:
+        """Returns a function: normalized images (B, c, H, W) -> features (B, k, D) of random patches of each image, or
+        of all. Those of `count` images are CANDIDATES at most, or one of each image.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def sample(imgs: Tensor, **inputs: Tensor) -> Tensor:
+            rows = self.features(imgs, **inputs).flatten(2).transpose(1, 2)
+            k = max(1, CANDIDATES // max(1, count))
+            if k >= rows.shape[1]:
+                return rows
+            chosen = torch.rand(rows.shape[:2], generator=generator).argsort(dim=1)[:, :k, None].to(rows.device)
+            return rows.gather(1, chosen.expand(-1, -1, rows.shape[2]))
+
+        return sample
+
+    def fill(self, rows: Tensor, size: int = SIZE, seed: int = 0) -> None:
+        """Sets the features (n, k, D) of k patches of each normal image, or their `coreset` of this size."""
+        self.images = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+        self.rows = rows.flatten(0, 1)
+        if size < len(self.rows):
+            chosen = coreset(self.rows, size, seed)
+            self.rows = self.rows[chosen]
+            self.images = self.images[chosen]
 
     def distances(self, imgs: Tensor, without: Sequence[int] | None = None, **inputs: Tensor) -> Tensor:
         """Normalized images (B, c, H, W) -> distances of their patches to the nearest in the memory (B, h, w), fp32.
@@ -184,7 +177,7 @@ class Memory:
         Args:
             without: for each image, the normal image whose patches are ignored.
         """
-        maps = self.patches.maps(imgs, **inputs)
+        maps = self.features(imgs, **inputs)
         found = []
         for number, one in enumerate(maps.flatten(2).transpose(1, 2)):
             ignored = None if without is None else self.images == without[number]
@@ -192,50 +185,26 @@ class Memory:
         return torch.stack(found).view(len(maps), *maps.shape[2:])
 
 
+@torch.inference_mode()
 def fit(
-    model: Model, images: Images, blocks: Sequence[int] | None = None, average: int | None = None, size: int = SIZE,
-    batch_size: int = 32, seed: int = 0,
+    model: Model, images: Sequence[ImageLike] | Tensor, blocks: Sequence[int] | None = None,
+    average: int | None = None, size: int = SIZE, batch_size: int = 32, seed: int = 0,
 ) -> Memory:  # fmt: skip
     """Returns the memory of normal images.
 
     Args:
-        images: as in `ModelMixin.prepare`.
-        blocks, average: as in `Patches`.
+        images: a list of images as in `ModelMixin.prepare`, or a tensor (B, c, H, W).
+        blocks, average: as in `Memory`.
         size: number of patches in the memory. If there are more, they are the `coreset` of CANDIDATES random patches.
         seed: of the random choices.
 
     Raises:
         ValueError, BadImage, OSError: as in `ModelMixin.prepare`, or there is no block with one of the indices.
     """
-    patches = Patches(model, blocks, average)
-    several = _several(images)
-    sample = patches.sampler(max(1, CANDIDATES // max(1, len(several))), seed)
-    with torch.inference_mode():
-        rows = torch.cat([sample(imgs) for imgs in _batches(patches.model, several, batch_size)])
-        return memory_of(patches, rows, size, seed)
-
-
-def memory_of(patches: Patches, rows: Tensor, size: int = SIZE, seed: int = 0) -> Memory:
-    """Returns the memory of features (n, k, D) of k patches of each normal image; `size` and `seed`: as in `fit`."""
-    images = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
-    rows = rows.flatten(0, 1)
-    if size < len(rows):
-        chosen = coreset(rows, size, seed)
-        rows = rows[chosen]
-        images = images[chosen]
-    return Memory(patches, rows, images)
-
-
-def _several(images: Any) -> Any:
-    """Returns several images; a single one as a list."""
-    return images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
-
-
-def _batches(model: Model, several: Any, batch_size: int) -> Iterator[Tensor]:
-    """Yields images of any kind as batches of the input of a model."""
-    with model.evaluating(*NOT_IN_FEATURES):
-        for start in range(0, max(1, len(several)), batch_size):
-            yield model.prepare(several[start : start + batch_size])
+    memory = Memory(model, blocks, average)
+    sample = memory.sampler(len(images), seed)
+    memory.fill(torch.cat([sample(imgs) for imgs in memory.batches(images, batch_size)]), size, seed)
+    return memory
 
 
 @in_fp32
@@ -247,7 +216,7 @@ def nearest(rows: Tensor, memory: Tensor, ignored: Tensor | None = None) -> Tens
     Args:
         ignored: (M,), True for rows that are none of the memory.
     """
-    center = memory.mean(dim=0)  # smaller numbers have smaller rounding errors
+    center = memory.mean(dim=0)  # as in `coreset`
     others = memory - center
     halves = others.square().sum(dim=1) / 2
     if ignored is not None:
@@ -264,9 +233,9 @@ def coreset(rows: Tensor, size: int, seed: int = 0) -> Tensor:
     PROJECTED dimensions are projected to so many by a random matrix.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = rows.float() - rows.float().mean(dim=0)
     if rows.shape[1] > PROJECTED:
         rows = rows @ torch.randn(rows.shape[1], PROJECTED, generator=generator).to(rows.device)
+    rows = rows - rows.mean(dim=0)  # smaller numbers have smaller rounding errors
     halves = rows.square().sum(dim=1) / 2
     index = torch.randint(len(rows), (1,), generator=generator)[0].to(rows.device)
     smallest = torch.full_like(halves, torch.inf)  # half the squared distance to the nearest chosen row
@@ -307,7 +276,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--blocks", type=int, nargs="+", metavar="N",
         help="indices of the blocks with the features; -1 is the last one (default: those at half and three quarters "
-        "of the depth; of timm's convolutional networks, the two stages before the last one)",
+        "of the depth; of convolutional networks of timm, the two stages before the last one)",
     )  # fmt: skip
     parser.add_argument(
         "--average", type=types.positive_int, metavar="N",
@@ -342,24 +311,23 @@ def main(args: argparse.Namespace) -> Tensor:
         normal, tested = (readable(one, model.in_chans, args.num_workers, model.values) for one in (normal, tested))
     for source in (normal, tested):
         extra_inputs.require_fitting(model, source)
-    patches = Patches(model, args.blocks, args.average)
+    memory = Memory(model, args.blocks, args.average)
     precision = Precision(args.amp, device)
 
     def compute(source: Source, function: Callable[..., Tensor]) -> Tensor:
-        step = _Step(patches.model, function)
+        step = _Step(memory.model, function)
         sizes = (args.batch_size, args.num_workers)
         return torch.from_numpy(features.extract(step, source, None, {}, *sizes, precision, args.fast_jpeg))
 
-    with torch.inference_mode():
-        rows = compute(normal, patches.sampler(max(1, CANDIDATES // len(normal))))
-        memory = memory_of(patches, rows.to(device), args.memory)
-        logger.info(
-            f"memory: {len(memory.rows):,} of {len(rows) * rows.shape[1]:,} patches of {len(normal):,} normal images; "
-            f"blocks {' '.join(map(str, patches.blocks))}"
-        )
-        compared = _without_own(memory, normal, compute)
-        distances = compute(tested, memory.distances)
-    return report(patches.model, tested, distances, compared, args.out)
+    rows = compute(normal, memory.sampler(len(normal)))
+    memory.fill(rows.to(device), args.memory)
+    logger.info(
+        f"memory: {len(memory.rows):,} of {len(rows) * rows.shape[1]:,} patches of {len(normal):,} normal images; "
+        f"blocks {' '.join(map(str, memory.blocks))}"
+    )
+    compared = _without_own(memory, normal, compute)
+    distances = compute(tested, memory.distances)
+    return report(memory.model, tested, distances, compared, args.out)
 
 
 class _Step(features.Extractor):
@@ -413,6 +381,10 @@ def report(model: Model, source: Source, distances: Tensor, compared: Tensor, ou
     scores = distances.amax(dim=(1, 2))
     if not scores.isfinite().all():
         raise ValueError(f"the features of {int((~scores.isfinite()).sum()):,} images are not finite")
+    if copies := int((scores == 0).sum()):
+        logger.warning(
+            f"{copies:,} of the images are copies of normal images: all of their patches have the distance 0"
+        )
     normal = compared.amax(dim=(1, 2)).sort().values
     order = scores.argsort(descending=True, stable=True).tolist()
     counts = torch.searchsorted(normal, scores).tolist()
@@ -454,26 +426,31 @@ def auroc(source: Source, scores: np.ndarray) -> str:
 def draw(model: Model, source: Source, indices: Sequence[int], distances: Tensor, compared: Tensor, path: Path) -> None:
     """Draws images beside their heat maps.
 
-    Colors begin at the median of the distances `compared`, and end at their maximum.
+    Colors begin at the 95 % quantile of the distances `compared`, and end at their maximum.
 
     Args:
         indices: of the images, among the distances (n, h, w).
         compared: distances of any shape.
     """
     samples = features.samples_of(model, source)
-    low, high = compared.median(), compared.max()
-    columns = min(4, len(indices))
-    count = math.ceil(len(indices) / columns)
-    figure = tables.new_figure(4 * columns, 2.4 * count)
-    for axes in figure.subplots(count, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, index in zip(figure.axes, indices, strict=False):
+    low, high = np.quantile(compared.numpy(), (0.95, 1))
+    pairs = []
+    for index in indices:
         picture = _picture(model, samples, index)
-        heat = heat_maps(distances[index : index + 1], *picture.shape[:2])[0]
-        level = ((heat - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).numpy()
-        axes.imshow(np.concatenate([picture, overlay(picture, level)], axis=1))
+        heat = heat_maps(distances[index : index + 1], *picture.shape[:2])[0].numpy()
+        level = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
+        pairs.append(np.concatenate([picture, overlay(picture, level)], axis=1))
+    columns = min(4, len(pairs))
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    heights = [4 * max(len(pair) / pair.shape[1] for pair in row) + 0.5 for row in rows]  # in inches
+    figure = tables.new_figure(4 * columns, sum(heights))
+    every = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).ravel()
+    for axes in every:
+        axes.axis("off")
+    for axes, index, pair in zip(every, indices, pairs, strict=False):
+        axes.imshow(pair)
         name = printable(os.sep.join(Path(source.name(index)).parts[-2:]))
-        axes.set_title(f"{name[-40:]}\n{distances[index].max():.4g}", fontsize=8)
+        axes.set_title(f"{name[-40:]}\nscore {distances[index].max():.4g}", fontsize=8)
     tables.save(figure, path)
 
 
