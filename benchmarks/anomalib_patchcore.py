@@ -1,11 +1,11 @@
 """The PatchCore of anomalib on given features. `anomalies.py` starts it in an environment with anomalib.
 
-    python benchmarks/anomalib_patchcore.py GIVEN.npz RESULT.npz
+    python benchmarks/anomalib_patchcore.py GIVEN.npz RESULT.npz GIVEN.npz RESULT.npz ...
 
 GIVEN has the outputs of blocks for normal and for tested images, `normal0` (n, D, h, w), `normal1`, ..., `tested0`,
-..., the number of rows of the memory, `size`, and the `input_size` of the images (2,). RESULT has the `scores` (m,) and
-`maps` (m, H, W) of the tested images, the `distances` of their patches (m, h, w), the `embeddings` (h * w, D) of the
-first of them, and the `memory` (size, D).
+..., and the `input_size` of the images (2,). RESULT has the `scores` (m,) and `maps` (m, H, W) of the tested images,
+the `distances` of their patches (m, h, w), the `embeddings` (h * w, D) of the first of them, and the `memory` (M, D), a
+tenth of the patches of the normal images.
 """
 
 import sys
@@ -44,15 +44,15 @@ def main(given_file: Path, result_file: Path) -> None:
     model.anomaly_map_generator.register_forward_pre_hook(record)
     model.train()
     run("normal")
-    rows = sum(map(len, model.embedding_store))
-    model.subsample_embedding((int(given["size"]) + 0.5) / rows)
+    model.subsample_embedding(0.1)
     model.eval()
     run("tested")
     pooled = {layer: model.feature_pooler(given[f"tested{layer}"][:1]) for layer in layers}
     embeddings = model.reshape_embedding(model.generate_embedding(pooled))
-    result = {name: torch.cat(values).numpy() for name, values in found.items() if values}
+    result: dict[str, Any] = {name: torch.cat(values).numpy() for name, values in found.items() if values}
     np.savez(result_file, **result, embeddings=embeddings.numpy(), memory=model.memory_bank.numpy())
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    for given, result in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(Path(given), Path(result))

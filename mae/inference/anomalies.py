@@ -237,15 +237,15 @@ def coreset(rows: Tensor, size: int, seed: int = 0) -> Tensor:
         rows = rows @ torch.randn(rows.shape[1], PROJECTED, generator=generator).to(rows.device)
     rows = rows - rows.mean(dim=0)  # smaller numbers have smaller rounding errors
     halves = rows.square().sum(dim=1) / 2
-    index = torch.randint(len(rows), (1,), generator=generator)[0].to(rows.device)
     smallest = torch.full_like(halves, torch.inf)  # half the squared distance to the nearest chosen row
-    chosen = []
-    for _ in tqdm(range(size), desc="coreset", unit="patch", leave=False, disable=None):
-        chosen.append(index)
-        smallest = smallest.minimum(halves + halves[index] - rows @ rows[index])
+    chosen = torch.randint(len(rows), (size,), generator=generator).to(rows.device)
+    for number in tqdm(range(size), desc="coreset", unit="patch", leave=False, disable=None):
+        if number:
+            chosen[number] = smallest.argmax()
+        index = chosen[number]
+        torch.minimum(smallest, halves + halves[index] - rows @ rows[index], out=smallest)
         smallest[index] = -torch.inf  # also of equal rows, none is chosen twice
-        index = smallest.argmax()
-    return torch.stack(chosen)
+    return chosen
 
 
 def heat_maps(distances: Tensor, height: int, width: int) -> Tensor:
