@@ -281,7 +281,7 @@ def test_a_batch_has_the_labels_of_single_images():
         source = open_source("train", dataset="py:tests:none", function=lambda *_: images, task="multilabel")  # noqa: B023
         samples = Samples(cached(source), transforms.eval_transform(8, crop="none"), in_chans=3, seed=0)
         assert isinstance(samples.__getitems__([(0, 0)]), Batch) == is_whole_batch
-        (batch, *_) = loader.eval_loader(samples, 4, 0, False)
+        (batch, *_) = loader.eval_loader(samples, 4, 1, False)  # of a worker process
         (expected, *_) = loader.eval_loader(Samples(source, samples.transform, in_chans=3, seed=0), 4, 0, False)
         assert torch.equal(batch.labels, expected.labels)
         assert batch.labels.dtype == expected.labels.dtype

@@ -178,9 +178,10 @@ class RandomFlip:
     def __call__(self, values: Values) -> Values:
         return [self.flip(value) for value in values] if torch.rand(1) < self.probability else values
 
-    def of_batch(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Flips images (B, c, H, W), each with its number (B,) from `torch.rand`."""
-        return torch.where((numbers < self.probability).view(-1, 1, 1, 1), self.flip(images), images)
+    def flip_some(self, images: Tensor, numbers: Tensor) -> None:
+        """Flips some of the images (B, c, H, W) in place: each has a uniform random number (B,)."""
+        chosen = numbers < self.probability
+        images[chosen] = self.flip(images[chosen])
 
 
 class ChangeImage:

@@ -136,18 +136,22 @@ class Samples(Dataset):
         Args:
             stacked: all images (n, H, W, c), decoded.
         """
+        positions = [
+            self._position(epoch, index, repeat)
+            for (epoch, index), same in itertools.groupby(keys)
+            for repeat, _ in enumerate(same)
+        ]
         noises: list[Tensor] = []
-        numbers: list[Tensor] = []
+        numbers = torch.empty(len(keys), len(flips))
         with torch.random.fork_rng([]):
-            for (epoch, index), same in itertools.groupby(keys):
-                for repeat, _ in enumerate(same):
-                    seed_torch(*self._position(epoch, index, repeat))
-                    noises += [self.draw_noise()] if self.draw_noise else []
-                    numbers.append(torch.rand(len(flips)))
+            for position, of_flips in zip(positions, numbers, strict=True):
+                seed_torch(*position)
+                noises += [self.draw_noise()] if self.draw_noise else []
+                of_flips.uniform_()  # as `torch.rand`, in half of its time
         indices = [index for _, index in keys]
         images = torch.from_numpy(stacked[indices]).permute(0, 3, 1, 2)
-        for flip, of_flip in zip(flips, torch.stack(numbers).unbind(1), strict=True):
-            images = flip.of_batch(images, of_flip)
+        for flip, of_images in zip(flips, numbers.unbind(1), strict=True):
+            flip.flip_some(images, of_images)
         source: Any = self.source
         labels = default_collate([label_at(source.labels, index) for index in indices])
         return Batch(images, labels, noise=torch.stack(noises) if noises else None)
