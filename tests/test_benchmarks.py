@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import ROOT
 from mains import lines
 from PIL import Image
@@ -23,6 +24,7 @@ from benchmarks import (
     image_sets,
     input_pipeline,
     leaderboard,
+    lean,
     letters,
     machine,
     model_table,
@@ -64,6 +66,32 @@ def test_peers_have_our_parameters(size):
     vit = getattr(models_vit, f"vit_{size}")
     assert count(peers.timm_classifier, size) == count(vit, global_pool=True)
     assert count(peers.transformers_encoder, size) == count(vit, num_classes=0)
+
+
+def test_the_lean_loop_has_the_method_of_the_recipe():
+    """Its loss is that of our model with the same weights and noise."""
+    names = {
+        "patch_embed.proj.": "embed.", "decoder_embed.": "decoder_embed.", "decoder_pred.": "predict.",
+        "cls_token": "cls_token", "mask_token": "mask_token", "decoder_blocks.0.": "decoder.0.",
+        "decoder_norm.": "decoder.1.", "blocks.": "blocks.", "norm.": "blocks.4.",
+    }  # fmt: skip
+    recipe = yaml.safe_load((ROOT / "recipes/pretrain_fashion_mnist.yaml").read_text())
+    settings = {name: recipe[name] for name in ("patch_size", "in_chans", "norm_pix_loss", "uniformity")}
+    model = models_mae.mae_vit_mini_patch4(img_size=recipe["input_size"], **settings)
+    weights = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            prefix = next(prefix for prefix in names if name.startswith(prefix))
+            new = (names[prefix] + name.removeprefix(prefix)).replace(".attn.", ".")
+            weights[new.replace("fc1", "0").replace("fc2", "2")] = weight.flatten(1) if weight.ndim > 3 else weight
+    theirs = lean.Autoencoder()
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert (set(missing), unexpected) == ({"positions", "decoder_positions"}, [])
+    images = torch.randn(6, 1, 28, 28)
+    noise = torch.rand(6, 16, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(3)
+    expected = sum(model(images, recipe["mask_ratio"], noise=noise)[0].values())
+    torch.testing.assert_close(theirs(images[:, 0]), expected, rtol=1e-5, atol=0)
 
 
 def run(script, out, *argv):
