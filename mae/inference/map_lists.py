@@ -133,13 +133,17 @@ def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors
     """Lists the images whose neighbors have another label."""
     labels = torch.from_numpy(images.labels[different])
     winners, excess = curation.votes(found, labels, len(images.classes))
-    order = [index for index in excess.argsort(descending=True, stable=True).tolist() if excess[index] > 0]
+    by_both = np.lexsort(
+        (-found.similarities.mean(dim=1).numpy(), -excess.numpy())
+    )  # of equal votes, those of nearer neighbors
+    order = [index for index in by_both.tolist() if excess[index] > 0]
     labelled = int((labels >= 0).sum())
     text = (
         f"{len(order):,} of {labelled:,} different labelled images: their {curation.NEIGHBORS} nearest neighbors vote "
         f"for another class, weighted by exp(cosine / {curation.TEMPERATURE}). Those whose label has fewest votes in "
-        f"comparison are first; the difference is shown. The neighbors vote for the label of "
-        f"{1 - len(order) / labelled:.1%} of the images: the lower this is, the less the list means."
+        f"comparison are first, and of equal ones those with nearer neighbors; the difference is shown. The neighbors "
+        f"vote for the label of {1 - len(order) / labelled:.1%} of the images: the lower this is, the less the list "
+        f"means."
     )
     entries = []
     rows: list[list[Any]] = [["image", "label", "label of the neighbors", "difference"]]
