@@ -36,3 +36,17 @@ print(json.dumps(list(sys.modules)))
     modules = set(json.loads(done.stdout))
     assert set(SCRIPTS) <= modules
     assert sorted(modules & set(SLOW)) == []
+
+
+def test_features_of_pictures_import_no_slow_package(pretrain):
+    """A prediction takes little longer than importing PyTorch: torchvision imports the compiler of PyTorch."""
+    code = f"""
+import json, sys
+from PIL import Image
+from mae import get_model
+model = get_model({str(pretrain(epochs=1) / "checkpoint-0.pth")!r})
+assert model.extract_feat([Image.new("RGB", (40, 30)), Image.new("L", (16, 16))]).shape[0] == 2
+print(json.dumps(list(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(set(json.loads(done.stdout)) & set(SLOW)) == []

@@ -1,8 +1,6 @@
-"""The stages of transforms, on the functions of torchvision's transforms of version 2.
+"""The stages of augmentations and of segmentation, on the functions of torchvision's transforms of version 2.
 
-A stage changes an image and, in the same way, what has its size: its valid pixels, its maps and its mask, according to
-their types (`torchvision.tv_tensors`). Pictures of 8 bits are Pillow images, whose pixels are those of the published
-results. `transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
+`transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
 """
 
 import math
@@ -10,117 +8,18 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as F
 
-from mae.data.bicubic_weights import weights
-from mae.data.item import IGNORED, Item
-from mae.data.pixels import MAX_PIXELS, SMALL, BadImage, has_bytes, require_size, size_of, to_pillow, to_tensor
+from mae.data.item import IGNORED
+from mae.data.pixels import MAX_PIXELS, BadImage, size_of, to_pillow
+from mae.data.stages import BILINEAR, RandomFlip, Scale, Stage, Values, resize, scale
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
-
-BICUBIC = InterpolationMode.BICUBIC
-BILINEAR = InterpolationMode.BILINEAR
-MAX_INVALID = 0.01  # weight of the invalid pixels in a valid pixel of a scaled image
-
-Values = list[Any]  # the image of an item, and then its valid pixels, mask and maps, if there are any
-Stage = Callable[[Values], Values]
-
-
-class Stages:
-    """Applies stages to the image of a decoded item, and to what has its size. The result has tensors.
-
-    Scaling an image mixes its pixels. A pixel is valid if the weights of the valid pixels have the sum 1.
-
-    Raises (when called):
-        BadImage: the mask or a map has another size than the image.
-    """
-
-    def __init__(self, *stages: Stage) -> None:
-        self.stages = stages
-
-    def __call__(self, item: Item) -> Item:
-        image, label, valid, inputs = item
-        values: Values = [image]
-        if valid is not None:
-            values.append(tv_tensors.Image(valid[None].float()))
-        has_mask = isinstance(label, tv_tensors.TVTensor)
-        if has_mask:
-            require_size(image, label.shape[-2:], "mask")
-            values.append(label)
-        maps = [name for name, value in inputs.items() if isinstance(value, tv_tensors.TVTensor)] if inputs else []
-        for name in maps:
-            require_size(image, inputs[name].shape[-2:], f"map {name}")
-            values.append(inputs[name])
-        for stage in self.stages:
-            values = stage(values)
-        image, *others = values
-        if valid is not None:
-            valid = _valid_pixels(others.pop(0))
-        if has_mask:
-            label = others.pop(0).as_subclass(Tensor)
-        scaled = {name: value.as_subclass(Tensor)[0] for name, value in zip(maps, others, strict=True)}
-        return Item(to_tensor(image), label, valid, {**inputs, **scaled} if scaled else inputs)
-
-    def flips_of(self, size: tuple[int, int]) -> "list[RandomFlip] | None":
-        """Returns the flips, if images of a size (height, width) are flipped only. None: other stages change them."""
-        changing = [stage for stage in self.stages if not (type(stage) is Scale and stage.size == size)]
-        flips = [stage for stage in changing if type(stage) is RandomFlip]
-        return flips if len(flips) == len(changing) else None
-
-
-def _valid_pixels(weights: Tensor) -> Tensor | None:
-    """Weights of the valid pixels (1, H, W) -> the valid pixels (H, W); None: all."""
-    valid = (weights.as_subclass(Tensor)[0] - 1).abs() < MAX_INVALID
-    return None if valid.all() else valid
-
-
-def scale(value: Any, height: int, width: int, mode: InterpolationMode = BICUBIC) -> Any:
-    """Scales an image or a map with antialiasing, and a mask to the nearest pixel.
-
-    Bytes of Pillow images and of tensors with up to SMALL pixels per side equal the bytes of Pillow.
-    """
-    if isinstance(value, Image.Image):
-        return value.resize((width, height), Image.Resampling[mode.name])
-    if mode == BICUBIC and type(value) is Tensor and has_bytes(value) and max(value.shape[1:]) <= SMALL:
-        if max(height, width) > SMALL:
-            return scale(to_pillow(value), height, width)
-        # By products of matrices, in a fraction of the time of Pillow.
-        rows = _rounded(value.numpy().astype(np.float64) @ weights(value.shape[2], width).T)
-        return torch.from_numpy(_rounded(weights(value.shape[1], height) @ rows).astype(np.uint8))
-    return _resize(value, [height, width], mode)
-
-
-def _resize(value: Any, size: list[int], mode: InterpolationMode) -> Any:
-    """Scales with antialiasing. Bytes of more channels than color are scaled as floats, and rounded."""
-    if type(value) is Tensor and not has_bytes(value):
-        return TF.resize(value, size, mode)  # of version 1: version 2 computes with integers
-    return F.resize(value, size, mode)
-
-
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """Rounds pixels to bytes, in place."""
-    values += 0.5
-    np.floor(values, out=values)
-    return np.minimum(np.maximum(values, 0, out=values), 255, out=values)
-
-
-class Scale:
-    """Scales images to (height, width). Images of this size are unchanged."""
-
-    def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
-        self.size = size
-        self.mode = mode
-
-    def __call__(self, values: Values) -> Values:
-        return values if size_of(values[0]) == self.size else [scale(value, *self.size, self.mode) for value in values]
 
 
 class RandomCrop:
@@ -150,38 +49,6 @@ class RandomCrop:
             for value in values
         )
         return [scale(part, *self.size) for part in parts]
-
-
-class CenterCrop:
-    """Crops the center (height, width)."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, values: Values) -> Values:
-        if size_of(values[0]) == self.size:
-            return values
-        return [F.center_crop(value, list(self.size)) for value in values]
-
-
-class RandomFlip:
-    """Flips images with a probability.
-
-    Args:
-        flip: `F.horizontal_flip` or `F.vertical_flip`.
-    """
-
-    def __init__(self, flip: Callable[[Any], Any], probability: float) -> None:
-        self.flip = flip
-        self.probability = probability
-
-    def __call__(self, values: Values) -> Values:
-        return [self.flip(value) for value in values] if torch.rand(1) < self.probability else values
-
-    def flip_some(self, images: Tensor, numbers: Tensor) -> None:
-        """Flips some of the images (B, c, H, W) in place: each has a uniform random number (B,)."""
-        chosen = numbers < self.probability
-        images[chosen] = self.flip(images[chosen])
 
 
 class ChangeImage:
@@ -239,32 +106,6 @@ def first_stage(
         return Scale((height, width))
     sample = sample or T.RandomResizedCrop.get_params
     return RandomCrop(sample, (height, width), scale, (ratio[0] * (width / height), ratio[1] * (width / height)))
-
-
-class Cover:
-    """Scales images to cover (height, width)."""
-
-    def __init__(self, size: tuple[int, int], mode: InterpolationMode = BICUBIC) -> None:
-        self.size = size
-        self.mode = mode
-
-    def __call__(self, values: Values) -> Values:
-        height, width = self.size
-        rows, columns = size_of(values[0])
-        longest = int(10 * max(height / width, width / height) * min(rows, columns))
-        if max(rows, columns) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
-            rows = min(rows, longest)
-            columns = min(columns, longest)
-            values = [F.center_crop(value, [rows, columns]) for value in values]
-        if height == width:
-            shorter = min(rows, columns)  # with the rounding of torchvision, as in the published results
-            height = height * rows // shorter
-            width = width * columns // shorter
-        else:
-            factor = max(height / rows, width / columns)
-            height = max(height, round(rows * factor))
-            width = max(width, round(columns * factor))
-        return [scale(value, height, width, self.mode) for value in values]
 
 
 def _rotate90(values: Values) -> Values:
@@ -326,7 +167,7 @@ class ShortSide:
         if not self.pixels:
             return values
         size = list(sides_for(size_of(values[0]), self.pixels))
-        return [value if isinstance(value, tv_tensors.Mask) else _resize(value, size, BILINEAR) for value in values]
+        return [value if isinstance(value, tv_tensors.Mask) else resize(value, size, BILINEAR) for value in values]
 
 
 class ScaleAndCrop:
@@ -368,8 +209,8 @@ class ScaleAndCrop:
         padding = [0, 0, columns - (right - left), rows - (bottom - top)]
         flips = random.random() < self.hflip
 
-        def change(value: Any, mode: InterpolationMode, fill: Any) -> Any:
-            value = F.crop(_resize(value, [height, width], mode), top, left, bottom - top, right - left)
+        def change(value: Any, mode: str, fill: Any) -> Any:
+            value = F.crop(resize(value, [height, width], mode), top, left, bottom - top, right - left)
             value = F.pad(value, padding, fill=fill)
             return F.horizontal_flip(value) if flips else value
 
@@ -380,7 +221,7 @@ class ScaleAndCrop:
         for value in others:
             if isinstance(value, tv_tensors.Mask):
                 # As an image: masks are scaled to the nearest pixel of the upper left corner, not of the center.
-                mask = change(tv_tensors.Image(value), InterpolationMode.NEAREST_EXACT, IGNORED)
+                mask = change(tv_tensors.Image(value), "nearest-exact", IGNORED)
                 changed.append(tv_tensors.Mask(mask[0]))
             else:
                 changed.append(change(value, BILINEAR, 1))  # valid pixels: the mean is valid

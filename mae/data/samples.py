@@ -9,7 +9,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,8 @@ from mae.data.generators import preserve_generators, seed_generators, seed_torch
 from mae.data.item import Batch, Item
 from mae.data.pixels import AS_STORED, BadImage, PixelValues
 from mae.data.source import Source, Stream, is_stream, label_at
+from mae.data.stages import RandomFlip
 from mae.data.transforms import Transform, flips_of
-
-if TYPE_CHECKING:
-    from mae.data.augment import RandomFlip
 
 OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
@@ -130,7 +128,7 @@ class Samples(Dataset):
         """Returns what the random numbers of a sample depend on."""
         return (self.seed, epoch, number, repeat) if repeat else (self.seed, epoch, number)
 
-    def _flipped(self, stacked: np.ndarray, keys: list[tuple[int, int]], flips: "list[RandomFlip]") -> Batch:
+    def _flipped(self, stacked: np.ndarray, keys: list[tuple[int, int]], flips: list[RandomFlip]) -> Batch:
         """Returns the batch of `augment` for the images of keys, which are flipped together.
 
         Args:

@@ -6,20 +6,18 @@ torchvision and timm are imported inside functions, because importing them takes
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from mae.data import stages
 from mae.data.item import Item
 from mae.data.pixels import BadImage
 from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 from mae.settings.images import AugmentationSpec, ImageSpec
-
-if TYPE_CHECKING:
-    from mae.data.augment import RandomFlip
 
 logger = logging.getLogger(__name__)
 
@@ -203,12 +201,12 @@ class WithValidPatches:
             f"{self.num_visible} are visible to the encoder"
         )
 
-    def flips_of(self, size: tuple[int, int]) -> "list[RandomFlip] | None":
+    def flips_of(self, size: tuple[int, int]) -> list[stages.RandomFlip] | None:
         """As `flips_of`, for images without invalid pixels."""
         return flips_of(self.transform, size)
 
 
-def flips_of(transform: Transform, size: tuple[int, int]) -> "list[RandomFlip] | None":
+def flips_of(transform: Transform, size: tuple[int, int]) -> list[stages.RandomFlip] | None:
     """Returns the flips, if a transform changes images of a size (height, width) by flips only.
 
     Returns:
@@ -244,8 +242,8 @@ def pretrain_transform(
     from mae.data import augment
 
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio)
-    flip = augment.RandomFlip(augment.F.horizontal_flip, hflip)
-    return augment.Stages(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
+    flip = stages.RandomFlip(augment.F.horizontal_flip, hflip)
+    return stages.Stages(first, flip, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def augmentation_of(images: ImageSpec, augmentation: AugmentationSpec) -> Transform:
@@ -292,7 +290,7 @@ def finetune_transform(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
     )
     try:
-        stages = create_transform(
+        _, policy, _ = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
             scale=(crop_scale[0], crop_scale[1]),
@@ -313,9 +311,9 @@ def finetune_transform(
     # timm samples empty crops of signals with one row.
     sample = RandomResizedCropAndInterpolation.get_params if height == width else None
     first = augment.first_stage(input_size, crop, crop_scale, crop_ratio, sample)
-    flip = [augment.RandomFlip(augment.F.horizontal_flip, hflip)] if hflip > 0 else []
-    policies = [augment.ChangeImage(stages[1])] if stages[1].transforms else []
-    return augment.Stages(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
+    flip = [stages.RandomFlip(augment.F.horizontal_flip, hflip)] if hflip > 0 else []
+    policies = [augment.ChangeImage(policy)] if policy.transforms else []
+    return stages.Stages(first, *flip, *policies, *augment.flip_and_rotate(input_size, vflip, rotate90))
 
 
 def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -334,7 +332,7 @@ def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) 
     height, width = to_pair(input_size)
     sample = augment.sample_once if height == width else None
     first = augment.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, sample)
-    return augment.Stages(first, augment.RandomFlip(augment.F.horizontal_flip, hflip))
+    return stages.Stages(first, stages.RandomFlip(augment.F.horizontal_flip, hflip))
 
 
 def eval_transform(
@@ -345,22 +343,22 @@ def eval_transform(
     Args:
         crop_pct: crop ratio. Default: `default_crop_pct`.
         crop: "none" for the whole picture, scaled to `input_size`; None or "random" for the center.
-        interpolation: a value of torchvision's `InterpolationMode`. Default: bicubic.
+        interpolation: one of `stages.MODES`. Default: bicubic.
 
     Raises:
         ValueError: `crop` or `interpolation` has another value.
     """
-    from mae.data import augment
-
     if crop not in (None, *CROP_CHOICES):
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
-    mode = augment.InterpolationMode(interpolation or "bicubic")
+    mode = interpolation or stages.BICUBIC
+    if mode not in stages.MODES:
+        raise ValueError(f"interpolation {mode!r} is not one of {', '.join(stages.MODES)}")
     if crop == NO_CROP:
-        return augment.Stages(augment.Scale((height, width), mode))
+        return stages.Stages(stages.Scale((height, width), mode))
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return augment.Stages(augment.Cover(scaled, mode), augment.CenterCrop((height, width)))
+    return stages.Stages(stages.Cover(scaled, mode), stages.CenterCrop((height, width)))
 
 
 def segmentation_transform(
@@ -375,11 +373,11 @@ def segmentation_transform(
 
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale=[{scale[0]}, {scale[1]}]: give the minimum and the maximum, above 0")
-    return augment.Stages(augment.ScaleAndCrop(to_pair(size), short_side, scale, hflip, mean))
+    return stages.Stages(augment.ScaleAndCrop(to_pair(size), short_side, scale, hflip, mean))
 
 
 def scaled_transform(short_side: int) -> Transform:
     """Scales images so that their shorter side has `short_side` pixels; 0: unchanged. Masks keep their size."""
     from mae.data import augment
 
-    return augment.Stages(augment.ShortSide(short_side))
+    return stages.Stages(augment.ShortSide(short_side))

@@ -470,6 +470,8 @@ def _are_random(initial: Tensor, weight: Tensor) -> bool:
 
 def _with_inputs(item: Item, values: dict[str, Tensor], index: int) -> Item:
     """Returns an item with its inputs of a batch. Those of the size of its picture are maps."""
+    if not values:
+        return item._replace(inputs={})
     from torchvision import tv_tensors  # takes more than a second
 
     inputs = {name: value[index] for name, value in values.items()}

@@ -18,6 +18,7 @@ from mae.data.batches import to_device
 from mae.data.item import Item
 from mae.data.loader import collate
 from mae.data.pixels import BadImage, Picture, size_of
+from mae.data.stages import CenterCrop, Scale, Stages
 from mae.data.transforms import NO_CROP
 from mae.evaluate import pictures
 from mae.files import atomic
@@ -153,13 +154,11 @@ def uncropped_input(model: Model, picture: Picture | Item, short_side: int | Non
         picture: a picture as `model.open` returns it, or an item as `model.decode` returns it.
         short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
-    from mae.data import augment
-
     item = picture if isinstance(picture, Item) else model.decode(picture)
     height, width = scaled_size(model, size_of(item.image), short_side)
     rows, columns = model.patch_embed.patch_size
     covered = (height - height % rows, width - width % columns)
-    transform = augment.Stages(augment.Scale((height, width)), augment.CenterCrop(covered))
+    transform = Stages(Scale((height, width)), CenterCrop(covered))
     batch = to_device(collate([transform(item)]), model.cls_token.device)
     return batch.normalized(model.normalize).to(model.cls_token.dtype)
 
