@@ -38,7 +38,7 @@ from mae.inference import features, get_model, image_map, map_lists
 from mae.settings import DataSpec, ImageSpec
 from mae.training.precision import Precision
 
-WORK = Path("runs/curation")
+WORK = scripts.ROOT / "runs/curation"
 IMAGES = 2_000
 DUPLICATES = 12
 OTHERS = 10
