@@ -268,7 +268,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     kinds = "a folder, flat or nested, a tar or zip file of it, or a list (.csv, .json, .txt)"
     parser.add_argument("normal", metavar="NORMAL", help=f"images without defects: {kinds}")
-    parser.add_argument("images", metavar="IMAGES", help="images to score, as NORMAL; a class good is without defects")
+    text = "images to score, as NORMAL; with a class named good, normal or ok, the command prints the AUROC"
+    parser.add_argument("images", metavar="IMAGES", help=text)
     options.add_inference_options(
         parser, images=False, example="mae_pretrain_vit_base", also="; or timm:NAME, a model of timm"
     )
