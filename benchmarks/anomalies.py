@@ -12,10 +12,11 @@ pixels of a patch themselves, 4 x 4; and a small convolutional network of timm w
 patches is finer than 8 x 8, and it therefore gets every sixth normal image. The memory has a tenth of the patches.
 
 PYTHON is that of an environment with anomalib (`pip install anomalib`): its PatchCore gets the outputs of the same
-blocks, and the command writes the table to anomalies.md.
+blocks, and the command writes the rows to anomalies.jsonl, and the table to anomalies.md.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +43,9 @@ from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.inference import anomalies, get_model
 
+ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).with_suffix(".md")
+COLUMNS = ["encoder", "method", "image AUROC", "filled cells", "rings", "pixel AUROC"]
 WORK = scripts.ROOT / "runs/anomalies"
 NORMAL = 200  # images of a class
 TESTED = 100  # good images, and images with a scratch
@@ -221,6 +224,11 @@ def features_of(encoder: Any, images: Tensor) -> Tensor:
     return torch.cat([encoder.extract_feat(part) for part in images.split(50)])
 
 
+def table(rows: Sequence[Sequence[str]] | None = None) -> str:
+    """Returns the table of rows. Default: those that the command wrote."""
+    return markdown(COLUMNS, [json.loads(line) for line in ROWS.read_text().splitlines()] if rows is None else rows)
+
+
 def main(args: argparse.Namespace) -> None:
     """Prints the table, and writes it with --anomalib."""
     os.chdir(scripts.ROOT)
@@ -231,10 +239,10 @@ def main(args: argparse.Namespace) -> None:
         for row in measure(name, encoder, given, args.anomalib):
             print(" | ".join(row), flush=True)
             rows.append(row)
-    table = markdown(["encoder", "method", "image AUROC", "filled cells", "rings", "pixel AUROC"], rows)
     if args.anomalib:
-        leaderboard.write_table("python benchmarks/anomalies.py --anomalib PYTHON", table, PAGE)
-    print(table)
+        atomic.write_text(ROWS, "".join(f"{json.dumps(row)}\n" for row in rows))
+        leaderboard.write_table("python benchmarks/anomalies.py --anomalib PYTHON", table(rows), PAGE)
+    print(table(rows))
 
 
 def get_args_parser() -> argparse.ArgumentParser:

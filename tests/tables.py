@@ -11,7 +11,17 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import continued, finetune_rule, forecast, leaderboard, model_table, noise, records, start_from
+from benchmarks import (
+    anomalies,
+    continued,
+    finetune_rule,
+    forecast,
+    leaderboard,
+    model_table,
+    noise,
+    records,
+    start_from,
+)
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
@@ -21,6 +31,7 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/continued.py": continued.table,
     "python benchmarks/finetune_rule.py": lambda: finetune_rule.table(finetune_rule.read()),
     "python benchmarks/forecast.py": forecast.table,
+    "python benchmarks/anomalies.py --anomalib PYTHON": anomalies.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)

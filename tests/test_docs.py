@@ -169,6 +169,7 @@ def test_the_python_of_documents_runs(run_python):
     assert names["mask"].shape == (2, 196)
     assert names["tokens"].shape == (2, 197, 768)
     assert names["reconstruction"].pasted.shape == names["images"].shape
+    assert names["heat_maps"].shape == (2, 224, 224)
     names = run_python("docs/segmentation.md", "mae.inference.maps import dense")
     assert names["features"].shape == (2, 4 * 768, 32, 32)
     assert names["complete"].shape == (1, 4 * 768, 25, 38)  # of 400 x 600 pixels
@@ -249,7 +250,7 @@ def test_citation_is_valid_yaml():
 def test_tables_are_those_of_their_sources():
     """python tests/tables.py rewrites them."""
     pages = dict(tables.pages())
-    assert len(pages) == 8
+    assert len(pages) == 9
     for path, text in pages.items():
         assert tables.rewritten(text) == text, path
 
