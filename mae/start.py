@@ -39,6 +39,7 @@ OF_RECIPE = {"recipe": "recipe", "purpose": "for", "split": "split", "limit": "l
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
 VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
+UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.output_dir or Path("runs", Path(str(images)).stem.replace(":", "_"))
     page = out / "report.html"
     if page.exists() and all(page.stat().st_mtime >= file.stat().st_mtime for file in run_directory.checkpoints(out)):
+        logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
         print(f"page: {page}")
         return
     file = out.with_name(f"{out.name}.yaml")
@@ -99,10 +101,14 @@ def write_recipe(given: dict[str, Any], file: Path) -> None:
     numbers = [found[1].replace(",", "") for pattern in (COUNT, SPEED) if (found := pattern.search(output))]
     if len(numbers) == 2:
         count, speed = map(int, numbers)
+        parts = "the comparison with raw pixels (k-NN and linear) and the page add"
+        seconds = FITTING + PASSES * count / speed
+        if UNLABELLED.search(output):
+            parts = "the page adds"
+            seconds -= FITTING
         logger.info(
-            f"the check took {log.duration(time.perf_counter() - begin)}; after the pre-training, the comparison with "
-            f"raw pixels (k-NN and linear, if there are labels) and the page add about "
-            f"{log.duration(FITTING + PASSES * count / speed)}"
+            f"the check took {log.duration(time.perf_counter() - begin)}; after the pre-training, {parts} about "
+            f"{log.duration(seconds)}"
         )
 
 

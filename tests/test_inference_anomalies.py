@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from mains import call, fails, randomized
+from mains import call, fails, open_source, randomized
 from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
@@ -250,9 +250,26 @@ def test_normal_images_are_scored_without_their_own_patches(encoder, folders, tm
         for number, name in enumerate(normal)
     ]
     assert f"10 normal images, each without its own patches: median score {np.sort(scores)[4]:.4g}" in output
-    assert f"{max(scores):.4g}; {sum(float(row['score']) > max(scores) for row in rows)} of 11" in output
+    above = sum(float(row["score"]) > max(scores) for row in rows)
+    assert f"highest {max(scores):.4g}; images with a higher score: {above} of 11" in output
+    assert "10 normal images, which are few" in output
     for row in rows:
         assert float(row["normal_below"]) == np.mean(np.array(scores) < float(row["score"]))
+
+
+def test_images_above_all_normal_ones_have_red_and_others_have_none(encoder, folders, tmp_path, monkeypatch):
+    """Also if a Gaussian makes the maximum of a heat map much smaller than the score."""
+    levels = []
+    monkeypatch.setattr(anomalies, "overlay", lambda picture, level: levels.append(level.max()) or picture)
+    model = get_model(encoder)
+    source = open_source("train", str(folders / "test"))
+    distances = torch.ones(3, 8, 8)
+    distances[0, 3, 3] = 9
+    distances[1, 5, 5] = 5
+    normal = torch.linspace(1, 6, 640).view(10, 8, 8)
+    anomalies.draw(model, source, [0, 1, 2], distances, normal, tmp_path / "picture.png")
+    low = np.quantile(normal, 0.95)
+    assert levels == pytest.approx([1, max(0, (5 - low) / (6 - low)), 0], abs=1e-6)
 
 
 def test_lists_archives_and_images_without_classes(encoder, folders, tmp_path, capsys):

@@ -101,3 +101,11 @@ def test_the_name_of_a_folder_does_not_make_a_classifier_a_linear_probe():
     published = "vit-base-p16_mae-300e-pre_8xb2048-linear-coslr-90e_in1k"
     assert model_zoo.row_settings(published)["probe"] == "linear"
     assert "probe" not in model_zoo.row_settings("of-linear-runs/mae_finetuned_vit_base.pth")
+
+
+def test_a_checkpoint_that_a_run_does_not_have(tmp_path):
+    for epoch in (7, 68):
+        (tmp_path / f"checkpoint-{epoch}.pth").touch()
+    advice = model_zoo.advice(str(tmp_path / "checkpoint-last.pth"))
+    assert advice == f"; the newest checkpoint there is {tmp_path / 'checkpoint-68.pth'}"
+    assert model_zoo.advice(str(tmp_path / "other/checkpoint-last.pth")) == ""

@@ -35,6 +35,30 @@ def test_an_interval_that_contains_zero_claims_nothing():
     assert verdict.in_words("raw pixels", (-7.9, -11.6, -4.1)).startswith("Worse than raw pixels, by 7.9 points")
 
 
+@pytest.mark.parametrize(
+    ("pixels", "random", "said"),
+    [
+        ((7.9, 4.1, 11.6), (3.0, 1.0, 5.0), "Pre-training helped."),
+        ((31.7, 20.0, 40.0), (-4.9, -11.0, 0.0), "It is not shown that pre-training helped."),
+        ((2.0, -1.0, 5.0), (-4.9, -11.0, -1.0), "Pre-training has not helped: random weights of the same model have"),
+    ],
+)
+def test_the_conclusion_is_about_all_baselines(pixels, random, said):
+    assert verdict.conclusion({verdict.PIXELS: pixels, verdict.RANDOM: random}).startswith(said)
+
+
+def test_the_comparison_of_a_run_is_on_its_page(run):
+    """Its conclusion may differ from that of k-NN: raw pixels have stronger classifiers there."""
+    folder = run.with_name(f"{run.name}_compared")
+    folder.mkdir()
+    table = "| test accuracy, % | 24 labels | seconds |\n|---|---|---|\n| pixels (RBF-SVM) | **70.8** (C 10) |  |"
+    (folder / "table.md").write_text(f"{table}\n\nWith 24 labels, pixels (RBF-SVM) <b> has the highest accuracy.\n")
+    page = report.compared(run)
+    assert "<td>70.8 (C 10)</td><td></td>" in page and "&lt;b&gt; has the highest accuracy." in page
+    shutil.rmtree(folder)
+    assert report.compared(run) == ""
+
+
 @pytest.fixture(scope="module")
 def run(pretrain_once, labelled):
     return pretrain_once("run", data_path=labelled, epochs=2, probe_every=1, probe_path=labelled)

@@ -163,7 +163,7 @@ class Samples(Dataset):
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         if self.on_bad_image != "skip":
             # Scripts without the flag have None.
-            hint = " (on_bad_image=skip excludes such images from training)" if self.on_bad_image else ""
+            hint = " (on_bad_image=skip excludes such images)" if self.on_bad_image else ""
             raise BadImage(f"{name}: {reason}{hint}") from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:

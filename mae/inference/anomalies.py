@@ -64,7 +64,9 @@ CANDIDATES = 100_000  # random patches of the normal images, among which the mem
 PROJECTED = 128  # dimensions of the random projection for the coreset, as in the code of the paper
 CHUNK = 1 << 25  # distances that are computed at once: 128 MB
 COMPARED = 200  # normal images that are scored without their own patches
+FEW = 20  # normal images, whose highest score says little
 DRAWN = 24  # images in the picture
+GAP = 8  # pixels between an image and its heat map
 SIDE = 320  # pixels of the longer side of an image in the picture
 NORMAL_NAMES = ("good", "normal", "ok")  # classes without defects; the first is that of MVTec AD
 
@@ -392,12 +394,14 @@ def report(model: Model, source: Source, distances: Tensor, compared: Tensor, ou
     below = [f"{count / len(normal):.4g}" if len(normal) else "" for count in counts]
     rows = [(source.name(index), f"{scores[index]:.6g}", below[index]) for index in order]
     spreadsheet.write(out / "scores.csv", [("image", "score", "normal_below"), *rows])
-    draw(model, source, order[:DRAWN], distances, compared if len(compared) else distances, out / "worst.png")
+    draw(model, source, order[:DRAWN], distances, compared, out / "worst.png")
     if len(normal):
         print(
             f"{len(normal):,} normal images, each without its own patches: median score {normal.median():.4g}, highest "
-            f"{normal[-1]:.4g}; {int((scores > normal[-1]).sum()):,} of {len(scores):,} images have a higher one"
+            f"{normal[-1]:.4g}; images with a higher score: {int((scores > normal[-1]).sum()):,} of {len(scores):,}"
         )
+        if len(normal) < FEW:
+            logger.warning(f"the scores are compared with {len(normal)} normal images, which are few: give more")
     if text := auroc(source, scores.numpy()):
         print(text)
     print(f"scores: {out / 'scores.csv'}\npicture: {out / 'worst.png'}, the {min(DRAWN, len(scores))} highest scores")
@@ -427,20 +431,23 @@ def auroc(source: Source, scores: np.ndarray) -> str:
 def draw(model: Model, source: Source, indices: Sequence[int], distances: Tensor, compared: Tensor, path: Path) -> None:
     """Draws images beside their heat maps.
 
-    Colors begin at the 95 % quantile of the distances `compared`, and end at their maximum.
+    Colors begin at the 95 % quantile of the distances `compared`, and end at their maximum. A Gaussian makes the
+    maximum of a heat map smaller, and it is drawn with the score as its maximum.
 
     Args:
         indices: of the images, among the distances (n, h, w).
-        compared: distances of any shape.
+        compared: distances of normal images (m, h, w). If m is 0, colors are those of the distances.
     """
     samples = features.samples_of(model, source)
-    low, high = np.quantile(compared.numpy(), (0.95, 1))
+    low, high = np.quantile((compared if len(compared) else distances).numpy(), (0.95, 1))
     pairs = []
     for index in indices:
         picture = _picture(model, samples, index)
         heat = heat_maps(distances[index : index + 1], *picture.shape[:2])[0].numpy()
+        heat *= distances[index].max().item() / max(heat.max(), 1e-12)
         level = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
-        pairs.append(np.concatenate([picture, overlay(picture, level)], axis=1))
+        gap = np.full((len(picture), GAP, 3), 255, np.uint8)
+        pairs.append(np.concatenate([picture, gap, overlay(picture, level)], axis=1))
     columns = min(4, len(pairs))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     heights = [4 * max(len(pair) / pair.shape[1] for pair in row) + 0.5 for row in rows]  # in inches
@@ -451,7 +458,9 @@ def draw(model: Model, source: Source, indices: Sequence[int], distances: Tensor
     for axes, index, pair in zip(every, indices, pairs, strict=False):
         axes.imshow(pair)
         name = printable(os.sep.join(Path(source.name(index)).parts[-2:]))
-        axes.set_title(f"{name[-40:]}\nscore {distances[index].max():.4g}", fontsize=8)
+        score = distances[index].max()
+        above = ", above all normal images" if len(compared) and score > compared.max() else ""
+        axes.set_title(f"{name[-40:]}\nscore {score:.4g}{above}", fontsize=8)
     tables.save(figure, path)
 
 

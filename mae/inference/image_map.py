@@ -131,7 +131,7 @@ def take(model: Model, source: Source, features: Tensor, total: int, num_workers
     pictures = Pictures(model, source)
     looks = look_at(pictures, len(source), num_workers)
     if (count := len(set(looks.digests))) <= curation.NEIGHBORS:
-        raise ValueError(f"{count} different images: a map compares each with {curation.NEIGHBORS} others")
+        raise ValueError(f"{count} different images are too few: a map compares each with {curation.NEIGHBORS} others")
     components = curation.reduced(features)
     images = map_lists.images_of(source, curation.clusters(components), among(len(source), total))
     lists = map_lists.all_of(images, features, looks.digests, looks.grays)

@@ -101,11 +101,11 @@ def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighb
     )
     entries = []
     rows: list[list[Any]] = [
-        ["image", "other", "distance", "cosine", "cosine of gray pictures", "label", "label of other"]
+        ["image", "other", "relative distance", "cosine", "cosine of gray pictures", "label", "label of other"]
     ]
     for (first, second), distance, cosines in zip(different[pairs.images], *map(Tensor.tolist, pairs[1:]), strict=True):
         labels = [images.class_of(first), images.class_of(second)]
-        entries.append(([int(first), int(second)], f"distance {distance:.2f}{_differing(labels)}"))
+        entries.append(([int(first), int(second)], f"relative distance {distance:.2f}{_differing(labels)}"))
         both = [f"{value:.6f}" for value in (distance, *cosines)]
         rows.append([images.names[first], images.names[second], *both, *labels])
     return Listed("Pairs of near-duplicates", text, entries, rows)
@@ -120,7 +120,7 @@ def outliers(images: Images, different: np.ndarray, found: nearest.Neighbors) ->
         f"{curation.NEIGHBORS}th neighbor, the largest first; the median is {distances.median():.3g}. The list says "
         f"what differs most, not that it is wrong: a rare class is at its top, too."
     )
-    entries = [([int(different[index])], f"distance {distances[index]:.3g}") for index in order]
+    entries = [([int(different[index])], f"cosine distance {distances[index]:.3g}") for index in order]
     rows = [
         [images.names[different[index]], f"{distances[index]:.6f}", images.class_of(different[index]),
          images.clusters[different[index]] + 1]
@@ -150,6 +150,6 @@ def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors
     for index in order:
         image = int(different[index])
         voted = images.classes[winners[index]]
-        entries.append(([image], f"{images.class_of(image)}; neighbors: {voted}, {excess[index]:.0%}"))
+        entries.append(([image], f"labelled {images.class_of(image)}; {voted} has {excess[index]:.0%} more votes"))
         rows.append([images.names[image], images.class_of(image), voted, f"{excess[index]:.6f}"])
     return Listed("Images whose neighbors have another label", text, entries, rows)

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> Path:
             model, some, held_out_of(data, some, model, args), entries, IMAGES, partial(rows_of, args=args), masked,
             args.num_workers,
         )  # fmt: skip
-        sections.insert(0, page.section("Did it help?", result))
+        sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
     sections += [
         page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
         page.section("Settings", settings_of(start)),
@@ -336,6 +336,22 @@ def comparison(
         "main_compare", *arguments(labelled_images(settings, data, source)), "--encoders", "pixels", str(checkpoint),
         "--protocols", "knn", "linear", "--output_dir", f"{run_dir}_compared",
     ]  # fmt: skip
+
+
+def compared(run_dir: Path) -> str:
+    """Returns the tables and sentences of the command of `comparison`, as HTML; "" if it has not run."""
+    file = Path(f"{run_dir}_compared", "table.md")
+    if not file.exists():
+        return ""
+    parts = ["<h3>Compared with raw pixels, with labels</h3>"]
+    for block in file.read_text(encoding="utf-8").strip().split("\n\n"):
+        if block.startswith("|"):
+            rows_of_texts = [line[1:-1].split("|") for line in block.replace("**", "").splitlines()]
+            titles, _, *rows = ([text.strip() for text in texts] for texts in rows_of_texts)
+            parts.append(page.table(titles, rows))
+        else:
+            parts.append(page.paragraph(block))
+    return "".join(parts)
 
 
 def commands(

@@ -28,6 +28,7 @@ NEIGHBORS = 20
 TEMPERATURE = 0.07
 RESAMPLES = 2_000
 LEVEL = 95  # percent of an interval
+ADVICE = "More time or more images may help (docs/small_data.md)."
 ENCODER = "the encoder"
 PIXELS = "raw pixels"
 RANDOM = "random weights of the same model"
@@ -113,6 +114,15 @@ def in_words(name: str, difference: tuple[float, float, float]) -> str:
     return f"{'Better' if mean > 0 else 'Worse'} than {name}, by {abs(mean):.1f} points: {bounds}."
 
 
+def conclusion(found: Mapping[str, tuple[float, float, float]]) -> str:
+    """Returns whether the pre-training helped, by the differences to all baselines."""
+    if better := [name for name, (_, _, high) in found.items() if high < 0]:
+        return f"Pre-training has not helped: {' and '.join(better)} have better features. {ADVICE}"
+    if all(low > 0 for _, low, _ in found.values()):
+        return "Pre-training helped."
+    return f"It is not shown that pre-training helped. {ADVICE}"
+
+
 def explained(entries: Sequence[Mapping[str, Any]]) -> str:
     """Returns a sentence on what the model has learned without labels; "" if the log does not have it."""
     for name, images in (("test_explained", "held-out"), ("train_explained", "training")):
@@ -165,7 +175,7 @@ def section(
     train, held_out = split(train, val, count)
     hits = hits_of(model, train, held_out, extract, num_workers)
     found = differences(hits)
-    sentences = [in_words(name, difference) for name, difference in found.items()]
+    sentences = [conclusion(found), *(in_words(name, difference) for name, difference in found.items())]
     logger.info(" ".join([*sentences, learned]))
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mae.checkpoints import run_directory
 from mae.files import atomic
 from mae.files.untrusted import file_digest
 from mae.suggestions import did_you_mean
@@ -130,8 +131,8 @@ TABLE = {
 def advice(name: str, known: Iterable[str] = ()) -> str:
     """Returns the end of a message about a name of weights that is no file: what to type instead, or "".
 
-    It recognizes URLs and files of published weights, configurations of mmpretrain, and names of models of timm and of
-    the Hugging Face Hub.
+    It recognizes checkpoints that a run does not have, URLs and files of published weights, configurations of
+    mmpretrain, and names of models of timm and of the Hugging Face Hub.
 
     Args:
         known: names that are similar to a misspelled one.
@@ -139,6 +140,8 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
     stem = Path(name.partition("#")[0]).stem
     published = [key for key, row in TABLE.items() if stem == key or (row.url and stem == Path(row.url).stem)]
     of_hub = re.fullmatch(r"(hf[-_]hub:|https://huggingface\.co/)?([\w-]+/[\w.-]+)", name)
+    if name.endswith(".pth") and (milestones := run_directory.milestones(Path(name).parent)):
+        return f"; the newest checkpoint there is {milestones[-1]}"
     if published:
         return f"; give {published[0]}, the name of these published weights"
     if re.fullmatch(r"(timm/)?vit_\w+_patch\w+\.\w+", name):
