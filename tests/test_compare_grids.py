@@ -126,7 +126,7 @@ def test_held_out_images_choose_the_pooling_that_knows(labelled, own_module, tmp
     """The other pooling is constant. The features of both come from one pass over the labels of each split."""
     own_module("two_poolings", ENCODERS)
     (tmp_path / "linear.yaml").write_text(
-        "epochs: 60\nwarmup_epochs: 0\nblr: 10\nbatch_size: 8\ncache_features: true\n"
+        "epochs: 20\nwarmup_epochs: 0\nblr: 30\nbatch_size: 8\ncache_features: true\neval_every: 20\n"
     )
     text = call(main_compare, "--encoders", "scratch", "--protocols", "knn", "linear", "--labels", "all", "--recipes",
                 f"linear={tmp_path / 'linear.yaml'}", data_path=labelled, model="vit_mini_patch4", input_size=16,

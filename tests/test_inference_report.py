@@ -149,7 +149,18 @@ def test_a_run_ends_with_the_command_of_its_page(pictures, tmp_path):
     title, _, command = output.splitlines()[-3].partition(": ")
     assert (title, shlex.split(command)) == ("fine-tune", page.commands[0])
     assert page.commands[2][2] == "main_compare"
-    call(main_compare, *page.commands[2][3:], "--labels", "8", "--protocols", "knn", device="cpu", num_workers=0)
+    call(
+        main_compare,
+        *page.commands[2][3:],
+        "--labels",
+        "8",
+        "--draws",
+        "1",
+        "--protocols",
+        "knn",
+        device="cpu",
+        num_workers=0,
+    )
     sizes, drawings = page.pictures()
     assert (len(sizes), len(drawings)) == (4, 2)
 
