@@ -164,7 +164,8 @@ def test_masks_of_a_dataset(tmp_path):
 def test_a_comparison_of_a_dataset(samples, tmp_path, forked):
     write_hdf5(tmp_path, samples)
     flags = {"data_path": tmp_path, "model": "vit_mini_patch4", "amp": "off", "input_size": 16, "device": "cpu",
-             "encoders": "scratch", "protocols": "knn", "labels": 24, "draws": 1, "output_dir": tmp_path / "o"}  # fmt: skip
+             "encoders": "scratch", "protocols": "knn", "labels": 24, "draws": 1,
+             "output_dir": tmp_path / "o"}  # fmt: skip
     assert "| scratch (k-NN) |" in main_compare.main(parse(main_compare, **flags, dataset=example("hdf5")))
     with pytest.raises(ValueError, match="source="):
         main_compare.main(parse(main_compare, **flags), source=lambda split, data_path: samples[split])
