@@ -26,18 +26,12 @@ def preserve_generators() -> Iterator[None]:
 
 
 def seed_generators(*of: int) -> int:
-    """Seeds the generators of PyTorch (on the CPU), Python and NumPy, and returns the seed, as `seed_torch`."""
-    key = seed_torch(*of)
-    random.seed(key)
-    np.random.seed(key)
-    return key
-
-
-def seed_torch(*of: int) -> int:
-    """Seeds the generator of PyTorch on the CPU, and returns the seed.
+    """Seeds the generators of PyTorch (on the CPU), Python and NumPy, and returns the seed.
 
     It is the CRC-32 checksum of the arguments. Within an epoch, no two images have the same seed.
     """
     key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
     torch.default_generator.manual_seed(key)  # torch.manual_seed seeds every kind of device: 300 µs instead of 1
+    random.seed(key)
+    np.random.seed(key)
     return key

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from mae import errors, parallel
 from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
 from mae.data.extra_inputs import original
-from mae.data.generators import preserve_generators, seed_generators, seed_torch
+from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Batch, Item
 from mae.data.pixels import AS_STORED, BadImage, PixelValues
 from mae.data.source import Source, Stream, is_stream, label_at
@@ -141,9 +141,9 @@ class Samples(Dataset):
         ]
         noises: list[Tensor] = []
         numbers = torch.empty(len(keys), len(flips))
-        with torch.random.fork_rng([]):
+        with preserve_generators():
             for position, of_flips in zip(positions, numbers, strict=True):
-                seed_torch(*position)
+                seed_generators(*position)  # also Python's and NumPy's: a mask of the user's may use them
                 noises += [self.draw_noise()] if self.draw_noise else []
                 of_flips.uniform_()  # as `torch.rand`, in half of its time
         indices = [index for _, index in keys]
