@@ -188,6 +188,8 @@ def main(args: argparse.Namespace) -> None:
             (args.folder / RATES).write_text(json.dumps(rates.tolist()))
         parallel.teardown()
         return
+    if not (scripts.ROOT / scripts.DATA).is_dir():
+        raise ValueError("the images are not unpacked: run python demo/unpack_data.py")
     found = {}
     for processes in (1, 2):
         title = f"{processes} process{'es' if processes > 1 else ''}"

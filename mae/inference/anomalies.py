@@ -1,6 +1,6 @@
 """Finds images with defects: patches that no normal image has (PatchCore, Roth et al. 2022).
 
-    python -m mae.inference.anomalies NORMAL IMAGES --model runs/mine/checkpoint-last.pth --out defects
+    python -m mae.inference.anomalies NORMAL IMAGES --model CHECKPOINT --out defects
 
 NORMAL and IMAGES are folders, archives or lists of images. They need no labels. The memory has features of the patches
 of NORMAL. The score of an image is the largest distance of its patches to the nearest patch in the memory. A score is a

@@ -1,6 +1,6 @@
 """Draws a map of images, and lists what stands out among them: equal ones, near-duplicates, outliers, wrong labels.
 
-    python -m mae.inference.image_map IMAGES --model runs/mine/checkpoint-last.pth --out map.html
+    python -m mae.inference.image_map IMAGES --model CHECKPOINT --out map.html
     python -m mae.inference.image_map IMAGES --model timm:vit_small_patch14_dinov2.lvd142m --out map.html
 
 The images need no labels. They may be in a folder, an archive, a list or a dataset. The page is one
