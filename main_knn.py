@@ -40,7 +40,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_data_options(parser, labels=True)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
-    options.add(parser, "k", "temperature")
+    options.add(parser, "pool", "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
     options.add(parser, "config", *options.COMPUTE_FLAGS)
     options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
@@ -67,7 +67,7 @@ def main(
     data = session.open_data(spares_stand_in=spares_stand_in)
     train, val, statistics = open_labelled(data, run.model.nb_classes)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=features is not None)
+    model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=features is not None)
     extra_inputs.require_fitting(model, train, val)
     model.to(device)
     frozen = FrozenFeatures(

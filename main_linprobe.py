@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import mae.build
@@ -65,7 +66,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_optimizer_options(parser, several_blr=True)
     options.add(parser, *options.EVALUATION_FLAGS)
     options.add(parser, "probe", default="linear")
-    options.add(parser, "num_queries", "cache_features", "held_out", "hflip")
+    options.add(parser, "pool", "num_queries", "cache_features", "held_out", "hflip")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
     options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
@@ -142,7 +143,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=task)  # stored tokens are fp16
     frozen = model
     if kept is not None and not model.head_pools:
-        frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_both=True)
+        torch.manual_seed(run.data.seed)  # random weights are those of `model`, whatever the width of its head
+        frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=True)
         frozen.to(precision.device)
     features = FrozenFeatures(
         run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,

@@ -41,6 +41,7 @@ class TimmEncoder(VisionTransformer):
         self.global_pool = False
         self.frozen = False
         self.head_pools = False
+        self.pools_both = False
         self.num_classes = 0
         require_name(name)
         self.net = timm.create_model(name)

@@ -330,6 +330,11 @@ class Encoder(nn.Module):
         """Tokens (B, T + N, D) -> patch tokens (B, N, D)."""
         return tokens[:, self.num_prefix_tokens :]
 
+    def class_and_patch_features(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T + N, D) -> class token and mean of the patch tokens, each of unit length (B, 2 D)."""
+        parts = (self.class_features(tokens), self.patch_tokens(tokens).mean(dim=1))
+        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
+
     def patch_maps(self, patches: Tensor, height: int, width: int) -> Tensor:
         """Patch tokens (B, N, D) of images (B, c, H, W) -> maps of the image (B, D, h, w).
 
@@ -501,6 +506,7 @@ class VisionTransformer(Encoder):
 
     Attributes:
         head_pools: the head pools the patch tokens (B, N, D) itself. Its input is the normalized tokens.
+        pools_both: the input of the head is `class_and_patch_features` of the normalized tokens. It needs `norm`.
     """
 
     def __init__(
@@ -524,6 +530,7 @@ class VisionTransformer(Encoder):
         self.global_pool = global_pool
         self.frozen = False
         self.head_pools = False
+        self.pools_both = False
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.patch_embed = self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
@@ -565,7 +572,7 @@ class VisionTransformer(Encoder):
         return self
 
     def forward_features(self, imgs: Tensor, **context: Any) -> Tensor:
-        """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
+        """Images (B, c, H, W) -> the input of the head: features (B, D) or (B, 2 D), or its tokens (B, N, D)."""
         x = self.embed(imgs, **context)
         inputs = self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         for block in self.blocks:
@@ -573,6 +580,8 @@ class VisionTransformer(Encoder):
         if self.global_pool:
             return self.fc_norm(self.patch_tokens(x).mean(dim=1))
         x = self.norm(x)
+        if self.pools_both:
+            return self.class_and_patch_features(x)
         return self.patch_tokens(x) if self.head_pools else self.class_features(x)
 
     def forward(self, imgs: Tensor, **context: Any) -> Tensor:

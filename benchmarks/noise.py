@@ -89,11 +89,11 @@ def add_noise(clean: Path, folder: Path, noise: float) -> None:
         Image.fromarray(noisy.round().astype(np.uint8)).save(out)
 
 
-def recipe(data_path: Path) -> dict[str, Any]:
+def recipe(data_path: Path, in_chans: int = 1) -> dict[str, Any]:
     """Returns the settings that the rules of the recipes give for images, on one core."""
     source = cast(Source, open_source(DataSpec(data_path=str(data_path)), "train"))
-    facts = list(all_facts(source, 1, list(range(len(source))), 0))
-    images = Images.of(facts, len(source), in_chans=1, has_range=False)
+    facts = list(all_facts(source, in_chans, list(range(len(source))), 0))
+    images = Images.of(facts, len(source), in_chans, has_range=False)
     lines = [
         *rules.image_lines(images),
         *rules.optimization_lines(images, ONE_CORE, MODEL),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mae import encoders, lora, masking, user_code
 from mae.settings import UNSET, ImageSpec, ModelSpec
-from mae.settings.choices import TIMM
+from mae.settings.choices import BOTH, TIMM
 from mae.settings.model import BLOCK_ARGUMENTS, OF_AUTOENCODER
 from mae.settings.values import read_value
 from mae.weights import timm_models
@@ -169,7 +169,9 @@ def frozen_encoder(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | N
     """Builds the encoder of a run without a head. It may be a model of timm."""
     if spec.model.startswith(TIMM):
         return TimmEncoder(**timm_arguments(spec, image, encoder))
-    return classifier(replace(spec, nb_classes=0), image, encoder)
+    model = classifier(replace(spec, nb_classes=0), image, encoder)
+    model.pools_both = spec.pool == BOTH
+    return model
 
 
 def probe(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
@@ -232,7 +234,7 @@ def timm_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | N
     """
     given = [
         name
-        for name in ("patch_size", "qk_norm", "encoder", "encoder_args", "lora", "global_pool")
+        for name in ("patch_size", "qk_norm", "encoder", "encoder_args", "lora", "global_pool", "pool")
         if getattr(spec, name)
     ]
     if given or encoder:

@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mae.probes import pools_tokens
-from mae.settings.choices import TIMM
+from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES, TIMM
 
-CLASS_TOKEN = "cls"
-PATCHES = "avg"
 OF_PROBE = "probe"
 OF_TIMM = "timm"
 TITLES = {
-    CLASS_TOKEN: "class token", PATCHES: "mean of the patches", OF_PROBE: "pooling of the probe",
-    OF_TIMM: "pooling of timm",
+    CLASS_TOKEN: "class token", PATCHES: "mean of the patches", BOTH: "class token and mean of the patches",
+    OF_PROBE: "pooling of the probe", OF_TIMM: "pooling of timm",
 }  # fmt: skip
 
 
@@ -41,6 +39,8 @@ def pooling_of(settings: Mapping[str, Any], trained_by: str = "") -> Pooling:
         return Pooling(OF_PROBE, "its head records it")
     if str(settings.get("model")).startswith(TIMM):
         return Pooling(OF_TIMM, "a model of timm")
+    if settings.get("pool") == BOTH:
+        return Pooling(BOTH, "the file records it")
     if settings.get("global_pool"):
         return Pooling(PATCHES, "the classifier records it")
     if has_head:
@@ -53,5 +53,11 @@ def pooling_of(settings: Mapping[str, Any], trained_by: str = "") -> Pooling:
 
 
 def pooled(model: Any, tokens: Tensor, name: str) -> Tensor:
-    """Pools the tokens (B, T + N, D) of a `models_vit.Encoder`: (B, D). `name`: CLASS_TOKEN or PATCHES."""
+    """Pools the tokens (B, T + N, D) of a `models_vit.Encoder`: (B, D), or (B, 2 D) for BOTH.
+
+    Args:
+        name: CLASS_TOKEN, PATCHES or BOTH.
+    """
+    if name == BOTH:
+        return model.class_and_patch_features(tokens)
     return model.class_features(tokens) if name == CLASS_TOKEN else model.patch_tokens(tokens).mean(dim=1)

@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 
 from mae.registry import find
 from mae.settings import ModelSpec
-from mae.settings.choices import NUM_QUERIES
+from mae.settings.choices import BOTH, NUM_QUERIES
 from models_vit import VisionTransformer, attention_weights, init_classifier
 
 
@@ -116,14 +116,18 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
     """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
 
     Raises:
-        ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
+        ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown or
+            has its own pooling, and `pool` is given.
     """
     name = spec.probe if isinstance(spec.probe, str) else LINEAR  # True: linear, of an earlier version
     probe = find("probe", PROBES, name)
+    if probe.pools and spec.pool:
+        raise ValueError(f"probe={name} pools the patch tokens itself: omit `pool`")
     model.head_pools = probe.pools
+    model.pools_both = spec.pool == BOTH
     if probe.pools and model.global_pool:
         raise ValueError(
             f"probe={name} pools patch tokens after the norm of the encoder, which a classifier with `global_pool` "
             f"does not have"
         )
-    model.head = probe.function(model.embed_dim, spec)
+    model.head = probe.function(model.embed_dim * (1 + model.pools_both), spec)

@@ -1,5 +1,6 @@
 """Fixtures: real image files, small models, and runs of the real scripts."""
 
+import itertools
 import os
 import random
 import shutil
@@ -234,3 +235,15 @@ def pretrain(pictures, tmp_path):
 def pretrain_once(pictures, tmp_path_factory):
     """`pretrain` for runs that several tests of a file read."""
     return pretraining(pictures, tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """Random pictures of three classes, which differ little in brightness."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 12)):
+        for label, number in itertools.product(range(3), range(count)):
+            (tmp_path / "noisy" / split / f"kind{label}").mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(10 * label, 200 + 10 * label, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "noisy" / split / f"kind{label}" / f"{number:02}.png")
+    return tmp_path / "noisy"

@@ -19,6 +19,7 @@ from benchmarks import (
     leaderboard,
     model_table,
     noise,
+    pooling,
     records,
     start_from,
 )
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/forecast.py": forecast.table,
     "python benchmarks/anomalies.py --anomalib PYTHON": anomalies.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
+    "python benchmarks/pooling.py": pooling.table,
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
 

@@ -1,6 +1,5 @@
 """Nearest neighbors from the command line."""
 
-import itertools
 import json
 
 import forks
@@ -30,18 +29,6 @@ def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     expected = [f"* {k}-NN Acc@1 {found[k, 0.07]:.3f}" for k in (1, 5)]
     expected += [json.dumps({f"knn_acc1_k{k}": found[k, 0.07] for k in (1, 5)})]
     assert capsys.readouterr().out.splitlines()[-3:] == expected
-
-
-@pytest.fixture
-def noisy(tmp_path):
-    """Random pictures of three classes, which differ little in brightness."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 12)):
-        for label, number in itertools.product(range(3), range(count)):
-            (tmp_path / "noisy" / split / f"kind{label}").mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(10 * label, 200 + 10 * label, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "noisy" / split / f"kind{label}" / f"{number:02}.png")
-    return tmp_path / "noisy"
 
 
 def test_accuracies_equal_those_of_scikit_learn(classify, noisy, tmp_path):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from mains import call, randomized
+from mains import call, parse, randomized
 
 import main_knn
 import main_linprobe
-from mae.inference import features, get_model
+from mae.inference import export, features, get_model
 from mae.pooling import pooling_of
 
 SHAPE = {"input_size": 16, "patch_size": 8}
@@ -25,6 +25,7 @@ SHAPE = {"input_size": 16, "patch_size": 8}
     ({"model": "vit_base_patch16", "nb_classes": 3, "global_pool": False, "probe": "linear"}, "cls", True),
     ({"model": "vit_base_patch16", "nb_classes": 3, "probe": "attentive"}, "probe", True),
     ({"model": "vit_base_patch16", "nb_classes": 0, "global_pool": True}, "avg", True),
+    ({"model": "vit_base_patch16", "nb_classes": 3, "probe": "linear", "pool": "both"}, "both", True),
 ])  # fmt: skip
 def test_what_an_encoder_was_trained_for_says_its_pooling(settings, name, tells):
     found = pooling_of(settings)
@@ -52,3 +53,72 @@ def test_every_use_of_a_classifier_has_its_pooling(labelled, tmp_path, pools, ca
     inputs = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(probe.compute_features(inputs), model.forward_features(inputs))
+
+
+def both_of(model, inputs):
+    """Returns class token and mean of the patches of a model (n, 2 D), each of unit length, by NumPy."""
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(inputs)[0].numpy()
+    parts = tokens[:, 0], tokens[:, 1:].mean(axis=1)
+    return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], axis=1)
+
+
+def test_class_token_and_patches_together(labelled, noisy, tmp_path, capsys):
+    """Features, k-NN, a linear probe and exports of an autoencoder with `pool=both`."""
+    model = randomized(get_model("mae_vit_mini_patch4", **SHAPE), 0.05)
+    file = tmp_path / "mine.pth"
+    torch.save({"model": model.state_dict(), "args": model.settings}, file)
+    inputs = torch.rand(3, 3, 16, 16)
+    expected = both_of(model, inputs)
+    with torch.no_grad():
+        np.testing.assert_allclose(model.compute_features(inputs, "both").numpy(), expected, atol=1e-6)
+
+    shared = {"data_path": labelled, "finetune": file, "num_workers": 0, "device": "cpu"}
+    of_knn = shared | {"data_path": noisy, "k": "1 3 5"}
+    ways = {pool: call(main_knn, **of_knn, pool=pool) for pool in ("cls", "avg", "both")}
+    assert ways["both"] not in (ways["cls"], ways["avg"])
+    assert ways["cls"] == call(main_knn, **of_knn, cls_token=True)
+    assert ways["avg"] == call(main_knn, **of_knn, global_pool=True)
+    kept = {pool: main_knn.main(parse(main_knn, **of_knn, pool=pool), features=tmp_path / "kept") for pool in ways}
+    assert kept == ways
+
+    probe = tmp_path / "probed"
+    capsys.readouterr()
+    call(main_linprobe, **shared, pool="both", epochs=2, warmup_epochs=0, batch_size=16, output_dir=probe)
+    assert "features: class token and mean of the patches (as given)" in capsys.readouterr().out
+    tuned = get_model(probe / "checkpoint-1.pth")
+    assert tuned.head[1].in_features == 2 * model.cls_token.shape[2]
+    with torch.no_grad():
+        np.testing.assert_allclose(tuned.compute_features(inputs).numpy(), expected, atol=1e-6)
+        torch.testing.assert_close(tuned(inputs), tuned.head(torch.from_numpy(expected)), atol=1e-5, rtol=1e-5)
+    call(main_linprobe, data_path=labelled, resume=probe / "checkpoint-1.pth", eval=True, num_workers=0, device="cpu")
+    call(main_knn, **shared | {"finetune": probe / "checkpoint-1.pth"}, k=5)
+    assert "features: class token and mean of the patches (the file records it)" in capsys.readouterr().out
+
+    out = tmp_path / "both.safetensors"
+    call(export, model=file, to="safetensors", out=out, encoder_only=True, pool="both")
+    with torch.no_grad():
+        np.testing.assert_allclose(get_model(out)(inputs).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), [
+    (main_knn, {"pool": "both", "global_pool": True}, "one setting"),
+    (main_linprobe, {"pool": "both", "probe": "attentive"}, "omit `pool`"),
+    (export, {"pool": "both", "to": "safetensors", "out": "x.safetensors"}, "encoder_only"),
+    (export, {"pool": "both", "encoder_only": True, "to": "timm", "out": "folder"}, "class token and patches together"),
+])  # fmt: skip
+def test_a_pooling_without_meaning_is_refused(script, flags, message, labelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = get_model("mae_vit_mini_patch4", **SHAPE)
+    torch.save({"model": model.state_dict(), "args": model.settings}, "mine.pth")
+    of_script = {"model": "mine.pth"} if script is export else {"finetune": "mine.pth", "data_path": labelled}
+    with pytest.raises(ValueError, match=message):
+        call(script, **of_script, **flags)
+
+
+def test_patches_of_a_classifier_without_class_token_do_not_count_together(labelled, tmp_path):
+    """A classifier that pools patches has no norm of its class token."""
+    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=6, global_pool=True)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "tuned.pth")
+    with pytest.raises(ValueError, match="global_pool"):
+        call(main_knn, data_path=labelled, finetune=tmp_path / "tuned.pth", pool="both")

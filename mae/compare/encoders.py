@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae.compare.store import Settings
-from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
+from mae.pooling import OF_TIMM
 from mae.settings import UNSET, ImageSpec, ModelSpec, names_of, names_with
-from mae.settings.choices import TIMM
+from mae.settings.choices import PATCHES, POOL_CHOICES, TIMM
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
 from mae.settings.training import ComparisonSpec
@@ -60,7 +60,7 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
                 f"`encoders`: two have the name {directory}; give names, such as long=runs/b/checkpoint-99.pth"
             )
         settings[name] = {}
-        poolings[name] = (CLASS_TOKEN, PATCHES)
+        poolings[name] = POOL_CHOICES
         if file:
             path = timm_files.get(file, file)
             weights = reading.read(path)

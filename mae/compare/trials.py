@@ -18,10 +18,11 @@ from mae.data.labels import some_of_each_class
 from mae.data.source import Source
 from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
-from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES
+from mae.pooling import OF_TIMM
 from mae.pooling import TITLES as POOLING_TITLES
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec, Run, names_of
 from mae.settings.arguments import arguments
+from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES
 from mae.settings.training import ComparisonSpec
 from mae.settings.values import as_yaml
 from mae.training import log
@@ -173,7 +174,7 @@ class Trials:
             The pooling, "" if the protocol does not pool features; and the value, None if there is no grid.
         """
         run = self.scripts[trial.protocol].settings(self.settings(trial))
-        poolings = _poolings_of(trial, run.model.global_pool if "global_pool" in run.explicit else None)
+        poolings = _poolings_of(trial, run)
         values, least, most = self._grid_of(trial, run.evaluation.k, run.optim.blr)
         if not values or len(poolings) == len(values) == 1:
             return poolings[0], values[0] if values else None
@@ -280,16 +281,16 @@ class Trials:
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
 
 
-def _poolings_of(trial: Trial, global_pool: bool | None) -> Sequence[str]:
-    """Returns the poolings to choose from; [""] for a protocol that does not pool features.
+def _poolings_of(trial: Trial, run: Run) -> Sequence[str]:
+    """Returns the poolings to choose from; [""] for a protocol that does not pool features, or a recipe with `pool`.
 
     Args:
-        global_pool: the setting of a recipe, if it has one.
+        run: the settings of the trial, perhaps of a recipe.
     """
-    if trial.protocol not in (KNN, LINEAR):
+    if trial.protocol not in (KNN, LINEAR) or run.model.pool:
         return [""]
-    if global_pool is not None and OF_TIMM not in trial.encoder.poolings:
-        return [PATCHES if global_pool else CLASS_TOKEN]
+    if "global_pool" in run.explicit and OF_TIMM not in trial.encoder.poolings:
+        return [PATCHES if run.model.global_pool else CLASS_TOKEN]
     return trial.encoder.poolings
 
 
@@ -299,6 +300,8 @@ def _has_diverged(error: BaseException | None) -> bool:
 
 
 def _settings_of_pooling(pooling: str) -> Settings:
+    if pooling == BOTH:
+        return {"pool": BOTH}
     return {"global_pool": pooling == PATCHES} if pooling in (CLASS_TOKEN, PATCHES) else {}
 
 

@@ -27,10 +27,10 @@ from mae.data.segmentation_masks import default_colors
 from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
-from mae.pooling import CLASS_TOKEN, OF_PROBE, OF_TIMM, PATCHES, Pooling, pooled, pooling_of
+from mae.pooling import OF_PROBE, OF_TIMM, Pooling, pooled, pooling_of
 from mae.position_tables import to_pair
 from mae.settings import specs
-from mae.settings.choices import CLASSIFICATION, MULTILABEL
+from mae.settings.choices import BOTH, CLASSIFICATION, MULTILABEL, PATCHES, POOL_CHOICES
 from mae.training.precision import Precision
 from mae.weights.candidates import some
 from mae.weights.shapes import require_settings
@@ -301,8 +301,9 @@ class ModelMixin(PyTorchModelHubMixin):
 
         Args:
             images: as in `prepare`.
-            pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
-                tokens, class tokens first. Default: `pooling`, the rule of `mae.pooling.pooling_of`.
+            pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "both": the two,
+                each of unit length; "tokens": all tokens, class tokens first. Default: `pooling`, the rule of
+                `mae.pooling.pooling_of`.
             channels_last: as in `prepare`.
             requires_grad: compute gradients of the weights, and of images that require them. To train the encoder, call
                 `compute_features`, which also has the mode of the model.
@@ -310,7 +311,7 @@ class ModelMixin(PyTorchModelHubMixin):
             inputs: as in `predict`.
 
         Returns:
-            (B, D), or (B, T + N, D) for "tokens", with T class tokens.
+            (B, D); (B, 2 D) for "both"; or (B, T + N, D) for "tokens", with T class tokens.
 
         Raises:
             ValueError: `pool` is unknown, or as in `autocast`.
@@ -326,8 +327,8 @@ class ModelMixin(PyTorchModelHubMixin):
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...), with gradients, in the mode
         of the model; otherwise as `extract_feat`.
         """
-        if pool not in (None, CLASS_TOKEN, PATCHES, "tokens"):
-            raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
+        if pool not in (None, *POOL_CHOICES, "tokens"):
+            raise ValueError(f"pool={pool!r}: give {', '.join(POOL_CHOICES)} or tokens")
         name = pool or self.pooling.name
         if name == OF_PROBE:
             return self.head.pool(self.forward_features(x, **inputs))  # type: ignore[attr-defined]
@@ -364,6 +365,8 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
         super().__init__(**self.arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
             mae.probes.set_probe_head(self, specs(settings)[0])
+        else:
+            self.pools_both = settings.get("pool") == BOTH
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()

@@ -43,7 +43,8 @@ from mae.inference.state_dicts import (
     write_timm,
     write_transformers,
 )
-from mae.settings.choices import CLASSIFICATION
+from mae.pooling import TITLES
+from mae.settings.choices import BOTH, CLASS_TOKEN, CLASSIFICATION
 from mae.settings.model import BLOCK_ARGUMENTS
 from mae.training.log import start_logging
 
@@ -73,6 +74,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="output file; a folder for transformers, and for timm if PATH has no suffix",
     )
     parser.add_argument("--encoder_only", action="store_true", help="export the encoder only, without decoder or head")
+    parser.add_argument(
+        "--pool", choices=(CLASS_TOKEN, BOTH),
+        help=f"features of --encoder_only: {CLASS_TOKEN}: {TITLES[CLASS_TOKEN]} (default); {BOTH}: {TITLES[BOTH]}",
+    )  # fmt: skip
     return parser
 
 
@@ -82,7 +87,9 @@ def main(args: argparse.Namespace) -> None:
     check_suffix(args.to, args.out)
     model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     if args.encoder_only:
-        model = encoder_of(model)
+        model = encoder_of(model, args.pool)
+    elif args.pool:
+        raise ValueError("`pool` has no effect without `encoder_only`: a head has its own pooling")
     export(model, args.to, args.out)
     logger.info(f"{args.out}: {model.settings['model']} for {args.to}")
 
@@ -112,6 +119,8 @@ def _unsupported(model: Model, to: str) -> str:
     if isinstance(model, TimmClassifier) and to != "safetensors":
         return "model of timm"
     is_other_code = to in WITHOUT_OTHER_HEADS
+    if isinstance(model, Classifier) and model.pools_both and (is_other_code or to == "reference"):
+        return "pooling of class token and patches together"
     pools_patches = isinstance(model, Classifier) and model.global_pool
     if to == "timm" and not pools_patches and model.num_prefix_tokens > 1:
         return f"mean of {model.num_prefix_tokens} class tokens"

@@ -38,9 +38,9 @@ from mae.data.source import Source, Stream, is_stream, versions
 from mae.files import atomic
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Model, get_model
-from mae.pooling import CLASS_TOKEN, PATCHES, TITLES
+from mae.pooling import TITLES
 from mae.settings import DataSpec
-from mae.settings.choices import REGRESSION
+from mae.settings.choices import POOL_CHOICES, REGRESSION
 from mae.training import feature_files
 from mae.training.compiling import compile_model, padded
 from mae.training.log import start_logging
@@ -48,7 +48,7 @@ from mae.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-POOLS = {name: TITLES[name] for name in (CLASS_TOKEN, PATCHES)}  # the values of --pool that return a vector
+POOLS = {name: TITLES[name] for name in POOL_CHOICES}  # the values of --pool that return a vector
 
 
 def get_args_parser() -> argparse.ArgumentParser:

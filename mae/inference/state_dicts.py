@@ -15,6 +15,7 @@ from mae.data import transforms
 from mae.inference.graphs import crop_of, library
 from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from mae.settings.arguments import in_words
+from mae.settings.choices import BOTH
 from mae.weights.formats import transformers as layouts
 from mae.weights.reading import SETTINGS
 from models_vit import Encoder
@@ -39,14 +40,23 @@ MASKS = (  # the encoder of ViTMAEForPreTraining
 )
 
 
-def encoder_of(model: Model) -> Classifier:
+def encoder_of(model: Model, pool: str | None = None) -> Classifier:
     """Returns the encoder of a model. Its features are the normalized class token.
 
     A classifier that pools patch tokens has no norm of single tokens: the features are those of its head.
+
+    Args:
+        pool: BOTH for the class token and the mean of the patch tokens.
+
+    Raises:
+        ValueError: BOTH of a classifier that pools patch tokens.
     """
     architecture = model.settings["model"].removeprefix("mae_")
     pools = bool(model.settings.get("global_pool")) and not isinstance(model, Autoencoder)
-    settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": pools, "probe": False}
+    if pools and pool == BOTH:
+        raise ValueError("pool=both: a classifier with `global_pool` has no norm of the class token; omit `pool`")
+    settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": pools, "probe": False,
+                "pool": pool}  # fmt: skip
     encoder = with_encoder(Classifier, model.encoder)(settings)
     names = encoder.state_dict().keys()
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from mae.position_tables import Size
-from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, REGRESSION_LOSSES
+from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, POOL_CHOICES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive, positive_int, ratio
 
@@ -70,6 +70,9 @@ class ModelSpec(Values, group="model", role=MODEL):
     global_pool: bool = setting(False, role=HEAD, action="switch",
         help="classify the mean of the patch tokens",
         off="classify the class token")
+    pool: str | None = setting(None, role=HEAD, choices=POOL_CHOICES,
+        help="features: cls: the class token, as --cls_token; avg: the mean of the patch tokens, as --global_pool; "
+        "both: the two, each of unit length, one after the other (default: what the file is for)")
     nb_classes: int | None = setting(None, positive_int, group="data", role=HEAD, metavar="N",
         help="number of classes, as a check; ids in lists that are below N are outputs (default: the number in the "
         "training set)")

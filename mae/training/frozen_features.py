@@ -16,8 +16,9 @@ from mae.checkpoints import checkpoint, run_directory
 from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.source import Source, versions
-from mae.pooling import CLASS_TOKEN, PATCHES, pooled
+from mae.pooling import pooled
 from mae.settings import REBUILDS, ModelSpec
+from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -41,12 +42,24 @@ def encode_images(
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
-def _both_poolings(model: Any, images: Tensor, **inputs: Tensor) -> Tensor:
-    """Images (B, c, H, W) -> the inputs of the heads without and with `global_pool`, whose norm is new: (B, 2, D)."""
+def _all_poolings(model: Any, images: Tensor, **inputs: Tensor) -> Tensor:
+    """Images (B, c, H, W) -> the inputs of the heads of all poolings: (B, 4 D).
+
+    They are the class token, the mean of `global_pool`, whose norm is new, and `class_and_patch_features`.
+    """
     tokens = model.get_intermediate_layers(images, norm=False, **inputs)[0]
     mean = pooled(model, tokens, PATCHES)
     mean = F.layer_norm(mean, mean.shape[-1:], eps=getattr(model.norm, "eps", 1e-6))
-    return torch.stack([pooled(model, model.norm(tokens), CLASS_TOKEN), mean], dim=1)
+    tokens = model.norm(tokens)
+    return torch.cat([pooled(model, tokens, CLASS_TOKEN), mean, pooled(model, tokens, BOTH)], dim=1)
+
+
+def _one_of(features: Tensor, spec: ModelSpec) -> Tensor:
+    """Returns the pooling of a run: (n, 4 D) of `_all_poolings` -> (n, D), or (n, 2 D) with `pool=both`."""
+    width = features.shape[1] // 4
+    if spec.pool == BOTH:
+        return features[:, 2 * width :]
+    return features[:, width : 2 * width] if spec.global_pool else features[:, :width]
 
 
 class FrozenFeatures:
@@ -58,11 +71,11 @@ class FrozenFeatures:
     Args:
         spec: the model of the run.
         model: a `VisionTransformer`, with the head of a probe if the head pools. With `kept`, a pooled encoder has the
-            norm of its tokens, from which both poolings come; without this norm there is one.
+            norm of its tokens, from which all poolings come; without this norm there is one.
         sets: datasets by name.
         output_dir, resume: the settings. A run that does not resume removes the files of an earlier run.
-        kept: folder for runs with the same images and encoder, which may differ in `global_pool`. The features of both
-            poolings are computed in one pass, in the first of them.
+        kept: folder for runs with the same images and encoder, which may differ in `global_pool` and `pool`. The
+            features of all poolings are computed in one pass, in the first of them.
 
     Raises:
         ValueError: the disk has no space for the files.
@@ -80,7 +93,7 @@ class FrozenFeatures:
         self.batch_size = min(batch_size, MAX_BATCH)
         self.are_stored = data.data.cache_features or not model.head_pools
         self.kept = kept
-        self.has_both = kept is not None and not model.head_pools and hasattr(model, "norm")
+        self.has_all = kept is not None and not model.head_pools and hasattr(model, "norm")
         self.folder = kept or output_dir / "tokens"
         if self.are_stored and model.head_pools:
             if not kept and parallel.is_main() and not run_directory.chosen(output_dir, resume):
@@ -106,14 +119,14 @@ class FrozenFeatures:
         if self.model.head_pools:
             options["dtype"] = torch.float16
         features, targets = feature_files.extract(partial(self._encode, name), source, **options)
-        if self.has_both:
-            features = features[:, int(self.spec.global_pool)]
+        if self.has_all:
+            features = _one_of(features, self.spec)
         # A copy, because k-NN normalizes features in place, and these are mapped from a file.
         return (features if self.model.head_pools else features.clone()) if self.kept else features, targets
 
     def _encode(self, name: str, source: Source) -> Iterator[Batch]:
         on_bad_image = None if name == "val" or self.data.data.on_bad_image is None else "error"
-        forward = partial(_both_poolings, self.model) if self.has_both else None
+        forward = partial(_all_poolings, self.model) if self.has_all else None
         return encode_images(self.data, source, self.model, self.batch_size, self.precision, on_bad_image, forward)
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
@@ -127,7 +140,7 @@ class FrozenFeatures:
             "dataset": data.dataset, "data_path": data.data_path,
             **{name: value for name, value in self.data.images.record().items() if name in REBUILDS},
             "mean": list(mean), "std": list(std), "fast_jpeg": data.fast_jpeg and data.fast_jpeg_resize,
-            "precision": self.precision.name, "has_both": self.has_both,
+            "precision": self.precision.name, "has_all": self.has_all,
             "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, parallel.rank(), parallel.world_size())),
         }  # fmt: skip

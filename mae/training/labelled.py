@@ -102,15 +102,15 @@ def load_frozen(
         logger.warning("no `finetune`: the features are from an untrained encoder with random weights")
 
 
-def build_frozen(spec: ModelSpec, images: ImageSpec, file: reading.Weights | None, encoder: Any, has_both: bool) -> Any:
+def build_frozen(spec: ModelSpec, images: ImageSpec, file: reading.Weights | None, encoder: Any, has_all: bool) -> Any:
     """Builds the encoder of a run without a head, with the weights of a file.
 
     Args:
         encoder: as in `mae.build.frozen_encoder`.
-        has_both: whatever `global_pool` is, the encoder has the norm of its tokens, as `FrozenFeatures` needs it for
-            both poolings; unless the file is a classifier without this norm.
+        has_all: whatever `global_pool` is, the encoder has the norm of its tokens, as `FrozenFeatures` needs it for
+            all poolings; unless the file is a classifier without this norm.
     """
-    if has_both and not (file and "fc_norm.weight" in file.tensors):
+    if has_all and not (file and "fc_norm.weight" in file.tensors):
         spec = replace(spec, global_pool=False)
     model = mae.build.frozen_encoder(spec, images, encoder)
     load_frozen(model, file, spec.adapt_input)

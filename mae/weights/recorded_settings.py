@@ -8,10 +8,11 @@ from typing import Any
 from mae import settings
 from mae.data import transforms
 from mae.encoders import class_named, name_of
-from mae.pooling import CLASS_TOKEN, OF_TIMM, PATCHES, Pooling, pooling_of
+from mae.pooling import OF_TIMM, Pooling, pooling_of
 from mae.probes import pools_tokens
 from mae.settings import EVALUATE, TRAIN, ImageSpec
 from mae.settings.arguments import in_words
+from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES
 from mae.settings.fields import SPLIT
 from mae.settings.images import unused_crops
 from mae.settings.run import ARGUMENTS, FLIPS, TAKEN
@@ -58,16 +59,27 @@ def classifier_settings(
 
 def pooling_settings(
     file: reading.Weights | None, given: Mapping[str, Any], explicit: frozenset[str]
-) -> dict[str, bool]:
-    """Returns `global_pool` of a run on pooled features: as given, or by `pooling_of`. It logs the pooling."""
+) -> dict[str, Any]:
+    """Returns `global_pool` and `pool` of a run on pooled features: as given, or by `pooling_of`. It logs the pooling.
+
+    Raises:
+        ValueError: both are given.
+    """
     of_file = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
     if pools_tokens(of_file.get("probe")):  # the head, which pools, is not built
         of_file["nb_classes"] = 0
     pooling = pooling_of(of_file, file.trained_by if file else "")
-    if "global_pool" in explicit and pooling.name != OF_TIMM:
+    if pooling.name == OF_TIMM:
+        logger.info(f"features: {pooling}")
+        return {"global_pool": given["global_pool"], "pool": given["pool"]}
+    if given["pool"]:
+        if "global_pool" in explicit:
+            raise ValueError(f"pool={given['pool']} and `global_pool` are one setting: give one of them")
+        pooling = Pooling(given["pool"], "as given")
+    elif "global_pool" in explicit:
         pooling = Pooling(PATCHES if given["global_pool"] else CLASS_TOKEN, "as given")
     logger.info(f"features: {pooling}")
-    return {"global_pool": given["global_pool"] if pooling.name == OF_TIMM else pooling.name == PATCHES}
+    return {"global_pool": pooling.name == PATCHES, "pool": BOTH if pooling.name == BOTH else None}
 
 
 def settings_of_file(
