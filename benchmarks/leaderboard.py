@@ -30,6 +30,7 @@ from scipy import stats
 
 import main_pretrain
 from benchmarks import machine, scoring, scripts
+from benchmarks.fashion_mnist import unpack
 from benchmarks.image_sets import SIDE, images_of
 from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
@@ -91,6 +92,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
     "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }
+TESTS = ("test", scoring.TEST)  # of --test
 UNLABELLED = ("test_loss", "test_effective_rank", "test_uniformity")  # of the last epoch, on the test images
 MEANS = {
     "500 labels": ".2f", "k-NN": ".2f", "linear": ".2f", "minutes": ".2f", "epochs": ".0f", "updates": ",.0f",
@@ -163,7 +165,9 @@ def rows_of(name: str, seed: int, args: argparse.Namespace, version: str | None)
                 out, lines = pretrain_for(args.minutes, flags, Path(folder))
             file = out / flags.get("weights", f"checkpoint-{len(lines) - 1}.pth")
             measured = measures(flags, lines, images)
-        sets = {"held-out": scoring.hold_out(data, Path(folder)), **({"test": {}} if args.test else {})}
+        sets = sets_of(data, Path(folder))
+        if not args.test:
+            sets = {evaluated: lists for evaluated, lists in sets.items() if evaluated not in TESTS}
         accuracies = {
             evaluated: scoring.of_encoder(file, {**flags, **lists}, seed, Path(folder) / evaluated)
             if file
@@ -176,11 +180,28 @@ def rows_of(name: str, seed: int, args: argparse.Namespace, version: str | None)
     return [
         {
             **entry, "evaluated on": evaluated, **found,
-            "score": round(statistics.fmean(found[name] for name in scoring.SCORED), 2), **measured, **shared,
+            "score": round(statistics.fmean(found[name] for name in scoring.SCORED), 2),
+            **({"evaluated images": scoring.count(sets[evaluated]["val_list"])} if sets[evaluated] else {}),
+            **measured, **shared,
             **({"command": " ".join(command(method))} if measured else {}),
         }
         for evaluated, found in accuracies.items()
     ]  # fmt: skip
+
+
+def sets_of(data: Path, folder: Path) -> dict[str, dict[str, Path]]:
+    """Returns the flags that read the images of each evaluation; lists are written to a folder.
+
+    The embedded images have 10,000 test images, and as many other training images, of Debian's package.
+    """
+    if data != scripts.DATA:
+        return {"held-out": scoring.hold_out(data, folder), "test": {}}
+    every = unpack.OUT / "images"
+    if not every.exists():
+        raise FileNotFoundError(
+            f"{every}: run apt-get install dataset-fashion-mnist, and python benchmarks/fashion_mnist/unpack.py"
+        )
+    return scoring.other_images(data, every, folder)
 
 
 def measures(flags: dict[str, Any], lines: list[dict[str, Any]], images: int) -> dict[str, Any]:
@@ -225,7 +246,8 @@ def board_of(rows: list[dict[str, Any]]) -> str:
     flags_of = dict(KINDS.values())
     found = []
     for (kind, images, minutes), sets in scores.items():
-        means = {key: statistics.fmean(found) for key, found in sets.get("test", sets["held-out"]).items()}
+        chosen = next(sets[name] for name in (*TESTS, scoring.OTHERS, "held-out") if name in sets)
+        means = {key: statistics.fmean(found) for key, found in chosen.items()}
         pixels = [means.pop(key) for key in list(means) if key[1] == PIXELS]
         if pixels and means:
             best = {"score": round(max(means.values()), 2), "pixels": round(pixels[0], 2)}
@@ -240,7 +262,7 @@ def table() -> str:
     for row in read():
         title = f"{budget_of(row)}, {row['images']:,} {row['kind']}, evaluated on {row['evaluated on']} images:"
         tables.setdefault(title, {}).setdefault((row["machine"], row["entry"]), []).append(row)
-    titles = ["entry", "seeds", "score", *MEANS, "machine", "commit", "date"]
+    titles = ["entry", "seeds", "score", "standard error", *MEANS, "machine", "commit", "date"]
     parts = []
     for title, entries in tables.items():
         ranked = sorted(entries, key=lambda key: (key[0], -statistics.fmean(row["score"] for row in entries[key])))
@@ -249,7 +271,9 @@ def table() -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns the cells of an entry, with the standard deviation of its scores."""
+    """Returns the cells of an entry, with the standard deviation of its scores over the seeds, and the standard error
+    of a score that the number of images leaves.
+    """
     scores = [row["score"] for row in rows]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     means = []
@@ -258,7 +282,10 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         means.append(f"{statistics.fmean(values):{form}}" if values else "")
     seeds = " ".join(str(row["seed"]) for row in rows)
     last = [rows[-1][name] for name in ("machine", "commit", "date")]
-    return [rows[0]["entry"], seeds, f"{statistics.fmean(scores):.2f}{spread}", *means, *last]
+    images = rows[0].get("evaluated images")  # earlier rows lack it
+    accuracies = [statistics.fmean(row[name] for row in rows) for name in scoring.SCORED]
+    error = f"{scoring.standard_error(accuracies, images):.2f}" if images else ""
+    return [rows[0]["entry"], seeds, f"{statistics.fmean(scores):.2f}{spread}", error, *means, *last]
 
 
 def prediction_interval(scores: list[float]) -> tuple[float, float]:

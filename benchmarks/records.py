@@ -26,17 +26,18 @@ RECORDS = ("baseline", "demo with normalized pixels")  # each above the one befo
 FEWEST = 3  # rows of an entry in a test
 LEVEL = 0.01  # of the test
 MEASURES = ("score", *scoring.SCORED, "linear")
-TRACK = {"budget": 5.0, "kind": leaderboard.KINDS[leaderboard.FASHION_MNIST][0], "evaluated on": "held-out"}
+TRACK = {"budget": 5.0, "kind": leaderboard.KINDS[leaderboard.FASHION_MNIST][0]}
+SETS = ("held-out", scoring.OTHERS, scoring.TEST)  # the first is that of the records so far
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], list[Row]]  # by entry and machine
 
 
-def read() -> Rows:
-    """Returns the rows of the track of five minutes."""
+def read(evaluated: str = SETS[0]) -> Rows:
+    """Returns the rows of the track of five minutes that are evaluated on a set of images."""
     rows: Rows = defaultdict(list)
     for row in leaderboard.read():
-        if all(row[name] == value for name, value in TRACK.items()):
+        if all(row[name] == value for name, value in {**TRACK, "evaluated on": evaluated}.items()):
             rows[row["entry"], row["machine"]].append(row)
     return rows
 
@@ -183,11 +184,21 @@ def main(args: argparse.Namespace) -> None:
         print(table())
         return
     better, worse = args.entries
-    rows = read()
+    is_tested = [print_test(better, worse, evaluated) for evaluated in SETS]
+    if not any(is_tested):
+        raise ValueError(
+            f"no machine has rows of {better} and of {worse} of the same seed and commit: run leaderboard.py with both "
+            f"entries and --seeds 0 1 2"
+        )
+
+
+def print_test(better: str, worse: str, evaluated: str) -> bool:
+    """Prints the test of two entries on a set of images, by machine. Returns whether there are rows of both."""
+    rows = read(evaluated)
     tested = tests(better, worse, rows)
     found = pairs(better, worse, rows)
     for machine, (ours, others) in found.items():
-        print(f"{machine}, {len(ours)} seed(s): {gains(ours, others)}")
+        print(f"{evaluated} images, {machine}, {len(ours)} seed(s): {gains(ours, others)}")
         if machine in tested:
             difference, low, high, p = tested[machine]
             is_better = p < LEVEL and difference > 0
@@ -195,11 +206,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"score {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
         else:
             print(f"no test: it needs {FEWEST} seeds of each, of one command of leaderboard.py")
-    if not found:
-        raise ValueError(
-            f"no machine has rows of {better} and of {worse} of the same seed and commit: run leaderboard.py with both "
-            f"entries and --seeds 0 1 2"
-        )
+    return bool(found)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

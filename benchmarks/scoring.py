@@ -3,9 +3,13 @@
 The score is the mean of those in SCORED.
 """
 
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from PIL import Image
 
 import main_knn
 from benchmarks import scripts
@@ -34,6 +38,9 @@ LINPROBE = {
 LABELS = 500
 DRAWS = 3  # of labels
 NEIGHBORS = 20
+OTHERS = "10,000 other training"  # images that were not pre-trained on
+TEST = "10,000 test"
+EVALUATED = 10_000
 
 
 def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
@@ -44,6 +51,47 @@ def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
         chosen = [image for number, image in enumerate(images) if (number % 5 == 0) == (flag == "val_list")]
         spreadsheet.write(path, [("path", "label"), *((image, image.parent.name) for image in chosen)])
     return flags
+
+
+def other_images(data_path: Path, every: Path, out: Path) -> dict[str, dict[str, Path]]:
+    """Writes lists of images that are not in `data_path`, of a larger dataset with the same classes.
+
+    Args:
+        every: folder of the larger dataset. Its training images contain those of `data_path`.
+
+    Returns:
+        By the name of a set, the flags that read it: 10,000 of the other training images, which may choose, and all
+        images of val/.
+    """
+    train = sorted((scripts.ROOT / data_path / "train").glob("*/*"))
+    known = set(map(_pixels, train))
+    others = [path for path in sorted(every.glob("train/*/*")) if _pixels(path) not in known]
+    sets = {OTHERS: others[:: max(1, len(others) // EVALUATED)], TEST: sorted(every.glob("val/*/*"))}
+    found = {}
+    for number, (name, images) in enumerate(sets.items()):
+        flags = {"train_list": out / f"train{number}.csv", "val_list": out / f"val{number}.csv"}
+        for path, listed in zip(flags.values(), (train, images), strict=True):
+            spreadsheet.write(path, [("path", "label"), *((image, image.parent.name) for image in listed)])
+        found[name] = flags
+    return found
+
+
+def count(image_list: Path) -> int:
+    """Returns the number of images in a list that this module has written."""
+    with image_list.open() as lines:
+        return sum(1 for _ in lines) - 1
+
+
+def _pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def standard_error(accuracies: Sequence[float], images: int) -> float:
+    """Returns the standard error of the mean of accuracies in percent that are measured on the same images.
+
+    It is that of accuracies which err on the same images: an upper bound.
+    """
+    return statistics.fmean(100 * math.sqrt(one / 100 * (1 - one / 100) / images) for one in accuracies)
 
 
 def labels_per_class(data_path: Path) -> int:

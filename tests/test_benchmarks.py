@@ -170,6 +170,29 @@ def test_entries_are_evaluated_on_a_fifth_of_each_class(tmp_path):
     assert Counter(of_train) == {"a": 8, "b": 8}
 
 
+def test_entries_are_evaluated_on_images_that_are_not_pre_trained_on(tmp_path):
+    """The larger dataset has other names for the same files; it is told apart by the pixels."""
+    draw = np.random.default_rng(0)
+    every = [Image.fromarray(draw.integers(0, 255, (4, 4), dtype=np.uint8)) for _ in range(16)]
+    for folder, numbers in {"few/train/a": range(8), "all/train/a": range(12), "all/val/a": range(12, 16)}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for position, number in enumerate(numbers):
+            every[number].save(tmp_path / folder / f"{len(numbers) - position:02}.png")
+    sets = scoring.other_images(tmp_path / "few", tmp_path / "all", tmp_path)
+    found = {
+        name: [{row["path"] for row in csv.DictReader(path.open())} for path in flags.values()]
+        for name, flags in sets.items()
+    }
+    few, others, tests = (
+        set(map(str, tmp_path.glob(pattern))) for pattern in ("few/*/*/*", "all/train/a/*", "all/val/*/*")
+    )
+    assert found[scoring.TEST] == [few, tests]
+    assert found[scoring.OTHERS] == [few, {str(tmp_path / f"all/train/a/{number:02}.png") for number in (1, 2, 3, 4)}]
+    assert found[scoring.OTHERS][1] < others
+    assert [scoring.count(flags["val_list"]) for flags in sets.values()] == [4, 4]
+    assert scoring.standard_error([80.0, 80.0], 10_000) == pytest.approx(0.4)
+
+
 def test_a_repeated_run_is_compared_with_the_earlier_rows_of_its_entry_and_machine():
     scores = np.random.default_rng(0).normal(80, 0.5, (1000, 5))
     bounds = np.array([leaderboard.prediction_interval(list(earlier)) for *earlier, _ in scores])
