@@ -86,8 +86,7 @@ def main(args: argparse.Namespace) -> None:
     call(recipe.command_of(file, out))
     if comparison := comparison_of(out):
         call(comparison)
-    call([sys.executable, "-m", "mae.inference.report", str(out)])
-    print(f"page: {page}")
+    call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
 
 
 def write_recipe(given: dict[str, Any], file: Path) -> None:

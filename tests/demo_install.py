@@ -85,7 +85,7 @@ def test_the_scripts_run_by_name(python, run, clone, labelled, tmp_path):
     launcher = [*torchrun(2)[1:], "-m", "main_finetune"]
     tuned = run(python, *launcher, "--config", "finetune_fashion_mnist", *data, *FLAGS, "--eval_every", 1,
                 "--finetune", "mae/checkpoint-0.pth", "--output_dir", "tuned")  # fmt: skip
-    assert "2 process(es)" in tuned
+    assert "2 processes" in tuned
     image = next(labelled.glob("val/kind3/*.png"))
     model = ["--model", "tuned/checkpoint-best.pth"]
     predicted = run(python, "-m", "mae.inference.predict", image, *model, "--device", "cpu")

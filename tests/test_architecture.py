@@ -48,6 +48,7 @@ PACKAGES = (
     "mae.fp32",
     "mae.position_tables",
     "mae.registry",
+    "mae.plurals",
     "mae.suggestions",
 )
 # Optional packages, each imported in one file only.

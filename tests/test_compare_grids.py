@@ -162,8 +162,10 @@ def test_a_folder_of_classes_is_compared_without_a_validation_set(labelled, tmp_
     for train, val in chosen:
         assert not train & val and not train & first[1]
     assert choices and all(val <= first[0] and len(val) == 2 for _, val in choices)
+    capsys.readouterr()
     call(main_knn, *shared, "--k", "1", data_path=images)
-    assert re.search(r"10 of 48 training images are held out", capsys.readouterr().out)
+    (line,) = re.findall(r".*no validation set.*", capsys.readouterr().out)
+    assert "10 of 48 training images are held out" in line
 
 
 def test_few_labels_have_several_draws_by_default(labelled, tmp_path, capsys):

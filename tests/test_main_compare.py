@@ -453,6 +453,14 @@ def test_the_table():
     ]  # fmt: skip
 
 
+def test_the_table_says_of_which_images_its_scores_are(tmp_path):
+    found = [*results("a", [70.0]), *results("a", [72.0], labels=1000)]
+    images = "k-NN: k nearest neighbors among 100 or 1,000 images classify 23 held-out images."
+    assert summary.write(tmp_path, found, 23).endswith(f"\n\nThe scores are of 23 held-out images. {images}\n")
+    others = [Result("a", "fine-tuned", 100, 0, 0.5, "", 1.0, "", "r2")]
+    assert summary.write(tmp_path, others, 23).endswith("\n\nThe scores are of 23 held-out images.\n")
+
+
 def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     fit, threads = SVC.fit, []
 

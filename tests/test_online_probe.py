@@ -100,6 +100,7 @@ def test_two_processes_have_the_scores_of_one(labelled, tmp_path):
     for name in NAMES:
         assert one[name] == pytest.approx(two[name], rel=1e-4)
     assert f"* 20-NN Acc@1 {two['test_knn_acc1']:.3f}" in text
+    assert "20 nearest neighbors among 48 images classify 23 held-out images" in text
 
 
 def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled, tmp_path):

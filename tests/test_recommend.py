@@ -106,9 +106,9 @@ def duplicates(folder):
 
 SMALL_GRAY = {"input_size": 28, "patch_size": 7, "in_chans": 1, "crop": "none", "model": "mae_vit_mini_patch4"}
 FORMATS = {  # settings, and what a line says
-    gray: (SMALL_GRAY | {"cache_images": True}, "duplicates  0 images"),
-    gray_as_color: (SMALL_GRAY, "channels    3: 48 images"),
-    transparent: ({"in_chans": 3, "patch_size": 8, "crop": "none"}, "channels    4: 48 images"),
+    gray: (SMALL_GRAY | {"cache_images": True}, "channels    1: 48 images\n"),
+    gray_as_color: (SMALL_GRAY, "channels    3: 48 images of equal channels; the model gets 1 (gray)\n"),
+    transparent: ({"in_chans": 3, "patch_size": 8, "crop": "none"}, "channels    4: 48 images; the model gets 3\n"),
     deep: (SMALL_GRAY | {"cache_images": False}, "depth       48 images"),
     five_channels: ({"in_chans": 5, "input_size": 32, "patch_size": 8}, "channels    5: 48 images"),
     floats: ({"in_chans": 1, "input_size": 32, "cache_images": False}, "values      -"),
@@ -403,6 +403,28 @@ def test_the_epochs_fit_the_time(rate):
     settings = {line.name: line.value for line in rules.length_lines(99_968, rate, 10, 1810)}
     assert settings["epochs"] == min(1600, max(1, math.floor(1800 * rate / 99_968)))
     assert settings["warmup_epochs"] == settings["epochs"] / 20
+
+
+def test_without_time_for_an_epoch_there_is_one_epoch_and_no_probe():
+    """The start exceeds the time. The warning names the time of the run."""
+    epochs, *others = rules.probed_length_lines(128, 64, 70, 18)
+    assert (epochs.value, [line.name for line in others]) == (1, ["warmup_epochs", "save_every"])
+    assert epochs.is_warning and epochs.reason.endswith(" 1.2 minutes")
+
+
+def test_one_is_no_plural(tmp_path, capsys):
+    (line,) = rules.batch_lines(200, 128, processes=1)
+    assert line.reason == "128 images per update in 1 process; an epoch has 1 update"
+    assert [recipe.minutes_text(minutes) for minutes in (1, 1.5, 60)] == ["1 minute", "1.5 minutes", "60 minutes"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_images(tmp_path / name, 1, 28, 28)
+    call(check, tmp_path, "--num_workers", 0)
+    output = capsys.readouterr().out
+    assert "classes     2, of 1 image\n" in output and "duplicates  1 image\n" in output
+    call(check, tmp_path / "a", "--num_workers", 0)
+    output = capsys.readouterr().out
+    assert f"1 image under {tmp_path / 'a'}" in output and "channels    1: 1 image\n" in output
 
 
 def test_bad_images_are_treated_alike_with_and_without_a_recipe(fast_machine, tmp_path, capsys):

@@ -193,7 +193,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     assert f"results  {out}\n" in output and str(log) in output
     wait_until(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
     assert len(lines(out)) == 3
-    assert "2 process(es)" in log.read_text()
+    assert "2 processes" in log.read_text()
     assert "ngpus=" not in log.read_text()  # settings of the run, not of the job
 
 

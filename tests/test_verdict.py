@@ -83,6 +83,8 @@ def test_the_first_section_of_a_page_is_the_verdict(run):
     assert f"explains {last['test_explained']:.1%} of the variance" in text
     assert f"{verdict.ENCODER}   {last['test_knn_acc1']:.1f}" in re.sub(r"\s{2,}", "   ", text)
     assert f"{verdict.PIXELS}   {last['test_knn_pixels']:.1f}" in re.sub(r"\s{2,}", "   ", text)
+    assert "20 nearest neighbors among 48 images classify 23 held-out images." in text
+    assert "k-NN in training (`probe_every`): 20 nearest neighbors among the training images of" in paragraphs(page)
 
 
 def test_without_labels_it_says_what_is_explained_only(pretrain, pictures, tmp_path):

@@ -19,6 +19,7 @@ from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
 from mae.files import locks
+from mae.plurals import counted
 from mae.settings import Run
 from mae.settings.choices import CLASSIFICATION
 from mae.settings.training import ComparisonSpec
@@ -70,9 +71,10 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         for trial, result in _results_of(trials, planned):
             results[trial.name] = result
             chosen = f"{result.chosen}, " if result.chosen else ""
+            unit = " %" if result.metric == summary.ACCURACY else ""
             logger.info(
                 f"[{len(results)}/{len(planned)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
-                f"{result.metric} {result.accuracy:.4g} ({chosen}{result.seconds:.0f} s)"
+                f"{result.metric} {result.accuracy:.4g}{unit} ({chosen}{result.seconds:.0f} s)"
             )
     finally:
         if results:
@@ -114,10 +116,11 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
         for (labels, per_class), count, epochs in zip(numbers, draws, budgets, strict=True)
     ]
     if not spec.draws:
-        texts = [f"{size.draws} of {size.labels:,} labels" for size in sizes]
+        texts = [f"{size.draws} of {counted(size.labels, 'label')}" for size in sizes]
         logger.info(
-            f"draws: {', '.join(texts)}, as many as have {ENOUGH:,} labels together, at most {MOST_DRAWS}; all labels "
-            f"are one. Up to {MOST_SPLITS} held-out fifths choose hyperparameters (`draws` sets others, and one fifth)"
+            f"draws: {', '.join(texts)} (1 of all labels; of fewer, as many as have {ENOUGH:,} labels together, at "
+            f"most {MOST_DRAWS}). Up to {MOST_SPLITS} held-out fifths of the labels choose hyperparameters (`draws` "
+            f"sets another number, and one fifth)"
         )
     return sizes
 

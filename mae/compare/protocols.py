@@ -14,7 +14,7 @@ LORA = "lora"
 FINETUNE = "finetune"
 TUNED = (LORA, FINETUNE)  # protocols that train the encoder
 TITLES = {
-    KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", LORA: "LoRA", FINETUNE: "fine-tuned",
+    KNN: summary.KNN, LINEAR: "linear probe", ATTENTIVE: "attentive probe", LORA: "LoRA", FINETUNE: "fine-tuned",
 }  # fmt: skip
 PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
          "eval_every": 60, "save_every": 60}  # fmt: skip

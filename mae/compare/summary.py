@@ -8,11 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
+from mae.evaluate import knn
 from mae.evaluate.metrics import lower_is_better
 from mae.evaluate.tables import markdown
 from mae.files import atomic, spreadsheet
+from mae.plurals import counted
 
 ACCURACY = "acc1"  # the metric that is a percentage
+KNN = "k-NN"  # title of the protocol
 
 
 class Result(NamedTuple):
@@ -188,6 +191,16 @@ def conclusion(entries: Entries, test_images: int | None = None) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
+def _images_of(entries: Entries, test_images: int) -> str:
+    """Returns a paragraph on the images that the scores are of."""
+    text = f"The scores are of {counted(test_images, 'held-out image')}."
+    found = {(entry.protocol, entry.metric) for row in entries.values() for entry in row.values()}
+    if (KNN, ACCURACY) not in found:
+        return text
+    labels = " or ".join(f"{labels:,}" for labels in columns_of(entries))
+    return f"{text} {KNN}: {knn.in_words('k', labels, test_images)}."
+
+
 def _best_of_others(ranked: Sequence[tuple[str, Entry]], encoder: str) -> list[tuple[str, Entry]]:
     """Returns the best entry of each other encoder, the best first."""
     found: dict[str, tuple[str, Entry]] = {}
@@ -239,10 +252,11 @@ def write(
         test_images, left_out: as in `conclusion` and `table`.
 
     Returns:
-        The table and the conclusion.
+        The table, the conclusion, and the images that the scores are of.
     """
     entries = entries_of(results)
-    text = f"{table(entries, left_out)}\n\n{conclusion(entries, test_images)}\n"
+    images = [_images_of(entries, test_images)] if test_images else []
+    text = "\n\n".join([table(entries, left_out), conclusion(entries, test_images), *images]) + "\n"
     rows = [["" if value is None else value for value in result] for result in results]
     spreadsheet.write(folder / "results.csv", [Result._fields, *rows])
     atomic.write_text(folder / "table.md", text)

@@ -38,6 +38,7 @@ class ImageFacts(NamedTuple):
     label: int
     size: tuple[int, int] = (0, 0)  # height, width
     channels: int = 0  # number of channels in the file
+    are_equal: bool = False  # it has three channels, which are equal
     deep: bool = False  # more than 8 bits
     sums: np.ndarray | None = None  # (2, in_chans): sums of the valid values, in 0 to 1, and of their squares
     valid: int = 0  # number of valid pixels
@@ -91,8 +92,8 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     digest = hashlib.blake2b(to_tensor(decoded.image).numpy().tobytes(), digest_size=8).digest()
     label = item.label if isinstance(item.label, int) else -1  # numbers and masks are no classes
     return ImageFacts(
-        label, size_of(stored), channels, deep, sums, pixels.shape[1], turned=is_turned(stored), low=low,
-        high=high, digest=digest,
+        label, size_of(stored), channels, channels == 3 and _channels_in(stored) == 1, deep, sums, pixels.shape[1],
+        turned=is_turned(stored), low=low, high=high, digest=digest,
     )  # fmt: skip
 
 

@@ -86,11 +86,8 @@ class RunData:
 
         try:
             val: Any = self.open_split("val")
-        except NoValidation as error:
+        except NoValidation:
             train = labels.require(self.open_split("train"), "train", self.images.task)
-            logger.info(
-                f"{str(error).partition(':')[0]} has no validation set: {STAND_IN:g} of the images take its place"
-            )
             parts: Any = labels.hold_out(train, STAND_IN, 0, "no validation set")
             return dict(zip(("train", "val"), parts, strict=True)).__getitem__, len(train)
         return lambda split: val if split == "val" else self.open_split(split), 0  # type: ignore[return-value]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mae import parallel
+from mae.plurals import counted
 
 CHUNK = 2**25  # similarities in memory at a time: 128 MiB
 SLICE = 2**16  # rows of the bank that are compared at a time, in fp32: 320 MiB for the features of ViT-H
@@ -65,6 +66,20 @@ def accuracy(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, lab
         *parts, ks=[k], temperatures=[0.07], num_classes=int(bank_labels.max()) + 1, device=torch.device("cpu")
     ).values()
     return sum(right) / len(labels)
+
+
+def in_words(k: int | str, bank: int | str, queries: int) -> str:
+    """Returns what an accuracy is measured on: the number of neighbors, of their images, and of held-out images.
+
+    Args:
+        k: the number, or a text.
+        bank: number of images among which the neighbors are, or a text.
+        queries: number of images that are classified.
+    """
+    bank = f"{bank:,}" if isinstance(bank, int) else bank
+    neighbors = "nearest neighbor" if k == 1 else "nearest neighbors"
+    verb = "classifies" if k == 1 else "classify"
+    return f"{k} {neighbors} among {bank} images {verb} {counted(queries, 'held-out image')}"
 
 
 def predict(

@@ -36,7 +36,8 @@ from mae.settings import DATASETS, DataSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS, differs
-from mae.training import environment, log
+from mae.training import environment, log, online_probe
+from mae.training.gate import KNN
 from mae.training.precision import Precision
 from mae.user_code import runs_code
 
@@ -49,8 +50,8 @@ RECONSTRUCTIONS = 8
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {
     "train_loss": "training loss", "test_loss": "held-out loss", "train_explained": "variance explained",
-    "test_explained": "variance explained, held-out", "test_knn_acc1": "k-NN accuracy (%)",
-    "test_knn_pixels": "k-NN of raw pixels (%)",
+    "test_explained": "variance explained, held-out", "test_knn_acc1": "k-NN in training (%)",
+    "test_knn_pixels": "k-NN of raw pixels in training (%)",
     "test_effective_rank": "effective rank", "test_uniformity": "uniformity",
 }  # fmt: skip
 TOGETHER = (
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace) -> Path:
     source = open_images(data)
     model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
     extra_inputs.require_fitting(model, source)
-    sections = [page.section("Curves", curves(entries))]
+    sections = [page.section("Curves", curves(entries) + note_of_probe(entries, settings))]
     some: Source | None = None
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
@@ -244,6 +245,19 @@ def curves(entries: Sequence[Mapping[str, Any]]) -> str:
     figures = [[name for name in names if name in found] for names in TOGETHER]
     figures += [[name] for name in found if name not in chain(*TOGETHER)]
     return f'<div class="curves">{"".join(curve(entries, names) for names in figures if names)}</div>'
+
+
+def note_of_probe(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Returns a paragraph on the images of `probe_every`, which are not those of the verdict; "" without k-NN."""
+    if not any(KNN in entry for entry in entries):
+        return ""
+    images = f"the other training images classify {online_probe.HELD_OUT:.0%} of them, which are held out"
+    if path := settings.get("probe_path"):
+        images = f"the training images of {path} classify its held-out images"
+    return page.paragraph(
+        f"k-NN in training (`probe_every`): {online_probe.NEIGHBORS} nearest neighbors among {images}. The log of the "
+        f"run has their numbers."
+    )
 
 
 def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -181,9 +181,9 @@ def section(
     for name, (mean, low, high) in found.items():
         rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
     trained_on = "" if val is not None else ", which it was trained on without their labels"
+    measured_on = knn.in_words(min(NEIGHBORS, len(train)), len(train), len(held_out))
     note = (
-        f"{min(NEIGHBORS, len(train))} nearest neighbors among {len(train):,} images classify {len(held_out):,} "
-        f"held-out images{trained_on}. The intervals are of these images: one run says nothing of the spread of others."
+        f"{measured_on}{trained_on}. The intervals are of these images: one run says nothing of the spread of others."
     )
     titles = ["features", "accuracy, %", f"the encoder is better by, points ({LEVEL} % interval)"]
     return page.paragraph(" ".join([*sentences, learned]), "verdict") + page.table(titles, rows) + page.paragraph(note)

@@ -9,6 +9,7 @@ import math
 from importlib import resources
 from typing import Any
 
+from mae.plurals import counted
 from mae.recommend.facts import Images
 
 SHOWN = 2
@@ -41,8 +42,8 @@ def nearest(images: Images, minutes: float) -> list[str]:
     near.sort(key=lambda row: sum(math.log(_ratio(row[name], value)) for name, value in wanted.items()))
     if not near:
         return [
-            f"no run with {images.in_chans} channel(s), about {images.shorter} pixels and about {images.count:,} "
-            f"images (benchmarks/LEADERBOARD.md has others)"
+            f"no run with {counted(images.in_chans, 'channel')}, about {images.shorter} pixels and about "
+            f"{counted(images.count, 'image')} (benchmarks/LEADERBOARD.md has others)"
         ]
     return [
         f"{row['images']:,} {row['kind']}, {row['side']} pixels, {row['minutes']:g} minutes on two cores: "

@@ -35,6 +35,7 @@ from mae.data.open import open_source
 from mae.data.pixels import BadImage, PixelValues
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_few, is_stream
+from mae.plurals import counted
 from mae.settings import Run, types
 from mae.settings.arguments import in_words
 from mae.settings.choices import CLASSIFICATION
@@ -73,11 +74,12 @@ NOT_OF_FINETUNING = ("num_images", "repeated_sampling", "min_valid")
 
 
 def report_on(
-    source: Source | Stream, facts: list[ImageFacts], seconds: float, task: str = CLASSIFICATION
+    source: Source | Stream, facts: list[ImageFacts], seconds: float, in_chans: int, task: str = CLASSIFICATION
 ) -> list[str]:
     """Returns the lines of the report.
 
     Args:
+        in_chans: number of channels that the model gets.
         facts: the facts of the images that were read.
         seconds: the duration of reading them.
         task: what the labels mean, one of `choices.TASK_CHOICES`.
@@ -90,7 +92,8 @@ def report_on(
     if counts and has_class_numbers(source):
         named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
         of_each = [counts[label] for label in {*counts, *named}]
-        text = f"{len(of_each)}, of {min(of_each):,} to {max(of_each):,} images"
+        fewest = "" if min(of_each) == max(of_each) else f"{min(of_each):,} to "
+        text = f"{len(of_each)}, of {fewest}{counted(max(of_each), 'image')}"
         if len(of_each) == 1:  # such as a folder with all images, and no class
             (label,) = {*counts, *named}
             name = source.classes[label] if label < len(source.classes) else label
@@ -107,23 +110,34 @@ def report_on(
         heights, widths = np.array([fact.size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
         (size, most), *others = Counter(fact.size for fact in good).most_common()
-        channels = Counter(fact.channels for fact in good).most_common()
         different = {(fact.size, fact.digest) for fact in good}
         pixels = int((heights * widths).sum())
         valid = sum(fact.valid for fact in good)
         lines += [
-            f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images{spread if others else ''}",
-            "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
-            f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            f"sizes       {size[0]} x {size[1]} (height x width): {counted(most, 'image')}{spread if others else ''}",
+            f"channels    {channels_text(good, in_chans)}",
+            f"depth       {counted(sum(fact.deep for fact in good), 'image')} of more than 8 bits",
             f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
-            f"duplicates  {len(good) - len(different):,} images equal another one",
+            f"duplicates  {counted(len(good) - len(different), 'image')}",
         ]
         if valid < pixels:
             lines.append(f"invalid     {1 - valid / pixels:.2%} of the pixels")
         turned = sum(fact.turned for fact in good)
-        lines.append(f"rotated     {turned:,} images by EXIF data, which is ignored in training")
+        lines.append(f"rotated     {counted(turned, 'image')} by EXIF data, which is ignored in training")
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
+
+
+def channels_text(good: list[ImageFacts], in_chans: int) -> str:
+    """Returns the numbers of channels in the files, and the number that the model gets if it is another one."""
+    counts = Counter((fact.channels, fact.are_equal) for fact in good).most_common()
+    text = ", ".join(
+        f"{channels}: {counted(count, 'image')}{' of equal channels' if are_equal else ''}"
+        for (channels, are_equal), count in counts
+    )
+    if all(fact.channels == in_chans for fact in good):
+        return text
+    return f"{text}; the model gets {in_chans}{' (gray)' if in_chans == 1 else ''}"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -184,7 +198,7 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
     seconds = time.perf_counter() - started
-    print("\n".join(report_on(images, facts, seconds, run.images.task)))
+    print("\n".join(report_on(images, facts, seconds, in_chans, run.images.task)))
     num_bad = sum(bool(fact.unreadable) for fact in facts)
     if not args.recipe and num_bad < len(facts):  # a recipe has them
         mean, std = statistics_of(facts)

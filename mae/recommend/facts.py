@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mae.data.image_facts import ImageFacts, moments_of
+from mae.plurals import counted
 
 MEASURED_IMAGES = 1000  # fewer were not measured
 ASPECT_SPREAD = 1.1  # ratio of aspect ratios, up to which they count as equal
@@ -103,10 +104,9 @@ def warnings_of(images: Images) -> list[str]:
             f"{images.distinct:,} different images are few: fewer than {MEASURED_IMAGES:,} were not measured. Compare "
             f"the encoder with released weights (docs/small_data.md)"
         )
-    if images.distinct < images.count:
-        found.append(
-            f"{images.count - images.distinct:,} images equal another one: an epoch shows these more than once"
-        )
+    if repeated := images.count - images.distinct:
+        verb = "equals" if repeated == 1 else "equal"
+        found.append(f"{counted(repeated, 'image')} {verb} another one: an epoch shows these more than once")
     if images.has_one_shape and max(images.height / images.width, images.width / images.height) > MAX_ASPECT:
         found.append(
             f"images of {images.height} x {images.width} pixels may need patches that are no squares (docs/data.md, "

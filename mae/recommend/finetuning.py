@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae.data.source import Source
+from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend import recipe, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
@@ -286,10 +287,11 @@ def write(
     length = length_lines(images, labels, start, measured, in_epoch, 60 * minutes if minutes else math.inf)
     epochs = length[0].value
     takes = seconds_of(epochs, labels, measured, in_epoch) / 60
+    trains = f"{counted(epochs, 'epoch')} {'takes' if epochs == 1 else 'take'} {recipe.minutes_text(takes)}"
     command = recipe.launch(path, processes, 0 if machine.gpus else threads, flags, SCRIPT)
     recipe.save(path, "Fine-tuning", minutes, command, [*lines, *length])
     return [
-        f"training    {measured.images_per_s:,.0f} images/s: {epochs} epochs take {takes:,.1f} minutes",
+        f"training    {measured.images_per_s:,.0f} images/s: {trains}",
         *[f"warning     {text}" for text in warnings_of(images)],
         *_warnings(labels, start),
         *[f"warning     {line.reason}" for line in length if line.is_warning],

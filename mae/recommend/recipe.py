@@ -176,7 +176,8 @@ def minutes_text(minutes: float) -> str:
     """Returns a time in minutes; from ten hours on, in hours."""
     if minutes >= 600:
         return f"{minutes / 60:,.0f} hours"
-    return f"{minutes:.0f} minutes" if minutes >= 10 else f"{minutes:.2g} minutes"
+    number = f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.2g}"
+    return f"{number} {'minute' if number == '1' else 'minutes'}"
 
 
 def split_given(given: Mapping[str, Any]) -> tuple[list[Line], list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import Images, Machine
 from mae.settings.choices import SMALL
@@ -119,7 +120,7 @@ def image_lines(images: Images, input_size: Size | None = None, patch_size: Size
 
 
 def _value_lines(images: Images) -> list[Line]:
-    channels = {1: "gray images", 3: "color images; gray and transparent ones are converted"}
+    channels = {1: "gray images; color ones are converted", 3: "color images; gray and transparent ones are converted"}
     lines = [Line("in_chans", images.in_chans, channels.get(images.in_chans, "channels of the files"))]
     mean = np.array(images.mean)
     std = np.array(images.std)
@@ -186,7 +187,8 @@ def share_text(processed: float, count: int) -> str:
     """Returns how many of `images_needed` a pre-training on `count` images processes, in words."""
     needed = images_needed(count)
     share = processed / needed
-    times = f"{share:.2g} times" if share >= 1 else f"{share:.1%} of"
+    percent = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+    times = f"{share:.2g} times" if share >= 1 else f"{percent} of"
     return f"{processed:,.0f} images, {times} the {needed:,} that measured runs needed"
 
 
@@ -225,8 +227,8 @@ def batch_lines(count: int, wanted: int, processes: int) -> list[Line]:
     accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
     batch_size = of_process // accum_iter
     effective = batch_size * accum_iter * processes
-    split = f"{effective} images per update in {processes} process(es)"
-    lines = [Line("batch_size", batch_size, f"{split}; an epoch has {count // effective:,} updates")]
+    split = f"{counted(effective, 'image')} per update in {counted(processes, 'process')}"
+    lines = [Line("batch_size", batch_size, f"{split}; an epoch has {counted(count // effective, 'update')}")]
     if accum_iter > 1:
         lines.append(Line("accum_iter", accum_iter, f"at most {MAX_PROCESS_BATCH} images are in memory at a time"))
     return lines
@@ -299,7 +301,7 @@ def seconds_needed(count: int, images_per_epoch: int, images_per_s: float, start
 def probed_length_lines(images_per_epoch: int, images_per_s: float, startup: float, seconds: float) -> list[Line]:
     """Returns the settings of `length_lines`, for a run that measures k-NN within the time, if a tenth is enough."""
     epoch = images_per_epoch / images_per_s  # about the time of a measurement
-    count = min(MEASUREMENTS, int(PROBE_SHARE * (seconds - startup) / epoch))
+    count = max(0, min(MEASUREMENTS, int(PROBE_SHARE * (seconds - startup) / epoch)))
     epochs, *others = length_lines(images_per_epoch, images_per_s, startup + count * epoch, seconds)
     if not count:
         return [epochs, *others]
@@ -327,5 +329,5 @@ def length_lines(images_per_epoch: int, images_per_s: float, startup: float, sec
     return [
         Line("epochs", epochs, reason, is_warning=fitting < 1),
         Line("warmup_epochs", epochs / 20, "a twentieth of the epochs"),
-        Line("save_every", math.ceil(epochs / 10), "ten checkpoints"),
+        Line("save_every", math.ceil(epochs / 10), "at most ten checkpoints"),
     ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae.plurals import counted
 from mae.settings.arguments import arguments
 from mae.training import log
 
@@ -51,7 +52,7 @@ def measure(
         }  # fmt: skip
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *launcher, "-m", script, *arguments(settings), *given]
-        logger.info(f"measuring   {EPOCHS * updates} updates in {processes} process(es)")
+        logger.info(f"measuring   {EPOCHS * updates} updates in {counted(processes, 'process')}")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -18,6 +18,7 @@ from mae import parallel
 from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
+from mae.plurals import counted
 from mae.settings import DataSpec, EvaluationSpec, ModelSpec
 from mae.settings.arguments import arguments
 from mae.training import costs, environment
@@ -71,6 +72,7 @@ def start_logging() -> None:
         force=True,
     )
     logging.captureWarnings(True)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs that it caches fonts
     threading.excepthook = _print_thread_error
 
 
@@ -298,8 +300,7 @@ def summary_of(output_dir: Path) -> str:
     entries = read(output_dir)
     last = entries[-1]
     starts = len((output_dir / environment.FILE).read_text(encoding="utf-8").splitlines())
-    count = "1 epoch" if len(entries) == 1 else f"{len(entries)} epochs"
-    parts = [f"{count} in {duration(sum(entry['seconds'] for entry in entries))}"]
+    parts = [f"{counted(len(entries), 'epoch')} in {duration(sum(entry['seconds'] for entry in entries))}"]
     if starts > 1:
         parts.append(f"resumed ({starts} starts)")
     parts.append(f"loss {last['train_loss']:.4f}")

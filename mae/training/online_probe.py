@@ -91,7 +91,7 @@ class OnlineProbe:
         self.mask_ratio = mask_ratio
         self.baselines: dict[str, Any] | None = None  # computed once
         self.pooling = pooling
-        logger.info(f"`probe_every`: features of {len(self.train):,} and {len(self.val):,} images: {pooling}")
+        logger.info(f"`probe_every`: features: {pooling}")
 
     def _some(self, source: Source, data: RunData) -> Source:
         order = np.random.default_rng(data.data.seed).permutation(len(source))[:MAX_IMAGES]
@@ -122,7 +122,8 @@ class OnlineProbe:
             self.hits = self.hits_of(bank, feature_files.extract(encode, self.val))
             of_pixels = self.baselines["pixels"]
             scores = {KNN: 100 * int(self.hits.sum()) / len(self.val), "test_knn_pixels": of_pixels, **scores}
-            logger.info(f"* {self.k}-NN Acc@1 {scores[KNN]:.3f} (raw pixels {of_pixels:.3f})")
+            images = knn.in_words(self.k, len(self.train), len(self.val))
+            logger.info(f"* {self.k}-NN Acc@1 {scores[KNN]:.3f} (raw pixels {of_pixels:.3f}): {images}")
         share = f" ({scores['test_explained']:.1%} explained)" if "test_explained" in scores else ""
         logger.info(
             f"* loss of {len(self.val):,} held-out images {scores['test_loss']:.4f}{share}, effective rank "

@@ -14,6 +14,7 @@ from torch import nn
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.interrupts import Interrupts
+from mae.plurals import counted
 from mae.settings import EvaluationSpec, MachineSpec, OptimSpec
 from mae.training import costs, environment, lr_sched
 from mae.training.callbacks import Callback
@@ -69,7 +70,8 @@ def opened(
     progress = _start_of(optim, machine.start_epoch, batches.num_images, fingerprint)
     optim = replace(optim, lr=lr_sched.scaled_lr(optim.lr, optim.blr, progress.effective_batch_size))
     lr_sched.check_warmup(optim.warmup_epochs, optim.epochs)
-    logger.info(f"{record['model']} on {precision.device} in {precision.name}, {parallel.world_size()} process(es)")
+    processes = counted(parallel.world_size(), "process")
+    logger.info(f"{record['model']} on {precision.device} in {precision.name}, {processes}")
     with ExitStack() as stack:
         stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, machine.resume))
         if parallel.is_main():
@@ -77,16 +79,15 @@ def opened(
         _restore(machine, model, optimizer, precision, record, progress, callbacks)
         run_directory.record_images(output_dir, batches.image_names())
         saver = open_saver(
-            Interrupts(), output_dir,
-            partial(run_state.collect, model, optimizer, precision.scaler, record, callbacks),
-            progress, parallel.is_sharded(model), epochs=optim.epochs,
-            save_every=machine.save_every, save_minutes=machine.save_minutes, keep_last=machine.keep_last,
+            Interrupts(), output_dir, partial(run_state.collect, model, optimizer, precision.scaler, record, callbacks),
+            progress, parallel.is_sharded(model), epochs=optim.epochs, save_every=machine.save_every,
+            save_minutes=machine.save_minutes, keep_last=machine.keep_last,
         )  # fmt: skip
         trained = trained or model
         flops = costs.training_flops(trained, forward, precision) if forward else None
         wrapped = _prepared(trained, precision.device, machine.compile)
         if progress.epoch >= optim.epochs:
-            logger.info(f"nothing to do: the run has completed its {optim.epochs} epochs")
+            logger.info(f"nothing to do: the run has completed its {counted(optim.epochs, 'epoch')}")
         log = _open_log(record, optim, machine, loss_tag, progress, batches, flops, precision)
         for resource in (saver.interrupts, closing_log(log), closing(saver)):  # a signal takes effect after the others
             stack.enter_context(resource)

@@ -33,6 +33,7 @@ from mae.data.kinds.folders import (
 from mae.data.kinds.listing import Files, Listing
 from mae.data.pixels import BadImage
 from mae.files.untrusted import MAX_BYTES, printable
+from mae.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Members(Files):
 
 
 def open_archive(
-    path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images", whole: bool = True
+    path: Path, split: str | None, *, enclosing: bool = False, kind: str = "image", whole: bool = True
 ) -> Listing:
     """Lists the images of a tar or zip file.
 
@@ -126,7 +127,7 @@ def open_archive(
         path: the archive.
         split: "train" or "val"; None: all images.
         enclosing: keep enclosing folders in the names, if `split` is None.
-        kind: what the files are, for the log.
+        kind: what a file is, for the log.
         whole: an archive without splits contributes all of its images for training. False: it is an error.
 
     Raises:
@@ -142,7 +143,7 @@ def open_archive(
     folder = _normal(found[0][1]).removesuffix(found[0][0])
     others = [name for name in members if not is_image(name) and not is_ignored(name)]
     beside = [name for name in others if _normal(name).startswith(folder)]
-    text = f"{len(names):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s"
+    text = f"{counted(len(names), kind)} in {path}, found in {time.perf_counter() - started:.1f} s"
     log_listing(text, len(names), beside)
     return Listing(files, *classes_of(names))
 

@@ -13,6 +13,7 @@ from mae.data.decode import SUFFIXES
 from mae.data.kinds.listing import Files, Listing, folder_of
 from mae.data.source import VALIDATION, first_few
 from mae.files.untrusted import printable
+from mae.plurals import counted
 from mae.settings.arguments import in_words
 
 logger = logging.getLogger(__name__)
@@ -110,13 +111,13 @@ def log_listing(text: str, count: int, others: Iterable[str]) -> None:
         logger.warning(f"{line} (images have a suffix {KINDS})")
 
 
-def find_files(root: Path, kind: str = "images") -> Listing:
+def find_files(root: Path, kind: str = "image") -> Listing:
     """Finds the image files in a folder and its subfolders, sorted by name. Hidden files and folders are skipped.
 
     If all images are in subfolders, the top-level subfolders are the classes, sorted by name.
 
     Args:
-        kind: what the files are, for the log.
+        kind: what a file is, for the log.
 
     Raises:
         ValueError: the folder contains no images.
@@ -134,7 +135,7 @@ def find_files(root: Path, kind: str = "images") -> Listing:
         entry.name for entry in os.scandir(root)
         if not is_hidden(entry.name) and entry.name != LOST and _is_folder(entry)
     ]  # fmt: skip
-    text = f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s"
+    text = f"{counted(len(names), kind)} under {root}, found in {time.perf_counter() - started:.1f} s"
     log_listing(text, len(names), others)
     return Listing(Files(root, names), *classes_of(names, folders))
 

@@ -116,12 +116,12 @@ def open_pairs(
         )
     if folders and not (root and root.is_file()):
         paths = [root / folder if root else Path(folder) for folder in folders]
-        images = _opened(paths[0], "images")
-        masks = _opened(paths[1], "masks")
+        images = _opened(paths[0], "image")
+        masks = _opened(paths[1], "mask")
         indices = _matched(_by_key(images, split), _by_key(masks, split), images, str(paths[1]), split)
     else:
         assert root is not None
-        images = masks = _opened(root, "images and masks")
+        images = masks = _opened(root, "file")
         indices = _of_folders(images, root, split, folders) if folders else _of_layout(images, root, split)
     mask_files = MaskFiles(masks.chosen(indices[:, 1].tolist()), mask_format)
     return Listing(images.chosen(indices[:, 0].tolist()), masks=mask_files)
