@@ -317,7 +317,7 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, capsys, monkeypa
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     line = fails(capsys, monkeypatch, main_compare, *flags_of(pairs, tmp_path / "two", None, *flags, "--labels", "2"))
-    assert re.search(r"1 images, fewer than .*the output is in .*recipes=linear=YAML", line)
+    assert re.search(r"1 image, fewer than .*the output is in .*recipes=linear=YAML", line)
 
 
 SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}

@@ -341,7 +341,7 @@ def test_stored_features_resume_within_an_epoch_in_as_many_processes(probe, tune
     })  # fmt: skip
     with pytest.raises(subprocess.CalledProcessError) as failed:
         forks.run("main_linprobe.py", (*two, "--resume", "auto"), tmp_path / "output", 2)
-    assert "start 1 processes, and not 2" in failed.value.output
+    assert "start 1 process, and not 2" in failed.value.output
     shutil.copytree(out, tmp_path / "one")
     assert len(lines(probe("one", **flags, accum_iter=1, save_minutes=0, resume="auto"))) == 2
     new = ("--resume", out / "checkpoint-0.pth", "--output_dir", tmp_path / "new")

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from mae import parallel
+from mae.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
         even = num_images // processes // 2 * 2 or 1  # mixup mixes pairs
         remedy = f"accum_iter={fitting}" if fitting else f"batch_size={even} accum_iter=1"
         if num_images < processes:
-            remedy = f"at most {num_images} processes"
+            remedy = f"at most {counted(num_images, 'process')}"
         raise ValueError(
-            f"an epoch has {num_images:,} images, fewer than one effective batch of {effective_batch_size:,} "
-            f"(batch_size={batch_size} x accum_iter={accum_iter} x {processes} processes): give {remedy}"
+            f"an epoch has {counted(num_images, 'image')}, fewer than one effective batch of {effective_batch_size:,} "
+            f"(batch_size={batch_size} x accum_iter={accum_iter} x {counted(processes, 'process')}): give {remedy}"
         )
     if left_out > MAX_LEFT_OUT * num_images and parallel.is_main():
         logger.warning(

@@ -251,7 +251,8 @@ def note_of_probe(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, A
     """Returns a paragraph on the images of `probe_every`, which are not those of the verdict; "" without k-NN."""
     if not any(KNN in entry for entry in entries):
         return ""
-    images = f"the other training images classify {online_probe.HELD_OUT:.0%} of them, which are held out"
+    share = online_probe.HELD_OUT
+    images = f"{1 - share:.0%} of the training images classify the other {share:.0%}, which are held out"
     if path := settings.get("probe_path"):
         images = f"the training images of {path} classify its held-out images"
     return page.paragraph(

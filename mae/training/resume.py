@@ -12,6 +12,7 @@ from mae import encoders, parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
+from mae.plurals import counted
 from mae.settings import REBUILDS, RESUME, ModelSpec, differs, fits, names_of, taken_from
 from mae.settings import fields as roles
 from mae.settings.arguments import advice, in_words
@@ -291,7 +292,7 @@ def _require_same_processes(position: dict[str, Any], saved: dict[str, Any]) -> 
     if before != now:
         raise CheckpointError(
             f"the checkpoint is in the middle of an epoch on stored features, of which each process has a part: start "
-            f"{before} processes, and not {now}"
+            f"{counted(before, 'process')}, and not {now}"
         )
 
 
