@@ -102,7 +102,7 @@ def run_code(code: str, folder: Path, *argv: Any, count: int = 1) -> str:
 # Python runs everything else.
 STARTER = """#!{python} -S
 import os, signal, sys
-if not os.path.basename(sys.argv[1]).startswith("main_"):
+if not os.path.basename(sys.argv[1]).startswith(("main_", "sandbox")):
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 from multiprocessing.connection import Client
 fork = Client("{address}")
@@ -116,7 +116,7 @@ sys.exit(code)
 
 @contextlib.contextmanager
 def starter(folder: Path) -> Iterator[Path]:
-    """An executable that is used like Python, and starts main_*.py as forks."""
+    """An executable that is used like Python, and starts main_*.py and sandbox.py as forks."""
     address, file, lock = str(folder / "socket"), folder / "python", threading.Lock()
     file.write_text(STARTER.format(python=sys.executable, address=address))
     file.chmod(0o755)

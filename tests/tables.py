@@ -21,6 +21,7 @@ from benchmarks import (
     noise,
     pooling,
     records,
+    speedrun,
     start_from,
 )
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/model_table.py": model_table.table,
     "python benchmarks/leaderboard.py": leaderboard.table,
     "python benchmarks/records.py": records.table,
+    "python benchmarks/speedrun.py": speedrun.table,
     "python benchmarks/start_from.py": start_from.table,
     "python benchmarks/continued.py": continued.table,
     "python benchmarks/finetune_rule.py": lambda: finetune_rule.table(finetune_rule.read()),

@@ -1,0 +1,333 @@
+"""The speedrun: five minutes of pre-training in one file that anyone may edit. SPEEDRUN.md has the rules.
+
+    python benchmarks/fashion_mnist/unpack.py
+    python benchmarks/speedrun.py mine.py --seconds 20 --held_out                            # a rehearsal: no row
+    python benchmarks/speedrun.py mine.py benchmarks/speedruns/baseline.py --seeds 0 1 2     # a claim, in turns
+    python benchmarks/speedrun.py --check 1a2b3c4d                                           # a claim of others
+
+A run trains an entry in a process, which has the training images only, for --seconds on one thread. Two other processes
+compute features of the images, without labels and in random order. This process measures the time and the accuracies.
+A run that breaks a rule has no row. Any other run of five minutes appends its row to speedrun.jsonl and writes the
+table. With two files, the command tests whether the first is better than the second.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks import leaderboard, machine, records, sandbox, scoring, scripts
+from mae.cli import entry_point
+from mae.evaluate import knn
+from mae.evaluate.tables import markdown
+from mae.settings.types import positive
+from mae.training.environment import commit
+
+ROWS, PAGE = (Path(__file__).with_name(name) for name in ("speedrun.jsonl", "SPEEDRUN.md"))
+ENTRIES = scripts.ROOT / "benchmarks/speedruns"
+RECORDS = ("baseline",)  # files in ENTRIES, each above the one before it
+DATA = scripts.ROOT / "runs/study/data"
+HELD_OUT = 10_000  # of the 60,000 training images
+SECONDS = 300.0
+GRACE = 10.0  # seconds more, to write the encoder
+ENCODING = 600.0  # seconds, for all images
+LONGEST = 20_000  # bytes of a file: no room for weights or labels
+WIDEST = 512  # features
+BUSY = 1.1  # seconds of the CPU in a second: more than one thread
+AGAIN = 1000  # images whose features are computed twice
+TOLERANCE = 0.01  # of their difference, in standard deviations of a feature
+REFUSED = "refused, no row"
+
+Row = dict[str, Any]
+
+
+def digest(*files: Path) -> str:
+    """Returns the SHA-256 of files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def read_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the training or the test images (N, 28, 28), uint8, and their labels (N,)."""
+    from torchvision.datasets import FashionMNIST  # takes more than a second
+
+    try:
+        dataset = FashionMNIST(DATA, train=train)
+    except RuntimeError as error:
+        raise ValueError(f"{DATA} has no images: run python benchmarks/fashion_mnist/unpack.py") from error
+    return dataset.data.numpy(), dataset.targets.numpy()
+
+
+def start(task: str, file: Path, folder: Path, *values: object, limit: float) -> float:
+    """Runs a task of sandbox.py in a process; returns its seconds.
+
+    Args:
+        limit: seconds after which the process is killed.
+
+    Raises:
+        ValueError: it was killed, has failed, or has used more than one core.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    environment = {**environment, "TMPDIR": str(folder), "PYTHONPATH": ""}
+    command = [sys.executable, sandbox.__file__, task, file.resolve(), folder, *values]
+    used = _cpu_seconds()
+    started = time.perf_counter()
+    with subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
+        assert process.stdout
+        process.stdout.readline()  # "ready"
+        ready = time.perf_counter()
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        status = process.wait()
+        timer.cancel()
+    ended = time.perf_counter()
+    if ended - ready >= limit:
+        raise ValueError(f"{file}: {REFUSED}: `{task}` has not ended after {limit:g} seconds")
+    if status:
+        raise ValueError(f"{file}: {REFUSED}: `{task}` has failed with exit status {status}")
+    if (busy := (_cpu_seconds() - used) / (ended - started)) > BUSY:
+        raise ValueError(f"{file}: {REFUSED}: `{task}` has used {busy:.1f} cores; it may use one thread")
+    return ended - ready
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def pretrain(file: Path, images: np.ndarray, seconds: float, seed: int, encoder: Path) -> float:
+    """Trains an entry on images, and writes its encoder; returns the seconds that it took.
+
+    Raises:
+        ValueError: as `start`, or the file is too long.
+    """
+    if (size := file.stat().st_size) > LONGEST:
+        raise ValueError(f"{file}: {REFUSED}: it has {size:,} bytes; at most {LONGEST:,}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / sandbox.IMAGES, images)
+        taken = start("train", file, folder, seconds, seed, limit=seconds + GRACE)
+        shutil.copy(folder / sandbox.ENCODER, encoder)
+    return taken
+
+
+def encode(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
+    """Returns the features (N, D) of images in a process that has nothing else.
+
+    Raises:
+        ValueError: as `start`, or the features break a rule.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / sandbox.IMAGES, images)
+        shutil.copy(encoder, folder / sandbox.ENCODER)
+        start("encode", file, folder, limit=ENCODING)
+        features = np.load(folder / sandbox.FEATURES)
+    if features.ndim != 2 or len(features) != len(images) or features.shape[1] > WIDEST:
+        shape = f"({len(images)}, D), D at most {WIDEST}"
+        raise ValueError(f"{file}: {REFUSED}: the features have the shape {features.shape} instead of {shape}")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{file}: {REFUSED}: features are not finite")
+    if (features == features[0]).all():
+        raise ValueError(f"{file}: {REFUSED}: all images have the same features")
+    return features
+
+
+def encode_twice(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
+    """Returns the features of images, after a check that they depend on one image only, and not on chance.
+
+    Both processes get the images in random order, so that neither can know which are test images.
+
+    Raises:
+        ValueError: as `encode`, or the features of an image differ between the processes.
+    """
+    draw = np.random.default_rng()  # without a seed: nobody knows the order
+    order = draw.permutation(len(images))
+    features = encode(file, encoder, images[order])
+    again = draw.permutation(len(images))[:AGAIN]
+    difference = encode(file, encoder, images[order[again]]) - features[again]
+    worst = np.argmax(np.sqrt(np.square(difference).mean(axis=0)) - TOLERANCE * features.std(axis=0))
+    if np.sqrt(np.square(difference[:, worst]).mean()) > TOLERANCE * features[:, worst].std():
+        raise ValueError(
+            f"{file}: {REFUSED}: feature {worst} of an image depends on the images beside it, or on chance; compute "
+            f"features in fp32 and of each image by itself"
+        )
+    return features[np.argsort(order)]
+
+
+def accuracies(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Returns the accuracies of features in percent: of 20 nearest neighbors by cosine, and of a linear probe.
+
+    The probe is ridge regression to the classes: it is exact, and needs no learning rate.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    near = 100 * knn.accuracy(bank, labels, queries, truth, scoring.NEIGHBORS)
+    probe = make_pipeline(StandardScaler(), RidgeClassifier()).fit(bank.astype(float), labels)
+    linear = 100 * probe.score(queries.astype(float), truth)
+    return {"score": round((near + linear) / 2, 2), "k-NN": round(near, 2), "linear": round(linear, 2)}
+
+
+def run_entry(file: Path, seed: int, seconds: float, held_out: bool) -> Row:
+    """Trains an entry and evaluates it; returns what was measured.
+
+    Raises:
+        ValueError: the run breaks a rule.
+    """
+    images, labels = read_images(train=True)
+    queries, truth = (images[-HELD_OUT:], labels[-HELD_OUT:]) if held_out else read_images(train=False)
+    bank = images[:-HELD_OUT] if held_out else images
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = Path(folder, sandbox.ENCODER)
+        taken = pretrain(file, bank, seconds, seed, encoder)
+        features = encode_twice(file, encoder, np.concatenate([bank, queries]))
+    found = accuracies(features[: len(bank)], labels[: len(bank)], features[len(bank) :], truth)
+    share = found["score"] / 100
+    error = 100 * math.sqrt(share * (1 - share) / len(truth))
+    return {
+        "entry": file.stem, "sha256": digest(file), "seed": seed, **found, "error": round(error, 2),
+        "seconds": round(taken, 1), "features": features.shape[1],
+    }  # fmt: skip
+
+
+def read() -> list[Row]:
+    """Returns all rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def table() -> str:
+    """Returns a line for each record and machine: means over the seeds, and the test against the record before."""
+    rows: records.Rows = defaultdict(list)
+    for row in read():
+        rows[row["sha256"], row["machine"]].append(row)
+    digests = [digest(ENTRIES / f"{name}.py") for name in RECORDS]
+    lines = []
+    for name, found, earlier in zip(RECORDS, digests, [None, *digests], strict=False):
+        for key in [key for key in rows if key[0] == found]:
+            tested = records.tests(found, earlier, rows).get(key[1]) if earlier else None
+            gain, p = ("{:+.2f} ({:.2f} to {:.2f})".format(*tested[:3]), f"{tested[3]:.1g}") if tested else ("", "")
+            means = [f"{statistics.fmean(row[title] for row in rows[key]):.2f}" for title in ("k-NN", "linear")]
+            seeds = " ".join(str(row["seed"]) for row in rows[key])
+            last = [rows[key][-1][title] for title in ("machine", "commit", "date")]
+            linked = f"[{name}](speedruns/{name}.py) {found[:8]}"
+            lines.append([linked, summary([row["score"] for row in rows[key]]), *means, seeds, gain, p, *last])
+    titles = ["entry", "score", "k-NN", "linear", "seeds", "gain (95 %)", "p", "machine", "commit", "date"]
+    return markdown(titles, lines) if lines else "No entry has been run for five minutes yet."
+
+
+def summary(scores: list[float]) -> str:
+    """Returns the mean of scores, with its standard error over the seeds."""
+    mean = f"{statistics.fmean(scores):.2f}"
+    return f"{mean} ± {statistics.stdev(scores) / math.sqrt(len(scores)):.2f}" if len(scores) > 1 else mean
+
+
+def claim_of(start_of_digest: str) -> tuple[Path, list[float]]:
+    """Returns the file of a claim, and its scores: those of the first rows with this SHA-256, of one machine.
+
+    Raises:
+        ValueError: there are no such rows, too few, or no such file.
+    """
+    rows = [row for row in read() if row["sha256"].startswith(start_of_digest)]
+    claimed = [row["score"] for row in rows if all(row[key] == rows[0][key] for key in ("sha256", "machine", "commit"))]
+    if len(claimed) < records.FEWEST:
+        raise ValueError(f"check={start_of_digest}: {len(claimed)} rows of {ROWS.name}; a claim has {records.FEWEST}")
+    if rows[0]["harness"] != harness():
+        raise ValueError(f"check={start_of_digest}: of another evaluation: check out commit {rows[0]['commit']}")
+    files = [file for file in sorted(ENTRIES.glob("*.py")) if digest(file) == rows[0]["sha256"]]
+    if not files:
+        raise ValueError(f"check={start_of_digest}: no file of {ENTRIES} has this SHA-256: add the file of the claim")
+    return files[0], claimed
+
+
+@functools.cache
+def harness() -> str:
+    """Returns the first digits of the SHA-256 of what measures an entry."""
+    return digest(Path(__file__), Path(sandbox.__file__))[:12]
+
+
+def verdict(better: Path, worse: Path, scores: dict[Path, list[float]]) -> str:
+    """Returns the test of two entries that were run in turns."""
+    difference, low, high, p = records.compare(scores[better], scores[worse])
+    found = "better" if p < records.LEVEL else f"not better, which needs p < {records.LEVEL:g}"
+    return f"{better.stem} - {worse.stem}: {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {found}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs entries in turns, and appends their rows; or checks a claim.
+
+    Raises:
+        ValueError: a run breaks a rule, or the scores are not those of the claim.
+    """
+    if (len(args.files) in (1, 2)) == bool(args.check):
+        raise ValueError("give one or two files, or `check`")
+    if missing := [str(file) for file in args.files if not file.is_file()]:
+        raise ValueError(f"there is no file {missing[0]}")
+    torch.set_num_threads(1)
+    version = commit()  # before the first row changes a file
+    claimed: list[float] = []
+    files = args.files
+    if args.check:
+        file, claimed = claim_of(args.check)
+        standing = ENTRIES / f"{RECORDS[-1]}.py"
+        files = [file] if digest(file) == digest(standing) else [file, standing]
+    shared = {"machine": machine.processor(), "torch": torch.__version__, "commit": version, "harness": harness()}
+    scores: dict[Path, list[float]] = {file: [] for file in files}
+    for seed, file in itertools.product(args.seeds, files):
+        row = {**run_entry(file, seed, args.seconds, args.held_out), **shared, "date": date.today().isoformat()}
+        scores[file].append(row["score"])
+        print(json.dumps(row), flush=True)
+        if args.seconds == SECONDS and not args.held_out:
+            with ROWS.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            leaderboard.write_table("python benchmarks/speedrun.py", table(), PAGE)
+    for file, found in scores.items():
+        print(f"{file.stem}: {summary(found)} over the seeds; ± {row['error']} over the test images")
+    if len(args.seeds) >= records.FEWEST and len(scores) > 1:
+        print(verdict(files[0], files[1], scores))
+    if claimed:
+        difference, low, high, _ = records.compare(scores[files[0]], claimed)
+        compared = f"{difference:+.2f} ({low:.2f} to {high:.2f}) from the claim of {statistics.fmean(claimed):.2f}"
+        if not low <= 0 <= high:
+            raise ValueError(f"check={args.check}: DISAGREES: {compared}")
+        print(f"agrees: {compared}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Trains entries of the speedrun and evaluates them, or checks a claim.")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="one entry, or a new one and a record")
+    parser.add_argument("--check", metavar="SHA256", help="run the file of a claim in turns with the last record, and "
+                        "compare: first digits of its SHA-256 in speedrun.jsonl")  # fmt: skip
+    parser.add_argument("--seconds", default=SECONDS, type=positive, metavar="S", help="of training; other values than "
+                        "the default write no row")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", default=[0, 1, 2], type=int, metavar="N", help="the entries alternate")
+    parser.add_argument("--held_out", action="store_true", help=f"train without the last {HELD_OUT:,} training images, "
+                        "and evaluate on them instead of the test images: for choices; no row")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -1,0 +1,155 @@
+"""benchmarks/speedrun.py: runs in real processes, what is refused, and the check of a claim."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_libraries import write_idx
+
+from benchmarks import speedrun
+from mae.cli import entry_point
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+ENTRY = """
+import time
+import numpy as np
+import torch
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        x = self.scale * images.flatten(1)[:, ::4].float()
+        return FEATURES
+
+def train(images, seconds, seed):
+    TRAINING
+    return Encoder()
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Images of ten classes, each with a bright square in another position, and an empty page."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 300), ("t10k", 100)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = draw.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7] += 180
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            write_idx(tmp_path / f"FashionMNIST/raw/{part}-{kind}-ubyte", array)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- python benchmarks/speedrun.py -->\n<!-- end -->\n")
+    for name, value in {"DATA": tmp_path, "ROWS": tmp_path / "rows.jsonl", "PAGE": page, "SECONDS": 1.0}.items():
+        monkeypatch.setattr(speedrun, name, value)
+    return tmp_path
+
+
+def run(*words):
+    speedrun.main(entry_point.parse_command(speedrun.get_args_parser(), list(map(str, words)))[0])
+
+
+def write_entry(path, features="x", training="pass"):
+    path.write_text(ENTRY.replace("FEATURES", features).replace("TRAINING", training))
+    return path
+
+
+def test_a_run_has_a_row_above_chance(files):
+    run(ROOT / "benchmarks/speedruns/baseline.py", "--seeds", 3)
+    (row,) = speedrun.read()
+    assert row["seed"] == 3
+    assert min(row["k-NN"], row["linear"]) > 30  # chance is 10
+    assert row["score"] == pytest.approx((row["k-NN"] + row["linear"]) / 2, abs=0.01)
+    assert 1 <= row["seconds"] < 1 + speedrun.GRACE
+    assert f"| {row['score']:.2f} |" in speedrun.PAGE.read_text()
+
+
+def test_a_rehearsal_on_held_out_images_has_no_row(files, monkeypatch, capfd):
+    monkeypatch.setattr(speedrun, "HELD_OUT", 100)
+    run(write_entry(files / "mine.py", training="print(len(images))"), "--seconds", 2, "--held_out", "--seeds", 0)
+    assert speedrun.read() == []
+    assert "200" in capfd.readouterr().out.splitlines()  # of 300 training images
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"training": "time.sleep(60)"}, "has not ended"),
+        ({"training": "raise KeyError"}, "failed"),
+        ({"training": "open('DATA/FashionMNIST/raw/t10k-labels-idx1-ubyte')"}, "failed"),
+        ({"training": "import subprocess; subprocess.run(['true'])"}, "failed"),
+        ({"training": "import socket; socket.socket()"}, "failed"),
+        ({"training": f"'{'x' * 20_000}'"}, "bytes"),
+        ({"features": "x[1:]"}, "shape"),
+        ({"features": "x.repeat(1, 3)"}, "shape"),
+        ({"features": "x / 0"}, "finite"),
+        ({"features": "0 * x"}, "same features"),
+        ({"features": "x - x.mean(dim=0)"}, "images beside it"),
+        ({"features": "torch.cat([x, 1e-6 * (x - x.mean(dim=0))], dim=1)"}, "images beside it"),
+        ({"features": "x + 20 * torch.rand(x.shape)"}, "chance"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value.values())[:40],
+)  # fmt: skip
+def test_a_run_that_breaks_a_rule_is_refused(parts, reason, files, monkeypatch):
+    monkeypatch.setattr(speedrun, "GRACE", 1.0)
+    entry = write_entry(files / "mine.py", **{part: text.replace("DATA", str(files)) for part, text in parts.items()})
+    with pytest.raises(ValueError, match=f"mine.py: refused, no row: .*{reason}"):
+        run(entry, "--seeds", 0)
+    assert speedrun.read() == []
+
+
+@pytest.fixture
+def entries(files, monkeypatch):
+    """A record and a better entry, which has been claimed; `scores` are those of runs, by entry."""
+    scores = {"record": 80.0, "mine": 84.0}
+    monkeypatch.setattr(speedrun, "ENTRIES", files)
+    monkeypatch.setattr(speedrun, "RECORDS", ("record",))
+    for name in scores:
+        write_entry(files / f"{name}.py", training=f"'{name}'")
+
+    def measured(file, seed, *_):
+        found = {"score": scores[file.stem] + 0.1 * seed, "k-NN": 0.0, "linear": 0.0, "error": 0.4}
+        return {"entry": file.stem, "sha256": speedrun.digest(file), "seed": seed, **found}
+
+    monkeypatch.setattr(speedrun, "run_entry", measured)
+    run(files / "mine.py", files / "record.py", "--seeds", 0, 1, 2)
+    return scores
+
+
+def test_a_claim_is_tested_in_turns(entries, files, capsys, monkeypatch):
+    assert [(row["entry"], row["seed"]) for row in speedrun.read()] == [
+        (entry, seed) for seed in range(3) for entry in ("mine", "record")
+    ]
+    run("--check", speedrun.read()[0]["sha256"][:8])
+    output = capsys.readouterr().out
+    assert "mine - record: +4.00" in output and ": better" in output
+    assert "agrees: +0.00" in output
+    assert [row["entry"] for row in speedrun.read()[6:]] == ["mine", "record"] * 3
+    monkeypatch.setattr(speedrun, "RECORDS", ("record", "mine"))
+    assert "| +4.00 (" in speedrun.table().splitlines()[-1]
+
+
+def test_a_claim_that_does_not_repeat_disagrees(entries, files):
+    digest = speedrun.read()[0]["sha256"]
+    entries["mine"] = 83.0
+    with pytest.raises(ValueError, match=r"DISAGREES: -1\.00"):
+        run("--check", digest[:8])
+
+
+def test_a_claim_whose_file_or_evaluation_changed_is_not_checked(entries, files):
+    row = speedrun.read()[0]
+    speedrun.ROWS.write_text("".join(json.dumps({**row, "harness": "before"}) + "\n" for _ in range(3)))
+    with pytest.raises(ValueError, match="another evaluation"):
+        run("--check", row["sha256"])
+    speedrun.ROWS.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    (files / "mine.py").write_text("changed = True\n")
+    with pytest.raises(ValueError, match="SHA-256"):
+        run("--check", row["sha256"])
+    with pytest.raises(ValueError, match="0 rows"):
+        run("--check", "0" * 64)
