@@ -54,7 +54,9 @@ ENCODING = 600.0  # seconds, for all images
 LONGEST = 20_000  # bytes of a file: no room for weights or labels
 WIDEST = 512  # features
 BUSY = 1.1  # seconds of the CPU in a second: more than one thread
-AGAIN = 1000  # images whose features are computed twice
+BATCH_SIZE = 500  # images that an encoder gets at a time
+AGAIN = 500  # images whose features are computed twice
+FEW = 10  # images at a time for the second time: what depends on the others differs most with few of them
 TOLERANCE = 0.01  # of their difference, in standard deviations of a feature
 REFUSED = "refused, no row"
 
@@ -132,8 +134,8 @@ def pretrain(file: Path, images: np.ndarray, seconds: float, seed: int, encoder:
     return taken
 
 
-def encode(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
-    """Returns the features (N, D) of images in a process that has nothing else.
+def encode(file: Path, encoder: Path, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the features (N, D) of images, which a process without anything else computes in batches.
 
     Raises:
         ValueError: as `start`, or the features break a rule.
@@ -142,7 +144,7 @@ def encode(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
         folder = Path(name)
         np.save(folder / sandbox.IMAGES, images)
         shutil.copy(encoder, folder / sandbox.ENCODER)
-        start("encode", file, folder, limit=ENCODING)
+        start("encode", file, folder, batch_size, limit=ENCODING)
         features = np.load(folder / sandbox.FEATURES)
     if features.ndim != 2 or len(features) != len(images) or features.shape[1] > WIDEST:
         shape = f"({len(images)}, D), D at most {WIDEST}"
@@ -164,9 +166,9 @@ def encode_twice(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
     """
     draw = np.random.default_rng()  # without a seed: nobody knows the order
     order = draw.permutation(len(images))
-    features = encode(file, encoder, images[order])
+    features = encode(file, encoder, images[order], BATCH_SIZE)
     again = draw.permutation(len(images))[:AGAIN]
-    difference = encode(file, encoder, images[order[again]]) - features[again]
+    difference = encode(file, encoder, images[order[again]], FEW) - features[again]
     worst = np.argmax(np.sqrt(np.square(difference).mean(axis=0)) - TOLERANCE * features.std(axis=0))
     if np.sqrt(np.square(difference[:, worst]).mean()) > TOLERANCE * features[:, worst].std():
         raise ValueError(
