@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-IMAGES, ENCODER, FEATURES = "images.npy", "encoder.pt", "features.npy"
+IMAGES = "images.npy"
+ENCODER = "encoder.pt"
+FEATURES = "features.npy"
 REFUSED = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "pty.", "ctypes.")
 SYSTEM = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices", "/dev/null", "/dev/urandom")
 

@@ -90,10 +90,10 @@ def start(task: str, file: Path, folder: Path, *values: object, limit: float) ->
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
     environment = {**environment, "TMPDIR": str(folder), "PYTHONPATH": ""}
-    command = [sys.executable, sandbox.__file__, task, file.resolve(), folder, *values]
+    command = [sys.executable, sandbox.__file__, task, *map(str, (file.resolve(), folder, *values))]
     used = _cpu_seconds()
     started = time.perf_counter()
-    with subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
         assert process.stdout
         process.stdout.readline()  # "ready"
         ready = time.perf_counter()
@@ -230,7 +230,8 @@ def table() -> str:
     for name, found, earlier in zip(RECORDS, digests, [None, *digests], strict=False):
         for key in [key for key in rows if key[0] == found]:
             tested = records.tests(found, earlier, rows).get(key[1]) if earlier else None
-            gain, p = ("{:+.2f} ({:.2f} to {:.2f})".format(*tested[:3]), f"{tested[3]:.1g}") if tested else ("", "")
+            gain = "{:+.2f} ({:.2f} to {:.2f})".format(*tested[:3]) if tested else ""
+            p = f"{tested[3]:.1g}" if tested else ""
             means = [f"{statistics.fmean(row[title] for row in rows[key]):.2f}" for title in ("k-NN", "linear")]
             seeds = " ".join(str(row["seed"]) for row in rows[key])
             last = [rows[key][-1][title] for title in ("machine", "commit", "date")]
