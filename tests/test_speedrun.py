@@ -95,7 +95,8 @@ def test_a_rehearsal_on_held_out_images_has_no_row(files, monkeypatch, capfd):
     ids=lambda value: value if isinstance(value, str) else " ".join(value.values())[:40],
 )  # fmt: skip
 def test_a_run_that_breaks_a_rule_is_refused(parts, reason, files, monkeypatch):
-    monkeypatch.setattr(speedrun, "GRACE", 1.0)
+    if reason == "has not ended":  # the others have time, also on a busy machine
+        monkeypatch.setattr(speedrun, "GRACE", 1.0)
     entry = write_entry(files / "mine.py", **{part: text.replace("DATA", str(files)) for part, text in parts.items()})
     with pytest.raises(ValueError, match=f"mine.py: refused, no row: .*{reason}"):
         run(entry, "--seeds", 0)
