@@ -45,7 +45,7 @@ from mae.training.environment import commit
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("speedrun.jsonl", "SPEEDRUN.md"))
 ENTRIES = scripts.ROOT / "benchmarks/speedruns"
-RECORDS = ("baseline",)  # files in ENTRIES, each above the one before it
+RECORDS = ENTRIES / "records.txt"  # names of files in ENTRIES, each above the one before it
 DATA = scripts.ROOT / "runs/study/data"
 HELD_OUT = 10_000  # of the 60,000 training images
 SECONDS = 300.0
@@ -225,9 +225,10 @@ def table() -> str:
     rows: records.Rows = defaultdict(list)
     for row in read():
         rows[row["sha256"], row["machine"]].append(row)
-    digests = [digest(ENTRIES / f"{name}.py") for name in RECORDS]
+    names = RECORDS.read_text().split()
+    digests = [digest(ENTRIES / f"{name}.py") for name in names]
     lines = []
-    for name, found, earlier in zip(RECORDS, digests, [None, *digests], strict=False):
+    for name, found, earlier in zip(names, digests, [None, *digests], strict=False):
         for key in [key for key in rows if key[0] == found]:
             tested = records.tests(found, earlier, rows).get(key[1]) if earlier else None
             gain = "{:+.2f} ({:.2f} to {:.2f})".format(*tested[:3]) if tested else ""
@@ -294,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
     files = args.files
     if args.check:
         file, claimed = claim_of(args.check)
-        standing = ENTRIES / f"{RECORDS[-1]}.py"
+        standing = ENTRIES / f"{RECORDS.read_text().split()[-1]}.py"
         files = [file] if digest(file) == digest(standing) else [file, standing]
     shared = {"machine": machine.processor(), "torch": torch.__version__, "commit": version, "harness": harness()}
     scores: dict[Path, list[float]] = {file: [] for file in files}

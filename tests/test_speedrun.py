@@ -108,7 +108,8 @@ def entries(files, monkeypatch):
     """A record and a better entry, which has been claimed; `scores` are those of runs, by entry."""
     scores = {"record": 80.0, "mine": 84.0}
     monkeypatch.setattr(speedrun, "ENTRIES", files)
-    monkeypatch.setattr(speedrun, "RECORDS", ("record",))
+    monkeypatch.setattr(speedrun, "RECORDS", files / "records.txt")
+    speedrun.RECORDS.write_text("record\n")
     for name in scores:
         write_entry(files / f"{name}.py", training=f"'{name}'")
 
@@ -121,7 +122,7 @@ def entries(files, monkeypatch):
     return scores
 
 
-def test_a_claim_is_tested_in_turns(entries, files, capsys, monkeypatch):
+def test_a_claim_is_tested_in_turns(entries, files, capsys):
     assert [(row["entry"], row["seed"]) for row in speedrun.read()] == [
         (entry, seed) for seed in range(3) for entry in ("mine", "record")
     ]
@@ -130,7 +131,7 @@ def test_a_claim_is_tested_in_turns(entries, files, capsys, monkeypatch):
     assert "mine - record: +4.00" in output and ": better" in output
     assert "agrees: +0.00" in output
     assert [row["entry"] for row in speedrun.read()[6:]] == ["mine", "record"] * 3
-    monkeypatch.setattr(speedrun, "RECORDS", ("record", "mine"))
+    speedrun.RECORDS.write_text("record\nmine\n")
     assert "| +4.00 (" in speedrun.table().splitlines()[-1]
 
 
