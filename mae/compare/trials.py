@@ -174,7 +174,7 @@ class Trials:
             The pooling, "" if the protocol does not pool features; and the value, None if there is no grid.
         """
         run = self.scripts[trial.protocol].settings(self.settings(trial))
-        poolings = _poolings_of(trial, run)
+        poolings = _poolings_of(trial, run.model, "global_pool" in run.explicit)
         values, least, most = self._grid_of(trial, run.evaluation.k, run.optim.blr)
         if not values or len(poolings) == len(values) == 1:
             return poolings[0], values[0] if values else None
@@ -281,16 +281,17 @@ class Trials:
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
 
 
-def _poolings_of(trial: Trial, run: Run) -> Sequence[str]:
+def _poolings_of(trial: Trial, spec: ModelSpec, is_given: bool) -> Sequence[str]:
     """Returns the poolings to choose from; [""] for a protocol that does not pool features, or a recipe with `pool`.
 
     Args:
-        run: the settings of the trial, perhaps of a recipe.
+        spec: of the trial, perhaps by a recipe.
+        is_given: a recipe gives `global_pool`.
     """
-    if trial.protocol not in (KNN, LINEAR) or run.model.pool:
+    if trial.protocol not in (KNN, LINEAR) or spec.pool:
         return [""]
-    if "global_pool" in run.explicit and OF_TIMM not in trial.encoder.poolings:
-        return [PATCHES if run.model.global_pool else CLASS_TOKEN]
+    if is_given and OF_TIMM not in trial.encoder.poolings:
+        return [PATCHES if spec.global_pool else CLASS_TOKEN]
     return trial.encoder.poolings
 
 

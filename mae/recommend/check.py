@@ -36,7 +36,7 @@ from mae.data.pixels import BadImage, PixelValues
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_few, is_stream
 from mae.plurals import counted
-from mae.settings import Run, types
+from mae.settings import ImageSpec, Run, types
 from mae.settings.arguments import in_words
 from mae.settings.choices import CLASSIFICATION
 from mae.user_code import dataset_of
@@ -274,7 +274,7 @@ def open_images(run: Run, split: str, function: OpenDataset | None) -> Source | 
     """Opens the images. If their labels can't be read, a warning says why, unless their task or columns are given."""
     data = replace(run.data, val_list=run.data.val_list if split == "val" else None)
     if _has_masks(run.explicit):
-        return open_source(data, split, masks=mask_format(run), function=function)
+        return open_source(data, split, masks=mask_format(run.images, run.model.nb_classes), function=function)
     try:
         columns = run.images.label_columns
         return open_source(data, split, task=run.images.task, label_columns=columns, function=function)
@@ -287,16 +287,15 @@ def open_images(run: Run, split: str, function: OpenDataset | None) -> Source | 
         return images
 
 
-def mask_format(run: Run) -> "MaskFormat":
+def mask_format(images: ImageSpec, nb_classes: int | None) -> "MaskFormat":
     """Returns what the masks of the images may contain: `nb_classes` classes, or the colors of `palette`."""
     from mae.data.segmentation_masks import MOST_CLASSES, MaskFormat, read_palette
     from mae.files import recipes
 
-    images = run.images
     if images.palette:
         names, colors = read_palette(Path(recipes.find(images.palette, ".txt")))
         return MaskFormat(names, images.reduce_zero_label, colors)
-    return MaskFormat(list(map(str, range(run.model.nb_classes or MOST_CLASSES))), images.reduce_zero_label)
+    return MaskFormat(list(map(str, range(nb_classes or MOST_CLASSES))), images.reduce_zero_label)
 
 
 def write_pretraining(
