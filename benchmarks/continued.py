@@ -184,7 +184,7 @@ def encoder_of(run: Path) -> Path:
 
 def evaluate(file: Path, kind: str, seed: int, out: Path) -> dict[str, Any]:
     """Returns the accuracies of an encoder, in percent, and the agreement, from 0 to 1."""
-    found = scoring.of_encoder(file, {"data_path": images_of(kind)}, seed, out)
+    found = scoring.of_encoder(file, {"data_path": images_of(kind)}, seed, out, threads=1)
     garments = scoring.neighbors({"data_path": scripts.ROOT / scripts.DATA, "finetune": file})
     return {**found, "k-NN, garments": round(garments, 2), AGREEMENT: round(agreement(file, images_of(kind)), 4)}
 

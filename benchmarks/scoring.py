@@ -99,8 +99,12 @@ def labels_per_class(data_path: Path) -> int:
     return LABELS // sum(1 for _ in (scripts.ROOT / data_path / "train").iterdir())
 
 
-def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
-    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe."""
+def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path, threads: int = 2) -> dict[str, float]:
+    """Returns the accuracies of an encoder in percent: fine-tuned with few labels, of neighbors, of a linear probe.
+
+    Args:
+        threads: of a fine-tuning; 1 in a study that is started once for each core.
+    """
     shared = ("data_path", "train_list", "val_list", "encoder")
     encoder_flags: dict[str, Any] = {name: flags[name] for name in shared if name in flags} | {"finetune": file}
     few = {"train_per_class": labels_per_class(flags["data_path"])}
@@ -108,7 +112,7 @@ def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[
     for draw in range(DRAWS):
         run_directory = out / f"draw{draw}"
         drawn = {"seed": 10 * seed + draw, "output_dir": run_directory}
-        scripts.run_python("main_finetune.py", *arguments({**FINETUNE, **encoder_flags, **few, **drawn}), threads=2)
+        scripts.run_python("main_finetune.py", *arguments({**FINETUNE, **encoder_flags, **few, **drawn}), threads=threads)
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
     scripts.run_python(
         "main_linprobe.py", *arguments({**LINPROBE, **encoder_flags, "seed": seed, "output_dir": out / "linear"})
