@@ -80,7 +80,7 @@ def test_a_study_goes_on_where_it_stopped_and_has_a_table(tmp_path, monkeypatch,
     monkeypatch.setattr(Script, "call_main", None)  # nothing is trained again
     assert study() == all_rows
     continued.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    monkeypatch.setattr(scoring, "of_encoder", lambda *_: dict.fromkeys(continued.MEASURES[:3], 50.0))
+    monkeypatch.setattr(scoring, "of_encoder", lambda *_, **__: dict.fromkeys(continued.MEASURES[:3], 50.0))
     assert [row["arm"] for row in study()] == [row["arm"] for row in rows]
 
 
