@@ -145,9 +145,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     if kept is not None and not model.head_pools:
         torch.manual_seed(run.data.seed)  # random weights are those of `model`, whatever the width of its head
         frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=True)
-        frozen.to(precision.device)
     features = FrozenFeatures(
-        run.model, data, frozen, precision, {**sets, "train": train}, run.optim.batch_size,
+        run.model, data, frozen.to(precision.device), precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,
     )  # fmt: skip
     passes = {name: features.open(name) for name in sets}

@@ -12,7 +12,7 @@ Parameters have the names of the published checkpoints.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,18 @@ from mae.context import takes
 from mae.fp32 import in_fp32
 from mae.masking import check_masking, noise_from_mask, shuffle, take
 from mae.position_tables import Size, sincos_or, sincos_table
+from mae.reconstruction import Reconstruction, reconstruction_of
 from mae.uniformity import uniformity
-from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates, evaluation_mode, init_linear
+from models_vit import (
+    LAYER_NORM,
+    SIZES,
+    Encoder,
+    NormLayer,
+    drop_path_rates,
+    evaluation_mode,
+    init_linear,
+    named_constructor,
+)
 
 
 def decoder_for(embed_dim: int, depth: int) -> dict[str, Any]:
@@ -53,16 +63,6 @@ TARGET_EPS = 1e-6  # added to the variance of a target patch before normalizatio
 def size_of(model: str) -> str:
     """Returns the key of `models_vit.SIZES` in the name of a model. Unknown names result in another text."""
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
-
-
-class Reconstruction(NamedTuple):
-    """The result of `MaskedAutoencoderViT.reconstruct`. Images are (B, c, H, W), in the value range of the input."""
-
-    original: Tensor
-    masked: Tensor  # masked patches are 0, the mean color of normalized images
-    prediction: Tensor  # the output of the decoder for all patches
-    pasted: Tensor  # the prediction of masked patches, the original of visible patches
-    mask: Tensor  # (B, N), 0 visible, 1 masked
 
 
 class MaskedAutoencoderViT(Encoder):
@@ -288,14 +288,14 @@ class MaskedAutoencoderViT(Encoder):
         patches = self.patchify(imgs)
         if not self.norm_pix_loss:
             return patches
-        mean, std = self._patch_statistics(patches, imgs, valid)
+        mean, std = self.patch_statistics(patches, imgs, valid)
         return (patches - mean) / std
 
     def _valid_values(self, valid: Tensor, imgs: Tensor) -> Tensor:
         """Valid pixels (B, H, W) of images (B, c, H, W) -> the weight of each value, bool (B, N, p·p·c)."""
         return self.patchify(valid_pixels.like_images(valid, imgs))
 
-    def _patch_statistics(self, patches: Tensor, imgs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def patch_statistics(self, patches: Tensor, imgs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of each patch (B, N, 1). The variance is unbiased, as published.
 
         Args:
@@ -399,22 +399,7 @@ class MaskedAutoencoderViT(Encoder):
         context = _given(**context)
         with evaluation_mode(self):
             _, pred, patch_mask = self.forward(imgs, mask_ratio, **context)[:3]
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        if (valid := context.get("valid")) is not None:
-            imgs = valid_pixels.without_invalid(imgs, valid)
-        target = self.patchify(imgs)
-        pred = pred.to(target.dtype)
-        if self.norm_pix_loss:
-            mean, std = self._patch_statistics(target, imgs, valid)
-            pred = pred * std + mean
-        masked = patch_mask.unsqueeze(-1).to(target.dtype)
-        return Reconstruction(
-            original=imgs,
-            masked=self.unpatchify(target * (1 - masked), grid),
-            prediction=self.unpatchify(pred, grid),
-            pasted=self.unpatchify(target * (1 - masked) + pred * masked, grid),
-            mask=patch_mask,
-        )
+        return reconstruction_of(self, imgs, pred, patch_mask, context.get("valid"))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         return self.resized(self.pos_embed, grid, self.grid_size)
@@ -447,14 +432,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _constructor(name: str, **defaults: Any) -> Callable[..., MaskedAutoencoderViT]:
     size = name.partition("_vit_")[2]
-    shape = "{embed_dim} wide, {depth} deep, {num_heads} heads; decoder {decoder_embed_dim} wide, {decoder_depth} deep"
-
-    def build(**arguments: Any) -> MaskedAutoencoderViT:
-        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **defaults, **arguments})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"{shape.format(**{**SIZES[size], **DECODERS[size], **defaults})}; arguments override these."
-    return build
+    return named_constructor(MaskedAutoencoderViT, name, {**SIZES[size], **DECODERS[size], **defaults})
 
 
 # The choices of --model: a constructor for each of SIZES, also of a size that you add.

@@ -9,7 +9,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels along the side o
 tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -24,6 +24,7 @@ from mae.position_tables import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -589,19 +590,22 @@ class VisionTransformer(Encoder):
         return self.head(self.forward_features(imgs, **context))
 
 
-def _constructor(name: str) -> Callable[..., VisionTransformer]:
-    size = name.removeprefix("vit_")
+def named_constructor(model_class: Callable[..., Model], name: str, shape: Mapping[str, Any]) -> Callable[..., Model]:
+    """Returns a function that builds a model of a shape. Its arguments override the shape."""
 
-    def build(**arguments: Any) -> VisionTransformer:
-        return VisionTransformer(**{**SIZES[size], **arguments})
+    def build(**arguments: Any) -> Model:
+        return model_class(**{**shape, **arguments})
 
+    parts = ["{embed_dim} wide, {depth} deep, {num_heads} heads"]
+    if "decoder_depth" in shape:
+        parts.append("decoder {decoder_embed_dim} wide, {decoder_depth} deep")
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = "{embed_dim} wide, {depth} deep, {num_heads} heads; arguments override these.".format(**SIZES[size])
+    build.__doc__ = f"{'; '.join(parts).format(**shape)}; arguments override these."
     return build
 
 
 # The choices of --model: a constructor for each of SIZES, also of a size that you add.
-MODELS = {f"vit_{size}": _constructor(f"vit_{size}") for size in SIZES}
+MODELS = {f"vit_{size}": named_constructor(VisionTransformer, f"vit_{size}", shape) for size, shape in SIZES.items()}
 vit_mini_patch4 = MODELS["vit_mini_patch4"]
 vit_tiny_patch16 = MODELS["vit_tiny_patch16"]
 vit_small_patch16 = MODELS["vit_small_patch16"]

@@ -112,7 +112,9 @@ def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path, threads:
     for draw in range(DRAWS):
         run_directory = out / f"draw{draw}"
         drawn = {"seed": 10 * seed + draw, "output_dir": run_directory}
-        scripts.run_python("main_finetune.py", *arguments({**FINETUNE, **encoder_flags, **few, **drawn}), threads=threads)
+        scripts.run_python(
+            "main_finetune.py", *arguments({**FINETUNE, **encoder_flags, **few, **drawn}), threads=threads
+        )
         tuned.append(log.read(run_directory)[-1]["test_acc1"])
     scripts.run_python(
         "main_linprobe.py", *arguments({**LINPROBE, **encoder_flags, "seed": seed, "output_dir": out / "linear"})

@@ -35,8 +35,8 @@ from mae.data.pixels import Picture, size_of
 from mae.evaluate import pictures
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.inference.reconstruct import psnr, reconstruct, uncropped_input
+from mae.reconstruction import Reconstruction
 from mae.settings import types
-from models_mae import Reconstruction
 
 SAMPLES = {
     1: Path(__file__).with_name("clothes"),

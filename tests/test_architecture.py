@@ -39,6 +39,7 @@ PACKAGES = (
     "mae.errors",
     "mae.parallel",
     "mae.interrupts",
+    "mae.reconstruction",
     "mae.valid_pixels",
     "mae.preservation",
     "mae.masking",

@@ -18,8 +18,8 @@ from mae.cli import entry_point
 from mae.data import loader
 from mae.inference import export, features, get_model, predict, reconstruct
 from mae.inference.model import picture_of
+from mae.reconstruction import Reconstruction
 from mae.training import feature_files
-from models_mae import Reconstruction
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 

@@ -29,6 +29,7 @@ from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
 from mae.pooling import OF_PROBE, OF_TIMM, Pooling, pooled, pooling_of
 from mae.position_tables import to_pair
+from mae.reconstruction import Reconstruction
 from mae.settings import specs
 from mae.settings.choices import BOTH, CLASSIFICATION, MULTILABEL, PATCHES, POOL_CHOICES
 from mae.training.precision import Precision
@@ -347,7 +348,7 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
         super().__init__(**mae.build.autoencoder_arguments(*specs(settings), self.encoder))
         self._set_up({**settings, "nb_classes": 0, "global_pool": False})
 
-    def reconstruct(self, *args: Any, amp: str | None = None, **options: Any) -> models_mae.Reconstruction:
+    def reconstruct(self, *args: Any, amp: str | None = None, **options: Any) -> Reconstruction:
         """As `MaskedAutoencoderViT.reconstruct`, in the precision `amp`, as in `autocast`. The results have the type of
         the images.
         """

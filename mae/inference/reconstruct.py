@@ -25,9 +25,9 @@ from mae.files import atomic
 from mae.files.untrusted import require_files
 from mae.inference.classes import Autoencoder, ImageLike, Model
 from mae.inference.model import get_model
+from mae.reconstruction import Reconstruction
 from mae.settings import types
 from mae.training.log import start_logging
-from models_mae import Reconstruction
 
 logger = logging.getLogger(__name__)
 
