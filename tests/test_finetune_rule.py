@@ -64,4 +64,4 @@ def test_the_settings_of_a_way_parse(way, study, tmp_path):
     if way == "rule":
         lines = finetuning.optimization_lines(labels, MINI, finetune_rule.noise.ONE_CORE)
         assert {line.name: run[line.name] for line in lines} == {line.name: line.value for line in lines}
-    assert (run.augmentation.aa == "none") == (way != "published")
+    assert (run.augmentation.aa == "none") == (way == "by hand")

@@ -70,6 +70,18 @@ def test_many_labels_of_large_images_have_the_published_augmentation():
     assert found["aa"].startswith("rand-")
 
 
+def test_few_labels_have_the_published_augmentation_and_more_epochs():
+    published = yaml.safe_load((ROOT / "recipes/finetune_vit_base.yaml").read_text())
+    few, more = (settings_of(labels=labels) for labels in (200, 10_000))
+    assert {name: few[name] for name in ("reprob", "mixup", "cutmix")}.items() <= published.items()
+    assert few["aa"].startswith("rand-") and few["smoothing"] == 0.1
+    assert more["aa"] == "none" and "mixup" not in more
+    deep = settings_of(images=replace(SMALL, is_deep=True), labels=200)
+    assert deep == few | {"aa": "none"}  # RandAugment refuses such images
+    assert 360 <= finetuning.most_epochs(SMALL, Labels(200, 10, 20, 1000), MINI) <= 370
+    assert finetuning.most_epochs(SMALL, Labels(200, 1, 0, 1000), MINI) == 141  # numbers, which are not mixed
+
+
 @pytest.mark.parametrize("labels", [2, 7, 40, 500])
 def test_few_labels_have_several_updates_in_an_epoch(labels):
     found = settings_of(labels=labels, classes=2)
@@ -79,7 +91,8 @@ def test_few_labels_have_several_updates_in_an_epoch(labels):
 
 @pytest.mark.parametrize(("labels", "measured"), [(100, 200), (500, 100), (2000, 40), (60_000, 15)])
 def test_the_epochs_are_about_those_that_were_measured(labels, measured):
-    found = finetuning.most_epochs(SMALL, Labels(labels, 10, labels // 10, 1000), MINI)
+    """Without the augmentation of few labels."""
+    found = finetuning.most_epochs(SMALL, Labels(labels, 10, 0, 1000), MINI)
     assert measured / 1.3 <= found <= 1.3 * measured
 
 

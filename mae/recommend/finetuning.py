@@ -23,7 +23,8 @@ from models_vit import SIZES
 
 SCRIPT = "main_finetune"
 PUBLISHED_LABELS = 1_281_167  # ImageNet-1K
-MANY_LABELS = 100_000  # from which the published augmentation is used
+MANY_LABELS = 100_000  # from which the published recipe is used
+FEW_LABELS = 1_000  # up to which its augmentation is used, for many epochs (benchmarks/finetune_rule.md)
 # Measured on small images with few labels.
 LR = 1e-3
 WIDTH = 128
@@ -34,6 +35,7 @@ LEAST_UPDATES = 3  # of an epoch: batches of few images are smaller
 DEEP = 12  # blocks, from which the published layer decay is used
 EPOCHS = (15, 200)  # least and most that were measured: with 60,000 and 100 labels
 EPOCHS_OF_ONE = 2000  # epochs = this / root of the labels: about the 200, 100 and 40 of 100, 500 and 2,000 labels
+AUGMENTED = 2.6  # times as many with the augmentation of few labels: 368 with 200
 MOST_EVALUATIONS = 20
 EVALUATION_SPEED = 2.0  # times the throughput of the training
 HELD_OUT = 0.2  # of the images of a trial run
@@ -108,6 +110,11 @@ class Start(NamedTuple):
         return cls(name, width, depth, settings.get("in_chans"), settings.get("input_size"), patch_size, is_ours)
 
 
+def has_few(labels: Labels) -> bool:
+    """Whether the labels are so few that a training sees each of them hundreds of times."""
+    return labels.fewest > 0 and labels.images <= FEW_LABELS
+
+
 def is_published(images: Images, labels: Labels) -> bool:
     """Whether images and labels are enough for the published augmentation."""
     return labels.images >= MANY_LABELS and images.shorter >= SMALL
@@ -139,18 +146,30 @@ def input_lines(images: Images, start: Start) -> list[Line]:
     return [*found, *(line for line in lines if line.name in names)]
 
 
-def augmentation_lines(images: Images, labels: Labels) -> list[Line]:
-    """Returns the settings of augmentation and regularization, besides crops and flips."""
+def augmentation_lines(images: Images, labels: Labels, has_invalid: bool = False) -> list[Line]:
+    """Returns the settings of augmentation and regularization, besides crops and flips.
+
+    Args:
+        has_invalid: pixels may be invalid, which RandAugment does not move with the image.
+    """
     published = f"the published recipe, for {PUBLISHED_LABELS:,} labels of {rules.MAX_SIDE} pixels"
+    values: dict[str, Any] = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
+    of_classes = {"smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
     if is_published(images, labels):
-        values = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "drop_path": 0.1}
-        if labels.fewest:
-            values |= {"smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
+        values |= {"drop_path": 0.1} | (of_classes if labels.fewest else {})
         return [Line(name, value, f"as in {published}") for name, value in values.items()]
+    regular = Line("drop_path", 0, "above 0 for a large model that overfits")
+    if has_few(labels):
+        if images.in_chans not in (1, 3) or images.is_deep or images.value_range or has_invalid:
+            values["aa"] = "none"  # RandAugment is for colors and gray values of 8 bits
+        reason = (
+            f"as in {published}: up to {FEW_LABELS:,} labels, it is better than crops (benchmarks/finetune_rule.md)"
+        )
+        return [*(Line(name, value, reason) for name, value in (values | of_classes).items()), regular]
     lines = [
-        Line("aa", "none", f"RandAugment is of {published}; few labels and small images need no more than crops"),
+        Line("aa", "none", f"RandAugment is of {published}; with fewer epochs, crops are better"),
         Line("reprob", 0, "random erasing: as for aa"),
-        Line("drop_path", 0, "as for aa; above 0 for a large model that overfits"),
+        regular,
     ]
     if labels.fewest:
         lines.append(Line("smoothing", 0, "as for aa; mixup and CutMix are off (recipes/finetune_fashion_mnist_full)"))
@@ -191,7 +210,8 @@ def most_epochs(images: Images, labels: Labels, start: Start) -> int:
     if is_published(images, labels):
         return 100 if start.width <= SIZES["base_patch16"]["embed_dim"] else 50
     least, most = EPOCHS
-    return min(most, max(least, round(EPOCHS_OF_ONE / math.sqrt(labels.images))))
+    epochs = min(most, max(least, EPOCHS_OF_ONE / math.sqrt(labels.images)))
+    return round(epochs * (AUGMENTED if has_few(labels) else 1))
 
 
 def seconds_of(epochs: int, labels: Labels, measured: trial.Trial, in_epoch: int) -> float:
@@ -265,8 +285,8 @@ def write(
     """
     fixed, flags = recipe.split_given(given)
     found = [
-        *input_lines(images, start), *augmentation_lines(images, labels), *optimization_lines(labels, start, machine),
-        *rules.loading_lines(images, machine),
+        *input_lines(images, start), *augmentation_lines(images, labels, "nodata" in given),
+        *optimization_lines(labels, start, machine), *rules.loading_lines(images, machine),
     ]  # fmt: skip
     left_out = {*given, "crop_scale"} if given.get("crop") == NO_CROP else {*given}
     lines = [*fixed, *(line for line in found if line.name not in left_out)]
