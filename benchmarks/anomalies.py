@@ -42,6 +42,8 @@ from mae.compare import store
 from mae.evaluate.tables import markdown
 from mae.files import atomic
 from mae.inference import anomalies, get_model
+from mae.pooling import Pooling
+from mae.settings.choices import CLASS_TOKEN
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).with_suffix(".md")
@@ -133,7 +135,9 @@ def encoders() -> Iterator[tuple[str, Any, int]]:
     settings = {**PRETRAIN, "data_path": WORK / "images", "output_dir": WORK / "run"}
     file = WORK / "run" / f"checkpoint-{EPOCHS - 1}.pth"
     store.run_once(WORK / "run", Script(main_pretrain), settings, lambda *_: {})
-    yield "the run", get_model(file), 1
+    model = get_model(file)
+    model.pooling = Pooling(CLASS_TOKEN, "as given")  # of "nearest whole image"
+    yield "the run", model, 1
     yield "raw pixels", Pixels(), 1
     torch.manual_seed(0)
     torch.save(timm.create_model(TIMM).state_dict(), WORK / "timm.pth")

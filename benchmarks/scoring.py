@@ -32,8 +32,8 @@ FINETUNE = {
     "save_every": 1000, "lr": 1e-3,
 }  # fmt: skip
 LINPROBE = {
-    "model": "vit_mini_patch4", "cache_features": True, "num_workers": 0, "batch_size": 256, "blr": [3, 10, 30],
-    "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
+    "model": "vit_mini_patch4", "pool": "cls", "cache_features": True, "num_workers": 0, "batch_size": 256,
+    "blr": [3, 10, 30], "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000,
 }  # fmt: skip
 LABELS = 500
 DRAWS = 3  # of labels
@@ -126,7 +126,7 @@ def of_encoder(file: Path, flags: dict[str, Any], seed: int, out: Path, threads:
 
 def neighbors(flags: dict[str, Any]) -> float:
     """Returns the accuracy of k-NN in percent."""
-    knn_flags = {**flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
+    knn_flags = {"pool": "cls", **flags, "model": "vit_mini_patch4", "k": [NEIGHBORS], "num_workers": 0}
     (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(knn_flags))).values()
     return accuracy
 

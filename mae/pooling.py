@@ -48,7 +48,7 @@ def pooling_of(settings: Mapping[str, Any], trained_by: str = "") -> Pooling:
     if trained_by:
         return Pooling(CLASS_TOKEN, f"{trained_by} trains it")
     if settings.get("uniformity"):
-        return Pooling(CLASS_TOKEN, f"uniformity={settings['uniformity']:g} trains it")
+        return Pooling(BOTH, f"uniformity={settings['uniformity']:g} trains the class token")
     return Pooling(CLASS_TOKEN, "")
 
 

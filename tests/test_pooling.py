@@ -16,7 +16,7 @@ SHAPE = {"input_size": 16, "patch_size": 8}
 @pytest.mark.parametrize(("settings", "name", "tells"), [
     ({"model": "mae_vit_base_patch16"}, "cls", False),
     ({"model": "mae_vit_base_patch16", "uniformity": 0.0}, "cls", False),
-    ({"model": "mae_vit_base_patch16", "uniformity": 0.1}, "cls", True),
+    ({"model": "mae_vit_base_patch16", "uniformity": 0.1}, "both", True),
     ({"model": "vit_small_patch14", "encoder": "models_dino:DINOv2"}, "cls", False),  # any training
     ({"model": "timm:vit_base_patch16_224"}, "timm", True),
     ({"model": "timm:vit_base_patch16_224", "probe": "linear", "nb_classes": 3}, "timm", True),

@@ -19,6 +19,7 @@ from mae.data.source import Source, is_stream
 from mae.evaluate import knn
 from mae.pooling import Pooling, pooled, pooling_of
 from mae.settings import DATASETS, DataSpec, ModelSpec
+from mae.settings.choices import BOTH
 from mae.training import explained, feature_files
 from mae.training.compiling import padded
 from mae.training.gate import KNN
@@ -40,9 +41,9 @@ class OnlineProbe:
     model is trained on them, too. Their masks depend on the seed and on the number of the image only. Another image
     replaces one with too few valid patches.
 
-    The features have the pooling of `pooling_of`: the class token after the last norm, as in main_knn.py. The training
-    images of `path`, or the other images of the run, classify those that are held out. If they have no labels, there is
-    no accuracy.
+    The features have the pooling of `pooling_of`, after the last norm, as in main_knn.py. The training images of
+    `path`, or the other images of the run, classify those that are held out. If they have no labels, there is no
+    accuracy.
 
     Args:
         data: how the images of the run are read.
@@ -102,7 +103,7 @@ class OnlineProbe:
 
         test_loss is the loss of the images that are held out, and test_explained the share of their variance. The
         others are of the features: test_knn_acc1 in percent if there are labels, with test_knn_pixels, that of raw
-        pixels; test_effective_rank; and test_uniformity.
+        pixels; test_effective_rank and test_uniformity, of their class tokens.
 
         All processes call it. The model is in evaluation mode afterwards.
         """
@@ -110,6 +111,8 @@ class OnlineProbe:
         encode = partial(self.encode, model.eval())
         bank = feature_files.extract(encode, self.train)
         features = torch.cat(parallel.gather(bank[0]))
+        if self.pooling.name == BOTH:  # the measures are of the class token, which `uniformity` trains
+            features = features[:, : features.shape[1] // 2]
         scores = {
             "test_loss": self.loss(model), "test_effective_rank": effective_rank(features),
             "test_uniformity": float(uniformity(features.double())),
