@@ -200,7 +200,7 @@ def test_features(classifier):
     tokens = mae.forward_features(imgs)
     torch.testing.assert_close(mae.extract_feat(imgs), tokens[:, 0])
     torch.testing.assert_close(mae.extract_feat(imgs, "avg"), tokens[:, 1:].mean(dim=1))
-    with pytest.raises(ValueError, match="cls, avg or tokens"):
+    with pytest.raises(ValueError, match="cls, avg, both or tokens"):
         mae.extract_feat(imgs, "max")
 
 
