@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import mae.build
@@ -143,8 +142,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=task)  # stored tokens are fp16
     frozen = model
     if kept is not None and not model.head_pools:
-        torch.manual_seed(run.data.seed)  # random weights are those of `model`, whatever the width of its head
         frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=True)
+        frozen.load_state_dict(encoder_state(model), strict=False)  # without a file, the weights are random
     features = FrozenFeatures(
         run.model, data, frozen.to(precision.device), precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,

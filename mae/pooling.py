@@ -39,8 +39,8 @@ def pooling_of(settings: Mapping[str, Any], trained_by: str = "") -> Pooling:
         return Pooling(OF_PROBE, "its head records it")
     if str(settings.get("model")).startswith(TIMM):
         return Pooling(OF_TIMM, "a model of timm")
-    if settings.get("pool") == BOTH:
-        return Pooling(BOTH, "the file records it")
+    if pool := settings.get("pool"):
+        return Pooling(pool, "the file records it")
     if settings.get("global_pool"):
         return Pooling(PATCHES, "the classifier records it")
     if has_head:

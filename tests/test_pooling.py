@@ -101,6 +101,34 @@ def test_class_token_and_patches_together(labelled, noisy, tmp_path, capsys):
         np.testing.assert_allclose(get_model(out)(inputs).numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("pool", "width"), [(None, 2), ("cls", 1)])
+def test_an_export_keeps_the_pooling_of_its_run(pool, width, tmp_path):
+    """The encoder of a run with --uniformity, in formats with any pooling; `--pool cls` chooses the class token."""
+    model = randomized(get_model("mae_vit_mini_patch4", **SHAPE), 0.05)
+    file = tmp_path / "mine.pth"
+    torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, file)
+    inputs = torch.rand(2, 3, 16, 16)
+    expected = both_of(model, model.normalize(inputs)) if width == 2 else None
+    flags = {"model": file, "encoder_only": True} | ({"pool": pool} if pool else {})
+    call(export, **flags, to="torch_export", out=tmp_path / "encoder.pt2")
+    graph = torch.export.load(tmp_path / "encoder.pt2").module()(inputs).detach().numpy()
+    call(export, **flags, to="safetensors", out=tmp_path / "encoder.safetensors")
+    encoder = get_model(tmp_path / "encoder.safetensors")
+    with torch.no_grad():
+        if expected is None:
+            expected = model.compute_features(model.normalize(inputs), "cls").numpy()
+        np.testing.assert_allclose(encoder(encoder.normalize(inputs)).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(graph, expected, atol=1e-5)
+    assert encoder.pooling.name == ("both" if width == 2 else "cls")
+
+
+def test_an_export_of_the_whole_run_keeps_its_pooling(tmp_path):
+    model = get_model("mae_vit_mini_patch4", **SHAPE)
+    torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, tmp_path / "mine.pth")
+    call(export, model=tmp_path / "mine.pth", to="safetensors", out=tmp_path / "all.safetensors")
+    assert get_model(tmp_path / "all.safetensors").pooling.name == "both"
+
+
 @pytest.mark.parametrize(("script", "flags", "message"), [
     (main_knn, {"pool": "both", "global_pool": True}, "one setting"),
     (main_linprobe, {"pool": "both", "probe": "attentive"}, "omit `pool`"),

@@ -127,7 +127,7 @@ def _full(num_workers: int) -> OSError:
     """Returns an error that names the shared memory and the remedies."""
     size = f" ({shutil.disk_usage(SHM).total / 1e6:,.1f} MB)" if SHM.is_dir() else ""
     return OSError(
-        f"/dev/shm is full{size}, and {counted(num_workers, 'worker process')} send batches through it: give fewer "
+        f"/dev/shm is full{size}, and the batches of {counted(num_workers, 'worker process')} pass it: give fewer "
         f"`num_workers` (0 sends none), or more shared memory (docker run --shm-size 8g)"
     )
 

@@ -366,7 +366,7 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
         super().__init__(**self.arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
             mae.probes.set_probe_head(self, specs(settings)[0])
-        else:
+        elif not settings["nb_classes"]:
             self.pools_both = settings.get("pool") == BOTH
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:

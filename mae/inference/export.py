@@ -57,6 +57,8 @@ SUFFIXES = {
 }  # fmt: skip
 KEEP_TASK = ("reference", "safetensors")  # formats that record the meaning of the outputs
 WITHOUT_OTHER_HEADS = ("timm", "transformers")
+GRAPHS = ("onnx", "torch_export")
+WITH_POOLING = (*GRAPHS, "safetensors")  # formats of encoders that have any pooling
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,7 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--encoder_only", action="store_true", help="export the encoder only, without decoder or head")
     parser.add_argument(
         "--pool", choices=(CLASS_TOKEN, BOTH),
-        help=f"features of --encoder_only: {CLASS_TOKEN}: {TITLES[CLASS_TOKEN]} (default); {BOTH}: {TITLES[BOTH]}",
+        help=f"features of --encoder_only: {CLASS_TOKEN}: {TITLES[CLASS_TOKEN]}; {BOTH}: {TITLES[BOTH]} (default: what "
+        f"the file is for, in {', '.join(sorted(WITH_POOLING))}; {CLASS_TOKEN} in other formats)",
     )  # fmt: skip
     return parser
 
@@ -87,7 +90,8 @@ def main(args: argparse.Namespace) -> None:
     check_suffix(args.to, args.out)
     model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     if args.encoder_only:
-        model = encoder_of(model, args.pool)
+        by_rule = BOTH if model.pooling.name == BOTH and args.to in WITH_POOLING else None
+        model = encoder_of(model, args.pool or by_rule)
     elif args.pool:
         raise ValueError("`pool` has no effect without `encoder_only`: a head has its own pooling")
     export(model, args.to, args.out)
@@ -130,7 +134,7 @@ def _unsupported(model: Model, to: str) -> str:
         return f"{model.settings['probe']} probe"
     if model.encoder_name and (is_other_code or to == "reference"):
         return f"encoder {model.encoder_name}"
-    if model.needed_inputs and to in ("onnx", "torch_export"):
+    if model.needed_inputs and to in GRAPHS:
         return f"extra input {model.needed_inputs[0]}"
     if is_other_code and (names := [name for name in BLOCK_ARGUMENTS if model.settings.get(name)]):
         return f"blocks with --{names[0]}"

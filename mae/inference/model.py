@@ -25,7 +25,7 @@ from mae.data.pixels import to_tensor
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter, TimmClassifier
 from mae.pooling import pooling_of
 from mae.settings import EXPORTED, REBUILDS, chosen
-from mae.settings.choices import TIMM
+from mae.settings.choices import BOTH, TIMM
 from mae.weights import loading, model_settings, model_zoo, reading
 from mae.weights.candidates import warn_once
 
@@ -70,6 +70,8 @@ def settings_of(model: Model) -> dict[str, Any]:
     default = model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
     names = [name for name in EXPORTED if model.settings.get(name) is not None]
     used = {"mean": mean, "std": std, "crop_pct": 1.0 if is_uncropped(model) else default}
+    if model.pooling.name == BOTH:
+        used["pool"] = BOTH  # a file has no settings of the pre-training, which tell it
     return {**{name: model.settings[name] for name in names}, **used}
 
 

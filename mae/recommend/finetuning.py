@@ -24,7 +24,7 @@ from models_vit import SIZES
 SCRIPT = "main_finetune"
 PUBLISHED_LABELS = 1_281_167  # ImageNet-1K
 MANY_LABELS = 100_000  # from which the published recipe is used
-FEW_LABELS = 1_000  # up to which its augmentation is used, for many epochs (benchmarks/finetune_rule.md)
+FEW_LABELS = 1_000  # up to which its augmentation is used; measured with 200 (benchmarks/finetune_rule.md)
 # Measured on small images with few labels.
 LR = 1e-3
 WIDTH = 128
@@ -111,8 +111,8 @@ class Start(NamedTuple):
 
 
 def has_few(labels: Labels) -> bool:
-    """Whether the labels are so few that a training sees each of them hundreds of times."""
-    return labels.fewest > 0 and labels.images <= FEW_LABELS
+    """Whether the labels are so few that a training sees each of them hundreds of times. Mixup needs pairs of them."""
+    return labels.fewest > 0 and labels.images <= FEW_LABELS and effective_batch(labels) > 1
 
 
 def is_published(images: Images, labels: Labels) -> bool:
@@ -163,7 +163,8 @@ def augmentation_lines(images: Images, labels: Labels, has_invalid: bool = False
         if images.in_chans not in (1, 3) or images.is_deep or images.value_range or has_invalid:
             values["aa"] = "none"  # RandAugment is for colors and gray values of 8 bits
         reason = (
-            f"as in {published}: up to {FEW_LABELS:,} labels, it is better than crops (benchmarks/finetune_rule.md)"
+            f"as in {published}: up to {FEW_LABELS:,} labels; with 200, it is better than crops alone "
+            f"(benchmarks/finetune_rule.md)"
         )
         return [*(Line(name, value, reason) for name, value in (values | of_classes).items()), regular]
     lines = [
