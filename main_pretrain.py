@@ -11,31 +11,26 @@ The published recipe on ImageNet, 8 GPUs of one machine:
         --batch_size 64 --accum_iter 8 --output_dir runs/large --resume auto
 """
 
-import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mae.build
 import models_mae
-from engine_pretrain import check_targets, loss
+from engine_pretrain import loss
 from mae import masking, parallel
 from mae.cli import entry_point, options
-from mae.context import STEPS, require_context
-from mae.data import extra_inputs, loader, transforms
+from mae.context import require_context
+from mae.data import loader
 from mae.data.fingerprint import fingerprint
-from mae.data.generators import preserve_generators
-from mae.data.run_data import RunData
-from mae.data.samples import Samples
-from mae.data.source import OpenDataset, Source, Stream
+from mae.data.source import OpenDataset
 from mae.evaluate import pictures
 from mae.recommend import rules
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
-from mae.settings import AugmentationSpec, EvaluationSpec, ImageSpec, ModelSpec, Run
+from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import explained, optimizers, preserving, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
@@ -43,6 +38,7 @@ from mae.training.log import NullLog, log_commands
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
+from mae.training.unlabelled import open_images, open_online_probe, open_samples
 from models_vit import Encoder
 
 if TYPE_CHECKING:
@@ -111,7 +107,7 @@ def main(
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
     vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
-    probe = trainer.open_online_probe(
+    probe = open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
     )
 
@@ -177,51 +173,6 @@ def build_model(
 
         loading.init_mae(model, file)
     return model.to(precision.device)
-
-
-def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:
-    """Opens the training images. The random numbers, which the initial weights depend on, do not change.
-
-    Raises:
-        ValueError: they can't be opened, or there is no `probe_path`.
-    """
-    path = evaluation.probe_path
-    if evaluation.probe_every and path and not Path(path).exists():
-        raise ValueError(f"probe_path={path}: there is no such folder or archive")
-    reads_labels = bool(evaluation.probe_every and not path)  # the probe classifies the training images
-    with preserve_generators():
-        return data.open_split("train", reads_labels)
-
-
-def open_samples(
-    data: RunData, source: Source | Stream, augmentation: AugmentationSpec, draw_noise: Callable[[], torch.Tensor],
-    model: models_mae.MaskedAutoencoderViT, num_visible: int,
-) -> tuple[Samples, Samples]:  # fmt: skip
-    """Returns the training images: augmented, and as in an evaluation. Enough of their patches are valid.
-
-    It warns as `check_targets`.
-    """
-    extra_inputs.require_fitting(model, source, steps=STEPS)
-    data.check_statistics(source)
-    (source,) = data.cached(source)
-    images = data.images
-    augment = transforms.augmentation_of(images, augmentation)
-    # a patch may have several tokens
-    patch_size = model.patch_embed.patch_size
-    tokens = model.num_patches
-    patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
-    visible_patches = math.ceil(num_visible * patches / tokens)
-    whole = transforms.eval_transform(images.input_size, crop=images.crop)
-    augment, whole = (
-        transforms.WithValidPatches(transform, patch_size, images.min_valid, visible_patches)
-        for transform in (augment, whole)
-    )
-    augmented = data.samples(source, augment, data.data.on_bad_image, draw_noise)
-    # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
-    full_images = data.samples(source, whole, "skip", draw_noise)
-    if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
-        check_targets(model, loader.examples(full_images, EXAMPLES), data.normalize.std)
-    return augmented, full_images
 
 
 if __name__ == "__main__":

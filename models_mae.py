@@ -351,7 +351,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Raises:
             ValueError: the sides of the images are not multiples of the patch size; mask or valid is invalid; or as
-                in `check_extra_inputs`.
+                in `check_names`.
             RuntimeError: an image has too few patches with valid pixels.
         """
         self.check_extra_inputs(context)

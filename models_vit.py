@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae.context import extra_inputs, needed_inputs
+from mae.context import check_names, extra_inputs, needed_inputs
 from mae.position_tables import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
@@ -62,11 +62,7 @@ SHORT_SEQUENCE = 64  # tokens up to which matrix products train faster than the 
 
 
 class PatchEmbed(nn.Module):
-    """Splits images into patches and embeds each patch: (B, c, H, W) -> (B, N, D), patches in row-major order.
-
-    Raises:
-        ValueError: the sides of the image are not multiples of the patch size.
-    """
+    """Splits images into patches and embeds each patch: (B, c, H, W) -> (B, N, D), patches in row-major order."""
 
     def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -407,32 +403,14 @@ class Encoder(nn.Module):
         return tokens
 
     def check_extra_inputs(self, names: Collection[str], needed: Collection[str] | None = None) -> None:
-        """Checks the names of extra inputs. One that no step takes would have no effect.
-
-        Args:
-            needed: the extra inputs that must be given. Default: `needed_inputs`.
-
-        Raises:
-            ValueError: no step takes an extra input, or one is missing.
-        """
-        for name in names:
-            if name not in self.extra_inputs:
-                raise ValueError(
-                    f"{type(self).__name__} takes no extra input {name}: it takes "
-                    f"{', '.join(sorted(self.extra_inputs)) or 'none'}"
-                )
-        for name in self.needed_inputs if needed is None else needed:
-            if name not in names:
-                raise ValueError(
-                    f"{type(self).__name__} needs the extra input {name} of each image: give extras={name} with a "
-                    f"list, or return it from your dataset"
-                )
+        """Checks the names of extra inputs, as `check_names`. `needed`: must be given (default: `needed_inputs`)."""
+        check_names(type(self), self.extra_inputs, self.needed_inputs if needed is None else needed, names)
 
     def embed(self, imgs: Tensor, **context: Any) -> Tensor:
         """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first.
 
         Raises:
-            ValueError: as in `check_extra_inputs`.
+            ValueError: as in `check_names`.
         """
         self.check_extra_inputs(context)
         patches = self.tokenize(imgs, **context)

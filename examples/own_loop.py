@@ -27,6 +27,7 @@ from mae.settings import Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback, entries_after_epoch
 from mae.training.loop import terms_of
+from mae.training.unlabelled import open_images, open_samples
 from models_mae import MaskedAutoencoderViT
 
 
@@ -45,12 +46,12 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
         raise ValueError("this loop has no `accum_iter` and no `probe_every`: omit them")
     precision = session.precision
     data = session.open_data()
-    train = main_pretrain.open_images(data, run.evaluation)
+    train = open_images(data, run.evaluation)
     model = main_pretrain.build_model(run.model, run.images, session.code, session.file, precision, run.machine.fsdp)
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     model.to(precision.device)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
-    samples, _ = main_pretrain.open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
+    samples, _ = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         updates=run.optim.updates_per_epoch,

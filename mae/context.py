@@ -5,7 +5,7 @@ input by a parameter of its name.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -39,6 +39,24 @@ def extra_inputs(kind: type, steps: Iterable[str] = STEPS) -> dict[str, bool]:
 def needed_inputs(kind: type, steps: Iterable[str] = STEPS) -> tuple[str, ...]:
     """Returns the extra inputs without a default."""
     return tuple(name for name, is_needed in extra_inputs(kind, steps).items() if is_needed)
+
+
+def check_names(kind: type, taken: Collection[str], needed: Collection[str], given: Collection[str]) -> None:
+    """Checks the names of the extra inputs that a model gets. One that no step takes would have no effect.
+
+    Raises:
+        ValueError: no step of the model's class takes an extra input, or one is missing.
+    """
+    for name in given:
+        if name not in taken:
+            others = ", ".join(sorted(taken)) or "none"
+            raise ValueError(f"{kind.__name__} takes no extra input {name}: it takes {others}")
+    for name in needed:
+        if name not in given:
+            raise ValueError(
+                f"{kind.__name__} needs the extra input {name} of each image: give extras={name} with a list, or "
+                f"return it from your dataset"
+            )
 
 
 def takes(kind: type, step: str, name: str) -> bool:

@@ -23,7 +23,10 @@ METHOD_AND_LOOP = (
     "mae/training/trainer.py", "mae/training/precision.py", "mae/training/lr_sched.py", "mae/training/optimizers.py",
 )  # fmt: skip
 VAGUE = ("own", "which", "place", "cell", "theirs", "lap", "settle", "alone", "rescue")  # say nothing of a value
-BESIDE = ("mae/session.py", "mae/training/transaction.py", "mae/valid_pixels.py", "mae/reconstruction.py")
+BESIDE = (
+    "mae/session.py", "mae/training/transaction.py", "mae/training/unlabelled.py", "mae/training/amp.py",
+    "mae/valid_pixels.py", "mae/reconstruction.py",
+)  # fmt: skip
 
 
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:

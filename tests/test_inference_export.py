@@ -301,6 +301,16 @@ def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
 
 @pytest.mark.usefixtures("_two_blocks")
 @pytest.mark.slow
+def test_a_new_setting_of_the_autoencoder_is_not_lost_in_transformers(mae, tmp_path, monkeypatch):
+    """One that no writer translates, such as a second decoder. Its default is exported; timm has no decoder."""
+    monkeypatch.setattr(export, "OF_AUTOENCODER", (*export.OF_AUTOENCODER, "mask_block"))
+    export.export(mae, "transformers", tmp_path / "default")
+    monkeypatch.setitem(mae.settings, "mask_block", 2)
+    export.export(mae, "timm", tmp_path / "encoder")
+    with pytest.raises(ValueError, match="mask_block=2"):
+        export.export(mae, "transformers", tmp_path / "other")
+
+
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "CLOSE", -1.0)
     with pytest.raises(ValueError, match="outputs"):

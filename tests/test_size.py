@@ -78,6 +78,11 @@ def test_scripts_are_short(trees):
         assert size.statements(ast.walk(trees[script])) <= 130, script
 
 
+def test_method_and_loop_are_short():
+    """What a reader of both opens; DESIGN names the files."""
+    assert size.lines_of(size.ROOT, size.METHOD_AND_LOOP).total() <= 2000
+
+
 @pytest.mark.slow
 def test_a_value_passes_few_functions(traces):
     assert 5 <= len(traces["functions that receive mask_ratio"]) <= 10

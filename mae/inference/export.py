@@ -33,7 +33,7 @@ from typing import Any
 from mae.cli import entry_point, options
 from mae.files import atomic
 from mae.inference.graphs import write_onnx, write_torch_export
-from mae.inference.model import Classifier, Model, Segmenter, TimmClassifier, get_model
+from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, TimmClassifier, get_model
 from mae.inference.state_dicts import (
     encoder_of,
     has_plain_head,
@@ -44,8 +44,9 @@ from mae.inference.state_dicts import (
     write_transformers,
 )
 from mae.pooling import TITLES
+from mae.settings import ModelSpec
 from mae.settings.choices import BOTH, CLASS_TOKEN, CLASSIFICATION
-from mae.settings.model import BLOCK_ARGUMENTS
+from mae.settings.model import BLOCK_ARGUMENTS, OF_AUTOENCODER
 from mae.training.log import start_logging
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ SUFFIXES = {
     "transformers": ("",), "onnx": (".onnx",), "torch_export": (".pt2",),
 }  # fmt: skip
 KEEP_TASK = ("reference", "safetensors")  # formats that record the meaning of the outputs
+TRANSLATED = ("norm_pix_loss", "uniformity", "learned_pos_embed")  # settings that the writers of all formats heed
 WITHOUT_OTHER_HEADS = ("timm", "transformers")
 GRAPHS = ("onnx", "torch_export")
 WITH_POOLING = (*GRAPHS, "safetensors")  # formats of encoders that have any pooling
@@ -136,11 +138,21 @@ def _unsupported(model: Model, to: str) -> str:
         return f"encoder {model.encoder_name}"
     if model.needed_inputs and to in GRAPHS:
         return f"extra input {model.needed_inputs[0]}"
-    if is_other_code and (names := [name for name in BLOCK_ARGUMENTS if model.settings.get(name)]):
-        return f"blocks with --{names[0]}"
+    if is_other_code and (name := _setting_of_ours(model, has_decoder=to != "timm")):
+        return f"{name}={model.settings[name]}"
     task = model.settings.get("task", CLASSIFICATION)
     if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
         return f"outputs of task={task}"
+    return ""
+
+
+def _setting_of_ours(model: Model, has_decoder: bool) -> str:
+    """Returns the name of a setting that other libraries do not have and that has no default value, or ""."""
+    names = [*BLOCK_ARGUMENTS, *(OF_AUTOENCODER if has_decoder and isinstance(model, Autoencoder) else ())]
+    for name in names:
+        default = ModelSpec.__dataclass_fields__[name].default
+        if name not in TRANSLATED and model.settings.get(name) not in (None, default):
+            return name
     return ""
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import mae.build
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.interrupts import Interrupts
 from mae.plurals import counted
-from mae.settings import EvaluationSpec, MachineSpec, OptimSpec
+from mae.settings import MachineSpec, OptimSpec
 from mae.training import costs, environment, lr_sched
 from mae.training.callbacks import Callback
 from mae.training.log import NullLog, RunLog, next_x
@@ -100,15 +101,6 @@ def opened(
         )  # fmt: skip
 
 
-def open_online_probe(evaluation: EvaluationSpec, *arguments: Any) -> Any:
-    """Returns an `online_probe.OnlineProbe`, or None without `probe_every`; as `online_probe.open_probe`."""
-    if not (evaluation.probe_every or evaluation.probe_path):
-        return None
-    from mae.training import online_probe  # which a run without it does not need
-
-    return online_probe.open_probe(evaluation.probe_every, evaluation.probe_path, *arguments)
-
-
 def _start_of(
     optim: OptimSpec, start_epoch: int, num_images: int, fingerprint: Mapping[str, str]
 ) -> run_state.Progress:
@@ -130,7 +122,7 @@ def _restore(
         output_dir = Path(machine.output_dir)
         resume.restore_run(machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, callbacks)
     if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
-        _warn_of_frozen(model)
+        mae.build.warn_of_frozen(model)
     parallel.barrier()
 
 
@@ -143,25 +135,10 @@ def _prepared(trained: nn.Module, device: torch.device, compiles: bool) -> nn.Mo
     return parallel.wrap(trained, device)
 
 
-def _warn_of_frozen(model: nn.Module) -> None:
-    """Logs a warning if the model starts without a file, and has frozen weights besides fixed position tables."""
-    frozen = [name for name, weight in model.named_parameters() if not (weight.requires_grad or "pos_embed" in name)]
-    if frozen:
-        logger.warning(
-            f"no `finetune` or `init_from`: {len(frozen)} frozen weights keep their initial values, such as {frozen[0]}"
-        )
-
-
 def _open_log(
-    record: dict[str, Any],
-    optim: OptimSpec,
-    machine: MachineSpec,
-    loss_tag: str,
-    progress: run_state.Progress,
-    batches: Any,
-    flops: int | None,
-    precision: Precision,
-) -> NullLog:
+    record: dict[str, Any], optim: OptimSpec, machine: MachineSpec, loss_tag: str, progress: run_state.Progress,
+    batches: Any, flops: int | None, precision: Precision,
+) -> NullLog:  # fmt: skip
     if not parallel.is_main():
         return NullLog()
 
