@@ -27,7 +27,6 @@ from mae.context import require_context
 from mae.data import loader
 from mae.data.fingerprint import fingerprint
 from mae.data.source import OpenDataset
-from mae.evaluate import pictures
 from mae.recommend import rules
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
@@ -116,6 +115,8 @@ def main(
             rules.warn_of_short_run(run.optim.epochs * len(batches) * batches.images_per_iteration, len(train))
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
+            from mae.evaluate import pictures  # takes a moment, and a run without examples does not draw
+
             picture = pictures.reconstructed_examples(model, full_images, EXAMPLES, data.normalize, mask_ratio)
             log.picture("reconstruction", picture, epoch)
         if probe and ((epoch + 1) % run.evaluation.probe_every == 0 or epoch == run.optim.epochs - 1):

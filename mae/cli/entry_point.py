@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 
 from mae import errors, parallel
 from mae.cli.flags import Range, Size, is_refused_in_recipes
@@ -203,7 +202,7 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
         recipe = read_recipe(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         parser.error(f"--config {path} is no recipe: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must be a list of `flag: value` lines")
