@@ -78,6 +78,8 @@ def test_few_labels_have_the_published_augmentation_and_more_epochs():
     assert more["aa"] == "none" and "mixup" not in more
     deep = settings_of(images=replace(SMALL, is_deep=True), labels=200)
     assert deep == few | {"aa": "none"}  # RandAugment refuses such images
+    lines = finetuning.augmentation_lines(SMALL, Labels(200, 10, 20, 1000, has_inputs=True))
+    assert not {"mixup", "cutmix"} & {line.name for line in lines}  # extra inputs are not mixed
     assert 360 <= finetuning.most_epochs(SMALL, Labels(200, 10, 20, 1000), MINI) <= 370
     assert finetuning.most_epochs(SMALL, Labels(200, 1, 0, 1000), MINI) == 141  # numbers, which are not mixed
 

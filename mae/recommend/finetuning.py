@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae.data.extra_inputs import shapes_of
 from mae.data.source import Source
 from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
@@ -52,12 +53,14 @@ class Labels(NamedTuple):
         classes: number of classes or targets.
         fewest: number of training images of the smallest class; 0 if an image has no single class.
         validation: number of images of the validation set.
+        has_inputs: the images have extra inputs, which are not mixed.
     """
 
     images: int
     classes: int
     fewest: int
     validation: int
+    has_inputs: bool = False
 
     @classmethod
     def of(cls, train: Source, val: Source, task: str) -> "Labels":
@@ -65,7 +68,7 @@ class Labels(NamedTuple):
         fewest = 0
         if task == CLASSIFICATION:
             fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
-        return cls(len(train), len(train.classes), fewest, len(val))
+        return cls(len(train), len(train.classes), fewest, len(val), bool(shapes_of(train)))
 
 
 class Start(NamedTuple):
@@ -154,7 +157,9 @@ def augmentation_lines(images: Images, labels: Labels, has_invalid: bool = False
     """
     published = f"the published recipe, for {PUBLISHED_LABELS:,} labels of {rules.MAX_SIDE} pixels"
     values: dict[str, Any] = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
-    of_classes = {"smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
+    of_classes: dict[str, Any] = {"smoothing": 0.1}
+    if not labels.has_inputs:
+        of_classes |= {"mixup": 0.8, "cutmix": 1.0}
     if is_published(images, labels):
         values |= {"drop_path": 0.1} | (of_classes if labels.fewest else {})
         return [Line(name, value, f"as in {published}") for name, value in values.items()]
