@@ -45,6 +45,7 @@ OTHERS = 10
 WRONG_LABELS = 15
 EPOCHS = 60  # about two minutes of a core
 FIRST = 20  # entries of a list
+DRAW = 1  # of the images and of what is planted; with 0, the list of outliers was chosen
 TITLES = (
     "images", "features", "equal", "near-duplicates", "another kind", "wrong labels", "k-NN", "pairs listed",
     "pairs listed without planted ones",
@@ -59,11 +60,11 @@ their label, wrong ones included. "Pairs" counts the near-duplicates that are li
 {table}
 
 - Squares of photographs are of sky, cloth and tissue, too: pairs that nobody planted look alike.
-- Outliers are found where the images are alike, as cells are. Squares of 16 photographs differ as much among each other
-  as from spectrograms, and no list finds these.
+- Outliers are found where the images are alike, as cells and spectrograms are. Squares of 16 photographs differ as much
+  among each other as from spectrograms, and no list finds these.
 - Where k-NN is below 85 %, as for cells after a short pre-training, the list of labels is of little use.
-- Raw pixels suffice for spectrograms, whose classes are positions. They find no outliers among cells, and fewer wrong
-  labels than the encoder among photographs.
+- Raw pixels suffice for the labels of spectrograms, whose classes are positions. They find no outliers among cells, and
+  fewer wrong labels than the encoder among photographs.
 """
 SQUARE = 48  # pixels of an image; cells have 32
 FLAT = 8  # standard deviation of the values of a square below which it has no content: borders of photographs
@@ -167,7 +168,7 @@ CHANGES = (compressed, shifted, brighter, cropped)
 
 def plant(folder: Path, kind: str) -> None:
     """Writes the images to folder/images/CLASS, and what is planted to folder/planted.json: names of files."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(DRAW)
     images = [*KINDS[kind](draw)]
     chosen = draw.choice(IMAGES, DUPLICATES + 2 * len(CHANGES) + WRONG_LABELS, replace=False).tolist()
     originals = chosen[:DUPLICATES]
@@ -216,11 +217,12 @@ def pretrain(folder: Path, kind: str) -> Path:
 
 
 def lists_of(
-    source: Source, features: torch.Tensor, looks: image_map.Looks, chosen: np.ndarray
+    source: Source, features: torch.Tensor, looks: image_map.Looks, chosen: np.ndarray, pooling: str
 ) -> dict[str, map_lists.Listed]:
     """Returns the lists of the images at `chosen`."""
     images = map_lists.images_of(Subset(source, chosen), np.zeros(len(chosen), int), "")
-    return map_lists.all_of(images, features[chosen], [looks.digests[index] for index in chosen], looks.grays[chosen])
+    digests = [looks.digests[index] for index in chosen]
+    return map_lists.all_of(images, features[chosen], digests, looks.grays[chosen], pooling)
 
 
 def pairs_in(rows: Iterable[Sequence[str]]) -> set[frozenset[str]]:
@@ -248,7 +250,8 @@ def measure(kind: str) -> list[list[str]]:
     table = []
     for title, values in spaces.items():
         rows = torch.from_numpy(values)
-        lists = lists_of(source, rows, looks, np.arange(len(source)))
+        pooling = model.pooling.name if title == "encoder" else ""
+        lists = lists_of(source, rows, looks, np.arange(len(source)), pooling)
         # The folder of a name is its class, so that the names in two parts are unique.
         cells_of = {
             name: [["/".join(Path(str(value)).parts[-2:]) for value in row] for row in each.rows[1:]]
@@ -269,7 +272,7 @@ def measure(kind: str) -> list[list[str]]:
             },
         }
         knn = 1 - len(cells_of["labels"]) / len(source)
-        without = lists_of(source, rows, looks, rest)["near_duplicates"].rows[1:]
+        without = lists_of(source, rows, looks, rest, pooling)["near_duplicates"].rows[1:]
         table.append([
             kind, title, *(f"{count} of {len(planted[name])}" for name, count in found.items()), f"{knn:.1%}",
             str(len(cells_of["near_duplicates"])), str(len(without)),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, NearestNeighbors
 from torch.nn.functional import normalize
 
 from mae.inference import curation, neighbors
@@ -50,13 +50,22 @@ def test_random_images_and_flat_pictures_have_no_near_duplicates():
     assert len(curation.near_duplicates(found_in(rows), torch.ones(300, 64)).images) == 0
 
 
-def test_outliers_are_far_from_their_neighbors():
-    rows = torch.randn(200, 8) + 4
-    rows[[7, 50]] *= -1
-    distances = curation.outlier_distances(found_in(rows))
-    assert sorted(distances.argsort(descending=True)[:2].tolist()) == [7, 50]
-    oracle = NearestNeighbors(n_neighbors=curation.NEIGHBORS + 1, metric="cosine").fit(rows.double().numpy())
-    np.testing.assert_allclose(distances, oracle.kneighbors(rows.double().numpy())[0][:, -1], atol=1e-5)
+def test_outliers_are_far_in_comparison_with_their_neighbors():
+    """The factors are those of scikit-learn. An image near a dense group stands out more than any in a sparse one."""
+    rows = torch.randn(200, 8) + 8
+    rows[:100] = 0.2 * torch.randn(100, 8) - 8
+    rows[7] = torch.randn(8) - 8  # as far as those of the sparse group
+    factors = curation.outlier_factors(found_in(rows))
+    assert int(factors.argmax()) == 7
+    unit = torch.nn.functional.normalize(rows.double(), dim=1).numpy()
+    oracle = LocalOutlierFactor(n_neighbors=curation.NEIGHBORS).fit(unit)
+    np.testing.assert_allclose(factors, -oracle.negative_outlier_factor_, rtol=1e-4)
+
+
+def test_images_beside_many_nearly_equal_ones_are_no_outliers():
+    rows = torch.randn(200, 8)
+    rows[:50] = rows[0] + 1e-6 * torch.randn(50, 8)
+    assert curation.outlier_factors(found_in(rows)).max() < 10
 
 
 def test_votes_are_those_of_weighted_neighbors():

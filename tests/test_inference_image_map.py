@@ -117,6 +117,13 @@ def test_the_lists_have_what_is_planted(mapped):
         assert words in text
 
 
+def test_of_both_poolings_the_patches_tell_outliers(mapped, encoder, file_list, tmp_path):
+    page = call(image_map, file_list, model=encoder, out=tmp_path / "map.html", num_workers=0, pool="both")
+    outliers, of_patches = ({row[0]: float(row[1]) for row in table(each, "outliers")} for each in (page, mapped))
+    assert outliers == pytest.approx(of_patches, rel=1e-4)
+    assert table(page, "labels") != table(mapped, "labels")  # the other lists are of both
+
+
 def test_the_map_has_the_images_and_their_neighbors(mapped, images, encoder):
     data = data_of(mapped)
     paths = [images / name for name in data["names"]]

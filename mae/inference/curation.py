@@ -16,6 +16,7 @@ from mae.inference.nearest import Neighbors
 
 NEIGHBORS = 20  # of an outlier and of a vote: up to so many images of another kind stand out together
 LOCAL = 10  # the neighbor whose distance is the unit of the distance of a pair
+FLOOR = 0.1  # of the median distance: beside many nearly equal images, all others would be outliers
 NEAR = 0.5  # distance of near-duplicates, in this unit
 TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4)
 CHUNK = 8_192  # pairs whose vectors are in memory at a time
@@ -82,9 +83,19 @@ def _distances(unit: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([(unit[some] - unit[others]).norm(dim=1) for some, others in parts])
 
 
-def outlier_distances(found: Neighbors) -> Tensor:
-    """Returns the cosine distance of each image to its NEIGHBORS-th neighbor (n,), 1 - cosine."""
-    return 1 - found.similarities[:, NEIGHBORS - 1]
+def outlier_factors(found: Neighbors) -> Tensor:
+    """Returns the local outlier factor of each image (n,), with NEIGHBORS neighbors (Breunig et al. 2000, section 4).
+
+    It says how many times farther the neighbors of an image are than those of its neighbors: about 1 for most images,
+    however dense their part of the features is. The distances are |a - b| of unit vectors.
+    """
+    unit = nn.functional.normalize(found.features.float(), dim=1)
+    near = found.indices[:, :NEIGHBORS]
+    images = torch.arange(len(unit)).repeat_interleave(NEIGHBORS)
+    distances = _distances(unit, images, near.flatten()).view_as(near)
+    reach = torch.maximum(distances, distances[near, -1]).mean(dim=1)
+    reach = reach.clamp(min=FLOOR * reach.median())
+    return reach * (1 / reach[near]).mean(dim=1)
 
 
 def votes(found: Neighbors, labels: Tensor, num_classes: int) -> Votes:

@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> Path:
     rows = torch.from_numpy(feature_file.extract(
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip
-    survey = take(extractor.model, source, rows, len(every), args.num_workers)
+    pool = args.pool or extractor.model.pooling.name
+    survey = take(extractor.model, source, rows, len(every), args.num_workers, pool)
     write_tables(args.out, survey)
     images = args.dataset or args.data_path
     pooling = POOLS[args.pool] if args.pool else extractor.model.pooling
@@ -117,13 +118,14 @@ def among(count: int, total: int) -> str:
     return f"{count:,} evenly spaced images of the {total:,}" if count < total else f"{total:,} images"
 
 
-def take(model: Model, source: Source, features: Tensor, total: int, num_workers: int) -> Survey:
+def take(model: Model, source: Source, features: Tensor, total: int, num_workers: int, pooling: str) -> Survey:
     """Draws the map of images, and lists what stands out among them.
 
     Args:
         source: the images, at most IMAGES.
         features: their features (n, D).
         total: the number of images of which they are a part.
+        pooling: of the features, a key of `mae.pooling.TITLES`.
 
     Raises:
         ValueError: too few images differ.
@@ -134,7 +136,7 @@ def take(model: Model, source: Source, features: Tensor, total: int, num_workers
         raise ValueError(f"{count} different images are too few: a map compares each with {curation.NEIGHBORS} others")
     components = curation.reduced(features)
     images = map_lists.images_of(source, curation.clusters(components), among(len(source), total))
-    lists = map_lists.all_of(images, features, looks.digests, looks.grays)
+    lists = map_lists.all_of(images, features, looks.digests, looks.grays, pooling)
     listed = {index for each in lists.values() for shown, _ in each.entries[:LISTED] for index in shown}
     chosen = on_map(len(source), sorted(listed))
     names = relative(images.names)

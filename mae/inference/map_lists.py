@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mae.data.source import Source
 from mae.inference import curation, nearest
+from mae.settings.choices import BOTH
 
 GRAY = 8  # side of the small gray pictures: a shift by a few pixels changes them little
 
@@ -44,21 +45,27 @@ def images_of(source: Source, clusters: np.ndarray, compared: str) -> Images:
     return Images(names, labels, list(source.classes) if has_classes else [], clusters, compared)
 
 
-def all_of(images: Images, features: Tensor, digests: Sequence[Hashable], grays: Tensor) -> dict[str, Listed]:
+def all_of(
+    images: Images, features: Tensor, digests: Sequence[Hashable], grays: Tensor, pooling: str = ""
+) -> dict[str, Listed]:  # fmt: skip
     """Returns the lists by the end of the name of their CSV file.
 
     Args:
         features: of the images (n, D).
         digests: of their pixels, equal for equal images (n,). More than curation.NEIGHBORS differ.
         grays: small gray pictures (n, pixels).
+        pooling: of the features, a key of `mae.pooling.TITLES`. Of BOTH, the patches tell outliers.
     """
     groups = curation.groups_of_equal(digests)
     different = np.setdiff1d(np.arange(len(digests)), [index for group in groups for index in group[1:]])
     found = nearest.find(features[different], k=curation.NEIGHBORS)
+    of_patches = None
+    if pooling == BOTH:
+        of_patches = nearest.find(features[different, features.shape[1] // 2 :], k=curation.NEIGHBORS)
     lists = {
         "duplicates": duplicates(images, groups),
         "near_duplicates": near_duplicates(images, different, found, grays),
-        "outliers": outliers(images, different, found),
+        "outliers": outliers(images, different, of_patches or found),
     }  # fmt: skip
     if len(np.unique(images.labels[images.labels >= 0])) > 1:
         lists["labels"] = other_labels(images, different, found)
@@ -112,21 +119,22 @@ def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighb
 
 
 def outliers(images: Images, different: np.ndarray, found: nearest.Neighbors) -> Listed:
-    """Lists the images that are farthest from others."""
-    distances = curation.outlier_distances(found)
-    order = distances.argsort(descending=True, stable=True).tolist()
+    """Lists the images that are far from others, in comparison with their neighbors."""
+    factors = curation.outlier_factors(found)
+    order = factors.argsort(descending=True, stable=True).tolist()
     text = (
-        f"All {len(order):,} different images, by the cosine distance of their features to their "
-        f"{curation.NEIGHBORS}th neighbor, the largest first; the median is {distances.median():.3g}. The list says "
-        f"what differs most, not that it is wrong: a rare class is at its top, too."
+        f"All {len(order):,} different images, by the local outlier factor, the largest first: how many times farther "
+        f"the {curation.NEIGHBORS} nearest neighbors of an image are than the neighbors of these, in the features; the "
+        f"median is {factors.median():.3g}. The list says what differs most, not that it is wrong: a rare class is at "
+        f"its top, too."
     )
-    entries = [([int(different[index])], f"cosine distance {distances[index]:.3g}") for index in order]
+    entries = [([int(different[index])], f"local outlier factor {factors[index]:.3g}") for index in order]
     rows = [
-        [images.names[different[index]], f"{distances[index]:.6f}", images.class_of(different[index]),
+        [images.names[different[index]], f"{factors[index]:.6f}", images.class_of(different[index]),
          images.clusters[different[index]] + 1]
         for index in order
     ]  # fmt: skip
-    return Listed("Outliers", text, entries, [["image", "distance", "label", "cluster"], *rows])
+    return Listed("Outliers", text, entries, [["image", "factor", "label", "cluster"], *rows])
 
 
 def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors) -> Listed:

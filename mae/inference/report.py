@@ -332,7 +332,7 @@ def mapped(model: Model, source: Source | Stream, data: DataSpec, args: argparse
     some = image_map.some_of(source)
     if data.on_bad_image == "skip":
         some = readable(some, model.in_chans, args.num_workers, model.values)
-    survey = image_map.take(model, some, rows_of(model, some, args), len(source), args.num_workers)
+    survey = image_map.take(model, some, rows_of(model, some, args), len(source), args.num_workers, model.pooling.name)
     image_map.write_tables(args.run_dir / NAME, survey)
     return survey.sections
 
