@@ -1,6 +1,7 @@
 """What stands out among features: near-duplicates, outliers, votes of neighbors; oracles are those of scikit-learn."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, NearestNeighbors
 from torch.nn.functional import normalize
@@ -66,6 +67,7 @@ def test_images_beside_many_nearly_equal_ones_are_no_outliers():
     rows = torch.randn(200, 8)
     rows[:50] = rows[0] + 1e-6 * torch.randn(50, 8)
     assert curation.outlier_factors(found_in(rows)).max() < 10
+    assert curation.outlier_factors(found_in(torch.ones(100, 8))).tolist() == pytest.approx([1] * 100)
 
 
 def test_votes_are_those_of_weighted_neighbors():

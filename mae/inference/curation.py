@@ -94,7 +94,7 @@ def outlier_factors(found: Neighbors) -> Tensor:
     images = torch.arange(len(unit)).repeat_interleave(NEIGHBORS)
     distances = _distances(unit, images, near.flatten()).view_as(near)
     reach = torch.maximum(distances, distances[near, -1]).mean(dim=1)
-    reach = reach.clamp(min=FLOOR * reach.median())
+    reach = reach.clamp(min=max(FLOOR * float(reach.median()), 1e-6))  # all vectors may be equal
     return reach * (1 / reach[near]).mean(dim=1)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mae.data.source import Source
 from mae.inference import curation, nearest
-from mae.settings.choices import BOTH
+from mae.pooling import TITLES
+from mae.settings.choices import BOTH, PATCHES
 
 GRAY = 8  # side of the small gray pictures: a shift by a few pixels changes them little
 
@@ -59,13 +60,15 @@ def all_of(
     groups = curation.groups_of_equal(digests)
     different = np.setdiff1d(np.arange(len(digests)), [index for group in groups for index in group[1:]])
     found = nearest.find(features[different], k=curation.NEIGHBORS)
-    of_patches = None
+    far = found
+    space = "features"
     if pooling == BOTH:
-        of_patches = nearest.find(features[different, features.shape[1] // 2 :], k=curation.NEIGHBORS)
+        far = nearest.find(features[different, features.shape[1] // 2 :], k=curation.NEIGHBORS)
+        space = TITLES[PATCHES]
     lists = {
         "duplicates": duplicates(images, groups),
         "near_duplicates": near_duplicates(images, different, found, grays),
-        "outliers": outliers(images, different, of_patches or found),
+        "outliers": outliers(images, different, far, space),
     }  # fmt: skip
     if len(np.unique(images.labels[images.labels >= 0])) > 1:
         lists["labels"] = other_labels(images, different, found)
@@ -118,13 +121,13 @@ def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighb
     return Listed("Pairs of near-duplicates", text, entries, rows)
 
 
-def outliers(images: Images, different: np.ndarray, found: nearest.Neighbors) -> Listed:
+def outliers(images: Images, different: np.ndarray, found: nearest.Neighbors, space: str) -> Listed:
     """Lists the images that are far from others, in comparison with their neighbors."""
     factors = curation.outlier_factors(found)
     order = factors.argsort(descending=True, stable=True).tolist()
     text = (
         f"All {len(order):,} different images, by the local outlier factor, the largest first: how many times farther "
-        f"the {curation.NEIGHBORS} nearest neighbors of an image are than the neighbors of these, in the features; the "
+        f"the {curation.NEIGHBORS} nearest neighbors of an image are than the neighbors of these, by the {space}; the "
         f"median is {factors.median():.3g}. The list says what differs most, not that it is wrong: a rare class is at "
         f"its top, too."
     )
