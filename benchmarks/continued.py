@@ -4,11 +4,11 @@
     python benchmarks/fashion_mnist/unpack.py
     OMP_NUM_THREADS=1 python benchmarks/continued.py    # started once for each core, the command shares the runs
 
-A small encoder stands for a released one: pre-trained on 60,000 garments, for 40 minutes of a core. Each arm continues
-it on letters or on cells (cells.py) for five minutes, or trains from scratch for the same time. The number of epochs of
-an arm follows from its speed, which is measured first, in turns, and is the same for all seeds, so that the load of the
-machine does not change a result. The rate of an arm is the best of RATES on held-out letters, by k-NN after a fifth of
-the epochs.
+A small encoder stands for a released one: pre-trained on 60,000 garments, for 40 epochs. Each arm continues it on
+letters or on cells (cells.py) for five minutes, or trains from scratch for the same time. The number of epochs of an
+arm follows from its speed, which is measured first, in turns, and is the same for all seeds, so that the load of the
+machine does not change a result. The rate of an arm is the best of RATES on held-out letters, by k-NN after a fifth
+of the epochs.
 
 Exported encoders are evaluated as in scoring.py: k-NN, a linear probe and fine-tuning with 500 labels of the new kind,
 and k-NN of garments, the old kind. `agreement` needs no labels: the share of the 20 nearest neighbors that two random

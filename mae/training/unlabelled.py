@@ -21,7 +21,7 @@ from models_mae import TARGET_EPS, MaskedAutoencoderViT
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = 8  # images from which `check_targets` decides
+CHECKED = 8  # images from which `check_targets` decides
 
 
 def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:
@@ -65,7 +65,7 @@ def open_samples(
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     full_images = data.samples(source, whole, "skip", draw_noise)
     if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
-        check_targets(model, loader.examples(full_images, EXAMPLES), data.normalize.std)
+        check_targets(model, loader.examples(full_images, CHECKED), data.normalize.std)
     return augmented, full_images
 
 
