@@ -381,6 +381,15 @@ def test_the_printed_command_does_not_continue_an_earlier_run(fast_machine, tmp_
         Path(expected).mkdir(parents=True)
 
 
+def test_the_run_of_a_recipe_in_another_folder_is_beside_it(fast_machine, tmp_path, capsys, monkeypatch):
+    """So `mae start --output_dir elsewhere/mine`, whose recipe is elsewhere/mine.yaml, prints where the run is."""
+    monkeypatch.chdir(tmp_path)
+    gray(tmp_path)
+    Path("elsewhere").mkdir()
+    recipe_of(tmp_path, Path("elsewhere/mine.yaml"))
+    assert "--output_dir elsewhere/mine " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [("--split", "val"), ("--extras", "age")])
 def test_a_recipe_is_for_the_training_images_of_the_standard_model(flags, tmp_path):
     gray(tmp_path)

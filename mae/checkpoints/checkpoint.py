@@ -32,6 +32,7 @@ TEXTS = {  # what a download may leave in place of weights, by its start in lowe
     LFS_POINTER: "a pointer of Git LFS: run git lfs pull in its folder",
     **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), "a web page: download the file by its own link"),
 }
+ZIP = b"pk\x03\x04"  # how a zip archive starts, in lower case
 # torch.load accepts instances of these types, but not of all their subclasses (weights_only).
 PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, torch.Size, torch.dtype}
 
@@ -211,7 +212,7 @@ def check_file(file: BinaryIO) -> bool:
         Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
 
     Raises:
-        ValueError: the file is a text, or its parts are compressed.
+        ValueError: the file is a text or incomplete, or its parts are compressed.
         zipfile.BadZipFile: it is damaged.
     """
     start = file.read(len(LFS_POINTER)).lower().lstrip()
@@ -219,6 +220,8 @@ def check_file(file: BinaryIO) -> bool:
         if start.startswith(text):
             raise ValueError(f"it is {what}")
     if not zipfile.is_zipfile(file):
+        if start.startswith(ZIP):  # the list of its parts is at the end
+            raise ValueError("its end is missing: copy or download it again")
         return False
     with zipfile.ZipFile(file) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):

@@ -221,7 +221,7 @@ def command_of(path: Path, output_dir: Path) -> list[str]:
 
 
 def launch(path: Path, processes: int, threads: int, flags: list[str], script: str = "main_pretrain") -> str:
-    """Returns the command that runs a recipe.
+    """Returns the command that runs a recipe. The run is in runs/, or beside a recipe that is in another folder.
 
     Args:
         threads: threads of each process; 0: the default.
@@ -229,10 +229,11 @@ def launch(path: Path, processes: int, threads: int, flags: list[str], script: s
         script: name of the script.
     """
     words_of_script = [f"{script}.py"] if Path(f"{script}.py").is_file() else ["-m", script]
-    out = Path("runs", path.stem)
+    folder = Path("runs") if path.parent.resolve() == Path.cwd() else path.parent
+    out = folder / path.stem
     numbers = itertools.count(2)
     while out.exists():  # --resume would continue another run
-        out = out.with_name(f"{path.stem}-{next(numbers)}")
+        out = folder / f"{path.stem}-{next(numbers)}"
     settings = {"config": path, "output_dir": out, "resume": "auto"}
     words = ["torchrun", "--standalone", "--nproc_per_node", str(processes), *words_of_script, *arguments(settings)]
     words += flags

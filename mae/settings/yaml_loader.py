@@ -54,5 +54,7 @@ def load(text: str, read: Callable[[str], Any]) -> Any:
         raise ValueError(f"it has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     try:
         return _Loader(text, read).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError("its lists are nested too deeply") from error
+    except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
