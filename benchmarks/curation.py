@@ -45,7 +45,7 @@ OTHERS = 10
 WRONG_LABELS = 15
 EPOCHS = 60  # about two minutes of a core
 FIRST = 20  # entries of a list
-DRAW = 1  # of the images and of what is planted; with 0, the list of outliers was chosen
+DRAW = 2  # of the images and of what is planted; the list of outliers was chosen with 0, that of near-duplicates with 1
 TITLES = (
     "images", "features", "equal", "near-duplicates", "another kind", "wrong labels", "k-NN", "pairs listed",
     "pairs listed without planted ones",

@@ -191,7 +191,7 @@ def test_pictures_of_16_bits_and_of_many_channels_are_shown(tmp_path):
     looks = image_map.look_at(image_map.Pictures(model, source), len(source), 0)
     expected = np.round(pixels[3, ..., :3] / 65535 * 255)
     assert np.abs(looks.thumbnails[3].astype(float) - expected).max() <= 1
-    assert len({*looks.digests}) == 24 and looks.grays.shape == (24, map_lists.GRAY**2)
+    assert len({*looks.digests}) == 24 and looks.grays.shape == (24, map_lists.GRAY, map_lists.GRAY)
 
 
 def test_too_few_images_are_one_line(encoder, images, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
     images: Tensor  # (p, 2), indices
     distances: Tensor  # (p,), relative to those of other neighbors
-    cosines: Tensor  # (p, 2), of the features and of the gray pictures
+    cosines: Tensor  # (p, 2), of the features and of the spectra of the gray pictures
 
 
 class Votes(NamedTuple):
@@ -51,30 +51,41 @@ def near_duplicates(found: Neighbors, grays: Tensor) -> Pairs:
     """Finds pairs that are much nearer than other neighbors are, in features and in small gray pictures.
 
     The distance of a pair is |a - b| of unit vectors, divided by the mean distance of both images to their LOCAL-th
-    neighbor: how dense the images are differs by kind. It is below 1 in both spaces, and the geometric mean is below
-    NEAR. The gray pictures have no mean and the norm 1, so that brightness and contrast do not count.
+    neighbor: how dense the images are differs by kind. It is below 1 for the pictures, and the geometric mean is below
+    NEAR. There the pictures count twice, because the features of fine textures change with a shift of some pixels.
 
     Args:
         found: features, and the LOCAL or more nearest to each of them.
-        grays: small gray pictures of the same images (n, pixels).
+        grays: small gray pictures of the same images (n, side, side).
     """
+    of_grays = nearest.find(_spectra(grays), k=LOCAL)
     first = torch.arange(len(grays))[:, None].expand(-1, LOCAL)
-    pairs = torch.stack([first, found.indices[:, :LOCAL]], dim=2).flatten(0, 1).sort(dim=1).values.unique(dim=0)
-    of_grays = nearest.find(grays - grays.mean(dim=1, keepdim=True), k=LOCAL)
+    near = torch.cat([torch.stack([first, each.indices[:, :LOCAL]], dim=2).flatten(0, 1) for each in (found, of_grays)])
+    pairs = near.sort(dim=1).values.unique(dim=0)
     scaled = []
     cosines = []
-    for rows, near, _ in (found, of_grays):
+    for rows, indices, _ in (found, of_grays):
         unit = nn.functional.normalize(rows.float(), dim=1)
-        local = _distances(unit, torch.arange(len(unit)), near[:, LOCAL - 1])
+        local = _distances(unit, torch.arange(len(unit)), indices[:, LOCAL - 1])
         distances = _distances(unit, pairs[:, 0], pairs[:, 1])
         unit_of_pair = local[pairs].mean(dim=1)  # 0 among equal vectors, such as those of flat pictures
-        scaled.append(torch.where(unit_of_pair > 0, distances / unit_of_pair, 1))
+        scaled.append(torch.where(unit_of_pair > 0, distances / unit_of_pair, torch.inf))
         cosines.append(1 - distances.square() / 2)
-    both = torch.stack(scaled, dim=1)
-    score = both.prod(dim=1).sqrt()
-    is_near = (score < NEAR) & (both < 1).all(dim=1)
+    score = (scaled[0] * scaled[1].square()).pow(1 / 3)
+    is_near = (score < NEAR) & (scaled[1] < 1)
     order = torch.nonzero(is_near)[:, 0][score[is_near].argsort(stable=True)]
     return Pairs(pairs[order], score[order], torch.stack(cosines, dim=1)[order])
+
+
+def _spectra(grays: Tensor) -> Tensor:
+    """Returns the amplitude spectra of pictures (n, side, side) without their means, (n, side * (side // 2 + 1)).
+
+    They depend little on a shift of the content, with a Hann window at the borders. As unit vectors, they do not depend
+    on brightness and contrast.
+    """
+    window = torch.hann_window(grays.shape[-1] + 2, periodic=False)[1:-1]
+    centered = grays - grays.mean(dim=(1, 2), keepdim=True)
+    return torch.fft.rfft2(centered * window[:, None] * window).abs().flatten(1)
 
 
 def _distances(unit: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Looks(NamedTuple):
     """What images look like."""
 
     digests: Sequence[bytes]  # equal for images of equal size and pixels
-    grays: Tensor  # (n, GRAY²)
+    grays: Tensor  # (n, GRAY, GRAY)
     thumbnails: Sequence[np.ndarray]  # uint8 (height, width, 3), at most SIDES[0] a side
 
 
@@ -165,7 +165,7 @@ def about_map(source: Source, features: Tensor, count: int) -> str:
 
 
 class Pictures(Dataset):
-    """Digest, small gray picture (GRAY²,) and thumbnail (height, width, 3) of each image of a source."""
+    """Digest, small gray picture (GRAY, GRAY) and thumbnail (height, width, 3) of each image of a source."""
 
     def __init__(self, model: Model, source: Source) -> None:
         self.samples = feature_file.samples_of(model, source)
@@ -180,7 +180,7 @@ class Pictures(Dataset):
         gray = picture.convert("L").resize((map_lists.GRAY, map_lists.GRAY), Image.Resampling.BILINEAR)
         picture.thumbnail((SIDES[0], SIDES[0]))
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        return digest, np.asarray(gray, np.float32).ravel(), np.asarray(picture)
+        return digest, np.asarray(gray, np.float32), np.asarray(picture)
 
     def displayed(self, stored: Picture) -> Image.Image:
         """Returns a decoded image in colors for display, in its own size."""

@@ -12,7 +12,7 @@ from mae.inference import curation, nearest
 from mae.pooling import TITLES
 from mae.settings.choices import BOTH, PATCHES
 
-GRAY = 8  # side of the small gray pictures: a shift by a few pixels changes them little
+GRAY = 24  # side of the small gray pictures
 
 
 class Images(NamedTuple):
@@ -54,7 +54,7 @@ def all_of(
     Args:
         features: of the images (n, D).
         digests: of their pixels, equal for equal images (n,). More than curation.NEIGHBORS differ.
-        grays: small gray pictures (n, pixels).
+        grays: small gray pictures (n, GRAY, GRAY).
         pooling: of the features, a key of `mae.pooling.TITLES`. Of BOTH, the patches tell outliers.
     """
     groups = curation.groups_of_equal(digests)
@@ -106,12 +106,13 @@ def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighb
     pairs = curation.near_duplicates(found, grays[different])
     text = (
         f"Pairs among {len(different):,} different images, the nearest first. The distance of a pair is divided by the "
-        f"mean distance of both to their {curation.LOCAL}th neighbor, in the features and in gray pictures of {GRAY} x "
-        f"{GRAY} pixels. It is below 1 in both, and the geometric mean, which is shown, is below {curation.NEAR}."
+        f"mean distance of both to their {curation.LOCAL}th neighbor, in the features and in the amplitude spectra of "
+        f"gray pictures of {GRAY} x {GRAY} pixels. It is below 1 for the spectra. The geometric mean, in which the "
+        f"spectra count twice, is shown, and is below {curation.NEAR}."
     )
     entries = []
     rows: list[list[Any]] = [
-        ["image", "other", "relative distance", "cosine", "cosine of gray pictures", "label", "label of other"]
+        ["image", "other", "relative distance", "cosine", "cosine of spectra", "label", "label of other"]
     ]
     for (first, second), distance, cosines in zip(different[pairs.images], *map(Tensor.tolist, pairs[1:]), strict=True):
         labels = [images.class_of(first), images.class_of(second)]
