@@ -98,7 +98,8 @@ def evaluate(data_loader: Any, model: nn.Module, device: torch.device | str) -> 
     """
     device = torch.device(device)
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top 1, top 5, images
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+    sums = torch.zeros(4, dtype=dtype, device=device)  # loss, top 1, top 5, images
     for batch in data_loader:
         images = batch[0].to(device)
         targets = batch[-1].to(device)

@@ -127,6 +127,25 @@ def test_an_export_of_the_whole_run_keeps_its_pooling(tmp_path):
     torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, tmp_path / "mine.pth")
     call(export, model=tmp_path / "mine.pth", to="safetensors", out=tmp_path / "all.safetensors")
     assert get_model(tmp_path / "all.safetensors").pooling.name == "both"
+    get_model(tmp_path / "mine.pth").save_pretrained(tmp_path / "folder")
+    assert get_model(tmp_path / "folder").pooling.name == "both"
+
+
+def test_an_export_of_low_rank_updates_keeps_its_pooling(tmp_path):
+    model = get_model("mae_vit_mini_patch4", **SHAPE, lora=2)
+    torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, tmp_path / "mine.pth")
+    call(export, model=tmp_path / "mine.pth", to="safetensors", out=tmp_path / "merged.safetensors")
+    assert get_model(tmp_path / "merged.safetensors").pooling.name == "both"
+
+
+def test_an_encoder_returns_the_features_of_its_run(tmp_path):
+    """`get_model` of a classifier's architecture, without classes, on the file of a run with --uniformity."""
+    model = randomized(get_model("mae_vit_mini_patch4", **SHAPE), 0.05)
+    torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, tmp_path / "mine.pth")
+    encoder = get_model("vit_mini_patch4", pretrained=tmp_path / "mine.pth", nb_classes=0)
+    inputs = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        np.testing.assert_allclose(encoder(inputs).numpy(), both_of(model, inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize(("script", "flags", "message"), [

@@ -70,8 +70,6 @@ def settings_of(model: Model) -> dict[str, Any]:
     default = model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
     names = [name for name in EXPORTED if model.settings.get(name) is not None]
     used = {"mean": mean, "std": std, "crop_pct": 1.0 if is_uncropped(model) else default}
-    if model.pooling.name == BOTH:
-        used["pool"] = BOTH  # a file has no settings of the pre-training, which tell it
     return {**{name: model.settings[name] for name in names}, **used}
 
 
@@ -201,6 +199,10 @@ def _load(
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
         merged["crop_pct"] = model_settings.crop_pct_of_earlier_version(file, merged["input_size"])
+    of_encoder = {"nb_classes": 0, "global_pool": False} if architecture.startswith("mae_") else {}
+    pooling = pooling_of({"uniformity": file.settings.get("uniformity"), **merged, **of_encoder}, file.trained_by)
+    if pooling.name == BOTH:
+        merged["pool"] = BOTH  # what is built from the settings again has no settings of the pre-training
     encoder = encoder or encoders.class_of(merged.get("encoder"))
     segments = file.kind == model_zoo.SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
@@ -224,5 +226,5 @@ def _load(
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)
-    model.pooling = pooling_of({"uniformity": file.settings.get("uniformity"), **model.settings}, file.trained_by)
+    model.pooling = pooling
     return model

@@ -150,7 +150,8 @@ def of_patch_means(model: Autoencoder, samples: Samples, entries: Sequence[Mappi
         return ""
     some = evenly_spaced(len(samples), IMAGES)
     batches = loader.eval_loader(samples, BATCH_SIZE, num_workers, pin_memory=False, indices=some)
-    of_means = losses_of_constants(network, batches, 0, model.normalize, torch.device("cpu")).zero
+    device = model.normalize.mean.device
+    of_means = losses_of_constants(network, batches, 0, model.normalize, device).zero
     return f"Its loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {of_means:.3f}."
 
 

@@ -78,16 +78,16 @@ def losses_of_constants(
         normalize: images -> the input of the model, on the device.
     """
     width = model.decoder_pred.out_features
-    sums = torch.zeros(3, width, dtype=torch.float64, device=device)  # of weights, values and squares
+    sums = torch.zeros(3, width, dtype=torch.float64)  # of weights, values and squares
     count = 0
     for batch in prefetch(batches, device):
         imgs = batch.normalized(normalize)
-        target = model.target(imgs, **batch.context).double()
+        target = _fp64(model.target(imgs, **batch.context))
         weight = _weights(model, imgs, batch, num_visible).expand_as(target)
         moments = (weight, weight * target, weight * target**2)
-        sums += torch.stack([moment.sum(dim=(0, 1)) for moment in moments])
+        sums += torch.stack([moment.sum(dim=(0, 1)) for moment in moments]).cpu()
         count += len(imgs)
-    weights, values, squares = sum(parallel.gather(sums.cpu())).unbind()
+    weights, values, squares = sum(parallel.gather(sums)).unbind()
     variance = squares - values**2 / weights.clamp(min=torch.finfo(torch.float64).tiny)
     total = sum(parallel.gather(count))
     return Constants(best=float(variance.sum()) / total, zero=float(squares.sum()) / total)
@@ -96,9 +96,10 @@ def losses_of_constants(
 def _weights(model: MaskedAutoencoderViT, imgs: Tensor, batch: Batch, num_visible: int) -> Tensor:
     """Returns the weight of each squared error in the loss of its image, which are 1 together, (B, N, P or 1)."""
     valid = None
-    noise: Any = batch.noise
+    batch_noise: Any = batch.noise
+    noise = _fp64(batch_noise)
     if batch.valid is not None:
-        valid = model.patchify(valid_pixels.like_images(batch.valid, imgs)).double()
+        valid = _fp64(model.patchify(valid_pixels.like_images(batch.valid, imgs)))
         noise = noise.masked_fill(~valid.any(dim=2), math.inf)
     mask = (noise.argsort(dim=1).argsort(dim=1) >= num_visible).double().unsqueeze(2)
     if valid is None:
@@ -108,6 +109,10 @@ def _weights(model: MaskedAutoencoderViT, imgs: Tensor, batch: Batch, num_visibl
         valid = valid.amax(dim=2, keepdim=True).expand(-1, -1, model.target_dim)
     weight = valid / valid.sum(dim=2, keepdim=True).clamp(min=1) * mask
     return weight / weight.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def _fp64(values: Tensor) -> Tensor:
+    return (values.cpu() if values.is_mps else values).double()  # MPS has no fp64
 
 
 def share(entries: Mapping[str, Any], constant: float | None) -> dict[str, float]:
