@@ -51,6 +51,19 @@ def test_splits_are_in_lower_case(pictures, tmp_path):
     assert open_source("train", str(folder)).classes == ["Car", "Train"]
 
 
+def test_splits_of_other_names_are_no_classes(pictures, tmp_path, caplog):
+    folder = tmp_path / "set"
+    for name in ("training", "testing"):
+        shutil.copytree(pictures / "train", folder / name)
+    (folder / "labels.csv").write_text("")
+    with pytest.raises(ValueError, match="testing, training are splits"):
+        open_source("train", str(folder))
+    shutil.move(folder / "testing", folder / "test")
+    shutil.move(folder / "training", folder / "train")
+    assert open_source("train", str(tmp_path)).classes == ["set"]
+    assert "has train/ and test/" in caplog.text
+
+
 def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("cat/01.jpg\n")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:

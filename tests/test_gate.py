@@ -1,6 +1,7 @@
 """A run that starts from a file never ends worse than it began: checkpoint-best.pth is the start, or clearly better."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -106,3 +107,18 @@ def test_a_state_replaces_the_best_one_by_more_than_the_standard_error():
         probe.hits = after(wins, losses)
         assert gate.accepts(3) == expected
         assert progress.selection["epoch"] == (3 if expected else -1)
+
+
+def test_a_resumed_run_holds_out_the_images_of_its_start(flags, labelled, pretrain, tmp_path):
+    """Else its k-NN would be compared with that of other images."""
+    changed = shutil.copytree(labelled, tmp_path / "changed")
+    pretrain(**flags, epochs=1)
+    next(changed.glob("val/*/*")).unlink()
+    with pytest.raises(ValueError, match="held-out images"):
+        pretrain(**flags | {"probe_path": changed}, epochs=2, resume="auto")
+
+
+def test_the_printed_command_fine_tunes_the_best_state(flags, pretrain, capsys):
+    out = pretrain(**flags, lr=0, epochs=1)
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("fine-tune:"))
+    assert str(out / "checkpoint-best.pth") in command

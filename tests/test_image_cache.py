@@ -297,3 +297,22 @@ def test_a_batch_has_the_labels_of_single_images():
         assert batch.labels.shape == (4, 2)
         assert torch.equal(batch.images, expected.images)
         assert batch.noise is expected.noise is None
+
+
+def test_the_splits_of_a_dataset_with_one_folder_have_files_of_their_own(tmp_path):
+    """The samples of both have the same numbers, such as those of the 1,880 images of each split of DTD."""
+    root = tmp_path / "dtd/dtd"
+    for split, value in (("train", 0), ("val", 90), ("test", 180)):
+        for label in range(2):
+            file = root / f"images/kind{label}/{split}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((9, 9, 3), value + label, np.uint8)).save(file)
+        (root / "labels").mkdir(exist_ok=True)
+        (root / f"labels/{split}1.txt").write_text("".join(f"kind{label}/{split}.png\n" for label in range(2)))
+    values = []
+    for split in ("train", "val"):
+        images = cached(open_source(split, str(tmp_path), dataset="DTD"))
+        values.append(
+            [int(to_tensor(decode_item(images[index], 3, values=PixelValues()).image).max()) for index in (0, 1)]
+        )
+    assert values == [[0, 1], [90, 91]]

@@ -1,5 +1,7 @@
 """Pre-training that starts from the files of the other scripts: the encoder is that of the file, the rest is new."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from mains import call, weights
@@ -9,6 +11,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+import models_mae
 import models_segment
 import models_vit
 from mae.checkpoints import checkpoint
@@ -80,6 +83,18 @@ def test_a_published_classifier_starts_a_pre_training_by_its_name(pictures, tmp_
     call(main_pretrain, init_from="mae_finetuned_vit_base", data_path=pictures, output_dir=tmp_path / "run", lr=0,
          input_size=32, epochs=1, batch_size=8, num_workers=0, device="cpu", amp="off", vis_every=0)  # fmt: skip
     require_start(tmp_path / "run", file, capsys.readouterr().out)
+
+
+def test_a_published_decoder_goes_on_with_the_targets_of_its_training(pretrain, tmp_path, capsys):
+    """Published files record nothing: a name of the table tells them. Of other names, a warning says so."""
+    state = {"model": models_mae.mae_vit_mini_patch4(img_size=16, patch_size=8).state_dict()}
+    file = Path(model_zoo.TABLE["mae_pretrain_vit_base_full"].url).name
+    flags = {"input_size": 16, "patch_size": 8, "model": "mae_vit_mini_patch4", "lr": 0, "epochs": 1}
+    for name, is_known in ((file, True), ("mine.pth", False)):
+        torch.save(state, tmp_path / name)
+        out = pretrain(name, init_from=tmp_path / name, **flags)
+        assert checkpoint.read(out / "checkpoint-0.pth")["args"]["norm_pix_loss"] == is_known
+        assert ("does not record norm_pix_loss" in capsys.readouterr().out) != is_known
 
 
 def test_an_exported_classifier_starts_a_pre_training(classify, pretrain, tmp_path, capsys):

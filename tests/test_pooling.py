@@ -9,6 +9,7 @@ import main_knn
 import main_linprobe
 from mae.inference import export, features, get_model
 from mae.pooling import pooling_of
+from mae.training import log
 
 SHAPE = {"input_size": 16, "patch_size": 8}
 
@@ -120,6 +121,20 @@ def test_an_export_keeps_the_pooling_of_its_run(pool, width, tmp_path):
         np.testing.assert_allclose(encoder(encoder.normalize(inputs)).numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(graph, expected, atol=1e-5)
     assert encoder.pooling.name == ("both" if width == 2 else "cls")
+
+
+@pytest.mark.parametrize("flags", [{"pool": "both"}, {"pool": "avg"}, {"pool": "cls"}, {}])
+def test_a_probe_resumes_with_its_pooling(flags, labelled, tmp_path):
+    """The flag may be given again. Without one, the pooling is that of a run with --uniformity."""
+    model = randomized(get_model("mae_vit_mini_patch4", **SHAPE), 0.05)
+    torch.save({"model": model.state_dict(), "args": {**model.settings, "uniformity": 0.1}}, tmp_path / "mine.pth")
+    probe = {"data_path": labelled, "finetune": tmp_path / "mine.pth", "num_workers": 0, "device": "cpu",
+             "warmup_epochs": 0, "batch_size": 16, "output_dir": tmp_path / "probe", "resume": "auto"}  # fmt: skip
+    call(main_linprobe, **probe, **flags, epochs=1)
+    call(main_linprobe, **probe, **flags, epochs=2)
+    call(main_linprobe, **probe, epochs=3)
+    assert len(log.read(tmp_path / "probe")) == 3
+    assert get_model(tmp_path / "probe/checkpoint-2.pth").pooling.name == flags.get("pool", "both")
 
 
 def test_an_export_of_the_whole_run_keeps_its_pooling(tmp_path):

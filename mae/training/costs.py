@@ -44,10 +44,12 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
         forward: calls the model with one image.
 
     Returns:
-        None if they are unknown: weights are frozen, the model needs more than an image, or it has an operation that
-        the counter does not know.
+        None if they are unknown: weights are frozen, the features of a start are preserved, the model needs more than
+        an image, or it has an operation that the counter does not know.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if getattr(model, "preserve", None):  # its pass through the start is in training only
+        return None
     if not all(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None
     model.eval()

@@ -18,6 +18,7 @@ class Probe(Protocol):
     """What a gate uses of an `online_probe.OnlineProbe`."""
 
     is_labelled: bool
+    identity: str  # of the held-out images and their labels
     hits: torch.Tensor  # whether each held-out image is classified correctly (n,), after `scores`
 
     def scores(self, model: Any) -> dict[str, float]:
@@ -50,7 +51,8 @@ class Gate:
         count = len(self.probe.hits)
         if count < FEW:
             logger.warning(f"`probe_every` has {count} held-out images, which are few: their k-NN decides what is best")
-        self.progress.selection = {"start": self.probe.hits, "best": self.probe.hits, "epoch": -1}
+        hits = self.probe.hits
+        self.progress.selection = {"start": hits, "best": hits, "epoch": -1, "images": self.probe.identity}
         return score
 
     def accepts(self, epoch: int) -> bool:
@@ -79,13 +81,22 @@ class Gate:
 
 
 def open_gate(init_from: str, probe: Probe | None, progress: Progress) -> Gate | None:
-    """Returns the gate of a run that starts from the file `init_from`. A line says if its start is not measured."""
+    """Returns the gate of a run that starts from the file `init_from`. A line says if its start is not measured.
+
+    Raises:
+        ValueError: a resumed run holds out other images than those of its start.
+    """
     if not init_from:
         return None
     if probe is None or not probe.is_labelled:
         reason = "the images have no labels" if probe else "`probe_every` is not given"
         logger.info(f"the start is not measured, because {reason}: the last state is the result")
         return None
+    if progress.selection.get("images", probe.identity) != probe.identity:
+        raise ValueError(
+            f"`probe_every`: the held-out images are now {probe.identity}, and those of the start were "
+            f"{progress.selection['images']}, so that its k-NN can't be compared: give those images, or probe_every=0"
+        )
     return Gate(probe, progress)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mae import parallel
+from mae.checkpoints.run_directory import BEST
 from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
@@ -285,7 +286,8 @@ def log_commands(
         output_dir, epochs, data, model, evaluation: the settings.
     """
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
-    file = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
+    best = Path(output_dir, BEST)  # of a run that starts from a file: it may be the start
+    file = best if best.exists() else Path(output_dir, f"checkpoint-{epochs - 1}.pth")
     if file.exists():
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
         labelled = labelled_images(images, evaluation.probe_path, has_labels)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import zlib
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ class OnlineProbe:
         pooling: of the features.
 
     Attributes:
+        identity: of the held-out images and their labels, for comparisons.
         hits: whether the neighbors classify each held-out image correctly (n,), after `scores`.
 
     Raises:
@@ -82,6 +84,8 @@ class OnlineProbe:
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
+        of_labels = zlib.crc32(np.ascontiguousarray(self.val.labels).tobytes())
+        self.identity = f"{labels.identity(self.val, len(val))}, and {of_labels:08x} of the labels"
         self.k = min(NEIGHBORS, len(self.train))
         if not self.is_labelled:
             logger.info("`probe_every`: the images have no labels, so there is no accuracy")

@@ -49,6 +49,13 @@ def autoencoder_settings(file: Weights) -> dict[str, Any]:
     """
     names = [*REBUILDS, "min_valid"]  # the latter gives nodata its meaning
     settings = {name: file.settings[name] for name in names if file.settings.get(name) is not None}
+    if file.kind == FULL and "norm_pix_loss" not in settings:
+        published = row_settings(file.origin)
+        if published:
+            settings["norm_pix_loss"] = published["norm_pix_loss"]
+        else:
+            warn_once(f"{file.origin} does not record norm_pix_loss, for which its decoder was trained: the run has "
+                      f"that of its flag")  # fmt: skip
     model = settings.pop("model", "")
     if model.startswith(TIMM):
         return settings

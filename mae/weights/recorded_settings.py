@@ -63,7 +63,7 @@ def pooling_settings(
     """Returns `global_pool` and `pool` of a run on pooled features: as given, or by `pooling_of`. It logs the pooling.
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, and contradict each other. A run that resumes has both from its checkpoint.
     """
     of_file = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
     if pools_tokens(of_file.get("probe")):  # the head, which pools, is not built
@@ -73,7 +73,7 @@ def pooling_settings(
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
     if given["pool"]:
-        if "global_pool" in explicit:
+        if "global_pool" in explicit and given["global_pool"] != (given["pool"] == PATCHES):
             raise ValueError(f"pool={given['pool']} and `global_pool` are one setting: give one of them")
         pooling = Pooling(given["pool"], "as given")
     elif "global_pool" in explicit:

@@ -29,8 +29,14 @@ class NoValidation(ValueError):
 
 
 def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> None:
-    """Raises ValueError if folders are splits of a dataset, and the one of `split` is not in lower case."""
+    """Raises ValueError if folders are splits of a dataset, and that of `split` has another name."""
     names = {folder.lower(): folder for folder in folders}
+    plain = {name for name in names if "." not in name}  # beside the folders, there may be files
+    if len(plain) > 1 and plain <= {"training", *VALIDATION, "testing"}:  # they would be classes
+        raise ValueError(
+            f"data_path={path}: its folders {', '.join(sorted(plain))} are splits: rename that of the training images "
+            f"to train/, and that of the validation images to val/"
+        )
     other = names.get(split or "", split)
     if split == "val" and split not in names:  # else, training images would take its place
         other = next((names[name] for name in VALIDATION if name in names), split)
@@ -51,8 +57,10 @@ def no_split(path: Path, split: str, has_train: bool) -> ValueError:
 def warn_of_inner_splits(names: Iterable[str], path: Path) -> None:
     """Logs a warning if a folder within a whole dataset has train/ and val/, whose images all train."""
     inner = {tuple(name.split("/")[:2]) for name in names}
-    if split := sorted(top for top, *below in inner if below == ["train"] and (top, "val") in inner):
-        logger.warning(f"{path}: its folder {printable(split[0])} has train/ and val/, and the images of both train")
+    for top in sorted(top for top, *below in inner if below == ["train"]):
+        if held_out := [name for name in VALIDATION if (top, name) in inner]:
+            folders = f"train/ and {held_out[0]}/"
+            logger.warning(f"{path}: its folder {printable(top)} has {folders}, and the images of both train")
 
 
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mae import parallel
 from mae.data.item import Item
+from mae.data.kinds.folders import NoValidation
 from mae.data.kinds.lists import LABEL_COLUMNS, are_ids, number_labels
 from mae.data.pixels import BadImage
 from mae.data.source import NumberedItems, OpenDataset, Source, first_few, names_of, version_of
@@ -53,7 +54,8 @@ class HuggingFaceSet(NumberedItems):
         parts = self._load(datasets)
         available = [part for part in names_of(split) if part in parts]
         if not available:
-            raise ValueError(f"dataset={self.title}: it has no {split} split, only {', '.join(parts)}")
+            kind = NoValidation if split == "val" and [*parts] == ["train"] else ValueError
+            raise kind(f"dataset={self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]
         image, _, label = columns.partition(",")
         self.image = self._image_column(datasets, table.features, image)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mae import parallel
 from mae.data.item import Item
+from mae.data.kinds.folders import NoValidation
 from mae.data.pixels import BadImage
 from mae.data.source import VALIDATION, NumberedItems, OpenDataset, Source, names_of, version_of
 from mae.files.untrusted import read_file
@@ -36,6 +37,7 @@ class TorchvisionSet(NumberedItems):
         import torchvision  # takes more than a second
 
         self.title = name
+        self.split = split
         self.root = root
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)
@@ -76,7 +78,7 @@ class TorchvisionSet(NumberedItems):
         if split == "train":  # "train" first, because the default split may include the images of "val"
             return [selected] if selected or not chooser else [{chooser: "train"}, {}]
         if not chooser or (selected and chooser == "version"):
-            raise ValueError(f"dataset={self.title}: torchvision has no {split} split of it: give val_list=FILE")
+            raise NoValidation(f"dataset={self.title}: torchvision has no {split} split of it")
         return [{chooser: name} for name in names_of(split)]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
@@ -108,8 +110,8 @@ class TorchvisionSet(NumberedItems):
         return Item(image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1)
 
     @cached_property
-    def files_version(self) -> str:
-        return version_of(self.root) if self.root else ""
+    def files_version(self) -> str:  # of all splits, whose samples have the same numbers
+        return f"{self.split} {version_of(self.root)}" if self.root else self.split
 
 
 def _parameters(make: type) -> set[str]:
