@@ -42,6 +42,7 @@ COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
+SIGNALS = 128  # the exit status of a part that a signal ends is larger
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
@@ -84,9 +85,18 @@ def main(args: argparse.Namespace) -> None:
     else:
         logger.info(f"the settings are those of {file}, which exists: delete it to use other flags")
     call(recipe.command_of(file, out))
+    status = 0
     if comparison := comparison_of(out):
-        call(comparison)
+        try:
+            call(comparison)
+        except SystemExit as error:
+            status = int(error.code or 0)
+            if status > SIGNALS:
+                raise
+            logger.warning("the comparison has failed, and the page is written without it")
     call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
+    if status:
+        sys.exit(status)
 
 
 def write_recipe(given: dict[str, Any], file: Path) -> None:
@@ -127,9 +137,9 @@ def comparison_of(out: Path) -> list[str]:
 
 def has_many(source: Any) -> bool:
     """Whether each class of a source has twice as many images as LABELS has of it, as a held-out part may need."""
-    counts = np.bincount(source.labels)
+    counts = np.bincount(source.labels, minlength=len(source.classes))
     per_class = LABELS // len(source.classes)
-    return bool(per_class) and counts[counts > 0].min() >= 2 * per_class
+    return bool(per_class) and counts.min() >= 2 * per_class
 
 
 def call(words: Sequence[str], is_read: bool = False) -> str:

@@ -93,3 +93,25 @@ def test_a_page_that_is_newer_than_the_checkpoints_is_named(tmp_path, monkeypatc
     os.utime(out / "report.html", (0, 0))  # it is older
     with pytest.raises(SystemExit):
         start.main(start.get_args_parser().parse_args(words))
+
+
+def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch, capsys):
+    """The exit status is that of the comparison."""
+    called = []
+
+    def call(words):
+        called.append(words)
+        if words == ["compare"]:
+            raise SystemExit(2)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "call", call)
+    monkeypatch.setattr(start, "comparison_of", lambda _: ["compare"])
+    monkeypatch.setattr(start.recipe, "command_of", lambda *_: ["train"])
+    Path("runs").mkdir()
+    Path("runs/mine.yaml").touch()
+    with pytest.raises(SystemExit) as stop:
+        start.main(start.get_args_parser().parse_args(["images", "--output_dir", "runs/mine"]))
+    assert stop.value.code == 2
+    assert called[:2] == [["train"], ["compare"]] and "mae.inference.report" in called[2]
+    assert "written without it" in capsys.readouterr().out

@@ -394,6 +394,21 @@ def test_a_validation_set_that_is_added_computes_the_scores_again(labelled, enco
     assert not set(before) & set(after)
 
 
+@pytest.mark.slow
+def test_another_label_computes_the_scores_again(labelled, encoder, tmp_path):
+    """Of raw pixels, too. A table never has scores of other images."""
+    data = shutil.copytree(labelled, tmp_path / "data")
+    flags = ("--encoders", "pixels", encoder, "--protocols", "knn")
+    compare(data, tmp_path / "out", encoder, *flags)
+    records = sorted(record for record in (tmp_path / "out/runs").rglob("run.json") if "choices" not in record.parts)
+    before = [record.read_text() for record in records]
+    wrong, *_ = (data / "val").glob("*/*")
+    other = next(folder for folder in (data / "val").iterdir() if folder != wrong.parent)
+    wrong.rename(other / f"moved{wrong.suffix}")
+    compare(data, tmp_path / "out", encoder, *flags)
+    assert not {*before} & {record.read_text() for record in records}
+
+
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     names = []
     monkeypatch.setattr(store, "run_once", lambda folder, *_: names.append(folder) or SCORES)
@@ -416,7 +431,11 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
          r"100 labels, a \(k-NN\) .* 72.0 ± 2.0 %, 1.5 ± 0.5 points above b \(k-NN\)"),
         ([*results("a", [70.0, 74.0]), *results("b", [72.0, 71.0])],
          r"a \(k-NN\) has the highest accuracy, 72.0 .*, not "
-         r"distinguishable from b \(k-NN\) \(0.5 ± 3.5 points above it, within the spread of the draws\)\.$"),
+         r"distinguishable from b \(k-NN\) \(0.5 ± 3.5 points above it, within the error of 2 draws\)\.$"),
+        ([*results("a", [70.0, 74.0]), *results("b", [67.0, 66.0])],
+         r"a \(k-NN\) has the highest accuracy, 72.0 .*, not distinguishable from b \(k-NN\) \(5.5 ± 3.5 points above it"),
+        ([*results("a", [80.0] * 3), *results("b", [79.0] * 3), *results("c", [83.0, 70.0, 83.0])],
+         r"not distinguishable from c \(k-NN\) .*, 1.0 ± 0.0 points above b \(k-NN\)\.$"),
         ([*results("a", [70.0], 5), *results("b", [72.0], 5), *results("a", [1.0], 9)],
          r"5 labels, b \(k-NN\) .* 72.0 %, 2.0 points \(one draw.*\) above a \(k-NN\).* 9 labels, a .* 1.0 %"),
         ([*results("a", [72.0]), Result("a", "linear probe", 100, 0, 71.0, "", 1.0, ""), *results("b", [69.0])],

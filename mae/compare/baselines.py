@@ -42,7 +42,8 @@ def evaluate(
     # The products are small. Waiting for other threads takes longer, above all if other processes use the cores.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the result says so
-        if np.bincount(labels[some], minlength=labels.max() + 1).min() >= 5:
+        counts = np.bincount(labels[some], minlength=labels.max() + 1)
+        if counts[np.unique(labels)].min() >= 5:
             split = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
 
             def scores_of(_: str, values: Sequence[float]) -> dict[float, float]:

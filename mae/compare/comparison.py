@@ -80,7 +80,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
                 found = [results[trial.name] for trial in planned if trial.name in results]
-                text = summary.write(out, found, len(val), left_out)
+                text = summary.write(out, found, len(val), left_out, bool(held_out))
     logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 
@@ -119,8 +119,9 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
         texts = [f"{size.draws} of {counted(size.labels, 'label')}" for size in sizes]
         logger.info(
             f"draws: {', '.join(texts)} (1 of all labels; of fewer, as many as have {ENOUGH:,} labels together, at "
-            f"most {MOST_DRAWS}). Up to {MOST_SPLITS} held-out fifths of the labels choose hyperparameters (`draws` "
-            f"sets another number, and one fifth)"
+            f"most {MOST_DRAWS}). A held-out fifth of each of up to {MOST_SPLITS} draws chooses the hyperparameters of encoders, "
+            f"so that these depend on more labels than a draw has (`draws` sets another number, and the first draw "
+            f"chooses)"
         )
     return sizes
 

@@ -44,7 +44,7 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[Path], Sc
     interruption, `compute` is called with the same folder, unless the settings or files differ: then it is emptied.
 
     Args:
-        settings: by name. Images in the folder `data_path` and modules are not compared.
+        settings: by name. The images that they name and modules are not compared.
         compute: computes the scores in the folder.
 
     Raises:
@@ -83,7 +83,7 @@ def _seconds_of(folder: Path, record: Mapping[str, Any]) -> float:
 
 def run_once(
     folder: Path, script: Script, settings: Mapping[str, Any], read: Callable[[Path, Any], Scores],
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}), inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Scores:  # fmt: skip
     """Runs a script in this process, unless its scores are kept. Its output is in output.txt.
 
@@ -91,6 +91,7 @@ def run_once(
         settings: by name.
         read: returns the scores of the folder, and of what `main` has returned.
         options: further arguments of its `main`, which `kept` compares as it compares settings.
+        inputs: what the scores depend on besides, such as digests of the images.
 
     Raises:
         locks.Busy, FileExistsError: as in `kept`.
@@ -100,7 +101,7 @@ def run_once(
     def compute(out: Path) -> Scores:
         return read(out, script.call_main(settings, out / "output.txt", **options))
 
-    return kept(folder, {"script": script.name, **settings, **options}, compute)
+    return kept(folder, {"script": script.name, **settings, **options, **inputs}, compute)
 
 
 def _inputs_of(settings: Mapping[str, Any]) -> dict[str, Any]:

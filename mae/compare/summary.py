@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
@@ -180,20 +179,23 @@ def conclusion(entries: Entries, test_images: int | None = None) -> str:
             parts.append(f"with {labels:,} labels, {text}, {best.format(best.mean)}{unit}")
             continue
         others = [(name, one, _doubt(best, one, test_images)) for name, one in _best_of_others(rest, best.encoder)]
-        unclear = [*takewhile(lambda other: other[2], others)]
+        unclear = [other for other in others if other[2]]
+        clear = [other for other in others if not other[2]]
         part = f"with {labels:,} labels, {title} has the {'highest' if unclear else 'best'} {noun}, {best}{unit}"
         texts = [
             f", not distinguishable from {name} ({_distance(best, one)} it, {doubt})" for name, one, doubt in unclear
         ]
-        texts += [f", {_distance(best, one)} {name}" for name, one, _ in others[len(unclear) :][:1]]
+        texts += [f", {_distance(best, one)} {name}" for name, one, _ in clear[:1]]
         parts.append("".join([part, best.choice, *texts]))
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _images_of(entries: Entries, test_images: int) -> str:
+def _images_of(entries: Entries, test_images: int, are_of_training: bool) -> str:
     """Returns a paragraph on the images that the scores are of."""
     text = f"The scores are of {counted(test_images, 'held-out image')}."
+    if are_of_training:
+        text += " They are some of the training images, which a pre-training on all of them has seen without labels."
     found = {(entry.protocol, entry.metric) for row in entries.values() for entry in row.values()}
     if (KNN, ACCURACY) not in found:
         return text
@@ -217,14 +219,19 @@ def _differences(best: Entry, other: Entry) -> list[float]:
 def _doubt(best: Entry, other: Entry, test_images: int | None) -> str:
     """Returns why two entries can't be told apart; "" if they can, or if that is unknown.
 
-    The difference is within the spread of the draws, or within two standard errors of the difference of two accuracies
-    of so many test images. The latter is that of independent images: a paired one, usually smaller, needs the
+    The difference is within the 95 % interval of the mean of the draws (Student's t), or within two standard errors of
+    the difference of two accuracies of so many test images. The latter is that of independent images: a paired one, usually smaller, needs the
     predictions.
     """
     difference = abs(best.mean - other.mean)
     differences = _differences(best, other)
-    if len(differences) > 1 and difference <= statistics.stdev(differences):
-        return "within the spread of the draws"
+    count = len(differences)
+    if count > 1:
+        from scipy import stats  # takes half a second
+
+        quantile = float(stats.t.ppf(0.975, count - 1))
+        if difference <= quantile * statistics.stdev(differences) / math.sqrt(count):
+            return f"within the error of {count} draws"
     if best.metric == ACCURACY and test_images:
         variances = [entry.mean / 100 * (1 - entry.mean / 100) for entry in (best, other)]
         if difference <= 200 * math.sqrt(sum(variances) / test_images):
@@ -244,18 +251,19 @@ def _distance(best: Entry, other: Entry) -> str:
 
 def write(
     folder: Path, results: Sequence[Result], test_images: int | None = None,
-    left_out: Mapping[str, str] = MappingProxyType({}),
+    left_out: Mapping[str, str] = MappingProxyType({}), are_of_training: bool = False,
 ) -> str:  # fmt: skip
     """Writes table.md and results.csv to a folder.
 
     Args:
         test_images, left_out: as in `conclusion` and `table`.
+        are_of_training: training images take the place of a missing validation set.
 
     Returns:
         The table, the conclusion, and the images that the scores are of.
     """
     entries = entries_of(results)
-    images = [_images_of(entries, test_images)] if test_images else []
+    images = [_images_of(entries, test_images, are_of_training)] if test_images else []
     text = "\n\n".join([table(entries, left_out), conclusion(entries, test_images), *images]) + "\n"
     rows = [["" if value is None else value for value in result] for result in results]
     spreadsheet.write(folder / "results.csv", [Result._fields, *rows])

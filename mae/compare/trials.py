@@ -1,5 +1,6 @@
 """The trials of a comparison: an encoder is evaluated with a protocol on a random subset of the labels."""
 
+import hashlib
 import math
 import shlex
 import shutil
@@ -8,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mae.compare import baselines, grids, store
 from mae.compare.encoders import ARCHITECTURE, PIXELS, UPDATES, Encoder, directory_of
 from mae.compare.protocols import DEFAULTS, GRIDS, KNN, LINEAR, LORA, RANK, RATE_OF_LORA, TITLES, TUNED
@@ -15,7 +18,7 @@ from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data import raw_pixels
 from mae.data.labels import some_of_each_class
-from mae.data.source import Source
+from mae.data.source import Source, versions
 from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
 from mae.pooling import OF_TIMM
@@ -83,6 +86,7 @@ class Trials:
         self.val = val
         # All scores depend on it. It is absent with a validation set, as in records of earlier results.
         self.validation: Settings = {"spares_stand_in": True} if spares_stand_in else {}
+        self.images = [_digest_of(source) for source in (train, val)]
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
         self.updates = {name: given[name] for name in UPDATES if name in explicit}
         self.recipes = _recipes_of(spec)
@@ -144,7 +148,7 @@ class Trials:
         return {"baseline": title, **{name: given[name] for name in names}, "seed": trial.draw}
 
     def result(self, trial: Trial) -> Result:
-        """Returns the result of a trial. Its hyperparameters are chosen on held-out images of the first draw.
+        """Returns the result of a trial. Held-out images of the first draw, or the first draws, choose hyperparameters.
 
         Raises:
             locks.Busy: another process computes it, or chooses the hyperparameters.
@@ -242,7 +246,7 @@ class Trials:
             if trial.protocol != KNN:
                 settings["cache_features"] = True
         try:
-            scores = store.run_once(out, script, settings, self._scores, options)
+            scores = store.run_once(out, script, settings, self._scores, options, {"images": self.images})
         except locks.Busy:
             raise
         except ValueError as error:  # it may name a flag that the comparison does not have
@@ -277,8 +281,16 @@ class Trials:
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        scores = store.kept(self.folder / trial.name, settings | self.validation, compute)
+        depends_on = settings | self.validation | {"images": self.images}
+        scores = store.kept(self.folder / trial.name, depends_on, compute)
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
+
+
+def _digest_of(source: Source) -> str:
+    """Returns a digest of the names, versions and labels of all images."""
+    digest = hashlib.sha256("\n".join(versions(source)).encode())
+    digest.update(np.ascontiguousarray(source.labels).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _poolings_of(trial: Trial, spec: ModelSpec, is_given: bool) -> Sequence[str]:

@@ -51,7 +51,7 @@ class Labels(NamedTuple):
     Args:
         images: number of labelled training images.
         classes: number of classes or targets.
-        fewest: number of training images of the smallest class; 0 if an image has no single class.
+        fewest: number of training images of the smallest class, at least 1; 0 if an image has no single class.
         validation: number of images of the validation set.
         has_inputs: the images have extra inputs, which are not mixed.
     """
@@ -67,7 +67,7 @@ class Labels(NamedTuple):
         """Summarizes the labels of a training and a validation set."""
         fewest = 0
         if task == CLASSIFICATION:
-            fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+            fewest = max(1, int(np.bincount(train.labels, minlength=len(train.classes)).min()))
         return cls(len(train), len(train.classes), fewest, len(val), bool(shapes_of(train)))
 
 
