@@ -119,9 +119,9 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
         texts = [f"{size.draws} of {counted(size.labels, 'label')}" for size in sizes]
         logger.info(
             f"draws: {', '.join(texts)} (1 of all labels; of fewer, as many as have {ENOUGH:,} labels together, at "
-            f"most {MOST_DRAWS}). A held-out fifth of each of up to {MOST_SPLITS} draws chooses the hyperparameters of encoders, "
-            f"so that these depend on more labels than a draw has (`draws` sets another number, and the first draw "
-            f"chooses)"
+            f"most {MOST_DRAWS}). A held-out fifth of each of up to {MOST_SPLITS} draws chooses the hyperparameters of "
+            f"encoders, so that these depend on more labels than a draw has (`draws` sets another number, and the first "
+            f"draw chooses)"
         )
     return sizes
 

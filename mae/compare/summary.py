@@ -220,8 +220,8 @@ def _doubt(best: Entry, other: Entry, test_images: int | None) -> str:
     """Returns why two entries can't be told apart; "" if they can, or if that is unknown.
 
     The difference is within the 95 % interval of the mean of the draws (Student's t), or within two standard errors of
-    the difference of two accuracies of so many test images. The latter is that of independent images: a paired one, usually smaller, needs the
-    predictions.
+    the difference of two accuracies of so many test images. The latter is that of independent images: a paired one,
+    usually smaller, needs the predictions.
     """
     difference = abs(best.mean - other.mean)
     differences = _differences(best, other)
