@@ -120,8 +120,8 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
         logger.info(
             f"draws: {', '.join(texts)} (1 of all labels; of fewer, as many as have {ENOUGH:,} labels together, at "
             f"most {MOST_DRAWS}). A held-out fifth of each of up to {MOST_SPLITS} draws chooses the hyperparameters of "
-            f"encoders, so that these depend on more labels than a draw has (`draws` sets another number, and the first "
-            f"draw chooses)"
+            f"encoders, so that these depend on more labels than a draw has (`draws` sets another number, and only the "
+            f"first draw chooses)"
         )
     return sizes
 

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from mae.data.kinds.folders import find_files
 from mae.data.kinds.listing import Listing
 from mae.data.labels import Subset
 from mae.data.run_data import RunData
-from mae.data.source import evenly_spaced, first_few
+from mae.data.source import evenly_spaced, first_few, versions
 from mae.evaluate import tables, tasks
 from mae.evaluate.imagenet import NUM_CLASSES, synsets
 from mae.files import locks
@@ -229,7 +230,7 @@ def warn_of_unused(settings: Mapping[str, Any]) -> None:
 
 def settings_of(model: torch.nn.Module, settings: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """Returns what results depend on besides the suite: settings of the run, and a digest of the weights."""
-    names = [*names_with(roles.MODEL, roles.IMAGES), "subset"]
+    names = [*names_with(roles.MODEL, roles.IMAGES), "subset", "fast_jpeg"]
     found = {name: settings[name] for name in names if name in settings}
     return {**found, "precision": precision, "weights": compute_digest(model.state_dict())}
 
@@ -258,7 +259,8 @@ def evaluate(
     with locks.locked(output_dir, "suites.lock") if parallel.is_main() else nullcontext():
         finished = parallel.from_rank_0(results.read)
         for suite in suites:
-            settings = {**record, "crop_pct": suite.crop_pct, "path": str(suite.path), "images": _counts(suite)}
+            images = parallel.from_rank_0(partial(_digests, suite))
+            settings = {**record, "crop_pct": suite.crop_pct, "path": str(suite.path), "images": images}
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
             key = f"{suite.name} {digest[:16]}"
             if key in finished:
@@ -284,6 +286,10 @@ def evaluate_folder(
     transform = transforms.eval_transform(data.images.input_size, suite.crop_pct, data.images.crop)
     batches = data.eval_batches(source, batch_size, transform=transform)
     return evaluate_model(Restricted(model, suite.columns).to(data.normalize.std.device), batches)
+
+
+def _digests(suite: Suite) -> dict[str, str]:
+    return {title: compute_digest(versions(source)) for title, source in suite.sources.items()}
 
 
 def _counts(suite: Suite) -> dict[str, int]:

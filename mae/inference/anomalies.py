@@ -409,7 +409,7 @@ def report(model: Model, source: Source, distances: Tensor, compared: Tensor, ou
 
 
 def auroc(source: Source, scores: np.ndarray) -> str:
-    """Returns a text with the area under the ROC curve of scores (n,); "" if no class is one of NORMAL_NAMES, or all.
+    """Returns a text with the area under the ROC curve of scores (n,); "" if no image is of a normal class, or all.
 
     Images without a label are not counted.
     """
@@ -420,6 +420,8 @@ def auroc(source: Source, scores: np.ndarray) -> str:
     from sklearn.metrics import roc_auc_score  # takes a second
 
     is_good = np.isin(labels, good)[labels >= 0]
+    if is_good.all() or not is_good.any():
+        return ""
     area = roc_auc_score(~is_good, scores[labels >= 0])
     others = [name for number, name in enumerate(source.classes) if number not in good]
     return (

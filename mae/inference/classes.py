@@ -31,7 +31,7 @@ from mae.pooling import OF_PROBE, OF_TIMM, Pooling, pooled, pooling_of
 from mae.position_tables import to_pair
 from mae.reconstruction import Reconstruction
 from mae.settings import specs
-from mae.settings.choices import BOTH, CLASSIFICATION, MULTILABEL, PATCHES, POOL_CHOICES
+from mae.settings.choices import BOTH, CLASS_TOKEN, CLASSIFICATION, MULTILABEL, PATCHES, POOL_CHOICES
 from mae.training.precision import Precision
 from mae.weights.candidates import some
 from mae.weights.shapes import require_settings
@@ -315,7 +315,7 @@ class ModelMixin(PyTorchModelHubMixin):
             (B, D); (B, 2 D) for "both"; or (B, T + N, D) for "tokens", with T class tokens.
 
         Raises:
-            ValueError: `pool` is unknown, or as in `autocast`.
+            ValueError: `pool` is unknown, or a classifier with `global_pool` has no norm for it; or as in `autocast`.
             BadImage, OSError: as in `prepare`.
         """
         with self.evaluating(*NOT_IN_FEATURES), torch.set_grad_enabled(requires_grad):
@@ -331,6 +331,8 @@ class ModelMixin(PyTorchModelHubMixin):
         if pool not in (None, *POOL_CHOICES, "tokens"):
             raise ValueError(f"pool={pool!r}: give {', '.join(POOL_CHOICES)} or tokens")
         name = pool or self.pooling.name
+        if name in (CLASS_TOKEN, BOTH) and self.settings.get("global_pool"):
+            raise ValueError(f"pool={name}: a classifier with `global_pool` has no norm of this token; omit `pool`")
         if name == OF_PROBE:
             return self.head.pool(self.forward_features(x, **inputs))  # type: ignore[attr-defined]
         if name == OF_TIMM or (name == PATCHES and self.settings.get("global_pool")):  # normalized after pooling

@@ -60,8 +60,8 @@ def picture_of(model: Model, path: str | Path) -> np.ndarray:
 
 
 def to_bytes(colors: torch.Tensor) -> np.ndarray:
-    """Colors (3, H, W) in 0 to 1 -> uint8 (H, W, 3)."""
-    return (255 * colors.permute(1, 2, 0).numpy()).round().astype(np.uint8)
+    """Colors (3, H, W) in 0 to 1 -> uint8 (H, W, 3). Invalid pixels, which are NaN, are black."""
+    return (255 * colors.nan_to_num(0).permute(1, 2, 0).numpy()).round().astype(np.uint8)
 
 
 def settings_of(model: Model) -> dict[str, Any]:

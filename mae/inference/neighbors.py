@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> Neighbors:
     require_files(args.query)  # before the features are computed
     extractor, source, precision = feature_file.open_extractor(args)
     model = extractor.model
+    model.settings["exif"] = bool(model.settings.get("exif"))  # of the queries, as of the images
     rows = torch.from_numpy(feature_file.extract(
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip

@@ -284,7 +284,7 @@ def plain_head(model: Model) -> dict[str, torch.Tensor]:
     Other libraries have no head with a batch norm.
     """
     state = dict(model.state_dict())
-    if not model.settings.get("probe"):
+    if not (model.settings.get("probe") and model.settings["nb_classes"]):
         return state
     norm, linear = model.head  # type: ignore[misc]
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
