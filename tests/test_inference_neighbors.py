@@ -126,6 +126,21 @@ def test_queries_of_ones_own(encoder, labelled, tmp_path):
     assert np.array_equal(shown[0, 0], shown[1, 0]) and np.array_equal(shown[1, 0], shown[1, 1])
 
 
+def test_queries_are_read_as_the_images_are(encoder, tmp_path):
+    """A photograph with an orientation in its EXIF data has its own copy as the nearest, with the cosine 1."""
+    exif = Image.Exif()
+    exif[274] = 6
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number}.png", exif=exif)
+    query = shutil.copy(tmp_path / "images/3.png", tmp_path / "query.png")
+    flags = {"model": encoder, "out": tmp_path / "n.png", "num_workers": 0}
+    found = call(neighbors, tmp_path / "images", "--query", query, **flags)
+    assert found.indices[0, 0] == 3 and found.similarities[0, 0] == pytest.approx(1, abs=1e-6)
+
+
 def test_a_few_images_without_classes(encoder, labelled, tmp_path, capsys):
     for number, file in enumerate(sorted(labelled.glob("train/*/*.png"))[::12]):
         (tmp_path / "flat").mkdir(exist_ok=True)

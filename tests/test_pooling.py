@@ -123,6 +123,14 @@ def test_an_export_keeps_the_pooling_of_its_run(pool, width, tmp_path):
     assert encoder.pooling.name == ("both" if width == 2 else "cls")
 
 
+def test_a_classifier_of_the_patches_has_no_features_of_its_class_token():
+    """No norm was trained for it."""
+    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=3, global_pool=True)
+    for pool in ("cls", "both"):
+        with pytest.raises(ValueError, match="global_pool"):
+            model.extract_feat(torch.rand(2, 3, 16, 16), pool)
+
+
 @pytest.mark.parametrize("flags", [{"pool": "both"}, {"pool": "avg"}, {"pool": "cls"}, {}])
 def test_a_probe_resumes_with_its_pooling(flags, labelled, tmp_path):
     """The flag may be given again. Without one, the pooling is that of a run with --uniformity."""

@@ -1,6 +1,7 @@
 """main_finetune.py --eval --suite on folders with the published layouts."""
 
 import json
+import os
 import shutil
 from importlib import resources
 
@@ -155,6 +156,9 @@ def test_finished_suites_are_not_evaluated_again(data, model, complete, monkeypa
     run(data, painted.reader(tmp_path / "other.pth", qk_norm="layer"), out, "imagenet-a")
     assert len(evaluated) == 3
     assert len(json.loads((out / "suites.json").read_text())) == 9
+    os.utime(next((data / "imagenet-a").glob("*/*")), (0, 0))  # another file of this name
+    run(data, model, out, "imagenet-a")
+    assert len(evaluated) == 4
 
 
 @pytest.mark.slow
