@@ -131,7 +131,9 @@ def main(
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)
-    log_commands(run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes))
+    log_commands(
+        run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes), bool(gate)
+    )
 
 
 def open_model(session: Session) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:

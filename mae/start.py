@@ -42,7 +42,7 @@ COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
-SIGNALS = 128  # the exit status of a part that a signal ends is larger
+STOPS = {128 + each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}  # exit statuses
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
@@ -91,9 +91,9 @@ def main(args: argparse.Namespace) -> None:
             call(comparison)
         except SystemExit as error:
             status = int(error.code or 0)
-            if status > SIGNALS:
+            if status in STOPS:
                 raise
-            logger.warning("the comparison has failed, and the page is written without it")
+            logger.warning("the comparison has failed: the page has what is finished of it")
     call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
     if status:
         sys.exit(status)

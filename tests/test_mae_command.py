@@ -115,4 +115,4 @@ def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch
         start.main(start.get_args_parser().parse_args(["images", "--output_dir", "runs/mine"]))
     assert stop.value.code == 2
     assert called[:2] == [["train"], ["compare"]] and "mae.inference.report" in called[2]
-    assert "written without it" in capsys.readouterr().out
+    assert "the comparison has failed" in capsys.readouterr().out

@@ -91,7 +91,7 @@ def run_once(
         settings: by name.
         read: returns the scores of the folder, and of what `main` has returned.
         options: further arguments of its `main`, which `kept` compares as it compares settings.
-        inputs: what the scores depend on besides, such as digests of the images.
+        inputs: what the scores depend on besides, such as digests of labels.
 
     Raises:
         locks.Busy, FileExistsError: as in `kept`.

@@ -1,6 +1,5 @@
 """The trials of a comparison: an encoder is evaluated with a protocol on a random subset of the labels."""
 
-import hashlib
 import math
 import shlex
 import shutil
@@ -9,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mae.compare import baselines, grids, store
 from mae.compare.encoders import ARCHITECTURE, PIXELS, UPDATES, Encoder, directory_of
 from mae.compare.protocols import DEFAULTS, GRIDS, KNN, LINEAR, LORA, RANK, RATE_OF_LORA, TITLES, TUNED
 from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data import raw_pixels
+from mae.data.fingerprint import fingerprint
 from mae.data.labels import some_of_each_class
-from mae.data.source import Source, versions
+from mae.data.source import Source
 from mae.evaluate.metrics import DEFAULT_METRICS, lower_is_better
 from mae.files import locks, recipes
 from mae.pooling import OF_TIMM
@@ -84,9 +82,9 @@ class Trials:
         self.folder = folder
         self.train = train
         self.val = val
-        # All scores depend on it. It is absent with a validation set, as in records of earlier results.
+        # All scores depend on these. Digests of names and labels are the same on all machines, and for a moved dataset.
         self.validation: Settings = {"spares_stand_in": True} if spares_stand_in else {}
-        self.images = [_digest_of(source) for source in (train, val)]
+        self.images = [fingerprint(source, with_labels=True) for source in (train, val)]
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
         self.updates = {name: given[name] for name in UPDATES if name in explicit}
         self.recipes = _recipes_of(spec)
@@ -284,13 +282,6 @@ class Trials:
         depends_on = settings | self.validation | {"images": self.images}
         scores = store.kept(self.folder / trial.name, depends_on, compute)
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
-
-
-def _digest_of(source: Source) -> str:
-    """Returns a digest of the names, versions and labels of all images."""
-    digest = hashlib.sha256("\n".join(versions(source)).encode())
-    digest.update(np.ascontiguousarray(source.labels).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _poolings_of(trial: Trial, spec: ModelSpec, is_given: bool) -> Sequence[str]:

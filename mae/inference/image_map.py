@@ -297,8 +297,6 @@ def relative(names: Sequence[str]) -> list[str]:
 def write_tables(path: Path, survey: Survey) -> None:
     """Writes the complete lists beside a page, as NAME_LIST.csv."""
     files = {name: path.with_name(f"{path.stem}_{name}.csv") for name in survey.tables}
-    if map_lists.LABELS not in files:  # of an earlier map, whose images had labels
-        path.with_name(f"{path.stem}_{map_lists.LABELS}.csv").unlink(missing_ok=True)
     for name, file in files.items():
         spreadsheet.write(file, survey.tables[name])
     print("lists:", *files.values())

@@ -12,7 +12,6 @@ from mae.inference import curation, nearest
 from mae.pooling import TITLES
 from mae.settings.choices import BOTH, PATCHES
 
-LABELS = "labels"  # the list of images whose neighbors have another label
 GRAY = 24  # side of the small gray pictures
 
 
@@ -72,7 +71,7 @@ def all_of(
         "outliers": outliers(images, different, far, space),
     }  # fmt: skip
     if len(np.unique(images.labels[images.labels >= 0])) > 1:
-        lists[LABELS] = other_labels(images, different, found)
+        lists["labels"] = other_labels(images, different, found)
     return lists
 
 

@@ -256,6 +256,7 @@ def labelled_images(images: Mapping[str, Any], probe_path: str | None, has_label
         images: the training images.
         probe_path: the setting.
         has_labels: the training images have labels.
+        has_best: the run has selected its best state, which may be its start.
     """
     if probe_path:
         return {"data_path": probe_path}
@@ -275,8 +276,9 @@ def finetune_command(images: Mapping[str, Any], file: str, encoder: Mapping[str,
 
 
 def log_commands(
-    output_dir: str, epochs: int, data: DataSpec, model: ModelSpec, evaluation: EvaluationSpec, has_labels: bool
-) -> None:
+    output_dir: str, epochs: int, data: DataSpec, model: ModelSpec, evaluation: EvaluationSpec, has_labels: bool,
+    has_best: bool = False,
+) -> None:  # fmt: skip
     """Logs what to do after a run of `main_pretrain.py`: the commands of a fine-tuning, and of a page about the run.
 
     The commands name the user's code, because no file makes a command import code.
@@ -286,8 +288,7 @@ def log_commands(
         output_dir, epochs, data, model, evaluation: the settings.
     """
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
-    best = Path(output_dir, BEST)  # of a run that starts from a file: it may be the start
-    file = best if best.exists() else Path(output_dir, f"checkpoint-{epochs - 1}.pth")
+    file = Path(output_dir, BEST if has_best else f"checkpoint-{epochs - 1}.pth")
     if file.exists():
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
         labelled = labelled_images(images, evaluation.probe_path, has_labels)

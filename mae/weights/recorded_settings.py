@@ -74,7 +74,10 @@ def pooling_settings(
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
     if given["pool"]:
         if "global_pool" in explicit and given["global_pool"] != (given["pool"] == PATCHES):
-            raise ValueError(f"pool={given['pool']} and `global_pool` are one setting: give one of them")
+            raise ValueError(
+                f"pool={given['pool']} and global_pool={given['global_pool']} are one setting, which can't change "
+                f"within a run: give one of them"
+            )
         pooling = Pooling(given["pool"], "as given")
     elif "global_pool" in explicit:
         pooling = Pooling(PATCHES if given["global_pool"] else CLASS_TOKEN, "as given")

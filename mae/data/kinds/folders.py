@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 KINDS = ", ".join(SUFFIXES)
 # Suffixes of files that are no images. Other files that are not read may be images, and are named in a warning.
 SIDE_FILES = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".mat", ".db", ".ini"}
+SPLITS = {"train", "training", *VALIDATION, "testing"}
 LOST = "lost+found"  # a folder of the file system, which only the administrator can read
 
 
@@ -31,12 +32,6 @@ class NoValidation(ValueError):
 def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> None:
     """Raises ValueError if folders are splits of a dataset, and that of `split` has another name."""
     names = {folder.lower(): folder for folder in folders}
-    plain = {name for name in names if "." not in name}  # beside the folders, there may be files
-    if len(plain) > 1 and plain <= {"training", *VALIDATION, "testing"}:  # they would be classes
-        raise ValueError(
-            f"data_path={path}: its folders {', '.join(sorted(plain))} are splits: rename that of the training images "
-            f"to train/, and that of the validation images to val/"
-        )
     other = names.get(split or "", split)
     if split == "val" and split not in names:  # else, training images would take its place
         other = next((names[name] for name in VALIDATION if name in names), split)
@@ -75,6 +70,12 @@ def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[
             logger.info(f"the folders are no classes, because these images are in none: {strays}")
         return [], np.full(len(names), -1)
     classes = sorted({*first, *folders})
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        logger.warning(
+            f"the folders {', '.join(classes)} are splits, and no classes: their images are taken together. Rename "
+            f"them to train/ and val/"
+        )
+        return [], np.full(len(names), -1)
     for empty in sorted(set(folders) - set(first)):
         logger.warning(f"the class folder {printable(empty)} contains no images; it still counts as a class")
     numbers = {name: number for number, name in enumerate(classes)}
