@@ -291,7 +291,9 @@ def evaluate_folder(
 
 def _digests(suite: Suite) -> dict[str, str]:
     """Returns a digest of some images of each folder: imagenet-c has millions, whose times take minutes to read."""
-    some = {title: Subset(source, np.array(evenly_spaced(len(source), COMPARED))) for title, source in suite.sources.items()}
+    some = {
+        title: Subset(source, np.array(evenly_spaced(len(source), COMPARED))) for title, source in suite.sources.items()
+    }
     return {title: compute_digest([len(suite.sources[title]), *versions(few)]) for title, few in some.items()}
 
 
