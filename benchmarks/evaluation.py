@@ -147,7 +147,10 @@ IMPLEMENTATIONS: dict[tuple[str, str], tuple[Callable[[str], Any], Callable[...,
     ("eval", "timm"): (peers.timm_classifier, timms_evaluation),
     ("eval", "ours"): (lambda size: get_model(f"vit_{size}", nb_classes=1000), our_evaluation),
     ("features", "transformers"): (peers.transformers_encoder, transformers_features),
-    ("features", "ours"): (lambda size: features.Extractor(get_model(f"vit_{size}"), "cls"), our_features),
+    ("features", "ours"): (
+        lambda size: features.Extractor(get_model(f"vit_{size}", global_pool=False), "cls"),
+        our_features,
+    ),
 }
 
 

@@ -90,9 +90,10 @@ def test_a_published_decoder_goes_on_with_the_targets_of_its_training(pretrain, 
     state = {"model": models_mae.mae_vit_mini_patch4(img_size=16, patch_size=8).state_dict()}
     file = Path(model_zoo.TABLE["mae_pretrain_vit_base_full"].url).name
     flags = {"input_size": 16, "patch_size": 8, "model": "mae_vit_mini_patch4", "lr": 0, "epochs": 1}
+    (tmp_path / "files").mkdir()
     for name, is_known in ((file, True), ("mine.pth", False)):
-        torch.save(state, tmp_path / name)
-        out = pretrain(name, init_from=tmp_path / name, **flags)
+        torch.save(state, tmp_path / "files" / name)
+        out = pretrain(name, init_from=tmp_path / "files" / name, **flags)
         assert checkpoint.read(out / "checkpoint-0.pth")["args"]["norm_pix_loss"] == is_known
         assert ("does not record norm_pix_loss" in capsys.readouterr().out) != is_known
 

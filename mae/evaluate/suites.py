@@ -260,8 +260,8 @@ def evaluate(
     with locks.locked(output_dir, "suites.lock") if parallel.is_main() else nullcontext():
         finished = parallel.from_rank_0(results.read)
         for suite in suites:
-            images = parallel.from_rank_0(partial(_digests, suite))
-            settings = {**record, "crop_pct": suite.crop_pct, "path": str(suite.path), "images": images}
+            images = {"images": _counts(suite), "files": parallel.from_rank_0(partial(_digests, suite))}
+            settings = {**record, "crop_pct": suite.crop_pct, "path": str(suite.path), **images}
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
             key = f"{suite.name} {digest[:16]}"
             if key in finished:
@@ -294,7 +294,7 @@ def _digests(suite: Suite) -> dict[str, str]:
     some = {
         title: Subset(source, np.array(evenly_spaced(len(source), COMPARED))) for title, source in suite.sources.items()
     }
-    return {title: compute_digest([len(suite.sources[title]), *versions(few)]) for title, few in some.items()}
+    return {title: compute_digest(versions(few)) for title, few in some.items()}
 
 
 def _counts(suite: Suite) -> dict[str, int]:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 KINDS = ", ".join(SUFFIXES)
 # Suffixes of files that are no images. Other files that are not read may be images, and are named in a warning.
 SIDE_FILES = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".mat", ".db", ".ini"}
-SPLITS = {"train", "training", *VALIDATION, "testing"}
+SPLITS = {"training", *VALIDATION, "testing"}  # beside train/, they are known
 LOST = "lost+found"  # a folder of the file system, which only the administrator can read
 
 
