@@ -67,6 +67,7 @@ def address(file, tmp_path_factory):
 def browser():
     chromium = shutil.which("chromium")
     assert chromium, "there is no chromium here: apt-get install chromium"
+    expect.set_options(timeout=30_000)  # other tests use the cores, too
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
