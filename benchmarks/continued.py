@@ -240,8 +240,9 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
                 rate = f"{runs[0]['lr']:g}" if "lr" in runs[0] else ""
                 lines.append([arm, *(mean_of(runs, name) for name in MEASURES), rate, *speed])
         correlation = stats.spearmanr([row["k-NN"] for row in of_kind], [row[AGREEMENT] for row in of_kind]).statistic
+        machines = " and ".join(dict.fromkeys(row["machine"] for row in of_kind))  # the speed is of the first
         parts += [
-            f"{kind.capitalize()}, {of_kind[0]['machine']}, {len(of_kind)} runs:",
+            f"{kind.capitalize()}, {machines}, {len(of_kind)} runs:",
             markdown(["arm", *(f"{name}, %" for name in MEASURES), "lr", "images/s", "updates"], lines),
             f"Spearman's rank correlation of k-NN and the agreement of neighbors: {correlation:.2f}.",
         ]
