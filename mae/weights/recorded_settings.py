@@ -75,8 +75,8 @@ def pooling_settings(
     if given["pool"]:
         if "global_pool" in explicit and given["global_pool"] != (given["pool"] == PATCHES):
             raise ValueError(
-                f"pool={given['pool']} and global_pool={given['global_pool']} are one setting: give one of them, and none "
-                f"for a run that resumes, which has its own"
+                f"pool={given['pool']} and global_pool={given['global_pool']} are one setting: give one of them, and "
+                f"none for a run that resumes, which has its own"
             )
         pooling = Pooling(given["pool"], "as given")
     elif "global_pool" in explicit:
