@@ -1,4 +1,4 @@
-"""A run that starts from a file never ends worse than it began: checkpoint-best.pth is the start, or clearly better."""
+"""checkpoint-best.pth of a run that starts from a file is the start, or clearly better."""
 
 import math
 import shutil
@@ -10,6 +10,7 @@ from mains import Stopped, assert_equal, assert_same_run, lines, stop_after, sto
 
 from mae.checkpoints import checkpoint
 from mae.checkpoints.run_state import Progress
+from mae.inference import report
 from mae.training.gate import Gate, paired
 from mae.training.nonfinite import NonFiniteLoss
 
@@ -118,7 +119,10 @@ def test_a_resumed_run_holds_out_the_images_of_its_start(flags, labelled, pretra
         pretrain(**flags | {"probe_path": changed}, epochs=2, resume="auto")
 
 
-def test_the_printed_command_fine_tunes_the_best_state(flags, pretrain, capsys):
+def test_the_printed_command_and_the_page_are_of_the_best_state(flags, pretrain, capsys):
     out = pretrain(**flags, lr=0, epochs=1)
     (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("fine-tune:"))
     assert str(out / "checkpoint-best.pth") in command
+    text = report.main(report.get_args_parser().parse_args([str(out), "--device", "cpu"])).read_text()
+    assert "The pictures are of checkpoint-best.pth." in text
+    assert str(out / "checkpoint-0.pth") not in text

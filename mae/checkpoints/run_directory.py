@@ -59,6 +59,11 @@ def newest_first(folder: Path) -> list[Path]:
     return [path for _, path in sorted(positions, reverse=True)]
 
 
+def best_first(folder: Path) -> list[Path]:
+    """Lists the readable checkpoints in a folder: checkpoint-best.pth, if any, and the others as `newest_first`."""
+    return sorted(newest_first(folder), key=lambda path: path.stem != Path(BEST).stem)
+
+
 def position(path: Path) -> tuple[int, int]:
     """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
 

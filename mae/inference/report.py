@@ -3,8 +3,9 @@
     python -m mae.inference.report runs/mine
 
 The page says whether the pre-training helped, compared with raw pixels and random weights. It has the curves of
-log.txt, reconstructions, nearest neighbors, commands that use the newest checkpoint, and the settings. It is one file,
-which loads nothing else. With --map, a map of the images and lists of what stands out take the place of the neighbors.
+log.txt, reconstructions, nearest neighbors, commands, and the settings. It is of checkpoint-best.pth if the run has
+one, or of the newest checkpoint. It is one file, which loads nothing else. With --map, a map of the images and lists of
+what stands out take the place of the neighbors.
 """
 
 import argparse
@@ -88,15 +89,16 @@ def main(args: argparse.Namespace) -> Path:
     if settings.get("script") not in SCRIPTS:
         given = f"{args.run_dir} is a run of {settings.get('script')}.py"
         raise ValueError(f"{given}: give a run of {' or '.join(f'{name}.py' for name in SCRIPTS)}")
-    checkpoints = run_directory.newest_first(args.run_dir)
+    checkpoints = run_directory.best_first(args.run_dir)
     if not (entries and checkpoints):
         raise ValueError(f"{args.run_dir} has no completed epoch with a checkpoint yet")
+    path = checkpoints[0]
     data = data_of(settings, args)
     if settings["script"] == FINETUNING:
-        return write_tuned(args, start, entries, checkpoints, data)
+        return write_tuned(args, start, entries, path, data)
     device = parallel.choose_device(args.device)
     source = open_images(data)
-    model: Any = get_model(checkpoints[0], device=device, **options.chosen_settings(args))
+    model: Any = get_model(path, device=device, **options.chosen_settings(args))
     extra_inputs.require_fitting(model, source)
     sections = [page.section("Curves", curves(entries) + note_of_probe(entries, settings))]
     some: Source | None = None
@@ -118,23 +120,20 @@ def main(args: argparse.Namespace) -> Path:
         )  # fmt: skip
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
     sections += [
-        page.section("What to do next", commands(args.run_dir, checkpoints[0], settings, data, source)),
+        page.section("What to do next", commands(args.run_dir, path, settings, data, source)),
         page.section("Settings", settings_of(start)),
     ]
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
-    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {checkpoints[0].name}."
+    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {path.name}."
     return save(args.run_dir, page.render(title, about, facts_of(entries, settings), sections))
 
 
 def write_tuned(
-    args: argparse.Namespace, start: Mapping[str, Any], entries: Sequence[Mapping[str, Any]],
-    checkpoints: Sequence[Path], data: DataSpec,
-) -> Path:  # fmt: skip
-    """Writes the page about a run of main_finetune.py, of its best checkpoint; returns its path."""
+    args: argparse.Namespace, start: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], path: Path, data: DataSpec
+) -> Path:
+    """Writes the page about a run of main_finetune.py, of a checkpoint; returns its path."""
     settings = start["settings"]
-    best = args.run_dir / run_directory.BEST
-    path = best if best.exists() else checkpoints[0]
     encoder = options.chosen_settings(args).get("encoder")
     opened = replace(data, num_workers=args.num_workers, cache_images=False)
     found = tuned.evaluate(path, opened, encoder, args.device, args.batch_size)
