@@ -35,7 +35,16 @@ from mae.training import environment, log
 logger = logging.getLogger(__name__)
 
 # Arguments of `mae recipe` that are not those of this command, and their flags.
-OF_RECIPE = {"recipe": "recipe", "purpose": "for", "split": "split", "limit": "limit"}
+OF_RECIPE = {
+    "recipe": "recipe", "purpose": "for", "split": "split", "limit": "limit", **{name: name for name in check.ENCODER}
+}  # fmt: skip
+HELP = {
+    # Those that are refused or have no effect are not in --help.
+    **dict.fromkeys([*OF_RECIPE, *check.MASKS, *check.OTHERS], argparse.SUPPRESS),
+    "minutes": "time of the pre-training, without the check, the comparison and the page (default: that of 800,000 "
+    "images or 80 epochs, whichever is more, with which measured runs had most of their gain, at most 8 hours; with "
+    "--init_from 30)",
+}
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
 VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
@@ -53,6 +62,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", type=Path, metavar="DIR", help="directory of the run (default: runs/NAME of the images)"
     )
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     return parser
 
 
@@ -130,7 +141,7 @@ def comparison_of(out: Path) -> list[str]:
     if not (settings.get("probe_path") or is_labelled):
         logger.info("the images have no labels: there is no comparison")
         return []
-    file = run_directory.newest_first(out)[0]
+    file = run_directory.best_first(out)[0]
     few = ["--labels", str(LABELS)] if is_labelled and has_many(source) else []
     return [sys.executable, "-m", *report.comparison(out, file, settings, data, source), *few]
 

@@ -54,6 +54,13 @@ INIT_FROM = (
     "name, or OWNER/NAME of the Hugging Face Hub"
 )
 BAD = "if an image can't be read: error, or skip: accept up to 10 %% of them (default: error; skip with --recipe)"
+# Help of flags whose defaults differ from those of the scripts.
+HELP = {
+    "mean": "mean of each channel, for pixel values in [0, 1] (default: that of the images)",
+    "std": "standard deviation of each channel (default: that of the images)",
+    "num_workers": "processes that read the images for the check, at most one per CPU core; 0: none",
+}
+CACHE = "for small datasets: decode all images once, into a file (default: the recipe decides by the size of that file)"
 # The settings of the data of the scripts: those that determine which images the command reads and how, those that it
 # writes to a recipe, and the others.
 READ = ("dataset", "train_list", "num_images", "nodata", "value_range", "channels_last")
@@ -147,8 +154,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add(parser, "data_path", help="folder of images, flat or nested; or a tar or zip file of such a folder")
     options.add_source_options(options.group_of(parser, "data"), default=None, help=CHANNELS)
     options.add_input_options(parser, "image size")
-    named = ("crop", "fast_jpeg", "cache_images", "num_images", "repeated_sampling", "min_valid")
-    options.add(parser, *named, *LABELS, *MASKS, *OTHERS)
+    options.add(parser, "crop", "fast_jpeg")
+    options.add(parser, "cache_images", default=None, help=CACHE)
+    options.add(parser, "num_images", "repeated_sampling", "min_valid", *LABELS, *MASKS, *OTHERS)
     options.add(parser, ON_BAD_IMAGE, help=BAD)
     options.add(parser, *ENCODER)
     # None: not given.
@@ -162,8 +170,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--for", dest="purpose", default=PRETRAINING, choices=(PRETRAINING, FINETUNING),
-        help=f"the script of --recipe: main_pretrain.py, or main_finetune.py for the labels and the encoder of "
-        f"--finetune (default: {PRETRAINING})",
+        help="the script of --recipe: main_pretrain.py, or main_finetune.py for the labels and the encoder of "
+        "--finetune",
     )  # fmt: skip
     parser.add_argument(
         "--minutes", type=types.positive, metavar="M",
@@ -172,6 +180,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "labels need)",
     )  # fmt: skip
     options.add(parser, "init_from", default=None, help=INIT_FROM)
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     return parser
 
 

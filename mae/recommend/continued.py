@@ -96,7 +96,7 @@ def _model_lines(start: Start) -> list[Line]:
     else:
         reason = (
             f"all weights are trained: updates of rank {RANK} are not low in {start.width} channels, and of rank 16, "
-            f"they had 3 to 5 points less k-NN in 128 channels (docs/start_from.md)"
+            f"they had 2 to 3 points less k-NN in 128 channels (docs/start_from.md)"
         )
         trained = [Line("init_from", start.name, f"{of_file}; {reason}")]
     depth = start.decoder_depth
@@ -143,7 +143,7 @@ def length_lines(
         measured = Line("probe_every", math.ceil(epochs.value / (count - 1)), reason)
     else:
         why = "there is no time for it" if is_labelled else "the images have no classes"
-        remedy = "with `probe_path`, few labelled images, a run never ends worse than it began"
+        remedy = "with `probe_path`, few labelled images, checkpoint-best.pth is never worse than the start"
         measured = Line("probe_every", 0, f"k-NN does not measure the start, because {why}; {remedy}")
     return [_chosen(epochs), *others, measured]
 

@@ -255,8 +255,8 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
         Line(
             "norm_pix_loss",
             True,
-            "a point better on the leaderboard, with garments; 7 points worse on generated cells, and 3 with much "
-            "noise (benchmarks/noise.md): try false for microscope images",
+            "up to a point better on the leaderboard, with garments; 7 points worse on generated cells, and 3 with "
+            "much noise (benchmarks/noise.md): try false for microscope images",
         ),
         Line(
             "uniformity",

@@ -33,7 +33,8 @@ class ModelSpec(Values, group="model", role=MODEL):
     lora: int | None = setting(None, count, resumed=FIXED, metavar="R",
         help="low-rank updates of queries and values in every block (LoRA, Hu et al. 2022): they are trained, and the "
         "weights below them are frozen; exports merge them. Updates of another rank in the loaded weights are merged; "
-        "0: no updates. Typical: 8 to 64 (default: as in the loaded weights)")
+        "0: no updates. Nearest neighbors and probes take those of the file only. Typical: 8 to 64 (default: as in the "
+        "loaded weights)")
     lora_alpha: float | None = setting(None, positive, resumed=FIXED, metavar="A",
         help="--lora multiplies its updates by A / R (default: as in the loaded weights, else R)")
     model_class: str | None = setting(None, role=TRAINING, metavar="MODULE:CLASS",

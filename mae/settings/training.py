@@ -99,8 +99,8 @@ class MachineSpec(Values, group="run", role=MACHINE):
 
     start_epoch: int = setting(0, count, metavar="N", help="first epoch of a run that is not resumed")
     finetune: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE|NAME",
-        help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base; of a "
-        "frozen encoder also timm:NAME, a model of timm (default: random weights)")
+        help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base; "
+        "for nearest neighbors and probes also timm:NAME, a model of timm (default: random weights)")
     init_from: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE",
         help="start at epoch 0 from the weights and settings in this file (default: random weights)")
     output_dir: str = setting("./output_dir", metavar="DIR", help="run directory: checkpoints, log.txt")
