@@ -62,7 +62,7 @@ their label, wrong ones included. "Pairs" counts the near-duplicates that are li
 - Squares of photographs are of sky, cloth and tissue, too: pairs that nobody planted look alike.
 - Outliers are found where the images are alike, as cells and spectrograms are. Squares of 16 photographs differ as much
   among each other as from spectrograms, and no list finds these.
-- Where k-NN is below 85 %, as for cells after a short pre-training, the list of labels is of little use.
+- Where k-NN is near 50 % or below, the list of labels finds few: 0 to 6 of 15. Where it is above 85 %, 11 to 14.
 - Raw pixels suffice for the labels of spectrograms, whose classes are positions. They find no outliers among cells, and
   fewer wrong labels than the encoder among photographs.
 """
