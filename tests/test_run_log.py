@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import argv_of, call, lines, small_run
+from mains import argv_of, call, lines, small_run, stop_and_resume
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -32,6 +32,29 @@ from mae.training import costs, log, log_writers, trainer
 from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
+
+
+class Slow:
+    """A callback that counts the updates, and takes .3 seconds for each."""
+
+    count = 0
+
+    def after_update(self, model, epoch):
+        self.count += 1
+        time.sleep(0.3)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_the_seconds_of_an_epoch_have_its_updates_before_a_stop(pretrain, monkeypatch):
+    callback = Slow()
+    parts = stop_and_resume(monkeypatch, pretrain, 1, epochs=1, callbacks=[callback])
+    assert callback.count > 2
+    assert lines(parts)[0]["seconds"] >= 0.3 * callback.count
 
 
 def test_meters_are_means_over_updates():

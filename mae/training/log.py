@@ -208,10 +208,10 @@ class RunLog(NullLog):
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
         speed = {"images_per_s": round(rate, 1), "data_wait": round(watch.loading_share, 4), **self.measure_costs(rate)}
         self.events.scalars(scores | {f"perf/{name}": value for name, value in speed.items()}, x_of_epoch(self.epoch))
-        line = stats | {"epoch": self.epoch, "seconds": round(watch.seconds, 3)} | speed
+        line = stats | {"epoch": self.epoch, "seconds": round(watch.all_seconds, 3)} | speed
         self.lines.pending += (results.to_line(line) + "\n").encode()
         self.flush()
-        self.shared.append(watch.seconds)
+        self.shared.append(watch.all_seconds)
         if sum(self.shared) >= SHORT or self.epoch in (self.first_epoch, self.epochs - 1):
             self._log_epochs(stats, rate, speed)
         if self.epoch == self.first_epoch and watch.later_loading_share > MAX_LOADING and (found := self.remedies()):

@@ -26,6 +26,7 @@ class Meters:
     updates: int = 0
     skipped_steps: int = 0
     terms: dict[str, float] = field(default_factory=dict)  # of the loss, by name
+    seconds: float = 0.0  # of the epoch, in all starts of the run
 
     def add(self, loss: float, grad_norm: float, lr: float, terms: Mapping[str, float] | None = None) -> None:
         """Adds an update. An update that is not finite counts as skipped."""
@@ -71,9 +72,13 @@ class Stopwatch:
     On CUDA, timing events in the stream of the computation measure the wait, from the end of an iteration to the start
     of the next one. The host runs ahead of the GPU, so its own wait for a batch does not show that the GPU is idle. On
     other devices, the clock of the host measures it.
+
+    Args:
+        earlier: seconds of the same epoch before the run was resumed.
     """
 
-    def __init__(self, device: torch.device = HOST) -> None:
+    def __init__(self, device: torch.device = HOST, earlier: float = 0.0) -> None:
+        self.earlier = earlier
         self.new_event = partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else HostEvent
         self.waits: deque[tuple[Any, Any]] = deque()  # start and end of each wait that the device has not passed
         self.started = time.perf_counter()
@@ -114,6 +119,11 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds from the start to the end, or until now."""
         return (self.ended or time.perf_counter()) - self.started
+
+    @property
+    def all_seconds(self) -> float:
+        """The same with the seconds before the run was resumed."""
+        return self.earlier + self.seconds
 
     @property
     def seconds_per_iteration(self) -> float:

@@ -89,8 +89,8 @@ class Transaction:
         assert not rest, "an epoch is a whole number of updates"
 
     def __enter__(self) -> "Transaction":
-        self.stopwatch = Stopwatch(self.device)
         self.meters = Meters(**self.progress.meters)  # sums of the epoch
+        self.stopwatch = Stopwatch(self.device, self.meters.seconds)
         self.completed = self.progress.first_iteration // self.accum_iter  # updates of this epoch
         self.iteration = self.progress.first_iteration  # of this epoch
         self.pending = PendingUpdates(self.progress.epoch, self.meters, self.log, self.saver, self.guard)
@@ -117,6 +117,7 @@ class Transaction:
         yield from self.stopwatch.watch(prefetch(self.loader, self.device))
         request = self.pending.read(0, self.completed * self.accum_iter)  # it waits for the device
         self.stopwatch.stop()
+        self.meters.seconds = self.stopwatch.all_seconds
         if request:
             self._save()
 
@@ -171,6 +172,7 @@ class Transaction:
 
     def _save(self, only_this_rank: bool = False) -> None:
         iterations = self.completed * self.accum_iter
+        self.meters.seconds = self.stopwatch.all_seconds
         self.saver.save(self.progress.epoch, iterations, self.pending.drain(), only_this_rank)
 
     def _restore_buffers(self, is_skipped: Tensor) -> None:
