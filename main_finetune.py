@@ -208,6 +208,8 @@ def evaluate_suites(
 
 def augmentation(images: ImageSpec, changes: AugmentationSpec, mean: Sequence[float]) -> transforms.Transform:
     """Returns the augmentation of the training images; `mean` fills areas that it leaves empty."""
+    if changes.color_jitter and changes.aa not in (None, "", "none"):
+        logger.warning(f"color_jitter={changes.color_jitter:g} has no effect with aa={changes.aa}: give aa=none")
     return transforms.finetune_transform(
         images.input_size, mean, changes.aa, changes.color_jitter, images.crop_scale, images.hflip, crop=images.crop,
         crop_ratio=images.crop_ratio, vflip=changes.vflip, rotate90=changes.rotate90,

@@ -19,7 +19,7 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     precision = session.precision
     rates = rates_of(run.optim.blr)
     several = len(rates) > 1
-    train, val, statistics = open_sets(data, run.model.nb_classes, several)
+    train, val, statistics = open_sets(data, run.model.nb_classes, several, run.explicit)
     classes = train.classes
     require_usable_batches(run.optim, rates)
     facts = {"blr": rates if several else rates[0], "nb_classes": len(classes), "classes": classes, **statistics}
@@ -192,13 +192,19 @@ def build_model(spec: ModelSpec, images: ImageSpec, encoder: type[models_vit.Enc
     return model
 
 
-def open_sets(data: RunData, nb_classes: int | None, several: bool) -> tuple[Source, Source, dict[str, Any]]:
+def open_sets(
+    data: RunData, nb_classes: int | None, several: bool, explicit: Collection[str]
+) -> tuple[Source, Source, dict[str, Any]]:  # fmt: skip
     """Opens the training and the validation set, as `open_labelled`, for one or several rates."""
     train, val, statistics = open_labelled(data, nb_classes, data.data.cache_features or several)
     if not data.data.cache_features:
         train, val = data.cached(train, val)
     elif data.data.cache_images:
         logger.warning("`cache_images` has no effect with `cache_features`, which reads each image once")
+    if data.data.cache_features and "hflip" in explicit:
+        logger.warning(
+            f"hflip={data.images.hflip:g} has no effect with `cache_features`, which reads images as in evaluation"
+        )
     return train, val, statistics
 
 

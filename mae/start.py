@@ -50,7 +50,7 @@ VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
-FITTING = 60  # seconds of the baselines on raw pixels and of the probes, about
+FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
 STOPS = {128 + each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}  # exit statuses
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 

@@ -453,6 +453,32 @@ def test_bad_images_are_treated_alike_with_and_without_a_recipe(fast_machine, tm
     assert "3 of 48 images can't be read: on_bad_image=skip" in capsys.readouterr().out
 
 
+def test_an_epoch_of_a_recipe_has_the_images_that_can_not_be_read(fast_machine, tmp_path):
+    """Others take their place: an epoch of 33 images, of which 3 are broken, has two updates of 16."""
+    (tmp_path / "images").mkdir()
+    broken(tmp_path / "images")
+    for number in range(3, 18):
+        (tmp_path / f"images/{number}.png").unlink()
+    recipe_of(tmp_path / "images", tmp_path / "broken.yaml")
+    assert "16 images per update in 1 process; an epoch has 2 updates" in (tmp_path / "broken.yaml").read_text()
+
+
+def test_the_check_turns_images_as_the_training_does(fast_machine, tmp_path, capsys):
+    """Half of these images have an orientation. Upright, they have two shapes, and so crops."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    for number in range(48):
+        image = Image.fromarray(noise(40, 60, seed=number))
+        image.save(tmp_path / f"images/{number}.jpg", **({"exif": turned} if number % 2 else {}))
+    assert recipe_of(tmp_path / "images", tmp_path / "stored.yaml")["crop"] == "none"
+    assert "rotated     24 images by EXIF data, which is ignored in training" in capsys.readouterr().out
+    assert recipe_of(tmp_path / "images", tmp_path / "upright.yaml", "--exif")["crop"] == "random"
+    printed = capsys.readouterr().out
+    assert "24 images; 40 to 60 x 40 to 60" in printed
+    assert "24 images by EXIF data, which is applied" in printed
+
+
 def test_a_recipe_has_the_settings_of_the_data_that_are_given(fast_machine, tmp_path):
     """Each once: the text is read by a loader that refuses two values of a name. It trains."""
     (tmp_path / "images").mkdir()

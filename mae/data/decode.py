@@ -146,11 +146,8 @@ def decode(
             return _fastest(pixels)
     try:
         picture = read(data, in_chans, max_pixels, values)
-        # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
-        is_file = isinstance(data, bytes | ImageFile.ImageFile)
-        if upright and is_file and isinstance(picture, Image.Image):
-            picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
-            picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
+        if upright:
+            picture = turned_upright(data, picture)
         picture = fit_channels(picture, in_chans, values)
         return _fastest(picture) if is_fast else picture
     except BadImage:
@@ -163,6 +160,15 @@ def decode(
 def _fastest(picture: Picture) -> Picture:
     """Returns a picture of bytes in the type that is scaled faster: large ones as tensors."""
     return to_tensor(picture) if max(size_of(picture)) > SMALL else to_pillow(picture)
+
+
+def turned_upright(data: bytes | Picture | np.ndarray, picture: Picture) -> Picture:
+    """Applies the orientation in the EXIF data of a file that was read from `data`."""
+    # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
+    if not (isinstance(data, bytes | ImageFile.ImageFile) and isinstance(picture, Image.Image)):
+        return picture
+    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+    return ImageOps.exif_transpose(picture) if is_turned(picture) else picture
 
 
 def is_turned(picture: Picture | bytes) -> bool:

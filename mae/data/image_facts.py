@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mae import errors, parallel
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import find_invalid, fit_channels, is_turned, of_item, read
+from mae.data.decode import find_invalid, fit_channels, is_turned, of_item, read, turned_upright
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
@@ -43,7 +43,7 @@ class ImageFacts(NamedTuple):
     sums: np.ndarray | None = None  # (2, in_chans): sums of the valid values, in 0 to 1, and of their squares
     valid: int = 0  # number of valid pixels
     unreadable: tuple[str, str] | None = None  # name and reason
-    turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
+    turned: bool = False  # the EXIF data have an orientation
     low: float = np.inf  # smallest and largest valid value, scaled as in training
     high: float = -np.inf
     digest: bytes = b""  # of the decoded pixels
@@ -52,10 +52,13 @@ class ImageFacts(NamedTuple):
 class FactsDataset(Dataset):
     """The facts of each image of a source."""
 
-    def __init__(self, source: Source, in_chans: int, values: PixelValues = AS_STORED) -> None:
+    def __init__(
+        self, source: Source, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False
+    ) -> None:  # fmt: skip
         self.source = source
         self.in_chans = in_chans
         self.values = values
+        self.upright = upright
 
     @errors.marked()
     def __getitem__(self, index: int) -> ImageFacts:
@@ -64,7 +67,7 @@ class FactsDataset(Dataset):
         except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
             return _unreadable(self.source.name(index), error)
         try:
-            return image_facts(item, self.in_chans, self.values)
+            return image_facts(item, self.in_chans, self.values, self.upright)
         except Exception as error:  # decoders raise any exception on damaged bytes
             return _unreadable(self.source.name(index), error)
 
@@ -74,14 +77,19 @@ def _unreadable(name: str, error: Exception) -> ImageFacts:
     return ImageFacts(-1, unreadable=(name, reason))
 
 
-def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> ImageFacts:
-    """Decodes the image of an item and collects its facts.
+def image_facts(
+    item: Item, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False
+) -> ImageFacts:  # fmt: skip
+    """Decodes the image of an item and collects its facts. `upright` is as in `decode.decode`.
 
     Raises:
         Exception: any exception of the decoder.
     """
     values = of_item(item, values)
     stored = read(item.image, in_chans, values=values)
+    turned = is_turned(stored)
+    if upright:
+        stored = turned_upright(item.image, stored)
     decoded = find_invalid(item, fit_channels(stored, in_chans, values), values)
     pixels = to_unit_range(to_tensor(decoded.image)).double()
     pixels = pixels.flatten(1) if decoded.valid is None else pixels[:, decoded.valid]
@@ -93,7 +101,7 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED) -> I
     label = item.label if isinstance(item.label, int) else -1  # numbers and masks are no classes
     return ImageFacts(
         label, size_of(stored), channels, channels == 3 and _channels_in(stored) == 1, deep, sums, pixels.shape[1],
-        turned=is_turned(stored), low=low, high=high, digest=digest,
+        turned=turned, low=low, high=high, digest=digest,
     )  # fmt: skip
 
 
@@ -133,8 +141,9 @@ def _channels_in(stored: Picture) -> int:
 
 
 def all_facts(
-    source: Source | Stream, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED
-) -> Iterator[ImageFacts]:
+    source: Source | Stream, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED,
+    upright: bool = False,
+) -> Iterator[ImageFacts]:  # fmt: skip
     """Yields the facts of the images at `indices`; of a stream, the facts of the first len(indices) images."""
     if is_stream(source):
         unreadable: list[ImageFacts] = []
@@ -144,12 +153,12 @@ def all_facts(
 
         for _, name, data, label in islice(source.stream(0, 0, 1, report, passes=1), len(indices)):
             try:
-                yield image_facts(Item(data, label), in_chans, values)
+                yield image_facts(Item(data, label), in_chans, values, upright)
             except Exception as error:
                 report(name, error)
         yield from unreadable
     else:
-        dataset = FactsDataset(source, in_chans, values)
+        dataset = FactsDataset(source, in_chans, values, upright)
         for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
             yield from batch
 

@@ -81,8 +81,9 @@ NOT_OF_FINETUNING = ("num_images", "repeated_sampling", "min_valid")
 
 
 def report_on(
-    source: Source | Stream, facts: list[ImageFacts], seconds: float, in_chans: int, task: str = CLASSIFICATION
-) -> list[str]:
+    source: Source | Stream, facts: list[ImageFacts], seconds: float, in_chans: int, task: str = CLASSIFICATION,
+    exif: bool = False,
+) -> list[str]:  # fmt: skip
     """Returns the lines of the report.
 
     Args:
@@ -90,6 +91,7 @@ def report_on(
         facts: the facts of the images that were read.
         seconds: the duration of reading them.
         task: what the labels mean, one of `choices.TASK_CHOICES`.
+        exif: the orientation in EXIF data is applied.
     """
     good = [fact for fact in facts if fact.sums is not None]
     bad = [fact.unreadable for fact in facts if fact.unreadable]
@@ -130,7 +132,8 @@ def report_on(
         if valid < pixels:
             lines.append(f"invalid     {1 - valid / pixels:.2%} of the pixels")
         turned = sum(fact.turned for fact in good)
-        lines.append(f"rotated     {counted(turned, 'image')} by EXIF data, which is ignored in training")
+        use = "applied (exif=true)" if exif else "ignored in training"
+        lines.append(f"rotated     {counted(turned, 'image')} by EXIF data, which is {use}")
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
 
@@ -204,11 +207,12 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     indices = evenly_spaced(len(images), args.limit or len(images))
     values = PixelValues(run.images.nodata, run.images.value_range, run.images.channels_last)
     in_chans = args.in_chans or (encoder.in_chans if encoder else channels_of(images, values))
-    facts_of = all_facts(images, in_chans, indices, up_to_cores(args.num_workers), values)
+    exif = bool(run.images.exif)
+    facts_of = all_facts(images, in_chans, indices, up_to_cores(args.num_workers), values, exif)
     started = time.perf_counter()
     facts = list(tqdm(facts_of, total=len(indices), disable=None))
     seconds = time.perf_counter() - started
-    print("\n".join(report_on(images, facts, seconds, in_chans, run.images.task)))
+    print("\n".join(report_on(images, facts, seconds, in_chans, run.images.task, exif)))
     num_bad = sum(bool(fact.unreadable) for fact in facts)
     if not args.recipe and num_bad < len(facts):  # a recipe has them
         mean, std = statistics_of(facts)

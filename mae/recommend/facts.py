@@ -46,6 +46,11 @@ class Images:
     is_deep: bool
     num_bytes: float
 
+    @property
+    def total(self) -> int:
+        """Number of images of an epoch: other images take the place of those that can't be read."""
+        return round(self.count / (1 - self.bad))
+
     @classmethod
     def of(cls, facts: list[ImageFacts], total: int, in_chans: int, has_range: bool) -> "Images":
         """Summarizes the facts of images.

@@ -93,7 +93,7 @@ def write(
         model, measured = _largest(rules.models_for(images, patches), images, machine, most, measure)
     lines = lines_of(model)
     effective = rules.images_per_update(lines, processes)
-    in_epoch = images.count // effective * effective
+    in_epoch = images.total // effective * effective
     measured_runs: list[str] = []
     if encoder:
         length = continued.length_lines(in_epoch, *measured, most, is_labelled)

@@ -245,7 +245,7 @@ def optimization_lines(images: Images, machine: Machine, model: str) -> list[Lin
     """Returns the settings of the loss, the batches and the learning rate."""
     processes = processes_of(machine, images)
     width = SIZES[model]["embed_dim"]
-    batches = batch_lines(images.count, effective_batch(images, machine.gpus > 0), processes)
+    batches = batch_lines(images.total, effective_batch(images, machine.gpus > 0), processes)
     lr = LR * WIDTH / width * math.sqrt(images_per_update(batches, processes) / BATCH)
     rate = (
         f"{LR:g} for {WIDTH} channels and {BATCH} images per update; a wider model has a smaller rate, a larger batch "

@@ -81,6 +81,7 @@ class OnlineProbe:
             raise ValueError("`probe_every`: the images of shards (wds:) are streamed; give probe_path=PATH")
         else:
             train, val = labels.hold_out(images.source, HELD_OUT, data.data.seed, "`probe_every`")
+            logger.info("`probe_every`: the model is trained on these images, too; `probe_path` names others")
         self.train, self.val = (self._some(part, data) for part in (train, val))
         self.is_labelled = bool(train.classes) and min(train.labels.min(), val.labels.min()) >= 0
         self.num_classes = len(train.classes)
