@@ -41,7 +41,7 @@ def encoder(pretrain_once, labelled):
 
 
 def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
-    out = finetune()
+    out = finetune(color_jitter=0.4)
     names = {p.name.removeprefix("checkpoint-") for p in out.glob("*.pth")}
     assert names == {"0.pth", "1.pth", "best.pth", "last.pth"}  # the last is that of before the last evaluation
     state = checkpoint.read(out / "checkpoint-1.pth")
@@ -53,7 +53,8 @@ def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     assert finetune(eval=True, resume=out / "checkpoint-0.pth").acc1 == lines(out)[0]["test_acc1"]  # the earlier one
     events = EventAccumulator(str(out)).Reload()
     assert {"loss", "lr", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"} <= set(events.Tags()["scalars"])
-    assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", output := capsys.readouterr().out, re.M)
+    assert "warning: color_jitter=0.4 has no effect with aa=rand-m9-mstd0.5-inc1" in output
 
 
 @pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0, "vflip": 0.5, "rotate90": True},

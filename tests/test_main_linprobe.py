@@ -83,11 +83,12 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
 
 @pytest.mark.parametrize(("epochs", "warns"), [(2, True), (15, False)])
 def test_few_updates_warn(epochs, warns, probe, capsys):
-    probe(epochs=epochs, cache_features=True)
+    probe(epochs=epochs, cache_features=True, hflip=0.2)
     output = capsys.readouterr().out
     warnings = re.findall(r"^warning.* updates are few.*batch_size=8.*epochs.*$", output, re.M)
     assert bool(warnings) == warns
     assert output.count("warning: no `finetune`: the features are from an untrained encoder") == 1
+    assert output.count("warning: hflip=0.2 has no effect with `cache_features`") == 1  # nothing is flipped
 
 
 def test_the_trunk_is_in_evaluation_mode():
