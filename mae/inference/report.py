@@ -125,8 +125,18 @@ def main(args: argparse.Namespace) -> Path:
     ]
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
-    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {path.name}."
+    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path)}."
     return save(args.run_dir, page.render(title, about, facts_of(entries, settings), sections))
+
+
+def state_of(path: Path) -> str:
+    """Names a checkpoint of a pre-training, and says which state checkpoint-best.pth is."""
+    if path.name != run_directory.BEST:
+        return path.name
+    completed, _ = run_directory.position(path)
+    if not completed:
+        return f"{path.name}, the start: no later state was better. A decoder that its file did not have is untrained"
+    return f"{path.name}, the state after epoch {completed - 1}"
 
 
 def write_tuned(
