@@ -99,6 +99,12 @@ def visit(browser, address):
 def choose_cat(page: Page) -> None:
     page.locator(".examples button").nth(1).click()
     expect(page.get_by_text("72 of 96 patches are masked, at random")).to_be_visible()
+    wait_until(lambda: all(is_of_cat(pixels(page, title)) for title in PANELS))  # the browser shows the text before
+
+
+def is_of_cat(pixels: np.ndarray) -> bool:
+    height, width, _ = pixels.shape
+    return height * COLUMNS == width * ROWS
 
 
 def pixels(page: Page, title: str) -> np.ndarray:
@@ -140,11 +146,12 @@ def test_a_picture_is_masked_at_random_and_reconstructed(visit, file):
     for _ in range(5):
         slider.press("ArrowLeft")
     expect(page.get_by_text("48 of 96 patches are masked, at random with seed 0")).to_be_visible()
+    wait_until(lambda: len(masked_patches(page)) == 48)  # the browser shows the text before the picture
     fewer = masked_patches(page)
-    assert len(many) == 72 and len(fewer) == 48 and fewer < many  # the same noise
+    assert len(many) == 72 and fewer < many  # the same noise
     page.get_by_role("button", name="Another random mask").click()
     expect(page.get_by_text("48 of 96 patches are masked, at random with seed 1")).to_be_visible()
-    assert masked_patches(page) != fewer
+    wait_until(lambda: masked_patches(page) != fewer)
     expect(other.get_by_text("48 of 64 patches are masked, at random with seed 0")).to_be_visible()
 
 
@@ -159,11 +166,11 @@ def test_a_click_toggles_a_patch(visit, width, scheme):
     visible = sorted(set(range(ROWS * COLUMNS)) - before)
     click_patches(page, visible[0], visible[-1])
     expect(page.get_by_text("74 of 96 patches are masked, by you")).to_be_visible()
-    assert masked_patches(page) == before | {visible[0], visible[-1]}
-    assert (pixels(page, PASTED) != pasted).any()
+    wait_until(lambda: masked_patches(page) == before | {visible[0], visible[-1]})
+    wait_until(lambda: (pixels(page, PASTED) != pasted).any())
     click_patches(page, visible[0])
     expect(page.get_by_text("73 of 96 patches are masked, by you")).to_be_visible()
-    assert masked_patches(page) == before | {visible[-1]}
+    wait_until(lambda: masked_patches(page) == before | {visible[-1]})
 
 
 def test_uploads_are_reconstructed_or_refused_in_one_line(visit, tmp_path):
