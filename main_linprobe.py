@@ -194,7 +194,7 @@ def build_model(spec: ModelSpec, images: ImageSpec, encoder: type[models_vit.Enc
 
 def open_sets(
     data: RunData, nb_classes: int | None, several: bool, explicit: Collection[str]
-) -> tuple[Source, Source, dict[str, Any]]:  # fmt: skip
+) -> tuple[Source, Source, dict[str, Any]]:
     """Opens the training and the validation set, as `open_labelled`, for one or several rates."""
     train, val, statistics = open_labelled(data, nb_classes, data.data.cache_features or several)
     if not data.data.cache_features:

@@ -52,9 +52,7 @@ class ImageFacts(NamedTuple):
 class FactsDataset(Dataset):
     """The facts of each image of a source."""
 
-    def __init__(
-        self, source: Source, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, source: Source, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False) -> None:
         self.source = source
         self.in_chans = in_chans
         self.values = values
@@ -77,9 +75,7 @@ def _unreadable(name: str, error: Exception) -> ImageFacts:
     return ImageFacts(-1, unreadable=(name, reason))
 
 
-def image_facts(
-    item: Item, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False
-) -> ImageFacts:  # fmt: skip
+def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED, upright: bool = False) -> ImageFacts:
     """Decodes the image of an item and collects its facts. `upright` is as in `decode.decode`.
 
     Raises:

@@ -96,6 +96,7 @@ def main(args: argparse.Namespace) -> Path:
     data = data_of(settings, args)
     if settings["script"] == FINETUNING:
         return write_tuned(args, start, entries, path, data)
+    epochs, _ = run_directory.position(path)
     device = parallel.choose_device(args.device)
     source = open_images(data)
     model: Any = get_model(path, device=device, **options.chosen_settings(args))
@@ -114,8 +115,9 @@ def main(args: argparse.Namespace) -> Path:
             sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
         masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
+        of_state = [entry for entry in entries if entry["epoch"] < epochs]
         result = verdict.section(
-            model, some, held_out_of(data, some, model, args), entries, IMAGES, partial(rows_of, args=args), masked,
+            model, some, held_out_of(data, some, model, args), of_state, IMAGES, partial(rows_of, args=args), masked,
             args.num_workers,
         )  # fmt: skip
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
@@ -125,18 +127,17 @@ def main(args: argparse.Namespace) -> Path:
     ]
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
-    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path)}."
+    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path, epochs)}."
     return save(args.run_dir, page.render(title, about, facts_of(entries, settings), sections))
 
 
-def state_of(path: Path) -> str:
-    """Names a checkpoint of a pre-training, and says which state checkpoint-best.pth is."""
+def state_of(path: Path, epochs: int) -> str:
+    """Names a checkpoint after a number of epochs of a pre-training, and says which state checkpoint-best.pth is."""
     if path.name != run_directory.BEST:
         return path.name
-    completed, _ = run_directory.position(path)
-    if not completed:
+    if not epochs:
         return f"{path.name}, the start: no later state was better. A decoder that its file did not have is untrained"
-    return f"{path.name}, the state after epoch {completed - 1}"
+    return f"{path.name}, the state after epoch {epochs - 1}"
 
 
 def write_tuned(

@@ -142,10 +142,11 @@ def of_patch_means(model: Autoencoder, samples: Samples, entries: Sequence[Mappi
 
     Args:
         samples: training images, with the noise of masks.
-        entries: log.txt.
+        entries: those of log.txt up to the state of the model.
     """
     network: Any = model
-    loss = next((entries[-1][name] for name in OF_TARGET if entries[-1].get(name) is not None), None)
+    last = entries[-1] if entries else {}  # the start of a run has none
+    loss = next((last[name] for name in OF_TARGET if last.get(name) is not None), None)
     if loss is None or not network.norm_pix_loss or not has_constant(network):
         return ""
     some = evenly_spaced(len(samples), IMAGES)
@@ -164,7 +165,7 @@ def section(
     Args:
         train: training images, whose labels are used if there are any.
         val: held-out images of the same classes.
-        entries: log.txt.
+        entries: those of log.txt up to the state of the model.
         count: of the held-out images, at most.
         extract: function(model, source) that returns features (n, D).
         samples: training images, with the noise of masks.
