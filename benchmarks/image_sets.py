@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import letters
 from benchmarks.scripts import ROOT
-from mae.files import atomic
+from mae.files import atomic, locks
 
 WORK = Path("runs/small_data")
 OF_SCIKIT_LEARN = ("china.jpg", "flower.jpg")  # where scikit-image is not installed
@@ -90,8 +90,8 @@ WRITERS = {"digits": write_digits, "photographs": write_photographs, "letters": 
 def images_of(name: str) -> Path:
     """Returns the folder of the images of a dataset, which are written if they are absent."""
     folder = WORK / name / "images"
-    if not (ROOT / folder).exists():
-        (ROOT / folder).parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(ROOT / folder) as temporary:
-            WRITERS[name](temporary)
+    with locks.locked((ROOT / folder).parent, waits=True):  # a study may run once per core
+        if not (ROOT / folder).exists():
+            with atomic.replacing(ROOT / folder) as temporary:
+                WRITERS[name](temporary)
     return folder

@@ -28,6 +28,7 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
+from mae.settings import DataSpec, EvaluationSpec, ModelSpec
 from mae.training import costs, log, log_writers, trainer
 from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
@@ -386,6 +387,13 @@ def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
     start_logging()
     logger.warning("all alike, too")
     assert capsys.readouterr().out == "warning: [rank 3] an image of mine\nwarning: all alike, too\n"
+
+
+def test_other_ranks_do_not_read_what_rank_0_writes(tmp_path, monkeypatch):
+    """log.txt is there from the start of a run, and rank 0 writes its last lines while the others end."""
+    (tmp_path / "log.txt").touch()
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    log.log_commands(str(tmp_path), 1, DataSpec(), ModelSpec(), EvaluationSpec(), has_labels=False)
 
 
 def test_a_log_that_is_no_text_is_named(pretrain):

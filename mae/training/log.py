@@ -287,6 +287,8 @@ def log_commands(
         has_labels: the training images have labels.
         output_dir, epochs, data, model, evaluation: the settings.
     """
+    if not parallel.is_main():  # rank 0 may still be writing the files
+        return
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
     file = Path(output_dir, BEST if has_best else f"checkpoint-{epochs - 1}.pth")
     if file.exists():
