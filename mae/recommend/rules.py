@@ -3,7 +3,6 @@
 The numbers come from the paper (He et al. 2021), from benchmarks/LEADERBOARD.md and from docs/small_data.md.
 """
 
-import logging
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -14,16 +13,11 @@ from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import Images, Machine
 from mae.settings.choices import SMALL
+from mae.training import run_length
 from models_vit import SIZES
-
-logger = logging.getLogger(__name__)
 
 MODELS = ("mini_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16")  # from small to large
 PARAMETERS_PER_PATCH = 4  # of the dataset; ViT-H on ImageNet-1K has 2.5, and mini on the images of the demo 5
-# that the measured runs process at least, whichever is more
-PASSES = 80
-IMAGES = 800_000
-SHORT = 0.1  # share of these images, below which a run has a warning
 MAX_SECONDS = 8 * 3600  # that a recipe takes if no time is given
 MAX_EPOCHS = 1600  # the longest published run
 PROBE_SHARE = 0.1  # of the time, for the measurements of a run with labels
@@ -175,37 +169,11 @@ def models_for(images: Images, patches: int) -> list[str]:
     return [MODELS[0], *(model for model in MODELS[1:] if parameters_of(model) <= most)]
 
 
-def images_needed(count: int) -> int:
-    """Returns the number of images with which measured runs on `count` images had most of their gain.
-
-    The pre-training of a larger model processes as many at least.
-    """
-    return max(IMAGES, PASSES * count)
-
-
-def share_text(processed: float, count: int) -> str:
-    """Returns how many of `images_needed` a pre-training on `count` images processes, in words."""
-    needed = images_needed(count)
-    share = processed / needed
-    percent = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
-    times = f"{share:.2g} times" if share >= 1 else f"{percent} of"
-    return f"{processed:,.0f} images, {times} the {needed:,} that measured runs needed"
-
-
-def warn_of_short_run(processed: float, count: int) -> None:
-    """Logs a warning if a pre-training on `count` images processes less than SHORT of `images_needed`."""
-    if processed < SHORT * images_needed(count):
-        logger.warning(
-            f"the epochs of this run process {share_text(processed, count)}: the encoder may be no better than raw "
-            f"pixels (docs/small_data.md)"
-        )
-
-
 def model_line(images: Images, patches: int, model: str) -> Line:
     """Returns the model of a recipe."""
     reason = (
         f"{parameters_of(model):,} parameters for {patches * images.distinct:,} patches; a larger model needs one "
-        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {images_needed(images.count):,} images"
+        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {run_length.images_needed(images.count):,} images"
     )
     return Line("model", f"mae_vit_{model}", reason)
 
@@ -294,7 +262,7 @@ def _cache_line(images: Images, machine: Machine) -> Line:
 
 def seconds_needed(count: int, images_per_epoch: int, images_per_s: float, startup: float) -> float:
     """Returns the time of the complete epochs that process `images_needed`. Arguments as in `length_lines`."""
-    epochs = math.ceil(images_needed(count) / images_per_epoch)
+    epochs = math.ceil(run_length.images_needed(count) / images_per_epoch)
     return startup + epochs * images_per_epoch / images_per_s
 
 
