@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/forecast.py              # 24 runs, six hours of a core
     OMP_NUM_THREADS=1 python benchmarks/forecast.py --rehearse   # short runs of generated images
 
-Started once per core, the command shares the runs. The same command resumes an interrupted study: each run is stored
-when it ends, and appends its row to forecast.jsonl. It writes the table to forecast.md.
+Started once per core, the command shares the runs. The same command resumes an interrupted study, and each run in it:
+a run saves a checkpoint with each measurement, and appends its row to forecast.jsonl when it ends. The command writes
+the table to forecast.md.
 
 The schedule of a run ends at zero, so that a longer run is another run. Runs of 1, 2, 4 and 10 times the updates are
 trained, on garments, squares of photographs and letters, with two seeds. From the log of the shortest, k-NN of the
@@ -124,8 +125,8 @@ def measure(study: Study, case: Case) -> dict[str, Any]:
     flags, shortest = study.kinds[case.kind]
     epochs = shortest * case.factor
     of_run = {
-        "seed": case.seed, "epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "keep_last": 1,
-        "probe_every": epochs // POINTS, "probe_path": flags["data_path"], "resume": "auto",
+        "seed": case.seed, "epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs // POINTS,
+        "keep_last": 1, "probe_every": epochs // POINTS, "probe_path": flags["data_path"], "resume": "auto",
     }  # fmt: skip
 
     def read(folder: Path, _: object) -> dict[str, Any]:
