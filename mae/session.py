@@ -183,8 +183,9 @@ def _initial_weights(run: Run) -> Start:
     resumes = _resumes(run.machine)
     if not run.machine.init_from or (resumes and not run.model.preserve):
         return None, {}
-    from mae.weights import model_settings, reading, recorded_settings
+    from mae.weights import model_settings, reading, recorded_settings, timm_models
 
+    timm_models.require_other(run.machine.init_from)  # before it is downloaded
     file = reading.read(run.machine.init_from, _rank(run))
     if resumes:
         return file, {}
@@ -273,10 +274,11 @@ def _weights(run: Run, kind: str) -> "Weights | None":
     Raises:
         ValueError: with `eval`, neither names a file, or the file is of another kind.
     """
-    from mae.weights import loading
+    from mae.weights import loading, timm_models
 
     machine = run.machine
     if not run.evaluation.eval:
+        timm_models.require_other(machine.finetune)  # before it is downloaded
         starts = machine.finetune and not _resumes(machine)
         return loading.read(machine.finetune, _rank(run)) if starts else None
     name: Path | str = machine.resume or machine.finetune

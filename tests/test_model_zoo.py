@@ -103,6 +103,11 @@ def test_the_name_of_a_folder_does_not_make_a_classifier_a_linear_probe():
     assert "probe" not in model_zoo.row_settings("of-linear-runs/mae_finetuned_vit_base.pth")
 
 
+def test_a_name_without_its_owner():
+    with pytest.raises(ValueError, match=r"named dinov2-small; give facebook/dinov2-small, its name on"):
+        model_zoo.fetch("dinov2-small")
+
+
 def test_a_checkpoint_that_a_run_does_not_have(tmp_path):
     for epoch in (7, 68):
         (tmp_path / f"checkpoint-{epoch}.pth").touch()
