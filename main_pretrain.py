@@ -29,7 +29,7 @@ from mae.data.fingerprint import fingerprint
 from mae.data.source import OpenDataset
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
-from mae.training import explained, optimizers, preserving, run_length, trainer
+from mae.training import explained, optimizers, preserving, measured_runs, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands
@@ -111,7 +111,7 @@ def main(
 
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         if epoch == 0 and not run.machine.init_from:
-            run_length.warn_of_short_run(run.optim.epochs * len(batches) * batches.images_per_iteration, len(train))
+            measured_runs.warn_of_short_run(run.optim.epochs * len(batches) * batches.images_per_iteration, len(train))
         takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             from mae.evaluate import pictures  # takes a moment, and a run without examples does not draw

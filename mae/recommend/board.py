@@ -11,11 +11,9 @@ from typing import Any
 
 from mae.plurals import counted
 from mae.recommend.facts import Images
+from mae.training import measured_runs
 
 SHOWN = 2
-# Largest ratios of the sides and of the numbers of images up to which images are near.
-NEAR_SIDE = 2
-NEAR_IMAGES = 6
 SCORE = "mean of the accuracies with 500 labels and of k-NN"
 
 
@@ -31,15 +29,9 @@ def nearest(images: Images, minutes: float) -> list[str]:
 
     If there is none, one line says so.
     """
-    near = [
-        row
-        for row in rows()
-        if row["channels"] == images.in_chans
-        and _ratio(row["side"], images.shorter) <= NEAR_SIDE
-        and _ratio(row["images"], images.count) <= NEAR_IMAGES
-    ]
+    near = measured_runs.near(rows(), images.in_chans, images.shorter, images.count)
     wanted = {"images": images.count, "side": images.shorter, "minutes": minutes}
-    near.sort(key=lambda row: sum(math.log(_ratio(row[name], value)) for name, value in wanted.items()))
+    near.sort(key=lambda row: sum(math.log(measured_runs.ratio(row[name], value)) for name, value in wanted.items()))
     if not near:
         return [
             f"no run with {counted(images.in_chans, 'channel')}, about {images.shorter} pixels and about "
@@ -59,7 +51,3 @@ def beyond(images: Images) -> str:
     if images.shorter <= side and images.count <= count:
         return ""
     return f"; nothing was measured above {side} x {side} pixels and {count:,} images"
-
-
-def _ratio(first: float, second: float) -> float:
-    return max(first / second, second / first)

@@ -25,7 +25,7 @@ from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
 from mae.settings.choices import NO_CROP
 from mae.settings.values import as_yaml
-from mae.training import run_length
+from mae.training import measured_runs
 from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def write(
     Args:
         path: the file.
         given: settings of the dataset, by name.
-        minutes: time of the run, with its start; None: that of `run_length.images_needed`, at most `rules.MAX_SECONDS`.
+        minutes: time of the run, with its start; None: that of `images_needed`, at most `rules.MAX_SECONDS`.
         decoding: images/s that are read and decoded.
         encoder: what the recipe continues. Default: it pre-trains from scratch.
         is_labelled: the run can classify the images, and so measure the encoder at the start and later.
@@ -126,7 +126,7 @@ def _measured_lines(images: Images, processed: int, measured: trial.Trial, neede
     """
     minutes = (measured.startup + processed / measured.images_per_s) / 60
     return [
-        f"time        {minutes_text(minutes)} process {run_length.share_text(processed, images.count)}: "
+        f"time        {minutes_text(minutes)} process {measured_runs.share_text(processed, images.count)}: "
         f"{minutes_text(needed / 60)} here{board.beyond(images)}",
         *[f"measured    {text}" for text in board.nearest(images, minutes)],
     ]
@@ -154,7 +154,7 @@ def _largest(
 
     On CPUs, the time of an update grows with the parameters, so that a model that is too slow needs no trial.
     """
-    needed = run_length.images_needed(images.count)
+    needed = measured_runs.images_needed(images.count)
     model = models[0]
     measured = measure(model)
     for larger in models[1:]:

@@ -13,7 +13,7 @@ from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import Images, Machine
 from mae.settings.choices import SMALL
-from mae.training import run_length
+from mae.training import measured_runs
 from models_vit import SIZES
 
 MODELS = ("mini_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16")  # from small to large
@@ -171,9 +171,10 @@ def models_for(images: Images, patches: int) -> list[str]:
 
 def model_line(images: Images, patches: int, model: str) -> Line:
     """Returns the model of a recipe."""
+    needed = measured_runs.images_needed(images.count)
     reason = (
         f"{parameters_of(model):,} parameters for {patches * images.distinct:,} patches; a larger model needs one "
-        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {run_length.images_needed(images.count):,} images"
+        f"for every {PARAMETERS_PER_PATCH} parameters, and time for {needed:,} images"
     )
     return Line("model", f"mae_vit_{model}", reason)
 
@@ -262,7 +263,7 @@ def _cache_line(images: Images, machine: Machine) -> Line:
 
 def seconds_needed(count: int, images_per_epoch: int, images_per_s: float, startup: float) -> float:
     """Returns the time of the complete epochs that process `images_needed`. Arguments as in `length_lines`."""
-    epochs = math.ceil(run_length.images_needed(count) / images_per_epoch)
+    epochs = math.ceil(measured_runs.images_needed(count) / images_per_epoch)
     return startup + epochs * images_per_epoch / images_per_s
 
 
