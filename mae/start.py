@@ -30,6 +30,7 @@ from mae.data.source import is_stream
 from mae.inference import report, verdict
 from mae.recommend import check, recipe
 from mae.settings.arguments import arguments
+from mae.settings.values import read_recipe
 from mae.training import environment, log
 
 logger = logging.getLogger(__name__)
@@ -84,13 +85,15 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"`{OF_RECIPE[unused[0]]}` is an argument of `mae recipe`, which writes a recipe only")
     if not images:
         raise ValueError("name a folder of images, such as: mae start IMAGES")
-    out = args.output_dir or Path("runs", Path(str(images)).stem.replace(":", "_"))
+    path = Path(str(images))
+    out = args.output_dir or Path("runs", (path.name if path.is_dir() else path.stem).replace(":", "_"))
+    file = out.with_name(f"{out.name}.yaml")
+    require_same_images(str(images), out, file)
     page = out / "report.html"
     if page.exists() and all(page.stat().st_mtime >= file.stat().st_mtime for file in run_directory.checkpoints(out)):
         logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
         print(f"page: {page}")
         return
-    file = out.with_name(f"{out.name}.yaml")
     if not file.exists():
         write_recipe(given, file)
     else:
@@ -108,6 +111,22 @@ def main(args: argparse.Namespace) -> None:
     call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
     if status:
         sys.exit(status)
+
+
+def require_same_images(images: str, out: Path, file: Path) -> None:
+    """Raises ValueError if a recipe, or without one the run in `out`, is of other images: folders may have one name."""
+    if file.exists():
+        settings = read_recipe(file.read_text(encoding="utf-8")) or {}
+    elif (out / environment.FILE).is_file():
+        settings = environment.read_last(out)["settings"]
+    else:
+        return
+    named = [settings[name] for name in ("data_path", "train_list", "dataset") if settings.get(name)]
+    if named and not any(images == name or Path(images).resolve() == Path(name).resolve() for name in named):
+        raise ValueError(
+            f"{out} has a run of {named[0]}, and {images} are other images: give another `output_dir`; if the images "
+            f"have moved, change {file}"
+        )
 
 
 def write_recipe(given: dict[str, Any], file: Path) -> None:

@@ -96,6 +96,26 @@ def test_a_page_that_is_newer_than_the_checkpoints_is_named(tmp_path, monkeypatc
         start.main(start.get_args_parser().parse_args(words))
 
 
+def test_folders_of_one_name_are_not_confused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs/photos"
+    out.mkdir(parents=True)
+    (out / "report.html").touch()
+    for folder in ("a/photos", "b/photos", "photos.v2"):
+        Path(folder).mkdir(parents=True)
+    Path("runs/photos.yaml").write_text("data_path: a/photos\n")
+    for same in ("a/photos", tmp_path / "a/photos"):
+        start.main(start.get_args_parser().parse_args([str(same)]))
+        assert "page: runs/photos/report.html" in capsys.readouterr().out
+    assert "runs/photos has a run of a/photos, and b/photos are" in fails(capsys, monkeypatch, start, "b/photos")
+    Path("runs/photos.yaml").unlink()
+    (out / "environment.jsonl").write_text('{"settings": {"data_path": "a/photos"}}\n')
+    assert "a run of a/photos" in fails(capsys, monkeypatch, start, "b/photos")
+    monkeypatch.setattr(start, "write_recipe", lambda given, file: sys.exit(file.name))
+    with pytest.raises(SystemExit, match=r"photos\.v2\.yaml"):
+        start.main(start.get_args_parser().parse_args(["photos.v2"]))
+
+
 def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch, capsys):
     """The exit status is that of the comparison."""
     called = []
