@@ -38,6 +38,45 @@ def write_images(folder: Path, count: int, *shape: int) -> None:
         Image.fromarray(noise(*shape, seed=number)).save(folder / f"{number}.png")
 
 
+def statistics_of_recipe(folder, channels, capsys):
+    call(check, folder, in_chans=channels, num_workers=0, recipe=folder.with_suffix(".yaml"), minutes=1)
+    capsys.readouterr()
+    settings = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+    low, high = settings.get("value_range") or (0, 1)
+    return np.array(settings["mean"]) * (high - low) + low, np.array(settings["std"]) * (high - low), settings
+
+
+def test_statistics_of_channels_of_other_units(tmp_path, capsys):
+    """Kelvin, kg/kg, m/s and Pa: a mean is precise to .01 std, and no channel loses its values to a common range."""
+    folder, draw = tmp_path / "weather", np.random.default_rng(0)
+    folder.mkdir()
+    images = draw.normal(size=(48, 4, 16, 16)) * [[[8]], [[0.002]], [[10]], [[30]]] + [
+        [[288]], [[0.008]], [[0]], [[101325]],
+    ]  # fmt: skip
+    for number, image in enumerate(images.astype(np.float32)):
+        np.save(folder / f"{number}.npy", image)
+    mean, std, settings = statistics_of_recipe(folder, 4, capsys)
+    assert "value_range" not in settings
+    assert (np.abs(mean - images.mean(axis=(0, 2, 3))) < 0.01 * std).all()
+
+
+def test_a_constant_channel_has_a_standard_deviation_of_1(tmp_path, capsys):
+    """Its variance is a rounding error."""
+    folder = tmp_path / "bands"
+    folder.mkdir()
+    for number in range(48):
+        pixels = np.stack([noise(31, 33, seed=number), *(np.full((31, 33), value) for value in (37, 201, 97))])
+        tifffile.imwrite(folder / f"{number}.tif", pixels.astype(np.uint8), photometric="minisblack")
+    _, std, _ = statistics_of_recipe(folder, 4, capsys)
+    assert std[1:].tolist() == [1, 1, 1]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number in range(48):
+        Image.fromarray(np.full((31, 33), 37, np.uint8)).save(flat / f"{number}.png")
+    with pytest.raises(ValueError, match="nothing to learn"):
+        statistics_of_recipe(flat, 1, capsys)
+
+
 def gray(folder):
     write_images(folder, 48, 28, 28)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # images that `check_statistics` reads
 COUNTED = 64  # images that `channels_of` reads
+ROUNDING = 1e-12  # of the mean square: a smaller variance is the rounding error of a constant channel
 GRAY_MODES = ("1", "L", "LA")  # of Pillow; any other is converted to color
 
 
@@ -194,7 +196,14 @@ def moments_of(good: list[ImageFacts]) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of each channel over the valid pixels; of a constant channel, 0 and not 1."""
     pixels = max(1, sum(fact.valid for fact in good))
     mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
-    return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+    variance = squares - mean**2
+    return mean, np.sqrt(np.where(variance > ROUNDING * squares, variance, 0))
+
+
+def rounded(mean: Sequence[float] | np.ndarray, std: Sequence[float] | np.ndarray) -> list[float]:
+    """Returns means with four significant digits, or with as many as an error below .01 standard deviations needs."""
+    digits = [4 + int(math.log10(max(1, abs(value / of)))) for value, of in zip(mean, std, strict=True)]
+    return [float(f"{value:.{count}g}") for value, count in zip(mean, digits, strict=True)]
 
 
 def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
@@ -202,11 +211,8 @@ def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
     mean, std = moments_of(good)
     std = np.where(std > 0, std, 1)  # the std of a setting is above 0
     # Without exponents, because argparse parses -1e-05 as a flag.
-    texts = [
-        " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
-        for values in (mean, std)
-    ]
-    return texts[0], texts[1]
+    means = [np.format_float_positional(value, trim="-") for value in rounded(mean, std)]
+    return " ".join(means), " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in std)
 
 
 def check_statistics(

@@ -11,6 +11,7 @@ from mae.plurals import counted
 
 MEASURED_IMAGES = 1000  # fewer were not measured
 ASPECT_SPREAD = 1.1  # ratio of aspect ratios, up to which they count as equal
+MAX_STDS = 1000  # ratio of the standard deviations of channels that share a range of values
 MAX_ASPECT = 4  # ratio of the sides, above which square patches fit badly
 
 
@@ -26,7 +27,8 @@ class Images:
         spread: range of the shorter side in pixels.
         has_one_shape: the aspect ratios of nine tenths of the images are equal.
         mean, std: of each channel.
-        value_range: the smallest and the largest value, if they should become 0 and 1; else None.
+        value_range: the smallest and the largest value, if they should become 0 and 1; else None, such as for channels
+            with other units.
         is_deep: all images have more than 8 bits.
         num_bytes: size of all decoded images.
     """
@@ -74,6 +76,8 @@ class Images:
         low = min(fact.low for fact in good)
         high = max(fact.high for fact in good)
         is_deep = all(fact.deep for fact in good)
+        # One range for units that differ so much would leave a channel with few values.
+        has_one_unit = std.max() <= MAX_STDS * std[std > 0].min()
         count = round(total * len(good) / len(facts))
         return cls(
             count=count,
@@ -87,7 +91,7 @@ class Images:
             in_chans=in_chans,
             mean=mean.tolist(),
             std=np.where(std > 0, std, 1).tolist(),
-            value_range=(low, high) if is_deep and not has_range and (low < 0 or high > 1) else None,
+            value_range=(low, high) if is_deep and has_one_unit and not has_range and (low < 0 or high > 1) else None,
             is_deep=is_deep,
             num_bytes=float((heights * widths).mean()) * in_chans * count,
         )

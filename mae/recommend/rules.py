@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae.data.image_facts import rounded
 from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import Images, Machine
@@ -126,7 +127,7 @@ def _value_lines(images: Images) -> list[Line]:
         mean = (mean - low) / (high - low)
         std = std / (high - low)
         of = "of these images in this range"
-    return [*lines, Line("mean", _rounded(mean), of), Line("std", _rounded(std), of)]
+    return [*lines, Line("mean", rounded(mean, std), of), Line("std", _rounded(std), of)]
 
 
 def _rounded(values: Any) -> list[float]:
