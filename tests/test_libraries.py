@@ -294,6 +294,18 @@ def shards(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(("num_shards", "readers"), [(1, 2), (1, 5), (4, 2), (4, 8)])
+def test_images_of_shards_are_read_equally_often(shards, num_shards, readers):
+    """A reader goes on where it has stopped, in the order in which it has read, so that it repeats no image."""
+    source = open_source("train", dataset=f"wds:{shards}/set-00{{0..{num_shards - 1}}}.tar")
+    share = len(source) // readers
+    found = Counter()
+    for epoch, part in itertools.product(range(10), range(readers)):
+        stream = source.stream(0, part, readers, lambda *_: None, start=epoch * len(source))
+        found.update(name for _, name, *_ in itertools.islice(stream, share))
+    assert len(found) == len(source) and {*found.values()} == {10}
+
+
 def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", seed=0, **own):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(

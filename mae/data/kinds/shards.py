@@ -29,10 +29,12 @@ class Shards:
     """Tar files that are read sequentially (WebDataset), for slow disks and URLs.
 
     The samples of an epoch and their order depend on the number of processes and workers. An epoch continues at about
-    the place where the epoch before it ended: the place is exact if all shards have equally many images. A run that is
-    resumed within an epoch reads other samples than the interrupted run would have read: resuming is approximate here,
-    and exact for all other sources. Labels are read from members `.cls`. As in WebDataset, the name of a sample ends at
-    the first dot of its files; a sample with several images is refused.
+    the place where the epoch before it ended: the place is exact if all shards have equally many images, and their
+    number is a multiple or a divisor of the number of readers. Else images at the ends of epochs are read more or less
+    often than others, by up to the size of the shuffle buffer for each reader. A run that is resumed within an epoch
+    reads other samples than the interrupted run would have read: resuming is approximate here, and exact for all other
+    sources. Labels are read from members `.cls`. As in WebDataset, the name of a sample ends at the first dot of its
+    files; a sample with several images is refused.
 
     Args:
         pattern: paths or URLs with braces {000..127}; paths may also contain *.
@@ -103,14 +105,16 @@ class Shards:
         completed, rest = divmod(start * num_shards, self.num_images * parts)
         skip = rest // (num_shards * parts)
         first = part + completed * parts
-        shuffle = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((seed, start, part)).encode())))
         last_with_images = first_pass = first // num_shards
         for number in range(first_pass, first_pass + passes):
             order = enumerate(np.random.default_rng([seed, number]).permutation(num_shards), start=number * num_shards)
             urls = [{"url": self.urls[shard]} for count, shard in order if count >= first and count % parts == part]
             members = read_members(webdataset.tariterators.url_opener(urls, handler=handle), handle)
             samples = webdataset.tariterators.group_by_keys(members, handler=handle)
-            for sample in shuffle(itertools.islice(samples, skip, None)):
+            # The order depends on the pass and the reader only, so that what is skipped is what was read.
+            order_of_pass = random.Random(zlib.crc32(repr((seed, number, part)).encode()))
+            shuffle = webdataset.shuffle(SHUFFLED, rng=order_of_pass)
+            for sample in itertools.islice(shuffle(samples), skip, None):
                 name = printable(f"{sample['__url__']}: {sample['__key__']}")
                 images = _images_of(sample)
                 if len(images) > 1:  # one would have to be chosen
