@@ -317,3 +317,18 @@ def test_invalid_lists_are_errors(make_list, name, content, message):
 def test_a_csv_file_without_labels_is_named(make_list, caplog):
     assert make_list("list.csv", "File Name,species\na.png,cat\n").classes == []
     assert "species" in caplog.text
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize(("split", "folders"), [
+    ("train", ("train/images", "train/masks")), ("train", ("images/training", "annotations/training")),
+    ("val", ("val/images", "val/masks")),
+])  # fmt: skip
+def test_masks_are_no_class_of_images(tmp_path, split, folders, archived):
+    """The layouts of main_segment.py. The folder of the images is one of images."""
+    root = tmp_path / "data"
+    save(*(root / folder / f"{number}.png" for folder in folders for number in range(3)))
+    path = shutil.make_archive(str(root), "zip", root) if archived else root
+    with pytest.raises(ValueError, match=r"images and (masks|annotations) are those of a segmentation"):
+        open_source(split, str(path))
+    assert names(open_source("train", str(root / folders[0]))) == ["0.png", "1.png", "2.png"]

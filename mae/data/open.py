@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTS = (".csv", ".json", ".txt")
+MASKS = ("masks", "annotations")  # folders beside images/ (mae.data.kinds.pairs)
 # The folders or files that torchvision makes in the folder of a dataset, for a warning.
 LAYOUTS = {
     "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
@@ -137,7 +138,21 @@ def _warn_of_unused(data: DataSpec, is_list: bool, label_columns: Sequence[str] 
 
 
 def _open_path(root: Path, split: str, takes_all: bool) -> Listing:
-    """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training."""
+    """Opens a folder or an archive; `takes_all`: without splits, all of its images are for training.
+
+    Raises:
+        ValueError: there is none, it has no images, or it has masks, which would be images of another class.
+    """
+    files = _files_of(root, split, takes_all)
+    if masks := next((name for name in MASKS if {"images", name} <= {*files.classes}), ""):
+        raise ValueError(
+            f"data_path={root}: its folders images and {masks} are those of a segmentation, and masks are no images: "
+            f"give the folder of the images"
+        )
+    return files
+
+
+def _files_of(root: Path, split: str, takes_all: bool) -> Listing:
     if root.is_file():
         if root.suffix.lower() in LISTS:
             raise ValueError(f"data_path={root}: it is no folder or archive; give a list as {split}_list={root}")
