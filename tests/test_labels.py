@@ -308,6 +308,43 @@ def test_messages_of_lists_are_about_what_is_read(tmp_path, caplog):
     assert not caplog.records
 
 
+def tags_of(tmp_path, cells, suffix=".csv"):
+    rows = []
+    for number, cell in enumerate(cells):
+        Image.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+        rows.append({"path": f"{number}.png", "label": cell})
+    text = (
+        json.dumps(rows)
+        if suffix == ".json"
+        else "path,label\n" + "".join(f"{n}.png,{c}\n" for n, c in enumerate(cells))
+    )
+    path = tmp_path / f"list{suffix}"
+    path.write_text(text)
+    return open_source("train", file_list=path, task="multilabel")
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    (["0;1;1", "1;0;0", "1;1;0"], "the labels 0;1;1 are a vector of 0 and 1: give a column for each class"),
+    (["haze primary", "clear primary", "clear water", "haze", "water", "haze water"], "haze primary.* separate"),
+    (["haze\tprimary", "clear\tprimary", "clear\twater", "haze", "water"], "separate labels by ;"),
+])  # fmt: skip
+def test_labels_with_other_separators_are_refused(tmp_path, cells, message):
+    """Each combination would be a class, or 0 and 1 would be."""
+    with pytest.raises(ValueError, match=message):
+        tags_of(tmp_path, cells)
+    if ";" in cells[0]:
+        with pytest.raises(ValueError, match=message):
+            tags_of(tmp_path, [[int(part) for part in cell.split(";")] for cell in cells], ".json")
+
+
+def test_names_of_several_words_and_booleans(tmp_path):
+    assert tags_of(tmp_path, ["polar bear", "brown bear", "polar bear"]).classes == ["brown bear", "polar bear"]
+    assert tags_of(tmp_path, ["a;b", "a;a", ""]).labels.tolist() == [[1, 1], [1, 0], [0, 0]]
+    for suffix, cells in ((".json", [True, False]), (".csv", ["True", "false"])):
+        source = tags_of(tmp_path, cells, suffix)
+        assert (source.classes, source.labels.tolist()) == (["label"], [[1], [0]])
+
+
 def test_some_of_each_class_of_a_head_with_other_outputs(tmp_path):
     lists = {name: tmp_path / f"{name}.txt" for name in ("train", "val")}
     for name, path in lists.items():

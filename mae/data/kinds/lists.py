@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 INTEGER = re.compile("0|-?[1-9][0-9]*")  # the text of an integer, str(int(text)) == text
 SEPARATORS = re.compile(r"[|,/+&()\[\]{}]")  # characters other than ; that may separate labels
+BOOLEANS = {"true": "1", "false": "0"}  # as JSON and pandas write them
 # Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
 PATH_COLUMNS = ("path", "filename", "file", "image", "filepath")
 LABEL_COLUMNS = ("label", "class", "groundtruth")
@@ -255,6 +256,8 @@ def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) ->
     names = [printable(name) for name in columns]
     if task == REGRESSION:
         return names, _numbers(table, columns, rows, np.isfinite, "task=regression needs a finite number")
+    if all(text.lower() in BOOLEANS for row in rows for text in row):
+        rows = [tuple(BOOLEANS[text.lower()] for text in row) for row in rows]
     if len(columns) == 1 and _are_names([text for (text,) in rows]):
         return _tags([text for (text,) in rows])
     return names, _numbers(table, columns, rows, lambda values: np.isin(values, (0, 1)), "task=multilabel needs 0 or 1")
@@ -310,15 +313,23 @@ def _tags(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Returns the classes in the cells of a column, such as a;b, and the labels (n, C), 0 or 1.
 
     Raises:
-        ValueError: another character may separate labels: each combination would be a class.
+        ValueError: another character may separate labels: each combination would be a class. Or the labels are a vector
+            of 0 and 1, which would be two classes.
     """
     has_several = any(";" in text for text in texts)
-    if wrong := [text for text in texts if text.lower() == "nan" or (not has_several and SEPARATORS.search(text))]:
+    wrong = [text for text in texts if text.lower() == "nan" or (not has_several and SEPARATORS.search(text))]
+    spaced = [] if has_several else [text for text in texts if len(text.split()) > 1]
+    if spaced and len({word for text in texts for word in text.split()}) < len({*texts}):  # each word is in many cells
+        wrong += spaced
+    if wrong:
         raise ValueError(
             f"the label {printable(wrong[0])} may be several labels or none: separate labels by ;, and end a single "
             f"label that contains this text with ;"
         )
-    rows = [{part.strip() for part in text.split(";")} - {""} for text in texts]
+    parts = [[part.strip() for part in text.split(";") if part.strip()] for text in texts]
+    rows = [{*labels} for labels in parts]
+    if set().union(*rows) <= {"0", "1"} and max(map(len, parts)) > 1 and len(set(map(len, parts))) == 1:
+        raise ValueError(f"the labels {printable(texts[0])} are a vector of 0 and 1: give a column for each class")
     classes = sorted(set().union(*rows))
     return [printable(name) for name in classes], np.array([[name in row for name in classes] for row in rows])
 
