@@ -29,7 +29,7 @@ from mae.data.fingerprint import fingerprint
 from mae.data.source import OpenDataset
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
-from mae.training import explained, optimizers, preserving, measured_runs, trainer
+from mae.training import explained, measured_runs, optimizers, preserving, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands

@@ -42,6 +42,15 @@ def test_the_accuracy_is_that_of_the_best_checkpoint(page, run):
     assert "checkpoint-best.pth is the best of 3 evaluations on these images" in text
 
 
+def test_the_losses_are_those_of_the_shown_checkpoint():
+    entries = [
+        {"epoch": epoch, "test_loss": loss, "train_loss": 2 * loss, "seconds": 1.0, "images_per_s": 10.0}
+        for epoch, loss in enumerate((0.5, 0.25, 0.75))
+    ]
+    facts = report.facts_of(entries, {"epochs": 3}, 2)
+    assert (facts["held-out loss"], facts["training loss"], facts["epochs"]) == ("0.25", "0.5", "3 of 3")
+
+
 def test_confused_classes_and_wrong_images_are_those_of_the_predictions(page, run, labelled):
     truth, found = predictions(run, labelled)
     wrong = [f"{a}, taken for {b}" for a, b in zip(truth, found, strict=True) if a != b]

@@ -31,9 +31,9 @@ from mae.data.open import open_source
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import features, image_map, neighbors, page, tuned, verdict
+from mae.inference import features, image_map, more_time, neighbors, page, tuned, verdict
 from mae.inference.model import Autoencoder, Model, get_model
-from mae.settings import DATASETS, DataSpec, ModelSpec
+from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS, differs
@@ -102,6 +102,9 @@ def main(args: argparse.Namespace) -> Path:
     model: Any = get_model(path, device=device, **options.chosen_settings(args))
     extra_inputs.require_fitting(model, source)
     sections = [page.section("Curves", curves(entries) + note_of_probe(entries, settings))]
+    if not settings.get("init_from"):
+        longer = more_time.section(entries, settings["epochs"], ImageSpec.of(settings), len(source))
+        sections.insert(0, page.section("Would more time help?", longer))
     some: Source | None = None
     if isinstance(model, Autoencoder):
         sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
@@ -128,7 +131,7 @@ def main(args: argparse.Namespace) -> Path:
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path, epochs)}."
-    return save(args.run_dir, page.render(title, about, facts_of(entries, settings), sections))
+    return save(args.run_dir, page.render(title, about, facts_of(entries, settings, epochs), sections))
 
 
 def state_of(path: Path, epochs: int) -> str:
@@ -166,7 +169,7 @@ def write_tuned(
     images = data.train_list or data.dataset or data.data_path
     started = f"started from {settings['finetune']}" if settings.get("finetune") else "started from random weights"
     about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {path.name}."
-    facts = {**tuned.facts_of(found), **facts_of(entries, settings)}
+    facts = {**tuned.facts_of(found), **facts_of(entries, settings, run_directory.position(path)[0])}
     return save(args.run_dir, page.render(title, about, facts, sections))
 
 
@@ -237,9 +240,10 @@ def held_out_of(data: DataSpec, train: Source, model: Model, args: argparse.Name
     return readable(val, model.in_chans, args.num_workers, model.values) if data.on_bad_image == "skip" else val
 
 
-def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the main numbers of a run, by their titles."""
-    last = {name: entry[name] for entry in entries for name in MEASURES if name in entry}
+def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], epochs: int) -> dict[str, str]:
+    """Returns the main numbers of a run, by their titles: measures of the state after a number of epochs."""
+    of_state = [entry for entry in entries if entry["epoch"] < epochs]
+    last = {name: entry[name] for entry in of_state for name in MEASURES if name in entry}
     numbers = {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
     return {
         "epochs": f"{entries[-1]['epoch'] + 1} of {settings['epochs']}", **numbers,
