@@ -1,6 +1,7 @@
 """The comparison of encoders: its results are those of the scripts, and an interruption loses none of them."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from test_knn import predictions
 from test_libraries import write_idx
@@ -514,14 +516,15 @@ def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
 
 
 def test_pixels_of_the_baselines(labelled, tmp_path):
-    """They have at most 32 rows, the default crop of the input size, and one range for files of 8 and 16 bits."""
+    """They have at most 32 rows and columns, the default crop of the input size, and one range for 8 and 16 bits."""
 
     def read(path, *spec, **options):
         return raw_pixels.read(open_source("val", str(path)), ImageSpec(*spec, **options), 0)
 
     assert np.array_equal(read(labelled, 256, 1), read(labelled, 256, 1, crop_pct=1.0))
     pixels = read(labelled, (64, 32), 1, crop_pct=1)
-    assert pixels.shape == (23, 32 * 16) and 0 <= pixels.min() < pixels.max() <= 1
+    assert pixels.shape == (23, 32 * 32) and 0 <= pixels.min() < pixels.max() <= 1
+    assert read(labelled, (8, 256), 1, crop="none").shape == (23, 8 * 32)  # as leads of a signal, which stay apart
     assert read(labelled, 16, 3).shape == (23, 3 * 16 * 16)
     shades = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     for name, pixels in (("bytes", shades), ("deep", shades.astype(np.uint16) * 257)):
@@ -530,6 +533,22 @@ def test_pixels_of_the_baselines(labelled, tmp_path):
     found = [read(tmp_path / name, 8, 1, crop_pct=1) for name in ("bytes", "deep")]
     np.testing.assert_allclose(*found, atol=1e-6)
     assert found[0].max() == 1 and found[0].dtype == np.float32
+
+
+def test_pixels_of_several_units_are_normalized(tmp_path):
+    """The classes differ in a channel of small values, which cosines of raw values would not see."""
+    draw = np.random.default_rng(0)
+    for split, number in itertools.product(("train", "val"), range(40)):
+        folder = tmp_path / "weather" / split / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = draw.normal(size=(4, 16, 16))
+        noise[1] += 2 * (number % 2) - 1
+        mean, std = np.array([[288, 0.008, 0, 101325], [8, 0.002, 10, 30]])[..., None, None]
+        np.save(folder / f"{number}.npy", (mean + std * noise).astype(np.float32))
+    images = ImageSpec(16, 4, mean=[288, 0.008, 0, 101325], std=[8, 0.002, 10, 30], crop="none")
+    train, val = (open_source(split, str(tmp_path / "weather")) for split in ("train", "val"))
+    nearest = KNeighborsClassifier(5, metric="cosine").fit(raw_pixels.read(train, images, 0), train.labels)
+    assert nearest.score(raw_pixels.read(val, images, 0), val.labels) == 1
 
 
 def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, capsys, monkeypatch):

@@ -109,7 +109,8 @@ class Normalize(nn.Module):
         self.fits_bytes = all(0 <= value <= 1 for value in mean)
         pairs = list(zip(mean, std, strict=True))
         # The std of values from 0 to 1 with mean m is at most that of black and white pixels, (m (1 - m))^0.5.
-        self.checks_range = all(0 < m < 1 and 0 < s**2 <= 1.01 * m * (1 - m) for m, s in pairs)
+        self.fits_unit_range = all(0 < m < 1 and 0 < s**2 <= 1.01 * m * (1 - m) for m, s in pairs)
+        self.checks_range = self.fits_unit_range
         self.highest = max((BEYOND - m) / s for m, s in pairs) if self.checks_range else float("inf")  # normalized
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
