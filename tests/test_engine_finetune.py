@@ -21,6 +21,7 @@ from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
 from mae.data.labels import Subset
 from mae.data.run_data import RunData
+from mae.evaluate.tasks import Classification
 from mae.inference import features
 from mae.training import feature_files
 from mae.training.frozen_features import encode_images
@@ -207,3 +208,10 @@ def test_statistics_of_deep_images_are_suggested_once_unless_both_are_given(clas
     for given in ({}, {"mean": 0.5}, {"std": 0.5}, {"mean": 0.5, "std": 0.5}):
         classify(main_knn, data_path=tmp_path / "deep", in_chans=1, k=1, **given)
         assert capsys.readouterr().out.count("more than 8 bits") == (len(given) < 2)
+
+
+@pytest.mark.parametrize(("classes", "has_top"), [(4, False), (5, True), (6, True)])
+def test_there_is_a_top_5_accuracy_from_five_classes_on(classes, has_top):
+    columns = Classification().columns(torch.randn(9, classes), torch.randint(0, classes, (9,)))
+    scores = Classification().evaluation([column.numpy() for column in columns], classes).scores()
+    assert ("acc5" in scores) is has_top

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 
+from mae.data.source import evenly_spaced
 from mae.inference import anomalies, export, get_model
 from models_dino import DINOv2, DINOv3
 
@@ -326,3 +327,18 @@ def test_the_command_in_a_process_of_its_own(encoder, folders, tmp_path):
         "scores.csv",
         "worst.png",
     }
+
+
+def test_some_of_the_normal_images_are_scored_without_their_own_patches(
+    encoder, folders, tmp_path, capsys, monkeypatch
+):
+    """If there are more than COMPARED, evenly spaced ones are scored."""
+    monkeypatch.setattr(anomalies, "COMPARED", 4)
+    output = run(folders, encoder, tmp_path / "out", capsys=capsys)[2]
+    normal = sorted(folders.glob("normal/*.png"))
+    scores = sorted(
+        float(anomalies.fit(get_model(encoder), [*normal[:number], *normal[number + 1 :]])(normal[number])[0])
+        for number in evenly_spaced(10, 4)
+    )
+    expected = f"median score {scores[1]:.4g}, highest {scores[3]:.4g};"
+    assert f"4 normal images, each without its own patches: {expected}" in output

@@ -377,3 +377,12 @@ def test_a_model_is_a_graph_of_fx_by_torch_export(settings):
     graph = torch.export.export(model, (images,)).module()
     assert isinstance(graph, torch.fx.GraphModule)
     torch.testing.assert_close(graph(images), model(images))
+
+
+def test_a_graph_has_the_mask_ratio_of_its_run(tmp_path):
+    model = randomized(get_model("mae_vit_mini_patch4", input_size=16, mask_ratio=0.5), 0.1)
+    export.export(model, "torch_export", tmp_path / "m.pt2")
+    graph = torch.export.load(tmp_path / "m.pt2").module()
+    images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    for found, expected in zip(graph(images, noise), model(model.normalize(images), 0.5, noise=noise)[1:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from mains import Stopped, assert_same_run, call, fails, lines, open_source, parse, stop_after
 from PIL import Image
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -703,3 +704,25 @@ def test_files_of_another_command_are_not_removed(tmp_path):
     (tmp_path / "run/log.txt").touch()
     with pytest.raises(FileExistsError, match="has files and no run"):
         store.kept(tmp_path / "run", {}, dict)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_draws_that_tell_encoders_apart_are_those_of_students_t(count):
+    """The limit is SciPy's two-sided 95 % interval of the mean difference of the draws."""
+    noise = np.random.default_rng(0).normal(0, 1, count)
+    limit = stats.t.interval(0.95, count - 1, scale=stats.sem(noise))[1]
+    for factor, is_clear in ((0.98, False), (1.02, True)):
+        found = [*results("a", 70 + noise - noise.mean() + factor * limit), *results("b", [70.0] * count)]
+        text = summary.conclusion(summary.entries_of(found))
+        assert ("not distinguishable from b" in text) is not is_clear
+
+
+def test_a_baseline_is_trained_on_all_images(monkeypatch):
+    """Also if some of them choose C."""
+    monkeypatch.setattr(baselines, "MOST", 40)
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(1000, 20))
+    labels = (images[:, 0] + images[:, 1] + generator.normal(0, 1, 1000) > 0).astype(int)
+    found, chosen = baselines.evaluate("logistic regression", images[:600], labels[:600], images[600:], labels[600:], 0)
+    model = LogisticRegression(C=float(chosen.split()[1]), max_iter=300).fit(images[:600], labels[:600])
+    assert found == pytest.approx(100 * model.score(images[600:], labels[600:]))

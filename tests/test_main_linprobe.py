@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import main_finetune
 import main_linprobe
 import models_vit
+from engine_linprobe import make_heads
 from mae import build, parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.checkpoints.checkpoint import CheckpointError
@@ -25,7 +26,7 @@ from mae.data.pixels import BadImage
 from mae.data.run_data import RunData
 from mae.inference import get_model
 from mae.settings import specs
-from mae.training import feature_files, frozen_features
+from mae.training import feature_files, frozen_features, lr_sched
 from mae.training.frozen_features import FrozenFeatures
 from mae.training.precision import Precision
 
@@ -425,3 +426,11 @@ def test_the_run_directory_is_locked_while_features_are_stored(probe, pretrained
     monkeypatch.setattr(feature_files, "extract", None)  # is not called
     with run_directory.locked(out), pytest.raises(ValueError, match=str(out)):
         probe("run", finetune=pretrained, probe="attentive", epochs=2, cache_features=True, resume="auto")
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.3, 3.0], [3.0, 0.3, 0.1], [0.3, 3.0, 0.1]], ids=str)
+def test_the_rates_of_the_heads_do_not_depend_on_their_order(rates):
+    _, optimizer = make_heads(torch.nn.ModuleDict({"head": torch.nn.Linear(2, 3)}), rates, 0.0)
+    optim = SimpleNamespace(lr=lr_sched.scaled_lr(None, rates, 256), min_lr=0, warmup_epochs=0, epochs=1)
+    lr_sched.adjust_learning_rate(optimizer, 0, optim)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)

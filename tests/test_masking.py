@@ -237,3 +237,9 @@ def test_masks_of_runs_do_not_depend_on_workers_and_processes(pretrain, pictures
     flags = ("--mask_block", 2, "--warmup_epochs", 0, "--batch_size", 2, "--epochs", 1)
     in_processes(2, pictures, tmp_path / "processes", *flags)
     assert losses(tmp_path / "processes") == pytest.approx(one[3], rel=1e-5)
+
+
+def test_high_and_wide_blocks_are_equally_frequent():
+    masks = block_mask(1000, (16, 16), 1 - 240.5 / 256, torch.Generator().manual_seed(0))
+    rows, columns = masks.any(dim=2).sum(dim=1), masks.any(dim=1).sum(dim=1)
+    assert 0.7 < int((rows > columns).sum()) / int((columns > rows).sum()) < 1.4

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 import torch
 from mains import lines
 from sklearn import metrics as sk
-from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 
 import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.evaluate.metrics import METRICS, Metric, compute, names_of
+from mae.evaluate.tasks import balanced_weights
 from mae.inference import get_model
 from mae.settings.choices import CLASSIFICATION
 
@@ -203,3 +205,14 @@ def test_a_new_metric_is_one_entry(classify, monkeypatch):
     assert wrong[5, 0.07] == pytest.approx(1 - right[5, 0.07])
     with pytest.raises(ValueError, match=r"metric=r2 is not for task=classification: give accuracy.* errors"):
         classify(main_knn, k=5, metric="r2")
+
+
+def test_classes_without_images_do_not_change_the_weights_of_the_others():
+    labels = np.array([0, 0, 0, 2])
+    first, last = compute_class_weight("balanced", classes=np.array([0, 2]), y=labels)
+    source = SimpleNamespace(labels=labels, classes=["a", "b", "c"])
+    assert balanced_weights(source).tolist() == pytest.approx([first, 0, last])
+    tags = SimpleNamespace(labels=np.array([[1, 0], [1, 1], [1, 1]]), classes=["all", "some"])
+    assert balanced_weights(tags).T.tolist() == [
+        pytest.approx([0, 1]), pytest.approx(compute_class_weight("balanced", classes=np.array([0, 1]), y=[0, 1, 1]))
+    ]  # fmt: skip

@@ -135,3 +135,23 @@ def test_each_start_records_its_environment_and_its_settings(pretrain, capsys):
     output = capsys.readouterr().out
     assert str(run / "environment.jsonl") in output
     assert max(map(len, output.replace(str(run), "").splitlines())) < 300
+
+
+def test_the_images_that_are_held_out_do_not_classify_themselves(pretrain, labelled, capsys):
+    pretrain(data_path=labelled, probe_every=1, epochs=1)
+    assert "20 nearest neighbors among 43 images classify 5 held-out images" in capsys.readouterr().out
+
+
+def test_the_rank_of_both_poolings_is_that_of_the_class_token(pretrain, labelled):
+    """`uniformity` trains it. Its features in both poolings have unit length."""
+    run = pretrain(data_path=labelled, probe_every=1, probe_path=labelled, epochs=1, uniformity=0.1)
+    model, source = get_model(run / "checkpoint-0.pth"), open_source("train", str(labelled))
+    pictures = [model.transform(Image.open(source.name(number))) for number in range(len(source))]
+    with torch.inference_mode():
+        tokens = model.class_features(model.forward_features(model.normalize(torch.stack(pictures))))
+    features = torch.nn.functional.normalize(tokens.double(), dim=1)
+    shares = torch.linalg.svdvals(features)
+    shares = (shares / shares.sum() + 1e-7).numpy()
+    entry = lines(run)[0]
+    assert entry["test_effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert entry["test_uniformity"] == pytest.approx(float(uniformity(features)), rel=1e-5)

@@ -11,8 +11,12 @@ import main_pretrain
 import models_mae
 from mae.checkpoints import checkpoint
 from mae.data.transforms import Normalize, renormalization
+from mae.inference import get_model
 from mae.lora import add_updates
 from mae.preservation import Preservation, frozen_copy
+from mae.settings import ImageSpec
+from mae.training import preserving
+from mae.weights import reading
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +163,23 @@ class Own(MaskedAutoencoderViT):
     )
     words = (*words, "--init_from", start, "--model_class", "forwards:Own", "--output_dir", pictures.parent / "own")
     assert "Own has a `forward` without this loss" in fails(capsys, monkeypatch, main_pretrain, *words)
+
+
+def test_a_run_sees_its_start_in_the_statistics_of_the_file(start):
+    file = reading.read(str(start))
+    model = get_model(start)
+    ours = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
+    images = ImageSpec.of({**file.settings, "mean": ours[0], "std": ours[1]})
+    preserving.open_term(model, 1.0, images, file, torch.device("cpu"), False, None)
+    scale, shift = renormalization(3, ours, (None, None))  # the start has those of ImageNet
+    torch.testing.assert_close(model.preserve.scale, scale)
+    torch.testing.assert_close(model.preserve.shift, shift)
+
+
+def test_the_start_has_no_drop_path():
+    """Its features are the same in each update, and those of the evaluation."""
+    model = randomized(models_mae.mae_vit_mini_patch4(in_chans=1, drop_path_rate=0.5), 0.2).train()
+    term = Preservation(frozen_copy(model), 1.0, torch.ones(1), torch.zeros(1))
+    images = torch.rand(4, 1, 32, 32)
+    latent, _, ids_restore = model.eval().forward_encoder(images, 0)
+    assert term(latent, images, ids_restore).item() == pytest.approx(0, abs=1e-6)

@@ -551,3 +551,9 @@ class Augmented:
 
     def __getitem__(self, index):
         return np.random.randint(0, 255, (16, 16, 3), dtype=np.uint8), None
+
+
+def test_repeated_images_allow_no_larger_model():
+    images = replace(PHOTOS, count=1_000_000, distinct=1_000_000)
+    assert len(rules.models_for(images, 196)) > 1
+    assert rules.models_for(replace(images, distinct=1000), 196) == ["mini_patch4"]

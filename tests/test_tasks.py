@@ -538,3 +538,16 @@ def test_an_epoch_is_not_resumed_with_exchanged_labels(main, own, task, column, 
     with pytest.raises(CheckpointError, match="labels"):
         tune(main, "parts", **flags, train_list=tmp_path / "exchanged.csv", resume="auto")
     tune(main, "parts", **flags, train_list=moved / "train.csv", val_list=folder / "val.csv", resume="auto")
+
+
+def test_the_lowest_error_selects_a_rate_and_a_temperature(tune, monkeypatch):
+    found = []
+    monkeypatch.setattr(main_linprobe, "report_best_rate", lambda blrs, best, title, scores, *_: found.append(
+        (best, title, scores)) or {})  # fmt: skip
+    flags = {"task": "regression", "label_columns": "weight", "metric": "mae"}
+    tune(main_linprobe, **flags, blr="1e-9 3", epochs=4, warmup_epochs=0)
+    best, title, scores = found[-1]
+    assert title == "mae" and best == np.argmin(scores) != np.argmax(scores)
+    monkeypatch.setattr(main_knn, "report", lambda scores, best: found.append(best))
+    values = tune(main_knn, **flags, k="1 5 30", temperature="0.01 1")
+    assert values[found[-1]] == min(values.values()) < max(values.values())

@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from mains import call
+from mains import call, open_source
+from scipy import stats
 
-from mae.inference import report, verdict
+from mae.inference import get_model, report, verdict
 
 
 def test_an_interval_that_contains_zero_claims_nothing():
@@ -120,3 +121,36 @@ def test_random_weights_are_new_and_the_model_stays(run):
     changed = [name for name in weights if not torch.equal(weights[name], before[name])]
     assert "blocks.0.attn.qkv.weight" in changed and "cls_token" in changed
     assert torch.equal(weights["norm.weight"], torch.ones_like(weights["norm.weight"]))
+
+
+def test_the_interval_is_the_95_percent_of_the_paired_difference():
+    """Bounds of the normal distribution. Of two accuracies that are not paired, they would be twice as far."""
+    draw = np.random.default_rng(0)
+    pixels = draw.random(3000) < 0.5
+    ours = np.where(draw.random(3000) < 0.1, draw.random(3000) < 0.8, pixels)
+    mean, low, high = verdict.differences({verdict.ENCODER: ours, verdict.PIXELS: pixels, verdict.RANDOM: pixels})[
+        verdict.PIXELS
+    ]
+    error = 100 * stats.sem(ours.astype(float) - pixels)
+    assert [(low - mean) / error, (high - mean) / error] == pytest.approx([-1.96, 1.96], abs=0.15)
+
+
+def test_each_accuracy_is_that_of_its_own_features(labelled):
+    """With random weights, each held-out image is near those of another class."""
+    model = get_model("mae_vit_mini_patch4", input_size=16)
+    train, val = (open_source(split, str(labelled)) for split in ("train", "val"))
+
+    def extract(network, source):
+        labels = torch.as_tensor(np.asarray(source.labels))
+        moved = labels + int(network is not model and source is val)
+        return torch.nn.functional.one_hot(moved % 6, 6).float()
+
+    hits = verdict.hits_of(model, train, val, extract, 0)
+    assert hits[verdict.ENCODER].all() and not hits[verdict.RANDOM].any()
+
+
+def test_held_out_images_do_not_classify_themselves(labelled):
+    train = open_source("train", str(labelled))
+    parts = verdict.split(train, None, 500)
+    bank, queries = ([part.name(index) for index in range(len(part))] for part in parts)
+    assert sorted([*bank, *queries]) == sorted(map(train.name, range(48))) and len(queries) == 10
