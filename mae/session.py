@@ -274,11 +274,10 @@ def _weights(run: Run, kind: str) -> "Weights | None":
     Raises:
         ValueError: with `eval`, neither names a file, or the file is of another kind.
     """
-    from mae.weights import loading, timm_models
+    from mae.weights import loading
 
     machine = run.machine
     if not run.evaluation.eval:
-        timm_models.require_other(machine.finetune)  # before it is downloaded
         starts = machine.finetune and not _resumes(machine)
         return loading.read(machine.finetune, _rank(run)) if starts else None
     name: Path | str = machine.resume or machine.finetune

@@ -349,7 +349,7 @@ def test_errors_of_a_comparison(saved, labelled, words, message, capsys, monkeyp
 @pytest.mark.parametrize(("script", "words"), [
     (main_finetune, "--finetune {file}"), (main_pretrain, "--init_from {file} --model mae_vit_mini_patch4"),
     (main_knn, "--finetune {file} --model vit_mini_patch4"),
-    (main_finetune, "--finetune timm:test_vit"), (main_pretrain, "--init_from timm:test_vit"),  # not downloaded
+    (main_pretrain, "--init_from timm:test_vit"),  # it is not downloaded
 ])  # fmt: skip
 def test_a_model_of_timm_is_not_trained(saved, labelled, script, words, capsys, monkeypatch, tmp_path):
     """Nor is it a model of this library, which --model names."""

@@ -43,7 +43,8 @@ def gain(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     first_half = [entry for entry in found if 2 * (entry["epoch"] + 1) <= found[-1]["epoch"] + 1]
     if not first_half:
         return ""
-    first, last = first_half[-1], found[-1]
+    first = first_half[-1]
+    last = found[-1]
     change = factor * (last[name] - first[name])
     epochs = f"from epoch {first['epoch']} to epoch {last['epoch']}"
     return f"{title} changed by {change:+.1f} points, to {factor * last[name]:.1f} % ({epochs})"
