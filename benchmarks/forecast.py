@@ -6,7 +6,7 @@
 
 Started once per core, the command shares the runs. The same command resumes an interrupted study, and each run in it:
 a run saves a checkpoint with each measurement, and appends its row to forecast.jsonl when it ends. The command writes
-the table to forecast.md.
+the table to forecast.md, and what pages show to mae/inference/longer_runs.json.
 
 The schedule of a run ends at zero, so that a longer run is another run. Runs of 1, 2, 4 and 10 times the updates are
 trained, on garments, squares of photographs and letters, with two seeds. From the log of the shortest, k-NN of the
@@ -152,12 +152,24 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     return pairs
 
 
+def fitted(pairs: Sequence[Pair]) -> tuple[float, list[float]]:
+    """Returns the number c of some pairs, and their residuals."""
+    inputs = np.array([np.log2(pair.factor) * pair.slope for pair in pairs])
+    gains = np.array([pair.gain for pair in pairs])
+    number = float(inputs @ gains / (inputs @ inputs))
+    return number, [*(gains - number * inputs)]
+
+
+def half_width_of(residuals: Sequence[float]) -> float:
+    """Returns half of the width of an interval."""
+    scale = float(np.sqrt(np.mean(np.square(residuals))))
+    return scale * float(stats.t.ppf((1 + LEVEL) / 2, len(residuals)))
+
+
 def by_slope(pair: Pair, others: Sequence[Pair]) -> tuple[float, list[float]]:
     """Returns the forecast from the slope of the log, and the residuals of the other kinds."""
-    inputs = np.array([np.log2(other.factor) * other.slope for other in others])
-    gains = np.array([other.gain for other in others])
-    number = float(inputs @ gains / (inputs @ inputs))
-    return pair.start + number * float(np.log2(pair.factor)) * pair.slope, [*(gains - number * inputs)]
+    number, residuals = fitted(others)
+    return pair.start + number * float(np.log2(pair.factor)) * pair.slope, residuals
 
 
 def as_it_is(pair: Pair, others: Sequence[Pair]) -> tuple[float, list[float]]:
@@ -187,16 +199,20 @@ def forecasts(pairs: Sequence[Pair], method: str) -> dict[Pair, Forecast]:
         if not any(other.factor == pair.factor for other in others):
             continue
         value, residuals = METHODS[method](pair, others)
-        scale = float(np.sqrt(np.mean(np.square(residuals))))
-        found[pair] = Forecast(value, scale * float(stats.t.ppf((1 + LEVEL) / 2, len(residuals))))
+        found[pair] = Forecast(value, half_width_of(residuals))
     return found
+
+
+def num_covered(found: Mapping[Pair, Forecast]) -> int:
+    """Returns how many runs are within the intervals of their forecasts."""
+    return sum(bool(abs(one.value - pair.reached) <= one.half_width) for pair, one in found.items())
 
 
 def summary(pairs: Sequence[Pair], method: str) -> list[str]:
     """Returns the row of a method: errors, widths, and coverage with its 95 % interval."""
     found = forecasts(pairs, method)
     errors = [abs(forecast.value - pair.reached) for pair, forecast in found.items()]
-    covered = sum(error <= forecast.half_width for error, forecast in zip(errors, found.values(), strict=True))
+    covered = num_covered(found)
     low, high = stats.binomtest(covered, len(errors)).proportion_ci(0.95)
     return [
         method, f"{statistics.median(errors):.2f}",
@@ -212,7 +228,7 @@ def is_shown(pairs: Sequence[Pair]) -> bool:
         method: statistics.median(abs(one.value - pair.reached) for pair, one in of_method.items())
         for method, of_method in found.items()
     }
-    covered = statistics.fmean(abs(one.value - pair.reached) <= one.half_width for pair, one in found[SLOPE].items())
+    covered = num_covered(found[SLOPE]) / len(found[SLOPE])
     return 0.7 <= covered <= 0.9 and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
 
 
@@ -239,22 +255,30 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
 
 
 def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns k-NN of the runs of each kind, by seed, for `mae.inference.more_time`."""
+    """Returns what a page shows (`mae.inference.more_time`): k-NN of the runs, and the forecast if it is shown."""
     ends = {Case(row["kind"], row["seed"], row["factor"]): round(row["curve"][-1], 1) for row in rows}
     cases = {factor: [Case(kind, seed, factor) for kind in IMAGES for seed in SEEDS] for factor in FACTORS}
     complete = [factor for factor, of_factor in cases.items() if ends.keys() >= {*of_factor}]
-    found = []
+    kinds = []
     for kind, count in IMAGES.items():
         title, flags = leaderboard.KINDS[kind]
         batch_size = ONE_PROCESS["batch_size"]
-        found.append(
+        kinds.append(
             {
                 "images": count, "kind": title, "channels": flags["in_chans"], "side": flags["input_size"],
                 "processed": EPOCHS[kind] * (count // batch_size) * batch_size,
                 "knn": {str(factor): [ends[Case(kind, seed, factor)] for seed in SEEDS] for factor in complete},
             }
         )  # fmt: skip
-    return f"{json.dumps(found, indent=2)}\n"
+    pairs = pairs_of(rows)
+    law = None
+    if complete == [*FACTORS] and is_shown(pairs):
+        number, residuals = fitted(pairs)  # of all kinds: images of a page are another
+        law = {
+            "number": round(number, 3), "half_width": round(half_width_of(residuals), 1), "level": LEVEL,
+            "factors": FACTORS[1:], "covered": num_covered(forecasts(pairs, SLOPE)), "pairs": len(pairs),
+        }  # fmt: skip
+    return f"{json.dumps({'kinds': kinds, 'forecast': law}, indent=2)}\n"
 
 
 def main(args: argparse.Namespace) -> None:

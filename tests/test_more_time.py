@@ -4,6 +4,7 @@ import html
 import json
 import re
 
+import numpy as np
 import pytest
 from mains import call, lines
 
@@ -49,8 +50,29 @@ def test_a_run_that_goes_on_says_so_and_claims_no_gain_of_one_epoch():
 ])  # fmt: skip
 def test_longer_runs_are_of_near_images(images, count, kinds):
     text = text_of(more_time.section([entry(0)], 1, images, count))
-    assert [row["kind"] for row in more_time.rows() if row["kind"] in text] == kinds
+    assert [row["kind"] for row in more_time.study()["kinds"] if row["kind"] in text] == kinds
     assert ("No longer runs were measured" in text) == (not kinds)
+
+
+def test_a_forecast_follows_the_gain_of_the_last_doubling(monkeypatch):
+    """The law of the study is fitted on planted runs, which gain the half of the slope for each doubling."""
+    rows = [
+        {"kind": kind, "seed": seed, "factor": factor,
+         "curve": [50, 60 - slope, 55, 60 + 0.5 * slope * np.log2(factor) + (number - seed) / 5]}
+        for number, (kind, slope) in enumerate(zip(forecast.IMAGES, (1, 2, 4), strict=True))
+        for seed in forecast.SEEDS for factor in forecast.FACTORS
+    ]  # fmt: skip
+    found = json.loads(forecast.longer_runs(rows))
+    assert found["forecast"]["number"] == pytest.approx(0.5, abs=0.1)
+    monkeypatch.setattr(more_time, "study", lambda: found)
+    monkeypatch.setitem(found["forecast"], "half_width", 3.0)
+    monkeypatch.setitem(found["forecast"], "number", 0.5)
+    entries = [entry(epoch) for epoch in range(8)]
+    entries[3][more_time.KNN], entries[7][more_time.KNN] = 80.0, 88.0
+    text = text_of(more_time.section(entries, 8, GARMENTS, 10_000))
+    assert "89 to 95 % with 2 times the updates, 93 to 99 % with 4 times the updates, 98 to 100 % with 10" in text
+    assert "is forecast" not in text_of(more_time.section(entries, 9, GARMENTS, 10_000))  # the rate has not fallen
+    assert json.loads(forecast.longer_runs(rows[:-1]))["forecast"] is None  # the study is not complete
 
 
 def test_longer_runs_are_those_of_the_study():

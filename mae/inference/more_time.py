@@ -1,9 +1,11 @@
 """Whether more time may help: what a run gained since half of its updates, and what longer runs of other images gained.
 
-benchmarks/forecast.py writes longer_runs.json: k-NN after 1, 2, 4 and 10 times the updates, by kind of images.
+benchmarks/forecast.py writes longer_runs.json: k-NN after 1, 2, 4 and 10 times the updates, by kind of images, and the
+numbers of a forecast if it was better than naive ones.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -26,25 +28,27 @@ NOTE = (
 )
 
 
-def rows() -> list[dict[str, Any]]:
-    """Returns the measured runs, a row for each kind of images."""
+def study() -> dict[str, Any]:
+    """Returns `kinds`, the measured runs of each kind of images, and `forecast`; None: it is not shown."""
     text = resources.files("mae.inference").joinpath(FILE).read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = json.loads(text)
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
-def gain(entries: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Returns the gain of a measure in the last doubling of the updates, in words; "" if the log is too short.
-
-    It is from the newest measurement in the first half of the epochs to the last one.
-    """
-    title, factor = MEASURES[name]
+def last_doubling(entries: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """Returns two entries with a measure, the newest in the first half of the epochs and the last one; else []."""
     found = [entry for entry in entries if entry.get(name) is not None]
     first_half = [entry for entry in found if 2 * (entry["epoch"] + 1) <= found[-1]["epoch"] + 1]
-    if not first_half:
+    return [first_half[-1], found[-1]] if first_half else []
+
+
+def gain(entries: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Returns the gain of a measure in the last doubling of the updates, in words; "" if the log is too short."""
+    title, factor = MEASURES[name]
+    pair = last_doubling(entries, name)
+    if not pair:
         return ""
-    first = first_half[-1]
-    last = found[-1]
+    first, last = pair
     change = factor * (last[name] - first[name])
     epochs = f"from epoch {first['epoch']} to epoch {last['epoch']}"
     return f"{title} changed by {change:+.1f} points, to {factor * last[name]:.1f} % ({epochs})"
@@ -72,13 +76,36 @@ def section(entries: Sequence[Mapping[str, Any]], epochs: int, images: ImageSpec
         done = entries[-1]["epoch"] + 1
         sentences.append(f"It has ended {done} of {epochs} epochs: its learning rate has not fallen to zero.")
     sentences.append(gains(entries))
-    near = measured_runs.near(rows(), images.in_chans, min(to_pair(images.input_size)), count)
+    found = study()
+    near = measured_runs.near(found["kinds"], images.in_chans, min(to_pair(images.input_size)), count)
+    if entries[-1]["epoch"] + 1 == epochs and found["forecast"]:
+        sentences.append(forecast(entries, found["forecast"]))
     if not near:
         sentences.append("No longer runs were measured with images near to these (benchmarks/forecast.md has others).")
         return page.paragraph(" ".join(filter(None, sentences)))
     texts = [[f"{row['images']:,} {row['kind']}, {row['side']} pixels", *reached(row)] for row in near]
     titles = ["k-NN of images", *(f"{factor} × the updates" for factor in near[0]["knn"])]
     return page.paragraph(" ".join(filter(None, sentences))) + page.table(titles, texts) + page.paragraph(NOTE)
+
+
+def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> str:
+    """Returns a sentence with intervals of k-NN after longer runs; "" if the log is too short.
+
+    A longer run gains in proportion to the gain in the last doubling, and to the logarithm of the number of updates.
+    """
+    pair = last_doubling(entries, KNN)
+    if not pair:
+        return ""
+    first, last = pair
+    texts = []
+    for factor in law["factors"]:
+        value = last[KNN] + law["number"] * math.log2(factor) * (last[KNN] - first[KNN])
+        low, high = (min(100.0, max(0.0, value + sign * law["half_width"])) for sign in (-1, 1))
+        texts.append(f"{low:.0f} to {high:.0f} % with {factor} times the updates")
+    return (
+        f"k-NN is forecast, with {law['level']:.0%} intervals: {', '.join(texts)}. Of {law['pairs']} such forecasts "
+        f"about other images, {law['covered']} were right (benchmarks/forecast.md)."
+    )
 
 
 def reached(row: Mapping[str, Any]) -> list[str]:
