@@ -165,6 +165,8 @@ def test_bytes_with_invalid_pixels_remain_bytes():
         ),
         # 0 is white in this file, and black in the picture.
         (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "`nodata`"),
+        (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(None, (0, 9)), "`value_range`"),
+        (tiff(np.zeros((8, 8), np.uint16), photometric="miniswhite"), PixelValues(None, (0, 9)), "`value_range`"),
         # Transparent pixels become white, and colors gray.
         (Image.new("RGBA", (4, 4)), PixelValues(nodata=0), "`nodata`"),
         (Image.new("LA", (4, 4)), PixelValues(nodata=0), "`nodata`"),

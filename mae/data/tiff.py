@@ -62,8 +62,10 @@ def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues
         if len(pages) == 1 and _is_stack(file.pages):
             count = len(file.pages)
             raise BadImage(f"it has {count} pages of equal size, and in_chans={in_chans}")
-        if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
-            raise BadImage("its value 0 is white, so `nodata` has two meanings; save it with 0 as black")
+        if page.photometric == PHOTOMETRIC.MINISWHITE and page.dtype is not None and page.dtype.kind != "f":
+            setting = "value_range" if values.value_range else "nodata"
+            if values.value_range or (values.nodata is not None and bits <= 8):
+                raise BadImage(f"its value 0 is white, so `{setting}` has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
             require_stored_values(values, bits == 8)
