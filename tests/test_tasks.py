@@ -472,6 +472,13 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     assert best.startswith("mine")
     (conclusion,) = (line for line in table if f"{best} has the best mae, " in line)
     assert " below scratch" in conclusion
+    choices = {}  # errors on held-out images, by pooling and k
+    for file in (tmp_path / "compare/runs/choices/mine/knn").rglob("run.json"):
+        for name, error in json.loads(file.read_text())["scores"].items():
+            if name.startswith("mae_k"):
+                choices.setdefault((file.parents[1].name, name.removeprefix("mae_k")), []).append(error)
+    _, k = min(choices, key=lambda choice: np.mean(choices[choice]))
+    assert len(choices) >= 3 and f"(k {k}" in cells["mine (k-NN)"]
     logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
     assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
     for changed, message in (({"labels": 10}, r"labels=.*10.* give labels=all"),
