@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mae.cli import entry_point
 from mae.data.source import is_stream
 from mae.inference import report, verdict
 from mae.recommend import check, recipe
-from mae.settings.arguments import arguments
+from mae.settings.arguments import arguments, in_words
 from mae.settings.values import read_recipe
 from mae.training import environment, log
 
@@ -52,6 +52,7 @@ COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
+NAMES = ("data_path", "train_list", "dataset")  # settings that name images
 STOPS = {128 + each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}  # exit statuses
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     path = Path(str(images))
     out = args.output_dir or Path("runs", (path.name if path.is_dir() else path.stem).replace(":", "_"))
     file = out.with_name(f"{out.name}.yaml")
-    require_same_images(str(images), out, file)
+    require_same_images(given, out, file)
     page = out / "report.html"
     if page.exists() and all(page.stat().st_mtime >= file.stat().st_mtime for file in run_directory.checkpoints(out)):
         logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
@@ -113,20 +114,32 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(status)
 
 
-def require_same_images(images: str, out: Path, file: Path) -> None:
-    """Raises ValueError if a recipe, or without one the run in `out`, is of other images: folders may have one name."""
+def require_same_images(given: Mapping[str, Any], out: Path, file: Path) -> None:
+    """Raises ValueError if a recipe, or without one the run in `out`, is of other images: folders may have one name.
+
+    Args:
+        given: the arguments of the command; of them, `path` may be of any kind.
+    """
     if file.exists():
         settings = read_recipe(file.read_text(encoding="utf-8")) or {}
     elif (out / environment.FILE).is_file():
         settings = environment.read_last(out)["settings"]
     else:
         return
-    named = [settings[name] for name in ("data_path", "train_list", "dataset") if settings.get(name)]
-    if named and not any(images == name or Path(images).resolve() == Path(name).resolve() for name in named):
+    recorded = {name: str(settings[name]) for name in NAMES if settings.get(name)}
+    named = {name: str(given[name]) for name in NAMES if name in given}
+    if path := str(given.get("path", "")):
+        named[next((name for name, value in recorded.items() if is_same(path, value)), "data_path")] = path
+    if recorded and any(name not in recorded or not is_same(value, recorded[name]) for name, value in named.items()):
+        remedy = f"; if the images have moved, change {file}" if file.exists() else ""
         raise ValueError(
-            f"{out} has a run of {named[0]}, and {images} are other images: give another `output_dir`; if the images "
-            f"have moved, change {file}"
+            f"{out} has a run of {in_words(recorded)}: for {in_words(named)}, give another `output_dir`{remedy}"
         )
+
+
+def is_same(first: str, second: str) -> bool:
+    """Whether two values name the same images: texts that are equal, or paths of one file or folder."""
+    return first == second or Path(first).resolve() == Path(second).resolve()
 
 
 def write_recipe(given: dict[str, Any], file: Path) -> None:

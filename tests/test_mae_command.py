@@ -107,10 +107,15 @@ def test_folders_of_one_name_are_not_confused(tmp_path, monkeypatch, capsys):
     for same in ("a/photos", tmp_path / "a/photos"):
         start.main(start.get_args_parser().parse_args([str(same)]))
         assert "page: runs/photos/report.html" in capsys.readouterr().out
-    assert "runs/photos has a run of a/photos, and b/photos are" in fails(capsys, monkeypatch, start, "b/photos")
+    assert "runs/photos has a run of data_path=a/photos" in fails(capsys, monkeypatch, start, "b/photos")
     Path("runs/photos.yaml").unlink()
     (out / "environment.jsonl").write_text('{"settings": {"data_path": "a/photos"}}\n')
-    assert "a run of a/photos" in fails(capsys, monkeypatch, start, "b/photos")
+    assert "a run of data_path=a/photos" in fails(capsys, monkeypatch, start, "b/photos")
+    Path("runs/photos.yaml").write_text("data_path: a/photos\ntrain_list: one.csv\n")
+    start.main(start.get_args_parser().parse_args(["a/photos", "--train_list", "one.csv"]))
+    assert "page:" in capsys.readouterr().out
+    assert "train_list=two.csv" in fails(capsys, monkeypatch, start, "a/photos", "--train_list", "two.csv")
+    assert "dataset=STL10" in fails(capsys, monkeypatch, start, "a/photos", "--dataset", "STL10")
     monkeypatch.setattr(start, "write_recipe", lambda given, file: sys.exit(file.name))
     with pytest.raises(SystemExit, match=r"photos\.v2\.yaml"):
         start.main(start.get_args_parser().parse_args(["photos.v2"]))

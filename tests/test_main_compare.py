@@ -526,6 +526,14 @@ def test_pixels_of_the_baselines(labelled, tmp_path):
     pixels = read(labelled, (64, 32), 1, crop_pct=1)
     assert pixels.shape == (23, 32 * 32) and 0 <= pixels.min() < pixels.max() <= 1
     assert read(labelled, (8, 256), 1, crop="none").shape == (23, 8 * 32)  # as leads of a signal, which stay apart
+    for crop in (None, "none"):  # the top rows of a high input are in it
+        folder = tmp_path / "high/val/cat"
+        folder.mkdir(parents=True, exist_ok=True)
+        high = np.zeros((64, 32), np.uint8)
+        high[:8] = 255
+        Image.fromarray(high).save(folder / "0.png")
+        rows = read(tmp_path / "high", (64, 32), 1, crop_pct=1, crop=crop).reshape(32, 32)
+        assert rows[:3].min() > 0.9 and rows[6:].max() < 0.1
     assert read(labelled, 16, 3).shape == (23, 3 * 16 * 16)
     shades = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     for name, pixels in (("bytes", shades), ("deep", shades.astype(np.uint16) * 257)):

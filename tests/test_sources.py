@@ -322,13 +322,22 @@ def test_a_csv_file_without_labels_is_named(make_list, caplog):
 @pytest.mark.parametrize("archived", [False, True])
 @pytest.mark.parametrize(("split", "folders"), [
     ("train", ("train/images", "train/masks")), ("train", ("images/training", "annotations/training")),
-    ("val", ("val/images", "val/masks")),
+    ("val", ("val/images", "val/masks")), ("train", ("train/cat/Images", "train/cat/Masks")),
 ])  # fmt: skip
-def test_masks_are_no_class_of_images(tmp_path, split, folders, archived):
-    """The layouts of main_segment.py. The folder of the images is one of images."""
+def test_masks_are_no_images(tmp_path, split, folders, archived):
+    """The layouts of main_segment.py, and masks in class folders. The folder of the images is one of images."""
     root = tmp_path / "data"
     save(*(root / folder / f"{number}.png" for folder in folders for number in range(3)))
+    save(root / ("preview.png" if "training" in folders[0] else f"{split}/preview.png"))
     path = shutil.make_archive(str(root), "zip", root) if archived else root
-    with pytest.raises(ValueError, match=r"images and (masks|annotations) are those of a segmentation"):
+    with pytest.raises(ValueError, match=r"(images|Images) and (masks|annotations|Masks) are those of a segmentation"):
         open_source(split, str(path))
     assert names(open_source("train", str(root / folders[0]))) == ["0.png", "1.png", "2.png"]
+
+
+def test_annotations_of_detection_are_no_masks(tmp_path):
+    root = tmp_path / "data"
+    save(*(root / f"images/train2017/{number}.png" for number in range(3)))
+    (root / "annotations").mkdir()
+    (root / "annotations/instances.json").write_text("{}")
+    assert len(open_source("train", str(root))) == 3

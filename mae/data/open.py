@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ from mae import parallel
 from mae.data.kinds.folders import NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.data.kinds.listing import Listing
 from mae.data.source import OpenDataset, Source, Stream
+from mae.files.untrusted import printable
 from mae.registry import lazily
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTS = (".csv", ".json", ".txt")
-MASKS = ("masks", "annotations")  # folders beside images/ (mae.data.kinds.pairs)
+# Names of folders that are beside each other in datasets for segmentation, in lower case.
+IMAGES = ("images", "image", "imgs", "img")
+MASKS = ("masks", "mask", "annotations")
 # The folders or files that torchvision makes in the folder of a dataset, for a warning.
 LAYOUTS = {
     "cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10",
@@ -144,12 +147,27 @@ def _open_path(root: Path, split: str, takes_all: bool) -> Listing:
         ValueError: there is none, it has no images, or it has masks, which would be images of another class.
     """
     files = _files_of(root, split, takes_all)
-    if masks := next((name for name in MASKS if {"images", name} <= {*files.classes}), ""):
+    if masks := _masks_among(files.names):
         raise ValueError(
-            f"data_path={root}: its folders images and {masks} are those of a segmentation, and masks are no images: "
-            f"give the folder of the images"
+            f"data_path={root}: its folders {' and '.join(map(printable, masks))} are those of a segmentation, and "
+            f"masks are no images: give the folder of the images, or a list of them as `train_list`"
         )
     return files
+
+
+def _masks_among(names: Iterable[str]) -> list[str]:
+    """Returns two folders beside each other of which one has images and the other masks, by their names; else []."""
+    folders = {name.rpartition("/")[0] for name in names} - {""}
+    paths = {tuple(folder.split("/")[:depth]) for folder in folders for depth in range(1, folder.count("/") + 2)}
+    beside: dict[tuple[str, ...], dict[str, str]] = {}
+    for *above, name in paths:
+        beside.setdefault(tuple(above), {})[name.lower()] = name
+    for found in beside.values():
+        images = [found[name] for name in IMAGES if name in found]
+        masks = [found[name] for name in MASKS if name in found]
+        if images and masks:
+            return [images[0], masks[0]]
+    return []
 
 
 def _files_of(root: Path, split: str, takes_all: bool) -> Listing:

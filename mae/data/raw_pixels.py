@@ -7,6 +7,7 @@ from mae.data import loader, transforms
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import Source
+from mae.data.stages import Scale, Stages
 from mae.position_tables import to_pair
 from mae.settings import ImageSpec
 
@@ -16,13 +17,17 @@ SIDE = 32  # pixels per side, to which larger images are resized
 def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
     """Reads the images of a source: float32 (n, c·h·w), preprocessed as in an evaluation, without normalization.
 
-    Values of several units are normalized, because large ones would hide the others: if the statistics are not those of
-    values in [0, 1], or the images are neither gray nor RGB. Each side has at most SIDE pixels. Invalid pixels have the
-    mean of the image, as `decode.decode_item` decodes them.
+    Channels may have several units, and large values would hide the others. So the values are normalized if the images
+    are neither gray nor RGB, or if the statistics are not those of values in [0, 1]. Each side has at most SIDE pixels.
+    Invalid pixels have the mean of the image, as `decode.decode_item` decodes them.
     """
-    height, width = (min(side, SIDE) for side in to_pair(images.input_size))
+    height, width = to_pair(images.input_size)
+    size = min(height, SIDE), min(width, SIDE)
     crop_pct = images.crop_pct or transforms.default_crop_pct(images.input_size)
-    transform = transforms.eval_transform((height, width), crop_pct, images.crop)
+    transform = transforms.eval_transform(size, crop_pct, images.crop)
+    if size[0] * width != size[1] * height:  # the crop has another aspect ratio: it precedes the scaling
+        whole = transforms.eval_transform(images.input_size, crop_pct, images.crop)
+        transform = Stages(*whole.stages, Scale(size))
     samples = Samples(
         source, transform, in_chans=images.in_chans, seed=0, exif=bool(images.exif),
         values=PixelValues(images.nodata, images.value_range, images.channels_last),

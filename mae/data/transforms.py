@@ -338,7 +338,7 @@ def probe_transform(input_size: Size, crop: str = "random", hflip: float = 0.5) 
 
 def eval_transform(
     input_size: Size, crop_pct: float | None = None, crop: str | None = None, interpolation: str | None = None
-) -> Transform:
+) -> stages.Stages:
     """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:
