@@ -325,6 +325,7 @@ def tags_of(tmp_path, cells, suffix=".csv"):
 
 @pytest.mark.parametrize(("cells", "message"), [
     (["0;1;1", "1;0;0", "1;1;0"], "the labels 0;1;1 are a vector of 0 and 1: give a column for each class"),
+    (["1.0;0.0;1.0", "", "0.0;1.0;0.0"], "are a vector of 0 and 1"), (["True;False", "False;False"], "are a vector"),
     (["haze primary", "clear primary", "clear water", "haze", "water", "haze water"], "haze primary.* separate"),
     (["haze\tprimary", "clear\tprimary", "clear\twater", "haze", "water"], "separate labels by ;"),
 ])  # fmt: skip
@@ -332,13 +333,15 @@ def test_labels_with_other_separators_are_refused(tmp_path, cells, message):
     """Each combination would be a class, or 0 and 1 would be."""
     with pytest.raises(ValueError, match=message):
         tags_of(tmp_path, cells)
-    if ";" in cells[0]:
+    if cells[0] == "0;1;1":
         with pytest.raises(ValueError, match=message):
             tags_of(tmp_path, [[int(part) for part in cell.split(";")] for cell in cells], ".json")
 
 
 def test_names_of_several_words_and_booleans(tmp_path):
     assert tags_of(tmp_path, ["polar bear", "brown bear", "polar bear"]).classes == ["brown bear", "polar bear"]
+    fruits = [f"{state} {fruit}" for state in ("healthy", "rotten") for fruit in ("apple", "banana", "orange")]
+    assert len(tags_of(tmp_path, fruits).classes) == 6
     assert tags_of(tmp_path, ["a;b", "a;a", ""]).labels.tolist() == [[1, 1], [1, 0], [0, 0]]
     for suffix, cells in ((".json", [True, False]), (".csv", ["True", "false"])):
         source = tags_of(tmp_path, cells, suffix)

@@ -305,8 +305,19 @@ def _inputs(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _are_names(texts: Sequence[str]) -> bool:
     """Whether the cells of a column are names of classes, such as a;b. Beside 0 and 1, other cells are mistakes."""
-    are_numbers = [bool(DECIMAL.fullmatch(text)) and float(text) in (0, 1) for text in texts]
+    are_numbers = [_is_0_or_1(text) for text in texts]
     return not all(are_numbers) and (not any(are_numbers) or any(";" in text for text in texts))
+
+
+def _is_0_or_1(text: str) -> bool:
+    return bool(DECIMAL.fullmatch(text)) and float(text) in (0, 1)
+
+
+def _are_separated_by_blanks(texts: Sequence[str]) -> bool:
+    """Whether words are probably labels: there are fewer words than other cells, and one is a cell of its own."""
+    words = {word for text in texts for word in text.split()}
+    inner = {word for text in texts if len(text.split()) > 1 for word in text.split()}
+    return len(words) < len({*texts}) and not inner.isdisjoint(texts)
 
 
 def _tags(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -318,9 +329,8 @@ def _tags(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """
     has_several = any(";" in text for text in texts)
     wrong = [text for text in texts if text.lower() == "nan" or (not has_several and SEPARATORS.search(text))]
-    spaced = [] if has_several else [text for text in texts if len(text.split()) > 1]
-    if spaced and len({word for text in texts for word in text.split()}) < len({*texts}):  # each word is in many cells
-        wrong += spaced
+    if not has_several and _are_separated_by_blanks(texts):
+        wrong += [text for text in texts if len(text.split()) > 1]
     if wrong:
         raise ValueError(
             f"the label {printable(wrong[0])} may be several labels or none: separate labels by ;, and end a single "
@@ -328,8 +338,11 @@ def _tags(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         )
     parts = [[part.strip() for part in text.split(";") if part.strip()] for text in texts]
     rows = [{*labels} for labels in parts]
-    if set().union(*rows) <= {"0", "1"} and max(map(len, parts)) > 1 and len(set(map(len, parts))) == 1:
-        raise ValueError(f"the labels {printable(texts[0])} are a vector of 0 and 1: give a column for each class")
+    lengths = {len(labels) for labels in parts if labels}
+    found = {BOOLEANS.get(name.lower(), name) for name in set().union(*rows)}
+    if len(lengths) == 1 and max(lengths) > 1 and all(map(_is_0_or_1, found)):
+        vector = printable(max(texts, key=len))
+        raise ValueError(f"the labels {vector} are a vector of 0 and 1: give a column for each class")
     classes = sorted(set().union(*rows))
     return [printable(name) for name in classes], np.array([[name in row for name in classes] for row in rows])
 

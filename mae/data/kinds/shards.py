@@ -29,12 +29,11 @@ class Shards:
     """Tar files that are read sequentially (WebDataset), for slow disks and URLs.
 
     The samples of an epoch and their order depend on the number of processes and workers. An epoch continues at about
-    the place where the epoch before it ended: the place is exact if all shards have equally many images, and their
-    number is a multiple or a divisor of the number of readers. Else images at the ends of epochs are read more or less
-    often than others, by up to the size of the shuffle buffer for each reader. A run that is resumed within an epoch
-    reads other samples than the interrupted run would have read: resuming is approximate here, and exact for all other
-    sources. Labels are read from members `.cls`. As in WebDataset, the name of a sample ends at the first dot of its
-    files; a sample with several images is refused.
+    the place where the epoch before it ended. The place is exact if all shards have equally many images, and a reader
+    has one of them or a part of one. Else it may read up to SHUFFLED images around this place twice, or not at all. A
+    run that is resumed within an epoch reads other samples than the interrupted run would have read: resuming is
+    approximate here, and exact for all other sources. Labels are read from members `.cls`. As in WebDataset, the name
+    of a sample ends at the first dot of its files; a sample with several images is refused.
 
     Args:
         pattern: paths or URLs with braces {000..127}; paths may also contain *.
@@ -111,7 +110,7 @@ class Shards:
             urls = [{"url": self.urls[shard]} for count, shard in order if count >= first and count % parts == part]
             members = read_members(webdataset.tariterators.url_opener(urls, handler=handle), handle)
             samples = webdataset.tariterators.group_by_keys(members, handler=handle)
-            # The order depends on the pass and the reader only, so that what is skipped is what was read.
+            # The order depends on the pass and its shards only, so that what is skipped of a shard is what was read.
             order_of_pass = random.Random(zlib.crc32(repr((seed, number, part)).encode()))
             shuffle = webdataset.shuffle(SHUFFLED, rng=order_of_pass)
             for sample in itertools.islice(shuffle(samples), skip, None):
