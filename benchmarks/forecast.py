@@ -203,16 +203,21 @@ def forecasts(pairs: Sequence[Pair], method: str) -> dict[Pair, Forecast]:
     return found
 
 
-def num_covered(found: Mapping[Pair, Forecast]) -> int:
-    """Returns how many runs are within the intervals of their forecasts."""
-    return sum(bool(abs(one.value - pair.reached) <= one.half_width) for pair, one in found.items())
+def num_covered(found: Mapping[Pair, Forecast]) -> tuple[int, int]:
+    """Returns how many runs are within the intervals of their forecasts, and the number of runs."""
+    return sum(bool(abs(one.value - pair.reached) <= one.half_width) for pair, one in found.items()), len(found)
+
+
+def is_complete(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no run of the study is missing."""
+    return len(rows) == len(EPOCHS) * len(SEEDS) * len(FACTORS)
 
 
 def summary(pairs: Sequence[Pair], method: str) -> list[str]:
     """Returns the row of a method: errors, widths, and coverage with its 95 % interval."""
     found = forecasts(pairs, method)
     errors = [abs(forecast.value - pair.reached) for pair, forecast in found.items()]
-    covered = num_covered(found)
+    covered, _ = num_covered(found)
     low, high = stats.binomtest(covered, len(errors)).proportion_ci(0.95)
     return [
         method, f"{statistics.median(errors):.2f}",
@@ -228,8 +233,8 @@ def is_shown(pairs: Sequence[Pair]) -> bool:
         method: statistics.median(abs(one.value - pair.reached) for pair, one in of_method.items())
         for method, of_method in found.items()
     }
-    covered = num_covered(found[SLOPE]) / len(found[SLOPE])
-    return 0.7 <= covered <= 0.9 and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
+    num, of = num_covered(found[SLOPE])
+    return 0.7 * of <= num <= 0.9 * of and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
 
 
 def read() -> list[dict[str, Any]]:
@@ -250,8 +255,13 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     if len({pair.kind for pair in pairs}) < len(EPOCHS):
         return text
     titles = ["forecast", "median error, points", "median width, points", "covered", "covered, %"]
-    shown = "The forecast is shown." if is_shown(pairs) else "The forecast is not shown."
-    return "\n\n".join([text, markdown(titles, [summary(pairs, method) for method in METHODS]), shown])
+    shown = "The forecast is shown." if is_complete(rows) and is_shown(pairs) else "The forecast is not shown."
+    covered = []
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        num, of = num_covered({pair: one for pair, one in forecasts(pairs, SLOPE).items() if pair.kind == kind})
+        covered.append(f"{num} of {of} {kind}")
+    note = f"Covered by the slope of the log: {', '.join(covered)}."
+    return "\n\n".join([text, markdown(titles, [summary(pairs, method) for method in METHODS]), note, shown])
 
 
 def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -259,6 +269,7 @@ def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
     ends = {Case(row["kind"], row["seed"], row["factor"]): round(row["curve"][-1], 1) for row in rows}
     cases = {factor: [Case(kind, seed, factor) for kind in IMAGES for seed in SEEDS] for factor in FACTORS}
     complete = [factor for factor, of_factor in cases.items() if ends.keys() >= {*of_factor}]
+    found = forecasts(pairs_of(rows), SLOPE)
     kinds = []
     for kind, count in IMAGES.items():
         title, flags = leaderboard.KINDS[kind]
@@ -268,16 +279,14 @@ def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
                 "images": count, "kind": title, "channels": flags["in_chans"], "side": flags["input_size"],
                 "processed": EPOCHS[kind] * (count // batch_size) * batch_size,
                 "knn": {str(factor): [ends[Case(kind, seed, factor)] for seed in SEEDS] for factor in complete},
+                "covered": num_covered({pair: one for pair, one in found.items() if pair.kind == kind}),
             }
         )  # fmt: skip
-    pairs = pairs_of(rows)
     law = None
-    if complete == [*FACTORS] and is_shown(pairs):
-        number, residuals = fitted(pairs)  # of all kinds: images of a page are another
-        law = {
-            "number": round(number, 3), "half_width": round(half_width_of(residuals), 1), "level": LEVEL,
-            "factors": FACTORS[1:], "covered": num_covered(forecasts(pairs, SLOPE)), "pairs": len(pairs),
-        }  # fmt: skip
+    if is_complete(rows) and is_shown(pairs_of(rows)):
+        number, residuals = fitted(pairs_of(rows))  # of all kinds: the images of a page are others
+        half_width = round(half_width_of(residuals), 1)
+        law = {"number": round(number, 3), "half_width": half_width, "level": LEVEL, "factors": FACTORS[1:]}
     return f"{json.dumps({'kinds': kinds, 'forecast': law}, indent=2)}\n"
 
 

@@ -104,7 +104,9 @@ def test_the_name_of_a_folder_does_not_make_a_classifier_a_linear_probe():
 
 
 def test_a_name_without_its_owner():
-    with pytest.raises(ValueError, match=r"named dinov2-small; give facebook/dinov2-small, its name on"):
+    with pytest.raises(
+        ValueError, match=r"named dinov2-small; a released encoder of this name is facebook/dinov2-small"
+    ):
         model_zoo.fetch("dinov2-small")
 
 

@@ -60,6 +60,18 @@ def test_statistics_of_channels_of_other_units(tmp_path, capsys):
     assert (np.abs(mean - images.mean(axis=(0, 2, 3))) < 0.01 * std).all()
 
 
+def test_a_narrow_range_far_from_zero(tmp_path, capsys):
+    folder, draw = tmp_path / "pressure", np.random.default_rng(0)
+    folder.mkdir()
+    images = 101325 + draw.normal(size=(48, 16, 16))
+    for number, image in enumerate(images.astype(np.float32)):
+        np.save(folder / f"{number}.npy", image)
+    mean, std, settings = statistics_of_recipe(folder, 1, capsys)
+    low, high = settings["value_range"]
+    assert (low, high) == pytest.approx((images.min(), images.max()), abs=0.02)
+    assert (mean, std) == (pytest.approx(images.mean(), abs=0.02), pytest.approx(images.std(), rel=0.01))
+
+
 def test_a_constant_channel_has_a_standard_deviation_of_1(tmp_path, capsys):
     """Its variance is a rounding error."""
     folder = tmp_path / "bands"

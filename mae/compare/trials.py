@@ -279,7 +279,7 @@ class Trials:
             accuracy, chosen = baselines.evaluate(trial.protocol, *train, *val, seed=trial.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        depends_on = settings | self.validation | {"images": self.images}
+        depends_on = settings | self.validation | {"images": self.images, "pixels": raw_pixels.VERSION}
         scores = store.kept(self.folder / trial.name, depends_on, compute)
         return scores, f"{settings.pop('baseline')}: {shlex.join(arguments(settings))}"
 

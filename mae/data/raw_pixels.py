@@ -11,6 +11,7 @@ from mae.data.stages import Scale, Stages
 from mae.position_tables import to_pair
 from mae.settings import ImageSpec
 
+VERSION = 2  # of what `read` returns, for results that are kept
 SIDE = 32  # pixels per side, to which larger images are resized
 
 

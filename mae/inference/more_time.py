@@ -1,4 +1,4 @@
-"""Whether more time may help: what a run gained since half of its updates, and what longer runs of other images gained.
+"""Whether more time may help: what a run gained since half of its updates, and what longer runs of others gained.
 
 benchmarks/forecast.py writes longer_runs.json: k-NN after 1, 2, 4 and 10 times the updates, by kind of images, and the
 numbers of a forecast if it was better than naive ones.
@@ -6,9 +6,12 @@ numbers of a forecast if it was better than naive ones.
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
+
+import numpy as np
 
 from mae.inference import page
 from mae.position_tables import to_pair
@@ -17,10 +20,11 @@ from mae.training import measured_runs
 from mae.training.gate import KNN
 
 FILE = "longer_runs.json"
-MEASURES = {  # titles, and the factor that makes them percent
-    KNN: ("k-NN", 1),
-    "test_explained": ("the explained variance of held-out images", 100),
-    "train_explained": ("the explained variance of training images", 100),
+COVERED = 0.7  # least share of the forecasts with near images that were right, for another one
+MEASURES = {  # what a sentence says has changed, and the factor that makes it percent
+    KNN: ("k-NN has changed", 1),
+    "test_explained": ("the explained variance of held-out images has changed", 100),
+    "train_explained": ("the explained variance of training images has changed", 100),
 }
 NOTE = (
     "A longer run is another run, because its learning rate falls to zero later. The runs of the table had other "
@@ -35,30 +39,25 @@ def study() -> dict[str, Any]:
     return found
 
 
-def last_doubling(entries: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+def second_half(entries: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     """Returns two entries with a measure, the newest in the first half of the epochs and the last one; else []."""
-    found = [entry for entry in entries if entry.get(name) is not None]
+    found = [entry for entry in entries if math.isfinite(entry.get(name) or math.nan)]
     first_half = [entry for entry in found if 2 * (entry["epoch"] + 1) <= found[-1]["epoch"] + 1]
     return [first_half[-1], found[-1]] if first_half else []
 
 
-def gain(entries: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Returns the gain of a measure in the last doubling of the updates, in words; "" if the log is too short."""
-    title, factor = MEASURES[name]
-    pair = last_doubling(entries, name)
-    if not pair:
-        return ""
-    first, last = pair
-    change = factor * (last[name] - first[name])
-    epochs = f"from epoch {first['epoch']} to epoch {last['epoch']}"
-    return f"{title} changed by {change:+.1f} points, to {factor * last[name]:.1f} % ({epochs})"
-
-
 def gains(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a sentence on the gains of a run in the last doubling of its updates; "" if the log is too short."""
-    variances = [text for name in ("test_explained", "train_explained") if (text := gain(entries, name))]
-    parts = [text for text in (gain(entries, KNN), *variances[:1]) if text]
-    return f"In the last doubling of its updates, {', and '.join(parts)}." if parts else ""
+    """Returns a sentence on the gains of a run since about half of its updates; "" if the log is too short."""
+    texts: dict[str, list[str]] = {}
+    for names in ((KNN,), ("test_explained", "train_explained")):
+        name = next((name for name in names if second_half(entries, name)), "")
+        if name:
+            title, factor = MEASURES[name]
+            first, last = second_half(entries, name)
+            change = factor * (last[name] - first[name])
+            epochs = f"from epoch {first['epoch']} to epoch {last['epoch']}"
+            texts.setdefault(epochs, []).append(f"{title} by {change:+.1f} points to {factor * last[name]:.1f} %")
+    return " ".join(f"F{epochs[1:]}, {' and '.join(found)}." for epochs, found in texts.items())
 
 
 def section(entries: Sequence[Mapping[str, Any]], epochs: int, images: ImageSpec, count: int) -> str:
@@ -70,41 +69,49 @@ def section(entries: Sequence[Mapping[str, Any]], epochs: int, images: ImageSpec
         images: the input of the model.
         count: number of images.
     """
-    processed = sum(entry["images_per_s"] * entry["seconds"] for entry in entries)  # rounded in the log
+    done = entries[-1]["epoch"] + 1
+    # The rate of an epoch that was resumed is that of its rest.
+    processed = done * statistics.median(entry["images_per_s"] * entry["seconds"] for entry in entries)
     sentences = [f"The run has processed about {measured_runs.share_text(_rounded(processed), count)}."]
-    if entries[-1]["epoch"] + 1 < epochs:
-        done = entries[-1]["epoch"] + 1
+    if done < epochs:
         sentences.append(f"It has ended {done} of {epochs} epochs: its learning rate has not fallen to zero.")
     sentences.append(gains(entries))
     found = study()
     near = measured_runs.near(found["kinds"], images.in_chans, min(to_pair(images.input_size)), count)
-    if entries[-1]["epoch"] + 1 == epochs and found["forecast"]:
-        sentences.append(forecast(entries, found["forecast"]))
     if not near:
         sentences.append("No longer runs were measured with images near to these (benchmarks/forecast.md has others).")
         return page.paragraph(" ".join(filter(None, sentences)))
+    right, pairs = np.sum([row["covered"] for row in near], axis=0)
+    if done == epochs and found["forecast"] and right >= COVERED * pairs:
+        sentences.append(forecast(entries, found["forecast"], near))
     texts = [[f"{row['images']:,} {row['kind']}, {row['side']} pixels", *reached(row)] for row in near]
     titles = ["k-NN of images", *(f"{factor} × the updates" for factor in near[0]["knn"])]
     return page.paragraph(" ".join(filter(None, sentences))) + page.table(titles, texts) + page.paragraph(NOTE)
 
 
-def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> str:
+def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], near: Sequence[Mapping[str, Any]]) -> str:
     """Returns a sentence with intervals of k-NN after longer runs; "" if the log is too short.
 
-    A longer run gains in proportion to the gain in the last doubling, and to the logarithm of the number of updates.
+    A longer run gains in proportion to the gain in the last doubling of the updates, and to the logarithm of their
+    number.
+
+    Args:
+        near: rows of near images, with the number of forecasts that were right.
     """
-    pair = last_doubling(entries, KNN)
+    pair = second_half(entries, KNN)
     if not pair:
         return ""
     first, last = pair
+    slope = (last[KNN] - first[KNN]) / math.log2((last["epoch"] + 1) / (first["epoch"] + 1))
     texts = []
     for factor in law["factors"]:
-        value = last[KNN] + law["number"] * math.log2(factor) * (last[KNN] - first[KNN])
+        value = last[KNN] + law["number"] * math.log2(factor) * slope
         low, high = (min(100.0, max(0.0, value + sign * law["half_width"])) for sign in (-1, 1))
         texts.append(f"{low:.0f} to {high:.0f} % with {factor} times the updates")
+    right = ", and ".join(f"{row['covered'][0]} of {row['covered'][1]} with {row['kind']}" for row in near)
     return (
-        f"k-NN is forecast, with {law['level']:.0%} intervals: {', '.join(texts)}. Of {law['pairs']} such forecasts "
-        f"about other images, {law['covered']} were right (benchmarks/forecast.md)."
+        f"k-NN is forecast, with {law['level']:.0%} intervals: {', '.join(texts)}. Of forecasts that knew nothing of "
+        f"these images, {right} were right (benchmarks/forecast.md)."
     )
 
 

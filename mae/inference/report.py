@@ -117,12 +117,8 @@ def main(args: argparse.Namespace) -> Path:
         if not args.map:
             sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
-        masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
         of_state = [entry for entry in entries if entry["epoch"] < epochs]
-        result = verdict.section(
-            model, some, held_out_of(data, some, model, args), of_state, IMAGES, partial(rows_of, args=args), masked,
-            args.num_workers,
-        )  # fmt: skip
+        result = answer(model, some, data, of_state, args)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
     sections += [
         page.section("What to do next", commands(args.run_dir, path, settings, data, source)),
@@ -132,6 +128,22 @@ def main(args: argparse.Namespace) -> Path:
     images = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path, epochs)}."
     return save(args.run_dir, page.render(title, about, facts_of(entries, settings, epochs), sections))
+
+
+def answer(
+    model: Autoencoder, some: Source, data: DataSpec, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
+) -> str:  # fmt: skip
+    """Returns whether the pre-training helped, as HTML.
+
+    Args:
+        some: training images.
+        of_state: the entries of log.txt up to the state of the model.
+    """
+    masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
+    return verdict.section(
+        model, some, held_out_of(data, some, model, args), of_state, IMAGES, partial(rows_of, args=args), masked,
+        args.num_workers,
+    )  # fmt: skip
 
 
 def state_of(path: Path, epochs: int) -> str:

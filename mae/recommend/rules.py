@@ -121,7 +121,8 @@ def _value_lines(images: Images) -> list[Line]:
     std = np.array(images.std)
     of = "of these images, for pixels from 0 to 1"
     if images.value_range:
-        low, high = _rounded(images.value_range)
+        low, high = images.value_range
+        low, high = rounded([low, high], [high - low] * 2)
         reason = "the values of the files, which become 0 and 1: pictures of the log show this range"
         lines.append(Line("value_range", [low, high], reason))
         mean = (mean - low) / (high - low)

@@ -147,7 +147,7 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
     if re.fullmatch(r"(timm/)?vit_\w+_patch\w+\.\w+", name):
         return _from_hub(f"timm/{name.removeprefix('timm/')}")
     if re.fullmatch(r"(dino|dinov2|dinov3|vit-mae)-[\w-]+", name):
-        return f"; give facebook/{name}, its name on the Hugging Face Hub"
+        return f"; a released encoder of this name is facebook/{name}"
     if of_hub and not name.endswith(SUFFIXES) and not Path(name).parent.is_dir():
         return _from_hub(of_hub[2])
     if "://" in name:
