@@ -56,7 +56,7 @@ def open_samples(
     tokens = model.num_patches
     patches = math.prod(side // p for side, p in zip(model.patch_embed.img_size, patch_size, strict=True))
     visible_patches = math.ceil(num_visible * patches / tokens)
-    whole = transforms.eval_transform(images.input_size, crop=images.crop)
+    whole: transforms.Transform = transforms.eval_transform(images.input_size, crop=images.crop)
     augment, whole = (
         transforms.WithValidPatches(transform, patch_size, images.min_valid, visible_patches)
         for transform in (augment, whole)
