@@ -234,7 +234,7 @@ def is_shown(pairs: Sequence[Pair]) -> bool:
         for method, of_method in found.items()
     }
     num, of = num_covered(found[SLOPE])
-    return 0.7 * of <= num <= 0.9 * of and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
+    return more_time.COVERED * of <= num <= 0.9 * of and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
 
 
 def read() -> list[dict[str, Any]]:

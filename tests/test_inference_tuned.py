@@ -47,7 +47,7 @@ def test_the_losses_are_those_of_the_shown_checkpoint():
         {"epoch": epoch, "test_loss": loss, "train_loss": 2 * loss, "seconds": 1.0, "images_per_s": 10.0}
         for epoch, loss in enumerate((0.5, 0.25, 0.75))
     ]
-    facts = report.facts_of(entries, {"epochs": 3}, 2)
+    facts = report.facts_of(entries, report.up_to(entries, 2), {"epochs": 3})
     assert (facts["held-out loss"], facts["training loss"], facts["epochs"]) == ("0.25", "0.5", "3 of 3")
 
 

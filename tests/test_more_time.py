@@ -56,10 +56,11 @@ def test_longer_runs_are_of_near_images(images, count, kinds):
 
 def test_measures_that_are_not_finite_and_resumed_epochs():
     """log.txt has null, which is read as NaN. The rate of a resumed epoch is that of its rest."""
-    entries = [entry(epoch, train_explained=value) for epoch, value in enumerate((0.1, 0.2, 0.3, float("nan")))]
+    entries = [entry(epoch, train_explained=value) for epoch, value in enumerate((0.0, 0.2, 0.3, float("nan")))]
     entries[2]["images_per_s"] = 1.0
     text = text_of(more_time.section(entries, 4, GARMENTS, 10_000))
     assert "about 40,000 images" in text and "nan" not in text
+    assert "From epoch 0 to epoch 2, the explained variance of training images has changed by +30.0 points" in text
 
 
 def rows_of(gain):

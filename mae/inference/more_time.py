@@ -20,7 +20,7 @@ from mae.training import measured_runs
 from mae.training.gate import KNN
 
 FILE = "longer_runs.json"
-COVERED = 0.7  # least share of the forecasts with near images that were right, for another one
+COVERED = 0.7  # least share of the forecasts of the study that were right, of all images and of near ones
 MEASURES = {  # what a sentence says has changed, and the factor that makes it percent
     KNN: ("k-NN has changed", 1),
     "test_explained": ("the explained variance of held-out images has changed", 100),
@@ -41,7 +41,7 @@ def study() -> dict[str, Any]:
 
 def second_half(entries: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     """Returns two entries with a measure, the newest in the first half of the epochs and the last one; else []."""
-    found = [entry for entry in entries if math.isfinite(entry.get(name) or math.nan)]
+    found = [entry for entry in entries if entry.get(name) is not None and math.isfinite(entry[name])]
     first_half = [entry for entry in found if 2 * (entry["epoch"] + 1) <= found[-1]["epoch"] + 1]
     return [first_half[-1], found[-1]] if first_half else []
 

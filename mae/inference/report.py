@@ -97,6 +97,7 @@ def main(args: argparse.Namespace) -> Path:
     if settings["script"] == FINETUNING:
         return write_tuned(args, start, entries, path, data)
     epochs, _ = run_directory.position(path)
+    of_state = up_to(entries, epochs)
     device = parallel.choose_device(args.device)
     source = open_images(data)
     model: Any = get_model(path, device=device, **options.chosen_settings(args))
@@ -117,7 +118,6 @@ def main(args: argparse.Namespace) -> Path:
         if not args.map:
             sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
-        of_state = [entry for entry in entries if entry["epoch"] < epochs]
         result = answer(model, some, data, of_state, args)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
     sections += [
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> Path:
     title = f"Pre-training run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path, epochs)}."
-    return save(args.run_dir, page.render(title, about, facts_of(entries, settings, epochs), sections))
+    return save(args.run_dir, page.render(title, about, facts_of(entries, of_state, settings), sections))
 
 
 def answer(
@@ -181,7 +181,8 @@ def write_tuned(
     images = data.train_list or data.dataset or data.data_path
     started = f"started from {settings['finetune']}" if settings.get("finetune") else "started from random weights"
     about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {path.name}."
-    facts = {**tuned.facts_of(found), **facts_of(entries, settings, run_directory.position(path)[0])}
+    epochs, _ = run_directory.position(path)
+    facts = {**tuned.facts_of(found), **facts_of(entries, up_to(entries, epochs), settings)}
     return save(args.run_dir, page.render(title, about, facts, sections))
 
 
@@ -252,9 +253,15 @@ def held_out_of(data: DataSpec, train: Source, model: Model, args: argparse.Name
     return readable(val, model.in_chans, args.num_workers, model.values) if data.on_bad_image == "skip" else val
 
 
-def facts_of(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], epochs: int) -> dict[str, str]:
-    """Returns the main numbers of a run, by their titles: measures of the state after a number of epochs."""
-    of_state = [entry for entry in entries if entry["epoch"] < epochs]
+def up_to(entries: Sequence[Mapping[str, Any]], epochs: int) -> list[Mapping[str, Any]]:
+    """Returns the entries of log.txt up to the state after a number of epochs."""
+    return [entry for entry in entries if entry["epoch"] < epochs]
+
+
+def facts_of(
+    entries: Sequence[Mapping[str, Any]], of_state: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """Returns the main numbers of a run, by their titles. The measures are those of a state, `up_to` it."""
     last = {name: entry[name] for entry in of_state for name in MEASURES if name in entry}
     numbers = {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
     return {
