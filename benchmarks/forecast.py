@@ -282,12 +282,17 @@ def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
                 "covered": num_covered({pair: one for pair, one in found.items() if pair.kind == kind}),
             }
         )  # fmt: skip
-    law = None
-    if is_complete(rows) and is_shown(pairs_of(rows)):
-        number, residuals = fitted(pairs_of(rows))  # of all kinds: the images of a page are others
-        half_width = round(half_width_of(residuals), 1)
-        law = {"number": round(number, 3), "half_width": half_width, "level": LEVEL, "factors": FACTORS[1:]}
+    law = law_of(rows) if is_complete(rows) and is_shown(pairs_of(rows)) else None
     return f"{json.dumps({'kinds': kinds, 'forecast': law}, indent=2)}\n"
+
+
+def law_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the numbers of the forecast for images of another kind, fitted on all pairs."""
+    number, residuals = fitted(pairs_of(rows))
+    return {
+        "number": round(number, 3), "half_width": round(half_width_of(residuals), 1), "level": LEVEL,
+        "factors": FACTORS[1:],
+    }  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:

@@ -89,24 +89,36 @@ def section(entries: Sequence[Mapping[str, Any]], epochs: int, images: ImageSpec
     return page.paragraph(" ".join(filter(None, sentences))) + page.table(titles, texts) + page.paragraph(NOTE)
 
 
-def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], near: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a sentence with intervals of k-NN after longer runs; "" if the log is too short.
+def interval_of(
+    entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], factor: float
+) -> tuple[float, float] | None:
+    """Returns the bounds of k-NN in percent after `factor` times the updates; None if the log is too short.
 
     A longer run gains in proportion to the gain in the last doubling of the updates, and to the logarithm of their
     number.
+    """
+    pair = second_half(entries, KNN)
+    if not pair:
+        return None
+    first, last = pair
+    slope = (last[KNN] - first[KNN]) / math.log2((last["epoch"] + 1) / (first["epoch"] + 1))
+    value = last[KNN] + law["number"] * math.log2(factor) * slope
+    low, high = (min(100.0, max(0.0, value + sign * law["half_width"])) for sign in (-1, 1))
+    return low, high
+
+
+def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], near: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence with intervals of k-NN after longer runs; "" if the log is too short.
 
     Args:
         near: rows of near images, with the number of forecasts that were right.
     """
-    pair = second_half(entries, KNN)
-    if not pair:
-        return ""
-    first, last = pair
-    slope = (last[KNN] - first[KNN]) / math.log2((last["epoch"] + 1) / (first["epoch"] + 1))
     texts = []
     for factor in law["factors"]:
-        value = last[KNN] + law["number"] * math.log2(factor) * slope
-        low, high = (min(100.0, max(0.0, value + sign * law["half_width"])) for sign in (-1, 1))
+        bounds = interval_of(entries, law, factor)
+        if bounds is None:
+            return ""
+        low, high = bounds
         texts.append(f"{low:.0f} to {high:.0f} % with {factor} times the updates")
     right = ", and ".join(f"{row['covered'][0]} of {row['covered'][1]} with {row['kind']}" for row in near)
     return (
