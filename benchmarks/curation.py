@@ -149,20 +149,11 @@ def cropped(image: Image.Image) -> Image.Image:
 
 SHAPES: dict[str, list[Any]] = {
     "photographs": [
-        "--input_size",
-        48,
-        "--patch_size",
-        8,
-        "--in_chans",
-        3,
-        "--mean",
-        *[0.45] * 3,
-        "--std",
-        *[0.25] * 3,
+        "--input_size", 48, "--patch_size", 8, "--in_chans", 3, "--mean", *[0.45] * 3, "--std", *[0.25] * 3,
     ],
     "cells": ["--input_size", 32, "--patch_size", 4, "--in_chans", 1, "--mean", 0.25, "--std", 0.25],
     "spectrograms": ["--input_size", 48, "--patch_size", 8, "--in_chans", 1, "--mean", 0.12, "--std", 0.17],
-}
+}  # fmt: skip
 CHANGES = (compressed, shifted, brighter, cropped)
 
 

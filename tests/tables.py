@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from benchmarks import (
     anomalies,
+    answers,
     continued,
     finetune_rule,
     forecast,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/continued.py": continued.table,
     "python benchmarks/finetune_rule.py": lambda: finetune_rule.table(finetune_rule.read()),
     "python benchmarks/forecast.py": forecast.table,
+    "python benchmarks/answers.py": answers.table,
     "python benchmarks/anomalies.py --anomalib PYTHON": anomalies.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
     "python benchmarks/pooling.py": pooling.table,
