@@ -41,7 +41,7 @@ KINDS = ("photographs", "cells", "spectrograms")
 MINUTES = (2, 10, 40)
 IN_FORTY = ("cells",)  # kinds with a run of 40 minutes
 VERDICT = re.compile(r'<p class="verdict">(.*?)</p>\s*<table>(.*?)</table>', re.DOTALL)
-CELL = re.compile("<td>(.*?)</td>")
+ENTRY = re.compile("<td>(.*?)</td>")
 
 
 def result_of(run_dir: Path) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def result_of(run_dir: Path) -> dict[str, Any]:
 
 def verdict_of(page: str) -> dict[str, Any]:
     """Returns the words of the verdict of a page, the accuracies in percent, and the differences to the baselines."""
-    words, cells = VERDICT.findall(page)[0]
-    texts = [html.unescape(text) for text in CELL.findall(cells)]
+    words, table_of_page = VERDICT.findall(page)[0]
+    texts = [html.unescape(text) for text in ENTRY.findall(table_of_page)]
     rows = {texts[number]: texts[number + 1 : number + 3] for number in range(0, len(texts), 3)}
     return {
         "words": html.unescape(words),
