@@ -8,13 +8,14 @@ tables to answers.md.
 
 The images are squares of 16 photographs, generated cells in a microscope, and generated spectrograms. A run is `mae
 start IMAGES --minutes N`, with no other setting. From the log of a run, k-NN of the longer runs of its kind is forecast
-as a page does it (`mae.inference.more_time`), with the numbers of all pairs of forecast.py.
+by the rule of forecast.py, which is fitted on all of its pairs. k-NN is that of the log then.
 """
 
 import argparse
 import html
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -68,17 +69,63 @@ def verdict_of(page: str) -> dict[str, Any]:
     }
 
 
-def forecast_of(row: Mapping[str, Any], longer: Mapping[str, Any], law: Mapping[str, Any]) -> list[str]:
-    """Returns how many times the epochs a longer run has, and k-NN: now, in the forecast interval, and reached."""
-    entries = [{"epoch": epoch - 1, KNN: knn} for epoch, knn in row["curve"]]
-    factor = longer["epochs"] / row["epochs"]
-    interval = more_time.interval_of(entries, law, factor)
-    reached = longer["curve"][-1][1]
-    texts = [row["kind"], f"{row['minutes']:g} to {longer['minutes']:g}", f"{factor:.1f}", f"{row['curve'][-1][1]:.1f}"]
-    if interval is None:
-        return [*texts, "the log is too short", f"{reached:.1f}", ""]
-    low, high = interval
-    return [*texts, f"{low:.0f} to {high:.0f}", f"{reached:.1f}", "yes" if low <= reached <= high else "no"]
+class Outcome(NamedTuple):
+    """What the log of a run forecasts of a longer one, and what came."""
+
+    kind: str
+    minutes: tuple[float, float]
+    factor: float  # of their epochs
+    start: float
+    interval: tuple[float, float] | None  # None: the log is too short
+    reached: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether k-NN of the longer run is in the interval."""
+        return self.interval is not None and self.interval[0] <= self.reached <= self.interval[1]
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]], pairs: Sequence[forecast.Pair]) -> list[Outcome]:
+    """Returns what each run forecasts of the longer ones of its kind.
+
+    Args:
+        rows: the shorter runs first.
+        pairs: on which the forecast is fitted.
+    """
+    found = []
+    for row, longer in itertools.combinations(rows, 2):
+        if row["kind"] != longer["kind"]:
+            continue
+        start = row["curve"][-1][1]
+        factor = longer["epochs"] / row["epochs"]
+        interval = None
+        if found_gain := last_half(row["curve"]):
+            gain, doublings = found_gain
+            interval = forecast.interval_of(start, gain / doublings, factor, pairs)
+        minutes = (row["minutes"], longer["minutes"])
+        found.append(Outcome(row["kind"], minutes, factor, start, interval, longer["curve"][-1][1]))
+    return found
+
+
+def last_half(curve: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
+    """Returns the gain of a curve, of epochs and k-NN, since half of its epochs, and the doublings of these.
+
+    It returns None if the curve is too short.
+    """
+    halves = more_time.second_half([{"epoch": epoch - 1, KNN: knn} for epoch, knn in curve], KNN)
+    if not halves:
+        return None
+    first, last = halves
+    return last[KNN] - first[KNN], math.log2((last["epoch"] + 1) / (first["epoch"] + 1))
+
+
+def in_words(outcome: Outcome) -> list[str]:
+    """Returns a row of the table of forecasts."""
+    said = "{:.0f} to {:.0f}".format(*outcome.interval) if outcome.interval else "the log is too short"
+    answer = {True: "yes", False: "no"}[outcome.is_right] if outcome.interval else ""
+    minutes = "{:g} to {:g}".format(*outcome.minutes)
+    numbers = [f"{value:.1f}" for value in (outcome.factor, outcome.start)]
+    return [outcome.kind, minutes, *numbers, said, f"{outcome.reached:.1f}", answer]
 
 
 def read() -> list[dict[str, Any]]:
@@ -93,24 +140,30 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     for row in rows:
         accuracies = (row["accuracy"][name] for name in (verdict.ENCODER, verdict.PIXELS, verdict.RANDOM))
         said = f"{row['words'].split('. ')[0].split(': ')[0].rstrip('.')}."
+        gain = last_half(row["curve"])
         lines.append([
             row["kind"], f"{row['minutes']:g}", f"{row['seconds'] / 60:.1f}", f"{row['processed']:,}",
             *(f"{accuracy:.1f}" for accuracy in accuracies), row["difference"][verdict.PIXELS], said,
+            f"{gain[0]:+.1f}" if gain else "",
         ])  # fmt: skip
     titles = [
         "images", "minutes of training", "of the command", "processed images", "encoder, %", "raw pixels, %",
         "random weights, %", "encoder − raw pixels, points", "the page says",
+        "k-NN since half of the epochs, points",
     ]  # fmt: skip
-    law = forecast.law_of(forecast.read())
-    pairs = [
-        forecast_of(row, longer, law)
-        for row, longer in itertools.combinations(rows, 2)
-        if row["kind"] == longer["kind"]
-    ]
-    if not pairs:
+    pairs = forecast.pairs_of(forecast.read())
+    found = outcomes(rows, pairs)
+    if not found:
         return markdown(titles, lines)
-    of_pairs = ["images", "minutes", "times the epochs", "k-NN, %", "forecast, %", "reached, %", "within"]
-    return f"{markdown(titles, lines)}\n\n{markdown(of_pairs, pairs)}"
+    of_forecasts = ["images", "minutes", "times the epochs", "k-NN, %", "forecast, %", "reached, %", "within"]
+    made = [outcome for outcome in found if outcome.interval]
+    num_right = sum(outcome.is_right for outcome in made)
+    right, of = forecast.num_covered(forecast.forecasts(pairs, forecast.SLOPE))
+    note = (
+        f"Within the interval: {num_right} of {len(made)}; with those of forecast.md, {right + num_right} of "
+        f"{of + len(made)} ({(right + num_right) / (of + len(made)):.0%})."
+    )
+    return "\n\n".join([markdown(titles, lines), markdown(of_forecasts, map(in_words, found)), note])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@
 
 Started once per core, the command shares the runs. The same command resumes an interrupted study, and each run in it:
 a run saves a checkpoint with each measurement, and appends its row to forecast.jsonl when it ends. The command writes
-the table to forecast.md, and what pages show to mae/inference/longer_runs.json.
+the table to forecast.md.
 
 The schedule of a run ends at zero, so that a longer run is another run. Runs of 1, 2, 4 and 10 times the updates are
 trained, on garments, squares of photographs and letters, with two seeds. From the log of the shortest, k-NN of the
@@ -42,13 +42,11 @@ from mae.cli.script import Script
 from mae.compare import store
 from mae.evaluate.tables import markdown
 from mae.files import atomic, locks
-from mae.inference import more_time
 from mae.training import log
 from mae.training.environment import commit
 from mae.training.gate import KNN
 
 ROWS, PAGE = (Path(__file__).with_name(name) for name in ("forecast.jsonl", "forecast.md"))
-LONGER_RUNS = scripts.ROOT / "mae/inference" / more_time.FILE
 WORK = scripts.ROOT / "runs/forecast"
 FACTORS = (1, 2, 4, 10)
 SEEDS = (0, 1)
@@ -57,6 +55,7 @@ POINTS = 8  # measurements of a run, of which one is after half of the updates
 EPOCHS = {leaderboard.FASHION_MNIST: 16, "photographs": 40, "letters": 16}
 IMAGES = {leaderboard.FASHION_MNIST: 10_000, "photographs": 960, "letters": 10_922}
 LEVEL = 0.8  # of an interval
+COVERED = 0.7, 0.9  # bounds of the share of right forecasts, for the rule
 ENTRY = leaderboard.ENTRIES[leaderboard.RECIPE]
 ONE_PROCESS = {"batch_size": 128}
 
@@ -226,15 +225,16 @@ def summary(pairs: Sequence[Pair], method: str) -> list[str]:
     ]  # fmt: skip
 
 
-def is_shown(pairs: Sequence[Pair]) -> bool:
-    """Whether pages show the forecast: 70 to 90 % are covered, and its error is a quarter below both naive ones."""
+def is_better(pairs: Sequence[Pair]) -> bool:
+    """Whether the rule holds: 70 to 90 % are covered, and the error is a quarter below that of both naive ones."""
     found = {method: forecasts(pairs, method) for method in METHODS}
     errors = {
         method: statistics.median(abs(one.value - pair.reached) for pair, one in of_method.items())
         for method, of_method in found.items()
     }
     num, of = num_covered(found[SLOPE])
-    return more_time.COVERED * of <= num <= 0.9 * of and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
+    low, high = COVERED
+    return low * of <= num <= high * of and errors[SLOPE] <= 0.75 * min(errors[STAYS], errors[MEAN_GAIN])
 
 
 def read() -> list[dict[str, Any]]:
@@ -243,7 +243,7 @@ def read() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Returns k-NN of the runs, the forecasts of each method, and whether pages show them."""
+    """Returns k-NN of the runs, the forecasts of each method, and whether the rule of forecast.md holds."""
     rows = read() if rows is None else rows
     reached = {Case(row["kind"], row["seed"], row["factor"]): f"{row['curve'][-1]:.1f}" for row in rows}
     lines = [
@@ -255,44 +255,26 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     if len({pair.kind for pair in pairs}) < len(EPOCHS):
         return text
     titles = ["forecast", "median error, points", "median width, points", "covered", "covered, %"]
-    shown = "The forecast is shown." if is_complete(rows) and is_shown(pairs) else "The forecast is not shown."
+    rule = "The rule holds." if is_complete(rows) and is_better(pairs) else "The rule does not hold."
     covered = []
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         num, of = num_covered({pair: one for pair, one in forecasts(pairs, SLOPE).items() if pair.kind == kind})
         covered.append(f"{num} of {of} {kind}")
     note = f"Covered by the slope of the log: {', '.join(covered)}."
-    return "\n\n".join([text, markdown(titles, [summary(pairs, method) for method in METHODS]), note, shown])
+    return "\n\n".join([text, markdown(titles, [summary(pairs, method) for method in METHODS]), note, rule])
 
 
-def longer_runs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns what a page shows (`mae.inference.more_time`): k-NN of the runs, and the forecast if it is shown."""
-    ends = {Case(row["kind"], row["seed"], row["factor"]): round(row["curve"][-1], 1) for row in rows}
-    cases = {factor: [Case(kind, seed, factor) for kind in IMAGES for seed in SEEDS] for factor in FACTORS}
-    complete = [factor for factor, of_factor in cases.items() if ends.keys() >= {*of_factor}]
-    found = forecasts(pairs_of(rows), SLOPE)
-    kinds = []
-    for kind, count in IMAGES.items():
-        title, flags = leaderboard.KINDS[kind]
-        batch_size = ONE_PROCESS["batch_size"]
-        kinds.append(
-            {
-                "images": count, "kind": title, "channels": flags["in_chans"], "side": flags["input_size"],
-                "processed": EPOCHS[kind] * (count // batch_size) * batch_size,
-                "knn": {str(factor): [ends[Case(kind, seed, factor)] for seed in SEEDS] for factor in complete},
-                "covered": num_covered({pair: one for pair, one in found.items() if pair.kind == kind}),
-            }
-        )  # fmt: skip
-    law = law_of(rows) if is_complete(rows) and is_shown(pairs_of(rows)) else None
-    return f"{json.dumps({'kinds': kinds, 'forecast': law}, indent=2)}\n"
+def interval_of(start: float, slope: float, factor: float, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Returns the bounds of k-NN in percent after `factor` times the updates, for images of another kind than `pairs`.
 
-
-def law_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the numbers of the forecast for images of another kind, fitted on all pairs."""
-    number, residuals = fitted(pairs_of(rows))
-    return {
-        "number": round(number, 3), "half_width": round(half_width_of(residuals), 1), "level": LEVEL,
-        "factors": FACTORS[1:],
-    }  # fmt: skip
+    Args:
+        start: k-NN of the run.
+        slope: its gain in the last doubling of its updates.
+    """
+    number, residuals = fitted(pairs)
+    value = start + number * float(np.log2(factor)) * slope
+    half_width = half_width_of(residuals)
+    return max(0.0, value - half_width), min(100.0, value + half_width)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -318,7 +300,6 @@ def main(args: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
         if not args.rehearse:
             leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
-            atomic.write_text(LONGER_RUNS, longer_runs(read()))
         print(json.dumps(row), flush=True)
     print(table(found) if args.rehearse else table())
 

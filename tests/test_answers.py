@@ -22,7 +22,7 @@ def test_the_tables_have_the_verdicts_and_what_shorter_runs_forecast():
         row(2, 8, [[4, 50.0], [8, 50.0]], "-3.0"),
         row(40, 160, [[160, 95.0]], "-1.0"),
     ]
-    verdicts, forecasts = answers.table(rows).split("\n\n")
+    verdicts, forecasts, note = answers.table(rows).split("\n\n")
     first, second = verdicts.splitlines()[2:4]
     assert (
         first.startswith("| cells | 2 | 1.5 | 20,000 | 50.0 |") and "| -3.0 | Pre-training has not helped. |" in first
@@ -35,7 +35,13 @@ def test_the_tables_have_the_verdicts_and_what_shorter_runs_forecast():
     for _, _, _, start, interval, reached, within in lines:
         low, high = map(float, interval.split(" to "))
         assert low <= float(start) <= high and within == ("yes" if low <= float(reached) <= high else "no")
-    assert lines[1][-1] == "no"
+    assert lines[1][-1] == "no" and note.startswith("Within the interval: 1 of 3; with those of forecast.md, ")
+
+
+def test_a_log_with_one_measurement_forecasts_nothing():
+    rows = [row(2, 8, [[8, 50.0]], "-3.0"), row(10, 80, [[80, 55.0]], "-1.0")]
+    line, note = answers.table(rows).split("\n\n")[1:]
+    assert "| the log is too short | 55.0 |  |" in line and note.startswith("Within the interval: 0 of 0")
 
 
 def test_the_row_of_a_run_has_what_its_page_says(pretrain, labelled):

@@ -54,9 +54,16 @@ def test_intervals_of_80_percent_cover_as_many():
     found = forecast.forecasts(pairs, SLOPE)
     covered = np.mean([abs(one.value - pair.reached) <= one.half_width for pair, one in found.items()])
     assert 0.72 < covered < 0.88
-    assert forecast.is_shown(pairs)
+    assert forecast.is_better(pairs)
     level = [pair._replace(reached=60.0 + draw.normal()) for pair in pairs]  # nothing to forecast
-    assert not forecast.is_shown(level)
+    assert not forecast.is_better(level)
+
+
+def test_an_interval_follows_the_gain_of_a_doubling():
+    pairs = forecast.pairs_of(rows_of(lambda slope, factor, _: 0.5 * slope * np.log2(factor), noise=0.1))
+    low, high = forecast.interval_of(80.0, 4.0, 4, pairs)
+    assert (low + high) / 2 == pytest.approx(84.0, abs=0.3) and 0 < high - low < 1
+    assert forecast.interval_of(98.0, 8.0, 10, pairs)[1] == 100.0
 
 
 def test_the_table_has_the_forecasts_of_three_kinds_only():
@@ -64,7 +71,7 @@ def test_the_table_has_the_forecasts_of_three_kinds_only():
     assert "forecast" not in two
     text = forecast.table(rows_of(lambda slope, factor, _: slope * np.log2(factor), noise=0.3))
     assert len([line for line in text.splitlines() if line.startswith(("| slope", "| it stays", "| mean gain"))]) == 3
-    assert text.splitlines()[-1].startswith("The forecast is ")
+    assert text.splitlines()[-1].startswith("The rule ")
 
 
 @pytest.mark.slow

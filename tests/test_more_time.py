@@ -4,11 +4,10 @@ import html
 import json
 import re
 
-import numpy as np
 import pytest
 from mains import call, lines
 
-from benchmarks import forecast, leaderboard
+from benchmarks import forecast, leaderboard, longer_runs
 from mae.inference import more_time, report
 from mae.settings import ImageSpec
 
@@ -42,7 +41,7 @@ def test_a_run_that_goes_on_says_so_and_claims_no_gain_of_one_epoch():
 
 
 @pytest.mark.parametrize(("images", "count", "kinds"), [
-    (GARMENTS, 10_000, ["images of Fashion-MNIST", "letters"]),
+    (GARMENTS, 10_000, ["images of Fashion-MNIST", "letters", "generated cells", "generated spectrograms"]),
     (ImageSpec(input_size=96, in_chans=3), 1_500, ["squares of photographs"]),
     (ImageSpec(input_size=96, in_chans=3), 500_000, []),
     (ImageSpec(input_size=224, in_chans=3), 1_000, []),
@@ -50,7 +49,7 @@ def test_a_run_that_goes_on_says_so_and_claims_no_gain_of_one_epoch():
 ])  # fmt: skip
 def test_longer_runs_are_of_near_images(images, count, kinds):
     text = text_of(more_time.section([entry(0)], 1, images, count))
-    assert [row["kind"] for row in more_time.study()["kinds"] if row["kind"] in text] == kinds
+    assert [row["kind"] for row in more_time.longer_runs() if row["kind"] in text] == kinds
     assert ("No longer runs were measured" in text) == (not kinds)
 
 
@@ -63,38 +62,9 @@ def test_measures_that_are_not_finite_and_resumed_epochs():
     assert "From epoch 0 to epoch 2, the explained variance of training images has changed by +30.0 points" in text
 
 
-def rows_of(gain):
-    """A study whose runs gain `gain` times the slope for each doubling, and a little more or less."""
-    return [
-        {"kind": kind, "seed": seed, "factor": factor,
-         "curve": [50, 60 - slope, 55, 60 + gain * slope * np.log2(factor) + (number - seed) / 5]}
-        for number, (kind, slope) in enumerate(zip(forecast.IMAGES, (1, 2, 4), strict=True))
-        for seed in forecast.SEEDS for factor in forecast.FACTORS
-    ]  # fmt: skip
-
-
-def test_a_forecast_follows_the_gain_of_a_doubling(monkeypatch):
-    """Measurements may be more than a doubling apart. Where forecasts were wrong, there is none."""
-    found = json.loads(forecast.longer_runs(rows_of(0.5)))
-    assert found["forecast"]["number"] == pytest.approx(0.5, abs=0.1)
-    assert json.loads(forecast.longer_runs(rows_of(0.5)[:-1]))["forecast"] is None  # the study is not complete
-    found["forecast"] |= {"half_width": 3.0, "number": 0.5}
-    for row in found["kinds"]:
-        row["covered"] = [5, 6]
-    monkeypatch.setattr(more_time, "study", lambda: found)
-    entries = [entry(epoch) for epoch in range(8)]
-    entries[1][more_time.KNN], entries[7][more_time.KNN] = 72.0, 88.0  # 8 points for a doubling
-    text = text_of(more_time.section(entries, 8, GARMENTS, 10_000))
-    assert "89 to 95 % with 2 times the updates, 93 to 99 % with 4 times the updates, 98 to 100 % with 10" in text
-    assert "5 of 6 with images of Fashion-MNIST, and 5 of 6 with letters were right" in text
-    assert "is forecast" not in text_of(more_time.section(entries, 9, GARMENTS, 10_000))  # the rate has not fallen
-    assert "is forecast" not in text_of(more_time.section(entries, 8, ImageSpec(224, 3), 10_000))  # none is near
-    found["kinds"][0]["covered"] = [1, 6]
-    assert "is forecast" not in text_of(more_time.section(entries, 8, GARMENTS, 10_000))
-
-
 def test_longer_runs_are_those_of_the_study():
-    assert forecast.LONGER_RUNS.read_text() == forecast.longer_runs(forecast.read())
+    """python benchmarks/longer_runs.py rewrites them."""
+    assert longer_runs.FILE.read_text() == longer_runs.text()
     counts = {row["kind"]: row["images"] for row in leaderboard.read() if row["budget"] == 5}
     assert counts == {leaderboard.KINDS[kind][0]: count for kind, count in forecast.IMAGES.items()}
 

@@ -1,7 +1,6 @@
 """Whether more time may help: what a run gained since half of its updates, and what longer runs of others gained.
 
-benchmarks/forecast.py writes longer_runs.json: k-NN after 1, 2, 4 and 10 times the updates, by kind of images, and the
-numbers of a forecast if it was better than naive ones.
+benchmarks/longer_runs.py writes longer_runs.json: k-NN after runs of several lengths, by kind of images.
 """
 
 import json
@@ -11,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
 from mae.inference import page
 from mae.position_tables import to_pair
 from mae.settings import ImageSpec
@@ -20,7 +17,6 @@ from mae.training import measured_runs
 from mae.training.gate import KNN
 
 FILE = "longer_runs.json"
-COVERED = 0.7  # least share of the forecasts of the study that were right, of all images and of near ones
 MEASURES = {  # what a sentence says has changed, and the factor that makes it percent
     KNN: ("k-NN has changed", 1),
     "test_explained": ("the explained variance of held-out images has changed", 100),
@@ -28,14 +24,14 @@ MEASURES = {  # what a sentence says has changed, and the factor that makes it p
 }
 NOTE = (
     "A longer run is another run, because its learning rate falls to zero later. The runs of the table had other "
-    "images. Two accuracies are those of two seeds (benchmarks/forecast.md)."
+    "images: their gains say little of those of others (benchmarks/answers.md). Two accuracies are those of two seeds."
 )
 
 
-def study() -> dict[str, Any]:
-    """Returns `kinds`, the measured runs of each kind of images, and `forecast`; None: it is not shown."""
+def longer_runs() -> list[dict[str, Any]]:
+    """Returns the measured runs of each kind of images."""
     text = resources.files("mae.inference").joinpath(FILE).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    found: list[dict[str, Any]] = json.loads(text)
     return found
 
 
@@ -76,63 +72,22 @@ def section(entries: Sequence[Mapping[str, Any]], epochs: int, images: ImageSpec
     if done < epochs:
         sentences.append(f"It has ended {done} of {epochs} epochs: its learning rate has not fallen to zero.")
     sentences.append(gains(entries))
-    found = study()
-    near = measured_runs.near(found["kinds"], images.in_chans, min(to_pair(images.input_size)), count)
+    near = measured_runs.near(longer_runs(), images.in_chans, min(to_pair(images.input_size)), count)
     if not near:
         sentences.append("No longer runs were measured with images near to these (benchmarks/forecast.md has others).")
         return page.paragraph(" ".join(filter(None, sentences)))
-    right, pairs = np.sum([row["covered"] for row in near], axis=0)
-    if done == epochs and found["forecast"] and right >= COVERED * pairs:
-        sentences.append(forecast(entries, found["forecast"], near))
-    texts = [[f"{row['images']:,} {row['kind']}, {row['side']} pixels", *reached(row)] for row in near]
-    titles = ["k-NN of images", *(f"{factor} × the updates" for factor in near[0]["knn"])]
+    texts = [[f"{row['images']:,} {row['kind']}, {row['side']} pixels", reached(row)] for row in near]
+    titles = ["images", "k-NN of runs of several lengths"]
     return page.paragraph(" ".join(filter(None, sentences))) + page.table(titles, texts) + page.paragraph(NOTE)
 
 
-def interval_of(
-    entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], factor: float
-) -> tuple[float, float] | None:
-    """Returns the bounds of k-NN in percent after `factor` times the updates; None if the log is too short.
-
-    A longer run gains in proportion to the gain in the last doubling of the updates, and to the logarithm of their
-    number.
-    """
-    pair = second_half(entries, KNN)
-    if not pair:
-        return None
-    first, last = pair
-    slope = (last[KNN] - first[KNN]) / math.log2((last["epoch"] + 1) / (first["epoch"] + 1))
-    value = last[KNN] + law["number"] * math.log2(factor) * slope
-    low, high = (min(100.0, max(0.0, value + sign * law["half_width"])) for sign in (-1, 1))
-    return low, high
-
-
-def forecast(entries: Sequence[Mapping[str, Any]], law: Mapping[str, Any], near: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a sentence with intervals of k-NN after longer runs; "" if the log is too short.
-
-    Args:
-        near: rows of near images, with the number of forecasts that were right.
-    """
-    texts = []
-    for factor in law["factors"]:
-        bounds = interval_of(entries, law, factor)
-        if bounds is None:
-            return ""
-        low, high = bounds
-        texts.append(f"{low:.0f} to {high:.0f} % with {factor} times the updates")
-    right = ", and ".join(f"{row['covered'][0]} of {row['covered'][1]} with {row['kind']}" for row in near)
-    return (
-        f"k-NN is forecast, with {law['level']:.0%} intervals: {', '.join(texts)}. Of forecasts that knew nothing of "
-        f"these images, {right} were right (benchmarks/forecast.md)."
-    )
-
-
-def reached(row: Mapping[str, Any]) -> list[str]:
-    """Returns k-NN of the seeds of a row and the number of images that each run has processed, in words."""
-    return [
-        f"{' and '.join(f'{knn:.1f}' for knn in seeds)} % after {_rounded(int(factor) * row['processed']):,.0f} images"
-        for factor, seeds in row["knn"].items()
+def reached(row: Mapping[str, Any]) -> str:
+    """Returns k-NN of the seeds of a row after the images that each run has processed, in words."""
+    texts = [
+        f"{' and '.join(f'{knn:.1f}' for knn in seeds)} % after {_rounded(processed):,.0f} images"
+        for processed, seeds in row["knn"]
     ]
+    return "; ".join(texts)
 
 
 def _rounded(number: float) -> float:
