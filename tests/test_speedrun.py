@@ -23,7 +23,7 @@ class Encoder(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, images):
-        x = self.scale * images.flatten(1)[:, ::4].float()
+        x = self.scale * images.flatten(1)[:, ::14].float()
         return FEATURES
 
 def train(images, seconds, seed):
@@ -62,10 +62,24 @@ def test_a_run_has_a_row_above_chance(files):
     run(ROOT / "benchmarks/speedruns/baseline.py", "--seeds", 3)
     (row,) = speedrun.read()
     assert row["seed"] == 3
-    assert min(row["k-NN"], row["linear"]) > 30  # chance is 10
-    assert row["score"] == pytest.approx((row["k-NN"] + row["linear"]) / 2, abs=0.01)
+    assert row["score"] > 30  # chance is 10
     assert 1 <= row["seconds"] < 1 + speedrun.GRACE
     assert f"| {row['score']:.2f} |" in speedrun.PAGE.read_text()
+
+
+def test_images_are_moved_and_keep_their_content():
+    """Each has its own motion, the same in each run; what stays inside is not changed."""
+    images = np.zeros((200, 28, 28), dtype=np.uint8)
+    images[:, 9:19, 11:17] = 200  # inside after each motion
+    found = speedrun.moved(images, 0)
+    assert found.dtype == np.uint8 and (speedrun.moved(images, 0) == found).all()
+    assert (speedrun.moved(images, 1) != found).any()
+    masses = found.sum(axis=(1, 2)) / images.sum(axis=(1, 2))
+    assert 0.62 < masses.min() < 0.75 and 1.25 < masses.max() < 1.46  # .8 and 1.2, squared
+    rows, columns = ((found.sum(axis=axis) @ np.arange(28)) / found.sum(axis=(1, 2)) for axis in (2, 1))
+    for centers in (rows, columns):
+        assert 3 < np.abs(centers - 13.5).max() < 5.5 and abs(np.mean(centers) - 13.5) < 0.6
+    assert len(np.unique(found, axis=0)) == 200
 
 
 def test_a_rehearsal_on_held_out_images_has_no_row(files, monkeypatch, capfd):
@@ -114,7 +128,7 @@ def entries(files, monkeypatch):
         write_entry(files / f"{name}.py", training=f"'{name}'")
 
     def measured(file, seed, *_):
-        found = {"score": scores[file.stem] + 0.1 * seed, "k-NN": 0.0, "linear": 0.0, "error": 0.4}
+        found = {"score": scores[file.stem] + 0.1 * seed, "error": 0.4}
         return {"entry": file.stem, "sha256": speedrun.digest(file), "seed": seed, **found}
 
     monkeypatch.setattr(speedrun, "run_entry", measured)

@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 28, 28), uint8 -> features (B, 256): the class token, and the mean of the patches."""
+    """Images (B, 28, 28), uint8 -> features (B, 128): the mean of the patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,7 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(WIDTH, 4) for _ in range(DEPTH)), nn.LayerNorm(WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
-        latent = self.latent(patchify(images), torch.arange(GRID**2).expand(len(images), -1))
-        return torch.cat([latent[:, 0], latent[:, 1:].mean(dim=1)], dim=1)
+        return self.latent(patchify(images), torch.arange(GRID**2).expand(len(images), -1))[:, 1:].mean(dim=1)
 
     def latent(self, patches: Tensor, numbers: Tensor) -> Tensor:
         """Patches (B, N, P) and their numbers in the grid (B, N) -> tokens (B, 1 + N, D), the class token first."""
