@@ -52,6 +52,7 @@ NORMALIZED: dict[str, Any] = {**DEMO, "norm_pix_loss": True}
 MUON = {"optimizer": "muon"}
 CROSS = {"model_class": "examples.cross_decoder:CrossDecoder"}
 COMPLEMENTARY = {"model_class": "examples.complementary_masks:ComplementaryMasks"}
+FUSED = {"model_class": "examples.fused_blocks:FusedBlocks"}
 PIXELS = "raw pixels"
 RECIPE = "demo with normalized pixels, muon, uniformity .1"  # the settings of python -m mae.data --recipe
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -67,6 +68,14 @@ ENTRIES: dict[str, dict[str, Any]] = {
     RECIPE: {**NORMALIZED, **MUON, "uniformity": 0.1},
     f"{RECIPE}, cross .25": {**NORMALIZED, **MUON, "uniformity": 0.1, **CROSS, "model_args": ["predicted=0.25"]},
     f"{RECIPE}, cross .75": {**NORMALIZED, **MUON, "uniformity": 0.1, **CROSS, "model_args": ["predicted=0.75"]},
+    f"{RECIPE}, fused blocks": {**NORMALIZED, **MUON, "uniformity": 0.1, **FUSED},
+    f"{RECIPE}, fused blocks, hidden .5": {
+        **NORMALIZED,
+        **MUON,
+        "uniformity": 0.1,
+        **FUSED,
+        "model_args": ["hidden=0.5"],
+    },
     "demo with normalized pixels, complementary masks": {**NORMALIZED, **COMPLEMENTARY, "batch_size": 32},
     "demo with normalized pixels, complementary masks without consistency": {
         **NORMALIZED,

@@ -39,6 +39,7 @@ from examples.complementary_masks import ComplementaryMasks
 from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
 from examples.frozen_teacher import FrozenTeacher
+from examples.fused_blocks import FusedBlocks
 from examples.local_decoder import LocalDecoder, window_mask
 from examples.tubes import Tubes
 from examples.two_crops import TwoCrops
@@ -68,6 +69,7 @@ CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
            "complementary_masks:ComplementaryMasks": {"model_args": "consistency=0.5"},
            "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5", "input_size": "16 24", "accum_iter": 2,
                                           "amp": "bf16", "uniformity": 0.1},
+           "fused_blocks:FusedBlocks": {"model_args": "hidden=0.5", "input_size": "16 24", "uniformity": 0.1},
            "hog_target:HOGTarget": {},
            "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
            "random_projection:RandomProjection": {"model_args": "width=16"},
@@ -290,6 +292,40 @@ def test_date_and_place_reach_training_and_features(pretrain, pictures, tmp_path
     winter, year, summer = (model.extract_feat(imgs, **place, day=torch.full((2,), day)) for day in (10, 375.25, 190))
     torch.testing.assert_close(winter, year, rtol=1e-3, atol=1e-3)
     assert (winter - summer).abs().max() > 100 * (winter - year).abs().max()
+
+
+def test_a_decoder_of_fused_blocks_with_the_weight_of_the_last_one_is_that_of_the_autoencoder():
+    torch.manual_seed(0)
+    model = FusedBlocks(**SMALL, uniformity=0.1).train()
+    plain = MaskedAutoencoderViT(**SMALL, uniformity=0.1).train()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
+    expected, pred, _ = plain(imgs, noise=noise)
+    assert not torch.allclose(model(imgs, noise=noise)[1], pred, atol=1e-3)  # a mean of all blocks
+    model.decoder_weights.data = torch.tensor([-torch.inf, 0.0])
+    found, ours, _ = model(imgs, noise=noise)
+    torch.testing.assert_close(ours, pred)
+    assert found.keys() == expected.keys()
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss)
+
+
+def test_hidden_images_are_predicted_from_the_class_token():
+    torch.manual_seed(0)
+    model = FusedBlocks(**SMALL, hidden=0.5).train()
+    imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
+    loss, pred, mask = model(imgs, noise=noise)
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.75, noise=noise)
+    changed = latent.clone()
+    changed[:, 1:] = torch.randn_like(latent[:, 1:])  # all but the class token
+    others = model.forward_decoder(changed, ids_restore)
+    torch.testing.assert_close(others[:2], pred[:2])
+    assert not torch.allclose(others[2:], pred[2:], atol=1e-3)
+    errors = (pred - model.target(imgs)).square().mean(dim=2)
+    assert (mask.sum(dim=1) == 12).all()
+    of_images = [*errors[:2].mean(dim=1), *((errors * mask).sum(dim=1) / 12)[2:]]
+    torch.testing.assert_close(loss, torch.stack(of_images).mean())
+    assert not torch.allclose(model.eval()(imgs, noise=noise)[1][:2], pred[:2], atol=1e-3)  # nothing is hidden
 
 
 def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():

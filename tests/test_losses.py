@@ -17,7 +17,15 @@ import mae.build
 import main_pretrain
 from engine_linprobe import HeadLosses
 from engine_segment import pixel_loss
-from examples import complementary_masks, cross_decoder, frozen_teacher, hog_target, random_projection, two_crops
+from examples import (
+    complementary_masks,
+    cross_decoder,
+    frozen_teacher,
+    fused_blocks,
+    hog_target,
+    random_projection,
+    two_crops,
+)
 from mae.data.item import IGNORED, Batch
 from mae.evaluate.tasks import Classification, Multilabel, Regression
 from mae.inference import get_model
@@ -132,6 +140,7 @@ PRETRAINING = {
     "uniformity": lambda _: built(uniformity=0.5),
     "complementary_masks": lambda _: of_class(complementary_masks.ComplementaryMasks),
     "cross_decoder": lambda _: of_class(cross_decoder.CrossDecoder),
+    "fused_blocks": lambda _: of_class(fused_blocks.FusedBlocks, model_args="hidden=0.5"),
     "hog_target": lambda _: of_class(hog_target.HOGTarget),
     "random_projection": lambda _: of_class(random_projection.RandomProjection),
     "two_crops": crops,
