@@ -20,11 +20,16 @@ class FusedBlocks(MaskedAutoencoderViT):
     """A masked autoencoder with this decoder. `decoder_weights` (depth,) are those of the sum, before a softmax.
 
     Args:
-        hidden: share of the images of a training batch whose visible patches are hidden from the decoder.
+        hidden: share of the images of a training batch whose visible patches are hidden from the decoder, 0 to 1.
+
+    Raises:
+        ValueError: `hidden` is no share.
     """
 
     def __init__(self, *, hidden: float = 0.0, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if not 0 <= hidden <= 1:
+            raise ValueError(f"model_args=[hidden={hidden}]: it is a share from 0 to 1")
         self.hidden = hidden
         width = self.cls_token.shape[2]
         self.decoder_fuse = nn.ModuleList(nn.Linear(width, width) for _ in range(len(self.blocks) - 1))

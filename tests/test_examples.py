@@ -326,6 +326,8 @@ def test_hidden_images_are_predicted_from_the_class_token():
     of_images = [*errors[:2].mean(dim=1), *((errors * mask).sum(dim=1) / 12)[2:]]
     torch.testing.assert_close(loss, torch.stack(of_images).mean())
     assert not torch.allclose(model.eval()(imgs, noise=noise)[1][:2], pred[:2], atol=1e-3)  # nothing is hidden
+    with pytest.raises(ValueError, match="hidden=50"):
+        FusedBlocks(**SMALL, hidden=50)
 
 
 def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():
