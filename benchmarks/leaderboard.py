@@ -183,6 +183,7 @@ def rows_of(name: str, seed: int, args: argparse.Namespace, version: str | None)
             else scoring.of_pixels({**flags, **lists}, seed)
             for evaluated, lists in sets.items()
         }
+        counts = {evaluated: scoring.count(lists["val_list"]) for evaluated, lists in sets.items() if lists}
     budget = f"{args.epochs} epochs" if args.epochs else args.minutes
     entry = {"entry": name, "seed": seed, "budget": budget, "images": images, "kind": kind}
     shared = {"machine": machine.processor(), "commit": version, "date": date.today().isoformat()}
@@ -190,7 +191,7 @@ def rows_of(name: str, seed: int, args: argparse.Namespace, version: str | None)
         {
             **entry, "evaluated on": evaluated, **found,
             "score": round(statistics.fmean(found[name] for name in scoring.SCORED), 2),
-            **({"evaluated images": scoring.count(sets[evaluated]["val_list"])} if sets[evaluated] else {}),
+            **({"evaluated images": counts[evaluated]} if evaluated in counts else {}),
             **measured, **shared,
             **({"command": " ".join(command(method))} if measured else {}),
         }
