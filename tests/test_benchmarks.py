@@ -1,6 +1,7 @@
 """The benchmarks run on the smallest sizes, and count FLOPs with the rules of the field."""
 
 import csv
+import itertools
 import json
 import math
 from collections import Counter
@@ -153,6 +154,33 @@ def test_files_beyond_the_different_ones_are_links(tmp_path):
     assert files[4].read_bytes() == files[1].read_bytes()
 
 
+def write_two_classes(folder):
+    """Writes dark and bright images of noise: 70 of each to train/, 5 to val/."""
+    draw = np.random.default_rng(0)
+    for (split, count), label in itertools.product({"train": 70, "val": 5}.items(), range(2)):
+        (folder / split / str(label)).mkdir(parents=True)
+        for number in range(count):
+            pixels = draw.integers(0, 128, (28, 28)) + 127 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / split / str(label) / f"{number}.png")
+
+
+def test_an_entry_has_a_row_for_each_set_of_images(tmp_path, monkeypatch):
+    """The page and the board have it, too."""
+    write_two_classes(tmp_path / "images")
+    for name in ("ROWS", "PAGE", "BOARD"):
+        monkeypatch.setattr(leaderboard, name, tmp_path / name)
+    monkeypatch.setattr(scoring, "LABELS", 80)
+    leaderboard.ROWS.touch()
+    leaderboard.PAGE.write_text("<!-- python benchmarks/leaderboard.py -->\n<!-- end -->\n")
+    argv = [leaderboard.PIXELS, "--test", "--data_path", str(tmp_path / "images")]
+    leaderboard.main(leaderboard.get_args_parser().parse_args(argv))
+    held_out, test = leaderboard.read()
+    assert (held_out["evaluated on"], held_out["evaluated images"]) == ("held-out", 28)
+    assert (test["evaluated on"], test["500 labels"]) == ("test", 100)
+    assert leaderboard.table() in leaderboard.PAGE.read_text()
+    assert json.loads(leaderboard.BOARD.read_text()) == []  # of encoders
+
+
 def test_entries_are_evaluated_on_a_fifth_of_each_class(tmp_path):
     for name in ("a", "b"):
         for number in range(10):
@@ -246,14 +274,7 @@ def test_correlations_are_those_of_entries_and_of_seeds():
 @pytest.mark.slow
 def test_an_encoder_is_adapted_and_distilled(tmp_path, monkeypatch):
     """The table has a row for each way, with the weights that it trains, and the page has the table."""
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 70), ("val", 5)):
-        for label in range(2):
-            folder = tmp_path / "images" / split / str(label)
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = draw.integers(0, 128, (28, 28)) + 127 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    write_two_classes(tmp_path / "images")
 
     def pretrain(flags, out, epochs):
         out.parent.mkdir(exist_ok=True)
