@@ -315,7 +315,7 @@ def agreement(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     return f"{found}, {'within' if low <= row['score'] <= high else 'OUTSIDE'} {interval}"
 
 
-def write_table(command: str, text: str, path: Path = PAGE) -> None:
+def write_table(command: str, text: str, path: Path) -> None:
     """Replaces the table of a command in a page."""
     page = path.read_text()
     marker = f"<!-- {command} -->\n"
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> None:
         rows = rows_of(name, seed, args, version)
         with ROWS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        write_table("python benchmarks/leaderboard.py", table())
+        write_table("python benchmarks/leaderboard.py", table(), PAGE)
         atomic.write_text(BOARD, board_of(read()))
         print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)
 

@@ -180,7 +180,7 @@ def table() -> str:
 def main(args: argparse.Namespace) -> None:
     """Prints the test of two entries, or writes the tables to the page."""
     if not args.entries:
-        leaderboard.write_table("python benchmarks/records.py", table())
+        leaderboard.write_table("python benchmarks/records.py", table(), leaderboard.PAGE)
         print(table())
         return
     better, worse = args.entries
