@@ -37,6 +37,22 @@ def test_an_interval_that_contains_zero_claims_nothing():
 
 
 @pytest.mark.parametrize(
+    ("better", "images", "is_shown"), [(1, 1, False), (3, 3, False), (5, 5, False), (4, 10, False), (8, 10, True)]
+)
+def test_few_images_show_a_difference_only_with_a_significant_sign_test(better, images, is_shown):
+    low, high = verdict.interval(better, 0, images)
+    assert (low > 0) == is_shown == (stats.binomtest(better, better).pvalue < 0.05)
+    assert -100 <= low < 100 * better / images <= high <= 100
+    assert verdict.interval(0, better, images) == (-high, -low)
+
+
+def test_equal_predictions_leave_an_interval():
+    """No image of 500 differs: 4 differing images in 500 are still likely."""
+    low, high = verdict.interval(0, 0, 500)
+    assert low == -high and 0.5 < high < 1
+
+
+@pytest.mark.parametrize(
     ("pixels", "random", "said"),
     [
         ((7.9, 4.1, 11.6), (3.0, 1.0, 5.0), "Pre-training helped."),
@@ -108,6 +124,34 @@ def test_with_normalized_pixels_it_has_the_loss_of_the_mean_of_each_patch(pretra
     text = paragraphs(call(report, out, device="cpu", num_workers=0).read_text().split("<h2>")[1])
     loss = lines(out)[-1]["train_loss"]
     assert f"loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {47 / 48:.3f}." in text
+
+
+def test_an_image_that_a_list_repeats_is_in_one_part(labelled, tmp_path):
+    """A training may read an image more often than others."""
+    files = sorted((labelled / "train").glob("*/*"))
+    rows = [f"{file},{file.parent.name}" for file in [*files, *files[:3]]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    parts = verdict.split(open_source("train", file_list=tmp_path / "list.csv"), None, 500)
+    names = [part.name(index) for part in parts for index in range(len(part))]
+    assert sorted(names) == sorted(map(str, files))
+
+
+def test_random_weights_have_nothing_of_the_model(caplog):
+    """Nor low-rank updates, nor extra class tokens. They are the same for each state, and have no warning."""
+    settings = {"input_size": 28, "patch_size": 7, "in_chans": 1, "lora": 4, "num_cls_tokens": 3}
+    image = torch.zeros(1, 1, 28, 28)
+
+    def features_of_random(value):
+        model = get_model("mae_vit_mini_patch4", **settings)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(value)
+        network = verdict.random_weights(model)
+        assert not any(torch.equal(weight, torch.full_like(weight, value)) for weight in network.parameters())
+        return network.extract_feat(image)
+
+    assert torch.equal(features_of_random(0.1234), features_of_random(0.2345))
+    assert "random weights" not in caplog.text
 
 
 def test_random_weights_are_new_and_the_model_stays(run):

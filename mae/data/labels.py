@@ -284,6 +284,13 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
     return Subset(source, np.sort(np.concatenate(chosen)))
 
 
+def first_rows(source: Source) -> np.ndarray:
+    """Returns the samples without those whose file has an earlier row in the list. Names of other samples may repeat."""
+    if not isinstance(extra_inputs.original(source), Listing):
+        return np.arange(len(source))
+    return np.sort(np.unique([source.name(index) for index in range(len(source))], return_index=True)[1])
+
+
 def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset, Subset]:
     """Splits a source at random by `seed` into a training part and a held-out part. Logs the size of the latter.
 
@@ -300,12 +307,11 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     total = len(source)
     if total < 2:
         raise ValueError(f"{flag} needs at least 2 images, and there is {total}")
-    if isinstance(extra_inputs.original(source), Listing):  # the names of other samples need not differ
+    if len(first_rows(source)) < total:
         name, count = Counter(map(source.name, range(total))).most_common(1)[0]
-        if count > 1:
-            raise ValueError(
-                f"{flag}: {name} is in {count} rows of the list, and both parts may have it; give each image one row"
-            )
+        raise ValueError(
+            f"{flag}: {name} is in {count} rows of the list, and both parts may have it; give each image one row"
+        )
     count = min(max(round(share * total), 1), total - 1)
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)
