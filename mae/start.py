@@ -4,8 +4,8 @@
 
 It checks the images and writes a recipe (runs/mine.yaml), pre-trains with it (runs/mine), compares the encoder with raw
 pixels with 500 labels if the images have labels (runs/mine_compared), and writes the page (runs/mine/report.html). The
-minutes are those of the pre-training. The same command resumes what was interrupted, and names the page if it is there.
-The flags are those of `mae recipe`. Processes are started for all GPUs or cores.
+minutes are those of the pre-training. The same command resumes what was interrupted. If all parts have succeeded, it
+names the page. The flags are those of `mae recipe`. Processes are started for all GPUs or cores.
 """
 
 import argparse
@@ -54,6 +54,7 @@ PASSES = 3  # over the images, that the comparison and the page take, about: k-N
 FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
 NAMES = ("data_path", "train_list", "dataset")  # settings that name images
 STOPS = {128 + each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}  # exit statuses
+COMPLETE = "complete"  # an empty file in the run directory: all parts have succeeded
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     file = out.with_name(f"{out.name}.yaml")
     require_same_images(given, out, file)
     page = out / "report.html"
-    if page.exists() and all(page.stat().st_mtime >= file.stat().st_mtime for file in run_directory.checkpoints(out)):
+    if page.exists() and is_complete(out, file):
         logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
         print(f"page: {page}")
         return
@@ -112,6 +113,14 @@ def main(args: argparse.Namespace) -> None:
     call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
     if status:
         sys.exit(status)
+    (out / COMPLETE).touch()
+
+
+def is_complete(out: Path, file: Path) -> bool:
+    """Whether all parts have succeeded, with the recipe `file` as it is, and no checkpoint has been written since."""
+    stamp = out / COMPLETE
+    parts = [*run_directory.checkpoints(out), *([file] if file.exists() else [])]
+    return stamp.exists() and all(stamp.stat().st_mtime >= part.stat().st_mtime for part in parts)
 
 
 def require_same_images(given: Mapping[str, Any], out: Path, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page about a fine-tuned run: the accuracy with its standard error, confused classes, wrong images."""
+"""The page about a fine-tuned run: the accuracy with its interval, confused classes, wrong images."""
 
 import html
 import math
@@ -36,9 +36,11 @@ def predictions(run, labelled):
 
 def test_the_accuracy_is_that_of_the_best_checkpoint(page, run):
     best = max(entry["test_acc1"] for entry in lines(run))
-    error = 100 * math.sqrt(best / 100 * (1 - best / 100) / 23)
     text = " ".join(page.words)
-    assert f"{best:.1f} ± {error:.1f} %" in text and "3 of 3" in text
+    low, high = map(float, re.search(rf"{best:.1f} % \((.*?) to (.*?)\)", text).groups())
+    for bound in (low / 100, high / 100):  # as many standard errors of this accuracy away as a 95 % interval has
+        assert abs(best / 100 - bound) / math.sqrt(bound * (1 - bound) / 23) == pytest.approx(1.96, abs=0.02)
+    assert "3 of 3" in text
     assert "checkpoint-best.pth is the best of 3 evaluations on these images" in text
 
 
@@ -86,7 +88,7 @@ def test_held_out_images_are_those_of_the_run(classify, labelled):
     page = Page(call(report, out, device="cpu", num_workers=0))
     (entry,) = lines(out)
     text = " ".join(page.words)
-    assert re.search(r"\b12\b", text) and f"{entry['test_acc1']:.1f} ±" in text
+    assert re.search(r"\b12\b", text) and f"{entry['test_acc1']:.1f} % (" in text
 
 
 def test_a_model_of_numbers_has_scores_and_no_classes(classify, labelled, tmp_path):

@@ -80,18 +80,22 @@ def test_the_comparison_has_few_labels_if_each_class_has_many():
     assert not start.has_many(source(*[9] * 600))  # more classes than labels
 
 
-def test_a_page_that_is_newer_than_the_checkpoints_is_named(tmp_path, monkeypatch, capsys):
+def test_the_page_of_a_complete_run_is_named(tmp_path, monkeypatch, capsys):
     """tests/demo_readme.py goes from a folder of images to a page."""
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "runs/mine"
     out.mkdir(parents=True)
     (out / "checkpoint-1.pth").touch()
     (out / "report.html").touch()
+    (out / start.COMPLETE).touch()
     words = [str(tmp_path / "none"), "--output_dir", "runs/mine"]
     start.main(start.get_args_parser().parse_args(words))
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/mine is complete") and last == "page: runs/mine/report.html"
-    os.utime(out / "report.html", (0, 0))  # it is older
+    os.utime(out / start.COMPLETE, (0, 0))  # a checkpoint is newer
+    with pytest.raises(SystemExit):
+        start.main(start.get_args_parser().parse_args(words))
+    (out / start.COMPLETE).unlink()  # a page of the meantime
     with pytest.raises(SystemExit):
         start.main(start.get_args_parser().parse_args(words))
 
@@ -100,10 +104,16 @@ def test_folders_of_one_name_are_not_confused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "runs/photos"
     out.mkdir(parents=True)
-    (out / "report.html").touch()
+    for name in ("report.html", start.COMPLETE):
+        (out / name).touch()
     for folder in ("a/photos", "b/photos", "photos.v2"):
         Path(folder).mkdir(parents=True)
-    Path("runs/photos.yaml").write_text("data_path: a/photos\n")
+
+    def write_recipe(text):
+        Path("runs/photos.yaml").write_text(text)
+        os.utime("runs/photos.yaml", (0, 0))  # it is older than the results
+
+    write_recipe("data_path: a/photos\n")
     for same in ("a/photos", tmp_path / "a/photos"):
         start.main(start.get_args_parser().parse_args([str(same)]))
         assert "page: runs/photos/report.html" in capsys.readouterr().out
@@ -111,7 +121,7 @@ def test_folders_of_one_name_are_not_confused(tmp_path, monkeypatch, capsys):
     Path("runs/photos.yaml").unlink()
     (out / "environment.jsonl").write_text('{"settings": {"data_path": "a/photos"}}\n')
     assert "a run of data_path=a/photos" in fails(capsys, monkeypatch, start, "b/photos")
-    Path("runs/photos.yaml").write_text("data_path: a/photos\ntrain_list: one.csv\n")
+    write_recipe("data_path: a/photos\ntrain_list: one.csv\n")
     start.main(start.get_args_parser().parse_args(["a/photos", "--train_list", "one.csv"]))
     assert "page:" in capsys.readouterr().out
     assert "train_list=two.csv" in fails(capsys, monkeypatch, start, "a/photos", "--train_list", "two.csv")
@@ -141,3 +151,4 @@ def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch
     assert stop.value.code == 2
     assert called[:2] == [["train"], ["compare"]] and "mae.inference.report" in called[2]
     assert "the comparison has failed" in capsys.readouterr().out
+    assert not Path("runs/mine", start.COMPLETE).exists()  # the next call repeats it

@@ -452,6 +452,16 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
         assert re.search(said, summary.conclusion(summary.entries_of(found)))
 
 
+def test_an_interrupted_comparison_has_the_draws_that_all_rows_have(tmp_path):
+    """The mean of all draws of a row that is further would name another encoder."""
+    found = [*results("a", [70.0, 90.0, 92.0]), *results("b", [75.0, 91.0])]
+    table, conclusion, incomplete = summary.write(tmp_path, found).strip().split("\n\n")
+    assert "| a (k-NN) | 80.0 ± 14.1 |" in table and "| b (k-NN) | **83.0 ± 11.3** |" in table
+    assert "b (k-NN) has the highest accuracy, 83.0" in conclusion
+    assert "1 result" in incomplete
+    assert len(summary.read(tmp_path)) == 5
+
+
 @pytest.mark.parametrize(("images", "is_clear"), [(500, False), (5000, True)])
 def test_few_test_images_can_not_tell_encoders_apart(images, is_clear):
     """Two standard errors of the difference of 72 and 69 %: 5.8 points of 500 images, and 1.8 of 5,000."""
@@ -465,14 +475,15 @@ def test_few_test_images_can_not_tell_encoders_apart(images, is_clear):
 
 def test_the_table():
     costs = {"metric": "acc1", "trained_parameters": 1234, "peak_memory_gb": 1.25}
-    found = [*results("a", [70.0, 72.0]), Result("b", "LoRA", 100, 0, 60.0, "", 2.0, "", **costs),
+    found = [*results("a", [70.0, 72.0]),
+             *(Result("b", "LoRA", 100, draw, score, "", 2.0, "", **costs) for draw, score in enumerate((60.0, 61.0))),
              *(Result("b", "LoRA", 1000, draw, 80.0, "", seconds, "", **costs)
                for draw, seconds in enumerate((10.0, 70.0, 20.0)))]  # fmt: skip
     table = summary.table(summary.entries_of(found), {"c (LoRA)": "it has no layer"})
     assert table.splitlines()[0].endswith("| trained parameters | seconds (100 / 1,000 labels) | GPU memory, GB |")
     assert table.splitlines()[2:] == [
         "| a (k-NN) | **71.0 ± 1.4** |  |  | 1.0 / – |  |",
-        "| b (LoRA) | 60.0 | **80.0 ± 0.0** | 1,234 | 2.0 / 20 | 1.2 |",
+        "| b (LoRA) | 60.5 ± 0.7 | **80.0 ± 0.0** | 1,234 | 2.0 / 20 | 1.2 |",
         "| c (LoRA) | – | – | – | – | – |", "", "c (LoRA) is left out: it has no layer.",
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The first lines of the page of a run: whether its encoder is better than raw pixels and than random weights."""
 
 import html
+import os
 import re
 import shutil
 
@@ -70,10 +71,13 @@ def test_the_comparison_of_a_run_is_on_its_page(run):
     folder.mkdir()
     table = "| test accuracy, % | 24 labels | seconds |\n|---|---|---|\n| pixels (RBF-SVM) | **70.8** (C 10) |  |"
     (folder / "table.md").write_text(f"{table}\n\nWith 24 labels, pixels (RBF-SVM) <b> has the highest accuracy.\n")
-    page = report.compared(run)
+    page = report.compared(run, run / "checkpoint-1.pth")
     assert "<td>70.8 (C 10)</td><td></td>" in page and "&lt;b&gt; has the highest accuracy." in page
+    assert "earlier state" not in page
+    os.utime(folder / "table.md", (0, 0))
+    assert "older than checkpoint-1.pth" in report.compared(run, run / "checkpoint-1.pth")
     shutil.rmtree(folder)
-    assert report.compared(run) == ""
+    assert report.compared(run, run / "checkpoint-1.pth") == ""
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,15 @@ Entries = dict[str, dict[int, Entry]]  # by title of the row and number of label
 
 
 def entries_of(results: Sequence[Result]) -> Entries:
-    """Collects the draws of each entry of the table."""
+    """Collects the draws of each entry of the table: of an interrupted comparison, those that all entries have."""
+    shared: dict[int, set[int]] = {}  # draws by the number of labels
+    for row, labels in dict.fromkeys((result.row, result.labels) for result in results):
+        draws = {result.draw for result in results if (result.row, result.labels) == (row, labels)}
+        shared[labels] = shared.get(labels, draws) & draws
     entries: Entries = {}
     for result in results:
+        if result.draw not in shared[result.labels]:
+            continue
         row = entries.setdefault(result.row, {})
         before = row.get(result.labels) or Entry(result.encoder, result.protocol, {}, result.metric)
         row[result.labels] = before._replace(
@@ -264,7 +270,10 @@ def write(
     """
     entries = entries_of(results)
     images = [_images_of(entries, test_images, are_of_training)] if test_images else []
-    text = "\n\n".join([table(entries, left_out), conclusion(entries, test_images), *images]) + "\n"
+    shown = sum(len(entry.by_draw) for row in entries.values() for entry in row.values())
+    others = len(results) - shown
+    incomplete = [f"It is incomplete: {counted(others, 'result')} of draws that not all rows have."] if others else []
+    text = "\n\n".join([table(entries, left_out), conclusion(entries, test_images), *incomplete, *images]) + "\n"
     rows = [["" if value is None else value for value in result] for result in results]
     spreadsheet.write(folder / "results.csv", [Result._fields, *rows])
     atomic.write_text(folder / "table.md", text)

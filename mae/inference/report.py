@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> Path:
             sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
         result = answer(model, some, data, of_state, args)
-        sections.insert(0, page.section("Did it help?", result + compared(args.run_dir)))
+        sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
     sections += [
         page.section("What to do next", commands(args.run_dir, path, settings, data, source)),
         page.section("Settings", settings_of(start)),
@@ -386,12 +386,19 @@ def comparison(
     ]  # fmt: skip
 
 
-def compared(run_dir: Path) -> str:
-    """Returns the tables and sentences of the command of `comparison`, as HTML; "" if it has not run."""
+def compared(run_dir: Path, checkpoint: Path) -> str:
+    """Returns the tables and sentences of the command of `comparison`, as HTML; "" if it has not run.
+
+    Args:
+        checkpoint: the state that the page shows.
+    """
     file = Path(f"{run_dir}_compared", "table.md")
     if not file.exists():
         return ""
     parts = ["<h3>Compared with raw pixels, with labels</h3>"]
+    if file.stat().st_mtime < checkpoint.stat().st_mtime:
+        text = f"This comparison is older than {checkpoint.name}, and of an earlier state. Run its command again."
+        parts.append(page.paragraph(text))
     for block in file.read_text(encoding="utf-8").strip().split("\n\n"):
         if block.startswith("|"):
             rows_of_texts = [line[1:-1].split("|") for line in block.replace("**", "").splitlines()]

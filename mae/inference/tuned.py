@@ -1,6 +1,5 @@
 """What the page about a fine-tuned run shows: the accuracy, the classes that are confused, images that are wrong."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -68,17 +67,21 @@ def has_classes(found: Evaluated) -> bool:
     return not isinstance(found.scores, tasks.TargetEvaluation)
 
 
-def standard_error(found: Evaluated) -> float:
-    """Returns the standard error of the accuracy in percent: sqrt(p (1 - p) / n)."""
-    share = found.scores.acc1 / 100
-    return 100 * math.sqrt(share * (1 - share) / len(found.val))
+def interval(found: Evaluated) -> tuple[float, float]:
+    """Returns the bounds of the 95 % interval of the accuracy (Wilson), in percent."""
+    from scipy import stats  # takes half a second
+
+    count = len(found.val)
+    bounds = stats.binomtest(round(found.scores.acc1 / 100 * count), count).proportion_ci(0.95, method="wilson")
+    return 100 * bounds.low, 100 * bounds.high
 
 
 def facts_of(found: Evaluated) -> dict[str, str]:
     """Returns the scores of an evaluation, by their titles."""
     facts = {"validation images": f"{len(found.val):,}"}
     if has_classes(found):
-        facts["accuracy ± standard error"] = f"{found.scores.acc1:.1f} ± {standard_error(found):.1f} %"
+        low, high = interval(found)
+        facts["accuracy (95 % interval)"] = f"{found.scores.acc1:.1f} % ({low:.1f} to {high:.1f})"
     return facts | {name: f"{value:.4g}" for name, value in found.scores.metrics.items()}
 
 
@@ -140,7 +143,7 @@ def notes(path: Path, evaluations: int) -> str:
         path: the checkpoint.
         evaluations: number of evaluations of the run.
     """
-    text = "The standard error is that of the choice of the images; another seed of the training changes it, too."
+    text = "The interval is that of the choice of the images; another seed of the training changes the accuracy, too."
     if path.name == run_directory.BEST and evaluations > 1:
         text += (
             f" {path.name} is the best of {evaluations} evaluations on these images, so its accuracy is optimistic: "
