@@ -42,6 +42,7 @@ def get_args_parser() -> ArgumentParser:
     options.add_supervised_options(parser, global_pool=False)
     options.add(parser, "pool", "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
+    options.add(parser, "on_bad_image", default="error", help=options.EXCLUDES)
     options.add(parser, "config", *options.COMPUTE_FLAGS)
     options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
     options.add_distributed_options(parser)
@@ -65,7 +66,7 @@ def main(
     precision = session.precision
     device = precision.device
     data = session.open_data(spares_stand_in=spares_stand_in)
-    train, val, statistics = open_labelled(data, run.model.nb_classes)
+    train, val, statistics = open_labelled(data, run.model.nb_classes, reads_in_order=True)
     task = tasks.task_of({**run.record(), **statistics}, val)
     model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=features is not None)
     extra_inputs.require_fitting(model, train, val)

@@ -585,6 +585,16 @@ def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, 
     assert "fine-tuned" in compare(*few, "--recipes", f"finetune={recipe}")
 
 
+def test_all_rows_leave_out_an_image_that_can_not_be_read(labelled, encoder, tmp_path):
+    """Also raw pixels, and of the training images that stand for a missing validation set."""
+    shutil.copytree(labelled / "train", tmp_path / "data/train")
+    for folder in sorted(tmp_path.glob("data/train/*"))[:3]:
+        min(folder.iterdir()).write_bytes(b"")
+    flags = ("--protocols", "knn", "--labels", "all", "--on_bad_image", "skip")
+    text = compare(tmp_path / "data", tmp_path / "out", encoder, *flags)
+    assert "mine (k-NN)" in text and "pixels (RBF-SVM)" in text
+
+
 @pytest.mark.slow
 def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
     """Complete runs are not repeated; results of other flags are not used. A run has one result, after any others."""

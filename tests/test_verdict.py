@@ -130,6 +130,15 @@ def test_with_normalized_pixels_it_has_the_loss_of_the_mean_of_each_patch(pretra
     assert f"loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {47 / 48:.3f}." in text
 
 
+def test_a_page_leaves_out_the_images_that_the_run_has_left_out(pretrain, labelled, tmp_path):
+    """The first image, which is always drawn, can't be read. Nor does the command of the comparison need it."""
+    shutil.copytree(labelled, tmp_path / "images")
+    min(tmp_path.glob("images/train/*/*")).write_bytes(b"")
+    out = pretrain(data_path=tmp_path / "images", epochs=1, on_bad_image="skip")
+    text = call(report, out, device="cpu", num_workers=0).read_text()
+    assert "Reconstructions" in text and "on_bad_image" in text.split("Compare with raw pixels")[1].split("<h3>")[0]
+
+
 def test_an_image_that_a_list_repeats_is_in_one_part(labelled, tmp_path):
     """A training may read an image more often than others."""
     files = sorted((labelled / "train").glob("*/*"))

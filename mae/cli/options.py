@@ -38,6 +38,9 @@ REGISTRIES = {
     "metric": ("mae.evaluate.metrics", "METRICS"),
     "probe": ("mae.probes", "PROBES"),
 }
+EXCLUDES = (  # help of `on_bad_image`, where no other image takes the place
+    "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
+)
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
 EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
 COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
@@ -261,6 +264,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
         parser, "output_dir", default="runs/compare",
         help="folder of table and runs. Results in it are reused if flags and files are the same",
     )  # fmt: skip
+    add(parser, "on_bad_image", default="error", help=EXCLUDES)
     add(parser, "keep_checkpoints", "device", "debug", "amp")
 
 

@@ -56,10 +56,13 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(spec, settings, run.explicit)
-    open_split, held_out = RunData(run.images, run.data, torch.device("cpu")).splits()
+    data = RunData(run.images, run.data, torch.device("cpu"))
+    open_split, held_out = data.splits()
     train, val = open_pair(open_split, run.images.task)
+    if held_out:
+        val = data.readable(val, held_out)
     sizes = _sizes_of(spec, train)
-    trials = Trials(spec, settings, run.explicit, scripts, out / "runs", train, val, bool(held_out))
+    trials = Trials(spec, settings, run.explicit, scripts, out / "runs", train, val, data.readable, bool(held_out))
     left_out = _left_out(encoders, spec.protocols)
     planned = _plan(encoders, spec.protocols, sizes, left_out)
     for trial in planned:

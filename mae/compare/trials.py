@@ -4,7 +4,7 @@ import math
 import shlex
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,12 +69,13 @@ class Trials:
         scripts: the script of each protocol.
         folder: the run directories. Results in them are kept.
         train, val: the data, for the baselines on raw pixels.
+        readable: function(source) that leaves out the images that can't be read.
         spares_stand_in: training images take the place of a missing validation set. They choose nothing.
     """
 
     def __init__(
         self, spec: ComparisonSpec, given: Settings, explicit: frozenset[str], scripts: Mapping[str, store.Script],
-        folder: Path, train: Source, val: Source, spares_stand_in: bool = False,
+        folder: Path, train: Source, val: Source, readable: Callable[[Source], Source], spares_stand_in: bool = False,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.given = given
@@ -82,6 +83,7 @@ class Trials:
         self.folder = folder
         self.train = train
         self.val = val
+        self.readable = readable
         # All scores depend on these. Digests of names and labels are the same on all machines, and for a moved dataset.
         self.validation: Settings = {"spares_stand_in": True} if spares_stand_in else {}
         self.images = [fingerprint(source, with_labels=True) for source in (train, val)]
@@ -272,7 +274,7 @@ class Trials:
         per_class = trial.size.per_class
 
         def compute(_: Path) -> Scores:
-            few = some_of_each_class(self.train, per_class, trial.draw) if per_class else self.train
+            few = self.readable(some_of_each_class(self.train, per_class, trial.draw) if per_class else self.train)
             images = ImageSpec.of(settings)
             workers = self.given["num_workers"]
             train, val = ((raw_pixels.read(source, images, workers), source.labels) for source in (few, self.val))

@@ -296,8 +296,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_to(parser, "num_workers")
     options.add_exif(parser, "not applied to datasets")
     options.add_to(parser, "fast_jpeg", "amp", "nodata", "value_range", "channels_last")
-    text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
-    options.add_to(parser, "on_bad_image", default="error", help=text)
+    options.add_to(parser, "on_bad_image", default="error", help=options.EXCLUDES)
     return parser
 
 

@@ -87,8 +87,7 @@ def add_options(parser: argparse.ArgumentParser, pools: Mapping[str, str] = POOL
     parser.add_argument("--pool", choices=(*pools,), help=f"{meanings} (default: what the file is for)")
     options.add_extraction_options(parser)
     options.add_to(parser, "nodata", "value_range", "channels_last")
-    text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
-    options.add_to(parser, "on_bad_image", default="error", help=text)
+    options.add_to(parser, "on_bad_image", default="error", help=options.EXCLUDES)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -107,16 +107,17 @@ def main(args: argparse.Namespace) -> Path:
         longer = more_time.section(entries, settings["epochs"], ImageSpec.of(settings), len(source))
         sections.insert(0, page.section("Would more time help?", longer))
     some: Source | None = None
-    if isinstance(model, Autoencoder):
-        sections.append(page.section("Reconstructions", reconstructions(model, source, ModelSpec.of(settings))))
-    if args.map:
-        sections += mapped(model, source, data, args)
     if not is_stream(source):
         some = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
         if data.on_bad_image == "skip":
             some = readable(some, model.in_chans, args.num_workers, model.values)
-        if not args.map:
-            sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
+    if isinstance(model, Autoencoder):
+        drawn = reconstructions(model, source if some is None else some, ModelSpec.of(settings))
+        sections.append(page.section("Reconstructions", drawn))
+    if args.map:
+        sections += mapped(model, source, data, args)
+    elif some is not None:
+        sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
         result = answer(model, some, data, of_state, args)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
@@ -380,9 +381,10 @@ def comparison(
     run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
 ) -> list[str]:
     """Returns the command that compares a checkpoint with raw pixels, without the interpreter."""
+    skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
     return [
         "main_compare", *arguments(labelled_images(settings, data, source)), "--encoders", "pixels", str(checkpoint),
-        "--protocols", "knn", "linear", "--output_dir", f"{run_dir}_compared",
+        "--protocols", "knn", "linear", *skips, "--output_dir", f"{run_dir}_compared",
     ]  # fmt: skip
 
 
