@@ -19,10 +19,13 @@ from engine_finetune import evaluate_model
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import loader, transforms
+from mae.data.item import Item
 from mae.data.labels import Subset
 from mae.data.run_data import RunData
+from mae.data.source import NumberedItems
 from mae.evaluate.tasks import Classification
 from mae.inference import features
+from mae.settings import DataSpec, ImageSpec
 from mae.training import feature_files
 from mae.training.frozen_features import encode_images
 from mae.training.precision import Precision
@@ -208,6 +211,25 @@ def test_statistics_of_deep_images_are_suggested_once_unless_both_are_given(clas
     for given in ({}, {"mean": 0.5}, {"std": 0.5}, {"mean": 0.5, "std": 0.5}):
         classify(main_knn, data_path=tmp_path / "deep", in_chans=1, k=1, **given)
         assert capsys.readouterr().out.count("more than 8 bits") == (len(given) < 2)
+
+
+def test_reading_images_for_their_statistics_draws_no_random_numbers():
+    """Only the first process reads them. The weights that are drawn next are the same in all."""
+
+    class Noisy(NumberedItems):
+        title = "noise"
+        classes = ()
+        labels = np.full(8, -1)
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return Item(torch.rand(3, 16, 16))
+
+    before = torch.get_rng_state()
+    RunData(ImageSpec(16), DataSpec(num_workers=0), torch.device("cpu")).check_statistics(Noisy())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("classes", "has_top"), [(4, False), (5, True), (6, True)])

@@ -231,7 +231,8 @@ def check_statistics(
     if is_stream(source) or (normalize.fits_bytes and ((mean and std) or not parallel.is_main())):
         return
     facts = FactsDataset(source, in_chans, values)
-    few = [facts[index] for index in evenly_spaced(len(source), EXAMPLES)]
+    with preserve_generators():  # only rank 0 may read, and a dataset of the user's code may draw random numbers
+        few = [facts[index] for index in evenly_spaced(len(source), EXAMPLES)]
     good = [fact for fact in few if fact.sums is not None]
     if not good:
         return

@@ -285,7 +285,7 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
 
 
 def first_rows(source: Source) -> np.ndarray:
-    """Returns the samples without those whose file has an earlier row in the list. Names of other samples may repeat."""
+    """Returns the samples whose file has no earlier row in the list. Names of other samples may repeat."""
     if not isinstance(extra_inputs.original(source), Listing):
         return np.arange(len(source))
     return np.sort(np.unique([source.name(index) for index in range(len(source))], return_index=True)[1])
