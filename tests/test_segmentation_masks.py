@@ -83,6 +83,18 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
     assert masks_of(2).decode(saved(Image.fromarray(np.array([[True, False]])), suffix)).tolist() == [[1, 0]]
 
 
+def test_files_whose_values_change_when_they_are_read_are_refused():
+    """Pillow scales PGM files of another maximum to 255, and inverts TIFF files whose 0 is white."""
+    values = np.array([[1, 2], [3, 4]], np.uint8)
+    format = masks_of(150)
+    assert format.decode(b"P5 # a comment\n2 2\n255\n" + values.tobytes()).tolist() == values.tolist()
+    assert format.decode(saved(Image.fromarray(values), "TIFF")).tolist() == values.tolist()
+    inverted = saved(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    for data in (b"P5\n2 2\n# of classes\n100\n" + values.tobytes(), inverted):
+        with pytest.raises(BadImage, match="its values change when it is read"):
+            format.decode(data)
+
+
 def test_a_single_color_that_is_not_in_the_palette_is_ignored():
     of_colors = masks_of(2, colors=[(10, 20, 30), (200, 0, 0)])
     for pixels, classes in (

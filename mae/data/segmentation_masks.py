@@ -1,5 +1,6 @@
 """Segmentation masks: images with one value per pixel, the index of a class or IGNORED; and palettes of classes."""
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from mae.files.untrusted import printable, read_file
 # the first bytes of a file
 JPEG = b"\xff\xd8\xff"
 PNG = b"\x89PNG"
+TIFF = (b"II*\0", b"MM\0*")
+PGM = re.compile(rb"P[25](?:(?:\s|#[^\n]*\n)+(\d+)){3}")  # its width, height and maximum, between comments
+PHOTOMETRIC = 262  # a tag of TIFF
+WHITE_IS_ZERO = 0
 MOST_CLASSES = 255
 RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
 
@@ -98,6 +103,8 @@ class MaskFormat:
         is_file = isinstance(data, bytes)
         if is_file and data.startswith(JPEG):
             raise BadImage("it is a JPEG file, whose compression changes the values: give masks as PNG files")
+        if is_file and _changes_when_read(data):
+            raise BadImage("its values change when it is read: give masks as PNG files")
         try:
             picture = decode.read(data if is_file or isinstance(data, Image.Image) else _bytes_of(data), 1)
         except Exception as error:  # decoders raise any exception on damaged bytes
@@ -161,6 +168,18 @@ class MaskFormat:
                 f"{indices[wrong][0]} is class {classes[wrong][0]}): save it as RGB if its colors are the classes, as "
                 f"gray if its indices are"
             )
+
+
+def _changes_when_read(data: bytes) -> bool:
+    """Whether reading a file scales or inverts its values: PGM with a maximum other than 255, TIFF whose 0 is white."""
+    if found := PGM.match(data):
+        return found[1] != b"255"
+    if not data.startswith(TIFF):
+        return False
+    try:
+        return Image.open(io.BytesIO(data)).tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+    except Exception:  # decoding it says why
+        return False
 
 
 def _bytes_of(mask: Any) -> np.ndarray:
