@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import mae.build
 import models_mae
@@ -26,13 +27,16 @@ from mae.cli import entry_point, options
 from mae.context import require_context
 from mae.data import loader
 from mae.data.fingerprint import fingerprint
+from mae.data.item import Batch
 from mae.data.source import OpenDataset
+from mae.data.transforms import Normalize
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import explained, measured_runs, optimizers, preserving, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands
+from mae.training.loop import Loss
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
@@ -123,7 +127,7 @@ def main(
         return {}
 
     with trainer.opened(
-        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, built, batches, precision,
+        loss_of(run.model, data.normalize, mask_ratio), model, built, batches, precision,
         session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
         lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
         further_entries=explained.open_share(model, samples, data, num_visible, run.optim.batch_size),
@@ -133,6 +137,12 @@ def main(
     log_commands(
         run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes), bool(gate)
     )
+
+
+def loss_of(spec: ModelSpec, normalize: Normalize, mask_ratio: float) -> Callable[[nn.Module, Batch], Loss]:
+    """Returns the loss of a batch, with the terms of the settings."""
+    terms = [name for name in ("uniformity", "preserve") if getattr(spec, name)]
+    return partial(loss, mask_ratio=mask_ratio, normalize=normalize, terms=terms)
 
 
 def open_model(session: Session) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae.masking import ratio_of
 from models_mae import MaskedAutoencoderViT
 
 
@@ -53,6 +54,7 @@ class ComplementaryMasks(MaskedAutoencoderViT):
         parts = [(ranks - part * count // self.parts) % count for part in range(self.parts)]
         imgs = self._repeated(imgs)
         context = {name: self._repeated(value) for name, value in context.items()}
+        mask_ratio = ratio_of(count // self.parts, count)  # 1 - mask_ratio may round to a patch less
         return super().prepare_masking(imgs, mask_ratio, None, torch.cat(parts).float(), **context)
 
     def _repeated(self, value: Tensor) -> Tensor:

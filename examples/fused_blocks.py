@@ -70,7 +70,8 @@ class FusedBlocks(MaskedAutoencoderViT):
         """All patches of a hidden image have a loss. Each image has the same weight."""
         if self.hidden:
             mask = torch.where(self.is_hidden(mask), 1.0, mask)
-            mask = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            if "valid" not in context:  # with invalid pixels, the loss has this weight already
+                mask = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
         return super().forward_loss(imgs, pred, mask, **context)
 
     def with_terms(self, loss: Any, latent: Tensor, *args: Any, **context: Any) -> Any:

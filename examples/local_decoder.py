@@ -48,6 +48,8 @@ class LocalDecoder(MaskedAutoencoderViT):
         for number, block in enumerate(self.decoder_blocks):
             assert isinstance(block, Block)
             attention = LocalAttention(block.attn.proj.in_features, block.attn.num_heads)
+            attention.q_norm = block.attn.q_norm
+            attention.k_norm = block.attn.k_norm
             attention.load_state_dict(block.attn.state_dict())
             mask = window_mask(self.grid_size, (rows, columns), self.num_prefix_tokens, number % 2 == 1)
             attention.register_buffer("mask", mask, persistent=False)

@@ -10,14 +10,12 @@ order of backward passes, several steps. It has one iteration an update, no pict
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples run from a clone
 
 import mae.build
 import main_pretrain
-from engine_pretrain import loss
 from mae import masking, parallel
 from mae.cli import entry_point
 from mae.data import loader
@@ -47,9 +45,8 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
     precision = session.precision
     data = session.open_data()
     train = open_images(data, run.evaluation)
-    model = main_pretrain.build_model(run.model, run.images, session.code, session.file, precision, run.machine.fsdp)
+    model, facts = main_pretrain.open_model(session)
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
-    model.to(precision.device)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, _ = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
     batches = loader.TrainLoader(
@@ -60,8 +57,8 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
     optimizer = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups, betas=main_pretrain.BETAS)
 
     with trainer.opened(
-        partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), model, optimizer, batches, precision,
-        session.record({"predicts_pixels": model.predicts_pixels}), run.optim, run.machine,
+        main_pretrain.loss_of(run.model, data.normalize, mask_ratio), model, optimizer, batches, precision,
+        session.record(facts), run.optim, run.machine,
         fingerprint(train, with_labels=False), callbacks=callbacks, lr_schedule=session.code.lr_schedule,
     ) as training:  # fmt: skip
         for epoch in range(training.progress.epoch, training.epochs):

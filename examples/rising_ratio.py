@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import main_pretrain
 from mae.cli import entry_point
-from mae.masking import require_random
+from mae.masking import ratio_of, require_random
 from mae.settings import Run
 from models_mae import MaskedAutoencoderViT
 
@@ -48,6 +48,9 @@ class RisingRatio(MaskedAutoencoderViT):
                 require_random(noise, "RisingRatio")
             progress = float(self.decoder_progress)  # the host waits for a GPU: the shapes depend on it
             mask_ratio = (1 - progress) * self.first + progress * mask_ratio
+            if noise is not None and "valid" in context:  # an image with few valid patches can't show more
+                most = int(noise.isfinite().sum(dim=1).min())
+                mask_ratio = max(mask_ratio, ratio_of(most, noise.shape[1]))
         return super().random_masking(x, mask_ratio, noise, **context)
 
 

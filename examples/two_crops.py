@@ -42,7 +42,8 @@ class TwoCrops(MaskedAutoencoderViT):
         pred = self.forward_decoder(latent, ids_restore, **context)
         pixels = in_fp32(self.forward_loss)(imgs, pred, mask, **context)
         contrast = self.contrast(self.decoder_head(self.patch_tokens(latent).mean(dim=1)))
-        return {"pixels": pixels, "contrast": self.weight * contrast}, pred, mask
+        terms = {"pixels": pixels, "contrast": self.weight * contrast}
+        return self.with_terms(terms, latent, imgs, ids_restore, **context), pred, mask
 
     @in_fp32
     def contrast(self, vectors: Tensor) -> Tensor:

@@ -165,6 +165,9 @@ def test_a_mask_ratio_rises_with_the_epochs_and_resumes(pretrain, monkeypatch):
         found[epoch] = int((model(torch.rand(1, 3, 16, 16), 0.75)[2] == 0).sum())
     assert found == {0: 8, 0.5: 7, 1: 6, 1.5: 5, 2: 4, 3: 4}
     progress.after_update(model, 0)
+    valid = torch.zeros(1, 16, 16, dtype=torch.bool)
+    valid[:, :4] = True  # four patches, fewer than are visible at first
+    assert (model(torch.rand(1, 3, 16, 16), 0.75, valid=valid)[2] == 0).sum() == 4
     assert (model.eval()(torch.rand(1, 3, 16, 16), 0.75)[2] == 0).sum() == 4
     own = {"of_main": {"model_class": RisingRatio}, "model_args": "first=0.5 epochs=2"}
     whole = pretrain("whole", **own, callbacks=[Progress()])

@@ -50,7 +50,7 @@ from mae.masking import sampler as masking_sampler
 from mae.user_code import import_object
 from mae.weights import loading, reading
 from models_mae import MaskedAutoencoderViT
-from models_vit import VisionTransformer
+from models_vit import Block, VisionTransformer
 
 TEACHER = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -242,9 +242,18 @@ def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
     in_processes(2, pictures, tmp_path / "two", "--batch_size", "4", *own)
     for line in (*lines(whole), *lines(tmp_path / "two")):
         assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
+    (line,) = lines(pretrain("spread", model_class="examples.two_crops:TwoCrops", epochs=1, uniformity=0.1))
+    assert line["train_uniformity"] > 0
     model = TwoCrops(**SMALL).train()
     pairs, unrelated = torch.randn(3, 32).repeat_interleave(2, dim=0), torch.randn(6, 32)
     assert model.contrast(pairs) < model.contrast(unrelated)
+
+
+def test_five_complementary_masks_show_each_patch_once():
+    """1 - .8 is less than a fifth in floating point."""
+    model = ComplementaryMasks(**SMALL | {"img_size": 40}, parts=5).train()
+    mask = model(torch.rand(2, 3, 40, 40), 0.8)[2]
+    assert torch.equal((1 - mask).view(5, 2, 100).sum(dim=0), torch.ones(2, 100))
 
 
 def test_complementary_masks_show_each_patch_once():
@@ -271,7 +280,8 @@ def test_attention_of_the_decoder_is_local():
     assert mask[0].all() and mask[:, 0].all()
     assert mask[1].nonzero().flatten().tolist() == [0, 1, 2]  # the first patch: itself and its right neighbor
     assert window_mask((2, 4), (1, 2), 1, shifted=True)[2].nonzero().flatten().tolist() == [0, 2, 3]
-    model = LocalDecoder(**SMALL, window=[2, 2], decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    sizes = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    model = LocalDecoder(**SMALL, window=[2, 2], **sizes, block=partial(Block, qk_norm="layer"))
     latent = torch.randn(1, 1 + 16, 32, requires_grad=True)
     pred = model.forward_decoder(latent, torch.arange(16)[None])
     pred[0, 0].sum().backward()
@@ -326,6 +336,17 @@ def test_hidden_images_are_predicted_from_the_class_token():
     of_images = [*errors[:2].mean(dim=1), *((errors * mask).sum(dim=1) / 12)[2:]]
     torch.testing.assert_close(loss, torch.stack(of_images).mean())
     assert not torch.allclose(model.eval()(imgs, noise=noise)[1][:2], pred[:2], atol=1e-3)  # nothing is hidden
+
+
+def test_a_clouded_image_has_the_weight_of_the_others_in_the_loss_of_hidden_images():
+    """Nothing is hidden in evaluation mode: the loss is that of the autoencoder."""
+    model = FusedBlocks(**SMALL, hidden=0.5).eval()
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[1, :8] = False
+    found = model(imgs, noise=noise, valid=valid)[0]
+    model.hidden = 0.0
+    torch.testing.assert_close(found, model(imgs, noise=noise, valid=valid)[0])
     with pytest.raises(ValueError, match="hidden=50"):
         FusedBlocks(**SMALL, hidden=50)
 

@@ -11,6 +11,10 @@ def test_it_trains_as_the_script_and_resumes_within_an_epoch(pictures, tmp_path,
     whole = pretraining(pictures, tmp_path)("whole")
     run = pretraining(pictures, tmp_path, main=own_loop.main)
     assert_equal(weights(run("own")), weights(whole))
+    flags = {"init_from": whole / "checkpoint-1.pth", "preserve": 1, "epochs": 1}
+    kept = run("kept", **flags)
+    script = pretraining(pictures, tmp_path)("whole_kept", **flags)
+    assert_equal(*(weights(out, "checkpoint-0.pth") for out in (kept, script)))
     parts = stop_and_resume(monkeypatch, run, 3)  # an epoch has six updates
     assert_equal(weights(parts), weights(whole))
     assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]

@@ -158,11 +158,18 @@ from models_mae import MaskedAutoencoderViT
 
 class Own(MaskedAutoencoderViT):
     def forward(self, imgs, mask_ratio=0.75, **context):
-        return super().forward(imgs, mask_ratio, **context)
+        imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, **context)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
+        pred = self.forward_decoder(latent, ids_restore, **context)
+        return self.forward_loss(imgs, pred, mask, **context), pred, mask
 """,
     )
-    words = (*words, "--init_from", start, "--model_class", "forwards:Own", "--output_dir", pictures.parent / "own")
-    assert "Own has a `forward` without this loss" in fails(capsys, monkeypatch, main_pretrain, *words)
+    words = (*words, "--init_from", start, "--model_class", "forwards:Own", "--output_dir", pictures.parent / "own",
+             "--batch_size", 8)  # fmt: skip
+    without = "the `forward` of the model class has no such term of the loss"
+    assert f"`preserve`: {without}" in fails(capsys, monkeypatch, main_pretrain, *words)
+    words = ["--uniformity" if word == "--preserve" else word for word in words]
+    assert f"`uniformity`: {without}" in fails(capsys, monkeypatch, main_pretrain, *words)
 
 
 def test_a_run_sees_its_start_in_the_statistics_of_the_file(start):
