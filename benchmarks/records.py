@@ -2,9 +2,11 @@
 
     python benchmarks/records.py                                             # writes three tables of LEADERBOARD.md
     python benchmarks/records.py "demo with normalized pixels" baseline      # prints the test of two entries
+    python benchmarks/records.py "demo with normalized pixels" baseline --epochs 50      # of rows at equal updates
 
 An entry is a record if its mean score is above that of the last record on the same machine, with p < .01 in a one-sided
-Welch test. Both have rows of at least three seeds, which were run alternately: at the same commit.
+Welch test. Both have rows of at least three seeds, which were run alternately: at the same commit. Rows at equal
+updates are no records. Those of several machines are tested together.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from scipy import stats
 from benchmarks import leaderboard, scoring
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
+from mae.settings.types import positive_int
 
 RECORDS = ("baseline", "demo with normalized pixels")  # each above the one before it
 FEWEST = 3  # rows of an entry in a test
@@ -33,12 +36,14 @@ Row = dict[str, Any]
 Rows = dict[tuple[str, str], list[Row]]  # by entry and machine
 
 
-def read(evaluated: str = SETS[0]) -> Rows:
-    """Returns the rows of the track of five minutes that are evaluated on a set of images."""
+def read(evaluated: str = SETS[0], epochs: int | None = None) -> Rows:
+    """Returns the rows of five minutes, or of a number of epochs, that are evaluated on a set of images."""
+    wanted = TRACK | {"evaluated on": evaluated} | ({"budget": f"{epochs} epochs"} if epochs else {})
     rows: Rows = defaultdict(list)
     for row in leaderboard.read():
-        if all(row[name] == value for name, value in {**TRACK, "evaluated on": evaluated}.items()):
-            rows[row["entry"], row["machine"]].append(row)
+        if all(row[name] == value for name, value in wanted.items()):
+            machine = "all machines" if epochs else row["machine"]  # the speed does not matter
+            rows[row["entry"], machine].append(row)
     return rows
 
 
@@ -184,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
         print(table())
         return
     better, worse = args.entries
-    is_tested = [print_test(better, worse, evaluated) for evaluated in SETS]
+    is_tested = [print_test(better, worse, evaluated, args.epochs) for evaluated in SETS]
     if not any(is_tested):
         raise ValueError(
             f"no machine has rows of {better} and of {worse} of the same seed and commit: run leaderboard.py with both "
@@ -192,9 +197,9 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
-def print_test(better: str, worse: str, evaluated: str) -> bool:
+def print_test(better: str, worse: str, evaluated: str, epochs: int | None) -> bool:
     """Prints the test of two entries on a set of images, by machine. Returns whether there are rows of both."""
-    rows = read(evaluated)
+    rows = read(evaluated, epochs)
     tested = tests(better, worse, rows)
     found = pairs(better, worse, rows)
     for machine, (ours, others) in found.items():
@@ -202,7 +207,7 @@ def print_test(better: str, worse: str, evaluated: str) -> bool:
         if machine in tested:
             difference, low, high, p = tested[machine]
             is_better = p < LEVEL and difference > 0
-            verdict = ("a record" if worse == RECORDS[-1] else "better") if is_better else "no record"
+            verdict = ("a record" if worse == RECORDS[-1] and not epochs else "better") if is_better else "no record"
             print(f"score {difference:+.2f} ({low:.2f} to {high:.2f}), p = {p:.2g}: {verdict}")
         else:
             print(f"no test: it needs {FEWEST} seeds of each, of one command of leaderboard.py")
@@ -213,6 +218,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Writes the records of the leaderboard, or compares two entries.")
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help="two entries: the better one first")
+    parser.add_argument("--epochs", type=positive_int, metavar="N", help="compare rows of N epochs: equal updates")
     return parser
 
 

@@ -256,6 +256,28 @@ def test_entries_are_compared_by_runs_that_alternated_on_one_machine():
     assert found["A"][0] == pytest.approx(1.1)
 
 
+def test_rows_at_equal_updates_are_compared_over_machines(tmp_path, monkeypatch, capsys):
+    """Of two machines with two seeds each; such a gain is no record."""
+    monkeypatch.setattr(leaderboard, "ROWS", tmp_path / "rows.jsonl")
+    shared = {"kind": records.TRACK["kind"], "budget": "50 epochs", "evaluated on": "held-out"}
+    rows = [
+        {
+            **shared,
+            "entry": entry,
+            "seed": seed,
+            "machine": "AABB"[seed],
+            "commit": "1122"[seed],
+            "score": score + seed / 9,
+        }
+        for seed in range(4)
+        for entry, score in (("new", 82.0), (records.RECORDS[-1], 80.0))
+    ]
+    leaderboard.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records.main(records.get_args_parser().parse_args(["new", records.RECORDS[-1], "--epochs", "50"]))
+    text = capsys.readouterr().out
+    assert "all machines, 4 seed(s)" in text and "score +2.00" in text and text.strip().endswith(": better")
+
+
 def test_correlations_are_those_of_entries_and_of_seeds():
     """A measure that ranks the entries, and is random between the seeds of an entry. Losses need normalized pixels."""
     draw = np.random.default_rng(0)
