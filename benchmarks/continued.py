@@ -239,12 +239,16 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
                 speed = [f"{runs[0][name]:,.0f}" if name in runs[0] else "" for name in ("images/s", "updates")]
                 rate = f"{runs[0]['lr']:g}" if "lr" in runs[0] else ""
                 lines.append([arm, *(mean_of(runs, name) for name in MEASURES), rate, *speed])
-        correlation = stats.spearmanr([row["k-NN"] for row in of_kind], [row[AGREEMENT] for row in of_kind]).statistic
+        means = [
+            [statistics.fmean(row[name] for row in of_kind if row["arm"] == arm) for name in ("k-NN", AGREEMENT)]
+            for arm in dict.fromkeys(row["arm"] for row in of_kind)
+        ]
+        correlation = stats.spearmanr(*zip(*means, strict=True)).statistic
         machines = " and ".join(dict.fromkeys(row["machine"] for row in of_kind))  # the speed is of the first
         parts += [
             f"{kind.capitalize()}, {machines}, {len(of_kind)} runs:",
             markdown(["arm", *(f"{name}, %" for name in MEASURES), "lr", "images/s", "updates"], lines),
-            f"Spearman's rank correlation of k-NN and the agreement of neighbors: {correlation:.2f}.",
+            f"Spearman's rank correlation of k-NN and the agreement of neighbors, of the arms: {correlation:.2f}.",
         ]
     return "\n\n".join(parts)
 

@@ -55,7 +55,8 @@ PAGE = """# What the lists of a map find
 `OMP_NUM_THREADS=1 python benchmarks/curation.py` writes this page in six minutes of a core; its docstring says how.
 Among 2,000 images of each kind, it plants 12 equal images, 8 near-duplicates, 10 images of another kind and 15 wrong
 labels. A cell counts those among the first 20 entries of a list. k-NN is the share of images whose neighbors vote for
-their label, wrong ones included. "Pairs" counts the near-duplicates that are listed: of all images, and of the 2,000.
+their label, wrong ones included; planted equal images count as right. "Pairs" counts the near-duplicates that are
+listed: of all images, and of the 2,000.
 
 {table}
 

@@ -3,7 +3,7 @@
     from examples.detector import build_detector
     from mae import get_model
 
-    encoder = get_model("mae_pretrain_vit_base", input_size=(640, 640), in_chans=3)
+    encoder = get_model("mae_pretrain_vit_base", pretrained=True)
     detector = build_detector(encoder, num_classes=91)
     losses = detector(pictures, targets)  # as torchvision documents
 

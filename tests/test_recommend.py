@@ -318,6 +318,7 @@ def test_the_nearest_measured_runs_are_those_of_such_images(count, side, channel
     found = board.nearest(images, minutes=5 if count < 50_000 else 100)
     assert found[0].startswith(first)
     assert all(re.search(r"[\d.]+ %, raw pixels [\d.]+ %", text) for text in found) or first.startswith("no run")
+    assert ("by a recipe" in found[0]) == first.endswith(", 5 minutes")  # the other was run with other settings
 
 
 @pytest.mark.parametrize(("count", "side", "is_said"), [(60_000, 96, False), (60_001, 28, True), (900, 97, True)])

@@ -1,7 +1,7 @@
 """Measured pre-trainings that are near to a dataset and a time: what a recipe may reach.
 
-benchmarks/leaderboard.py writes board.json: the best entry of each kind of images and each time, with its score and
-that of raw pixels (benchmarks/LEADERBOARD.md, "Rules").
+benchmarks/leaderboard.py writes board.json: for each kind of images and each time, the score of the settings that a
+recipe has, or of the best entry if they were not run, and that of raw pixels (benchmarks/LEADERBOARD.md, "Rules").
 """
 
 import json
@@ -39,7 +39,7 @@ def nearest(images: Images, minutes: float) -> list[str]:
         ]
     return [
         f"{row['images']:,} {row['kind']}, {row['side']} pixels, {row['minutes']:g} minutes on two cores: "
-        f"{row['score']:.1f} %, raw pixels {row['pixels']:.1f} % ({SCORE}, benchmarks/LEADERBOARD.md)"
+        f"{row['score']:.1f} %, raw pixels {row['pixels']:.1f} % ({SCORE}, by {row['entry']}, benchmarks/LEADERBOARD.md)"
         for row in near[:SHOWN]
     ]
 

@@ -256,7 +256,6 @@ def labelled_images(images: Mapping[str, Any], probe_path: str | None, has_label
         images: the training images.
         probe_path: the setting.
         has_labels: the training images have labels.
-        has_best: the run has selected its best state, which may be its start.
     """
     if probe_path:
         return {"data_path": probe_path}
@@ -285,6 +284,7 @@ def log_commands(
 
     Args:
         has_labels: the training images have labels.
+        has_best: the run has selected its best state, which may be its start.
         output_dir, epochs, data, model, evaluation: the settings.
     """
     if not parallel.is_main():  # rank 0 may still be writing the files
