@@ -105,8 +105,11 @@ def read() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Returns the table: the accuracies of each seed, and the mean difference to the better of the single poolings."""
+    """Returns the table: the accuracies of each seed, the standard error that the number of images leaves of one, and
+    the mean differences to the single poolings.
+    """
     rows = read() if rows is None else rows
+    images = {row["kind"]: row["images"] for row in rows}
     lines = []
     for kind, name in itertools.product(dict.fromkeys(row["kind"] for row in rows), MEASURES):
         found = {
@@ -115,8 +118,9 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         if min(map(len, found.values())):
             *single, both = (statistics.fmean(values) for values in found.values())
             texts = [" ".join(f"{value:.1f}" for value in values) for values in found.values()]
-            lines.append([kind, name, *texts, f"{both - single[0]:+.1f}", f"{both - single[1]:+.1f}"])
-    return markdown(["images", "accuracy, %", *POOL_CHOICES, "both − cls", "both − avg"], lines)
+            error = f"{scoring.standard_error([*single, both], images[kind]):.1f}"
+            lines.append([kind, name, *texts, error, f"{both - single[0]:+.1f}", f"{both - single[1]:+.1f}"])
+    return markdown(["images", "accuracy, %", *POOL_CHOICES, "standard error", "both − cls", "both − avg"], lines)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -132,7 +136,10 @@ def main(args: argparse.Namespace) -> None:
         with suppress(locks.Busy), locks.locked(folder):  # busy: a process of the other core has it
             for pool in pools:
                 found = measure(kind, seed, pool, encoder_of(kind, seed))
-                row = run | {"pool": pool, **found, "machine": machine.processor(), "commit": version}
+                images = sum(1 for _ in folder_of(kind).glob("val/*/*"))
+                row = run | {
+                    "pool": pool, **found, "images": images, "machine": machine.processor(), "commit": version
+                }  # fmt: skip
                 with ROWS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)

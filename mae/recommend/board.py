@@ -39,7 +39,8 @@ def nearest(images: Images, minutes: float) -> list[str]:
         ]
     return [
         f"{row['images']:,} {row['kind']}, {row['side']} pixels, {row['minutes']:g} minutes on two cores: "
-        f"{row['score']:.1f} %, raw pixels {row['pixels']:.1f} % ({SCORE}, by {row['entry']}, benchmarks/LEADERBOARD.md)"
+        f"{row['score']:.1f} %, raw pixels {row['pixels']:.1f} % "
+        f"({SCORE}, by {row['entry']}, benchmarks/LEADERBOARD.md)"
         for row in near[:SHOWN]
     ]
 
