@@ -312,6 +312,14 @@ def test_a_file_with_settings_but_without_mean_and_std_is_named(tmp_path, caplog
         assert f"{name} records no mean and std" in notice
 
 
+def test_the_layout_in_memory_of_timms_training_is_none_of_arrays(tmp_path):
+    """Its flag --channels-last has the name of ours."""
+    args = argparse.Namespace(model="vit_mini", input_size=[3, 16, 16], channels_last=False)
+    torch.save({"state_dict": of_timm().state_dict(), "args": args}, tmp_path / "run.pth")
+    model = get_model(tmp_path / "run.pth")
+    assert len(model.predict(np.zeros((20, 24, 3), np.uint8))["pred_scores"]) == 2
+
+
 def test_heads_of_other_tasks(imgs, tmp_path):
     theirs = saved(tmp_path / "tags", ViTConfig(**MINI, **NAMES, problem_type="multi_label_classification"))
     ours = get_model(tmp_path / "tags")

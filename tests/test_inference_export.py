@@ -139,6 +139,27 @@ def test_transformers_encoder_in_its_pipeline(mae, tmp_path):
     torch.testing.assert_close(found, mae.extract_feat(Image.fromarray(pixels), "tokens"), rtol=1e-5, atol=1e-4)
 
 
+def test_an_export_to_transformers_keeps_the_scaling_of_whole_pictures(tmp_path):
+    """Spectrograms have no center. The read model scales pictures to its input, as the original does."""
+    model = get_model("vit_mini_patch4", nb_classes=3, input_size=16, global_pool=False)
+    model = randomized(type(model)({**model.settings, "crop": "none", "crop_pct": 1.0}), 0.1)
+    picture = Image.effect_noise((60, 50), 80).convert("RGB")
+    read = get_model(exported(model, "transformers", tmp_path))
+    np.testing.assert_allclose(read.predict(picture)["pred_scores"], model.predict(picture)["pred_scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", None])
+def test_exports_have_the_interpolation_of_the_model(mode, tmp_path):
+    """A file of timm's train.py may have another one."""
+    model = get_model("vit_mini_patch4", nb_classes=3, global_pool=False)
+    model = type(model)({**model.settings, "interpolation": mode})
+    processor = json.loads((exported(model, "transformers", tmp_path) / "preprocessor_config.json").read_text())
+    assert processor["resample"] == (2 if mode else 3)
+    export.export(model, "timm", tmp_path / "folder_of_timm")
+    config = json.loads((tmp_path / "folder_of_timm/config.json").read_text())
+    assert config["pretrained_cfg"]["interpolation"] == (mode or "bicubic")
+
+
 @pytest.mark.parametrize(("input_size", "edge"), [(24, 27), (28, 32), (32, 36), (40, 45), (56, 64), (48, 54), (20, 22)])
 def test_the_export_to_transformers_names_a_shifted_crop(input_size, edge, tmp_path, caplog):
     caplog.set_level("INFO")
@@ -288,6 +309,7 @@ def test_a_graph_of_float_data_takes_its_units(tmp_path, caplog):
     model = randomized(get_model("vit_mini_patch4", nb_classes=3, classes=["a", "b", "c"], **settings), 0.1)
     values = np.random.default_rng(0).normal(settings["mean"], settings["std"], (16, 16, 2)).astype(np.float32)
     values[3, 5] = np.nan
+    values[8:, :, 1] = np.nan  # a pixel is invalid in all channels
     extra = {"settings": ""}
     graph = torch.export.load(exported(model, "torch_export", tmp_path), extra_files=extra).module()
     scores = graph(torch.from_numpy(values).permute(2, 0, 1)[None]).softmax(1)[0].detach().numpy()

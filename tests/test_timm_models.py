@@ -132,7 +132,10 @@ def test_files_of_weights(saved, tmp_path, suffix):
         save_file(torch.load(path), file)
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    assert torch.equal(get_model(f"{file}#timm:test_vit").extract_feat(images), expected)
+    ours = get_model(f"{file}#timm:test_vit")
+    assert torch.equal(ours.extract_feat(images), expected)
+    export.export(export.encoder_of(ours), "safetensors", tmp_path / "encoder.safetensors")
+    assert torch.equal(get_model(tmp_path / "encoder.safetensors").extract_feat(images), expected)
 
 
 @pytest.mark.slow

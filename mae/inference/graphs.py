@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mae.data import stages
 from mae.inference.model import Autoencoder, Model, Segmenter, is_uncropped, settings_of
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ class Graph(torch.nn.Module):
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
         x = self.model.normalize(images)
-        if self.model.values.nodata is not None:  # NaN marks invalid pixels, which are 0, the mean
-            x = x.masked_fill(images.isnan(), 0)
+        if self.model.values.nodata is not None:  # NaN in a channel marks an invalid pixel, which is 0, the mean
+            x = x.masked_fill(images.isnan().any(dim=1, keepdim=True), 0)
         x = x.to(self.model.pos_embed.dtype)
         if noise is None:
             return self.model(x)
@@ -91,12 +92,18 @@ def crop_of(model: Model) -> str:
     if isinstance(model, Segmenter):
         scaled = f", which is scaled to a short side of {model.short_side} pixels" if model.short_side else ""
         return f"windows of {height} x {width} pixels of a picture{scaled}"
+    mode = interpolation_of(model)
     if is_uncropped(model):
-        return f"a picture that is scaled to {height} x {width} pixels (bicubic)"
+        return f"a picture that is scaled to {height} x {width} pixels ({mode})"
     crop_pct = settings_of(model)["crop_pct"]
     rows = int(height / crop_pct)
     columns = int(width / crop_pct)
-    return f"the center of a picture that is scaled to cover {rows} x {columns} pixels (bicubic)"
+    return f"the center of a picture that is scaled to cover {rows} x {columns} pixels ({mode})"
+
+
+def interpolation_of(model: Model) -> str:
+    """Returns the interpolation of the scaling, as timm names it."""
+    return model.settings.get("interpolation") or stages.BICUBIC
 
 
 def _metadata(model: Model) -> dict[str, Any]:

@@ -6,16 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import mae.build
 import models_mae
 from mae import encoders, user_code
 from mae.data import transforms
-from mae.inference.graphs import crop_of, library
-from mae.inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
+from mae.inference.graphs import crop_of, interpolation_of, library
+from mae.inference.model import (
+    Autoencoder,
+    Classifier,
+    Model,
+    Segmenter,
+    TimmClassifier,
+    is_uncropped,
+    settings_of,
+    with_encoder,
+)
 from mae.settings.arguments import in_words
-from mae.settings.choices import BOTH
+from mae.settings.choices import BOTH, TIMM
 from mae.weights.formats import transformers as layouts
 from mae.weights.reading import SETTINGS
 from models_vit import Encoder
@@ -23,7 +33,7 @@ from models_vit import Encoder
 logger = logging.getLogger(__name__)
 
 # Settings of images and model that no format of other libraries has
-ONLY_OURS = ("learned_pos_embed", "mask_block", "exif", "hflip", "nodata", "value_range", "channels_last")
+ONLY_OURS = ("learned_pos_embed", "mask_block", "crop", "exif", "hflip", "nodata", "value_range", "channels_last")
 
 TIMM_EPS = 1e-6
 FOR_ALL = "to=safetensors, onnx or torch_export"  # formats that have all models
@@ -57,7 +67,8 @@ def encoder_of(model: Model, pool: str | None = None) -> Classifier:
         raise ValueError("pool=both: a classifier with `global_pool` has no norm of the class token; omit `pool`")
     settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": pools, "probe": False,
                 "pool": pool}  # fmt: skip
-    encoder = with_encoder(Classifier, model.encoder)(settings)
+    kind = TimmClassifier if architecture.startswith(TIMM) else Classifier
+    encoder = with_encoder(kind, model.encoder)(settings)
     names = encoder.state_dict().keys()
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
     encoder.initial = {name: values for name, values in model.initial.items() if name in names}
@@ -163,7 +174,8 @@ def timm_config(model: Classifier) -> dict[str, Any]:
             "fc_norm": pooled, **({"reg_tokens": registers} if registers else {}),
         },
         "pretrained_cfg": {
-            "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
+            "input_size": [model.in_chans, height, width], "fixed_input_size": True,
+            "interpolation": interpolation_of(model),
             "crop_pct": settings["crop_pct"], "crop_mode": "squash" if is_uncropped(model) else "center",
             "mean": settings["mean"], "std": settings["std"], "num_classes": model.settings["nb_classes"],
             "first_conv": "patch_embed.proj", "classifier": "head",
@@ -243,7 +255,8 @@ def _write_processor(model: Model, out: Path) -> None:
                     f"pixel before that of this library{of_long_side}, which matters for small images")  # fmt: skip
     square = {"height": side, "width": side}
     library("transformers").ViTImageProcessor(
-        size=square if is_uncropped(model) else {"shortest_edge": edge}, resample=layouts.BICUBIC,
+        size=square if is_uncropped(model) else {"shortest_edge": edge},
+        resample=Image.Resampling[interpolation_of(model).upper()].value,
         do_center_crop=not is_uncropped(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
         image_mean=used["mean"], image_std=used["std"],
     ).save_pretrained(out)  # fmt: skip

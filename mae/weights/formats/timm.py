@@ -34,7 +34,10 @@ def tensors(record: Record, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def settings(record: Record, sizes: Mapping[str, Size]) -> dict[str, Any]:
     """The settings of a folder, or of a run of timm's train.py."""
     of_folder = of_config(record.config) if CONFIG in record.config else {}
-    found = {**of_folder, **record.args, **of_run(record.args), **mmpretrain.of_meta(record)}
+    args = dict(record.args)
+    if not (record.is_ours or "settings" in record.config):
+        args.pop("channels_last", None)  # of train.py, the layout in memory; of this library, that of arrays
+    found = {**of_folder, **args, **of_run(record.args), **mmpretrain.of_meta(record)}
     size = found.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:  # train.py records (channels, height, width)
         found["input_size"] = side_or_sides(size[1:])
