@@ -88,7 +88,8 @@ def main(args: argparse.Namespace) -> None:
     if not images:
         raise ValueError("name a folder of images, such as: mae start IMAGES")
     path = Path(str(images))
-    out = args.output_dir or Path("runs", (path.name if path.is_dir() else path.stem).replace(":", "_"))
+    name = (path.name if path.is_dir() else path.stem).replace(":", "_")
+    out = args.output_dir.expanduser() if args.output_dir else Path("runs", name)
     file = out.with_name(f"{out.name}.yaml")
     require_same_images(given, out, file)
     page = out / "report.html"

@@ -180,6 +180,14 @@ def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
 
 
+def test_a_tilde_is_the_home_folder_in_recipes_and_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("output_dir: ~/runs/a\ndata_path: ~/images\n")
+    args = parse("--config", tmp_path / "recipe.yaml", "--init_from=~/start.pth")
+    found = [args.output_dir, args.data_path, args.init_from]
+    assert found == [str(tmp_path / name) for name in ("runs/a", "images", "start.pth")]
+
+
 def test_a_name_is_a_recipe_of_the_project_unless_there_is_such_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrain_vit_base").mkdir()

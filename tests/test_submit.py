@@ -80,7 +80,7 @@ def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
     script = run(
         "--data_path", "/images", "--shared_dir", jobs, "--dry_run", "--nodes", 3, "--ngpus", 4, "--timeout", 90,
         "--partition", "gpu", "--comment", "for a paper", "--use_volta32", "--after", 12,
-        "--slurm", "account=lab", "--slurm", "mem_gb=100", "--slurm", "cpus-per-task=12", "--slurm", "mail-user=me",
+        "--slurm", "account=0012", "--slurm", "mem_gb=100", "--slurm", "cpus-per-task=12", "--slurm", "mail-user=me",
         "--slurm", "signal_delay_s=300", "--slurm", "setup=module load cuda", "--slurm", "setup=date",
         "--slurm", "wckey=false", "--slurm", "job_name=mine", "--slurm", "exclusive=true",
         "--slurm", "contiguous=false",
@@ -88,7 +88,7 @@ def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
     for line in (
         "--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=90", "--partition=gpu",
         "--comment='for a paper'", "--constraint=volta32gb", "--dependency=afterok:12", "--kill-on-invalid-dep=yes",
-        "--account=lab", "--mem=100GB", "--cpus-per-task=12", "--mail-user=me", "--signal=USR2@300", "--requeue",
+        "--account=0012", "--mem=100GB", "--cpus-per-task=12", "--mail-user=me", "--signal=USR2@300", "--requeue",
         f"--output={jobs}/%j/%j_0_log.out", "--job-name=mine", "--exclusive",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in script

@@ -31,7 +31,8 @@ def setting(text: str) -> tuple[str, Any]:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):
         raise argparse.ArgumentTypeError(f"{key} must be a number, got {value or 'nothing'}")
-    read = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    is_number = value.isdecimal() and str(int(value)) == value  # the account 00123 keeps its zeros
+    read = {"true": True, "false": False}.get(value, int(value) if is_number else value)
     if key == "mem_gb":
         return "mem", read and (f"{read}GB" if isinstance(read, int) else f"{int(1024 * float(value))}MB")
     if key == "no_requeue":

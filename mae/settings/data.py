@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mae.settings.choices import DEFAULT_WORKERS
 from mae.settings.fields import DATA, FIXED, FREE, MACHINE, SPLIT, TRAINING, Values, fact, setting
-from mae.settings.types import count, positive_int, ratio
+from mae.settings.types import count, path, positive_int, ratio
 from mae.settings.types import seed as seed_type
 
 
@@ -13,13 +13,14 @@ from mae.settings.types import seed as seed_type
 class DataSpec(Values, group="data", role=DATA):
     """The images of a run, and how they are read."""
 
-    data_path: str | None = setting(None, resumed=FREE, metavar="PATH")
+    data_path: str | None = setting(None, path, resumed=FREE, metavar="PATH")
     dataset: str | None = setting(None, metavar="NAME")
-    train_list: str | None = setting(None, resumed=FREE, metavar="FILE")
-    val_list: str | None = setting(None, resumed=FREE, metavar="FILE", help="as --train_list, for the validation set")
-    train_folders: list[str] | None = setting(None, nargs=2, metavar=("IMAGES", "MASKS"), resumed=FREE,
+    train_list: str | None = setting(None, path, resumed=FREE, metavar="FILE")
+    val_list: str | None = setting(None, path, resumed=FREE, metavar="FILE",
+        help="as --train_list, for the validation set")
+    train_folders: list[str] | None = setting(None, path, nargs=2, metavar=("IMAGES", "MASKS"), resumed=FREE,
         help="the folders of the training images and of their masks. File names are equal except for suffixes")
-    val_folders: list[str] | None = setting(None, nargs=2, metavar=("IMAGES", "MASKS"), resumed=FREE,
+    val_folders: list[str] | None = setting(None, path, nargs=2, metavar=("IMAGES", "MASKS"), resumed=FREE,
         help="the folders of the validation images and of their masks. File names are equal except for suffixes")
     extras: list[str] | None = setting(None, resumed=FIXED, action="extend", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "

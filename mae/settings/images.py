@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mae.position_tables import Size
 from mae.settings.choices import CLASSIFICATION, CROP_CHOICES, NO_CROP, TASK_CHOICES
 from mae.settings.fields import FIXED, HEAD, IMAGES, LABELS, TRAINING, Values, fact, setting
-from mae.settings.types import count, nodata, non_negative, positive, positive_int, positive_share, share
+from mae.settings.types import count, nodata, non_negative, path, positive, positive_int, positive_share, share
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ImageSpec(Values, group="data", role=IMAGES):
     reduce_zero_label: bool = setting(False, role=HEAD, resumed=FIXED, action="switch",
         help="ignore the value 0 in masks; the classes have the values 1 to N (ADE20K, LoveDA)")
     colors: list[int] | None = fact(None, role=HEAD)
-    palette: str | None = setting(None, role=TRAINING, metavar="FILE",
+    palette: str | None = setting(None, path, role=TRAINING, metavar="FILE",
         help="text file with a line `R G B NAME` for each class: its name, and its color in color masks and in "
         "pictures (default: numbers, and the colors of VOC)")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mae.files import recipes
 from mae.settings.choices import AMP_CHOICES, BACKENDS, SUITES, TF32
 from mae.settings.fields import FIXED, FREE, MACHINE, OPTIM, TRAINING, Values, fact, setting
-from mae.settings.types import count, non_negative, positive, positive_int, ratio
+from mae.settings.types import count, non_negative, path, positive, positive_int, ratio
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class EvaluationSpec(Values, group="evaluation", role=TRAINING):
     probe_every: int = setting(0, count, resumed=FREE, metavar="N",
         help="every N epochs, log the loss of held-out images with fixed masks, and the k-NN accuracy, the effective "
         "rank (RankMe) and the uniformity of the class token of unmasked images; the training stays the same; 0: never")
-    probe_path: str | None = setting(None, resumed=FREE, metavar="PATH",
+    probe_path: str | None = setting(None, path, resumed=FREE, metavar="PATH",
         help="labelled dataset of --probe_every, with class folders in train/ and val/; val/ is held out (default: the "
         "training images, of which a tenth is classified by the others)")
     report: str | None = setting(None, resumed=FREE, metavar="DIR",
@@ -98,15 +98,15 @@ class MachineSpec(Values, group="run", role=MACHINE):
     """Files, precision and processes of a run."""
 
     start_epoch: int = setting(0, count, metavar="N", help="first epoch of a run that is not resumed")
-    finetune: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE|NAME",
+    finetune: str = setting("", path, group="model", role=TRAINING, resumed=FREE, metavar="FILE|NAME",
         help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base; "
         "for nearest neighbors and probes also timm:NAME, a model of timm (default: random weights)")
-    init_from: str = setting("", group="model", role=TRAINING, resumed=FREE, metavar="FILE",
+    init_from: str = setting("", path, group="model", role=TRAINING, resumed=FREE, metavar="FILE",
         help="start at epoch 0 from the weights and settings in this file (default: random weights)")
-    output_dir: str = setting("./output_dir", metavar="DIR", help="run directory: checkpoints, log.txt")
-    log_dir: str = setting("./output_dir", metavar="DIR",
+    output_dir: str = setting("./output_dir", path, metavar="DIR", help="run directory: checkpoints, log.txt")
+    log_dir: str = setting("./output_dir", path, metavar="DIR",
         help="folder of TensorBoard events; --output_dir if only that is set")
-    resume: str = setting("", metavar="FILE|auto",
+    resume: str = setting("", path, metavar="FILE|auto",
         help="resume from this checkpoint, which must be the newest one if it is in --output_dir; auto: from the "
         "newest valid one in --output_dir, if any (default: start a new run)")
     save_every: int = setting(20, positive_int, role=TRAINING, resumed=FREE, metavar="N",

@@ -1,5 +1,6 @@
 """Types of settings: functions that return the value of a text. A ValueError says what is wrong."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,11 @@ positive_share = checked(float, lambda value: 0 < value <= 1, "in (0, 1]")
 ratio = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
 job_id = checked(str, str.isdecimal, "a job id, which is a number")
 seed = checked(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
+
+
+def path(text: str) -> str:
+    """The type of a path: `~` is the home folder, also in a recipe, where no shell replaces it."""
+    return os.path.expanduser(text)
 
 
 def count_or_all(text: str) -> int | str:
