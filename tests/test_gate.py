@@ -127,3 +127,7 @@ def test_the_printed_command_and_the_page_are_of_the_best_state(flags, pretrain,
     assert "checkpoint-best.pth, the start" in text
     assert str(out / "checkpoint-0.pth") not in text
     assert "explains" not in text  # no entry of log.txt is of the start
+    assert "is optimistic" not in text
+    shutil.copy(out / "checkpoint-0.pth", out / "checkpoint-best.pth")  # a later state is the best
+    text = report.main(report.get_args_parser().parse_args([str(out), "--device", "cpu"])).read_text()
+    assert "its accuracy on the images that selected it is optimistic" in text

@@ -48,6 +48,10 @@ FINETUNING = "main_finetune"
 SCRIPTS = ("main_pretrain", FINETUNING)
 IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
 RECONSTRUCTIONS = 8
+SELECTED = (
+    f"{run_directory.BEST} was selected by k-NN in training (`probe_every`): its accuracy on the images that selected it "
+    f"is optimistic."
+)
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {
     "train_loss": "training loss", "test_loss": "held-out loss", "train_explained": "variance explained",
@@ -120,6 +124,8 @@ def main(args: argparse.Namespace) -> Path:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and isinstance(model, Autoencoder):
         result = answer(model, some, data, of_state, args)
+        if path.name == run_directory.BEST and epochs:
+            result += page.paragraph(SELECTED)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
     sections += [
         page.section("What to do next", commands(args.run_dir, path, settings, data, source)),
