@@ -1,6 +1,6 @@
 """The loss of a batch in masked pre-training (He et al. 2021, section 3)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,7 @@ from mae.training import published_loop
 
 
 def loss(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    mask_ratio: float,
-    normalize: Callable[[Tensor], Tensor],
-    terms: Collection[str] = (),
+    model: nn.Module, batch: Batch, *, mask_ratio: float, normalize: Callable[[Tensor], Tensor]
 ) -> Tensor | Mapping[str, Tensor]:
     """Returns the loss () of a batch, or its terms by name.
 
@@ -26,18 +21,8 @@ def loss(
         batch: its noise determines the masks.
         mask_ratio: fraction of masked patches.
         normalize: images -> the input of the model, on the device.
-        terms: names of terms that the settings ask for.
-
-    Raises:
-        ValueError: a term is missing, because a subclass has a `forward` without it.
     """
-    value = model(batch.normalized(normalize), mask_ratio, noise=batch.noise, **batch.context)[0]
-    if missing := set(terms) - set(value if isinstance(value, Mapping) else ()):
-        raise ValueError(
-            f"`{min(missing)}`: the `forward` of the model class has no such term of the loss: add it by `with_terms` "
-            f"(docs/method.md)"
-        )
-    return value
+    return model(batch.normalized(normalize), mask_ratio, noise=batch.noise, **batch.context)[0]
 
 
 def train_one_epoch(

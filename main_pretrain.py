@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 import mae.build
 import models_mae
@@ -27,20 +26,17 @@ from mae.cli import entry_point, options
 from mae.context import require_context
 from mae.data import loader
 from mae.data.fingerprint import fingerprint
-from mae.data.item import Batch
 from mae.data.source import OpenDataset
-from mae.data.transforms import Normalize
 from mae.session import INITIAL_WEIGHTS, Code, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, Run
 from mae.training import explained, measured_runs, optimizers, preserving, trainer
 from mae.training.callbacks import Callback
 from mae.training.gate import KNN, open_gate
 from mae.training.log import NullLog, log_commands
-from mae.training.loop import Loss
 from mae.training.lr_sched import Schedule
 from mae.training.optimizers import param_groups_weight_decay
 from mae.training.precision import Precision
-from mae.training.unlabelled import open_images, open_online_probe, open_samples
+from mae.training.unlabelled import open_images, open_online_probe, open_samples, with_required_terms
 from models_vit import Encoder
 
 if TYPE_CHECKING:
@@ -127,9 +123,9 @@ def main(
         return {}
 
     with trainer.opened(
-        loss_of(run.model, data.normalize, mask_ratio), model, built, batches, precision,
-        session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False), callbacks=callbacks,
-        lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
+        with_required_terms(partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), run.model), model, built,
+        batches, precision, session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False),
+        callbacks=callbacks, lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
         further_entries=explained.open_share(model, samples, data, num_visible, run.optim.batch_size),
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
@@ -137,12 +133,6 @@ def main(
     log_commands(
         run.machine.output_dir, run.optim.epochs, run.data, run.model, run.evaluation, bool(train.classes), bool(gate)
     )
-
-
-def loss_of(spec: ModelSpec, normalize: Normalize, mask_ratio: float) -> Callable[[nn.Module, Batch], Loss]:
-    """Returns the loss of a batch, with the terms of the settings."""
-    terms = [name for name in ("uniformity", "preserve") if getattr(spec, name)]
-    return partial(loss, mask_ratio=mask_ratio, normalize=normalize, terms=terms)
 
 
 def open_model(session: Session) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:

@@ -10,12 +10,14 @@ order of backward passes, several steps. It has one iteration an update, no pict
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples run from a clone
 
 import mae.build
 import main_pretrain
+from engine_pretrain import loss
 from mae import masking, parallel
 from mae.cli import entry_point
 from mae.data import loader
@@ -25,7 +27,7 @@ from mae.settings import Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback, entries_after_epoch
 from mae.training.loop import terms_of
-from mae.training.unlabelled import open_images, open_samples
+from mae.training.unlabelled import open_images, open_samples, with_required_terms
 from models_mae import MaskedAutoencoderViT
 
 
@@ -57,8 +59,8 @@ def main(args: Namespace | Run, callbacks: Sequence[Callback] = ()) -> None:
     optimizer = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups, betas=main_pretrain.BETAS)
 
     with trainer.opened(
-        main_pretrain.loss_of(run.model, data.normalize, mask_ratio), model, optimizer, batches, precision,
-        session.record(facts), run.optim, run.machine,
+        with_required_terms(partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), run.model), model,
+        optimizer, batches, precision, session.record(facts), run.optim, run.machine,
         fingerprint(train, with_labels=False), callbacks=callbacks, lr_schedule=session.code.lr_schedule,
     ) as training:  # fmt: skip
         for epoch in range(training.progress.epoch, training.epochs):

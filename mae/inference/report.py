@@ -49,8 +49,8 @@ SCRIPTS = ("main_pretrain", FINETUNING)
 IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
 RECONSTRUCTIONS = 8
 SELECTED = (
-    f"{run_directory.BEST} was selected by k-NN in training (`probe_every`): its accuracy on the images that selected it "
-    f"is optimistic."
+    f"{run_directory.BEST} was selected by k-NN in training (`probe_every`): its accuracy on the images that selected "
+    f"it is optimistic."
 )
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {

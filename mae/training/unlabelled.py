@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae import parallel
 from mae.context import STEPS
@@ -16,12 +16,34 @@ from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
 from mae.data.source import Source, Stream
-from mae.settings import AugmentationSpec, EvaluationSpec
+from mae.settings import AugmentationSpec, EvaluationSpec, ModelSpec
+from mae.training.loop import Loss
 from models_mae import TARGET_EPS, MaskedAutoencoderViT
 
 logger = logging.getLogger(__name__)
 
 CHECKED = 8  # images from which `check_targets` decides
+
+
+def with_required_terms(
+    loss: Callable[[nn.Module, Batch], Loss], spec: ModelSpec
+) -> Callable[[nn.Module, Batch], Loss]:
+    """Returns the same loss, which raises ValueError if it lacks a term that the settings ask for.
+
+    A `forward` of the user's code may return a loss without it.
+    """
+    required = {name for name in ("uniformity", "preserve") if getattr(spec, name)}
+
+    def checked(model: nn.Module, batch: Batch) -> Loss:
+        value = loss(model, batch)
+        if missing := required - set(value if isinstance(value, Mapping) else ()):
+            raise ValueError(
+                f"`{min(missing)}`: the `forward` of the model class has no such term of the loss: add it by "
+                f"`with_terms` (docs/method.md)"
+            )
+        return value
+
+    return checked
 
 
 def open_images(data: RunData, evaluation: EvaluationSpec) -> Source | Stream:
