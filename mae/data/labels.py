@@ -288,7 +288,10 @@ def first_rows(source: Source) -> np.ndarray:
     """Returns the samples whose file has no earlier row in the list. Names of other samples may repeat."""
     if not isinstance(extra_inputs.original(source), Listing):
         return np.arange(len(source))
-    return np.sort(np.unique([source.name(index) for index in range(len(source))], return_index=True)[1])
+    first: dict[str, int] = {}
+    for index in range(len(source)):
+        first.setdefault(source.name(index), index)
+    return np.fromiter(first.values(), int)
 
 
 def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset, Subset]:
