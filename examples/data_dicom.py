@@ -23,7 +23,10 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, None]:
         file = dcmread(self.files[index])
-        return apply_rescale(file.pixel_array, file).astype(np.float32), None
+        pixels = file.pixel_array.astype(int)
+        if file.PhotometricInterpretation == "MONOCHROME1":  # its highest value is black, and that of others is white
+            pixels = (-1 if file.PixelRepresentation else 2**file.BitsStored - 1) - pixels
+        return apply_rescale(pixels, file).astype(np.float32), None
 
     def name(self, index: int) -> str:
         """Returns the path of a file, for messages."""
