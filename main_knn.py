@@ -66,7 +66,7 @@ def main(
     precision = session.precision
     device = precision.device
     data = session.open_data(spares_stand_in=spares_stand_in)
-    train, val, statistics = open_labelled(data, run.model.nb_classes, reads_in_order=True)
+    train, val, statistics = open_labelled(data, run.model.nb_classes, True)
     task = tasks.task_of({**run.record(), **statistics}, val)
     model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=features is not None)
     extra_inputs.require_fitting(model, train, val)

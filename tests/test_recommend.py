@@ -21,7 +21,7 @@ from benchmarks import leaderboard
 from demo import unpack_data
 from mae.data.pixels import BadImage
 from mae.recommend import board, check, recipe, rules, trial
-from mae.recommend.facts import Images, Machine
+from mae.recommend.facts import Images, Machine, warnings_of
 
 PHOTOS = Images(
     count=100_000, distinct=100_000, bad=0, height=375, width=500, shorter=375, spread=(200, 900), has_one_shape=False,
@@ -482,7 +482,7 @@ def test_one_is_no_plural(tmp_path, capsys):
         write_images(tmp_path / name, 1, 28, 28)
     call(check, tmp_path, "--num_workers", 0)
     output = capsys.readouterr().out
-    assert "classes     2, of 1 image\n" in output and "duplicates  1 image\n" in output
+    assert "classes     2, of 1 image: " in output and "duplicates  1 image\n" in output
     call(check, tmp_path / "a", "--num_workers", 0)
     output = capsys.readouterr().out
     assert f"1 image under {tmp_path / 'a'}" in output and "channels    1: 1 image\n" in output
@@ -570,3 +570,68 @@ def test_repeated_images_allow_no_larger_model():
     images = replace(PHOTOS, count=1_000_000, distinct=1_000_000)
     assert len(rules.models_for(images, 196)) > 1
     assert rules.models_for(replace(images, distinct=1000), 196) == ["mini_patch4"]
+
+
+def test_long_images_are_scaled_as_a_whole():
+    """Crops would show a fifth of a panorama. The input has as many pixels as a published one."""
+    images = replace(PHOTOS, height=200, width=1400, shorter=200, has_one_shape=True)
+    settings = {line.name: line.value for line in rules.image_lines(images)}
+    height, width = settings["input_size"]
+    assert settings["crop"] == "none" and "crop_scale" not in settings
+    assert width / height == pytest.approx(7, rel=0.1) and 0.7 < height * width / 224**2 < 1.2
+    assert not any("crop" in text for text in warnings_of(images))
+    (warning,) = (text for text in warnings_of(replace(images, has_one_shape=False)) if "a crop shows" in text)
+    assert "at most 19%" in warning
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+def test_batches_fit_the_memory_of_any_number_of_gpus(gpus):
+    """Mixup needs an even number."""
+    settings = {line.name: line.value for line in rules.batch_lines(1_281_167, 4096, gpus)}
+    assert settings["batch_size"] <= 256 and settings["batch_size"] % 2 == 0
+    effective = settings["batch_size"] * settings.get("accum_iter", 1) * gpus
+    assert effective == pytest.approx(4096, rel=0.02)
+
+
+def test_repeated_sampling_counts_in_the_time(fast_machine, tmp_path):
+    """An epoch has each image four times. The batch of a process has whole groups of them."""
+    found = {}
+    for repeats in (1, 3):
+        folder = tmp_path / f"{repeats}"
+        folder.mkdir()
+        write_images(folder, 48, 16, 16, 3)
+        found[repeats] = recipe_of(
+            folder, tmp_path / f"{repeats}.yaml", "--repeated_sampling", repeats, "--minutes", 0.25
+        )
+    processed = []
+    for repeats, settings in found.items():
+        effective = 2 * settings["batch_size"]
+        processed.append(settings["epochs"] * (48 * repeats // effective * effective))
+    assert processed[0] == pytest.approx(processed[1], rel=0.05)
+    assert found[3]["batch_size"] % 3 == 0
+
+
+def test_statistics_that_are_given_are_in_the_units_of_the_files(fast_machine, tmp_path):
+    floats(tmp_path)
+    assert "value_range" not in recipe_of(tmp_path, tmp_path / "given.yaml", "--mean", 0.5, "--std", 2)
+
+
+def test_a_usual_mark_of_missing_pixels_has_a_warning(fast_machine, tmp_path, capsys):
+    for number in range(16):
+        pixels = np.random.default_rng(number).random((16, 16)).astype(np.float32)
+        pixels[:2] = -9999
+        np.save(tmp_path / f"{number}.npy", pixels)
+    recipe_of(tmp_path, tmp_path / "mine.yaml")
+    assert "give nodata=-9999" in capsys.readouterr().out
+    recipe_of(tmp_path, tmp_path / "given.yaml", "--nodata", -9999)
+    assert "give nodata" not in capsys.readouterr().out
+
+
+def test_the_header_has_the_time_that_the_run_takes(fast_machine, tmp_path):
+    """A tenth of a second of images has no ten hours."""
+    write_images(tmp_path, 48, 16, 16, 3)
+    recipe_of(tmp_path, tmp_path / "mine.yaml", "--minutes", 600, "--repeated_sampling", 1)
+    said = re.search(r"for ([\d.]+) (\w+)", (tmp_path / "mine.yaml").read_text())
+    settings = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    hours = (10 + settings["epochs"] * 32 / 4000) / 3600
+    assert float(said[1]) / {"hours": 1, "minutes": 60}[said[2]] == pytest.approx(hours, rel=0.1)

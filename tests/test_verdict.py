@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mains import call, open_source
+from PIL import Image
 from scipy import stats
 
 from mae.inference import get_model, report, verdict
@@ -137,6 +138,16 @@ def test_a_page_leaves_out_the_images_that_the_run_has_left_out(pretrain, labell
     out = pretrain(data_path=tmp_path / "images", epochs=1, on_bad_image="skip")
     text = call(report, out, device="cpu", num_workers=0).read_text()
     assert "Reconstructions" in text and "on_bad_image" in text.split("Compare with raw pixels")[1].split("<h3>")[0]
+
+
+def test_accuracies_of_0_tell_nothing(pretrain, tmp_path):
+    """Each image is of a class of its own. A warning says that no neighbor has the class."""
+    for number in range(10):
+        folder = tmp_path / f"images/train/{number}"
+        folder.mkdir(parents=True)
+        Image.effect_noise((16, 16), 50 + number).convert("RGB").save(folder / "0.png")
+    text = call(report, pretrain(data_path=tmp_path / "images", epochs=1, batch_size=4), device="cpu", num_workers=0)
+    assert "These images can't tell" in paragraphs(text.read_text().split("<h2>")[1])
 
 
 def test_an_image_that_a_list_repeats_is_in_one_part(labelled, tmp_path):

@@ -90,14 +90,14 @@ Entries = dict[str, dict[int, Entry]]  # by title of the row and number of label
 
 
 def entries_of(results: Sequence[Result]) -> Entries:
-    """Collects the draws of each entry of the table: of an interrupted comparison, those that all entries have."""
+    """Collects the draws of each entry: of an interrupted comparison, those that all entries have, if there are any."""
     shared: dict[int, set[int]] = {}  # draws by the number of labels
     for title, labels in dict.fromkeys((result.row, result.labels) for result in results):
         draws = {result.draw for result in results if (result.row, result.labels) == (title, labels)}
         shared[labels] = shared.get(labels, draws) & draws
     entries: Entries = {}
     for result in results:
-        if result.draw not in shared[result.labels]:
+        if shared[result.labels] and result.draw not in shared[result.labels]:
             continue
         row = entries.setdefault(result.row, {})
         before = row.get(result.labels) or Entry(result.encoder, result.protocol, {}, result.metric)

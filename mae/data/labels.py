@@ -14,6 +14,7 @@ from mae.data.item import Item
 from mae.data.kinds.folders import strays_of
 from mae.data.kinds.listing import Listing
 from mae.data.source import Source, Stream, first_few, is_stream, require_random_access
+from mae.plurals import counted
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 # Names that keep the number of a class free: the letters of torchvision's EMNIST count from 1.
@@ -318,7 +319,21 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     count = min(max(round(share * total), 1), total - 1)
     logger.info(f"{flag}: {count:,} of {total:,} training images are held out")
     order = np.random.default_rng(seed).permutation(total)
-    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+    parts = Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+    _warn_of_unknown_classes(*parts, flag)
+    return parts
+
+
+def _warn_of_unknown_classes(train: Source, held_out: Source, flag: str) -> None:
+    labels = np.asarray(held_out.labels)
+    if not held_out.classes or labels.ndim > 1 or not np.issubdtype(labels.dtype, np.integer):
+        return
+    unknown = int((~np.isin(labels, train.labels)).sum())
+    if unknown:
+        logger.warning(
+            f"{flag}: {counted(unknown, 'held-out image')} of {len(labels):,} can't be classified, because no training "
+            f"image is of the class"
+        )
 
 
 def identity(chosen: Source, total: int) -> str:

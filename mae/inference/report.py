@@ -424,8 +424,10 @@ def commands(
     found = labelled_images(settings, data, source)
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
-    images = [*([data.data_path] if data.data_path else []), *arguments({"dataset": data.dataset})]
-    if is_stream(source) or not images:
+    path = data.train_list or data.data_path
+    images = [*([path] if path else []), *arguments({"dataset": data.dataset})]
+    is_elsewhere = data.train_list and data.data_path  # the commands read paths that are relative to the list
+    if is_stream(source) or is_elsewhere or not images:
         images = ["IMAGES"]
     code = encoders.user_code_of(settings)
     file = str(checkpoint)

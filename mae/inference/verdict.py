@@ -27,6 +27,7 @@ NEIGHBORS = 20
 TEMPERATURE = 0.07
 LEVEL = 95  # percent of an interval
 ADVICE = "More time or more images may help (docs/small_data.md)."
+EQUAL = "These images can't tell: all features classify all of them equally."
 ENCODER = "the encoder"
 PIXELS = "raw pixels"
 RANDOM = "random weights of the same model"
@@ -198,7 +199,9 @@ def section(
     train, held_out = split(train, val, count)
     hits = hits_of(model, train, held_out, extract, num_workers)
     found = differences(hits)
-    sentences = [conclusion(found), *(in_words(name, difference) for name, difference in found.items())]
+    told = {float(each.mean()) for each in hits.values()}
+    verdict = EQUAL if told in ({0.0}, {1.0}) else conclusion(found)
+    sentences = [verdict, *(in_words(name, difference) for name, difference in found.items())]
     logger.info(" ".join([*sentences, learned]))
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():

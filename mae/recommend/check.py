@@ -102,7 +102,7 @@ def report_on(
         named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
         of_each = [counts[label] for label in {*counts, *named}]
         fewest = "" if min(of_each) == max(of_each) else f"{min(of_each):,} to "
-        text = f"{len(of_each)}, of {fewest}{counted(max(of_each), 'image')}"
+        text = f"{len(of_each)}, of {fewest}{counted(max(of_each), 'image')}: {first_few(source.classes)}"
         if len(of_each) == 1:  # such as a folder with all images, and no class
             (label,) = {*counts, *named}
             name = source.classes[label] if label < len(source.classes) else label
@@ -329,12 +329,17 @@ def write_pretraining(
     from mae.recommend import recipe
     from mae.recommend.facts import Images
 
-    found = Images.of(facts, len(source), in_chans, args.value_range is not None)
+    found = Images.of(facts, len(source), in_chans, has_own_values(args))
     settings = {name: given[name] for name in ("data_path", *READ, *PRETRAIN, ON_BAD_IMAGE) if name in given}
     machine = recipe.this_machine(can_cache=not is_stream(source) and not getattr(source, "runs_code", False))
     is_labelled = _is_classified(source, facts, given)
     lines = recipe.write(args.recipe, found, machine, settings, args.minutes, decoding, encoder, is_labelled)
     print("\n".join(lines))
+
+
+def has_own_values(args: argparse.Namespace) -> bool:
+    """Whether arguments are in the units of the files, so that a recipe derives no range."""
+    return any(value is not None for value in (args.value_range, args.mean, args.std))
 
 
 def _is_classified(source: Source | Stream, facts: list[ImageFacts], given: Mapping[str, Any]) -> bool:
@@ -358,7 +363,7 @@ def write_finetuning(
     from mae.recommend import finetuning, recipe
     from mae.recommend.facts import Images
 
-    found = Images.of(facts, len(source), in_chans, args.value_range is not None)
+    found = Images.of(facts, len(source), in_chans, has_own_values(args))
     mean = run.images.mean or list(found.mean)
     images = replace(run.images, in_chans=in_chans, mean=mean, std=run.images.std or list(found.std))
     data = RunData(images, run.data, torch.device("cpu"), function)

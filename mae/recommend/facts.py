@@ -13,6 +13,9 @@ MEASURED_IMAGES = 1000  # fewer were not measured
 ASPECT_SPREAD = 1.1  # ratio of aspect ratios, up to which they count as equal
 MAX_STDS = 1000  # ratio of the standard deviations of channels that share a range of values
 MAX_ASPECT = 4  # ratio of the sides, above which square patches fit badly
+MAX_CROPPED = 2  # ratio of the sides, above which crops show too little
+CROP_ASPECT = 4 / 3  # the longest crops, as published
+FILLS = (-999, -9999, -99999, -32768, float(np.finfo(np.float32).min))
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Images:
             with other units.
         is_deep: all images have more than 8 bits.
         num_bytes: size of all decoded images.
+        smallest: the smallest value.
     """
 
     count: int
@@ -47,6 +51,12 @@ class Images:
     value_range: tuple[float, float] | None
     is_deep: bool
     num_bytes: float
+    smallest: float = 0.0
+
+    @property
+    def elongation(self) -> float:
+        """Ratio of the longer to the shorter side."""
+        return max(self.height / self.width, self.width / self.height)
 
     @property
     def total(self) -> int:
@@ -60,7 +70,7 @@ class Images:
         Args:
             facts: of all images, or of a sample.
             total: number of images of the dataset.
-            has_range: `value_range` is given.
+            has_range: `value_range` is given, or `mean` or `std` of the values in the files.
 
         Raises:
             ValueError: the images have nothing to learn.
@@ -94,6 +104,7 @@ class Images:
             value_range=(low, high) if is_deep and has_one_unit and not has_range and (low < 0 or high > 1) else None,
             is_deep=is_deep,
             num_bytes=float((heights * widths).mean()) * in_chans * count,
+            smallest=low,
         )
 
 
@@ -115,13 +126,31 @@ def warnings_of(images: Images) -> list[str]:
         )
     if repeated := images.count - images.distinct:
         verb = "equals" if repeated == 1 else "equal"
-        found.append(f"{counted(repeated, 'image')} {verb} another one: an epoch shows these more than once")
-    if images.has_one_shape and max(images.height / images.width, images.width / images.height) > MAX_ASPECT:
+        found.append(
+            f"{counted(repeated, 'image')} {verb} another one: an epoch shows these more than once. If held-out images "
+            f"equal training images, accuracies are too high"
+        )
+    if not images.has_one_shape and images.elongation > MAX_CROPPED:
+        found.append(
+            f"a crop shows at most {largest_crop(images):.0%} of an image of {images.height} x {images.width} pixels: "
+            f"cut such images to pieces, or give crop=none and input_size"
+        )
+    if images.smallest in FILLS:
+        found.append(
+            f"the smallest value is {images.smallest:g}, a usual mark of missing pixels: if it is one, give "
+            f"nodata={images.smallest:g}"
+        )
+    if images.has_one_shape and images.elongation > MAX_ASPECT:
         found.append(
             f"images of {images.height} x {images.width} pixels may need patches that are no squares (docs/data.md, "
             f"signals)"
         )
     return found
+
+
+def largest_crop(images: Images) -> float:
+    """Returns the largest share of an image that a crop shows."""
+    return min(1.0, CROP_ASPECT / images.elongation)
 
 
 def _median(sides: np.ndarray) -> int:

@@ -315,7 +315,7 @@ def write(
     takes = seconds_of(epochs, labels, measured, in_epoch) / 60
     trains = f"{counted(epochs, 'epoch')} {'takes' if epochs == 1 else 'take'} {recipe.minutes_text(takes)}"
     command = recipe.launch(path, processes, 0 if machine.gpus else threads, flags, SCRIPT)
-    recipe.save(path, "Fine-tuning", minutes, command, [*lines, *length])
+    recipe.save(path, "Fine-tuning", takes, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s: {trains}",
         *[f"warning     {text}" for text in warnings_of(images)],

@@ -74,7 +74,7 @@ def write(
     threads = max(1, machine.cores // processes)
 
     def lines_of(model: str) -> list[Line]:
-        lines = [*inputs, *rules.optimization_lines(images, machine, model)]
+        lines = [*inputs, *rules.optimization_lines(images, machine, model, given.get("repeated_sampling", 1))]
         of_model = continued.lines(lines, encoder) if encoder else [rules.model_line(images, patches, model), *lines]
         return [*start, *of_model, *loading]
 
@@ -94,7 +94,7 @@ def write(
         model, measured = _largest(rules.models_for(images, patches), images, machine, most, measure)
     lines = lines_of(model)
     effective = rules.images_per_update(lines, processes)
-    in_epoch = images.total // effective * effective
+    in_epoch = images.total * given.get("repeated_sampling", 1) // effective * effective
     measured_runs: list[str] = []
     if encoder:
         length = continued.length_lines(in_epoch, *measured, most, is_labelled)
@@ -106,7 +106,7 @@ def write(
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
     takes = measured.startup + in_epoch * length[0].value / measured.images_per_s
-    save(path, title, minutes or takes / 60, command, [*lines, *length])
+    save(path, title, takes / 60, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
         *measured_runs,
@@ -198,10 +198,9 @@ def tried(
         return trial.measure(draft, processes, threads, flags, script, settings, updates)
 
 
-def save(path: Path, title: str, minutes: float | None, command: str, lines: list[Line]) -> None:
-    """Writes the file of a recipe. Its header has the command that runs it."""
-    time = f" for {minutes_text(minutes)}" if minutes else ""
-    header = f"# {title}{time} on the machine that wrote this file.\n#\n#   {command}\n#\n"
+def save(path: Path, title: str, minutes: float, command: str, lines: list[Line]) -> None:
+    """Writes the file of a recipe. Its header has the time and the command that runs it."""
+    header = f"# {title} for {minutes_text(minutes)} on the machine that wrote this file.\n#\n#   {command}\n#\n"
     atomic.write_text(path, header + text_of(lines))
 
 

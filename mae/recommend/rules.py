@@ -12,7 +12,7 @@ import numpy as np
 from mae.data.image_facts import rounded
 from mae.plurals import counted
 from mae.position_tables import Size, side_or_sides, to_pair
-from mae.recommend.facts import Images, Machine
+from mae.recommend.facts import MAX_CROPPED, Images, Machine, largest_crop
 from mae.settings.choices import SMALL
 from mae.training import measured_runs
 from models_vit import SIZES
@@ -84,8 +84,11 @@ def image_lines(images: Images, input_size: Size | None = None, patch_size: Size
         ValueError: as `patch_of`, or the given size is no multiple of the patch size.
     """
     shorter = images.shorter
-    is_whole = images.has_one_shape and shorter < SMALL
-    height, width = (images.height, images.width) if is_whole else (min(shorter, MAX_SIDE),) * 2
+    is_whole = images.has_one_shape and (shorter < SMALL or images.elongation > MAX_CROPPED)
+    height, width = (min(shorter, MAX_SIDE),) * 2
+    if is_whole:  # with at most as many pixels as a square
+        scale = min(1.0, MAX_SIDE / math.sqrt(images.height * images.width))
+        height, width = (max(1, round(scale * side)) for side in (images.height, images.width))
     if input_size:
         height, width = to_pair(input_size)
     rows, columns = to_pair(patch_size or patch_of(height, width))
@@ -110,7 +113,7 @@ def image_lines(images: Images, input_size: Size | None = None, patch_size: Size
         Line("input_size", side_or_sides((height, width)), sides + multiple + capped),
         Line("patch_size", side_or_sides((rows, columns)), grid),
         *_value_lines(images),
-        *_crop_lines(shorter, is_whole),
+        *_crop_lines(images, is_whole),
     ]
 
 
@@ -135,10 +138,12 @@ def _rounded(values: Any) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
 
 
-def _crop_lines(shorter: int, is_whole: bool) -> list[Line]:
-    if is_whole:
+def _crop_lines(images: Images, is_whole: bool) -> list[Line]:
+    if is_whole and images.shorter < SMALL:
         crops = [Line("crop", "none", f"whole images: better than crops below {SMALL} pixels, and faster")]
-    elif shorter < SMALL:
+    elif is_whole:
+        crops = [Line("crop", "none", f"whole images: a crop would show at most {largest_crop(images):.0%} of one")]
+    elif images.shorter < SMALL:
         crops = [
             Line("crop", "random", "aspect ratios differ"),
             Line("crop_scale", [0.6, 1.0], "large crops, because the images are small"),
@@ -192,11 +197,17 @@ def effective_batch(images: Images, has_gpu: bool) -> int:
     return 2 ** int(math.log2(min(largest, images.count)))
 
 
-def batch_lines(count: int, wanted: int, processes: int) -> list[Line]:
-    """Returns the settings of the batches of `count` images, with about `wanted` images per update."""
+def batch_lines(count: int, wanted: int, processes: int, repeats: int = 1) -> list[Line]:
+    """Returns the settings of the batches of `count` images, with about `wanted` images per update.
+
+    Args:
+        repeats: the batch of a process is a multiple of it.
+    """
     of_process = max(1, wanted // processes)
-    accum_iter = max(1, of_process // MAX_PROCESS_BATCH)
+    accum_iter = math.ceil(of_process / MAX_PROCESS_BATCH)
     batch_size = of_process // accum_iter
+    batch_size -= batch_size % 2 if batch_size > 1 else 0  # mixup takes pairs
+    batch_size = max(repeats, batch_size // repeats * repeats)
     effective = batch_size * accum_iter * processes
     split = f"{counted(effective, 'image')} per update in {counted(processes, 'process')}"
     lines = [Line("batch_size", batch_size, f"{split}; an epoch has {counted(count // effective, 'update')}")]
@@ -212,11 +223,15 @@ def images_per_update(lines: Iterable[Line], processes: int) -> int:
     return of_process * processes
 
 
-def optimization_lines(images: Images, machine: Machine, model: str) -> list[Line]:
-    """Returns the settings of the loss, the batches and the learning rate."""
+def optimization_lines(images: Images, machine: Machine, model: str, repeats: int = 1) -> list[Line]:
+    """Returns the settings of the loss, the batches and the learning rate.
+
+    Args:
+        repeats: `repeated_sampling`: an epoch has each image so many times.
+    """
     processes = processes_of(machine, images)
     width = SIZES[model]["embed_dim"]
-    batches = batch_lines(images.total, effective_batch(images, machine.gpus > 0), processes)
+    batches = batch_lines(images.total * repeats, effective_batch(images, machine.gpus > 0), processes, repeats)
     lr = LR * WIDTH / width * math.sqrt(images_per_update(batches, processes) / BATCH)
     rate = (
         f"{LR:g} for {WIDTH} channels and {BATCH} images per update; a wider model has a smaller rate, a larger batch "
