@@ -86,8 +86,9 @@ def image_lines(images: Images, input_size: Size | None = None, patch_size: Size
     shorter = images.shorter
     is_whole = images.has_one_shape and (shorter < SMALL or images.elongation > MAX_CROPPED)
     height, width = (min(shorter, MAX_SIDE),) * 2
-    if is_whole:  # with at most as many pixels as a square
-        scale = min(1.0, MAX_SIDE / math.sqrt(images.height * images.width))
+    is_large = is_whole and shorter >= SMALL  # the rows of small images may be signals: they are not scaled
+    scale = min(1.0, MAX_SIDE / math.sqrt(images.height * images.width)) if is_large else 1.0
+    if is_whole:
         height, width = (max(1, round(scale * side)) for side in (images.height, images.width))
     if input_size:
         height, width = to_pair(input_size)
@@ -107,6 +108,9 @@ def image_lines(images: Images, input_size: Size | None = None, patch_size: Size
     if shorter < MIN_GRID * max(rows, columns):
         multiple = f"; at least {MIN_GRID} patches along each side"
     capped = f"; {MAX_SIDE} as published" if shorter > MAX_SIDE else ""
+    if scale < 1 and not input_size:
+        sides = f"the shape of {images.height} x {images.width} pixels; about as many pixels as {MAX_SIDE} x {MAX_SIDE}"
+        multiple = capped = ""
     why = "that of the encoder" if patch_size else "the patch side grows with the root of the image side"
     grid = f"{height // rows} x {width // columns} patches: {why}"
     return [
