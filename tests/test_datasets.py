@@ -95,7 +95,7 @@ def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
 def test_the_check_reports_good_images(pictures, tmp_path):
     text = forks.run("mae/data/__main__.py", [pictures, "--num_workers", 1], tmp_path / "output")
     output = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
-    expected = {"images": "24", "classes": "2, of 12 images", "unreadable": "0"}
+    expected = {"images": "24", "classes": "2, of 12 images: cat, dog", "unreadable": "0"}
     assert {name: output[name] for name in expected} == expected
     assert "1: 5 images" in output["channels"]
     pixels = [np.asarray(Image.open(path).convert("RGB")) for path in (pictures / "train").rglob("*.*")]

@@ -147,7 +147,7 @@ def test_accuracies_of_0_tell_nothing(pretrain, tmp_path):
         folder.mkdir(parents=True)
         Image.effect_noise((16, 16), 50 + number).convert("RGB").save(folder / "0.png")
     text = call(report, pretrain(data_path=tmp_path / "images", epochs=1, batch_size=4), device="cpu", num_workers=0)
-    assert "These images can't tell" in paragraphs(text.read_text().split("<h2>")[1])
+    assert "These images tell nothing" in paragraphs(text.read_text().split("<h2>")[1])
 
 
 def test_an_image_that_a_list_repeats_is_in_one_part(labelled, tmp_path):
