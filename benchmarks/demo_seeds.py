@@ -55,6 +55,8 @@ def read() -> list[dict[str, Any]]:
 def table() -> str:
     """Returns the table, with a line for each processor: medians, and the range of the seeds."""
     rows = read()
+    if not rows:
+        return "No run has been measured yet."
     lines = []
     for name in dict.fromkeys(row["machine"] for row in rows):
         runs = [row for row in rows if row["machine"] == name]
