@@ -241,21 +241,25 @@ def read() -> list[Row]:
 
 
 def table() -> str:
-    """Returns a line for each record and machine: means over the seeds, and the test against the record before."""
+    """Returns a line for each entry and machine: means over the seeds, and the test against the record before."""
     rows: records.Rows = defaultdict(list)
     for row in read():
         rows[row["sha256"], row["machine"]].append(row)
     names = RECORDS.read_text().split()
-    digests = [digest(ENTRIES / f"{name}.py") for name in names]
+    others = sorted(file.stem for file in ENTRIES.glob("*.py") if file.stem not in names)
+    digests = {name: digest(ENTRIES / f"{name}.py") for name in [*names, *others]}
+    before = {later: digests[name] for name, later in itertools.pairwise(names)}
+    before |= dict.fromkeys(others, digests[names[-1]])
     lines = []
-    for name, found, earlier in zip(names, digests, [None, *digests], strict=False):
+    for name, found in digests.items():
         for key in [key for key in rows if key[0] == found]:
+            earlier = before.get(name)
             tested = records.tests(found, earlier, rows).get(key[1]) if earlier else None
             gain = "{:+.2f} ({:.2f} to {:.2f})".format(*tested[:3]) if tested else ""
             p = f"{tested[3]:.1g}" if tested else ""
             seeds = " ".join(str(row["seed"]) for row in rows[key])
             last = [rows[key][-1][title] for title in ("machine", "commit", "date")]
-            linked = f"[{name}](speedruns/{name}.py) {found[:8]}"
+            linked = f"[{name}](speedruns/{name}.py) {found[:8]}{'' if name in names else ', no record'}"
             lines.append([linked, summary([row["score"] for row in rows[key]]), seeds, gain, p, *last])
     titles = ["entry", "score", "seeds", "gain (95 %)", "p", "machine", "commit", "date"]
     return markdown(titles, lines) if lines else "No entry has been run for five minutes yet."
@@ -318,9 +322,11 @@ def main(args: argparse.Namespace) -> None:
         files = [file] if digest(file) == digest(standing) else [file, standing]
     shared = {"machine": machine.processor(), "torch": torch.__version__, "commit": version, "harness": harness()}
     scores: dict[Path, list[float]] = {file: [] for file in files}
+    errors = {}  # of the last seed
     for seed, file in itertools.product(args.seeds, files):
         row = {**run_entry(file, seed, args.seconds, args.held_out), **shared, "date": date.today().isoformat()}
         scores[file].append(row["score"])
+        errors[file] = row["error"]
         if args.seconds != SECONDS or args.held_out:
             print(f"{file.stem}, seed {seed}: {row['score']:.2f}, a rehearsal without a row", flush=True)
         else:
@@ -329,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
                 out.write(json.dumps(row) + "\n")
             leaderboard.write_table("python benchmarks/speedrun.py", table(), PAGE)
     for file, found in scores.items():
-        print(f"{file.stem}: {summary(found)} over the seeds; ± {row['error']} over the test images")
+        print(f"{file.stem}: {summary(found)} over the seeds; ± {errors[file]} over the evaluated images")
     if len(scores) > 1:
         enough = len(args.seeds) >= records.FEWEST
         print(verdict(*files, scores) if enough else f"no test: it needs {records.FEWEST} seeds")

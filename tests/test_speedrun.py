@@ -148,8 +148,11 @@ def test_a_claim_is_tested_in_turns(entries, files, capsys):
     assert "mine - record: +4.00" in output and ": better" in output
     assert "agrees: +0.00" in output
     assert [row["entry"] for row in speedrun.read()[6:]] == ["mine", "record"] * 3
+    claim = speedrun.table().splitlines()[-1]
+    assert "no record" in claim and "| +4.00 (" in claim
     speedrun.RECORDS.write_text("record\nmine\n")
-    assert "| +4.00 (" in speedrun.table().splitlines()[-1]
+    record = speedrun.table().splitlines()[-1]
+    assert "no record" not in record and "| +4.00 (" in record
 
 
 def test_a_claim_that_does_not_repeat_disagrees(entries, files):

@@ -213,8 +213,19 @@ def test_each_accuracy_is_that_of_its_own_features(labelled):
         moved = labels + int(network is not model and source is val)
         return torch.nn.functional.one_hot(moved % 6, 6).float()
 
-    hits = verdict.hits_of(model, train, val, extract, 0)
+    hits, equal = verdict.hits_of(model, train, val, extract, 0)
     assert hits[verdict.ENCODER].all() and not hits[verdict.RANDOM].any()
+    assert equal == 0
+
+
+def test_held_out_images_that_are_training_images_too_are_counted(run, labelled, tmp_path, caplog):
+    """The accuracies of all features are too high with them."""
+    shutil.copytree(labelled, tmp_path / "leaked")
+    for number, file in enumerate(sorted((labelled / "train").glob("*/*"))[:3]):
+        shutil.copy(file, tmp_path / "leaked/val" / file.parent.name / f"leaked{number}{file.suffix}")
+    page = call(report, run, device="cpu", num_workers=0, data_path=tmp_path / "leaked")
+    assert "3 held-out images equal images that classify them" in paragraphs(page.read_text())
+    assert "3 held-out images equal" in caplog.text
 
 
 def test_held_out_images_do_not_classify_themselves(labelled):

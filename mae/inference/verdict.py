@@ -54,8 +54,11 @@ def split(train: Source, val: Source | None, count: int) -> tuple[Source, Source
 
 def hits_of(
     model: Autoencoder, train: Source, val: Source, extract: Extract, num_workers: int
-) -> dict[str, np.ndarray]:
-    """Returns whether k neighbors classify each held-out image correctly (n,), by ENCODER, PIXELS and RANDOM."""
+) -> tuple[dict[str, np.ndarray], int]:
+    """Returns whether k neighbors classify each held-out image correctly (n,), by ENCODER, PIXELS and RANDOM.
+
+    Returns also the number of held-out images whose pixels are those of an image that classifies.
+    """
     images = ImageSpec.of(model.settings)
     with_random_weights = random_weights(model)
     pairs = {
@@ -72,7 +75,8 @@ def hits_of(
             device=torch.device("cpu"),
         ).values()  # fmt: skip
         found[name] = hits
-    return found
+    known, seen = ([hash(row.tobytes()) for row in rows.numpy()] for rows in pairs[PIXELS])
+    return found, int(np.isin(seen, known).sum())
 
 
 def random_weights(model: Autoencoder) -> Autoencoder:
@@ -197,19 +201,23 @@ def section(
         without = "The images have no labels, so that nothing says whether the features tell them apart."
         return page.paragraph(" ".join([learned, without]), "verdict")
     train, held_out = split(train, val, count)
-    hits = hits_of(model, train, held_out, extract, num_workers)
+    hits, equal = hits_of(model, train, held_out, extract, num_workers)
     found = differences(hits)
     told = {float(each.mean()) for each in hits.values()}
     verdict = EQUAL if told in ({0.0}, {1.0}) else conclusion(found)
     sentences = [verdict, *(in_words(name, difference) for name, difference in found.items())]
     logger.info(" ".join([*sentences, learned]))
+    leak = f" {equal:,} held-out images equal images that classify them: all accuracies are too high." if equal else ""
+    if equal:
+        logger.warning(leak.strip())
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():
         rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
     trained_on = "" if val is not None else ", which it was trained on without their labels"
     measured_on = knn.in_words(min(NEIGHBORS, len(train)), len(train), len(held_out))
     note = (
-        f"{measured_on}{trained_on}. The intervals are of these images: one run says nothing of the spread of others."
+        f"{measured_on}{trained_on}.{leak} The intervals are of these images: one run says nothing of the spread of "
+        f"others."
     )
     titles = ["features", "accuracy, %", f"the encoder is better by, points ({LEVEL} % interval)"]
     return page.paragraph(" ".join([*sentences, learned]), "verdict") + page.table(titles, rows) + page.paragraph(note)
