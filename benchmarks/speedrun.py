@@ -189,7 +189,8 @@ def encode_twice(file: Path, encoder: Path, images: np.ndarray) -> np.ndarray:
     features = encode(file, encoder, images[order], BATCH_SIZE)
     again = draw.permutation(len(images))[:AGAIN]
     difference = encode(file, encoder, images[order[again]], FEW) - features[again]
-    differences, deviations = np.sqrt(np.square(difference).mean(axis=0)), features.std(axis=0)
+    differences = np.sqrt(np.square(difference).mean(axis=0))
+    deviations = features.std(axis=0)
     worst = np.argmax(differences - TOLERANCE * deviations)
     if differences[worst] > TOLERANCE * deviations[worst]:
         raise ValueError(

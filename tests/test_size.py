@@ -56,9 +56,13 @@ self.places = whole
 
 
 def test_lines_are_for_reading(trees):
-    assert size.packed_assignments(trees) == []
-    assert size.products_with_booleans(trees) == []
-    assert size.vague_names(trees) == []
+    """But those of a claim of the speedrun are its author's: the rows have the SHA-256 of the file."""
+    folder = "benchmarks/speedruns/"
+    claims = {path for path in trees if path.startswith(folder)} - {f"{folder}baseline.py", f"{folder}pixels.py"}
+    ours = {path: tree for path, tree in trees.items() if path not in claims}
+    assert size.packed_assignments(ours) == []
+    assert size.products_with_booleans(ours) == []
+    assert size.vague_names(ours) == []
 
 
 def test_settings_stay_in_the_session(trees):

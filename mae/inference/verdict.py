@@ -66,6 +66,8 @@ def hits_of(
         PIXELS: [torch.from_numpy(raw_pixels.read(source, images, num_workers)) for source in (train, val)],
         RANDOM: [extract(with_random_weights, source) for source in (train, val)],
     }
+    known, seen = ([hash(row.tobytes()) for row in rows.numpy()] for rows in pairs[PIXELS])  # `predict` changes them
+    equal = int(np.isin(seen, known).sum())
     labels, truth = (torch.as_tensor(np.asarray(source.labels)) for source in (train, val))
     found = {}
     for name, (bank, queries) in pairs.items():
@@ -75,8 +77,7 @@ def hits_of(
             device=torch.device("cpu"),
         ).values()  # fmt: skip
         found[name] = hits
-    known, seen = ([hash(row.tobytes()) for row in rows.numpy()] for rows in pairs[PIXELS])
-    return found, int(np.isin(seen, known).sum())
+    return found, equal
 
 
 def random_weights(model: Autoencoder) -> Autoencoder:
