@@ -132,7 +132,7 @@ def main(
 
     with trainer.opened(
         partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model, built, batches,
-        precision, record, run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
+        precision, record, run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, task.selects, task.lower_is_better, saves_first=True)

@@ -174,7 +174,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
         callbacks = [*callbacks, criterion]
     with trainer.opened(
         partial(loss, criterion=criterion, normalize=normalize), model, optimizer, batches, precision, record,
-        run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks, loss_tag="loss",
+        run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks, loss_tag="loss",
         trained=model.head if run.data.cache_features else None, is_locked=True,
     ) as training:  # fmt: skip
         training.fit(

@@ -130,7 +130,7 @@ def main(
 
     with trainer.opened(
         partial(loss, criterion=pixel_loss, normalize=data.normalize), model, built, batches, precision,
-        session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=True), callbacks=callbacks,
+        session.record(facts), run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, selects="test_miou", saves_first=True)

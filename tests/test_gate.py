@@ -119,6 +119,33 @@ def test_a_resumed_run_holds_out_the_images_of_its_start(flags, labelled, pretra
         pretrain(**flags | {"probe_path": changed}, epochs=2, resume="auto")
 
 
+def test_a_run_that_resumes_refuses_another_start(start, flags, pretrain, tmp_path):
+    """It would have no effect, and the run would record it."""
+    pretrain(**flags, epochs=1)
+    other = shutil.copy(start, tmp_path / "other.pth")
+    with pytest.raises(checkpoint.CheckpointError, match="no effect on a run that resumes"):
+        pretrain(**flags | {"init_from": other}, epochs=2, resume="auto")
+
+
+def test_in_another_directory_no_state_is_the_best_that_is_not_better_than_the_start(flags, pretrain, capsys):
+    first = pretrain(**flags, lr=0, epochs=2, save_every=1)
+    capsys.readouterr()
+    out = pretrain("other", **flags, lr=0, epochs=2, resume=first / "checkpoint-0.pth")
+    text = capsys.readouterr().out
+    assert not (out / "checkpoint-best.pth").exists()
+    assert "no later state is better" in text
+    (command,) = (line for line in text.splitlines() if line.startswith("fine-tune:"))
+    assert str(out / "checkpoint-1.pth") in command
+
+
+def test_a_start_that_was_not_measured_is_named(flags, pretrain, capsys):
+    """The held-out images of --probe_every are given too late."""
+    pretrain(**flags | {"probe_every": 0}, epochs=1)
+    out = pretrain(**flags, epochs=2, resume="auto")
+    assert "the start was not measured" in capsys.readouterr().out
+    assert not (out / "checkpoint-best.pth").exists()
+
+
 def test_the_printed_command_and_the_page_are_of_the_best_state(flags, pretrain, capsys):
     out = pretrain(**flags, lr=0, epochs=1)
     (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("fine-tune:"))

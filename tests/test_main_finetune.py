@@ -40,6 +40,31 @@ def encoder(pretrain_once, labelled):
     return pretrain_once("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_other_validation_images_select_the_best_state_anew(changes, labelled, finetune, tmp_path, capsys):
+    """Their accuracies can't be compared. The training images may stay the same."""
+    out = finetune(**PLAIN, epochs=1)
+    for path in out.glob("*.pth"):
+        state = checkpoint.read(path)
+        checkpoint.write(state | {"progress": {**state["progress"], "best_accuracy": 101.0}}, path)
+    images = shutil.copytree(labelled, tmp_path / "changed")
+    if changes:
+        next(images.glob("val/*/*")).unlink()
+    capsys.readouterr()
+    finetune(**PLAIN, epochs=2, resume="auto", data_path=images)
+    assert ("selected anew" in capsys.readouterr().out) == changes
+    assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == int(changes)
+
+
+def test_a_run_that_resumes_refuses_another_encoder(encoder, finetune, labelled, tmp_path):
+    """It would have no effect, and the run would record it."""
+    finetune(**PLAIN, epochs=1, finetune=encoder)
+    finetune(**PLAIN, epochs=2, finetune=encoder, resume="auto")
+    other = shutil.copy(encoder, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"finetune=.*other.pth has no effect on a run that resumes"):
+        finetune(**PLAIN, epochs=3, finetune=other, resume="auto")
+
+
 def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     out = finetune(color_jitter=0.4)
     names = {p.name.removeprefix("checkpoint-") for p in out.glob("*.pth")}

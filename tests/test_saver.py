@@ -65,11 +65,13 @@ def test_checkpoint_last_is_written_every_save_minutes(tmp_path, monkeypatch):
 def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
     """The next save writes the newest state. The best state is the best of those that are on the disk."""
     saver = make_saver(tmp_path / "gone", save_minutes=0)
+    saver.progress.selection = {"epoch": 20}
     saver.save_epoch(20, accuracy=50.0)
     wait([saver.writing])
     assert saver.request() is Request.SAVE and not list(tmp_path.iterdir())
     [record] = caplog.records
     assert record.levelname == "ERROR" and "checkpoint-20.pth" in record.message
+    assert saver.progress.selection == {}
     (tmp_path / "gone").mkdir()
     saver.save(21, 2, {})
     saver.save_epoch(21, accuracy=40.0)

@@ -1,4 +1,4 @@
-"""Fingerprints of the training images, by which a run that resumes within an epoch finds that they have changed."""
+"""Fingerprints of the images, by which a run that resumes finds that they have changed."""
 
 import hashlib
 from typing import Any
@@ -8,8 +8,10 @@ import numpy as np
 from mae import parallel
 from mae.data.source import is_stream
 
+VALIDATION = "validation"  # the digest of the images and labels that select the best state
 
-def fingerprint(source: Any, with_labels: bool) -> dict[str, str]:
+
+def fingerprint(source: Any, with_labels: bool, val: Any = None) -> dict[str, str]:
     """Returns digests of the names of the samples, in their order, and of their labels. All processes call it.
 
     The names start below the folder that contains all files: a moved dataset has the same. A dataset without names has
@@ -19,8 +21,12 @@ def fingerprint(source: Any, with_labels: bool) -> dict[str, str]:
         source: a dataset, or a subset of one. The labels are those of the dataset, as they were before
             `labels.standardized`, whose rounding depends on the machine.
         with_labels: the training depends on the labels.
+        val: the validation set of a supervised training. Its names and labels have one digest, VALIDATION.
     """
-    return {} if is_stream(source) else parallel.from_rank_0(lambda: _digests(source, with_labels))
+    digests = {} if is_stream(source) else parallel.from_rank_0(lambda: _digests(source, with_labels))
+    if val is not None and (of_val := fingerprint(val, with_labels)):
+        digests[VALIDATION] = _digest(" ".join(of_val.values()).encode())
+    return digests
 
 
 def _digests(source: Any, with_labels: bool) -> dict[str, str]:

@@ -32,17 +32,20 @@ class Gate:
 
     Args:
         probe: it has labels.
-        progress: its `selection` has the results of the start and of the best state, which checkpoints contain.
+        progress: its `selection` has the results of the start and of the best state, which checkpoints contain. If the
+            run directory has no best state, `best_accuracy` is infinite, and the start is the best one again.
     """
 
     def __init__(self, probe: Probe, progress: Progress) -> None:
         self.probe = probe
         self.progress = progress
+        if self.has_start and math.isinf(progress.best_accuracy):
+            progress.selection = {**progress.selection, "best": progress.selection["start"], "epoch": -1}
 
     @property
     def has_start(self) -> bool:
         """Whether the start was measured, in this or in an earlier start of the run."""
-        return bool(self.progress.selection) or self.progress.epoch > 0 or self.progress.first_iteration > 0
+        return bool(self.progress.selection)
 
     def measure_start(self, model: Any) -> float:
         """Returns the accuracy of the start, in percent."""
@@ -58,10 +61,8 @@ class Gate:
     def accepts(self, epoch: int) -> bool:
         """Whether the state that the probe has evaluated last replaces the best one."""
         selection = self.progress.selection
-        if not selection:  # of a run of an earlier version
-            return True
         difference, error = paired(self.probe.hits, selection["best"])
-        if difference <= error and not math.isinf(self.progress.best_accuracy):
+        if difference <= error:
             return False
         self.progress.selection = {**selection, "best": self.probe.hits, "epoch": epoch}
         return True
@@ -69,8 +70,6 @@ class Gate:
     def log_end(self) -> None:
         """Logs the accuracy at the start, at the best epoch and at the end; a warning if the start is the best."""
         selection = self.progress.selection
-        if not selection:
-            return
         _, error = paired(self.probe.hits, selection["start"])
         start, best, now = (accuracy(hits) for hits in (selection["start"], selection["best"], self.probe.hits))
         epoch = selection["epoch"]
@@ -91,6 +90,9 @@ def open_gate(init_from: str, probe: Probe | None, progress: Progress) -> Gate |
     if probe is None or not probe.is_labelled:
         reason = "the images have no labels" if probe else "`probe_every` is not given"
         logger.info(f"the start is not measured, because {reason}: the last state is the result")
+        return None
+    if not progress.selection and (progress.epoch or progress.first_iteration):
+        logger.warning("the start was not measured, and the run is past it: the last state is the result")
         return None
     if progress.selection.get("images", probe.identity) != probe.identity:
         raise ValueError(

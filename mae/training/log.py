@@ -290,7 +290,9 @@ def log_commands(
     if not parallel.is_main():  # rank 0 may still be writing the files
         return
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
-    file = Path(output_dir, BEST if has_best else f"checkpoint-{epochs - 1}.pth")
+    last = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
+    best = Path(output_dir, BEST)
+    file = best if has_best and best.exists() else last  # a run that resumes in another directory may have none
     if file.exists():
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
         labelled = labelled_images(images, evaluation.probe_path, has_labels)

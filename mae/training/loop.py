@@ -122,8 +122,9 @@ class Trainer:
                 further = entries_after_epoch(self.callbacks, self.model_without_ddp, epoch, self.log, entries)
                 self.log.end_epoch(entries | further)
                 score = results.get(selects)
-                if gate and score is not None and not gate.accepts(epoch):
-                    score = None
+                if gate and score is not None:
+                    self.saver.close()  # a write that fails takes the best state back
+                    score = score if gate.accepts(epoch) else None
                 self.saver.save_epoch(epoch, -score if score is not None and lower_is_better else score)
                 # A signal may have arrived during the evaluation or a write in one process.
                 stops = not is_last and any(parallel.gather(self.saver.interrupts.pending))

@@ -12,6 +12,7 @@ from mae import encoders, parallel
 from mae.checkpoints import checkpoint, run_directory, sharded_state
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.checkpoints.run_state import FREE, Progress
+from mae.data.fingerprint import VALIDATION
 from mae.plurals import counted
 from mae.settings import REBUILDS, RESUME, ModelSpec, differs, fits, names_of, taken_from
 from mae.settings import fields as roles
@@ -34,6 +35,7 @@ OF_DATA = ("classes", "colors", "train_images", "held_out_images")
 # Entries of a parameter group that depend on the schedule, the flags and the machine of this start
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
 
+STARTS = ("finetune", "init_from")  # the file of the weights from which a run starts
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
 FIRST_VERSION = "df1688b4"  # the first commit whose runs resume; weights of all versions load
@@ -59,6 +61,8 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
     if not recorded:
         return {}
     file, saved, is_ours = recorded
+    explicit -= {name for name in STARTS if not settings.get(name)}
+    _require_same_start(file, saved, settings, explicit)
     found = taken_from(saved, settings, explicit, RESUME if is_ours else RESUME_PUBLISHED)
     changed = {name: found[name] for name in sorted(found) if differs(name, found[name], settings[name])}
     for name, value in changed.items():
@@ -71,6 +75,25 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
         _require_setting(file, "layer_norm_eps", saved["layer_norm_eps"])
         facts["layer_norm_eps"] = saved["layer_norm_eps"]
     return found | facts
+
+
+def _require_same_start(
+    file: str, saved: Mapping[str, Any], settings: Mapping[str, Any], explicit: frozenset[str]
+) -> None:
+    """Raises CheckpointError if a run that resumes is given another start than its own, which would have no effect.
+
+    `preserve` reads its file again, which may have moved, and compares the content.
+    """
+    for name in explicit.intersection(STARTS):
+        before = saved.get(name)
+        now = settings[name]
+        if before is None or (name == "init_from" and settings.get("preserve")):
+            continue
+        if str(before) != now and Path(str(before)).resolve() != Path(now).resolve():
+            raise CheckpointError(
+                f"{name}={now} has no effect on a run that resumes: that of {file} started from "
+                f"{before or 'random weights'}: omit `{name}`, or give another `output_dir`"
+            )
 
 
 def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
@@ -329,7 +352,7 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
                 f"{progress.num_images}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
             )
         logger.warning(f"an epoch had {num_images} images, and has {progress.num_images} now")
-    elif changed := [kind for kind, digest in images.items() if progress.images.get(kind, digest) != digest]:
+    elif changed := [kind for kind in _changed(images, progress.images) if kind != VALIDATION]:
         what = " and ".join(changed)
         if images_done:
             raise CheckpointError(
@@ -339,10 +362,21 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
             )
         logger.warning(f"the {what} of the training images have changed since the last epoch")
     progress.best_accuracy = saved["best_accuracy"]
+    if VALIDATION in _changed(images, progress.images):
+        logger.warning(
+            "the validation images or their labels have changed: their scores can't be compared with earlier ones, and "
+            "checkpoint-best.pth is selected anew, from the next evaluation on"
+        )
+        progress.best_accuracy = -math.inf
     progress.selection = saved.get("selection", {})
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size
     progress.meters = saved["meters"]
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Returns the kinds of digests of a `fingerprint` that both have and that differ."""
+    return [kind for kind, digest in before.items() if now.get(kind, digest) != digest]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

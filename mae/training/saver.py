@@ -123,7 +123,7 @@ class Saver(NullSaver):
         if not any(path.stem == Path(run_directory.BEST).stem for path in run_directory.checkpoints(output_dir)):
             # A later epoch may have overwritten the best state before the resumed one.
             progress.best_accuracy = -math.inf
-        self.best_written = progress.best_accuracy
+        self.best_written = (progress.best_accuracy, progress.selection)
 
     def request(self) -> Request:
         if self.writing and self.writing.done():
@@ -209,10 +209,11 @@ class Saver(NullSaver):
             path = writing.result()
         except OSError:
             self.is_saved = False
-            self.progress.best_accuracy = self.best_written  # a later epoch may have the best state on the disk
+            # A later epoch may have the best state on the disk.
+            self.progress.best_accuracy, self.progress.selection = self.best_written
             raise
         self.is_saved = True
-        self.best_written = self.progress.best_accuracy
+        self.best_written = (self.progress.best_accuracy, self.progress.selection)
         logger.info(f"saved {path}")
         return path
 
