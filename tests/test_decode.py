@@ -197,6 +197,11 @@ def test_exif_orientation_is_applied_once_as_in_pillow(orientation):
         assert np.array_equal(decode(upright, 3, upright=True), upright)
         for changed in (opened.rotate(90, expand=True), opened.crop((0, 0, 3, 2)), opened.convert("RGB")):
             assert np.array_equal(decode(changed, 3, upright=True), changed.convert("RGB"))
+    deep = saved(DEEP[:, :, 0], "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(deep))), dtype=np.float32) / 65535
+    for data in (deep, Image.open(io.BytesIO(deep))):
+        np.testing.assert_allclose(decode(data, 1, upright=True)[0], expected, atol=1e-7)
+    assert np.array_equal(decode(deep, 1)[0], UNIT[:, :, 0])
 
 
 @pytest.mark.parametrize(("orientation", "rows"), {
@@ -211,8 +216,9 @@ def test_the_orientation_of_a_tiff_is_applied_once(orientation, rows):
         file = saved(stored, "TIFF", tiffinfo={274: orientation}, compression=compression)
         for upright in (True, False):
             assert np.asarray(decode(file, 1, upright)).tolist() == expected
-    deep = decode(tiff(stored.astype(np.uint16) * 257, extratags=[(274, 3, 1, orientation, True)]), 1)
-    np.testing.assert_allclose(deep[0] * 255, expected, atol=1e-4)
+    deep = tiff(stored.astype(np.uint16) * 257, extratags=[(274, 3, 1, orientation, True)])
+    for upright in (True, False):
+        np.testing.assert_allclose(decode(deep, 1, upright)[0] * 255, expected, atol=1e-4)
 
 
 def test_bits_and_transparent_palettes_have_their_own_channels():

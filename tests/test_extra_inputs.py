@@ -175,7 +175,9 @@ def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
     assert one == pytest.approx(two, rel=1e-4)
 
 
-@pytest.mark.parametrize(("cell", "said"), [("", "empty"), ("far", "far"), ("nan", "nan"), (20240131, "20240131")])
+@pytest.mark.parametrize(("cell", "said"), [
+    ("", "empty"), ("far", "far"), ("nan", "nan"), (20240131, "20240131"), (2460310.8271, "2460310.8271"),
+])  # fmt: skip
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
     for column, message in (
@@ -202,12 +204,21 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
     ({"site": "north"}, "item 0 .*site"),
     ({"site": float("nan")}, "item 0 .*site"),
     ({"site": 1e300}, "item 0 .*site"),
-    ({"site": 20240131}, "item 0 .*site"),  # fp32 rounds it
+    ({"site": 20240131}, "item 0 .*site"),  # fp32 changes it
+    ({"site": [0.5, 1700000012.25]}, "item 0 .*site"),
     ({"noise": 1.0}, "noise"),
 ])  # fmt: skip
 def test_wrong_extras_are_errors_in_one_line(extras, message):
     with pytest.raises(ValueError, match=message):
         opened([(BLACK, 0, extras)])[0]
+
+
+@pytest.mark.parametrize("value", [0.1, -1013.25, 101325.7, 384400.1, 16_777_216])
+def test_measurements_are_extra_inputs(value, tmp_path):
+    listed = write_list(tmp_path / "images", lambda number: value)
+    (item,) = opened([(BLACK, 0, {"level": value})])
+    for found in (item, open_source("train", file_list=str(listed), extras=["level"])[0]):
+        assert found.inputs["level"] == torch.tensor(value, dtype=torch.float32)
 
 
 def test_samples_with_other_extras_are_named():

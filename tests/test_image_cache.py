@@ -103,21 +103,23 @@ def test_a_file_is_used_again_while_its_pixels_are_the_same(mixed, folder, decod
     assert len(list(folder.iterdir())) == 7
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_replaced_image_of_the_same_size_and_time_is_read(tmp_path, is_packed):
+@pytest.mark.parametrize("kind", ["folder", "archive", "hf"])
+def test_a_replaced_image_of_the_same_size_and_time_is_read(tmp_path, kind):
     """As `rsync -t` replaces a file."""
     images, packed = tmp_path / "images", tmp_path / "images.zip"
     images.mkdir()
+    place = {"folder": {"data_path": str(images)}, "archive": {"data_path": str(packed)},
+             "hf": {"dataset": f"hf:{images}"}}[kind]  # fmt: skip
 
     def first_pixel(brightness):
         for number in range(2):
             Image.new("L", (4, 4), brightness + number).save(images / f"{number}.bmp")
             os.utime(images / f"{number}.bmp", (10**9, 10**9))
-        if is_packed:
+        if kind == "archive":
             shutil.make_archive(str(images), "zip", images)
             os.utime(packed, (10**9, 10**9))
-        file = packed if is_packed else images / "0.bmp"
-        pixels = cached(open_source("train", str(packed if is_packed else images)), in_chans=1)[0].image
+        file = packed if kind == "archive" else images / "0.bmp"
+        pixels = cached(open_source("train", **place), in_chans=1)[0].image
         return file.stat().st_size, file.stat().st_mtime_ns, int(pixels.max())
 
     old, new = first_pixel(10), first_pixel(200)

@@ -101,22 +101,53 @@ def test_an_explicit_split_is_used(tmp_path):
     assert (len(source), source[0][1]) == (1, 0)
 
 
-def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
-    """The default split of torchvision's FGVCAircraft is `trainval`, which contains `val`."""
+@pytest.fixture
+def aircraft(tmp_path):
+    """FGVCAircraft's own file format; its default split is `trainval`, which contains `val`."""
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
-    for number, name in enumerate("abcd"):
-        save(data / "images" / f"{name}.jpg", (number, 0, 0))
+    for number, name in enumerate("abcdefg"):
+        save(data / "images" / f"{name}.jpg", (40 * number, 0, 0))
     (data / "variants.txt").write_text("707\n747\n")
-    for part, names in (("train", "ab"), ("val", "c"), ("trainval", "abc"), ("test", "d")):  # val precedes test
-        (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names))
-    choices = ("train", ""), ("val", ""), ("train", ":trainval"), ("test", "")
-    train, validation, both, test = (
-        open_source(split, str(tmp_path), dataset=f"FGVCAircraft{own}") for split, own in choices
-    )
-    assert (len(train), len(validation), len(both)) == (2, 1, 3)
-    assert [part[0][0] for part in (validation, test)] == [(data / f"images/{n}.jpg").read_bytes() for n in "cd"]
+    for part, names in (("train", "ab"), ("val", "cd"), ("trainval", "abcd"), ("test", "efg")):
+        listed = zip(names, itertools.cycle(("707", "747")), strict=False)
+        (data / f"images_variant_{part}.txt").write_text("".join(f"{name} {kind}\n" for name, kind in listed))
+    return tmp_path
+
+
+def test_parts_for_training_and_validation_do_not_overlap(aircraft, caplog):
+    """A part that is named is read, and not `val` in its place."""
+    name_of = {file.read_bytes(): file.stem for file in aircraft.rglob("*.jpg")}
+
+    def names(split, part=""):
+        images = open_source(split, str(aircraft), dataset=f"FGVCAircraft{part}")
+        return "".join(name_of[images[index][0]] for index in range(len(images)))
+
+    assert [names(split) for split in ("train", "val", "test")] == ["ab", "cd", "efg"]
+    assert [names("val", part) for part in (":train", ":val", ":test")] == ["cd", "cd", "efg"]
+    caplog.set_level("INFO")
+    assert [names(split, ":trainval") for split in ("train", "val")] == ["abcd", "efg"]
+    assert "the val images are those of split=test" in caplog.text
     with pytest.raises(ValueError, match=r"FGVCAircraft: .*tset"):
-        open_source("tset", str(tmp_path), dataset="FGVCAircraft")
+        names("tset")
+
+
+def test_an_evaluation_reads_the_part_that_is_named_and_no_run_trains_on_it(aircraft, classify, tmp_path):
+    model = vit_mini_patch4(img_size=8, num_classes=2, global_pool=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    flags = {"data_path": aircraft, "input_size": 8}
+    evaluation = {"eval": True, "resume": tmp_path / "bare.pth", **flags}
+    assert classify(main_finetune, dataset="FGVCAircraft:test", **evaluation).labels.tolist() == [0, 1, 0]
+    for script in (main_finetune, main_knn):
+        with pytest.raises(ValueError, match=r"FGVCAircraft:test: .*give dataset=FGVCAircraft$"):
+            classify(script, dataset="FGVCAircraft:test", **flags)
+
+
+def test_splits_are_no_classes_of_an_image_folder(pictures, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(pictures / "train", tmp_path / "set" / split)
+    with pytest.raises(ValueError, match=r"train, val are splits.*omit `dataset`"):
+        open_source("train", str(tmp_path / "set"), dataset="ImageFolder")
+    assert open_source("train", str(pictures / "train"), dataset="ImageFolder").classes == ["cat", "dog"]
 
 
 def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_voc_comes_from_torchvision(tmp_path):
     root = tmp_path / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
-    for split, names in (("train", ["b", "a"]), ("val", ["c"])):
+    for split, names in (("train", ["b", "a"]), ("val", ["c"]), ("trainval", ["b", "a", "c"])):
         for number, name in enumerate(names):
             Image.new("RGB", (20, 10), (9 * number, 0, 0)).save(root / "JPEGImages" / f"{name}.jpg")
             mask = png(np.full((10, 20), 20 - number), "P", bytes(range(256)) * 3)
@@ -193,6 +193,14 @@ def test_voc_comes_from_torchvision(tmp_path):
     assert val.masks.files.name(0).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0].item
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
+
+    def opened(split, part):
+        return open_source(split, masks=MaskFormat(VOC), data_path=str(tmp_path), dataset=f"VOCSegmentation:{part}")
+
+    assert [len(opened("train", "trainval")), len(opened("val", "val"))] == [3, 1]
+    for split, part in (("val", "trainval"), ("train", "val")):  # the same images
+        with pytest.raises(ValueError, match=f"VOCSegmentation:{part}: .*give dataset=VOCSegmentation$"):
+            opened(split, part)
 
 
 def test_classes_and_colors_of_voc():

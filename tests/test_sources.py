@@ -17,7 +17,7 @@ from mae.data import labels
 from mae.data.kinds.archives import open_archive
 from mae.data.kinds.folders import find_files
 from mae.data.kinds.lists import read_list
-from mae.data.source import versions
+from mae.data.source import version_of, versions
 
 NAMES = ["a.png", "with blank.png", "sub/c.png"]
 
@@ -69,6 +69,18 @@ def test_the_version_of_a_sample_changes_with_its_file(tmp_path):
     assert not set(packed) & set(versions(open_archive(file, "train")))
     (tmp_path / "train/b/2.png").unlink()  # is reported when it is read
     assert versions(folder)[1] not in (before[0], after[0])
+
+
+def test_the_version_of_a_folder_changes_with_files_behind_links(tmp_path):
+    """As of a dataset of the user's code with its images on another disk. Links that form a cycle end."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    save(root / "1.png", elsewhere / "2.png")
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(root)
+    first = version_of(root)
+    assert version_of(root) == first
+    (elsewhere / "2.png").write_bytes(b"another")
+    assert version_of(root) != first
 
 
 def test_flat_and_nested_folders_have_no_classes(tmp_path):

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from mae.data.decode import decode
 from mae.data.pixels import BadImage
@@ -47,3 +48,14 @@ def test_damaged_files_are_errors(data):
     assert decode(one_strip(zlib.compress(bytes(512))), 1).shape == (1, 16, 16)
     with pytest.raises(BadImage):
         decode(data, 1)
+
+
+@pytest.mark.parametrize(("mode", "compression"), [("1", "group4"), ("P", None)])
+def test_pages_of_bits_or_with_a_palette_are_no_channels(mode, compression):
+    """The scanned pages of a document: an image is never the first of them."""
+    pages = [Image.new(mode, (16, 16), number) for number in range(3)]
+    stream = io.BytesIO()
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:], compression=compression)
+    for in_chans in (1, 3):
+        with pytest.raises(BadImage, match="3 pages of equal size"):
+            decode(stream.getvalue(), in_chans)

@@ -165,10 +165,19 @@ def _fastest(picture: Picture) -> Picture:
 def turned_upright(data: bytes | Picture | np.ndarray, picture: Picture) -> Picture:
     """Applies the orientation in the EXIF data of a file that was read from `data`."""
     # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
-    if not (isinstance(data, bytes | ImageFile.ImageFile) and isinstance(picture, Image.Image)):
+    if not isinstance(data, bytes | ImageFile.ImageFile):
         return picture
-    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
-    return ImageOps.exif_transpose(picture) if is_turned(picture) else picture
+    if isinstance(picture, Image.Image):
+        picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+        return ImageOps.exif_transpose(picture) if is_turned(picture) else picture
+    has_exif = not isinstance(data, bytes) or data.startswith(b"\x89PNG")  # `tiff.read` turns its pictures
+    if not has_exif or not is_turned(data):
+        return picture
+    from mae.data import tiff
+
+    file = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+    turn = tiff.TURNS[file.getexif()[ORIENTATION]]
+    return from_array(turn(picture.permute(1, 2, 0).numpy()))
 
 
 def is_turned(picture: Picture | bytes) -> bool:

@@ -13,6 +13,9 @@ from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
+ROUNDED = 1 / 16  # the largest difference of an extra input to its value in fp32
+FP32 = "finite numbers that fp32 changes by up to 1/16; split large numbers, such as dates"
+
 # Parameters of the models' methods, which no extra input may have as a name.
 RESERVED = (
     "self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "return_attention",
@@ -26,23 +29,28 @@ def check_name(name: Any) -> None:
         raise ValueError(f"an extra input can't have the name {printable(str(name))}: rename it")
 
 
+def fit_fp32(values: np.ndarray) -> np.ndarray:
+    """Whether each number is finite in fp32, and changes by up to ROUNDED; a larger number may be a date."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = values.astype(np.float32)
+        if values.dtype.kind in "iu":
+            return converted.astype(values.dtype) == values
+        return np.abs(converted - values) <= ROUNDED
+
+
 def to_tensor(value: Any) -> torch.Tensor:
     """Converts a number, array or tensor to fp32.
 
     Raises:
-        ValueError: it is no number, not finite in fp32, or an integer that fp32 does not represent.
+        ValueError: it is no number, or one that fp32 does not represent, as `fit_fp32` says.
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value
     array = np.asarray(value)
-    if array.dtype.kind in "biuf":
-        with np.errstate(over="ignore", invalid="ignore"):
-            converted = array.astype(np.float32)
-            is_exact = array.dtype.kind not in "iu" or (converted.astype(array.dtype) == array).all()
-        if is_exact and np.isfinite(converted).all():
-            return torch.from_numpy(converted)
-    raise ValueError("is not of finite numbers that fp32 represents; split large integers, such as dates")
+    if array.dtype.kind in "biuf" and fit_fp32(array).all():
+        return torch.from_numpy(array.astype(np.float32))
+    raise ValueError(f"is not of {FP32}")
 
 
 def original(source: Any) -> Any:

@@ -13,6 +13,7 @@ from mae.data import extra_inputs
 from mae.data.item import Item
 from mae.data.kinds.folders import strays_of
 from mae.data.kinds.listing import Listing
+from mae.data.kinds.torchvision import require_training
 from mae.data.source import Source, Stream, first_few, is_stream, require_random_access
 from mae.plurals import counted
 from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
@@ -96,8 +97,8 @@ def open_pair(
         validation: open the validation set. Else, the training set takes its place.
 
     Raises:
-        ValueError: a set has no labels of the task, the validation set has other classes or targets, or a class has too
-            few images.
+        ValueError: a set has no labels of the task, the validation set has other classes or targets or the same images,
+            or a class has too few images.
     """
     is_classification = task == CLASSIFICATION
     if train_per_class and not is_classification:
@@ -105,6 +106,8 @@ def open_pair(
             f"train_per_class={train_per_class}: an image has no single class with task={task}; omit `train_per_class`"
         )
     train = require(open_split("train"), "train", task)
+    if validation:
+        require_training(extra_inputs.original(train))
     if is_classification and nb_classes and has_ids(train) and max(map(int, train.classes)) < nb_classes:
         train = counted_as(train, outputs(nb_classes))
     val = require(open_split("val"), "val", task) if validation else train

@@ -108,19 +108,33 @@ class NumberedItems:
 
 
 def version_of(path: str | Path) -> str:
-    """Returns size, modification and change time of a file, or a digest of those in a folder, as a text.
+    """Returns size, modification and change time of a file, or a digest of those of `files_in` a folder, as a text.
 
     A file that replaces another of the same size may keep the modification time (`rsync -t`, `cp -p`). The change time
     is new, and also after `chmod` or a copy: a different version may cost a second computation, and nothing else.
     """
     if os.path.isdir(path):
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files = sorted(files_in(path))
         return hashlib.sha256(os.fsencode("\n".join(f"{file} {version_of(file)}" for file in files))).hexdigest()
     try:
         status = os.stat(path)
     except OSError:  # such as a broken link: its image is reported when it is read
         return "missing"
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def files_in(root: str | Path) -> Iterator[str]:
+    """Yields the paths of all files below a folder. Links to folders are followed, and each folder is visited once."""
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()  # so that a folder with several paths always has the same one
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in visited:
+            folders.clear()
+        else:
+            visited.add(identity)
+            yield from (os.path.join(folder, name) for name in names)
 
 
 def versions(source: Source, start: int = 0, step: int = 1) -> list[str]:

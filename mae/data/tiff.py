@@ -53,21 +53,21 @@ def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues
         check_size(page.imagelength, page.imagewidth, channels, max_pixels)
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
-        plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
+        plain = bits >= 8 and page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
         if math.prod(page.chunks) > VALUES_PER_PIXEL * max_pixels:  # decoders allocate a complete tile
             raise BadImage(f"its tiles of {' x '.join(map(str, page.chunks))} values are too large")
         pages: Any = file.pages if channels == 1 and in_chans in (None, len(file.pages)) else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
-        if len(pages) == 1 and _is_stack(file.pages):
-            count = len(file.pages)
-            raise BadImage(f"it has {count} pages of equal size, and in_chans={in_chans}")
+        if _is_stack(file.pages) and (len(pages) == 1 or not plain):
+            reason = f"and in_chans={in_chans}" if len(pages) == 1 else "and a palette or less than 8 bits: no channels"
+            raise BadImage(f"it has {len(file.pages)} pages of equal size, {reason}")
         if page.photometric == PHOTOMETRIC.MINISWHITE and page.dtype is not None and page.dtype.kind != "f":
             setting = "value_range" if values.value_range else "nodata"
             if values.value_range or (values.nodata is not None and bits <= 8):
                 raise BadImage(f"its value 0 is white, so `{setting}` has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
-        if not plain or bits < 8 or (of_pillow and len(pages) == 1):
+        if not plain or (of_pillow and len(pages) == 1):
             require_stored_values(values, bits == 8)
             return None
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans

@@ -148,6 +148,19 @@ class HuggingFaceSet(NumberedItems):
         return Item(data, int(self.labels[index]))
 
     @cached_property
+    def paths(self) -> list[str | None]:
+        """The file of each image that the prepared files only name; else None."""
+        images = self.table.with_format("arrow")[:][self.image]  # of a mapped file: no bytes are read
+        columns = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
+        are_named = columns["bytes"].is_null().to_pylist()
+        return [path if named else None for path, named in zip(columns["path"].to_pylist(), are_named, strict=True)]
+
+    def version(self, index: int) -> str:
+        """Returns the version of the prepared files, and of the file of an image that they only name."""
+        path = self.paths[index]
+        return f"{self.files_version} {version_of(path)}" if path else self.files_version
+
+    @cached_property
     def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew
         files = [file["filename"] for file in self.table.cache_files]
         return " ".join(f"{file} {version_of(file)}" for file in files)

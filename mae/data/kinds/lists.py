@@ -291,15 +291,10 @@ def _masks_of(table: Table) -> Sequence[str]:
 
 def _inputs(table: Table, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
-
-    def are_exact(values: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.isfinite(values) & ((values % 1 != 0) | (values.astype("f4") == values))
-
     for name in columns:
         extra_inputs.check_name(name)
-    rule = "`extras` are finite numbers in fp32, whose integers are exact up to 16,777,216"
-    values = _numbers(table, columns, _rows(table, columns, "`extras`"), are_exact, rule)
+    rule = f"`extras` are {extra_inputs.FP32}"
+    values = _numbers(table, columns, _rows(table, columns, "`extras`"), extra_inputs.fit_fp32, rule)
     return dict(zip(columns, values.T.astype("f4"), strict=True))
 
 

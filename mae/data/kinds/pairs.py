@@ -18,7 +18,7 @@ from mae.data.kinds.folders import find_files
 from mae.data.kinds.listing import Files, Listing, MaskFiles
 from mae.data.kinds.lists import read_list
 from mae.data.kinds.objects import UserSet, read_named
-from mae.data.kinds.torchvision import TorchvisionSet
+from mae.data.kinds.torchvision import TorchvisionSet, require_training
 from mae.data.pixels import BadImage
 from mae.data.segmentation_masks import MaskFormat, as_mask
 from mae.data.source import OpenDataset, Source, evenly_spaced, first_few
@@ -94,7 +94,7 @@ def open_pairs(
         function: the function of py:, instead of importing it.
 
     Raises:
-        ValueError: no dataset is given, it has no images, or an image has no mask.
+        ValueError: no dataset is given, it has no images, its training images validate, or an image has no mask.
         OSError: the dataset can't be read.
     """
     root = Path(data.data_path) if data.data_path else None
@@ -105,8 +105,11 @@ def open_pairs(
     if data.dataset and data.dataset.startswith(DATASET):
         return UserPairs(function, split, data.data_path, data.dataset, mask_format)
     if data.dataset:
-        opened = TorchvisionSet(data.dataset, split, data.data_path, data.download).images
-        return Listing(Files("", opened.images), masks=MaskFiles(Files("", opened.masks), mask_format))
+        opened = TorchvisionSet(data.dataset, split, data.data_path, data.download)
+        if split == "train":
+            require_training(opened)
+        images = opened.images
+        return Listing(Files("", images.images), masks=MaskFiles(Files("", images.masks), mask_format))
     if file_list:
         return read_list(Path(file_list), root, f"`{split}_list`", None, input_columns=data.extras, masks=mask_format)
     if root is None and not folders:
