@@ -18,7 +18,7 @@ import mae.settings
 import main_finetune
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.inference import export, get_model
+from mae.inference import export, get_model, maps
 from mae.position_tables import resize_pos_embed
 from mae.weights.formats import dino
 from mae.weights.formats.format import Record
@@ -93,6 +93,14 @@ def test_features_of_a_folder_equal_those_of_transformers(name, tmp_path, caplog
     smaller = get_model(tmp_path, input_size=16)
     assert_same(smaller.extract_feat(images(16, 16), "tokens"), expected)
     assert_same(smaller.extract_feat(images(16, 16)), expected[:, 0])
+
+
+def test_attention_beside_registers_is_that_of_the_class_token(tmp_path):
+    """As the features are."""
+    of_transformers("v2 registers", tmp_path)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    weights = theirs(images(32, 32), output_attentions=True).attentions[-1]
+    assert_same(maps.attention(get_model(tmp_path), images(32, 32)), weights[:, :, 0, 5:].unflatten(2, (4, 4)))
 
 
 @pytest.mark.parametrize("name", ["v2", "v2 registers"])

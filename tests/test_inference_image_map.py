@@ -16,7 +16,7 @@ from mains import call, fails
 from PIL import Image
 
 import main_finetune
-from mae.inference import export, features, get_model, image_map, map_lists, report
+from mae.inference import curation, export, features, get_model, image_map, map_lists, nearest, report
 
 EVIL = "</script><script>alert(1)</script>"
 
@@ -142,6 +142,21 @@ def test_the_map_has_the_images_and_their_neighbors(mapped, images, encoder):
     row, column = divmod(number, 8)
     drawn = np.asarray(picture.crop((64 * column, 64 * row, 64 * (column + 1), 64 * (row + 1))), float)
     assert drawn[:12].min() > 200 and drawn[12:52, 12:52].std() > 30  # in the middle of a white square
+
+
+def test_images_whose_neighbors_have_no_label_do_not_agree_with_them():
+    """Of two groups of 40 images, all of the first have a label, a quarter another one; one of the second has."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.eye(8)[[0] * 40 + [1] * 40] + 0.1 * torch.randn(80, 8, generator=generator)
+    labels = np.full(80, -1)
+    labels[:40] = 0
+    labels[:20] = np.arange(20) % 2
+    labels[60] = 1
+    known = map_lists.Images([str(n) for n in range(80)], labels, ["a", "b"], np.zeros(80, int), "80 images")
+    listed = map_lists.other_labels(known, np.arange(80), nearest.find(rows, k=curation.NEIGHBORS))
+    assert f"{len(listed.entries)} of 41 different labelled images" in listed.text
+    assert "No neighbor of 1 labelled image has a label." in listed.text
+    assert f"vote for the label of {1 - len(listed.entries) / 40:.1%} of the others" in listed.text
 
 
 def test_archives_and_folders_without_labels(encoder, images, tmp_path):

@@ -334,6 +334,7 @@ SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
     ("--draws 1 2", "draws.* has 2 values: give one, or one for each of 1 .*labels"),
     ("--budget 1 2 3", "budget.* has 3 values: give one, or one for each of 1 .*labels"),
     ("--labels 12 13", r"labels=\[12, 13\]: these are 12, 12 images"),
+    ("--labels 48 all --budget 2 3", r"labels=\[48, all\]: these are 48, 48 images"),
     ("--recipes linear=x.yaml", "recipes=linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
     ("--recipes finetune", "recipes=finetune: give PROTOCOL=YAML once for each of knn, finetune"),
     (f"--recipes knn={RECIPE} knn={RECIPE}", "recipes=knn=.*: give PROTOCOL=YAML once for each of"),
@@ -455,11 +456,24 @@ def test_the_conclusion_compares_the_best_encoder_with_another_encoder():
 def test_an_interrupted_comparison_has_the_draws_that_all_rows_have(tmp_path):
     """The mean of all draws of a row that is further would name another encoder."""
     found = [*results("a", [70.0, 90.0, 92.0]), *results("b", [75.0, 91.0])]
-    table, conclusion, incomplete = summary.write(tmp_path, found).strip().split("\n\n")
+    planned = [(f"{name} (k-NN)", 100, draw) for name in "ab" for draw in range(3)]
+    table, conclusion, incomplete = summary.write(tmp_path, found, planned=planned).strip().split("\n\n")
     assert "| a (k-NN) | 80.0 ± 14.1 |" in table and "| b (k-NN) | **83.0 ± 11.3** |" in table
     assert "b (k-NN) has the highest accuracy, 83.0" in conclusion
-    assert "1 result" in incomplete
+    assert incomplete == "It is incomplete: it has 4 of 6 results, without 1 of draws that not all rows have."
     assert len(summary.read(tmp_path)) == 5
+
+
+def test_the_best_encoder_is_unknown_while_a_row_is_missing(tmp_path):
+    """With the other numbers of labels, it is named."""
+    found = [*results("a", [60.0]), *results("a", [70.0], 1000), *results("b", [50.0])]
+    planned = [(f"{name} (k-NN)", labels, 0) for name in "ab" for labels in (100, 1000)]
+    table, conclusion, incomplete = summary.write(tmp_path, found, planned=planned).strip().split("\n\n")
+    assert "| a (k-NN) | **60.0** | 70.0 |" in table
+    assert re.match(r"With 100 labels, a \(k-NN\) has the best accuracy, 60.0 %", conclusion)
+    assert "1,000" not in conclusion
+    said = "With 1,000 labels, there is none of b (k-NN): the best encoder is unknown."
+    assert incomplete == f"It is incomplete: it has 3 of 4 results. {said}"
 
 
 @pytest.mark.parametrize(("images", "is_clear"), [(500, False), (5000, True)])
@@ -634,6 +648,21 @@ def test_a_signal_ends_the_comparison(labelled, encoder, tmp_path, monkeypatch, 
     flags = ("--data_path", labelled, "--output_dir", tmp_path, "--encoders", encoder, "--protocols", "finetune")
     line = fails(capsys, monkeypatch, main_compare, *flags)
     assert line.endswith("stopped by SIGTERM, the state is saved; the same command resumes the run")
+
+
+def test_a_comparison_that_was_stopped_before_an_encoder_names_no_best_one(labelled, encoder, tmp_path, monkeypatch):
+    """Raw pixels come first."""
+
+    def stop(run, **options):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(main_finetune, "main", stop)
+    with pytest.raises(Interrupted):
+        compare(labelled, tmp_path, encoder, "--protocols", "finetune")
+    table, incomplete, _ = (tmp_path / "table.md").read_text().split("\n\n")
+    assert "pixels (RBF-SVM)" in table and "**" not in table
+    said = "With 12 labels, there is none of mine (fine-tuned): the best encoder is unknown."
+    assert incomplete == f"It is incomplete: it has 2 of 3 results. {said}"
 
 
 def test_a_comparison_is_one_process(labelled, encoder, tmp_path, monkeypatch):

@@ -123,6 +123,20 @@ def test_an_export_keeps_the_pooling_of_its_run(pool, width, tmp_path):
     assert encoder.pooling.name == ("both" if width == 2 else "cls")
 
 
+def test_the_encoder_of_an_attentive_probe_is_exported_with_a_pooling_that_is_given(tmp_path, capsys):
+    """Its own features are those of the probe: an index of them has no neighbors of the class token."""
+    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=3, global_pool=False, probe="attentive", num_queries=8)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "probe.pth")
+    flags = {"model": tmp_path / "probe.pth", "encoder_only": True, "to": "torch_export", "out": tmp_path / "out.pt2"}
+    with pytest.raises(ValueError, match=r"probe\.pth: .* give pool=cls or pool=both, or omit `encoder_only`"):
+        call(export, **flags)
+    call(export, **flags, pool="cls")
+    assert "features: class token\n" in capsys.readouterr().out
+    inputs = torch.rand(2, 3, 16, 16)
+    found = torch.export.load(tmp_path / "out.pt2").module()(inputs)
+    torch.testing.assert_close(found, model.extract_feat(model.normalize(inputs), "cls"), rtol=1e-4, atol=1e-5)
+
+
 def test_a_classifier_of_the_patches_has_no_features_of_its_class_token():
     """No norm was trained for it."""
     model = get_model("vit_mini_patch4", **SHAPE, nb_classes=3, global_pool=True)

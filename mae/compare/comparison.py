@@ -68,6 +68,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
     costs_text = costs.write(out, encoders, run.machine.device, run.machine.amp, run.model.encoder)
+    keys = [(row_of(trial.encoder.name, trial.protocol), trial.size.labels, trial.draw) for trial in planned]
     text = ""
     results = dict[str, Result]()
     try:
@@ -83,7 +84,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
                 found = [results[trial.name] for trial in planned if trial.name in results]
-                text = summary.write(out, found, len(val), left_out, bool(held_out))
+                text = summary.write(out, found, len(val), left_out, bool(held_out), keys)
     logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 
@@ -109,7 +110,7 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
     budgets = _for_each(texts, "budget", spec.budget)
     numbers = [_number_of(text, train) for text in texts]
     draws = _for_each(texts, "draws", spec.draws or [_draws_of(labels) for labels, _ in numbers])
-    if len(set(numbers)) < len(numbers):
+    if len({labels for labels, _ in numbers}) < len(numbers):  # `all` may be as many as a number
         raise ValueError(
             f"labels={as_yaml(texts)}: these are {', '.join(f'{labels:,}' for labels, _ in numbers)} images, equally "
             f"many of each class; give each once"

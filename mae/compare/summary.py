@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
@@ -15,6 +15,8 @@ from mae.plurals import counted
 
 ACCURACY = "acc1"  # the metric that is a percentage
 KNN = "k-NN"  # title of the protocol
+
+ResultKey = tuple[str, int, int]  # of a result: title of its row, number of labels, draw
 
 
 class Result(NamedTuple):
@@ -122,11 +124,14 @@ def _ranked(entries: Entries, labels: int) -> list[tuple[str, Entry]]:
     return sorted(column, key=lambda entry: -entry[1].rank)
 
 
-def table(entries: Entries, left_out: Mapping[str, str] = MappingProxyType({})) -> str:
+def table(
+    entries: Entries, left_out: Mapping[str, str] = MappingProxyType({}), unfinished: Collection[int] = ()
+) -> str:  # fmt: skip
     """Returns the table in Markdown, with what was chosen, and costs. The best mean of each column is bold.
 
     Args:
         left_out: rows that were not computed, and the reasons, which stand below the table.
+        unfinished: numbers of labels with which a row is missing. Nothing is bold there.
     """
     columns = columns_of(entries)
     best = {labels: _ranked(entries, labels)[0][1] for labels in columns}
@@ -135,7 +140,8 @@ def table(entries: Entries, left_out: Mapping[str, str] = MappingProxyType({})) 
     titles = [f"test {'accuracy, %' if metric == ACCURACY else metric}", *(f"{labels:,} labels" for labels in columns)]
     lines = []
     for title, row in entries.items():
-        texts = {n: f"**{entry}**" if entry.rank == best[n].rank else str(entry) for n, entry in row.items()}
+        is_best = {n: entry.rank == best[n].rank and n not in unfinished for n, entry in row.items()}
+        texts = {n: f"**{entry}**" if is_best[n] else str(entry) for n, entry in row.items()}
         scores = [f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns]
         lines.append([title, *scores, *(cost[title] for cost in costs.values())])
     lines += [[title, *("–" for _ in (*columns, *costs))] for title in left_out]
@@ -195,6 +201,32 @@ def conclusion(entries: Entries, test_images: int | None = None) -> str:
         parts.append("".join([part, best.choice, *texts]))
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _absent_rows(entries: Entries, planned: Sequence[ResultKey]) -> dict[int, list[str]]:
+    """Returns the planned rows that have no result, by the number of labels."""
+    absent: dict[int, list[str]] = {}
+    for title, labels in dict.fromkeys((title, labels) for title, labels, _ in planned):
+        if labels not in entries.get(title, {}):
+            absent.setdefault(labels, []).append(title)
+    return absent
+
+
+def _incomplete(shown: int, others: int, planned: int, absent: Mapping[int, Sequence[str]]) -> str:
+    """Returns a paragraph on missing results.
+
+    Args:
+        shown: number of results in the table.
+        others: number of further results.
+        planned: number of results of the whole comparison.
+        absent: as `_absent_rows` returns it.
+    """
+    further = f", without {others:,} of draws that not all rows have" if others else ""
+    unknown = [
+        f" With {labels:,} labels, there is none of {', '.join(rows)}: the best encoder is unknown."
+        for labels, rows in absent.items()
+    ]
+    return "".join([f"It is incomplete: it has {shown:,} of {planned:,} results{further}.", *unknown])
 
 
 def _images_of(entries: Entries, test_images: int, are_of_training: bool) -> str:
@@ -258,22 +290,29 @@ def _distance(best: Entry, other: Entry) -> str:
 def write(
     folder: Path, results: Sequence[Result], test_images: int | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}), are_of_training: bool = False,
+    planned: Sequence[ResultKey] = (),
 ) -> str:  # fmt: skip
     """Writes table.md and results.csv to a folder.
+
+    The best encoder is named for the numbers of labels with which all planned rows have a result.
 
     Args:
         test_images, left_out: as in `conclusion` and `table`.
         are_of_training: training images take the place of a missing validation set.
+        planned: the keys of all results of the comparison. By default, none is missing.
 
     Returns:
-        The table, the conclusion, and the images that the scores are of.
+        The table, the conclusion, what is missing, and the images that the scores are of.
     """
     entries = entries_of(results)
     images = [_images_of(entries, test_images, are_of_training)] if test_images else []
-    shown = sum(len(entry.by_draw) for row in entries.values() for entry in row.values())
-    others = len(results) - shown
-    incomplete = [f"It is incomplete: {counted(others, 'result')} of draws that not all rows have."] if others else []
-    text = "\n\n".join([table(entries, left_out), conclusion(entries, test_images), *incomplete, *images]) + "\n"
+    absent = _absent_rows(entries, planned)
+    finished = {title: {n: one for n, one in row.items() if n not in absent} for title, row in entries.items()}
+    sentences = [conclusion(finished, test_images)] if columns_of(finished) else []
+    if len(results) < len(planned):
+        shown = sum(len(entry.by_draw) for row in entries.values() for entry in row.values())
+        sentences.append(_incomplete(shown, len(results) - shown, len(planned), absent))
+    text = "\n\n".join([table(entries, left_out, absent), *sentences, *images]) + "\n"
     rows = [["" if value is None else value for value in result] for result in results]
     spreadsheet.write(folder / "results.csv", [Result._fields, *rows])
     atomic.write_text(folder / "table.md", text)

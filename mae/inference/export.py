@@ -43,7 +43,7 @@ from mae.inference.state_dicts import (
     write_timm,
     write_transformers,
 )
-from mae.pooling import TITLES
+from mae.pooling import OF_PROBE, TITLES
 from mae.settings import ModelSpec
 from mae.settings.choices import BOTH, CLASS_TOKEN, CLASSIFICATION
 from mae.settings.model import BLOCK_ARGUMENTS, OF_AUTOENCODER
@@ -87,13 +87,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Exports the model."""
+    """Exports the model.
+
+    Raises:
+        ValueError: `pool` without `encoder_only`; or `encoder_only` without `pool` of a probe that pools tokens; or as
+            in `export`.
+        OSError: as in `export`.
+    """
     start_logging()
     check_suffix(args.to, args.out)
     model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     if args.encoder_only:
+        if model.pooling.name == OF_PROBE and not args.pool and args.to in WITH_POOLING:
+            raise ValueError(
+                f"model={args.model}: its features are those of the pooling of its probe, which no encoder alone has; "
+                f"give pool={CLASS_TOKEN} or pool={BOTH}, or omit `encoder_only`"
+            )
         by_rule = BOTH if model.pooling.name == BOTH and args.to in WITH_POOLING else None
         model = encoder_of(model, args.pool or by_rule)
+        logger.info(f"features: {TITLES[model.pooling.name]}")
     elif args.pool:
         raise ValueError("`pool` has no effect without `encoder_only`: a head has its own pooling")
     export(model, args.to, args.out)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mae.data.source import Source
 from mae.inference import curation, nearest
+from mae.plurals import counted
 from mae.pooling import TITLES
 from mae.settings.choices import BOTH, PATCHES
 
@@ -150,13 +151,19 @@ def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors
     )  # of equal votes, those of nearer neighbors
     order = [index for index in by_both.tolist() if excess[index] > 0]
     labelled = int((labels >= 0).sum())
+    judged = int(((labels >= 0) & (labels[found.indices[:, : curation.NEIGHBORS]] >= 0).any(dim=1)).sum())
     text = (
         f"{len(order):,} of {labelled:,} different labelled images: their {curation.NEIGHBORS} nearest neighbors vote "
         f"for another class, weighted by exp(cosine / {curation.TEMPERATURE}). Those whose label has fewest votes in "
-        f"comparison are first, and of equal ones those with nearer neighbors; the difference is shown. The neighbors "
-        f"vote for the label of {1 - len(order) / labelled:.1%} of the images: the lower this is, the less the list "
-        f"means."
+        f"comparison are first, and of equal ones those with nearer neighbors; the difference is shown."
     )
+    of_which = "images"
+    if isolated := labelled - judged:
+        text += f" No neighbor of {counted(isolated, 'labelled image')} has a label."
+        of_which = "others"
+    if judged:
+        share = f"{1 - len(order) / judged:.1%} of the {of_which}"
+        text += f" The neighbors vote for the label of {share}: the lower this is, the less the list means."
     entries = []
     rows: list[list[Any]] = [["image", "label", "label of the neighbors", "difference"]]
     for index in order:

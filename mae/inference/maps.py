@@ -12,7 +12,10 @@ from mae.inference.model import Images, Model, to_bytes, to_rgb
 
 @torch.inference_mode()
 def attention(model: Model, images: Images, block: int = -1) -> Tensor:
-    """Returns the attention weights of the class token over the patches; of several class tokens, the mean weights.
+    """Returns the attention weights of the class token over the patches.
+
+    Of several class tokens, the weights are pooled as `class_features` pools the tokens: their mean, or those of the
+    first one beside registers.
 
     Args:
         images: as in `ModelMixin.prepare`.
@@ -20,7 +23,7 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
 
     Returns:
         (B, heads, rows, columns) of the patch grid. The weights of a head sum to 1 together with the weights of the
-        class tokens themselves, which are omitted.
+        class tokens and registers, which are omitted.
 
     Raises:
         ValueError: the encoder has no such block.
@@ -29,7 +32,9 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     T = model.num_prefix_tokens
     with model.evaluating(*NOT_IN_FEATURES):
         _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
-    return _weights_of_patches(model, maps[:, :, :T, T:].mean(dim=2), x)
+    rows = maps[:, :, :T, T:]
+    weights = model.class_features(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+    return _weights_of_patches(model, weights, x)
 
 
 @torch.inference_mode()
