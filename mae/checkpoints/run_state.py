@@ -49,6 +49,12 @@ class Progress:
         self.first_iteration = 0
         self.meters = {}
 
+    def forget_best(self) -> None:
+        """Makes the start the best state again: there is no file of a later one, or its score can't be compared."""
+        self.best_accuracy = -math.inf
+        if self.selection:
+            self.selection = {**self.selection, "best": self.selection["start"], "epoch": -1}
+
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the entry `progress` of a checkpoint, which `resume.restore_progress` reads.
 

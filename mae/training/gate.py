@@ -32,15 +32,12 @@ class Gate:
 
     Args:
         probe: it has labels.
-        progress: its `selection` has the results of the start and of the best state, which checkpoints contain. If the
-            run directory has no best state, `best_accuracy` is infinite, and the start is the best one again.
+        progress: its `selection` has the results of the start and of the best state, which checkpoints contain.
     """
 
     def __init__(self, probe: Probe, progress: Progress) -> None:
         self.probe = probe
         self.progress = progress
-        if self.has_start and math.isinf(progress.best_accuracy):
-            progress.selection = {**progress.selection, "best": progress.selection["start"], "epoch": -1}
 
     @property
     def has_start(self) -> bool:

@@ -362,13 +362,13 @@ def restore_progress(progress: Progress, state: dict[str, Any]) -> None:
             )
         logger.warning(f"the {what} of the training images have changed since the last epoch")
     progress.best_accuracy = saved["best_accuracy"]
+    progress.selection = saved.get("selection", {})
     if VALIDATION in _changed(images, progress.images):
         logger.warning(
             "the validation images or their labels have changed: their scores can't be compared with earlier ones, and "
             "checkpoint-best.pth is selected anew, from the next evaluation on"
         )
-        progress.best_accuracy = -math.inf
-    progress.selection = saved.get("selection", {})
+        progress.forget_best()
     progress.epoch = saved["epoch"]
     progress.first_iteration = images_done // progress.global_batch_size
     progress.meters = saved["meters"]

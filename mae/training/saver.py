@@ -122,7 +122,7 @@ class Saver(NullSaver):
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(run_directory.BEST).stem for path in run_directory.checkpoints(output_dir)):
             # A later epoch may have overwritten the best state before the resumed one.
-            progress.best_accuracy = -math.inf
+            progress.forget_best()
         self.best_written = (progress.best_accuracy, progress.selection)
 
     def request(self) -> Request:
