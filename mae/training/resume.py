@@ -87,7 +87,7 @@ def _require_same_start(
     for name in explicit.intersection(STARTS):
         before = saved.get(name)
         now = settings[name]
-        if before is None or (name == "init_from" and settings.get("preserve")):
+        if before is None or (name == "init_from" and saved.get("preserve")):
             continue
         if str(before) != now and Path(str(before)).resolve() != Path(now).resolve():
             raise CheckpointError(
