@@ -107,8 +107,19 @@ def main(
         report_scores(scores, val.classes, run.evaluation.report)
         return
 
+    check_flags(session)
     with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
         train_probe(session, data, callbacks, features)
+
+
+def check_flags(session: Session) -> None:
+    """Raises ValueError if a flag of another probe is given; logs a warning if one of several rates is."""
+    spec = session.run.model
+    several = len(rates_of(session.run.optim.blr)) > 1
+    if "num_queries" in session.explicit and not pools_tokens(spec.probe):
+        raise ValueError(f"num_queries={spec.num_queries} is for an attentive probe: omit it")
+    if "held_out" in session.explicit and not several:
+        logger.warning("`held_out` has no effect with one `blr`: it chooses the best of several")
 
 
 def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], kept: Path | None) -> None:

@@ -117,6 +117,9 @@ def main(
         images.input_size, facts["short_side"], run.augmentation.scale, images.hflip, data.statistics[0]
     )
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
+    if model.frozen:
+        for name in sorted(session.explicit & {"drop_path", "layer_decay"}):
+            logger.warning(f"`{name}` has no effect, because the encoder is frozen: give `unfreeze_blocks`")
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

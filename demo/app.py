@@ -34,7 +34,7 @@ from mae.data.decode import SUFFIXES
 from mae.data.pixels import Picture, size_of
 from mae.evaluate import pictures
 from mae.inference.model import Autoencoder, Model, get_model
-from mae.inference.reconstruct import psnr, reconstruct, uncropped_input
+from mae.inference.reconstruct import error_text, reconstruct, uncropped_input
 from mae.reconstruction import Reconstruction
 from mae.settings import types
 
@@ -218,7 +218,7 @@ def answer(
     count = int(result.mask.sum())
     text = f"<b>{count} of {result.mask.numel()} patches are masked</b>, {origin}."
     if count:
-        text += f" PSNR of the masked patches: <b>{psnr(model, result):.2f} dB</b> (higher is better)."
+        text += f" Error of the masked patches: <b>{error_text(model, result)}</b>."
     return [result.mask, text, *(to_picture(model, result[part]) for part in PANELS.values())]
 
 

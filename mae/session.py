@@ -221,7 +221,9 @@ def _probe(run: Run) -> Start:
     The features of a resumed run are computed before its state is loaded.
     """
     if run.evaluation.eval:
-        return _classifier(run)
+        file, settings = _classifier(run)
+        _require_pooling(run, file)
+        return file, settings
     from mae.weights import reading, recorded_settings
 
     file = None
@@ -258,6 +260,16 @@ def _pooled(run: Run, file: "Weights | None", purpose: str, left_out: Collection
     return pooling | classifier_settings(file, run.record(), run.explicit, purpose, left_out)
 
 
+def _require_pooling(run: Run, file: "Weights | None") -> None:
+    """Raises ValueError if another pooling is given than that of a probe, which evaluates features of its own."""
+    from mae.pooling import TITLES, pooling_of
+    from mae.weights.model_settings import classifier_settings
+
+    given = run.model.pool
+    if given and file and given != (name := pooling_of(classifier_settings(file)).name):
+        raise ValueError(f"pool={given}: {file.origin} is a probe of the {TITLES[name]}; omit `pool`")
+
+
 def _require_updates(run: Run, file: "Weights | None") -> None:
     """Raises ValueError if low-rank updates of a frozen encoder are those of no file: they are zero, and stay zero."""
     if run.model.lora and not (file and file.settings.get("lora")):
@@ -283,6 +295,8 @@ def _weights(run: Run, kind: str) -> "Weights | None":
     name: Path | str = machine.resume or machine.finetune
     if name == "auto" and (name := _source(machine) or machine.finetune):
         logger.info(f"resume=auto: evaluates {name}")
+    elif machine.resume and machine.finetune:  # a recipe may have the latter
+        logger.info(f"evaluates {name}, and not finetune={machine.finetune}")
     if not name:
         raise ValueError(f"`eval` needs `resume` or `finetune`: the file of a {kind}, or a published name")
     return loading.read_classifier(name, kind, _rank(run))

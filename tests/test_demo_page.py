@@ -32,7 +32,7 @@ def test_a_click_masks_a_patch(mae):
     assert torch.equal(by_hand, expected)
     result = mae.reconstruct(reconstruct.uncropped_input(mae, Image.open(CAT)), mask=expected)
     assert "<b>49 of 96 patches are masked</b>, by you" in caption
-    assert f"<b>{reconstruct.psnr(mae, result):.2f} dB</b>" in caption
+    assert f"<b>PSNR {reconstruct.psnr(mae, result):.2f} dB</b>" in caption
     for panel, part in zip(panels, (result.masked, result.pasted, result.original), strict=True):
         assert np.array_equal(np.asarray(panel), np.asarray(app.to_picture(mae, part)))
 

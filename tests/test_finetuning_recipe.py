@@ -16,7 +16,7 @@ from test_recommend import PHOTOS
 
 import main_finetune
 from mae.inference import get_model
-from mae.recommend import check, finetuning, trial
+from mae.recommend import check, finetuning, rules, trial
 from mae.recommend.facts import Machine
 from mae.recommend.finetuning import Labels, Start
 
@@ -52,6 +52,14 @@ def test_the_settings_of_a_small_encoder_are_those_that_were_measured():
     expected = {"aa": "none", "reprob": 0, "smoothing": 0, "drop_path": 0, "layer_decay": 0.9, "lr": 1e-3}
     found = settings_of()
     assert found == expected | {"batch_size": 16}  # in each of two processes
+
+
+def test_the_patches_fit_the_size_that_is_given():
+    """Random weights, whose patches are free."""
+    from_scratch = Start("", width=128, depth=4)
+    lines = {line.name: line.value for line in finetuning.input_lines(PHOTOS, from_scratch, 32)}
+    assert lines["patch_size"] == rules.patch_of(32, 32)
+    assert 32 // np.max(lines["patch_size"]) >= 4
 
 
 def test_wider_and_deeper_encoders_have_smaller_rates():

@@ -35,7 +35,7 @@ def test_without_progress_the_start_is_the_best(start, flags, pretrain, capsys):
     assert_equal(best["model"], weights(start.parent, start.name))
     (line,) = (line for line in text.splitlines() if "at the start" in line)
     score = lines(out)[-1]["test_knn_acc1"]
-    assert line.count(f"{score:.1f}") == 2 and "± 0.0 now" in line
+    assert line.count(f"{score:.1f}") == 2 and "(+0.0 ± 0.0 from the start)" in line
     assert "no later state is better" in text
     assert "23 held-out images, which are few" in text
 
@@ -108,6 +108,13 @@ def test_a_state_replaces_the_best_one_by_more_than_the_standard_error():
         probe.hits = after(wins, losses)
         assert gate.accepts(3) == expected
         assert progress.selection["epoch"] == (3 if expected else -1)
+
+
+def test_one_image_does_not_decide_which_state_is_better():
+    hits = torch.zeros(1, dtype=torch.bool)
+    progress = Progress(8, 8)
+    progress.selection = {"start": hits, "best": hits, "epoch": -1}
+    assert not Gate(SimpleNamespace(hits=~hits), progress).accepts(0)
 
 
 def test_a_resumed_run_holds_out_the_images_of_its_start(flags, labelled, pretrain, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from mae.cli import entry_point
-from mae.data import loader
+from mae.data import loader, transforms
 from mae.inference import export, features, get_model, predict, reconstruct
 from mae.inference.model import picture_of
 from mae.reconstruction import Reconstruction
@@ -142,6 +143,17 @@ def test_psnr_is_of_the_masked_pixels(files):
     mask[0, [0, 1, 8, 9]] = 1
     reconstruction = Reconstruction(*[original] * len(Reconstruction._fields))._replace(pasted=pasted, mask=mask)
     assert reconstruct.psnr(mae, reconstruction) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_values_of_an_unknown_range_have_no_psnr():
+    """The error is in standard deviations: .5 of all masked pixels."""
+    mae = SimpleNamespace(normalize=transforms.Normalize([300.0], [20.0]))
+    original = torch.zeros(1, 1, 8, 8)
+    pasted = original.clone()
+    pasted[..., :4, :4] = 0.5
+    mask = torch.tensor([[1.0, 0, 0, 0]])
+    result = Reconstruction(*[original] * len(Reconstruction._fields))._replace(pasted=pasted, mask=mask)
+    assert reconstruct.error_text(mae, result) == "RMSE 0.500 standard deviations"
 
 
 @pytest.mark.parametrize("nodata", [None, 0])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from mains import Stopped, assert_same_run, call, fails, lines, open_source, parse, stop_after
 from PIL import Image
@@ -486,6 +487,19 @@ def test_few_test_images_can_not_tell_encoders_apart(images, is_clear):
     assert "not distinguishable from c" not in text
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "images", "is_clear"),
+    [(0, 1, False), (60, 10, False), (80, 20, False), (92, 50, False), (20, 20, True), (92, 500, True)],
+)
+def test_all_right_of_few_test_images_is_no_certainty(accuracy, images, is_clear):
+    """Fisher's exact test of 100 % and this accuracy has p > .05, or p < .001."""
+    right = round(images * accuracy / 100)
+    p = stats.fisher_exact([[images, 0], [right, images - right]])[1]
+    assert p < 0.001 if is_clear else p > 0.05
+    text = summary.conclusion(summary.entries_of([*results("a", [100.0]), *results("b", [accuracy])]), images)
+    assert ("not distinguishable" in text) is not is_clear
+
+
 def test_the_table():
     costs = {"metric": "acc1", "trained_parameters": 1234, "peak_memory_gb": 1.25}
     found = [*results("a", [70.0, 72.0]),
@@ -680,6 +694,33 @@ def test_two_comparisons_share_the_runs(labelled, encoder, tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert {path.read_text().count("-NN Acc@1") for path in tmp_path.glob("runs/mine/knn/12/*/output.txt")} == {1}
     assert len([name for name in read(tmp_path) if name.startswith("mine/")]) == 4
+
+
+def test_a_recipe_does_not_replace_what_is_compared(labelled, encoder, tmp_path, capsys):
+    """The start, the images and the metric are those of the comparison: a recipe of mae.data has some of them."""
+    own = {"val_fraction": 0.25, "train_per_class": 4, "metric": ["balanced_accuracy"], "data_path": str(labelled)}
+    (tmp_path / "knn.yaml").write_text(yaml.safe_dump({**own, "k": [2]}))
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({**own, "finetune": str(encoder), "batch_size": 8}))
+    flags = ("--encoders", "scratch", encoder, "--labels", "all")
+    more = ("--recipes", f"knn={tmp_path / 'knn.yaml'}", f"finetune={tmp_path / 'tuned.yaml'}")
+    text = compare(labelled, tmp_path / "out", encoder, *flags, *more)
+    commands = {(row["encoder"], row["protocol"]): row["command"] for row in rows(tmp_path / "out")}
+    assert len(commands) == 4 and "48 labels" in text and "23 held-out images" in text
+    for (name, protocol), command in commands.items():
+        assert ("--finetune" in command) is (name != "scratch")
+        assert not re.search("val_fraction|train_per_class|balanced_accuracy", command)
+        assert ("--k 2" in command) is (protocol == "k-NN")
+    output = capsys.readouterr().out
+    assert output.count("the comparison has its own") == 2 and "`finetune` `metric`" in output
+    accuracies = [float(row["accuracy"]) for row in rows(tmp_path / "out")]
+    assert max(accuracies) > 1  # percent
+
+
+def test_the_learning_rate_of_a_probe_is_a_base_learning_rate(labelled, encoder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "r.yaml").write_text("lr: 6.4\nepochs: 1\nwarmup_epochs: 0\n")
+    more = ("--protocols", "linear", "--recipes", f"linear={tmp_path / 'r.yaml'}", "--blr", "1e-3")
+    line = fails(capsys, monkeypatch, main_compare, *flags_of(labelled, tmp_path / "out", encoder, *more))
+    assert re.search(r"recipes=linear=.*r.yaml: it has lr=6.4; give `blr`", line)
 
 
 def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path, capsys, monkeypatch):

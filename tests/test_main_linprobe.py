@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import forks
 import mains
+import numpy as np
 import pytest
 import torch
 from mains import Stopped, assert_same_run, lines, parse, printed, scores_of, stop_and_resume, weights
@@ -150,6 +151,51 @@ def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
     assert "blr=1e-09, the smallest value, is the best" in capsys.readouterr().out
     assert checkpoint.read(out / "probe.pth")["model"]["head.1.bias"].tolist() == pytest.approx([0, 9], abs=1e-6)
     assert (tmp_path / "report/classes.csv").read_text().splitlines()[1:] == ["ant,5,0,0.0000,bee", "bee,2,2,1.0000,"]
+
+
+def test_flags_of_another_probe_are_named(probe, tuned, evaluated, capsys):
+    with pytest.raises(ValueError, match="num_queries=16 is for an attentive probe"):
+        probe("queries", num_queries=16)
+    out = probe("one", finetune=tuned / "checkpoint-19.pth", blr=0.1, held_out=0.25, epochs=1, warmup_epochs=0)
+    assert "`held_out` has no effect" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"pool=avg: .* is a probe of the class token"):
+        evaluated(out / "checkpoint-0.pth", pool="avg")
+    with pytest.raises(ValueError, match="regression_loss=huber"):
+        probe("loss", regression_loss="huber")
+
+
+class Augmented:
+    """Noise that is new in each epoch, or fixed."""
+
+    classes = ("a", "b")
+    labels = np.arange(24) % 2
+
+    def __init__(self, is_fixed):
+        self.is_fixed = is_fixed
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        draw = np.random.default_rng(index if self.is_fixed else np.random.randint(1 << 30))
+        return draw.integers(0, 255, (16, 16, 3), dtype=np.uint8), int(self.labels[index])
+
+
+def fixed(split, path):
+    return Augmented(is_fixed=True)
+
+
+def augmented(split, path):
+    return Augmented(is_fixed=split == "val")
+
+
+def test_features_of_one_augmentation_are_named(classify, capsys):
+    flags = {"data_path": None, "epochs": 1, "warmup_epochs": 0, "blr": 0.1}
+    for name, stored, is_named in (("fixed", True, False), ("augmented", False, False), ("augmented", True, True)):
+        dataset = f"py:test_main_linprobe:{name}"
+        cached = {"cache_features": True} if stored else {}
+        classify(main_linprobe, f"{name}{stored}", dataset=dataset, **cached, **flags)
+        assert ("one augmentation" in capsys.readouterr().out) is is_named
 
 
 def test_a_single_rate_and_several_exclude_each_other(probe):

@@ -144,6 +144,12 @@ def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch
     assert_same_run(complete, stop_and_resume(monkeypatch, without_initial_weights, calls, **settings))
 
 
+def test_settings_of_a_frozen_encoder_are_named(segment, encoder, capsys):
+    segment(finetune=encoder, epochs=1, layer_decay=0.5, drop_path=0.1)
+    output = capsys.readouterr().out
+    assert "`drop_path` has no effect" in output and "`layer_decay` has no effect" in output
+
+
 def test_all_parameters_train_with_layer_wise_decay(segment, encoder):
     out = segment(finetune=encoder, unfreeze_blocks="all", epochs=1, layer_decay=0.5)
     before, after = checkpoint.read(encoder)["model"], weights(out, "checkpoint-0.pth")

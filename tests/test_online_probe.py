@@ -1,6 +1,7 @@
 """--probe_every: scores of the encoder while it trains, and the environment of each start."""
 
 import json
+import shutil
 import subprocess
 import tarfile
 
@@ -140,6 +141,18 @@ def test_each_start_records_its_environment_and_its_settings(pretrain, capsys):
 def test_the_images_that_are_held_out_do_not_classify_themselves(pretrain, labelled, capsys):
     pretrain(data_path=labelled, probe_every=1, epochs=1)
     assert "20 nearest neighbors among 43 images classify 5 held-out images" in capsys.readouterr().out
+
+
+def test_held_out_images_that_equal_others_are_counted(labelled, pretrain, tmp_path, capsys):
+    """The features of their copies classify them."""
+    copies = shutil.copytree(labelled, tmp_path / "copies")
+    of_train, of_val = (sorted(copies.glob(f"{split}/kind0/*"))[:3] for split in ("train", "val"))
+    for file, copy in zip(of_train, of_val, strict=True):
+        shutil.copy(file, copy)
+    pretrain("own", data_path=labelled, probe_every=1, probe_path=labelled, epochs=1)
+    assert "equal images" not in capsys.readouterr().out
+    pretrain("copied", data_path=labelled, probe_every=1, probe_path=copies, epochs=1)
+    assert "3 of 23 held-out images equal images" in capsys.readouterr().out
 
 
 def test_the_rank_of_both_poolings_is_that_of_the_class_token(pretrain, labelled):

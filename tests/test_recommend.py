@@ -72,6 +72,30 @@ def test_a_narrow_range_far_from_zero(tmp_path, capsys):
     assert (mean, std) == (pytest.approx(images.mean(), abs=0.02), pytest.approx(images.std(), rel=0.01))
 
 
+def test_statistics_are_those_of_images_of_one_size(tmp_path, capsys):
+    """Training scales nine dark images of 32 pixels and a bright one of 320 to one size."""
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    images = [*draw.integers(0, 60, (9, 32, 32)), draw.integers(180, 256, (320, 320))]
+    for number, image in enumerate(images):
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number}.png")
+    call(check, folder, "--num_workers", 0, "--in_chans", 1)
+    mean, std = map(float, re.search(r"--mean +(\S+)\s+--std +(\S+)", capsys.readouterr().out).groups())
+    of_one_size = np.stack([*images[:9], images[9][::10, ::10]]) / 255
+    assert (mean, std) == (pytest.approx(of_one_size.mean(), rel=0.02), pytest.approx(of_one_size.std(), rel=0.02))
+
+
+def test_the_copies_of_a_sample_are_not_extrapolated(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_images(tmp_path / name, 30, 28, 28)
+    call(check, tmp_path, "--num_workers", 0, "--limit", 20)
+    output = capsys.readouterr().out
+    assert re.search(r"classes     2, of .*images? that were read: ", output)
+    assert re.search(r"duplicates  \d+ images? among the 20 that were read\n", output)
+
+
 def test_a_constant_channel_has_a_standard_deviation_of_1(tmp_path, capsys):
     """Its variance is a rounding error."""
     folder = tmp_path / "bands"

@@ -228,6 +228,25 @@ def test_a_resumed_log_has_every_epoch_once(tmp_path):
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "x": 1}\n{"epoch": 1}\n'
 
 
+def test_the_remaining_time_has_the_evaluations(tmp_path, caplog):
+    """Three of them remain, of .7 seconds each; the updates take no time."""
+    written = RunLog(tmp_path, tmp_path, epochs=4)
+    with caplog.at_level(logging.INFO):
+        for epoch in range(2):
+            watch = Stopwatch()
+            written.next_line = 0.0
+            written.begin_epoch(epoch, 0, 1, 8, watch)
+            for _ in watch.watch(range(1)):
+                pass
+            written.update(1, lr=1e-3, loss=1.0, grad_norm=2.0)
+            watch.stop()
+            time.sleep(0.7)
+            written.end_epoch({"train_loss": 1.0, "train_lr": 1e-3})
+    written.close()
+    left = [line.rpartition(" left ")[2] for line in caplog.messages if " left " in line]
+    assert left == ["0:00:00", "0:00:02"]
+
+
 START = """
 import os, signal, sys
 from pathlib import Path

@@ -111,6 +111,9 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     assert decoded.dtype == torch.uint8
     with pytest.raises(BadImage, match=r"value 4.*`nb_classes`"):
         masks_of(3, reduce_zero_label=True).decode(png([[4, 0]]))
+    of_colors = MaskFormat(("a", "b"), reduce_zero_label=True, colors=((0, 0, 0), (9, 9, 9)))
+    with pytest.raises(BadImage, match="`reduce_zero_label`"):
+        of_colors.decode(png([[[0, 0, 0], [9, 9, 9]]]))
 
 
 @pytest.mark.parametrize(("data", "reason"), [

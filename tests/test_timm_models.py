@@ -120,6 +120,12 @@ def test_features_are_those_of_timm(saved, name):
             ours.extract_feat(images, "cls")
 
 
+@pytest.mark.parametrize("flag", ["cls_token", "global_pool"])
+def test_a_pooling_that_a_model_of_timm_does_not_have_is_an_error(saved, labelled, flag):
+    with pytest.raises(ValueError, match="`global_pool`"):
+        call(main_knn, data_path=labelled, finetune=saved("test_vit")[1], device="cpu", **{flag: True})
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_files_of_weights(saved, tmp_path, suffix):
     """As on the hub, and as of timm's train.py."""

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 
 from mae import parallel
 from mae.compare import baselines, costs, store, summary
-from mae.compare.encoders import PIXELS, Encoder, open_encoders
-from mae.compare.protocols import reason_against, row_of
+from mae.compare.encoders import PIXELS, UPDATES, Encoder, open_encoders
+from mae.compare.protocols import LORA, TUNED, reason_against, row_of
 from mae.compare.summary import Result
 from mae.compare.trials import Size, Trial, Trials
 from mae.data.labels import open_pair
@@ -53,6 +53,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     spec = run.comparison
     settings = run.record()
     _require_comparable(spec, run.images.task, run.evaluation.metric)
+    _warn_of_unused(spec, run.explicit)
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(spec, settings, run.explicit)
@@ -98,6 +99,13 @@ def _require_comparable(spec: ComparisonSpec, task: str, metric: Sequence[str] |
         )
     if (metric or task != CLASSIFICATION) and PIXELS in spec.encoders:
         raise ValueError(f"encoders={PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
+
+
+def _warn_of_unused(spec: ComparisonSpec, explicit: Collection[str]) -> None:
+    """Logs a warning of each explicit setting that is of other protocols than those that are compared."""
+    for name, protocols in {**dict.fromkeys(("blr", "budget"), TUNED), **dict.fromkeys(UPDATES, (LORA,))}.items():
+        if name in explicit and not {*protocols} & {*spec.protocols}:
+            logger.warning(f"`{name}` has no effect: it is for the protocols {' and '.join(protocols)}")
 
 
 def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:

@@ -257,22 +257,25 @@ def _differences(best: Entry, other: Entry) -> list[float]:
 def _doubt(best: Entry, other: Entry, test_images: int | None) -> str:
     """Returns why two entries can't be told apart; "" if they can, or if that is unknown.
 
-    The difference is within the 95 % interval of the mean of the draws (Student's t), or within two standard errors of
-    the difference of two accuracies of so many test images. The latter is that of independent images: a paired one,
-    usually smaller, needs the predictions.
+    The difference is within the 95 % interval of the mean of the draws (Student's t), or within that of two accuracies
+    of so many test images (Agresti and Caffo 2000, with Student's t). The latter is that of independent images: a
+    paired one, usually narrower, needs the predictions.
     """
+    from scipy import stats  # takes half a second
+
     difference = abs(best.mean - other.mean)
     differences = _differences(best, other)
     count = len(differences)
     if count > 1:
-        from scipy import stats  # takes half a second
-
         quantile = float(stats.t.ppf(0.975, count - 1))
         if difference <= quantile * statistics.stdev(differences) / math.sqrt(count):
             return f"within the error of {count} draws"
     if best.metric == ACCURACY and test_images:
-        variances = [entry.mean / 100 * (1 - entry.mean / 100) for entry in (best, other)]
-        if difference <= 200 * math.sqrt(sum(variances) / test_images):
+        # One image more is right, and one is wrong: an accuracy of 100 % of few images has an error, too.
+        shares = [(test_images * entry.mean / 100 + 1) / (test_images + 2) for entry in (best, other)]
+        variance = sum(share * (1 - share) for share in shares) / (test_images + 2)
+        quantile = float(stats.t.ppf(0.975, max(1, test_images - 1)))
+        if abs(shares[0] - shares[1]) <= quantile * math.sqrt(variance):
             return f"within the error of {test_images:,} test images"
     return ""
 

@@ -1,5 +1,6 @@
 """The trials of a comparison: an encoder is evaluated with a protocol on a random subset of the labels."""
 
+import logging
 import math
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mae.compare import baselines, grids, store
 from mae.compare.encoders import ARCHITECTURE, PIXELS, UPDATES, Encoder, directory_of
-from mae.compare.protocols import DEFAULTS, GRIDS, KNN, LINEAR, LORA, RANK, RATE_OF_LORA, TITLES, TUNED
+from mae.compare.protocols import ATTENTIVE, DEFAULTS, GRIDS, KNN, LINEAR, LORA, RANK, RATE_OF_LORA, TITLES, TUNED
 from mae.compare.store import Scores, Settings
 from mae.compare.summary import ACCURACY, Result
 from mae.data import raw_pixels
@@ -29,6 +30,12 @@ from mae.settings.values import as_yaml
 from mae.training import log
 from mae.training.nonfinite import NonFiniteLoss
 
+logger = logging.getLogger(__name__)
+
+# Settings of which a comparison has one value, or one for each encoder and draw. It ignores those of a recipe.
+OF_COMPARISON = {
+    *DATASETS, "finetune", "task", "label_columns", "metric", "nb_classes", "train_per_class", "val_fraction",
+}  # fmt: skip
 # Settings that all scripts share; the comparison passes those that are given.
 SHARED = [*names_of(ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 VAL_FRACTION = 0.2  # of the training images of a draw, held out to choose hyperparameters
@@ -90,6 +97,10 @@ class Trials:
         self.shared = {name: given[name] for name in SHARED if name in explicit and name not in ARCHITECTURE}
         self.updates = {name: given[name] for name in UPDATES if name in explicit}
         self.recipes = _recipes_of(spec)
+        for protocol, recipe in self.recipes.items():
+            if ignored := sorted(OF_COMPARISON & scripts[protocol].settings({"config": recipe}).explicit):
+                names = " ".join(f"`{name}`" for name in ignored)
+                logger.info(f"{recipe}: the comparison has its own {names}")
         self.metric = next(iter(given.get("metric") or DEFAULT_METRICS[given["task"]]), ACCURACY)
 
     def settings(self, trial: Trial) -> Settings:
@@ -97,7 +108,7 @@ class Trials:
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
-            ValueError: a recipe has several temperatures.
+            ValueError: a recipe has several temperatures, or the learning rate of a probe.
         """
         if trial.encoder.name == PIXELS:
             return self._settings_of_pixels(trial)
@@ -106,8 +117,8 @@ class Trials:
         first: Settings = {"config": recipe} if recipe else DEFAULTS[trial.protocol]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
         run = script.settings(first)
-        if trial.encoder.without:  # a recipe may name another model
-            first = {name: run[name] for name in run.explicit - {"config", *trial.encoder.without}}
+        if ignored := run.explicit & {*OF_COMPARISON, *trial.encoder.without}:  # a recipe may name another model
+            first = {name: run[name] for name in run.explicit - {"config", *ignored}}
         of_encoder = run.names - run.explicit.intersection(names_of(ImageSpec))
         if trial.protocol in TUNED:
             of_encoder -= {*UPDATES}
@@ -124,6 +135,9 @@ class Trials:
         if trial.protocol == KNN and len(run.evaluation.temperature) > 1:
             text = f"{KNN}={recipe}"
             raise ValueError(f"recipes={as_yaml(text)}: it has the temperatures {run.evaluation.temperature}; give one")
+        if trial.protocol in (LINEAR, ATTENTIVE) and run.optim.lr is not None:
+            text = f"{trial.protocol}={recipe}"
+            raise ValueError(f"recipes={as_yaml(text)}: it has lr={run.optim.lr:g}; give `blr`, one rate or several")
         largest = 2 ** max(1, (trial.size.labels // LEAST_UPDATES).bit_length() - 1)
         if trial.protocol != KNN and run.optim.batch_size > largest:
             settings["batch_size"] = largest

@@ -193,9 +193,13 @@ def readable(
 
 
 def moments_of(good: list[ImageFacts]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of each channel over the valid pixels; of a constant channel, 0 and not 1."""
-    pixels = max(1, sum(fact.valid for fact in good))
-    mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
+    """Returns mean and standard deviation of each channel over the valid pixels; of a constant channel, 0 and not 1.
+
+    Each image has the same weight, because training scales all of them to one size.
+    """
+    decoded = [(fact.valid, fact.sums, math.prod(fact.size)) for fact in good if fact.sums is not None]
+    shares = sum(valid / size for valid, _, size in decoded) or 1
+    mean, squares = np.sum([sums / size for _, sums, size in decoded], axis=0) / shares
     variance = squares - mean**2
     return mean, np.sqrt(np.where(variance > ROUNDING * squares, variance, 0))
 

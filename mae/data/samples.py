@@ -21,12 +21,13 @@ from mae.data.decode import MAX_BAD_IN_A_ROW, decode_item
 from mae.data.extra_inputs import original
 from mae.data.generators import preserve_generators, seed_generators
 from mae.data.item import Batch, Item
-from mae.data.pixels import AS_STORED, BadImage, PixelValues
-from mae.data.source import Source, Stream, is_stream, label_at
+from mae.data.pixels import AS_STORED, BadImage, PixelValues, to_tensor
+from mae.data.source import Source, Stream, evenly_spaced, is_stream, label_at
 from mae.data.stages import RandomFlip
 from mae.data.transforms import Transform, flips_of
 
 OF_DATASET = -1  # instead of the number of a repetition: the seed of the dataset's own random numbers
+COMPARED = 8  # images of two epochs, to see whether a dataset augments
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
@@ -109,6 +110,18 @@ class Samples(Dataset):
         if self.runs_code:
             seed_generators(self.seed, epoch, index, OF_DATASET)
         return self.decode(self.source[index])
+
+    def augments(self) -> bool:
+        """Whether a dataset of the user's code returns other images in another epoch. It compares a few."""
+        if not self.runs_code:
+            return False
+        with preserve_generators():
+            for index in evenly_spaced(len(self), COMPARED):
+                with contextlib.suppress(OSError, BadImage):
+                    images = [to_tensor(self.read(index, epoch).image) for epoch in (0, 1)]
+                    if not torch.equal(*images):
+                        return True
+        return False
 
     def augment(self, item: Item, bad: list[Bad], epoch: int, number: int, repeats: int) -> list[Sample]:
         """Returns `repeats` augmented samples of a decoded item, with the random numbers of (seed, epoch, number).

@@ -100,9 +100,12 @@ def reconstruction(
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture
-    masked = float(result.mask.mean())  # a strategy has a ratio between those of two numbers of patches
-    titles = [f"{title} {masked:.0%}" if title == "masked" else title for title in TITLES]
-    return with_labels(picture, titles, labels, NOTE)
+    return with_labels(picture, titled(float(result.mask.mean())), labels, NOTE)
+
+
+def titled(masked: float) -> list[str]:
+    """Returns TITLES with the share of masked patches, whose number is whole: it may differ from the mask ratio."""
+    return [f"{title} {masked:.0%}" if title == "masked" else title for title in TITLES]
 
 
 def reconstructed_examples(

@@ -231,7 +231,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
         train: the training set, for --class_weight.
 
     Raises:
-        ValueError: a metric is for a different task, or is undefined for all classes; or no classes have weights.
+        ValueError: a metric or a loss is for a different task; a metric is undefined for all classes; or no classes
+            have weights.
     """
     task = flags["task"]
     weight = flags.get("class_weight") and train is not None
@@ -255,6 +256,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
             flags["target_mean"],
             flags["target_std"],
         )
+    if flags.get("regression_loss"):
+        raise ValueError(f"regression_loss={flags['regression_loss']} is for task=regression, and the task is {task}")
     _require_defined(names, np.asarray(val.labels), val.classes)
     ordered = [name for name in names if METRICS[name].has_order]
     if ordered and len(val.classes) > 2 and not _are_numbers(val.classes) and parallel.is_main():

@@ -169,6 +169,7 @@ def other_labels(images: Images, different: np.ndarray, found: nearest.Neighbors
     for index in order:
         image = int(different[index])
         voted = images.classes[winners[index]]
-        entries.append(([image], f"labelled {images.class_of(image)}; {voted} has {excess[index]:.0%} more votes"))
+        more = f"{voted} has {excess[index]:.0%} of all votes more"
+        entries.append(([image], f"labelled {images.class_of(image)}; {more}"))
         rows.append([images.names[image], images.class_of(image), voted, f"{excess[index]:.6f}"])
     return Listed("Images whose neighbors have another label", text, entries, rows)

@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> list[Reconstruction]:
-    """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
+    """Writes the picture, prints the error of the masked pixels, and returns the reconstructions."""
     start_logging()
     require_files(args.images)  # before the model is built
     model = get_model(
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         reconstructions.append(result)
         rows, columns = model.patch_embed.grid_of(*result.original.shape[2:])
         masked = f"{int(result.mask.sum())} of {rows} x {columns} patches masked"
-        print(f"{path}: {masked}, PSNR {psnr(model, result):.2f} dB", flush=True)
+        print(f"{path}: {masked}, {error_text(model, result)}", flush=True)
     with atomic.replacing(args.out) as written:
         grid(model, reconstructions).save(written)
     print(f"picture: {args.out}")
@@ -225,8 +225,17 @@ def pixel_range(start: int, length: int, side: int, scaled: int, covered: int) -
     return slice(max(0, first), max(0, end))
 
 
+def error_text(model: Autoencoder, reconstruction: Reconstruction) -> str:
+    """Returns the PSNR of the masked pixels; their RMSE, if the range of the values is unknown."""
+    if model.normalize.fits_unit_range:
+        return f"PSNR {psnr(model, reconstruction):.2f} dB"
+    error = (reconstruction.pasted - reconstruction.original).square()
+    num_values = reconstruction.mask.mean() * error[0].numel()
+    return f"RMSE {float((error.sum() / num_values.clamp(min=1)).sqrt()):.3f} standard deviations"
+
+
 def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
-    """Returns the peak signal-to-noise ratio of the masked pixels, in dB."""
+    """Returns the peak signal-to-noise ratio of the masked pixels, in dB. Images have values from 0 to 1."""
     error = (model.normalize.inverse(reconstruction.pasted) - model.normalize.inverse(reconstruction.original)).square()
     num_values = reconstruction.mask.mean() * error[0].numel()
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))

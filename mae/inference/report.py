@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import mae.build
-from mae import encoders, parallel
+from mae import encoders, masking, parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
 from mae.data import extra_inputs, loader
@@ -273,7 +273,7 @@ def facts_of(
     numbers = {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
     return {
         "epochs": f"{entries[-1]['epoch'] + 1} of {settings['epochs']}", **numbers,
-        "time": log.duration(sum(entry["seconds"] for entry in entries)),
+        "training time": log.duration(sum(entry["seconds"] for entry in entries)),
         "images/s": f"{entries[-1]['images_per_s']:,.0f}",
     }  # fmt: skip
 
@@ -327,7 +327,7 @@ def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec
     pixels = pictures.reconstruction(
         model, batch.images, batch.noise, model.normalize, mask_ratio, scale, context=batch.context
     )
-    titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in pictures.TITLES]
+    titles = pictures.titled(1 - masking.num_visible(model.num_patches, mask_ratio) / model.num_patches)
     text = f"Training images that are not augmented. {pictures.NOTE}"
     return page.paragraph(text) + page.pair(pixels, len(batch.images), titles, "images and their reconstructions")
 

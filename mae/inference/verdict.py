@@ -66,7 +66,7 @@ def hits_of(
         PIXELS: [torch.from_numpy(raw_pixels.read(source, images, num_workers)) for source in (train, val)],
         RANDOM: [extract(with_random_weights, source) for source in (train, val)],
     }
-    known, seen = ([hash(row.tobytes()) for row in rows.numpy()] for rows in pairs[PIXELS])  # `predict` changes them
+    known, seen = (raw_pixels.digests(rows.numpy()) for rows in pairs[PIXELS])  # `predict` changes the rows
     equal = int(np.isin(seen, known).sum())
     labels, truth = (torch.as_tensor(np.asarray(source.labels)) for source in (train, val))
     found = {}

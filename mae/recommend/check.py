@@ -102,7 +102,8 @@ def report_on(
         named = [label for label, name in enumerate(source.classes) if not (has_ids(source) or is_placeholder(name))]
         of_each = [counts[label] for label in {*counts, *named}]
         fewest = "" if min(of_each) == max(of_each) else f"{min(of_each):,} to "
-        text = f"{len(of_each)}, of {fewest}{counted(max(of_each), 'image')}: {first_few(source.classes)}"
+        of_sample = " that were read" if read else ""
+        text = f"{len(of_each)}, of {fewest}{counted(max(of_each), 'image')}{of_sample}: {first_few(source.classes)}"
         if len(of_each) == 1:  # such as a folder with all images, and no class
             (label,) = {*counts, *named}
             name = source.classes[label] if label < len(source.classes) else label
@@ -120,6 +121,7 @@ def report_on(
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
         (size, most), *others = Counter(fact.size for fact in good).most_common()
         different = {(fact.size, fact.digest) for fact in good}
+        among = f" among the {len(facts):,} that were read" if read else ""
         pixels = int((heights * widths).sum())
         valid = sum(fact.valid for fact in good)
         lines += [
@@ -127,7 +129,7 @@ def report_on(
             f"channels    {channels_text(good, in_chans)}",
             f"depth       {counted(sum(fact.deep for fact in good), 'image')} of more than 8 bits",
             f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
-            f"duplicates  {counted(len(good) - len(different), 'image')}",
+            f"duplicates  {counted(len(good) - len(different), 'image')}{among}",
         ]
         if valid < pixels:
             lines.append(f"invalid     {1 - valid / pixels:.2%} of the pixels")

@@ -24,7 +24,7 @@ class Images:
 
     Args:
         count: number of images that can be read.
-        distinct: number of different images among them.
+        distinct: number of different images among them; of a sample, its copies only are known.
         bad: share of the images that can't be read.
         height, width, shorter: sides that half of the images do not exceed, in pixels.
         spread: range of the shorter side in pixels.
@@ -91,7 +91,8 @@ class Images:
         count = round(total * len(good) / len(facts))
         return cls(
             count=count,
-            distinct=round(count * len({(fact.size, fact.digest) for fact in good}) / len(good)),
+            # A copy is rarely in a sample together with its original: those that were found, and no more, are known.
+            distinct=count - len(good) + len({(fact.size, fact.digest) for fact in good}),
             bad=1 - len(good) / len(facts),
             height=_median(heights),
             width=_median(widths),

@@ -123,15 +123,18 @@ def is_published(images: Images, labels: Labels) -> bool:
     return labels.images >= MANY_LABELS and images.shorter >= SMALL
 
 
-def input_lines(images: Images, start: Start) -> list[Line]:
+def input_lines(images: Images, start: Start, input_size: Size | None = None) -> list[Line]:
     """Returns the settings of the input, as far as the file of the encoder does not record them.
+
+    Args:
+        input_size: the size that is given.
 
     Raises:
         ValueError: as `rules.image_lines`.
     """
     if start.has_images:
         return []
-    lines = rules.image_lines(images)
+    lines = rules.image_lines(images, input_size, start.patch_size)
     if not start.name:
         model = Line("model", f"vit_{rules.MODELS[0]}", "the smallest model, because its weights are random")
         return [model, *lines]
@@ -291,7 +294,7 @@ def write(
     """
     fixed, flags = recipe.split_given(given)
     found = [
-        *input_lines(images, start), *augmentation_lines(images, labels, "nodata" in given),
+        *input_lines(images, start, given.get("input_size")), *augmentation_lines(images, labels, "nodata" in given),
         *optimization_lines(labels, start, machine), *rules.loading_lines(images, machine),
     ]  # fmt: skip
     left_out = {*given, "crop_scale"} if given.get("crop") == NO_CROP else {*given}

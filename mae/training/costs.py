@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,13 @@ def training_flops(model: nn.Module, forward: Callable[[], Any], precision: Prec
         torch.backends.mha.set_fastpath_enabled(is_fused)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers.get(name, buffer))
+
+
+def measurement(precision: Precision, flops: int | None) -> Callable[[float], dict[str, float]]:
+    """Starts to measure a run; returns `of_epoch` as a function of the throughput."""
+    if precision.device.type == "cuda":  # an earlier run of the process may have taken more memory
+        torch.cuda.reset_peak_memory_stats(precision.device)
+    return partial(of_epoch, precision, flops)
 
 
 def of_epoch(precision: Precision, flops: int | None, images_per_s: float) -> dict[str, float]:

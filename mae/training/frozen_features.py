@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
+from mae.data import transforms
 from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.source import Source, versions
@@ -112,6 +113,8 @@ class FrozenFeatures:
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
         source = self.sets[name]
+        if name == "train" and self.data.samples(source, transforms.scaled_transform(0)).augments():
+            logger.warning("the dataset augments its images: each has the features of one augmentation")
         options = dict[str, Any]()
         if self.model.head_pools or self.kept:
             folder = self.folder / f"{name}-{parallel.rank()}-of-{parallel.world_size()}"

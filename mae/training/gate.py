@@ -59,7 +59,7 @@ class Gate:
         """Whether the state that the probe has evaluated last replaces the best one."""
         selection = self.progress.selection
         difference, error = paired(self.probe.hits, selection["best"])
-        if difference <= error:
+        if not difference > error:
             return False
         self.progress.selection = {**selection, "best": self.probe.hits, "epoch": epoch}
         return True
@@ -67,11 +67,12 @@ class Gate:
     def log_end(self) -> None:
         """Logs the accuracy at the start, at the best epoch and at the end; a warning if the start is the best."""
         selection = self.progress.selection
-        _, error = paired(self.probe.hits, selection["start"])
+        difference, error = paired(self.probe.hits, selection["start"])
         start, best, now = (accuracy(hits) for hits in (selection["start"], selection["best"], self.probe.hits))
         epoch = selection["epoch"]
         at_best = f"{best:.1f} at epoch {epoch} (best), " if epoch >= 0 else ""
-        logger.info(f"k-NN {start:.1f} at the start, {at_best}{now:.1f} ± {error:.1f} now")
+        change = f"{difference:+.1f} ± {error:.1f} from the start"
+        logger.info(f"k-NN {start:.1f} at the start, {at_best}{now:.1f} now ({change})")
         if epoch < 0:
             logger.warning("no later state is better than the start, by more than the standard error: it is the best")
 
@@ -105,6 +106,11 @@ def accuracy(hits: torch.Tensor) -> float:
 
 
 def paired(hits: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
-    """Returns the difference of two accuracies on the same images (n,), and its standard error, in percent."""
+    """Returns the difference of two accuracies on the same images (n,), and its standard error, in percent.
+
+    The standard error of one image is infinite.
+    """
     difference = hits.double() - others.double()
-    return 100 * float(difference.mean()), 100 * float(difference.std()) / math.sqrt(len(difference))
+    count = len(difference)
+    error = float(difference.std()) / math.sqrt(count) if count > 1 else math.inf
+    return 100 * float(difference.mean()), 100 * error

@@ -152,12 +152,16 @@ class RunLog(NullLog):
         self.next_x = first_x
         self.next_warning = 0.0
         self.next_line = 0.0  # of an update, in seconds of the clock: the first update has one
+        self.epoch_ended = 0.0  # in seconds of the clock
+        self.seconds_between = 0.0  # of all epochs: their evaluations, and writes of checkpoints
         self.shared: list[float] = []  # seconds of the epochs since the last line about an epoch
         self.bar = tqdm(disable=True)
 
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
     ) -> None:
+        if self.epoch_ended:
+            self.seconds_between += time.perf_counter() - self.epoch_ended
         self.epoch = epoch
         self.num_iterations = num_iterations
         self.images_per_iteration = images_per_iteration
@@ -181,7 +185,9 @@ class RunLog(NullLog):
             named_terms = {f"train_{name}": value for name, value in (terms or {}).items()}
             self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **named_terms}, x)
         watch = self.watch
-        left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
+        epochs_left = self.epochs - self.epoch
+        left = watch.seconds_per_iteration * (epochs_left * self.num_iterations - iterations)
+        left += epochs_left * self.seconds_between / max(1, self.epoch - self.first_epoch)
         is_due = time.monotonic() >= self.next_line
         if is_due:
             self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -204,6 +210,7 @@ class RunLog(NullLog):
     def end_epoch(self, stats: dict[str, Any]) -> None:
         self.bar.close()
         watch = self.watch
+        self.epoch_ended = watch.ended or time.perf_counter()
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
         speed = {"images_per_s": round(rate, 1), "data_wait": round(watch.loading_share, 4), **self.measure_costs(rate)}
@@ -303,11 +310,12 @@ def log_commands(
 
 
 def summary_of(output_dir: Path) -> str:
-    """Returns a sentence about all epochs of a run of `main_pretrain.py`: time, starts, loss, and the best k-NN."""
+    """Returns a sentence about all epochs of a run of `main_pretrain.py`: time, starts, loss, and the highest k-NN."""
     entries = read(output_dir)
     last = entries[-1]
     starts = len((output_dir / environment.FILE).read_text(encoding="utf-8").splitlines())
-    parts = [f"{counted(len(entries), 'epoch')} in {duration(sum(entry['seconds'] for entry in entries))}"]
+    seconds = sum(entry["seconds"] for entry in entries)
+    parts = [f"{counted(len(entries), 'epoch')} in {duration(seconds)} of training"]
     if starts > 1:
         parts.append(f"resumed ({starts} starts)")
     parts.append(f"loss {last['train_loss']:.4f}")
@@ -315,10 +323,10 @@ def summary_of(output_dir: Path) -> str:
         parts.append(f"{last['train_explained']:.1%} explained")
     if measured := [entry for entry in entries if KNN in entry]:
         now = measured[-1]
-        best = max(measured, key=lambda entry: entry[KNN])
+        highest = max(measured, key=lambda entry: entry[KNN])
         pixels = f" (raw pixels {now['test_knn_pixels']:.1f} %)" if "test_knn_pixels" in now else ""
         parts.append(f"k-NN {now[KNN]:.1f} %{pixels}")
-        parts.append(f"best {best[KNN]:.1f} % after epoch {best['epoch']}")
+        parts.append(f"highest {highest[KNN]:.1f} % after epoch {highest['epoch']}")
     return ", ".join(parts)
 
 

@@ -168,10 +168,18 @@ class OnlineProbe:
         if self.is_labelled:
             workers = self.data.data.num_workers
             parts = []
+            digests = []
             for source in (self.train, self.val):
-                pixels = torch.from_numpy(raw_pixels.read(source, self.data.images, workers))
+                pixels = raw_pixels.read(source, self.data.images, workers)
                 mine = slice(parallel.rank(), None, parallel.world_size())
-                parts.append((pixels, torch.as_tensor(np.asarray(source.labels)[mine])))
+                parts.append((torch.from_numpy(pixels), torch.as_tensor(np.asarray(source.labels)[mine])))
+                digests.append(np.concatenate(parallel.gather(raw_pixels.digests(pixels))))
+            known, seen = digests
+            if equal := int(np.isin(seen, known).sum()):
+                logger.warning(
+                    f"`probe_every`: {equal:,} of {len(seen):,} held-out images equal images that classify them, so "
+                    f"that the accuracy is too high"
+                )
             of_pixels = 100 * float(self.hits_of(*parts).double().mean())
         return {"constant": constant, "pixels": of_pixels}
 

@@ -150,7 +150,7 @@ def _open_log(
     return RunLog(
         Path(machine.output_dir), Path(machine.log_dir), optim.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
         first_x=next_x(progress.epoch, progress.first_iteration, len(batches)),
-        measure_costs=partial(costs.of_epoch, precision, flops), remedies=remedies,
+        measure_costs=costs.measurement(precision, flops), remedies=remedies,
     )  # fmt: skip
 
 

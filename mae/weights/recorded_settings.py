@@ -63,13 +63,16 @@ def pooling_settings(
     """Returns `global_pool` and `pool` of a run on pooled features: as given, or by `pooling_of`. It logs the pooling.
 
     Raises:
-        ValueError: both are given, and contradict each other. A run that resumes has both from its checkpoint.
+        ValueError: both are given, and contradict each other; or one is given for a model of timm. A run that resumes
+            has both from its checkpoint.
     """
     of_file = model_settings.classifier_settings(file) | {"uniformity": file.settings.get("uniformity") if file else 0}
     if pools_tokens(of_file.get("probe")):  # the head, which pools, is not built
         of_file["nb_classes"] = 0
     pooling = pooling_of(of_file, file.trained_by if file else "")
     if pooling.name == OF_TIMM:
+        if unused := sorted(explicit & {"global_pool", "pool"}):
+            raise ValueError(f"`{unused[0]}` has no effect on a model of timm, which has its own pooling: omit it")
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
     if given["pool"]:
