@@ -117,11 +117,7 @@ def main(
         images.input_size, facts["short_side"], run.augmentation.scale, images.hflip, data.statistics[0]
     )
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
-    if model.frozen:
-        for name in sorted(session.explicit & {"drop_path", "layer_decay"}):
-            logger.warning(f"`{name}` has no effect, because the encoder is frozen: give `unfreeze_blocks`")
-    groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
-    built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
+    built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups_of(model, session))
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     val_batches = eval_batches(data, val)
@@ -138,6 +134,15 @@ def main(
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, selects="test_miou", saves_first=True)
     return None
+
+
+def groups_of(model: Segmenter, session: Session) -> list[dict[str, Any]]:
+    """Returns the parameter groups of the optimizer. Warnings name settings of an encoder that is trained."""
+    if model.frozen:
+        for name in sorted(session.explicit & {"drop_path", "layer_decay"}):
+            logger.warning(f"`{name}` has no effect, because the encoder is frozen: give `unfreeze_blocks`")
+    optim = session.run.optim
+    return param_groups_lrd(model, optim.weight_decay, model.no_weight_decay(), optim.layer_decay)
 
 
 def evaluate_file(
