@@ -102,10 +102,11 @@ def write(
         needed = rules.seconds_needed(images.count, in_epoch, *measured)
         length_lines = rules.probed_length_lines if is_labelled else rules.length_lines
         length = length_lines(in_epoch, *measured, most if minutes else min(most, needed))
-        measured_runs = _measured_lines(images, in_epoch * length[0].value, measured, needed)
+        takes = _seconds(length, in_epoch, measured)
+        measured_runs = _measured_lines(images, in_epoch * length[0].value, takes / 60, needed)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
-    takes = measured.startup + in_epoch * length[0].value / measured.images_per_s
+    takes = _seconds(length, in_epoch, measured, bool(encoder))
     save(path, title, takes / 60, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
@@ -117,14 +118,28 @@ def write(
     ]
 
 
-def _measured_lines(images: Images, processed: int, measured: trial.Trial, needed: float) -> list[str]:
+def _seconds(length: Sequence[Line], in_epoch: int, measured: trial.Trial, measures_start: bool = False) -> float:
+    """Returns the time of a run with its measurements of k-NN, each of which takes about as long as an epoch.
+
+    Args:
+        length: epochs, and `probe_every` if k-NN is measured.
+        in_epoch: images of an epoch.
+    """
+    values = {line.name: line.value for line in length}
+    epochs = values["epochs"]
+    every = values.get("probe_every")
+    measurements = math.ceil(epochs / every) + measures_start if every else 0
+    return measured.startup + in_epoch * (epochs + measurements) / measured.images_per_s
+
+
+def _measured_lines(images: Images, processed: int, minutes: float, needed: float) -> list[str]:
     """Returns the lines that compare a pre-training with measured ones.
 
     Args:
         processed: images of all its epochs.
+        minutes: time of the run.
         needed: seconds that measured runs would take here.
     """
-    minutes = (measured.startup + processed / measured.images_per_s) / 60
     return [
         f"time        {minutes_text(minutes)} process {measured_runs.share_text(processed, images.count)}: "
         f"{minutes_text(needed / 60)} here{board.beyond(images)}",
