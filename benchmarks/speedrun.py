@@ -339,7 +339,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{file.stem}: {summary(found)} over the seeds; ± {errors[file]} over the evaluated images")
     if len(scores) > 1:
         enough = len(args.seeds) >= records.FEWEST
-        print(verdict(*files, scores) if enough else f"no test: it needs {records.FEWEST} seeds")
+        print(verdict(files[0], files[1], scores) if enough else f"no test: it needs {records.FEWEST} seeds")
     if claimed:
         difference, low, high, _ = records.compare(scores[files[0]], claimed)
         compared = f"{difference:+.2f} ({low:.2f} to {high:.2f}) from the claim of {statistics.fmean(claimed):.2f}"

@@ -106,8 +106,7 @@ def write(
         measured_runs = _measured_lines(images, in_epoch * length[0].value, takes / 60, needed)
     command = launch(path, processes, 0 if machine.gpus else threads, flags)
     title = f"Continued pre-training of {encoder.name}" if encoder else "Pre-training"
-    takes = _seconds(length, in_epoch, measured, bool(encoder))
-    save(path, title, takes / 60, command, [*lines, *length])
+    save(path, title, _seconds(length, in_epoch, measured, bool(encoder)) / 60, command, [*lines, *length])
     return [
         f"training    {measured.images_per_s:,.0f} images/s, after a start of {measured.startup:.0f} s",
         *measured_runs,
