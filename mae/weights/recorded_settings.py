@@ -71,7 +71,8 @@ def pooling_settings(
         of_file["nb_classes"] = 0
     pooling = pooling_of(of_file, file.trained_by if file else "")
     if pooling.name == OF_TIMM:
-        if unused := sorted(explicit & {"global_pool", "pool"}):
+        unused = sorted(explicit & {"global_pool", "pool"})
+        if unused and not given.get("resume"):
             raise ValueError(f"`{unused[0]}` has no effect on a model of timm, which has its own pooling: omit it")
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
