@@ -73,7 +73,7 @@ def pooling_settings(
     if pooling.name == OF_TIMM:
         unused = sorted(explicit & {"global_pool", "pool"})
         if unused and not given.get("resume"):
-            raise ValueError(f"`{unused[0]}` has no effect on a model of timm, which has its own pooling: omit it")
+            raise ValueError(f"`{unused[0]}` has no effect on {of_file['model']}, a model of timm: omit it")
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
     if given["pool"]:
