@@ -43,7 +43,7 @@ from mae.evaluate import tasks
 from mae.evaluate.score_files import report_scores
 from mae.probes import pools_tokens
 from mae.session import PROBE, Session, open_session
-from mae.settings import ImageSpec, ModelSpec, OptimSpec, Run
+from mae.settings import DataSpec, ImageSpec, ModelSpec, OptimSpec, Run
 from mae.training import feature_files, trainer
 from mae.training.callbacks import Callback
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
@@ -107,18 +107,16 @@ def main(
         report_scores(scores, val.classes, run.evaluation.report)
         return
 
-    check_flags(session)
+    check_settings(run)
     with run_directory.locked(Path(run.machine.output_dir), run.machine.resume):  # also while features are stored
         train_probe(session, data, callbacks, features)
 
 
-def check_flags(session: Session) -> None:
-    """Raises ValueError if a flag of another probe is given; logs a warning if one of several rates is."""
-    spec = session.run.model
-    several = len(rates_of(session.run.optim.blr)) > 1
-    if "num_queries" in session.explicit and not pools_tokens(spec.probe):
-        raise ValueError(f"num_queries={spec.num_queries} is for an attentive probe: omit it")
-    if "held_out" in session.explicit and not several:
+def check_settings(run: Run) -> None:
+    """Raises ValueError if a setting of another probe is given; logs a warning if one of several rates is."""
+    if run.model.num_queries != ModelSpec.num_queries and not pools_tokens(run.model.probe):
+        raise ValueError(f"num_queries={run.model.num_queries} is for an attentive probe: omit it")
+    if run.data.held_out != DataSpec.held_out and len(rates_of(run.optim.blr)) == 1:
         logger.warning("`held_out` has no effect with one `blr`: it chooses the best of several")
 
 

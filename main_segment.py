@@ -39,7 +39,7 @@ from mae.evaluate.segmentation import Scores
 from mae.files import recipes
 from mae.position_tables import to_pair
 from mae.session import SEGMENTER, Session, open_session
-from mae.settings import ImageSpec, ModelSpec, Run
+from mae.settings import ImageSpec, ModelSpec, OptimSpec, Run
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
@@ -138,10 +138,10 @@ def main(
 
 def groups_of(model: Segmenter, session: Session) -> list[dict[str, Any]]:
     """Returns the parameter groups of the optimizer. Warnings name settings of an encoder that is trained."""
-    if model.frozen:
-        for name in sorted(session.explicit & {"drop_path", "layer_decay"}):
-            logger.warning(f"`{name}` has no effect, because the encoder is frozen: give `unfreeze_blocks`")
     optim = session.run.optim
+    given = {"drop_path": session.run.model.drop_path > 0, "layer_decay": optim.layer_decay != OptimSpec.layer_decay}
+    for name in (name for name, is_given in given.items() if is_given and model.frozen):
+        logger.warning(f"`{name}` has no effect, because the encoder is frozen: give `unfreeze_blocks`")
     return param_groups_lrd(model, optim.weight_decay, model.no_weight_decay(), optim.layer_decay)
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     spec = run.comparison
     settings = run.record()
     _require_comparable(spec, run.images.task, run.evaluation.metric)
-    _warn_of_unused(spec, run.explicit)
+    _warn_of_unused(spec.protocols, settings)
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(spec, settings, run.explicit)
@@ -101,11 +102,11 @@ def _require_comparable(spec: ComparisonSpec, task: str, metric: Sequence[str] |
         raise ValueError(f"encoders={PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
 
 
-def _warn_of_unused(spec: ComparisonSpec, explicit: Collection[str]) -> None:
-    """Logs a warning of each explicit setting that is of other protocols than those that are compared."""
-    for name, protocols in {**dict.fromkeys(("blr", "budget"), TUNED), **dict.fromkeys(UPDATES, (LORA,))}.items():
-        if name in explicit and not {*protocols} & {*spec.protocols}:
-            logger.warning(f"`{name}` has no effect: it is for the protocols {' and '.join(protocols)}")
+def _warn_of_unused(protocols: Collection[str], settings: Mapping[str, Any]) -> None:
+    """Logs a warning of each setting that is given, and is of other protocols than those that are compared."""
+    for name, served in {"blr": TUNED, **dict.fromkeys(UPDATES, (LORA,))}.items():
+        if settings[name] and not {*served} & {*protocols}:
+            logger.warning(f"`{name}` has no effect: it is for the protocols {' and '.join(served)}")
 
 
 def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:

@@ -72,7 +72,7 @@ def pooling_settings(
     pooling = pooling_of(of_file, file.trained_by if file else "")
     if pooling.name == OF_TIMM:
         unused = sorted(explicit & {"global_pool", "pool"})
-        if unused and not given.get("resume"):
+        if len(unused) == 1:  # both are those of a checkpoint, or of a program that gives all settings
             raise ValueError(f"`{unused[0]}` has no effect on {of_file['model']}, a model of timm: omit it")
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
