@@ -72,7 +72,8 @@ def pooling_settings(
     pooling = pooling_of(of_file, file.trained_by if file else "")
     if pooling.name == OF_TIMM:
         unused = sorted(explicit & {"global_pool", "pool"})
-        if len(unused) == 1:  # both are those of a checkpoint, or of a program that gives all settings
+        # A checkpoint from which a run resumes has them, and a program may give all settings.
+        if len(unused) == 1 and not given.get("resume"):
             raise ValueError(f"`{unused[0]}` has no effect on {of_file['model']}, a model of timm: omit it")
         logger.info(f"features: {pooling}")
         return {"global_pool": given["global_pool"], "pool": given["pool"]}
