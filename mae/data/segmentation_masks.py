@@ -145,9 +145,12 @@ class MaskFormat:
     def _of_colors(self, pixels: np.ndarray) -> Tensor:
         if self.colors is None:
             raise BadImage("it is a color image: give `palette` with the colors of the classes")
-        values = pixels @ RGB_WEIGHTS
         if self.reduce_zero_label:
-            raise BadImage("it is a color image: `reduce_zero_label` is for masks of numbers; omit it, or a color")
+            raise BadImage(
+                "it is a color image, and `reduce_zero_label` is for masks of numbers: omit it, and leave the ignored "
+                "color out of `palette`"
+            )
+        values = pixels @ RGB_WEIGHTS
         classes = self._class_of_color[values]
         unknown = classes == IGNORED  # a single color may mark ignored pixels
         if np.unique(values[unknown]).size > 1:
