@@ -58,6 +58,8 @@ class Clock:
         for number, batch in enumerate(self.batches):
             yield batch
             if number == 0:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # the first batch ends before the clock starts
                 self.started = time.perf_counter()
 
     def rate(self) -> float:

@@ -15,13 +15,15 @@ longer ones is forecast:
     k-NN + c · log2(factor) · (k-NN - k-NN after half of the updates)
 
 The number c is the least-squares fit of the gains of the other kinds, and the interval is that of their residuals
-(Student's t). Nothing is fitted on the kind that is forecast. Two naive forecasts have intervals of the same kind: k-NN
-stays as it is; and it gains as much as the mean of the other kinds for this factor.
+(Student's t, with a degree of freedom less for each number that is fitted). Nothing is fitted on the kind that is
+forecast. Two naive forecasts have intervals of the same kind: k-NN stays as it is; and it gains as much as the mean of
+the other kinds for this factor.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -159,33 +161,37 @@ def fitted(pairs: Sequence[Pair]) -> tuple[float, list[float]]:
     return number, [*(gains - number * inputs)]
 
 
-def half_width_of(residuals: Sequence[float]) -> float:
-    """Returns half of the width of an interval."""
-    scale = float(np.sqrt(np.mean(np.square(residuals))))
-    return scale * float(stats.t.ppf((1 + LEVEL) / 2, len(residuals)))
+def half_width_of(residuals: Sequence[float], num_fitted: int) -> float:
+    """Returns half of the width of an interval, from the residuals of a fit of `num_fitted` numbers."""
+    freedom = len(residuals) - num_fitted
+    if freedom < 1:
+        return math.inf
+    scale = float(np.sqrt(np.sum(np.square(residuals)) / freedom))
+    return scale * float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
-def by_slope(pair: Pair, others: Sequence[Pair]) -> tuple[float, list[float]]:
-    """Returns the forecast from the slope of the log, and the residuals of the other kinds."""
+def by_slope(pair: Pair, others: Sequence[Pair]) -> Forecast:
+    """Returns the forecast from the slope of the log."""
     number, residuals = fitted(others)
-    return pair.start + number * float(np.log2(pair.factor)) * pair.slope, residuals
+    return Forecast(pair.start + number * float(np.log2(pair.factor)) * pair.slope, half_width_of(residuals, 1))
 
 
-def as_it_is(pair: Pair, others: Sequence[Pair]) -> tuple[float, list[float]]:
-    """Returns k-NN of the shortest run, and the gains of the other kinds as residuals."""
-    return pair.start, [other.gain for other in others]
+def as_it_is(pair: Pair, others: Sequence[Pair]) -> Forecast:
+    """Returns k-NN of the shortest run; the gains of the other kinds are the residuals."""
+    return Forecast(pair.start, half_width_of([other.gain for other in others], 0))
 
 
-def with_mean_gain(pair: Pair, others: Sequence[Pair]) -> tuple[float, list[float]]:
-    """Returns k-NN of the shortest run with the mean gain of the other kinds for the factor, and their residuals."""
+def with_mean_gain(pair: Pair, others: Sequence[Pair]) -> Forecast:
+    """Returns k-NN of the shortest run with the mean gain of the other kinds for the factor."""
     means = {
         factor: statistics.fmean(other.gain for other in others if other.factor == factor)
         for factor in {other.factor for other in others}
     }
-    return pair.start + means[pair.factor], [other.gain - means[other.factor] for other in others]
+    residuals = [other.gain - means[other.factor] for other in others]
+    return Forecast(pair.start + means[pair.factor], half_width_of(residuals, len(means)))
 
 
-METHODS: dict[str, Callable[[Pair, Sequence[Pair]], tuple[float, list[float]]]] = {
+METHODS: dict[str, Callable[[Pair, Sequence[Pair]], Forecast]] = {
     SLOPE: by_slope, STAYS: as_it_is, MEAN_GAIN: with_mean_gain,
 }  # fmt: skip
 
@@ -197,8 +203,7 @@ def forecasts(pairs: Sequence[Pair], method: str) -> dict[Pair, Forecast]:
         others = [other for other in pairs if other.kind != pair.kind]
         if not any(other.factor == pair.factor for other in others):
             continue
-        value, residuals = METHODS[method](pair, others)
-        found[pair] = Forecast(value, half_width_of(residuals))
+        found[pair] = METHODS[method](pair, others)
     return found
 
 
@@ -273,7 +278,7 @@ def interval_of(start: float, slope: float, factor: float, pairs: Sequence[Pair]
     """
     number, residuals = fitted(pairs)
     value = start + number * float(np.log2(factor)) * slope
-    half_width = half_width_of(residuals)
+    half_width = half_width_of(residuals, 1)
     return max(0.0, value - half_width), min(100.0, value + half_width)
 
 
