@@ -296,7 +296,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     for name, form in MEANS.items():
         values = [row[name] for row in rows if name in row]  # the first rows have no linear probe
         means.append(f"{statistics.fmean(values):{form}}" if values else "")
-    seeds = " ".join(str(row["seed"]) for row in rows)
+    seeds = " ".join(map(str, sorted(row["seed"] for row in rows)))
     last = [rows[-1][name] for name in ("machine", "commit", "date")]
     images = rows[0].get("evaluated images")  # earlier rows lack it
     accuracies = [statistics.fmean(row[name] for row in rows) for name in scoring.SCORED]
