@@ -1,7 +1,10 @@
 """The study of forecasts: what is fitted on other kinds, coverage, and the decision whether pages show it."""
 
+import math
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import forecast
 from benchmarks.forecast import MEAN_GAIN, SLOPE, STAYS, Pair
@@ -42,6 +45,14 @@ def test_nothing_is_fitted_on_the_kind_that_is_forecast():
         same = {pair[:3]: one for pair, one in forecast.forecasts(pairs, method).items() if pair.kind == "a"}
         assert after == same
     assert forecast.forecasts(changed, SLOPE) != before
+
+
+def test_an_interval_has_a_degree_of_freedom_less_for_each_fitted_number():
+    """The residuals of a mean have the standard deviation of the sample; a fit without freedom left tells nothing."""
+    gains = np.array([1.0, 2.0, 4.0])
+    width = forecast.half_width_of([*(gains - gains.mean())], 1)
+    assert width == pytest.approx(stats.t.ppf(0.9, 2) * gains.std(ddof=1))
+    assert forecast.half_width_of([0.0], 1) == math.inf
 
 
 def test_intervals_of_80_percent_cover_as_many():
