@@ -170,10 +170,15 @@ def half_width_of(residuals: Sequence[float], num_fitted: int) -> float:
     return scale * float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
-def by_slope(pair: Pair, others: Sequence[Pair]) -> Forecast:
+def from_slope(start: float, slope: float, factor: float, others: Sequence[Pair]) -> Forecast:
     """Returns the forecast from the slope of the log."""
     number, residuals = fitted(others)
-    return Forecast(pair.start + number * float(np.log2(pair.factor)) * pair.slope, half_width_of(residuals, 1))
+    return Forecast(start + number * float(np.log2(factor)) * slope, half_width_of(residuals, 1))
+
+
+def by_slope(pair: Pair, others: Sequence[Pair]) -> Forecast:
+    """Returns the forecast of a pair from the slope of its log."""
+    return from_slope(pair.start, pair.slope, pair.factor, others)
 
 
 def as_it_is(pair: Pair, others: Sequence[Pair]) -> Forecast:
@@ -276,9 +281,7 @@ def interval_of(start: float, slope: float, factor: float, pairs: Sequence[Pair]
         start: k-NN of the run.
         slope: its gain in the last doubling of its updates.
     """
-    number, residuals = fitted(pairs)
-    value = start + number * float(np.log2(factor)) * slope
-    half_width = half_width_of(residuals, 1)
+    value, half_width = from_slope(start, slope, factor, pairs)
     return max(0.0, value - half_width), min(100.0, value + half_width)
 
 
