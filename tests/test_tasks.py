@@ -425,12 +425,15 @@ def test_a_metric_that_is_undefined_is_null_with_a_warning(main, tune, folder, t
     assert main is main_knn or not (out / "checkpoint-best.pth").exists()
 
 
-def test_labels_that_are_all_equal_are_named(tune, folder, tmp_path, capsys):
+def test_labels_that_are_all_equal_are_named_and_select_no_state(tune, folder, tmp_path, capsys):
     """scikit-learn returns an r2 of 0, whatever the predictions are."""
-    write(tmp_path / "equal.csv", [["path", "weight"], ["val00.png", 1100], ["val01.png", 1100]])
-    tune(main_knn, task="regression", val_list=tmp_path / "equal.csv", label_columns="weight", metric="r2", k=10)
+    write(tmp_path / "equal.csv", [["path", "weight"], *([f"val{number:02}.png", 1100.1] for number in range(11))])
+    own = {"task": "regression", "val_list": tmp_path / "equal.csv", "label_columns": "weight", "metric": "r2 mae"}
+    out = tune(main_finetune, **own)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert [line for line in warnings if "r2" in line and "weight" in line]
+    assert [line["test_r2"] for line in lines(out)] == [0, 0]
+    assert not (out / "checkpoint-best.pth").exists()
 
 
 @pytest.mark.parametrize(("task", "main"), [

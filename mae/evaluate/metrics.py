@@ -114,9 +114,13 @@ def _kappa(given: Predictions) -> float:
 
 
 def _r2(given: Predictions) -> float:
+    """A target that is the same for all images has an r2 of 0, or of 1 if all predictions are exact."""
     from sklearn import metrics
 
-    return metrics.r2_score(given.truth, given.predictions)
+    # scikit-learn subtracts the mean of the labels. That of equal labels is rounded, unless they are 0.
+    is_constant = np.ptp(given.truth, axis=0) == 0
+    offset = np.where(is_constant, given.truth[0], 0)
+    return metrics.r2_score(given.truth - offset, given.predictions - offset)
 
 
 def _mae(given: Predictions) -> float:
@@ -177,7 +181,7 @@ METRICS = {
         without_class="counts these classes as 0 if they are predicted, and with task=multilabel always"),
     "kappa": Metric("quadratic weights, of numbers their squared differences also across gaps (FINETUNE.md)", _kappa,
         (CLASSIFICATION,), has_order=True),
-    "r2": Metric("", _r2, (REGRESSION,), of_constant="0 or undefined"),
+    "r2": Metric("", _r2, (REGRESSION,), of_constant="0"),
     "mae": Metric("in the units of the labels", _mae, (REGRESSION,), lower_is_better=True),
     "spearman": Metric("", _spearman, (REGRESSION,), of_constant="undefined"),
 }  # fmt: skip

@@ -95,6 +95,7 @@ class Classification:
     Attributes:
         title: name of the score that selects.
         selects: its entry of log.txt.
+        selects_best: the same for the best state, or "" if the validation labels are equal: they select none.
         lower_is_better: whether lower scores are better.
     """
 
@@ -105,6 +106,7 @@ class Classification:
         self.class_weight = class_weight
         self.grades = grades
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
+        self.selects_best = self.selects
         self.lower_is_better = lower_is_better(self.title)
 
     def of_outputs(self, count: int) -> str:
@@ -250,12 +252,15 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
                 f"metric=[{', '.join(names)}]: {first_few(constant)} is the same for all validation images; "
                 f"{' and '.join(undefined)} can't score it"
             )
-        return Regression(
+        task = Regression(
             names,
             str(flags.get("regression_loss") or UNSET["regression_loss"]),
             flags["target_mean"],
             flags["target_std"],
         )
+        if len(constant) == len(val.classes) and METRICS[names[0]].of_constant:
+            task.selects_best = ""
+        return task
     if flags.get("regression_loss"):
         raise ValueError(f"regression_loss={flags['regression_loss']} is for task=regression, and the task is {task}")
     _require_defined(names, np.asarray(val.labels), val.classes)

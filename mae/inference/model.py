@@ -185,6 +185,7 @@ def _load(
 ) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, the file determines it."""
     model_settings.require_statistics(file, settings.get("mean"), settings.get("std"))
+    model_settings.require_scale(file, settings.get("lora_alpha"))
     recorded = model_settings.file_settings(file, architecture)
     architecture = recorded["model"]
     if architecture.startswith(TIMM) and "in_chans" in settings:  # the file has the statistics of its colors

@@ -143,6 +143,13 @@ def statistics(
     return chosen
 
 
+def require_scale(file: Weights, alpha: float | None) -> None:
+    """Raises ValueError if the low-rank updates of a file would have another scale: its features would change."""
+    rank = file.settings.get("lora")
+    if rank and alpha not in (None, recorded := file.settings.get("lora_alpha") or rank):
+        raise ValueError(f"lora_alpha={alpha:g}: the updates of {file.origin} have lora_alpha={recorded:g}; omit it")
+
+
 def require_statistics(file: Weights, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Raises CheckpointError if a file may have been made with any statistics, and they are not given."""
     if file.needs_statistics and (mean is None or std is None):

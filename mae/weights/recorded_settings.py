@@ -94,7 +94,12 @@ def settings_of_file(
     file: reading.Weights, given: Mapping[str, Any], explicit: frozenset[str], recorded: Mapping[str, Any],
     purpose: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns settings as `classifier_settings`, without those that the model of a classifier determines."""
+    """Returns settings as `classifier_settings`, without those that the model of a classifier determines.
+
+    Raises:
+        ValueError: the low-rank updates of the file would have another scale.
+    """
+    model_settings.require_scale(file, given["lora_alpha"] if "lora_alpha" in explicit else None)
     also = [*FLIPS] if purpose == TRAIN else []
     if given.get("eval") and given.get("val_fraction") and "val_fraction" in file.settings:
         # The images that were held out from the training of the file, or a warning that it held out none.
