@@ -1,7 +1,9 @@
 """checkpoint-best.pth of a run that starts from a file is the start, or clearly better."""
 
 import math
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,6 +145,39 @@ def test_in_another_directory_no_state_is_the_best_that_is_not_better_than_the_s
     assert "no later state is better" in text
     (command,) = (line for line in text.splitlines() if line.startswith("fine-tune:"))
     assert str(out / "checkpoint-1.pth") in command
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def change_a_weight(file):
+    """The names and plain values can still be read."""
+    content = bytearray(file.read_bytes())
+    weight = checkpoint.read(file)["model"]["blocks.0.mlp.fc1.weight"].numpy().tobytes()
+    content[content.index(weight)] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, change_a_weight])
+def test_a_best_state_that_cannot_be_read_is_not_recommended(damage, start, flags, pretrain, capsys):
+    """The last lines name the file, and the start, which is still the best state."""
+    out = pretrain(**flags, lr=0, epochs=1)
+    damage(out / "checkpoint-best.pth")
+    capsys.readouterr()
+    pretrain(**flags, lr=0, epochs=2, resume="auto")
+    text = capsys.readouterr().out
+    (warning,) = (line for line in text.splitlines() if line.startswith("warning: the best state"))
+    assert str(out / "checkpoint-best.pth") in warning and f"init_from={start}" in warning
+    (command,) = (line for line in text.splitlines() if line.startswith("fine-tune:"))
+    assert str(out / "checkpoint-1.pth") in command
+
+
+def test_a_page_says_that_the_best_state_is_gone(flags, pretrain):
+    out = pretrain(**flags, lr=0, epochs=1)
+    cut(out / "checkpoint-best.pth")
+    text = report.main(report.get_args_parser().parse_args([str(out), "--device", "cpu"])).read_text()
+    assert "checkpoint-0.pth: the best state, checkpoint-best.pth, is gone or damaged" in text
 
 
 def test_a_start_that_was_not_measured_is_named(flags, pretrain, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import logging
+import math
 import os
 import socket
 import time
@@ -60,8 +61,31 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def best_first(folder: Path) -> list[Path]:
-    """Lists the readable checkpoints in a folder: checkpoint-best.pth, if any, and the others as `newest_first`."""
-    return sorted(newest_first(folder), key=lambda path: path.stem != Path(BEST).stem)
+    """Lists the readable checkpoints in a folder: checkpoint-best.pth, if any, and the others as `newest_first`.
+
+    A warning says if the run has selected a best state that can't be read.
+    """
+    paths = sorted(newest_first(folder), key=lambda path: path.stem != Path(BEST).stem)
+    if paths and lacks_best(paths[0]):
+        logger.warning(f"{folder / BEST}, the best state of the run, is gone or damaged: {paths[0]} is another one")
+    return paths
+
+
+def readable_best(folder: Path) -> Path | None:
+    """Returns checkpoint-best.pth, or the folder of a sharded one; None if it can't be read. Its tensors are not."""
+    for path in checkpoints(folder):
+        if path.stem == Path(BEST).stem:
+            with contextlib.suppress(CheckpointError):
+                position(path)
+                return path
+    return None
+
+
+def lacks_best(path: Path) -> bool:
+    """Whether a readable checkpoint is not the best state, and its run has selected one before it."""
+    progress = checkpoint.read(path, verify=False).get("progress") or {}
+    has_selected = bool(progress.get("selection")) or math.isfinite(progress.get("best_accuracy", -math.inf))
+    return path.stem != Path(BEST).stem and has_selected
 
 
 def position(path: Path) -> tuple[int, int]:

@@ -154,7 +154,9 @@ def answer(
 
 
 def state_of(path: Path, epochs: int) -> str:
-    """Names a checkpoint after a number of epochs of a pre-training, and says which state checkpoint-best.pth is."""
+    """Names a checkpoint after a number of epochs, and says which state checkpoint-best.pth is, or that it is gone."""
+    if run_directory.lacks_best(path):
+        return f"{path.name}: the best state, {run_directory.BEST}, is gone or damaged"
     if path.name != run_directory.BEST:
         return path.name
     if not epochs:
@@ -187,8 +189,8 @@ def write_tuned(
     title = f"Fine-tuning run {args.run_dir.resolve().name}"
     images = data.train_list or data.dataset or data.data_path
     started = f"started from {settings['finetune']}" if settings.get("finetune") else "started from random weights"
-    about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {path.name}."
     epochs, _ = run_directory.position(path)
+    about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {state_of(path, epochs)}."
     facts = {**tuned.facts_of(found), **facts_of(entries, up_to(entries, epochs), settings)}
     return save(args.run_dir, page.render(title, about, facts, sections))
 

@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mae import parallel
-from mae.checkpoints.run_directory import BEST
+from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.checkpoints.run_directory import BEST, milestone
 from mae.encoders import user_code_of
 from mae.files import atomic, results
 from mae.files.untrusted import printable
@@ -293,20 +295,44 @@ def log_commands(
         has_labels: the training images have labels.
         has_best: the run has selected its best state, which may be its start.
         output_dir, epochs, data, model, evaluation: the settings.
+
+    Raises:
+        CheckpointError: the last state can't be read back.
     """
     if not parallel.is_main():  # rank 0 may still be writing the files
         return
     code = user_code_of({"encoder": model.encoder, "encoder_args": model.encoder_args})
-    last = Path(output_dir, f"checkpoint-{epochs - 1}.pth")
-    best = Path(output_dir, BEST)
-    file = best if has_best and best.exists() else last  # a run that resumes in another directory may have none
-    if file.exists():
+    last = Path(output_dir, milestone(epochs - 1))
+    if last.exists():  # that of a sharded run is a folder
+        file = _read_back(last, has_best)
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
         labelled = labelled_images(images, evaluation.probe_path, has_labels)
         logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
     log_report_command(output_dir, data, model)
     if Path(output_dir, LINES).exists():  # it is absent if the disk was full
         logger.info(summary_of(Path(output_dir)))
+
+
+def _read_back(last: Path, has_best: bool) -> Path:
+    """Returns the best state of a run, or the last one, which was read.
+
+    A warning says what to do if the file of the best state can't be read: a run that has resumed in another directory
+    has none.
+    """
+    if not has_best:
+        checkpoint.read(last)
+        return last
+    best = last.with_name(BEST)
+    try:
+        checkpoint.read(best)
+        return best
+    except CheckpointError as error:
+        reason = str(error)
+    state = checkpoint.read(last)
+    epoch = state["progress"]["selection"]["epoch"]
+    others = f"the state after epoch {epoch}" if epoch >= 0 else f"the start, init_from={state['args']['init_from']}"
+    logger.warning(f"the best state can't be read ({reason}): use {others} instead, or the last one, {last}")
+    return last
 
 
 def summary_of(output_dir: Path) -> str:

@@ -120,7 +120,7 @@ class Saver(NullSaver):
         self.next_save = time.monotonic() + self.save_seconds
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
-        if not any(path.stem == Path(run_directory.BEST).stem for path in run_directory.checkpoints(output_dir)):
+        if not run_directory.readable_best(output_dir):
             # A later epoch may have overwritten the best state before the resumed one.
             progress.forget_best()
         self.best_written = (progress.best_accuracy, progress.selection)
