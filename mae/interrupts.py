@@ -5,11 +5,15 @@ processes ignore them; the process that started them terminates them.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -17,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Sent before SIGKILL: SIGTERM by Slurm and torchrun, SIGINT by a keyboard, SIGHUP by a terminal that is closed, SIGUSR1
 # and SIGUSR2 by schedulers.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 class Interrupted(Exception):
@@ -80,6 +85,37 @@ class Interrupts:
         if self.raises:
             self.raises = False  # not during the handling of the error
             raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Context manager, or decorator, of code in which a signal raises `Interrupted` at once."""
+    with Interrupts() as interrupts, interrupts.at_once():
+        yield
+
+
+@contextlib.contextmanager
+def command(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Context manager of a process that does not outlive the block; without an exception, the block waits for its end.
+
+    The process has a process group of its own, so that a signal of a terminal reaches this process only. An exception,
+    such as `Interrupted`, ends the group by SIGTERM. torchrun passes this signal on to its ranks, but not SIGUSR1. On
+    Linux, the process also gets SIGTERM after SIGKILL of this process.
+
+    Args:
+        options: of `subprocess.Popen`.
+    """
+    with_parent = None
+    if sys.platform == "linux":
+        with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    with subprocess.Popen(words, text=True, process_group=0, preexec_fn=with_parent, **options) as process:
+        try:
+            yield process
+            process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            raise
 
 
 @contextlib.contextmanager

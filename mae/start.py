@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from mae.checkpoints import run_directory
 from mae.cli import entry_point
 from mae.data.source import is_stream
 from mae.inference import report, verdict
+from mae.interrupts import command, raised
 from mae.recommend import check, recipe
 from mae.settings.arguments import arguments, in_words
 from mae.settings.values import read_recipe
@@ -53,7 +53,6 @@ UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
 NAMES = ("data_path", "train_list", "dataset")  # settings that name images
-STOPS = {128 + each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}  # exit statuses
 COMPLETE = "complete"  # an empty file in the run directory: all parts have succeeded
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
@@ -70,10 +69,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@raised()
 def main(args: argparse.Namespace) -> None:
     """Runs what is missing, and prints the path of the page.
 
     Raises:
+        Interrupted: a signal stopped the part that runs.
         ValueError: several processes were launched, an argument is not one of this command, or no images are named.
         SystemExit: a part has failed; the exit status is that of the part.
     """
@@ -108,8 +109,6 @@ def main(args: argparse.Namespace) -> None:
             call(comparison)
         except SystemExit as error:
             status = int(error.code or 0)
-            if status in STOPS:
-                raise
             logger.warning("the comparison has failed: the page has what is finished of it")
     call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
     if status:
@@ -196,7 +195,7 @@ def has_many(source: Any) -> bool:
 
 
 def call(words: Sequence[str], is_read: bool = False) -> str:
-    """Prints and runs a command. Signals are passed on.
+    """Prints and runs a command.
 
     Args:
         is_read: return what it prints; it is printed, too.
@@ -205,20 +204,15 @@ def call(words: Sequence[str], is_read: bool = False) -> str:
         SystemExit: it failed; with its exit status.
     """
     variables = dict(word.split("=", 1) for word in words if VARIABLE.match(word))
-    command = [word for word in words if not VARIABLE.match(word)]
+    program = [word for word in words if not VARIABLE.match(word)]
     shown = ["python" if word == sys.executable else word for word in words]
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    process = subprocess.Popen(
-        command, env=os.environ | variables, stdout=subprocess.PIPE if is_read else None, text=True
-    )
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda received, _: process.send_signal(received))
-    signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to all processes
     output = []
-    for line in process.stdout or ():
-        print(line, end="", flush=True)
-        output.append(line)
-    status = process.wait()
+    with command(program, env=os.environ | variables, stdout=subprocess.PIPE if is_read else None) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output.append(line)
+    status = process.returncode
     if status:
         sys.exit(status if status > 0 else 128 - status)
     return "".join(output)

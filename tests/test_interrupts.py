@@ -140,6 +140,63 @@ def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
         assert [line[key] for line in lines(parts)] == [line[key] for line in lines(whole)]
 
 
+PARTS = """
+import sys, time
+from pathlib import Path
+from mae import start
+from mae.cli import entry_point
+part = sys.argv.pop(1)
+Path("mine").mkdir()
+LONG = [sys.executable, "-c", "import os, time; print('process', os.getpid(), flush=True); time.sleep(60)"]
+call = start.call
+def run(name):
+    if name == "between":
+        print("process 0", flush=True)
+        time.sleep(60)
+    call(LONG if name == part else ["true"])
+start.write_recipe = lambda given, file: run("check")
+start.recipe.command_of = lambda *_: ["training"]
+start.comparison_of = lambda out: run("between") if part == "between" else ["comparison"]
+start.call = lambda words: run("page" if "mae.inference.report" in words else words[0])
+entry_point.run(start.main, start.get_args_parser())
+"""
+
+
+@contextlib.contextmanager
+def started(folder, part):
+    """`mae start` whose parts do nothing, but one, which does not end. Yields it, and the process ID of the part."""
+    (folder / "parts.py").write_text(PARTS)
+    output = folder / "output"
+    run = forks.Forks("parts.py", [part, "images", "--output_dir", "mine"], output, folder=folder)
+    wait_until(lambda: output.exists() and re.search(r"process \d+\n", output.read_text()))
+    try:
+        yield run, int(re.search(r"process (\d+)\n", output.read_text())[1])
+    finally:
+        run.signal(signal.SIGKILL)
+
+
+def is_running(process):
+    with contextlib.suppress(OSError):
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+
+
+@pytest.mark.parametrize(("part", "number"), [
+    ("check", signal.SIGINT), ("training", signal.SIGUSR1), ("between", signal.SIGTERM), ("comparison", signal.SIGHUP),
+])  # fmt: skip
+def test_a_signal_ends_each_part_of_start(tmp_path, part, number):
+    with started(tmp_path, part) as (run, process):
+        os.kill(run.processes[0].pid, number)
+        assert run.wait(20) == [128 + number], (tmp_path / "output").read_text()
+        assert not is_running(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_no_part_goes_on_after_start_is_killed(tmp_path):
+    with started(tmp_path, "training") as (run, process):
+        os.kill(run.processes[0].pid, signal.SIGKILL)
+        wait_until(lambda: not is_running(process))
+
+
 def test_stop_signals_are_recorded_and_handlers_restored():
     assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2} == set(SIGNALS)
     before = [signal.getsignal(signum) for signum in SIGNALS]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae import interrupts
 from mae.plurals import counted
 from mae.settings.arguments import arguments
 from mae.training import log
@@ -55,11 +56,12 @@ def measure(
         logger.info(f"measuring   {EPOCHS * updates} updates in {counted(processes, 'process')}")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        with interrupts.command(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            errors = process.communicate()[1]
         seconds = time.perf_counter() - started
-        if done.returncode:
-            of_script = done.stderr.partition("torch/distributed/elastic")[0]  # the rest is the report of torchrun
-            reasons = [line for line in done.stderr.splitlines() if ": error: " in line] or [of_script[-2000:]]
+        if process.returncode:
+            of_script = errors.partition("torch/distributed/elastic")[0]  # the rest is the report of torchrun
+            reasons = [line for line in errors.splitlines() if ": error: " in line] or [of_script[-2000:]]
             raise ValueError(f"a trial run of the recipe failed: {reasons[0].partition(': error: ')[2] or reasons[0]}")
         lines = log.read(Path(folder))
     rate = statistics.median(line["images_per_s"] for line in lines[1:])
