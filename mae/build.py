@@ -277,15 +277,6 @@ def freeze_below(model: Encoder, num_blocks: int | str | None) -> None:
             parameter.requires_grad_(False)
 
 
-def warn_of_frozen(model: nn.Module) -> None:
-    """Logs a warning if the model starts without a file, and has frozen weights besides fixed position tables."""
-    frozen = [name for name, weight in model.named_parameters() if not (weight.requires_grad or "pos_embed" in name)]
-    if frozen:
-        logger.warning(
-            f"no `finetune` or `init_from`: {len(frozen)} frozen weights keep their initial values, such as {frozen[0]}"
-        )
-
-
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of encoder and decoder of a model, or of the models in it."""
     lists = [getattr(model, name, None) for name in ("blocks", "decoder_blocks")]

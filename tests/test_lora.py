@@ -33,10 +33,12 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from mae.checkpoints import checkpoint
+from mae.checkpoints.checkpoint import CheckpointError
 from mae.inference import export, get_model
 from mae.lora import add_updates
 from mae.user_code import plain_encoder
 from models_dino import DINOv2
+from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder, VisionTransformer
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -176,19 +178,38 @@ def test_a_scale_that_differs_from_the_file_is_refused(own, before, plain, pretr
     classify(main_finetune, "new", finetune=file, lora=2, lora_alpha=16, epochs=1)
 
 
-def test_frozen_random_weights_have_a_warning(plain, classify, capsys):
+class Teacher(MaskedAutoencoderViT):
+    """The user's code updates a frozen module, such as an average of the encoder."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.teacher = nn.Linear(2, 2).requires_grad_(False)
+
+
+def test_frozen_random_weights_have_a_warning(plain, pretrain, classify, capsys):
     """Of a run without a file, and of what a file does not have. A resumed run has its checkpoint."""
-    assert "frozen weights keep" not in capsys.readouterr().out
-    out = classify(main_finetune, "random", **OWN, epochs=1)
-    assert "frozen weights keep" in capsys.readouterr().out
-    classify(main_finetune, "random", **OWN, epochs=1, resume=out / "checkpoint-0.pth")
-    assert "frozen weights keep" not in capsys.readouterr().out
-    classify(main_finetune, "tuned", finetune=plain, **OWN, epochs=1)
-    text = capsys.readouterr().out
-    assert "frozen weights keep" not in text and "they are frozen" not in text
-    classify(main_finetune, "skipped", finetune=plain, **OWN, in_chans=1, adapt_input="skip", epochs=1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "they are frozen" in line)
+
+    def warnings(run, *args, **flags):
+        capsys.readouterr()
+        run(*args, **flags, epochs=1)
+        return [line for line in capsys.readouterr().out.splitlines() if re.match(r"warning: .* frozen\b", line)]
+
+    (line,) = warnings(classify, main_finetune, "random", **OWN)
+    assert "`unfreeze_blocks`" in line
+    (line,) = warnings(pretrain, "last", unfreeze_blocks=1)
+    assert "`unfreeze_blocks`" in line
+    assert warnings(pretrain, "teacher", of_main={"model_class": Teacher}) == []
+    assert warnings(classify, main_finetune, "random", **OWN, resume="auto") == []
+    assert warnings(classify, main_finetune, "tuned", finetune=plain, **OWN) == []
+    (line,) = warnings(classify, main_finetune, "skipped", finetune=plain, **OWN, in_chans=1, adapt_input="skip")
     assert "patch_embed.proj.weight" in line
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_resumed_run_with_other_updates_is_refused_by_their_name(rank, plain, pretrain):
+    pretrain(init_from=plain, **OWN, epochs=1)
+    with pytest.raises(CheckpointError, match=f"lora=4, and this run has lora={rank},"):
+        pretrain(resume="auto", lora=rank)
 
 
 def test_steps_that_an_export_would_lose_are_refused():

@@ -55,7 +55,7 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
         script: name of the script, which checkpoints record.
 
     Raises:
-        CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
+        CheckpointError: the checkpoint is of another script, a setting in it is invalid, or it has other updates.
     """
     recorded = parallel.from_rank_0(lambda: _recorded(Path(settings["output_dir"]), settings["resume"], script))
     if not recorded:
@@ -63,6 +63,8 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
     file, saved, is_ours = recorded
     explicit -= {name for name in STARTS if not settings.get(name)}
     _require_same_start(file, saved, settings, explicit)
+    if "lora" in explicit:  # before the model gets the recorded scale for other updates
+        _require_same(["lora"], saved, settings)
     found = taken_from(saved, settings, explicit, RESUME if is_ours else RESUME_PUBLISHED)
     changed = {name: found[name] for name in sorted(found) if differs(name, found[name], settings[name])}
     for name, value in changed.items():
@@ -257,15 +259,7 @@ def restore_model(
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     saved = {"updates_per_epoch": None, **saved}  # None, in a checkpoint without it: one pass over the images
-    if different := _differing(FIXED, saved, settings):
-        before, now = (
-            in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
-            for values in (saved, settings)
-        )
-        raise CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which can't change within a run: "
-            f"{advice(different)}"
-        )
+    _require_same(FIXED, saved, settings)
     digests = [values.get("start_digest") for values in (saved, settings)]
     if None not in digests and settings.get("preserve") and digests[0] != digests[1]:
         raise CheckpointError(
@@ -275,13 +269,25 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
     _require_same_data(saved, settings)
 
 
+def _require_same(names: Iterable[str], saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if different := _differing(names, saved, settings):
+        before, now = (
+            in_words({name: values[name] for name in different if values[name] is not None}) or "the defaults"
+            for values in (saved, settings)
+        )
+        raise CheckpointError(
+            f"the run of the checkpoint had {before}, and this run has {now}, which can't change within a run: "
+            f"{advice(different)}"
+        )
+
+
 def _require_same_data(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     if different := _differing(OF_DATA, saved, settings):
         names = " and ".join(different).replace("_", " ")
         raise CheckpointError(f"the resumed run had other {names}: give the data of that run")
 
 
-def _differing(names: Iterable[str], saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _differing(names: Iterable[str], saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the recorded values of settings that both have and that differ, in the order of the names."""
     both = [name for name in names if name in saved and name in settings]
     return {name: saved[name] for name in both if differs(name, saved[name], settings[name])}

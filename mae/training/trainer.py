@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import mae.build
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.interrupts import Interrupts
@@ -122,8 +121,16 @@ def _restore(
         output_dir = Path(machine.output_dir)
         resume.restore_run(machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, callbacks)
     if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
-        mae.build.warn_of_frozen(model)
+        _warn_of_frozen(model, record)
     parallel.barrier()
+
+
+def _warn_of_frozen(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Logs a warning if the settings freeze random weights. The user's code may update those that it freezes."""
+    if record.get("unfreeze_blocks") not in (None, "all") or getattr(model, "adapters", False):
+        logger.warning(
+            "no `finetune` or `init_from`: the frozen weights below adapters and the last `unfreeze_blocks` are random"
+        )
 
 
 def _prepared(trained: nn.Module, device: torch.device, compiles: bool) -> nn.Module:
