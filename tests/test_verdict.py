@@ -12,7 +12,11 @@ from mains import call, open_source
 from PIL import Image
 from scipy import stats
 
+import main_compare
+import main_knn
+from mae.data.run_data import RunData
 from mae.inference import get_model, report, verdict
+from mae.settings import DataSpec, ImageSpec
 
 
 def test_an_interval_that_contains_zero_claims_nothing():
@@ -150,12 +154,17 @@ def test_accuracies_of_0_tell_nothing(pretrain, tmp_path):
     assert "These images tell nothing" in paragraphs(text.read_text().split("<h2>")[1])
 
 
+def open_pair(**settings):
+    data = RunData(ImageSpec(), DataSpec(**settings), torch.device("cpu"))
+    return report.open_pair(data, data.open_split("train"))
+
+
 def test_an_image_that_a_list_repeats_is_in_one_part(labelled, tmp_path):
     """A training may read an image more often than others."""
     files = sorted((labelled / "train").glob("*/*"))
     rows = [f"{file},{file.parent.name}" for file in [*files, *files[:3]]]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
-    parts = verdict.split(open_source("train", file_list=tmp_path / "list.csv"), None, 500)
+    *parts, _ = open_pair(train_list=str(tmp_path / "list.csv"))
     names = [part.name(index) for part in parts for index in range(len(part))]
     assert sorted(names) == sorted(map(str, files))
 
@@ -231,6 +240,35 @@ def test_held_out_images_that_are_training_images_too_are_counted(pretrain, labe
 
 def test_held_out_images_do_not_classify_themselves(labelled):
     train = open_source("train", str(labelled))
-    parts = verdict.split(train, None, 500)
+    *parts, _ = open_pair(data_path=str(labelled / "train"))
     bank, queries = ([part.name(index) for index in range(len(part))] for part in parts)
     assert sorted([*bank, *queries]) == sorted(map(train.name, range(48))) and len(queries) == 10
+
+
+def test_all_evaluations_use_a_validation_set_that_lacks_a_class(pretrain, labelled, tmp_path, capsys):
+    """The page, k-NN and a comparison name the same held-out images."""
+    images = shutil.copytree(labelled, tmp_path / "images")
+    shutil.rmtree(images / "val/kind5")
+    out = pretrain(data_path=images, epochs=1)
+    file = {"finetune": out / "checkpoint-0.pth", "data_path": images, "device": "cpu", "num_workers": 0}
+    capsys.readouterr()
+    call(main_knn, **file, k=5)
+    named = f"20 of {images}/val"
+    assert named in capsys.readouterr().out
+    text = paragraphs(call(report, out, device="cpu", num_workers=0).read_text())
+    assert named in capsys.readouterr().out
+    assert "among 48 images classify 20 held-out images" in text and f"{images}/val" in text
+    words = ["--encoders", file.pop("finetune"), "--protocols", "knn", "--labels", 12, "--draws", 1]
+    table = call(main_compare, *words, **file, output_dir=tmp_path / "compared")
+    assert f"20 held-out images of {images}/val" in table and named in capsys.readouterr().out
+
+
+def test_a_validation_set_that_can_not_be_used_is_replaced_by_nothing(pretrain, labelled, tmp_path, capsys):
+    """Else, the page would evaluate on images that the encoder was trained on."""
+    images = shutil.copytree(labelled, tmp_path / "images")
+    (images / "val/kind5").rename(images / "val/other")
+    out = pretrain(data_path=images, epochs=1)
+    capsys.readouterr()
+    first = paragraphs(call(report, out, device="cpu", num_workers=0).read_text().split("<h2>")[1])
+    assert "other" in first and "held-out images are" not in first
+    assert "warning: " in (printed := capsys.readouterr().out) and "other" in printed

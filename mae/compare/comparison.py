@@ -86,7 +86,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
                 found = [results[trial.name] for trial in planned if trial.name in results]
-                text = summary.write(out, found, len(val), left_out, bool(held_out), keys)
+                text = summary.write(out, found, len(val), left_out, data.name_held_out(held_out), keys)
     logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 

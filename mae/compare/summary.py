@@ -229,11 +229,9 @@ def _incomplete(shown: int, others: int, planned: int, absent: Mapping[int, Sequ
     return "".join([f"It is incomplete: it has {shown:,} of {planned:,} results{further}.", *unknown])
 
 
-def _images_of(entries: Entries, test_images: int, are_of_training: bool) -> str:
+def _images_of(entries: Entries, test_images: int, held_out: str) -> str:
     """Returns a paragraph on the images that the scores are of."""
-    text = f"The scores are of {counted(test_images, 'held-out image')}."
-    if are_of_training:
-        text += " They are some of the training images, which a pre-training on all of them has seen without labels."
+    text = f"The scores are of {counted(test_images, 'held-out image')}{held_out and f' of {held_out}'}."
     found = {(entry.protocol, entry.metric) for row in entries.values() for entry in row.values()}
     if (KNN, ACCURACY) not in found:
         return text
@@ -292,7 +290,7 @@ def _distance(best: Entry, other: Entry) -> str:
 
 def write(
     folder: Path, results: Sequence[Result], test_images: int | None = None,
-    left_out: Mapping[str, str] = MappingProxyType({}), are_of_training: bool = False,
+    left_out: Mapping[str, str] = MappingProxyType({}), held_out: str = "",
     planned: Sequence[ResultKey] = (),
 ) -> str:  # fmt: skip
     """Writes table.md and results.csv to a folder.
@@ -301,14 +299,14 @@ def write(
 
     Args:
         test_images, left_out: as in `conclusion` and `table`.
-        are_of_training: training images take the place of a missing validation set.
+        held_out: what the test images are, in words.
         planned: the keys of all results of the comparison. By default, none is missing.
 
     Returns:
         The table, the conclusion, what is missing, and the images that the scores are of.
     """
     entries = entries_of(results)
-    images = [_images_of(entries, test_images, are_of_training)] if test_images else []
+    images = [_images_of(entries, test_images, held_out)] if test_images else []
     absent = _absent_rows(entries, planned)
     finished = {title: {n: one for n, one in row.items() if n not in absent} for title, row in entries.items()}
     sentences = [conclusion(finished, test_images)] if columns_of(finished) else []

@@ -78,19 +78,36 @@ class RunData:
             return with_missing(found, parallel.from_rank_0(self.interrupted_images))
         return found
 
-    def splits(self) -> tuple[Callable[[str], Source], int]:
+    def splits(self, train: Source | None = None) -> tuple[Callable[[str], Source], int]:
         """Returns a function that returns the set "train" or "val", and the number of all training images if STAND_IN
-        of them take the place of a missing validation set; else 0.
+        of them take the place of a missing validation set; else 0. It logs what the validation set is.
+
+        Args:
+            train: the training set, if it is open.
         """
         from mae.data import labels
 
+        opened: Any = {} if train is None else {"train": train}
         try:
-            val: Any = self.open_split("val")
+            opened["val"] = self.open_split("val")
         except NoValidation:
-            train = labels.require(self.open_split("train"), "train", self.images.task)
+            train = labels.require(train or self.open_split("train"), "train", self.images.task)
             parts: Any = labels.hold_out(train, STAND_IN, 0, "no validation set")
             return dict(zip(("train", "val"), parts, strict=True)).__getitem__, len(train)
-        return lambda split: val if split == "val" else self.open_split(split), 0  # type: ignore[return-value]
+        logger.info(f"held-out images: {len(opened['val']):,} of {self.name_held_out(0)}")
+        return lambda split: opened[split] if split in opened else self.open_split(split), 0  # type: ignore[return-value]
+
+    def name_held_out(self, total: int) -> str:
+        """Names the validation set of `splits`, whose second result is `total`."""
+        data = self.data
+        if total:
+            return (
+                f"the {total:,} training images, because there is no validation set; a pre-training on all of them has "
+                f"seen them without labels"
+            )
+        if data.val_list or data.dataset:
+            return str(data.val_list or f"the split val of {data.dataset}")
+        return f"{data.data_path}/val"
 
     def check_statistics(self, source: Source | Stream) -> None:
         """Checks --mean and --std against some images, as `image_facts.check_statistics`."""

@@ -9,6 +9,7 @@ what stands out take the place of the neighbors.
 """
 
 import argparse
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,10 +25,11 @@ import mae.build
 from mae import encoders, masking, parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
-from mae.data import extra_inputs, loader
+from mae.data import extra_inputs, labels, loader
 from mae.data.image_facts import readable
-from mae.data.labels import Subset
+from mae.data.labels import Subset, first_rows
 from mae.data.open import open_source
+from mae.data.run_data import RunData
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
@@ -41,6 +43,8 @@ from mae.training import environment, log, online_probe
 from mae.training.gate import KNN
 from mae.training.precision import Precision
 from mae.user_code import runs_code
+
+logger = logging.getLogger(__name__)
 
 NAME = "report.html"
 OF_CLASSIFIER = {"test_acc1": "accuracy (%)", "test_acc5": "top-5 accuracy (%)"}  # titles of curves
@@ -122,8 +126,9 @@ def main(args: argparse.Namespace) -> Path:
         sections += mapped(model, source, data, args)
     elif some is not None:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
-    if some is not None and isinstance(model, Autoencoder):
-        result = answer(model, some, data, of_state, args)
+    if some is not None and not is_stream(source) and isinstance(model, Autoencoder):
+        opened = RunData(ImageSpec.of(settings), replace(data, num_workers=args.num_workers), device)
+        result = answer(model, some, source, opened, of_state, args)
         if path.name == run_directory.BEST and epochs:
             result += page.paragraph(SELECTED)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
@@ -138,19 +143,46 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def answer(
-    model: Autoencoder, some: Source, data: DataSpec, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
+    model: Autoencoder, some: Source, source: Source, data: RunData, of_state: Sequence[Mapping[str, Any]],
+    args: argparse.Namespace,
 ) -> str:  # fmt: skip
-    """Returns whether the pre-training helped, as HTML.
+    """Returns whether the pre-training helped, as HTML. Where nothing can be evaluated, it says why.
 
     Args:
         some: training images.
+        source: all training images.
+        data: the dataset of the run.
         of_state: the entries of log.txt up to the state of the model.
     """
     masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
-    return verdict.section(
-        model, some, held_out_of(data, some, model, args), of_state, IMAGES, partial(rows_of, args=args), masked,
-        args.num_workers,
-    )  # fmt: skip
+    without_labels = verdict.learned(model, of_state, masked, args.num_workers)
+    if not verdict.is_classified(source):
+        text = "Not each image has one of several classes" if source.classes else "The images have no labels"
+        text += ", so that nothing says whether the features tell them apart."
+        return page.paragraph(f"{without_labels} {text}", "verdict")
+    try:
+        train, val, held_out = open_pair(data, source)
+    except ValueError as error:
+        text = f"No images are evaluated: {error}"
+        logger.warning(text)
+        return page.paragraph(f"{without_labels} {text}", "verdict")
+    return verdict.section(model, train, val, held_out, without_labels, partial(rows_of, args=args), args.num_workers)
+
+
+def open_pair(data: RunData, source: Source) -> tuple[Source, Source, str]:
+    """Returns the images that classify, the held-out images, and what the latter are, in words.
+
+    Args:
+        source: the training images. Those that a list repeats count once.
+
+    Raises:
+        ValueError: as in `labels.open_pair`.
+        BadImage: as in `RunData.readable`.
+    """
+    open_split, total = data.splits(Subset(source, first_rows(source)))
+    parts = labels.open_pair(open_split)
+    train, val = (data.readable(Subset(part, np.array(evenly_spaced(len(part), IMAGES)))) for part in parts)
+    return train, val, data.name_held_out(total)
 
 
 def state_of(path: Path, epochs: int) -> str:
@@ -245,21 +277,10 @@ def open_images(data: DataSpec) -> Source | Stream:
     """Opens the training images; with their labels, if each has one class."""
     try:
         return features.open_labelled(data, "train")
-    except ValueError:  # of the labels; another error is raised again
-        return open_source(data, "train", task=None)
-
-
-def held_out_of(data: DataSpec, train: Source, model: Model, args: argparse.Namespace) -> Source | None:
-    """Opens the validation images of a run, if there are any with the classes of the training images."""
-    if not verdict.is_classified(train):
-        return None
-    try:
-        val = features.open_labelled(data, "val")
-    except ValueError:  # there are none
-        return None
-    if is_stream(val) or list(val.classes) != list(train.classes):
-        return None
-    return readable(val, model.in_chans, args.num_workers, model.values) if data.on_bad_image == "skip" else val
+    except ValueError as error:  # of the labels; another error is raised again
+        source = open_source(data, "train", task=None)
+        logger.warning(f"the labels of the images are not used: {error}")
+        return source
 
 
 def up_to(entries: Sequence[Mapping[str, Any]], epochs: int) -> list[Mapping[str, Any]]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from mae.data import loader, raw_pixels
-from mae.data.labels import Subset, first_rows, hold_out
 from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate import knn
@@ -22,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 IMAGES = 500  # evenly spaced training images on which the loss of patch means is computed
 BATCH_SIZE = 128
-HELD_OUT = 0.2  # of the images, if there are no others
 NEIGHBORS = 20
 TEMPERATURE = 0.07
 LEVEL = 95  # percent of an interval
@@ -39,17 +37,6 @@ def is_classified(source: Source) -> bool:
     """Whether each image of a source has one class, and there are several."""
     labels = np.asarray(source.labels) if source.classes else np.zeros(0)
     return labels.ndim == 1 and len(labels) > 1 and labels.min() >= 0 and labels.min() < labels.max()
-
-
-def split(train: Source, val: Source | None, count: int) -> tuple[Source, Source]:
-    """Returns the images that classify, and the held-out images: at most `count` evenly spaced ones each.
-
-    Args:
-        val: held-out images. None: HELD_OUT of the training images, on which the encoder was trained, too.
-    """
-    if val is None:
-        return hold_out(Subset(train, first_rows(train)), HELD_OUT, 0, "the verdict")
-    return train, Subset(val, np.array(evenly_spaced(len(val), count)))
 
 
 def hits_of(
@@ -183,42 +170,44 @@ def of_patch_means(model: Autoencoder, samples: Samples, entries: Sequence[Mappi
     return f"Its loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {of_means:.3f}."
 
 
+def learned(model: Autoencoder, entries: Sequence[Mapping[str, Any]], samples: Samples, num_workers: int) -> str:
+    """Returns what the model has learned without labels, as `explained` and `of_patch_means` say it.
+
+    Args:
+        entries, samples, num_workers: as in `of_patch_means`.
+    """
+    return f"{explained(entries)} {of_patch_means(model, samples, entries, num_workers)}".strip()
+
+
 def section(
-    model: Autoencoder, train: Source, val: Source | None, entries: Sequence[Mapping[str, Any]], count: int,
-    extract: Extract, samples: Samples, num_workers: int,
+    model: Autoencoder, train: Source, val: Source, held_out: str, without_labels: str, extract: Extract,
+    num_workers: int,
 ) -> str:  # fmt: skip
     """Returns the verdict on a run, as HTML.
 
     Args:
-        train: training images, whose labels are used if there are any.
+        train: the images that classify.
         val: held-out images of the same classes.
-        entries: those of log.txt up to the state of the model.
-        count: of the held-out images, at most.
+        held_out: what the held-out images are, in words.
+        without_labels: from `learned`.
         extract: function(model, source) that returns features (n, D).
-        samples: training images, with the noise of masks.
     """
-    learned = f"{explained(entries)} {of_patch_means(model, samples, entries, num_workers)}".strip()
-    if not is_classified(train):
-        without = "The images have no labels, so that nothing says whether the features tell them apart."
-        return page.paragraph(" ".join([learned, without]), "verdict")
-    train, held_out = split(train, val, count)
-    hits, equal = hits_of(model, train, held_out, extract, num_workers)
+    hits, equal = hits_of(model, train, val, extract, num_workers)
     found = differences(hits)
     told = {float(each.mean()) for each in hits.values()}
     verdict = EQUAL if told in ({0.0}, {1.0}) else conclusion(found)
-    sentences = [verdict, *(in_words(name, difference) for name, difference in found.items())]
-    logger.info(" ".join([*sentences, learned]))
+    sentences = [verdict, *(in_words(name, difference) for name, difference in found.items()), without_labels]
+    logger.info(" ".join(sentences))
     leak = f" {equal:,} held-out images equal images that classify them: all accuracies are too high." if equal else ""
     if equal:
         logger.warning(leak.strip())
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():
         rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
-    trained_on = "" if val is not None else ", which it was trained on without their labels"
-    measured_on = knn.in_words(min(NEIGHBORS, len(train)), len(train), len(held_out))
+    measured_on = knn.in_words(min(NEIGHBORS, len(train)), len(train), len(val))
     note = (
-        f"{measured_on}{trained_on}.{leak} The intervals are of these images: one run says nothing of the spread of "
-        f"others."
+        f"{measured_on}. The held-out images are of {held_out}.{leak} The intervals are of these images: one run says "
+        f"nothing of the spread of others."
     )
     titles = ["features", "accuracy, %", f"the encoder is better by, points ({LEVEL} % interval)"]
-    return page.paragraph(" ".join([*sentences, learned]), "verdict") + page.table(titles, rows) + page.paragraph(note)
+    return page.paragraph(" ".join(sentences), "verdict") + page.table(titles, rows) + page.paragraph(note)
