@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,18 @@ from mains import call, fails
 from PIL import Image
 
 import main_finetune
-from mae.inference import curation, export, features, get_model, image_map, map_lists, nearest, report
+from mae.inference import (
+    curation,
+    export,
+    features,
+    get_model,
+    image_map,
+    map_lists,
+    nearest,
+    neighbors,
+    reconstruct,
+    report,
+)
 
 EVIL = "</script><script>alert(1)</script>"
 
@@ -197,16 +209,57 @@ def test_thumbnails_are_smaller_if_all_would_take_too_many_bytes(monkeypatch):
     assert image_map.sheets_of([thumbnail[:28, :28] for thumbnail in thumbnails])[0] == 32
 
 
-def test_pictures_of_16_bits_and_of_many_channels_are_shown(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 2**16, (24, 8, 8, 5), np.uint16)
+def test_pictures_of_12_bits_and_of_many_channels_are_shown(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2**12, (24, 8, 8, 5), np.uint16)
     for number, array in enumerate(pixels):
         np.save(tmp_path / f"{number:02}.npy", array)
     model = get_model("vit_mini_patch4", in_chans=5, channels_last=True, mean=[0.5] * 5, std=[0.3] * 5, input_size=8)
     source = features.open_labelled(features.DataSpec(data_path=str(tmp_path)), "train")
     looks = image_map.look_at(image_map.Pictures(model, source), len(source), 0)
-    expected = np.round(pixels[3, ..., :3] / 65535 * 255)
+    low, high = np.quantile(pixels[..., :3], (0.005, 0.995))
+    expected = np.clip((pixels[3, ..., :3] - low) / (high - low), 0, 1) * 255
     assert np.abs(looks.thumbnails[3].astype(float) - expected).max() <= 1
     assert len({*looks.digests}) == 24 and looks.grays.shape == (24, map_lists.GRAY, map_lists.GRAY)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """41 gray PNG files of 16 bits with values up to 100. The last is the one before, 3 % brighter."""
+    folder = tmp_path_factory.mktemp("deep")
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        coarse = Image.fromarray(generator.integers(0, 248, (5, 5), np.uint8)).resize((32, 32))
+        values = np.asarray(coarse) * (100 / 255)
+        Image.fromarray(values.round().astype(np.uint16)).save(folder / f"{number}.png")
+    Image.fromarray((1.03 * values).round().astype(np.uint16)).save(folder / "brighter.png")
+    return folder
+
+
+def is_bright(file):
+    pixels = np.asarray(Image.open(file).convert("L"))
+    return np.mean(pixels[pixels < 255] < 8) < 0.3
+
+
+def test_pictures_of_few_of_16_bits_are_not_dark(deep, pretrain, tmp_path):
+    out = pretrain(data_path=deep, in_chans=1, mean=0.001, std=0.001, epochs=1)
+    flags = {"model": out / "checkpoint-0.pth", "device": "cpu"}
+    call(neighbors, deep, out=tmp_path / "neighbors.png", num_workers=0, **flags)
+    call(reconstruct, deep / "0.png", deep / "1.png", out=tmp_path / "reconstructions.png", **flags)
+    for file in ("neighbors.png", "reconstructions.png"):
+        assert is_bright(tmp_path / file), file
+    text = call(report, out, device="cpu", num_workers=0).read_text(encoding="utf-8")
+    drawn = re.findall(r"data:image/png;base64,([^\"]*)", text)
+    assert drawn and all(is_bright(io.BytesIO(base64.b64decode(picture))) for picture in drawn)
+    assert "Pictures show values from" in text
+
+
+def test_near_duplicates_among_few_of_16_bits_are_found(deep, tmp_path):
+    model = get_model("vit_mini_patch4", in_chans=1, mean=[0.001], std=[0.001])
+    source = features.open_labelled(features.DataSpec(data_path=str(deep)), "train")
+    rows = model.extract_feat([source.name(number) for number in range(len(source))])
+    survey = image_map.take(model, source, rows, len(source), 0, "")
+    names = [{Path(name).name for name in row[:2]} for row in survey.tables["near_duplicates"][1:]]
+    assert {"39.png", "brighter.png"} in names
 
 
 def test_too_few_images_are_one_line(encoder, images, tmp_path, capsys, monkeypatch):

@@ -51,3 +51,21 @@ def test_titles_and_labels_stand_beside_the_pictures(mini_mae):
     assert (first < 128).any() and (second == 255).all()
     streamed = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=[])
     assert streamed.shape[1] == plain.shape[1]
+
+
+def test_the_range_is_that_of_images_of_more_than_8_bits():
+    normalize = Normalize([0.4], [0.3])
+    few = torch.linspace(0, 0.01, 1000).view(1, 10, 100)
+    sentence = pictures.show_range(normalize, [few, few])
+    assert normalize.shown == pytest.approx((0.00005, 0.00995)) and "5e-05" in sentence and "0.00995" in sentence
+    expected = ((few - 0.00005) / 0.0099).clamp(0, 1)
+    torch.testing.assert_close(normalize.displayed(normalize(few)), expected, atol=1e-4, rtol=0)
+    counts = torch.zeros(1, 20, 20)
+    counts[0, 3, 4] = 2e-5
+    pictures.show_range(normalize, [counts])
+    assert normalize.shown == pytest.approx((0, 2e-5))
+    eight = torch.randint(0, 256, (1, 10, 10), dtype=torch.uint8)
+    for images in ([few, eight], [torch.full((1, 8, 8), 0.5)], []):
+        assert pictures.show_range(normalize, images) == ""
+        x = normalize(eight)
+        assert torch.equal(normalize.displayed(x), normalize.inverse(x))

@@ -110,7 +110,7 @@ def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int
     gray. If no image can be read, it is 3.
     """
     counts = Counter[int]()
-    for item in _examples(source):
+    for item in examples(source, COUNTED):
         with suppress(Exception):  # the facts have the reason
             counts[_channels_in(read(item.image, None, values=of_item(item, values)))] += 1
     if counts.keys() <= {1, 3}:
@@ -118,13 +118,13 @@ def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int
     return counts.most_common(1)[0][0]
 
 
-def _examples(source: Source | Stream) -> Iterator[Item]:
-    """Yields up to COUNTED items as they are stored; of a stream, the first ones."""
+def examples(source: Source | Stream, count: int) -> Iterator[Item]:
+    """Yields up to `count` evenly spaced items as they are stored; of a stream, the first ones."""
     if is_stream(source):
-        for _, _, data, label in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), COUNTED):
+        for _, _, data, label in islice(source.stream(0, 0, 1, lambda name, error: None, passes=1), count):
             yield Item(data, label)
         return
-    for index in evenly_spaced(len(source), COUNTED):
+    for index in evenly_spaced(len(source), count):
         with suppress(BadImage, OSError):
             yield source[index]
 

@@ -112,6 +112,7 @@ class Normalize(nn.Module):
         self.fits_unit_range = all(0 < m < 1 and 0 < s**2 <= 1.01 * m * (1 - m) for m, s in pairs)
         self.checks_range = self.fits_unit_range
         self.highest = max((BEYOND - m) / s for m, s in pairs) if self.checks_range else float("inf")  # normalized
+        self.shown: tuple[float, float] | None = None  # the pixels that are black and white in pictures; None: 0 and 1
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -157,10 +158,17 @@ class Normalize(nn.Module):
             raise ValueError(f"mean=[{mean_text}]: 8-bit pixels are scaled to 0 to 1; divide `mean` and `std` by 255")
 
     def inverse(self, imgs: Tensor) -> Tensor:
-        """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
+        """Maps normalized images (B, c, H, W) to pixels from 0 to 1. Values outside are clipped."""
         if not self.fits_bytes:  # the range is unknown: 2.5 standard deviations to either side
             return (imgs / 5 + 0.5).clamp(0, 1)
         return (imgs * self.std + self.mean).clamp(0, 1)
+
+    def displayed(self, imgs: Tensor) -> Tensor:
+        """Maps normalized images (B, c, H, W) to 0 to 1 for pictures: the range `shown`, or as `inverse`."""
+        if self.shown is None:
+            return self.inverse(imgs)
+        low, high = self.shown
+        return ((imgs * self.std + self.mean - low) / (high - low)).clamp(0, 1)
 
 
 @dataclass

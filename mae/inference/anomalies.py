@@ -44,7 +44,7 @@ from mae.data.loader import collate
 from mae.data.pixels import size_of
 from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced, first_few, require_random_access
-from mae.evaluate import tables
+from mae.evaluate import pictures, tables
 from mae.files import spreadsheet
 from mae.files.untrusted import printable
 from mae.fp32 import in_fp32
@@ -440,6 +440,7 @@ def draw(model: Model, source: Source, indices: Sequence[int], distances: Tensor
         compared: distances of normal images (m, h, w). If m is 0, colors are those of the distances.
     """
     samples = features.samples_of(model, source)
+    pictures.show_range(model.normalize, pictures.decoded(samples))
     low, high = np.quantile((compared if len(compared) else distances).numpy(), (0.95, 1))
     pairs = []
     for index in indices:

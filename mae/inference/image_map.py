@@ -36,6 +36,7 @@ from mae.data.batches import Batches, up_to_cores
 from mae.data.labels import Subset
 from mae.data.pixels import Picture, to_tensor
 from mae.data.source import Source, evenly_spaced
+from mae.evaluate.pictures import decoded, show_range
 from mae.files import atomic, spreadsheet
 from mae.inference import curation, map_lists, nearest, neighbors, page
 from mae.inference import features as feature_file
@@ -142,7 +143,8 @@ def take(model: Model, source: Source, features: Tensor, total: int, num_workers
     names = relative(images.names)
     logger.info(f"map: t-SNE of {len(chosen):,} images")
     shown = map_of(images, names, features, components, looks.thumbnails, chosen)
-    sections = [page.section("Map", page.paragraph(about_map(source, features, len(chosen))) + shown)]
+    about = about_map(source, features, len(chosen))
+    sections = [page.section("Map", page.paragraph(f"{about} {pictures.range}") + shown)]
     number_of = {index: number for number, index in enumerate(chosen)}
     sections += [page.section(each.title, drawn(each, pictures, number_of, names)) for each in lists.values()]
     facts = {"images": f"{len(source):,}"}
@@ -170,6 +172,7 @@ class Pictures(Dataset):
     def __init__(self, model: Model, source: Source) -> None:
         self.samples = feature_file.samples_of(model, source)
         self.normalize = copy.deepcopy(model.normalize).cpu()  # for worker processes
+        self.range = show_range(self.normalize, decoded(self.samples))  # a sentence, or ""
 
     @errors.marked()
     def __getitem__(self, index: int) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -186,7 +189,7 @@ class Pictures(Dataset):
         """Returns a decoded image in colors for display, in its own size."""
         if isinstance(stored, Image.Image):
             return stored.convert("RGB")
-        return Image.fromarray(to_bytes(colors_of(self.normalize.inverse(self.normalize(stored)))))
+        return Image.fromarray(to_bytes(colors_of(self.normalize.displayed(self.normalize(stored)))))
 
     def file(self, index: int) -> tuple[bytes, str]:
         """Returns the picture of an image in a list, and the format of the file."""

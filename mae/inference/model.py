@@ -8,6 +8,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from mae import encoders
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data import transforms
 from mae.data.pixels import to_tensor
+from mae.evaluate import pictures
 from mae.inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter, TimmClassifier
 from mae.pooling import pooling_of
 from mae.settings import EXPORTED, REBUILDS, chosen
@@ -41,7 +43,7 @@ def to_rgb(model: Model, image: torch.Tensor) -> torch.Tensor:
 
     They are the first three channels. Of fewer channels, the first is repeated.
     """
-    return colors_of(model.normalize.inverse(image.to(model.normalize.mean)).cpu())
+    return colors_of(model.normalize.displayed(image.to(model.normalize.mean)).cpu())
 
 
 def colors_of(pixels: torch.Tensor) -> torch.Tensor:
@@ -57,6 +59,12 @@ def picture_of(model: Model, path: str | Path) -> np.ndarray:
     """
     pixels = to_tensor(model.open(path)).to(model.normalize.mean.device)
     return to_bytes(to_rgb(model, model.normalize(pixels)))
+
+
+def pictures_of(model: Model, paths: Sequence[str | Path]) -> list[np.ndarray]:
+    """Decodes image files as `picture_of`. Those of more than 8 bits are shown in the range of their values."""
+    pictures.show_range(model.normalize, (model.decode(path).image for path in paths))
+    return [picture_of(model, path) for path in paths]
 
 
 def to_bytes(colors: torch.Tensor) -> np.ndarray:

@@ -81,8 +81,9 @@ def main(args: argparse.Namespace) -> Neighbors:
         queries = read_images(model, source, chosen)
         names = names_of(source, chosen)
     columns = columns_of(model, source, queries, found.indices)
+    pictures.show_range(model.normalize, pictures.decoded(feature_file.samples_of(model, source)))
     with atomic.replacing(args.out) as written:
-        Image.fromarray(draw(columns, model.normalize.inverse, names)).save(written)
+        Image.fromarray(draw(columns, model.normalize.displayed, names)).save(written)
     if text := agreement(source, rows):
         print(text)
     print(f"picture: {args.out}")

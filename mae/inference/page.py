@@ -108,9 +108,9 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def paragraph(text: str, style: str = "") -> str:
-    """Returns a paragraph of plain text. `style`: a class in STYLE."""
+    """Returns a paragraph of plain text, without space around it. `style`: a class in STYLE."""
     kind = f' class="{style}"' if style else ""
-    return f"<p{kind}>{html.escape(text)}</p>"
+    return f"<p{kind}>{html.escape(text.strip())}</p>"
 
 
 def section(title: str, content: str) -> str:

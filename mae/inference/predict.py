@@ -15,7 +15,7 @@ from mae import parallel
 from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
 from mae.files.untrusted import printable, require_files
-from mae.inference.model import get_model, picture_of
+from mae.inference.model import get_model, pictures_of
 from mae.settings import types
 
 FORMATS = (
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             lines += [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1].get("top", [])]
             print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
-        draw(args.images, [picture_of(model, path) for path in args.images], predictions, args.out)
+        draw(args.images, pictures_of(model, args.images), predictions, args.out)
     return predictions
 
 

@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         rows, columns = model.patch_embed.grid_of(*result.original.shape[2:])
         masked = f"{int(result.mask.sum())} of {rows} x {columns} patches masked"
         print(f"{path}: {masked}, {error_text(model, result)}", flush=True)
+    pictures.show_range(model.normalize, (model.decode(path).image for path in args.images))
     with atomic.replacing(args.out) as written:
         grid(model, reconstructions).save(written)
     print(f"picture: {args.out}")
@@ -251,7 +252,7 @@ def grid(
         labels: a text at the left of each row, of one or more lines.
     """
     scale = max(1, MIN_SIDE // min(reconstructions[0][0].shape[2:]))
-    rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
+    rows = [[pictures.tile([part], model.normalize.displayed, scale) for part in row[:4]] for row in reconstructions]
     titles = pictures.TITLES[: len(rows[0])]
     has_prediction = len(titles) == len(pictures.TITLES)
     height = pictures.HEADER * (1 + has_prediction) + sum(len(row[0]) + pictures.GAP for row in rows)

@@ -345,13 +345,15 @@ def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec) -> str:
     """Draws reconstructions of evenly spaced images, masked as in the run."""
     draw_noise, mask_ratio = mae.build.mask_sampler(spec, model)
-    batch = loader.examples(features.samples_of(model, source, draw_noise=draw_noise), RECONSTRUCTIONS)
+    samples = features.samples_of(model, source, draw_noise=draw_noise)
+    shown = pictures.show_range(model.normalize, pictures.decoded(samples))
+    batch = loader.examples(samples, RECONSTRUCTIONS)
     scale = neighbors.scale_of(batch.images)
     pixels = pictures.reconstruction(
         model, batch.images, batch.noise, model.normalize, mask_ratio, scale, context=batch.context
     )
     titles = pictures.titled(1 - masking.num_visible(model.num_patches, mask_ratio) / model.num_patches)
-    text = f"Training images that are not augmented. {pictures.NOTE}"
+    text = f"Training images that are not augmented. {pictures.NOTE} {shown}"
     return page.paragraph(text) + page.pair(pixels, len(batch.images), titles, "images and their reconstructions")
 
 
@@ -373,14 +375,17 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     chosen = evenly_spaced(len(source), neighbors.QUERIES)
     found = neighbors.find(rows, rows[chosen], chosen)
     columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)
-    pixels = pictures.tile(columns, model.normalize.inverse, neighbors.scale_of(columns[0]))
+    shown = pictures.show_range(model.normalize, pictures.decoded(features.samples_of(model, source)))
+    pixels = pictures.tile(columns, model.normalize.displayed, neighbors.scale_of(columns[0]))
     among = f"{len(source):,} of the {total:,}" if len(source) < total else f"the {total:,}"
     text = f"The images with the nearest features, by cosine similarity, among {among} training images. "
     text += f"Features: {model.pooling}."
     if agreement := neighbors.agreement(source, rows):
         text += f" {agreement}."
     titles = neighbors.titles(len(columns) - 1)
-    return page.paragraph(text) + page.pair(pixels, len(chosen), titles, "images and their nearest neighbors")
+    return page.paragraph(f"{text} {shown}") + page.pair(
+        pixels, len(chosen), titles, "images and their nearest neighbors"
+    )
 
 
 def mapped(model: Model, source: Source | Stream, data: DataSpec, args: argparse.Namespace) -> list[str]:

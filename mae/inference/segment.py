@@ -17,7 +17,7 @@ from mae.evaluate import tables
 from mae.evaluate.segmentation import class_title
 from mae.files import atomic
 from mae.files.untrusted import printable, require_files
-from mae.inference.model import Segmenter, get_model, picture_of
+from mae.inference.model import Segmenter, get_model, pictures_of
 from mae.inference.predict import FORMATS
 from mae.settings import types
 
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
         if masks:
             write_mask(results[-1], model, masks[number])
     if args.out:
-        draw([picture_of(model, path) for path in args.images], results, model, args.opacity, args.out)
+        draw(pictures_of(model, args.images), results, model, args.opacity, args.out)
     return results
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 import mae.build
 from engine_finetune import evaluate_model
@@ -16,7 +15,7 @@ from mae.data import transforms
 from mae.data.loader import collate
 from mae.data.run_data import RunData
 from mae.data.source import Source, evenly_spaced
-from mae.evaluate import score_files, tables, tasks
+from mae.evaluate import pictures, score_files, tables, tasks
 from mae.inference import page
 from mae.settings import DataSpec, specs
 from mae.training.labelled import load_for_evaluation
@@ -116,24 +115,19 @@ def mistakes(found: Evaluated) -> str:
     images = found.data.images
     transform = transforms.eval_transform(images.input_size, images.crop_pct, images.crop, images.interpolation)
     samples = found.data.samples(found.val, transform)
-    pixels = transforms.to_unit_range(collate([samples[0, index].item for index in chosen]).images)
+    normalize = found.data.normalize
+    text = f"{len(chosen):,} of the {len(wrong):,} validation images that are wrong, evenly spaced. "
+    text += pictures.show_range(normalize, pictures.decoded(samples))
+    pixels = collate([samples[0, index].item for index in chosen]).images.to(found.data.device)
     scale = max(1, round(SIDE / pixels.shape[3]))
     shown = [
         (
-            page.picture(_to_picture(one, scale), found.val.name(index)),
+            page.picture(pictures.tile([one[None]], normalize.displayed, scale), found.val.name(index)),
             f"{found.classes[found.scores.labels[index]]}, taken for {found.classes[found.scores.predictions[index]]}",
         )
-        for one, index in zip(pixels, chosen, strict=True)
+        for one, index in zip(normalize(pixels), chosen, strict=True)
     ]
-    text = f"{len(chosen):,} of the {len(wrong):,} validation images that are wrong, evenly spaced."
     return page.paragraph(text) + page.captioned(shown)
-
-
-def _to_picture(image: torch.Tensor, scale: int) -> np.ndarray:
-    """Image (c, H, W) in 0 to 1 -> a picture, uint8 (scale H, scale W, 1 or 3)."""
-    colors = image[:3] if len(image) >= 3 else image[:1]
-    enlarged = colors.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return (255 * enlarged).round().byte().permute(1, 2, 0).numpy()
 
 
 def notes(path: Path, evaluations: int) -> str:
