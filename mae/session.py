@@ -195,10 +195,16 @@ def _initial_weights(run: Run) -> Start:
 
 def _classifier(run: Run) -> Start:
     """Reads the weights of `finetune`; with `eval`, a classifier."""
-    from mae.weights.model_zoo import CLASSIFIER
+    from mae.weights import model_zoo
+
+    return _of_kind(run, model_zoo.CLASSIFIER)
+
+
+def _of_kind(run: Run, kind: str) -> Start:
+    """Reads weights, and the settings that a run takes from them. Arguments as in `_weights`."""
     from mae.weights.recorded_settings import classifier_settings
 
-    file = _weights(run, CLASSIFIER)
+    file = _weights(run, kind)
     return file, classifier_settings(file, run.record(), run.explicit, _purpose(run))
 
 
@@ -216,15 +222,16 @@ def _purpose(run: Run) -> str:
 
 
 def _probe(run: Run) -> Start:
-    """Reads the encoder: of the checkpoint from which the run resumes, else of `finetune`; with `eval`, a classifier.
+    """Reads the encoder: of the checkpoint from which the run resumes, else of `finetune`; with `eval`, a probe.
 
     The features of a resumed run are computed before its state is loaded.
     """
+    from mae.weights import model_zoo, reading, recorded_settings
+
     if run.evaluation.eval:
-        file, settings = _classifier(run)
+        file, settings = _of_kind(run, model_zoo.PROBE)
         _require_pooling(run, file)
         return file, settings
-    from mae.weights import reading, recorded_settings
 
     file = None
     folder = Path(run.machine.output_dir)

@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT, torchrun
 from test_dino import images, of_transformers
 
+from mae.weights import reading
+
 CODE = """
 import sys, torch
 from mae.inference import get_model
@@ -126,6 +128,16 @@ def test_a_model_that_can_not_be_read_is_one_line(name, expected, hub, tmp_path)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()[-1:]
     assert done.returncode == 1 and "main_knn.py: error" in line and expected in line
+
+
+def test_a_local_folder_of_the_owner_does_not_hide_a_released_encoder(tmp_path, monkeypatch, caplog):
+    """A folder with the complete name is read, and a line says so."""
+    of_transformers("v2", tmp_path / "facebook/dinov2-small")
+    monkeypatch.chdir(tmp_path)
+    reading.read("facebook/dinov2-small")
+    assert [line for line in caplog.messages if "facebook/dinov2-small" in line and "Hub" in line]
+    with pytest.raises(ValueError, match="hf download facebook/dinov2-base"):
+        reading.read("facebook/dinov2-base")
 
 
 def test_without_a_network_the_error_names_the_command_that_downloads_elsewhere(hub, tmp_path):

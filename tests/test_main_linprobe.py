@@ -164,6 +164,22 @@ def test_flags_of_another_probe_are_named(probe, tuned, evaluated, capsys):
         probe("loss", regression_loss="huber")
 
 
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_a_script_that_evaluates_another_kind_of_file_names_the_right_one(kind, probe, pretrained, classify, tmp_path):
+    """Also without recorded settings."""
+    options = {"probe": kind, **({"num_queries": 4} if kind == "attentive" else {})}
+    out = probe(finetune=pretrained, blr=0.1, epochs=1, warmup_epochs=0, **options)
+    torch.save({"model": weights(out, "checkpoint-0.pth")}, tmp_path / "bare.pth")
+    for file in (out / "checkpoint-0.pth", tmp_path / "bare.pth"):
+        with pytest.raises(CheckpointError, match=f"{file} is a {kind} probe: main_linprobe"):
+            classify(main_finetune, "wrong", finetune=file, eval=True)
+    torch.save({"model": models_vit.vit_mini_patch4(img_size=16, num_classes=6).state_dict()}, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"vit\.pth is a classifier: main_finetune\.py"):
+        probe("wrong", finetune=tmp_path / "vit.pth", eval=True)
+    with pytest.raises(CheckpointError, match=r"encoder.pth has no head.*main_linprobe.py"):
+        probe("wrong", finetune=pretrained, eval=True)
+
+
 class Augmented:
     """Noise that is new in each epoch, or fixed."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae import lora
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.probes import LINEAR
 from mae.settings.arguments import advice
 from mae.settings.choices import CLASSIFICATION
 from mae.weights import model_zoo, shapes, timm_models
@@ -31,6 +32,7 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
 ADDED_TO_BLOCK = re.compile(  # to models_vit.Block
     r"(decoder_)?blocks\.\d+\.(?!(norm[12]|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.(weight|bias)$)"
 )
+SCRIPTS = {model_zoo.CLASSIFIER: "main_finetune", model_zoo.PROBE: "main_linprobe", model_zoo.SEGMENTER: "main_segment"}
 LIBRARY = ("models_mae", "models_vit", "mae.inference.classes")  # a user's class may have the name of one of theirs
 
 
@@ -172,7 +174,7 @@ def load_classifier(model: Any, weights: Weights) -> None:
 
 
 def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER, rank: int | None = None) -> Weights:
-    """Reads a file that must contain a classifier, or with the kind SEGMENTER a segmentation model.
+    """Reads a file that must contain a classifier, or with the kinds PROBE and SEGMENTER one of these models.
 
     Args:
         rank: as in `read`.
@@ -182,9 +184,23 @@ def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER, rank: in
     """
     weights = read(name, rank)
     _require_one_head(weights)
-    if weights.kind == kind:
+    probe = _probe_of(weights)
+    found = model_zoo.PROBE if probe else weights.kind
+    if found == kind:
         return weights
-    raise CheckpointError(f"{name} has no head of a {kind}: it contains the weights of: {weights.kind}")
+    if found in SCRIPTS:
+        raise CheckpointError(f"{name} is a {f'{probe} {found}'.strip()}: {SCRIPTS[found]}.py evaluates it")
+    raise CheckpointError(
+        f"{name} has no head of a {kind}: it contains the weights of: {weights.kind}; {SCRIPTS[kind]}.py trains one"
+    )
+
+
+def _probe_of(weights: Weights) -> str:
+    """Returns the name of the probe in a file, "" if there is none. Earlier versions recorded True for a linear one."""
+    determined = shapes.determined({name: tensor.shape for name, tensor in weights.tensors.items()})
+    recorded = {**weights.settings, **shapes.certain(determined)}.get("probe")
+    probe = recorded or determined.get("probe") or ""
+    return LINEAR if probe is True else probe
 
 
 def _require_one_head(weights: Weights) -> None:

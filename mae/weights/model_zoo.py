@@ -26,6 +26,8 @@ ENCODER = "encoder"
 FULL = "encoder and decoder"
 CLASSIFIER = "classifier"
 SEGMENTER = "segmentation model"
+PROBE = "probe"  # a classifier on a frozen encoder
+OWNER = "facebook"  # of the released encoders of the Hugging Face Hub
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".zip")  # of files of weights
 
 
@@ -147,7 +149,7 @@ def advice(name: str, known: Iterable[str] = ()) -> str:
     if re.fullmatch(r"(timm/)?vit_\w+_patch\w+\.\w+", name):
         return _from_hub(f"timm/{name.removeprefix('timm/')}")
     if re.fullmatch(r"(dino|dinov2|dinov3|vit-mae)-[\w-]+", name):
-        return f"; a released encoder of this name is facebook/{name}"
+        return f"; a released encoder of this name is {OWNER}/{name}"
     if of_hub and not name.endswith(SUFFIXES) and not Path(name).parent.is_dir():
         return _from_hub(of_hub[2])
     if "://" in name:
@@ -192,10 +194,13 @@ def fetch(name: str) -> Path:
 
 
 def is_of_hub(name: Path | str) -> bool:
-    """Whether a name may be OWNER/NAME of the Hugging Face Hub: there is no such file or folder, and no OWNER/."""
+    """Whether a name may be OWNER/NAME of the Hugging Face Hub: there is no such file or folder, and no OWNER/.
+
+    A folder of the owner of the released encoders does not hide them.
+    """
     file = Path(name)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(file)) and file.suffix not in SUFFIXES
-    return bool(is_name) and not file.parent.exists()
+    return bool(is_name) and not file.exists() and (file.parts[0] == OWNER or not file.parent.exists())
 
 
 def fetch_from_hub(name: str) -> Path:

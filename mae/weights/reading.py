@@ -104,6 +104,8 @@ def read(name: Path | str, rank: int | None = None) -> Weights:
     if (model or str(name)).startswith(TIMM):
         return _read_timm(str(name), file if model else None)
     path = file if file.exists() else _download(str(name), file)
+    if path == file and file.parts[0] == model_zoo.OWNER:
+        warn_once(f"the local {file} is read, and not the model of this name on the Hugging Face Hub")
     state, record = _open_folder(path) if path.is_dir() else _read_file(path)
     has_config = path.suffix in (SAFETENSORS, ".bin") and (path.parent / CONFIG).is_file()
     if has_config and path.is_file() and not record.is_ours:
