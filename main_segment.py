@@ -37,9 +37,9 @@ from mae.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, read_pale
 from mae.data.source import OpenDataset, Source, require_random_access
 from mae.evaluate.segmentation import Scores
 from mae.files import recipes
-from mae.position_tables import to_pair
 from mae.session import SEGMENTER, Session, open_session
 from mae.settings import ImageSpec, ModelSpec, OptimSpec, Run
+from mae.sizes import to_pair
 from mae.training import optimizers, trainer
 from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model

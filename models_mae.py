@@ -21,8 +21,9 @@ from mae import valid_pixels
 from mae.context import takes
 from mae.fp32 import in_fp32
 from mae.masking import check_masking, noise_from_mask, shuffle, take
-from mae.position_tables import Size, sincos_or, sincos_table
+from mae.position_tables import sincos_or, sincos_table
 from mae.reconstruction import Reconstruction, reconstruction_of
+from mae.sizes import Size
 from mae.uniformity import uniformity
 from models_vit import (
     LAYER_NORM,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae.position_tables import Size, to_pair
+from mae.sizes import Size, to_pair
 from mae.suggestions import did_you_mean
 from models_vit import Encoder, VisionTransformer
 

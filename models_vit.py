@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae.context import check_names, extra_inputs, needed_inputs
-from mae.position_tables import Size, resize_pos_embed, to_pair
+from mae.position_tables import resize_pos_embed
+from mae.sizes import Size, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 LastLayer = TypeVar("LastLayer", nn.Linear, nn.Conv2d)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae.position_tables import Size
+from mae.sizes import Size
 from models_vit import Encoder, PatchEmbed
 
 

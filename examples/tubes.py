@@ -24,7 +24,8 @@ from torch import Tensor
 
 from examples.channel_groups import GroupEmbed, Groups
 from mae.masking import num_visible, ratio_of
-from mae.position_tables import Size, get_1d_sincos_pos_embed_from_grid
+from mae.position_tables import get_1d_sincos_pos_embed_from_grid
+from mae.sizes import Size
 from models_vit import PatchEmbed
 
 

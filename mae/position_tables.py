@@ -1,26 +1,11 @@
 """Position embeddings: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-Size = int | tuple[int, int]
-
-
-def to_pair(size: Size | list[int]) -> tuple[int, int]:
-    """Returns (rows, columns) of a size, which is one number for squares, or a pair."""
-    if isinstance(size, int):
-        return size, size
-    rows, columns = size
-    return rows, columns
-
-
-def side_or_sides(size: Sequence[int]) -> int | list[int]:
-    """Returns the side of a square, or [rows, columns] of another size."""
-    rows, columns = size
-    return rows if rows == columns else [rows, columns]
+from mae.sizes import Size, to_pair
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ PACKAGES = (
     "mae.context",
     "mae.fp32",
     "mae.position_tables",
+    "mae.sizes",
     "mae.registry",
     "mae.plurals",
     "mae.suggestions",

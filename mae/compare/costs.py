@@ -14,8 +14,8 @@ from mae.compare import store
 from mae.compare.encoders import PIXELS, Encoder, directory_of
 from mae.evaluate.tables import markdown
 from mae.files import atomic, locks
-from mae.position_tables import to_pair
 from mae.settings import specs
+from mae.sizes import to_pair
 from mae.training.precision import Precision
 
 BATCH = {"cuda": 64, "cpu": 16}  # images, by the type of the device

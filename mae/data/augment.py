@@ -18,8 +18,8 @@ from torchvision.transforms.v2 import functional as F
 from mae.data.item import IGNORED
 from mae.data.pixels import MAX_PIXELS, BadImage, size_of, to_pillow
 from mae.data.stages import BILINEAR, RandomFlip, Scale, Stage, Values, resize, scale
-from mae.position_tables import Size, to_pair
 from mae.settings.choices import NO_CROP
+from mae.sizes import Size, to_pair
 
 
 class RandomCrop:

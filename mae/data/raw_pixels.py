@@ -10,8 +10,8 @@ from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import Source
 from mae.data.stages import Scale, Stages
-from mae.position_tables import to_pair
 from mae.settings import ImageSpec
+from mae.sizes import to_pair
 
 VERSION = 2  # of what `read` returns, for results that are kept
 SIDE = 32  # pixels per side, to which larger images are resized

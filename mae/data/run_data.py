@@ -14,8 +14,8 @@ from mae.data.open import open_source
 from mae.data.pixels import PixelValues
 from mae.data.samples import Samples
 from mae.data.source import OpenDataset, Source, Stream
-from mae.position_tables import to_pair
 from mae.settings import DataSpec, ImageSpec
+from mae.sizes import to_pair
 
 if TYPE_CHECKING:
     from mae.data.segmentation_masks import MaskFormat

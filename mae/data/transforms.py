@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mae.data import stages
 from mae.data.item import Item
 from mae.data.pixels import BadImage
-from mae.position_tables import Size, to_pair
 from mae.settings.choices import CROP_CHOICES, NO_CROP, default_crop_pct
 from mae.settings.images import AugmentationSpec, ImageSpec
+from mae.sizes import Size, to_pair
 
 logger = logging.getLogger(__name__)
 

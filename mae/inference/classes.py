@@ -28,10 +28,10 @@ from mae.evaluate.imagenet import imagenet_classes
 from mae.evaluate.segmentation import predict_classes
 from mae.files.untrusted import read_file
 from mae.pooling import OF_PROBE, OF_TIMM, Pooling, pooled, pooling_of
-from mae.position_tables import to_pair
 from mae.reconstruction import Reconstruction
 from mae.settings import specs
 from mae.settings.choices import BOTH, CLASS_TOKEN, CLASSIFICATION, MULTILABEL, PATCHES, POOL_CHOICES
+from mae.sizes import to_pair
 from mae.training.precision import Precision
 from mae.weights.candidates import some
 from mae.weights.shapes import require_settings

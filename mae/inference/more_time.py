@@ -11,8 +11,8 @@ from importlib import resources
 from typing import Any
 
 from mae.inference import page
-from mae.position_tables import to_pair
 from mae.settings import ImageSpec
+from mae.sizes import to_pair
 from mae.training import measured_runs
 from mae.training.gate import KNN
 

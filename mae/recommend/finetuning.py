@@ -13,11 +13,11 @@ import numpy as np
 from mae.data.extra_inputs import shapes_of
 from mae.data.source import Source
 from mae.plurals import counted
-from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend import recipe, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.choices import CLASSIFICATION, NO_CROP, SMALL, TIMM
+from mae.sizes import Size, side_or_sides, to_pair
 from mae.weights import model_settings, reading, shapes
 from mae.weights.formats import ours
 from models_vit import SIZES

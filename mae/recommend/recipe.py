@@ -18,13 +18,13 @@ import torch
 from mae import parallel
 from mae.data import image_cache
 from mae.files import atomic
-from mae.position_tables import Size
 from mae.recommend import board, continued, rules, trial
 from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
 from mae.settings.choices import NO_CROP
 from mae.settings.values import as_yaml
+from mae.sizes import Size
 from mae.training import measured_runs
 from mae.user_code import runs_code
 

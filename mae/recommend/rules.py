@@ -11,9 +11,9 @@ import numpy as np
 
 from mae.data.image_facts import rounded
 from mae.plurals import counted
-from mae.position_tables import Size, side_or_sides, to_pair
 from mae.recommend.facts import MAX_CROPPED, Images, Machine, largest_crop
 from mae.settings.choices import SMALL
+from mae.sizes import Size, side_or_sides, to_pair
 from mae.training import measured_runs
 from models_vit import SIZES
 

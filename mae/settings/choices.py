@@ -1,6 +1,6 @@
 """Choices and defaults that other packages also use."""
 
-from mae.position_tables import Size, to_pair
+from mae.sizes import Size, to_pair
 
 TIMM = "timm:"  # before the name of a model of timm
 BACKENDS = ("auto", "nccl", "gloo")

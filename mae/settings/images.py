@@ -4,10 +4,10 @@
 from collections.abc import Set
 from dataclasses import dataclass
 
-from mae.position_tables import Size
 from mae.settings.choices import CLASSIFICATION, CROP_CHOICES, NO_CROP, TASK_CHOICES
 from mae.settings.fields import FIXED, HEAD, IMAGES, LABELS, TRAINING, Values, fact, setting
 from mae.settings.types import count, nodata, non_negative, path, positive, positive_int, positive_share, share
+from mae.sizes import Size
 
 
 @dataclass(frozen=True)

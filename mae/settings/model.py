@@ -3,10 +3,10 @@
 # fmt: off
 from dataclasses import dataclass
 
-from mae.position_tables import Size
 from mae.settings.choices import ADAPT_CHOICES, HEAD_CHOICES, NUM_QUERIES, POOL_CHOICES, REGRESSION_LOSSES
 from mae.settings.fields import FIXED, FREE, HEAD, LABELS, MODEL, TRAINING, Values, fact, setting
 from mae.settings.types import count, non_negative, positive, positive_int, ratio
+from mae.sizes import Size
 
 
 @dataclass(frozen=True)

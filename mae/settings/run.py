@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mae.position_tables import to_pair
 from mae.settings.data import DataSpec
 from mae.settings.fields import FREE, HEAD, IMAGES, LABELS, MACHINE, MODEL, OPTIM, SPLIT, Values, element_types
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
 from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
+from mae.sizes import to_pair
 
 SIZES = ("input_size", "patch_size")  # one number is the size of a square
 DATASETS = ("data_path", "dataset", "train_list", "val_list", "train_folders", "val_folders")  # each names a dataset

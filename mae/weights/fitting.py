@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mae import parallel
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.position_tables import Size, interpolate_pos_embed, sincos_table, to_pair
+from mae.position_tables import interpolate_pos_embed, sincos_table
+from mae.sizes import Size, to_pair
 from mae.weights import shapes
 from mae.weights.candidates import some
 from mae.weights.reading import Weights

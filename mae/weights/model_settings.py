@@ -8,11 +8,11 @@ from torch import Size
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.data.transforms import channel_statistics
-from mae.position_tables import Size as ImageSize
 from mae.settings import REBUILDS, chosen, names_with
 from mae.settings.arguments import in_words
 from mae.settings.choices import TIMM, default_crop_pct, published_crop_pct
 from mae.settings.fields import HEAD, LABELS
+from mae.sizes import Size as ImageSize
 from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER, row_settings

@@ -9,7 +9,7 @@ from torch import Size
 
 from mae import probes
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.position_tables import side_or_sides
+from mae.sizes import side_or_sides
 
 # The weights of the head of a classifier, of a probe (`probes.probe_head`), and of the first of several probes.
 HEAD = "head.weight"

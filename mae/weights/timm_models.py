@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import CheckpointError
-from mae.position_tables import side_or_sides
 from mae.settings.choices import TIMM
+from mae.sizes import side_or_sides
 from models_timm import require_name
 
 logger = logging.getLogger(__name__)

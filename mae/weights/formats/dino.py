@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from mae.position_tables import side_or_sides
+from mae.sizes import side_or_sides
 from mae.weights import shapes
 from mae.weights.candidates import warn_once
 from mae.weights.foreign_settings import recorded

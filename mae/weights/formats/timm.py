@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from mae.position_tables import side_or_sides, to_pair
+from mae.sizes import side_or_sides, to_pair
 from mae.weights.formats import mmpretrain
 from mae.weights.formats.format import Format, Record
 
