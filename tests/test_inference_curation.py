@@ -111,3 +111,13 @@ def test_clusters_are_numbered_by_their_size_and_positions_have_a_range():
     assert {*found[:5]}.isdisjoint(found[5:])
     positions = curation.positions(components)
     assert positions.min() == 0 and positions.max() == 1 and positions.shape == (140, 2)
+
+
+def test_equal_images_have_one_position():
+    """Also those of an encoder that sees no difference, whose features differ by rounding errors."""
+    rows = torch.randn(60, 16)
+    rows[5:25] = rows[5]
+    positions = curation.positions(curation.reduced(rows))
+    assert len(np.unique(positions, axis=0)) == 41 and len(np.unique(positions[5:25], axis=0)) == 1
+    for rows in (torch.ones(60, 16), torch.ones(60, 16) + 1e-6 * torch.randn(60, 16)):
+        assert len(np.unique(curation.positions(curation.reduced(rows)), axis=0)) == 1

@@ -126,11 +126,19 @@ def votes(found: Neighbors, labels: Tensor, num_classes: int) -> Votes:
 
 
 def reduced(features: Tensor) -> np.ndarray:
-    """Returns the COMPONENTS first principal components of unit features (n, D)."""
+    """Returns the COMPONENTS first principal components of unit features (n, D). Those of equal features are equal."""
     from sklearn.decomposition import PCA
 
     unit = nn.functional.normalize(features.float(), dim=1).numpy()
-    return PCA(min(COMPONENTS, *unit.shape), random_state=0).fit_transform(unit)
+    with np.errstate(invalid="ignore"):  # the share of the variance, if all features are equal
+        components = PCA(min(COMPONENTS, *unit.shape), random_state=0).fit_transform(unit)
+    return components[_first_equal(unit)]
+
+
+def _first_equal(rows: np.ndarray) -> np.ndarray:
+    """Returns the index of the first equal row for each of rows (n, d), (n,)."""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault((row + 0.0).tobytes(), index) for index, row in enumerate(rows)])  # not -0.0
 
 
 def clusters(components: np.ndarray) -> np.ndarray:
@@ -143,9 +151,13 @@ def clusters(components: np.ndarray) -> np.ndarray:
 
 
 def positions(components: np.ndarray) -> np.ndarray:
-    """Returns the positions of images on a map (n, 2), from 0 to 1, by t-SNE."""
+    """Returns the positions of images on a map (n, 2), from 0 to 1, by t-SNE. Equal images have one position."""
     from sklearn.manifold import TSNE
 
-    found = TSNE(perplexity=min(30, (len(components) - 1) / 3), random_state=0).fit_transform(components)
+    # Features of an encoder that sees no difference are equal but for the rounding errors of a forward pass.
+    chosen, group = np.unique(_first_equal(components.round(5)), return_inverse=True)
+    if len(chosen) == 1:
+        return np.full((len(components), 2), 0.5)
+    found = TSNE(perplexity=min(30, (len(chosen) - 1) / 3), random_state=0).fit_transform(components[chosen])
     low = found.min(axis=0)
-    return (found - low) / np.maximum(found.max(axis=0) - low, 1e-12)
+    return ((found - low) / np.maximum(found.max(axis=0) - low, 1e-12))[group]
