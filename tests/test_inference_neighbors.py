@@ -85,6 +85,15 @@ def test_a_file_of_features_has_the_neighbors_of_its_images(encoder, labelled, t
     assert_nearest(found.features, found.indices)
 
 
+def test_features_that_are_not_finite_are_refused_by_their_rows():
+    rows = torch.randn(20, 4)
+    bad = rows.clone()
+    bad[3, 1], bad[7, 0] = torch.nan, torch.inf
+    for given in ((bad,), (rows, bad)):
+        with pytest.raises(ValueError, match=r"rows 3, 7\b"):
+            neighbors.find(*given)
+
+
 def test_features_of_all_tokens_have_no_neighbors(encoder, labelled, tmp_path):
     call(features, labelled, model=encoder, out=tmp_path / "f.npz", pool="tokens", num_workers=0)
     with pytest.raises(ValueError, match=r"\(48, 65, 128\).*pool"):

@@ -120,7 +120,7 @@ def find(
         The features, and the indices and cosine similarities of the neighbors, (q, k).
 
     Raises:
-        ValueError: the features have another shape.
+        ValueError: the features have another shape, or values that are not finite.
         OSError: the file can't be read.
     """
     if isinstance(features, str | Path):
