@@ -19,6 +19,7 @@ from mae.data import loader
 from mae.data.open import open_source
 from mae.data.samples import Samples
 from mae.evaluate import tables
+from mae.files.untrusted import require_outside
 from mae.inference.model import get_model
 from mae.settings import DataSpec
 
@@ -61,6 +62,7 @@ def draw(axes: Any, image: Tensor, as_curves: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Writes the figure."""
+    require_outside("out", [args.out], [args.data_path])
     model: Any = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     source = open_source(DataSpec(data_path=args.data_path, dataset=args.dataset), "val")
     samples = Samples(source, model.preprocess, in_chans=model.in_chans, seed=0, values=model.values)

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 
 from mae.evaluate import pictures
-from mae.inference import export, features, get_model, neighbors
+from mae.inference import anomalies, export, features, get_model, image_map, neighbors, reconstruct
 
 STEP = 32 * 4 + pictures.GAP  # from an image of 32 pixels to the next in a picture, which enlarges it
 
@@ -92,6 +92,21 @@ def test_features_that_are_not_finite_are_refused_by_their_rows():
     for given in ((bad,), (rows, bad)):
         with pytest.raises(ValueError, match=r"rows 3, 7\b"):
             neighbors.find(*given)
+
+
+@pytest.mark.parametrize(
+    ("script", "output"), [(neighbors, "n.png"), (image_map, "m.html"), (anomalies, "defects"), (reconstruct, "0.png")]
+)
+def test_an_output_among_the_images_is_refused(labelled, tmp_path, capsys, monkeypatch, script, output):
+    """The next command would read it as an image, or it would replace one."""
+    folder = tmp_path / "images"
+    shutil.copytree(labelled / "train" / "kind0", folder)
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    before = sorted(folder.iterdir())
+    images = {anomalies: [labelled, folder], reconstruct: [folder / "0.png"]}.get(script, [folder])
+    line = fails(capsys, monkeypatch, script, *images, "--model", "no.pth", "--out", folder / ".." / "images" / output)
+    assert "out=" in line and str(images[-1]) in line
+    assert sorted(folder.iterdir()) == before
 
 
 def test_features_of_all_tokens_have_no_neighbors(encoder, labelled, tmp_path):

@@ -140,8 +140,9 @@ def test_errors_name_the_flag(trained, tmp_path):
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "classifier.pth")
     for argv, problem in (
         ([*images, "--model", trained.file, "--masks", tmp_path / "m"], "masks=.*: 2 images have the mask same.png"),
-        ([images[0], "--model", trained.file, "--masks", images[0]], "File exists: .*same.png"),
-        ([images[0], "--model", trained.file, "--masks", images[0].parent], "a mask would replace .*same.png"),
+        ([images[0], "--model", trained.file, "--masks", images[0]], "masks=.*same.png is within .*same.png"),
+        ([images[0], "--model", trained.file, "--masks", images[0].parent], "masks=.*same.png is within .*same.png"),
+        ([images[0], "--model", trained.file, "--out", images[0]], "out=.*same.png is within .*same.png"),
         ([images[0], "--model", tmp_path / "classifier.pth"], "model=.*classifier.pth has no segmentation head"),
     ):
         with pytest.raises((ValueError, FileExistsError), match=problem):

@@ -41,6 +41,19 @@ def require_files(paths: Iterable[str]) -> None:
         os.stat(path)
 
 
+def require_outside(name: str, outputs: Iterable[Path | None], images: Iterable[str | Path | None]) -> None:
+    """Raises ValueError if an output is one of the images or in a folder of them: the next command would read it.
+
+    Args:
+        name: the setting of the outputs.
+        outputs, images: files and folders; None for one that is not given.
+    """
+    given = {Path(image).resolve() for image in images if image is not None}
+    for path in outputs:
+        if path is not None and (read := given & {path.resolve(), *path.resolve().parents}):
+            raise ValueError(f"{name}={path} is within {min(read)}, whose images are read: give another path")
+
+
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 

@@ -46,7 +46,7 @@ from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced, first_few, require_random_access
 from mae.evaluate import pictures, tables
 from mae.files import spreadsheet
-from mae.files.untrusted import printable
+from mae.files.untrusted import printable, require_outside
 from mae.fp32 import in_fp32
 from mae.inference import features
 from mae.inference.classes import NOT_IN_FEATURES, ImageLike, Images, Model
@@ -303,6 +303,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> Tensor:
     """Writes the files, prints what they contain, and returns the scores of the images (n,)."""
     start_logging()
+    require_outside("out", [args.out], [args.normal, args.images])
     args.out.mkdir(parents=True, exist_ok=True)
     normal, tested = (_open(text) for text in (args.normal, args.images))  # first: a large model takes long
     _require_others(normal, tested, args)

@@ -38,6 +38,7 @@ from mae.data.pixels import Picture, to_tensor
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate.pictures import decoded, show_range
 from mae.files import atomic, spreadsheet
+from mae.files.untrusted import require_outside
 from mae.inference import curation, map_lists, nearest, neighbors, page
 from mae.inference import features as feature_file
 from mae.inference.classes import Model
@@ -93,6 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> Path:
     """Writes the page and the CSV files, and returns the path of the page."""
     start_logging()
+    require_outside("out", [args.out], [args.data_path])  # the lists could be taken for labels
     every = feature_file.open_images(args)
     extractor, source, precision = feature_file.open_extractor(args, some_of(every))
     rows = torch.from_numpy(feature_file.extract(

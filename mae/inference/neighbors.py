@@ -30,7 +30,7 @@ from mae.data.loader import collate
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate import pictures
 from mae.files import atomic
-from mae.files.untrusted import require_files
+from mae.files.untrusted import require_files, require_outside
 from mae.inference import features as feature_file
 from mae.inference import nearest
 from mae.inference.classes import Model
@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> Neighbors:
     """Writes the picture, prints the share of equal labels, and returns the neighbors of the images that it shows."""
     start_logging()
     require_files(args.query)  # before the features are computed
+    require_outside("out", [args.out], [args.data_path, *args.query])
     extractor, source, precision = feature_file.open_extractor(args)
     model = extractor.model
     model.settings["exif"] = bool(model.settings.get("exif"))  # of the queries, as of the images

@@ -14,7 +14,7 @@ import numpy as np
 from mae import parallel
 from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
-from mae.files.untrusted import printable, require_files
+from mae.files.untrusted import printable, require_files, require_outside
 from mae.inference.model import get_model, pictures_of
 from mae.settings import types
 
@@ -49,6 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the predictions for each image."""
     require_files(args.images)  # before the model is built
+    require_outside("out", [args.out], args.images)
     model = get_model(
         args.model, pretrained=True, device=parallel.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from mae.data.stages import CenterCrop, Scale, Stages
 from mae.data.transforms import NO_CROP
 from mae.evaluate import pictures
 from mae.files import atomic
-from mae.files.untrusted import require_files
+from mae.files.untrusted import require_files, require_outside
 from mae.inference.classes import Autoencoder, ImageLike, Model
 from mae.inference.model import get_model
 from mae.reconstruction import Reconstruction
@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the error of the masked pixels, and returns the reconstructions."""
     start_logging()
     require_files(args.images)  # before the model is built
+    require_outside("out", [args.out], args.images)
     model = get_model(
         args.model, pretrained=True, device=parallel.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip

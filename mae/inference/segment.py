@@ -16,7 +16,7 @@ from mae.cli import entry_point, flags, options
 from mae.evaluate import tables
 from mae.evaluate.segmentation import class_title
 from mae.files import atomic
-from mae.files.untrusted import printable, require_files
+from mae.files.untrusted import printable, require_files, require_outside
 from mae.inference.model import Segmenter, get_model, pictures_of
 from mae.inference.predict import FORMATS
 from mae.settings import types
@@ -52,10 +52,11 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     """Prints the share of each class, writes pictures, and returns the classes (H, W) of each image.
 
     Raises:
-        ValueError: the model has no segmentation head. With `--masks`: two images have the same name, or a mask would
-            replace an image.
+        ValueError: the model has no segmentation head, or an output would replace an image. With `--masks`: two images
+            have the same name.
     """
     require_files(args.images)  # before the model is built
+    require_outside("out", [args.out], args.images)
     model = get_model(args.model, device=parallel.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
         raise ValueError(f"model={args.model} has no segmentation head: give a checkpoint of main_segment.py")
@@ -66,8 +67,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
             raise ValueError(
                 f"masks={args.masks}: {count} images have the mask {mask.name}; give a folder for each of them"
             )
-        if replaced := {mask.resolve() for mask in masks} & {Path(path).resolve() for path in args.images}:
-            raise ValueError(f"masks={args.masks}: a mask would replace the image {min(replaced)}; give another folder")
+        require_outside("masks", masks, args.images)
         args.masks.mkdir(parents=True, exist_ok=True)
     results = []
     # One at a time, so that results are printed before an unreadable image ends the command.
