@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mae import valid_pixels
-from mae.context import takes
+from mae.context import ENTRIES, require_free, takes
 from mae.fp32 import in_fp32
 from mae.masking import check_masking, noise_from_mask, shuffle, take
 from mae.position_tables import sincos_or, sincos_table
@@ -320,10 +320,11 @@ class MaskedAutoencoderViT(Encoder):
             context: `noise` and `valid`, as in `prepare_masking`, and the extra inputs of the images by name.
 
         Raises:
-            ValueError: as in `prepare_masking`, or an override of `random_masking` ignores the mask.
+            ValueError: as in `prepare_masking` and `require_free`, or an override of `random_masking` ignores the mask.
             RuntimeError: as in `prepare_masking`, or patches without valid pixels are visible.
         """
         imgs, mask_ratio, context = self.prepare_masking(imgs, mask_ratio, mask, **context)
+        require_free(type(self), context.keys() - ENTRIES)
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **context)
         pred = self.forward_decoder(latent, ids_restore, **context)
         loss = in_fp32(self.forward_loss)(imgs, pred, patch_mask, **context)
@@ -406,9 +407,7 @@ class MaskedAutoencoderViT(Encoder):
         return self.resized(self.pos_embed, grid, self.grid_size)
 
     def decoder_positions(self, grid: tuple[int, int], **context: Any) -> Tensor:
-        """Returns the positions of the decoder for a grid of (rows, columns) patches: (1, T + N, E), or (B, T + N, E)
-        in an override that takes extra inputs.
-        """
+        """Returns the positions of the decoder for (rows, columns): (1, T + N, E), or (B, T + N, E) in an override."""
         return self.resized(self.decoder_pos_embed, grid, self.grid_size)
 
     def resized(self, table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:

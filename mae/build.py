@@ -277,6 +277,14 @@ def freeze_below(model: Encoder, num_blocks: int | str | None) -> None:
             parameter.requires_grad_(False)
 
 
+def warn_of_frozen(model: nn.Module, num_blocks: int | str | None) -> None:
+    """Logs a warning if `freeze_below` freezes random weights. The user's code may update weights that it freezes."""
+    if num_blocks not in (None, "all") or getattr(model, "adapters", False):
+        logger.warning(
+            "no `finetune` or `init_from`: the frozen weights below adapters and the last `unfreeze_blocks` are random"
+        )
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of encoder and decoder of a model, or of the models in it."""
     lists = [getattr(model, name, None) for name in ("blocks", "decoder_blocks")]

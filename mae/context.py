@@ -14,7 +14,13 @@ STEPS = {
     "forward": 2, "tokenize": 1, "forward_encoder": 2, "random_masking": 2, "forward_decoder": 2, "forward_loss": 3,
     "decoder_positions": 1, "target": 1,
 }  # fmt: skip
-OF_LIBRARY = ("mask", "noise", "valid", "grid_size")  # arguments of the steps that are not extra inputs
+ENTRIES = ("noise", "valid", "grid_size")  # of the library
+OF_LIBRARY = ("mask", *ENTRIES)  # arguments of the steps that are not extra inputs
+# Parameters of the models' methods. No other entry of the context has one of these names (docs/method.md).
+RESERVED = (
+    *OF_LIBRARY, "self", "x", "imgs", "images", "mask_ratio", "latent", "ids_restore", "pred", "loss", "grid", "n",
+    "norm", "return_attention", "pool", "topk", "batch_size", "channels_last",
+)  # fmt: skip
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -41,12 +47,23 @@ def needed_inputs(kind: type, steps: Iterable[str] = STEPS) -> tuple[str, ...]:
     return tuple(name for name, is_needed in extra_inputs(kind, steps).items() if is_needed)
 
 
+def require_free(kind: type, names: Iterable[str]) -> None:
+    """Raises ValueError if an entry of the context has the name of a parameter of a model's methods."""
+    for name in names:
+        if name in RESERVED:
+            raise ValueError(
+                f"{kind.__name__}: rename the entry {name} of the context. The model has parameters of these names: "
+                f"{', '.join(RESERVED)}"
+            )
+
+
 def check_names(kind: type, taken: Collection[str], needed: Collection[str], given: Collection[str]) -> None:
     """Checks the names of the extra inputs that a model gets. One that no step takes would have no effect.
 
     Raises:
-        ValueError: no step of the model's class takes an extra input, or one is missing.
+        ValueError: no step of the model's class takes an extra input, one is missing, or as in `require_free`.
     """
+    require_free(kind, given)
     for name in given:
         if name not in taken:
             others = ", ".join(sorted(taken)) or "none"

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mains import assert_equal, fails, in_processes, lines, open_source, parse, stop_and_resume, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +22,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from examples.ground_positions import GroundPositions
+from mae.context import RESERVED, STEPS
 from mae.data import loader, transforms
 from mae.data.decode import decode
 from mae.data.item import Item
@@ -206,7 +209,7 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
     ({"site": 1e300}, "item 0 .*site"),
     ({"site": 20240131}, "item 0 .*site"),  # fp32 changes it
     ({"site": [0.5, 1700000012.25]}, "item 0 .*site"),
-    ({"noise": 1.0}, "noise"),
+    ({"latent": 1.0}, "latent"),
 ])  # fmt: skip
 def test_wrong_extras_are_errors_in_one_line(extras, message):
     with pytest.raises(ValueError, match=message):
@@ -241,6 +244,34 @@ def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(
     assert message in fails(capsys, monkeypatch, main_pretrain, *argv)
     log = tmp_path / "out/log.txt"
     assert not log.exists() or not json.loads(log.read_text() or "{}")
+
+
+class Added(MaskedAutoencoderViT):
+    """Adds an entry to the context, as a parameter of `prepare_masking` or to its result."""
+
+    before = after = ""
+
+    def prepare_masking(self, imgs, mask_ratio, mask=None, **context):
+        if self.before:
+            context[self.before] = 1
+        imgs, mask_ratio, context = super().prepare_masking(imgs, mask_ratio, mask, **context)
+        return imgs, mask_ratio, context | ({self.after: 1} if self.after else {})
+
+
+@pytest.mark.parametrize(("own", "name"), [({"after": "latent"}, "latent"), ({"after": "mask"}, "mask"),
+                                           ({"before": "grid_size"}, "grid_size")])  # fmt: skip
+def test_an_entry_of_the_context_with_the_name_of_a_parameter_is_refused(own, name, pretrain):
+    kind = type("Added", (Added,), own)
+    with pytest.raises(ValueError, match=f"^Added: .*{name} .*ids_restore"):
+        pretrain(of_main={"model_class": kind})
+
+
+def test_all_parameters_of_the_steps_are_reserved_and_listed():
+    steps = [getattr(MaskedAutoencoderViT, name) for name in (*STEPS, "prepare_masking", "with_terms")]
+    names = {one.name for step in steps for one in signature(step).parameters.values()} - {"context"}
+    assert names <= set(RESERVED)
+    page = (ROOT / "docs/method.md").read_text()
+    assert [name for name in RESERVED if f"`{name}`" not in page] == []
 
 
 class Mapped(list):

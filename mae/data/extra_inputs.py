@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae.context import extra_inputs, needed_inputs
+from mae.context import RESERVED, extra_inputs, needed_inputs
 from mae.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
@@ -16,17 +16,12 @@ logger = logging.getLogger(__name__)
 ROUNDED = 1 / 16  # the largest difference of an extra input to its value in fp32
 FP32 = "finite numbers that fp32 changes by up to 1/16; split large numbers, such as dates"
 
-# Parameters of the models' methods, which no extra input may have as a name.
-RESERVED = (
-    "self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "return_attention",
-    "pool", "topk", "batch_size", "channels_last",
-)  # fmt: skip
-
 
 def check_name(name: Any) -> None:
     """Raises ValueError if an extra input can't have a name, which is the name of a parameter of a model."""
     if not str(name).isidentifier() or keyword.iskeyword(str(name)) or name in RESERVED:
-        raise ValueError(f"an extra input can't have the name {printable(str(name))}: rename it")
+        names = ", ".join(RESERVED)
+        raise ValueError(f"rename the extra input {printable(str(name))}: no Python name, or one of {names}")
 
 
 def fit_fp32(values: np.ndarray) -> np.ndarray:

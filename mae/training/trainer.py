@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import mae.build
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory, run_state
 from mae.interrupts import Interrupts
@@ -121,16 +122,8 @@ def _restore(
         output_dir = Path(machine.output_dir)
         resume.restore_run(machine.resume, output_dir, model, optimizer, precision.scaler, record, progress, callbacks)
     if not (machine.init_from or machine.finetune or progress.epoch or progress.first_iteration):
-        _warn_of_frozen(model, record)
+        mae.build.warn_of_frozen(model, record.get("unfreeze_blocks"))
     parallel.barrier()
-
-
-def _warn_of_frozen(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Logs a warning if the settings freeze random weights. The user's code may update those that it freezes."""
-    if record.get("unfreeze_blocks") not in (None, "all") or getattr(model, "adapters", False):
-        logger.warning(
-            "no `finetune` or `init_from`: the frozen weights below adapters and the last `unfreeze_blocks` are random"
-        )
 
 
 def _prepared(trained: nn.Module, device: torch.device, compiles: bool) -> nn.Module:
