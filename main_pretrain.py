@@ -96,6 +96,9 @@ def main(
     draw_noise, mask_ratio = mae.build.mask_sampler(run.model, model)
     num_visible = masking.num_visible(model.num_patches, mask_ratio)
     samples, full_images = open_samples(data, train, run.augmentation, draw_noise, model, num_visible)
+    takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
+    vis_every = run.evaluation.vis_every if model.predicts_pixels and takes_part else 0
+    examples = loader.examples(full_images, EXAMPLES, run.data.num_workers) if vis_every else None
     batches = loader.TrainLoader(
         samples, run.optim.batch_size, run.data.seed, run.data.num_workers, data.pin_memory, run.data.repeated_sampling,
         run.optim.accum_iter, run.optim.updates_per_epoch,
@@ -104,7 +107,6 @@ def main(
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, run.optim.weight_decay)
     built = optimizers.build(run.optim.optimizer, code.optimizer, model, groups, betas=BETAS)
-    vis_every = run.evaluation.vis_every if model.predicts_pixels else 0
     probe = open_online_probe(
         run.evaluation, data, full_images, mask_ratio, run.optim.batch_size, precision, run.model, model
     )
@@ -112,11 +114,11 @@ def main(
     def after_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
         if epoch == 0 and not run.machine.init_from:
             measured_runs.warn_of_short_run(run.optim.epochs * len(batches) * batches.images_per_iteration, len(train))
-        takes_part = parallel.is_main() or run.machine.fsdp  # sharded weights need all processes
-        if takes_part and vis_every and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
+        if examples and (epoch % vis_every == 0 or epoch == run.optim.epochs - 1):
             from mae.evaluate import pictures  # takes a moment, and a run without examples does not draw
 
-            picture = pictures.reconstructed_examples(model, full_images, EXAMPLES, data.normalize, mask_ratio)
+            names = loader.example_names(full_images, EXAMPLES)
+            picture = pictures.reconstructed_examples(model, examples, names, data.normalize, mask_ratio)
             log.picture("reconstruction", picture, epoch)
         if probe and ((epoch + 1) % run.evaluation.probe_every == 0 or epoch == run.optim.epochs - 1):
             return probe.scores(model)

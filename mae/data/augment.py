@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from mae.data.item import IGNORED
+from mae.data.large import FACTOR, stored_size
 from mae.data.pixels import MAX_PIXELS, BadImage, size_of, to_pillow
 from mae.data.stages import BILINEAR, RandomFlip, Scale, Stage, Values, resize, scale
 from mae.settings.choices import NO_CROP
@@ -41,7 +42,7 @@ class RandomCrop:
         self.ratio = ratio
 
     def __call__(self, values: Values) -> Values:
-        top, left, height, width = self.sample(values[0], self.scale, self.ratio)
+        top, left, height, width = self._box(values[0])
         parts = (
             value[:, top : top + height, left : left + width]
             if type(value) is Tensor  # in a fraction of the time of the function
@@ -49,6 +50,15 @@ class RandomCrop:
             for value in values
         )
         return [scale(part, *self.size) for part in parts]
+
+    def _box(self, image: Any) -> Sequence[int]:
+        """Returns the (top, left, height, width) of a crop. A picture that was reduced has the crop of its file."""
+        stored = stored_size(image)
+        if stored == size_of(image):
+            return self.sample(image, self.scale, self.ratio)
+        top, left, height, width = self.sample(torch.empty(()).expand(1, *stored), self.scale, self.ratio)
+        first = round(top / FACTOR), round(left / FACTOR)
+        return *first, round((top + height) / FACTOR) - first[0], round((left + width) / FACTOR) - first[1]
 
 
 class ChangeImage:

@@ -6,6 +6,8 @@ values are unchanged, unless `PixelValues` says otherwise.
 """
 
 import io
+import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mae.data import jpeg
+from mae.data import jpeg, large
 from mae.data.item import Item
 from mae.data.pixels import (
     AS_STORED,
@@ -35,7 +37,10 @@ from mae.data.pixels import (
     to_tensor,
     to_values,
 )
+from mae.data.stages import has_type
 from mae.files.untrusted import printable
+
+warnings.filterwarnings("ignore", module="PIL")  # about files that it can read; `mae.data` counts them
 
 # Supported formats, by their names in Pillow. Pillow has more formats, and starts external programs for some of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
@@ -46,10 +51,13 @@ MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 
 
-def decode_item(item: Item, in_chans: int, *, values: PixelValues = AS_STORED, **options: Any) -> Item:
+def decode_item(
+    item: Item, in_chans: int, *, values: PixelValues = AS_STORED, reduces: bool = True, **options: Any
+) -> Item:
     """Decodes the image of an item, and finds its invalid pixels.
 
     A pixel is invalid if any of its channels is. Each channel of an invalid pixel becomes the mean of the valid ones.
+    With `reduces`, large pictures are read at a reduced size, unless something else of the item has their size.
 
     Args:
         item: an item of a source. Its valid pixels have the size of the decoded image. Others may have any value.
@@ -60,7 +68,13 @@ def decode_item(item: Item, in_chans: int, *, values: PixelValues = AS_STORED, *
         BadImage: as in `decode`, or the valid pixels have another size.
     """
     values = of_item(item, values)
-    return find_invalid(item, decode(item.image, in_chans, values=values, **options), values)
+    reduces = reduces and is_reducible(item, values)
+    return find_invalid(item, decode(item.image, in_chans, values=values, reduces=reduces, **options), values)
+
+
+def is_reducible(item: Item, values: PixelValues) -> bool:
+    """Whether the picture of an item may have another size: it has no invalid pixels, mask or map."""
+    return item.valid is None and values.nodata is None and not any(map(has_type, (item.label, *item.inputs.values())))
 
 
 def of_item(item: Item, values: PixelValues) -> PixelValues:
@@ -81,7 +95,8 @@ def find_invalid(item: Item, picture: Picture, values: PixelValues) -> Item:
         return item._replace(image=picture)
     pixels = to_tensor(picture)
     if values.value_range and not pixels.is_floating_point():
-        picture = pixels = torch.from_numpy(values.to_float(pixels.numpy(), 255))
+        pixels = torch.from_numpy(values.to_float(pixels.numpy(), 255))
+        picture = large.with_stored_size(pixels, large.stored_size(picture))
     nodata = values.nodata
     if pixels.is_floating_point() or nodata is None or nodata == "nan":
         invalid = pixels.isnan().any(dim=0)
@@ -113,6 +128,7 @@ def decode(
     fast_jpeg: bool = False,
     max_pixels: int = MAX_PIXELS,
     values: PixelValues = AS_STORED,
+    reduces: bool = False,
 ) -> Picture:
     """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
 
@@ -131,6 +147,7 @@ def decode(
             always unchanged.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
         values: the meaning of the values. Invalid values of floats become NaN; `decode_item` finds those of bytes.
+        reduces: read files with large pictures (`large.is_large`) at a quarter of their sides.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
@@ -141,15 +158,16 @@ def decode(
     if is_fast and has_bytes(data) and len(data) == in_chans:
         return _fastest(data)
     if is_fast and isinstance(data, bytes) and not (upright and is_turned(data)):
-        pixels = jpeg.decode_rgb(data, max_pixels)
+        pixels = jpeg.decode_rgb(data, min(max_pixels, large.PIXELS) if reduces else max_pixels)
         if pixels is not None:
             return _fastest(pixels)
     try:
-        picture = read(data, in_chans, max_pixels, values)
+        picture = read(data, in_chans, max_pixels, values, reduces)
+        stored_size = getattr(picture, "stored_size", None)
         if upright:
             picture = turned_upright(data, picture)
         picture = fit_channels(picture, in_chans, values)
-        return _fastest(picture) if is_fast else picture
+        return large.with_stored_size(_fastest(picture) if is_fast else picture, stored_size)
     except BadImage:
         raise
     except Exception as error:  # decoders raise any exception on damaged bytes
@@ -191,13 +209,14 @@ def is_turned(picture: Picture | bytes) -> bool:
 
 def read(
     data: bytes | Picture | np.ndarray, in_chans: int | None, max_pixels: int = MAX_PIXELS,
-    values: PixelValues = AS_STORED,
+    values: PixelValues = AS_STORED, reduces: bool = False,
 ) -> Picture:  # fmt: skip
     """Returns the picture of the data of `decode`, with its own channels.
 
     Args:
         in_chans: determines whether the pages of a TIFF file, or the first axis of an array, are the channels. None:
             equal pages and the shorter axis are.
+        reduces: as in `decode`.
 
     Raises:
         Exception: any exception of the decoder.
@@ -212,13 +231,13 @@ def read(
             return from_array(to_values(np.array(data)[:, :, None], values))
         return _with_all_bits(data, values) if isinstance(data, Image.Image) else data
     if data.startswith(b"\x93NUMPY"):
-        return _read_npy(data, in_chans, max_pixels, values)
+        return _read_npy(data, in_chans, max_pixels, values, reduces)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         from mae.data import tiff  # many data sets have none
 
-        picture = tiff.read(data, in_chans, max_pixels, values)
-        return _read_with_pillow(data, max_pixels, values) if picture is None else picture
-    return _read_with_pillow(data, max_pixels, values)
+        picture = tiff.read(data, in_chans, max_pixels, values, reduces)
+        return _read_with_pillow(data, max_pixels, values, reduces) if picture is None else picture
+    return _read_with_pillow(data, max_pixels, values, reduces)
 
 
 def fit_channels(picture: Picture, in_chans: int, values: PixelValues = AS_STORED) -> Picture:
@@ -258,7 +277,7 @@ def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     return picture.expand(in_chans, -1, -1)
 
 
-def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Picture:
+def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues, reduces: bool) -> Picture:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -266,7 +285,25 @@ def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Pict
     check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
         raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
+    if reduces and large.is_large(picture.height, picture.width):
+        require_stored_values(values, _has_stored_values(picture, data))
+        with large.one_at_a_time():
+            return _reduced(picture, values)
     return _with_all_bits(picture, values, data)
+
+
+def _reduced(picture: ImageFile.ImageFile, values: PixelValues) -> Picture:
+    """Decodes a picture to a quarter of its sides: JPEG files in the decoder, others after it has the whole picture."""
+
+    def rows(top: int, bottom: int) -> Picture:
+        strip = picture.crop((0, top, picture.width, bottom))
+        strip.format = picture.format
+        return _with_all_bits(strip, values)
+
+    size = size_of(picture)
+    is_jpeg = picture.draft(None, (picture.width // large.FACTOR, picture.height // large.FACTOR)) is not None
+    picture.load()
+    return large.with_stored_size(picture if is_jpeg else large.reduced(picture.height, rows), size)
 
 
 def _has_stored_values(picture: Image.Image, data: bytes) -> bool:
@@ -328,7 +365,7 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int | None, channels_last: b
     return 2 if shape[2] <= shape[0] else 0
 
 
-def _read_npy(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues) -> Tensor:
+def _read_npy(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues, reduces: bool) -> Tensor:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -340,4 +377,5 @@ def _read_npy(data: bytes, in_chans: int | None, max_pixels: int, values: PixelV
     check_size(height, width, 1 if axis is None else shape[axis], max_pixels)
     count = int(np.prod(shape, dtype=object))
     array = np.frombuffer(data, dtype, count, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
-    return from_array(to_values(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2), values))
+    array = array[:, :, None] if axis is None else np.moveaxis(array, axis, 2)
+    return large.of_array(array, partial(to_values, values=values), reduces)

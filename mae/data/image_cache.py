@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae import errors, parallel
-from mae.data import decode, jpeg, pixels, tiff
+from mae.data import decode, jpeg, large, pixels, tiff
 from mae.data.batches import Batches, up_to_cores
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
@@ -44,8 +44,9 @@ def folder() -> Path:
 class ImageCache:
     """A source whose images are uint8 tensors (c, H, W) in a file.
 
-    The file has the bytes of all images and then int64 (3, n): the start, height and width of each image. The height of
-    an image that is not in the file is 0. It is read from the source at each access.
+    The file has the bytes of all images and then int64 (5, n): the start, height and width of each image, and the
+    height and width in its file, of which a large picture has a quarter. The height of an image that is not in the file
+    is 0. It is read from the source at each access.
 
     Args:
         source: the encoded images.
@@ -63,10 +64,10 @@ class ImageCache:
         self.name = source.name
         self.version = source.version
         data = np.asarray(np.memmap(path, np.uint8, "c"))  # tensors can't be read-only
-        self.num_bytes = len(data) - 3 * 8 * len(source)
+        self.num_bytes = len(data) - 5 * 8 * len(source)
         self.pixels = data[: self.num_bytes]
         table = np.frombuffer(data[self.num_bytes :].tobytes(), np.int64)
-        self.starts, self.heights, self.widths = table.reshape(3, -1)
+        self.starts, self.heights, self.widths, *self.stored_sizes = table.reshape(5, -1)
         height = int(self.heights[0])
         width = int(self.widths[0])
         are_equal = height and np.all(self.heights == height) and np.all(self.widths == width)
@@ -83,8 +84,9 @@ class ImageCache:
         if not height:
             return self.source[index]
         end = self.starts[index + 1] if index + 1 < len(self) else self.num_bytes
-        pixels = torch.from_numpy(self.pixels[start:end]).view(height, width, -1)
-        return Item(pixels.permute(2, 0, 1), label_at(self.labels, index))
+        pixels = torch.from_numpy(self.pixels[start:end]).view(height, width, -1).permute(2, 0, 1)
+        rows, columns = (int(sides[index]) for sides in self.stored_sizes)
+        return Item(large.with_stored_size(pixels, (rows, columns)), label_at(self.labels, index))
 
 
 def cached(samples: Samples, num_workers: int) -> ImageCache:
@@ -115,7 +117,7 @@ def cached(samples: Samples, num_workers: int) -> ImageCache:
 
 def _digest(source: Source, samples: Samples) -> str:
     """Returns a digest of all that the decoded images of a source depend on."""
-    decoders = (decode, pixels, tiff, jpeg)
+    decoders = (decode, pixels, tiff, jpeg, large)
     code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in decoders]
     packages = [[one.version for one in metadata.distributions(name=name)] for name in DECODERS]
     names = (os.getcwd(), versions(source))  # names may be relative
@@ -138,7 +140,7 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
     total = len(decoded)
     done = 0
     num_bytes = 0
-    sizes = np.zeros((3, total), np.int64)
+    sizes = np.zeros((5, total), np.int64)
     batches = Batches(
         decoded, up_to_cores(num_workers) * parallel.processes_here(), batch_size=BATCH, collate_fn=list,
         generator=torch.Generator(),  # the random numbers of the run are not affected
@@ -146,8 +148,8 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
     bar = tqdm(total=total, desc="decoding", unit="image", disable=None if parallel.is_main() else True)
     with temporary, bar, Path(temporary.name, path.name).open("wb") as file:
         for images in batches:
-            for image in images:
-                sizes[:, done] = num_bytes, *image.shape[1:]
+            for image, stored_size in images:
+                sizes[:, done] = num_bytes, *image.shape[1:], *stored_size
                 with atomic.writing(path):
                     file.write(image.permute(1, 2, 0).contiguous().numpy())
                 num_bytes += image.numel()
@@ -169,7 +171,9 @@ def _write(path: Path, decoded: "_Decoded", num_workers: int) -> None:
 
 
 class _Decoded(Dataset):
-    """The decoded images of a source, uint8 (c, H, W); empty (0, 0, 0) for those that a file can't replace.
+    """The decoded images of a source, uint8 (c, H, W), and their sizes (height, width) in their files.
+
+    Images are empty (0, 0, 0) if a file can't replace them.
 
     These are images with more than 8 bits, invalid pixels or extra inputs, images that can't be read and are skipped,
     and images whose label is not that of the source's `labels`.
@@ -183,8 +187,8 @@ class _Decoded(Dataset):
         return len(self.source)
 
     @errors.marked()
-    def __getitem__(self, index: int) -> torch.Tensor:
-        nothing = torch.empty(0, 0, 0, dtype=torch.uint8)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        nothing = torch.empty(0, 0, 0, dtype=torch.uint8), (0, 0)
         try:
             with preserve_generators():
                 item = self.samples.read(index)
@@ -202,4 +206,4 @@ class _Decoded(Dataset):
                 f"`cache_images`: the dataset returns another image {self.source.name(index)} in each epoch, and all "
                 f"epochs would have the first; give cache_images=false"
             )
-        return pixels
+        return pixels, large.stored_size(item.image)

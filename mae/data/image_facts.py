@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import math
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae import errors, parallel
+from mae.data import large
 from mae.data.batches import Batches, up_to_cores
-from mae.data.decode import find_invalid, fit_channels, is_turned, of_item, read, turned_upright
+from mae.data.decode import find_invalid, fit_channels, is_reducible, is_turned, of_item, read, turned_upright
 from mae.data.generators import preserve_generators
 from mae.data.item import Item
 from mae.data.loader import MAX_BAD_SHARE
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 8  # images that `check_statistics` reads
 COUNTED = 64  # images that `channels_of` reads
 ROUNDING = 1e-12  # of the mean square: a smaller variance is the rounding error of a constant channel
+BATCH = 16  # images that a worker process reads at a time, if there are many
+BATCHES = 256  # of fewer images otherwise, for a bar that moves
+PART = 2**22  # pixels whose sums are computed at a time: in fp64, a large picture would fill the memory
 GRAY_MODES = ("1", "L", "LA")  # of Pillow; any other is converted to color
 
 
@@ -38,7 +44,8 @@ class ImageFacts(NamedTuple):
     """Size, channels and statistics of one image, or the reason why it can't be read."""
 
     label: int
-    size: tuple[int, int] = (0, 0)  # height, width
+    size: tuple[int, int] = (0, 0)  # height, width, as decoded
+    stored_size: tuple[int, int] = (0, 0)  # in the file: larger than `size` if it is read at a reduced size
     channels: int = 0  # number of channels in the file
     are_equal: bool = False  # it has three channels, which are equal
     deep: bool = False  # more than 8 bits
@@ -49,6 +56,7 @@ class ImageFacts(NamedTuple):
     low: float = np.inf  # smallest and largest valid value, scaled as in training
     high: float = -np.inf
     digest: bytes = b""  # of the decoded pixels
+    warning: str = ""  # the first one of the decoder, if it has read the image
 
 
 class FactsDataset(Dataset):
@@ -84,23 +92,40 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED, upri
         Exception: any exception of the decoder.
     """
     values = of_item(item, values)
-    stored = read(item.image, in_chans, values=values)
-    turned = is_turned(stored)
-    if upright:
-        stored = turned_upright(item.image, stored)
-    decoded = find_invalid(item, fit_channels(stored, in_chans, values), values)
-    pixels = to_unit_range(to_tensor(decoded.image)).double()
-    pixels = pixels.flatten(1) if decoded.valid is None else pixels[:, decoded.valid]
-    sums = torch.stack([pixels.sum(dim=1), pixels.square().sum(dim=1)]).numpy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are counted
+        stored = read(item.image, in_chans, values=values, reduces=is_reducible(item, values))
+        stored_size = large.stored_size(stored)
+        turned = is_turned(stored)
+        if upright:
+            stored = turned_upright(item.image, stored)
+        decoded = find_invalid(item, fit_channels(stored, in_chans, values), values)
+    picture = to_tensor(decoded.image)
+    pixels = picture.flatten(1) if decoded.valid is None else picture[:, decoded.valid]
+    sums = np.zeros((2, len(pixels)))
+    low, high = np.inf, -np.inf
+    for part in pixels.split(PART, dim=1) if pixels.numel() else ():
+        numbers = to_unit_range(part).double()
+        sums += torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).numpy()
+        low = min(low, numbers.min().item())
+        high = max(high, numbers.max().item())
     channels = len(stored) if isinstance(stored, torch.Tensor) else len(stored.getbands())
     deep = isinstance(stored, torch.Tensor) and stored.is_floating_point()
-    low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (np.inf, -np.inf)
-    digest = hashlib.blake2b(to_tensor(decoded.image).numpy().tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(picture.numpy().tobytes(), digest_size=8).digest()
     label = item.label if isinstance(item.label, int) else -1  # numbers and masks are no classes
     return ImageFacts(
-        label, size_of(stored), channels, channels == 3 and _channels_in(stored) == 1, deep, sums, pixels.shape[1],
-        turned=turned, low=low, high=high, digest=digest,
+        label, size_of(stored), large.stored_size(large.with_stored_size(stored, stored_size)), channels,
+        channels == 3 and _channels_in(stored) == 1, deep, sums, pixels.shape[1], turned=turned, low=low, high=high,
+        digest=digest, warning=str(caught[0].message) if caught else "",
     )  # fmt: skip
+
+
+def progress(items: Iterable[Any], name: str, total: int, leave: bool = False) -> Iterator[Any]:
+    """Iterates with a bar from the third second on; if stderr is no terminal, it is written every ten seconds."""
+    every = 0.1 if sys.stderr.isatty() else 10
+    hidden = not parallel.is_main()
+    return iter(tqdm(items, name, total, leave, unit="image", delay=2, mininterval=every, disable=hidden))
 
 
 def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int:
@@ -110,9 +135,10 @@ def channels_of(source: Source | Stream, values: PixelValues = AS_STORED) -> int
     gray. If no image can be read, it is 3.
     """
     counts = Counter[int]()
-    for item in examples(source, COUNTED):
+    for item in progress(examples(source, COUNTED), "channels", min(COUNTED, len(source))):
         with suppress(Exception):  # the facts have the reason
-            counts[_channels_in(read(item.image, None, values=of_item(item, values)))] += 1
+            of_values = of_item(item, values)
+            counts[_channels_in(read(item.image, None, values=of_values, reduces=is_reducible(item, values)))] += 1
     if counts.keys() <= {1, 3}:
         return 1 if counts.keys() == {1} else 3
     return counts.most_common(1)[0][0]
@@ -157,7 +183,8 @@ def all_facts(
         yield from unreadable
     else:
         dataset = FactsDataset(source, in_chans, values, upright)
-        for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
+        size = min(BATCH, 1 + len(indices) // BATCHES)
+        for batch in Batches(dataset, num_workers, batch_size=size, sampler=indices, collate_fn=list):
             yield from batch
 
 
@@ -177,9 +204,7 @@ def readable(
     indices = list(range(parallel.rank(), len(source), parallel.world_size()))
     with preserve_generators():
         facts = all_facts(source, in_chans, indices, up_to_cores(num_workers), values)
-        bar = tqdm(
-            facts, "reading", len(indices), unit="image", leave=False, disable=None if parallel.is_main() else True
-        )
+        bar = progress(facts, "reading", len(indices))
         bad = {index: fact.unreadable for index, fact in zip(indices, bar, strict=True) if fact.unreadable}
     bad = {index: why for part in parallel.gather(bad) for index, why in part.items()}
     for name, reason in bad.values():

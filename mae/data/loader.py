@@ -138,15 +138,18 @@ def eval_loader(
     )  # fmt: skip
 
 
-def examples(samples: Samples, count: int) -> Batch:
-    """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
+def examples(samples: Samples, count: int, num_workers: int = 0) -> Batch:
+    """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run.
+
+    With `num_workers`, a worker process reads them: large pictures take no memory of this process.
+    """
     if is_stream(samples.source):
         stream = StreamedSamples(samples, samples.source)
         stream.seek(0, 1, min(count, len(samples)))
-        chosen = list(stream)
-    else:
-        chosen = [samples[0, index] for index in evenly_spaced(len(samples), count)]
-    return _collate_good(chosen)
+        return _collate_good(list(stream))
+    chosen = [(0, index) for index in evenly_spaced(len(samples), count)]
+    batches = Batches(samples, min(1, num_workers), batch_size=count, sampler=chosen, collate_fn=_collate_good)
+    return next(iter(batches))
 
 
 def example_names(samples: Samples, count: int) -> list[str]:

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
+from mae.data import large
 from mae.data.pixels import (
     VALUES_PER_PIXEL,
     BadImage,
@@ -37,11 +39,13 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged files are raised instead
 
 
-def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues) -> Tensor | None:
+def read(
+    data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues, reduces: bool = False
+) -> Tensor | None:
     """Returns the picture (c, H, W) of a TIFF file; None if Pillow reads it without changing its values.
 
     Args:
-        data, in_chans, max_pixels, values: as in `decode.read`.
+        data, in_chans, max_pixels, values, reduces: as in `decode.read`.
 
     Raises:
         BadImage: the file is a volume or a stack, is truncated or too large, or has other channels.
@@ -75,7 +79,9 @@ def read(data: bytes, in_chans: int | None, max_pixels: int, values: PixelValues
             check_channels(channels - has_alpha, in_chans)
         for p in pages:
             _require_complete(p, len(data))
-        picture = from_array(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
+        with large.one_at_a_time() if large.is_large(page.imagelength, page.imagewidth) else nullcontext():
+            picture = torch.cat([_page_pixels(p, values, reduces and not has_alpha) for p in pages])
+        picture = large.with_stored_size(picture, (page.imagelength, page.imagewidth))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 
 
@@ -96,17 +102,20 @@ def _is_stack(pages: Any) -> bool:
     return first == second and not (pages[1].is_reduced or pages[1].subfiletype & 4)
 
 
-def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:
-    """Decodes a page to (H, W, c), turned upright, uint8 or float32; 9 to 16 bits become floats from 0 to 1."""
+def _page_pixels(page: tifffile.TiffPage, values: PixelValues, reduces: bool) -> Tensor:
+    """Decodes a page to (c, H, W), turned upright, uint8 or float32; 9 to 16 bits become floats from 0 to 1."""
+
+    def convert(pixels: np.ndarray) -> np.ndarray:
+        inverted = page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind != "f"
+        pixels = to_values(pixels, values, 2**page.bitspersample - 1)
+        return (255 if pixels.dtype == np.uint8 else 1) - pixels if inverted else pixels
+
     pixels = page.asarray()
-    inverted = page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind != "f"
-    pixels = to_values(pixels, values, 2**page.bitspersample - 1)
-    if inverted:
-        pixels = (255 if pixels.dtype == np.uint8 else 1) - pixels
     pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
     pixels = pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    picture = large.of_array(pixels, convert, reduces)
     turn = TURNS.get(page.tags.valueof("Orientation", 1))
-    return turn(pixels) if turn else pixels
+    return from_array(turn(picture.permute(1, 2, 0).numpy())) if turn else picture
 
 
 def _over_white(picture: Tensor, kind: int) -> Tensor:

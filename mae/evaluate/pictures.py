@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mae.data import image_facts, loader
+from mae.data import image_facts
 from mae.data.generators import preserve_generators
-from mae.data.item import NO_INPUTS
+from mae.data.item import NO_INPUTS, Batch
 from mae.data.pixels import BadImage, Picture, size_of, to_tensor
 from mae.data.samples import Samples
 from mae.data.transforms import Normalize
@@ -161,10 +161,8 @@ def titled(masked: float) -> list[str]:
 
 
 def reconstructed_examples(
-    model: Any, samples: Samples, count: int, normalize: Normalize, mask_ratio: float
+    model: Any, batch: Batch, names: Sequence[str], normalize: Normalize, mask_ratio: float
 ) -> np.ndarray:
-    """Draws reconstructions of evenly spaced samples with their names, as in `reconstruction`."""
-    show_range(normalize, decoded(samples))
-    batch = loader.examples(samples, count)
-    names = loader.example_names(samples, count)
+    """Draws reconstructions of the images of a batch with their names, as in `reconstruction`."""
+    show_range(normalize, batch.images)
     return reconstruction(model, batch.images, batch.noise, normalize, mask_ratio, labels=names, context=batch.context)

@@ -181,7 +181,7 @@ class ModelMixin(PyTorchModelHubMixin):
             self.normalize.check_input(x)
             x = x.to(device)
         else:
-            items = [self.decode(image, channels_last=channels_last) for image in several]
+            items = [self.decode(image, channels_last=channels_last, reduces=not values) for image in several]
             for item in items:
                 if not (isinstance(item.image, Tensor) and item.image.is_floating_point()):
                     self.normalize.require_fit_to_bytes()  # another image may turn the bytes into floats
@@ -205,7 +205,9 @@ class ModelMixin(PyTorchModelHubMixin):
             return item.image
         return transforms.to_unit_range(to_tensor(item.image)).masked_fill(~item.valid, torch.nan)
 
-    def decode(self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None) -> Item:
+    def decode(
+        self, image: ImageLike, max_pixels: int = MAX_PIXELS, channels_last: bool | None = None, reduces: bool = False
+    ) -> Item:
         """Decodes an image to a picture with the channels of the model, and its valid pixels.
 
         The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
@@ -214,12 +216,14 @@ class ModelMixin(PyTorchModelHubMixin):
             image: an image as in `prepare`. Float tensors are pictures of this method: from 0 to 1, NaN is invalid.
             max_pixels: limit of the pixels of a file, which is checked before they are decoded.
             channels_last: as in `prepare`.
+            reduces: read large pictures at a reduced size, as in training.
 
         Raises:
             BadImage, OSError: as in `prepare`.
         """
         values = self.values if channels_last is None else self.values._replace(channels_last=channels_last)
-        options = {"upright": self.settings.get("exif") is not False, "max_pixels": max_pixels}
+        upright = self.settings.get("exif") is not False
+        options: dict[str, Any] = {"upright": upright, "max_pixels": max_pixels, "reduces": reduces}
         if isinstance(image, str | Path):
             try:
                 return decode_item(Item(read_file(image)), self.in_chans, values=values, **options)

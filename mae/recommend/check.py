@@ -14,6 +14,7 @@ they are those of main_finetune.py for the labels.
 
 import argparse
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -24,17 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mae.cli import entry_point, flags, options
+from mae.data import large
 from mae.data.batches import up_to_cores
-from mae.data.image_facts import ImageFacts, all_facts, channels_of, statistics_of
+from mae.data.image_facts import ImageFacts, all_facts, channels_of, progress, statistics_of
 from mae.data.labels import has_class_numbers, has_ids, is_placeholder
 from mae.data.loader import MAX_BAD_SHARE
 from mae.data.open import open_source
-from mae.data.pixels import BadImage, PixelValues
+from mae.data.pixels import MAX_PIXELS, BadImage, PixelValues
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset, Source, Stream, evenly_spaced, first_few, is_stream
+from mae.files.untrusted import printable
 from mae.plurals import counted
 from mae.settings import ImageSpec, Run, types
 from mae.settings.arguments import in_words
@@ -117,12 +119,12 @@ def report_on(
     more = f"\n            and {len(bad) - MAX_LISTED:,} more" if len(bad) > MAX_LISTED else ""
     lines.append(f"unreadable  {len(bad):,}{listed}{more}")
     if good:
-        heights, widths = np.array([fact.size for fact in good]).T
+        heights, widths = np.array([fact.stored_size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
-        (size, most), *others = Counter(fact.size for fact in good).most_common()
+        (size, most), *others = Counter(fact.stored_size for fact in good).most_common()
         different = {(fact.size, fact.digest) for fact in good}
         among = f" among the {len(facts):,} that were read" if read else ""
-        pixels = int((heights * widths).sum())
+        pixels = sum(math.prod(fact.size) for fact in good)
         valid = sum(fact.valid for fact in good)
         lines += [
             f"sizes       {size[0]} x {size[1]} (height x width): {counted(most, 'image')}{spread if others else ''}",
@@ -131,6 +133,13 @@ def report_on(
             f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
             f"duplicates  {counted(len(good) - len(different), 'image')}{among}",
         ]
+        if reduced := sum(fact.size != fact.stored_size for fact in good):
+            lines.append(
+                f"large       {counted(reduced, 'image')} of more than {large.PIXELS:,} pixels: 1/{large.FACTOR} of "
+                f"the sides is read, one image at a time in up to {MAX_PIXELS * 4 / 1e6:,.0f} MB"
+            )
+        if warned := [fact.warning for fact in good if fact.warning]:
+            lines.append(f"warnings    {counted(len(warned), 'image')}, such as: {printable(warned[0])}")
         if valid < pixels:
             lines.append(f"invalid     {1 - valid / pixels:.2%} of the pixels")
         turned = sum(fact.turned for fact in good)
@@ -212,7 +221,7 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     exif = bool(run.images.exif)
     facts_of = all_facts(images, in_chans, indices, up_to_cores(args.num_workers), values, exif)
     started = time.perf_counter()
-    facts = list(tqdm(facts_of, total=len(indices), disable=None))
+    facts = list(progress(facts_of, "reading", len(indices), leave=True))
     seconds = time.perf_counter() - started
     print("\n".join(report_on(images, facts, seconds, in_chans, run.images.task, exif)))
     num_bad = sum(bool(fact.unreadable) for fact in facts)

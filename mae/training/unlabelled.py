@@ -87,7 +87,7 @@ def open_samples(
     # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
     full_images = data.samples(source, whole, "skip", draw_noise)
     if model.norm_pix_loss and model.predicts_pixels and parallel.is_main():
-        check_targets(model, loader.examples(full_images, CHECKED), data.normalize.std)
+        check_targets(model, loader.examples(full_images, CHECKED, data.data.num_workers), data.normalize.std)
     return augmented, full_images
 
 
