@@ -9,6 +9,8 @@ names the page. The flags are those of `mae recipe`. Processes are started for a
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -21,17 +23,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import main_pretrain
 from mae import parallel
-from mae.checkpoints import run_directory
+from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point
-from mae.data.source import is_stream
+from mae.cli.script import Script
+from mae.data.fingerprint import fingerprint
+from mae.data.kinds.listing import folder_of
+from mae.data.open import open_source
+from mae.data.run_data import RunData
+from mae.data.source import first_few, is_stream
+from mae.files import atomic
+from mae.files.untrusted import printable
 from mae.inference import report, verdict
 from mae.interrupts import command, raised
-from mae.recommend import check, recipe
+from mae.plurals import counted
+from mae.recommend import check, recipe, rules, trial
+from mae.recommend.facts import Machine
+from mae.settings import DataSpec, ImageSpec, OptimSpec
 from mae.settings.arguments import arguments, in_words
-from mae.settings.values import read_recipe
-from mae.training import environment, log
+from mae.settings.values import PROCESSES, read_recipe
+from mae.training import environment, log, lr_sched
+from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +62,12 @@ HELP = {
     "--init_from 30)",
 }
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
-VARIABLE = re.compile("[A-Z_]+=")  # of the environment, before a command
 COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
 PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
 FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
 NAMES = ("data_path", "train_list", "dataset")  # settings that name images
-COMPLETE = "complete"  # an empty file in the run directory: all parts have succeeded
+COMPLETE = "complete"  # in the run directory: all parts have succeeded. It has `digests`; until d42b7c83, nothing
 LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
@@ -93,34 +107,63 @@ def main(args: argparse.Namespace) -> None:
     out = args.output_dir.expanduser() if args.output_dir else Path("runs", name)
     file = out.with_name(f"{out.name}.yaml")
     require_same_images(given, out, file)
+    code = dataset if runs_code(dataset := str(given.get("dataset", ""))) else None  # a recipe can't name it
     page = out / "report.html"
-    if page.exists() and is_complete(out, file):
+    if page.exists() and is_complete(out, file, code):
         logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
         print(f"page: {page}")
         return
-    if not file.exists():
-        write_recipe(given, file)
+    if file.exists() or is_run(out):
+        settings = file if file.exists() else f"the run in {out}"
+        logger.info(f"the settings are those of {settings}; for others, give another `output_dir`")
     else:
-        logger.info(f"the settings are those of {file}, which exists: delete it to use other flags")
-    call(recipe.command_of(file, out))
+        write_recipe(given, file)
+    train(out, file, code)
     status = 0
-    if comparison := comparison_of(out):
+    if comparison := comparison_of(out, code):
         try:
             call(comparison)
         except SystemExit as error:
             status = int(error.code or 0)
             logger.warning("the comparison has failed: the page has what is finished of it")
-    call([sys.executable, "-m", "mae.inference.report", str(out)])  # it prints the path
+    call([sys.executable, "-m", "mae.inference.report", str(out), *arguments({"dataset": code})])  # it prints the path
     if status:
         sys.exit(status)
-    (out / COMPLETE).touch()
+    atomic.write_text(out / COMPLETE, json.dumps(digests(out, file, code)))
 
 
-def is_complete(out: Path, file: Path) -> bool:
-    """Whether all parts have succeeded, with the recipe `file` as it is, and no checkpoint has been written since."""
+def is_complete(out: Path, file: Path, code: str | None) -> bool:
+    """Whether all parts have succeeded, and neither recipe nor images have changed since, nor has the run resumed.
+
+    Args:
+        file: the recipe. If it is gone, it has not changed.
+        code: the dataset, if it is the user's code.
+    """
     stamp = out / COMPLETE
-    parts = [*run_directory.checkpoints(out), *([file] if file.exists() else [])]
-    return stamp.exists() and all(stamp.stat().st_mtime >= part.stat().st_mtime for part in parts)
+    if not stamp.exists():
+        return False
+    recorded = stamp.read_text(encoding="utf-8")
+    if not recorded:
+        parts = [*run_directory.checkpoints(out), *([file] if file.exists() else [])]
+        return all(stamp.stat().st_mtime >= part.stat().st_mtime for part in parts)
+    before = json.loads(recorded)
+    changed = [name for name, digest in digests(out, file, code).items() if before.get(name) != digest]
+    if changed:
+        logger.info(f"{out} was complete; changed since then: {', '.join(changed)}")
+    return not changed
+
+
+def digests(out: Path, file: Path, code: str | None) -> dict[str, str]:
+    """Returns digests of what the results of a run depend on. Arguments as in `is_complete`."""
+    data = data_of(settings_of(out, file), code)
+    try:
+        val = open_source(data, "val", task=None)
+    except ValueError:  # there are none
+        val = None
+    parts = {"recipe": file, "starts": out / environment.FILE}
+    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in parts.items() if path.exists()}
+    images = fingerprint(report.open_images(data), with_labels=False, val=val)
+    return {**files, "images": " ".join(images.values())}
 
 
 def require_same_images(given: Mapping[str, Any], out: Path, file: Path) -> None:
@@ -130,7 +173,7 @@ def require_same_images(given: Mapping[str, Any], out: Path, file: Path) -> None
         given: the arguments of the command; of them, `path` may be of any kind.
     """
     if file.exists():
-        settings = read_recipe(file.read_text(encoding="utf-8")) or {}
+        settings = entries_of(file)
     elif (out / environment.FILE).is_file():
         settings = environment.read_last(out)["settings"]
     else:
@@ -173,10 +216,106 @@ def write_recipe(given: dict[str, Any], file: Path) -> None:
         )
 
 
-def comparison_of(out: Path) -> list[str]:
+def train(out: Path, file: Path, code: str | None) -> None:
+    """Runs the pre-training. A run that has lost its recipe has the settings of its checkpoint.
+
+    Of a recipe, the command has its path and its number of processes. Arguments as in `is_complete`.
+    """
+    require_images_of_epoch(out, file, code)
+    machine = recipe.this_machine(can_cache=False)
+    processes = processes_of(out, file, machine, code)
+    settings = {"config": file if file.exists() else None, "output_dir": out, "resume": "auto", "dataset": code}
+    call(
+        trial.torchrun(processes, "main_pretrain", settings),
+        threads=None if machine.gpus else machine.threads(processes),
+    )
+
+
+def is_run(out: Path) -> bool:
+    """Whether a directory has a run with a state."""
+    return bool(run_directory.checkpoints(out)) and (out / environment.FILE).is_file()
+
+
+def require_images_of_epoch(out: Path, file: Path, code: str | None) -> None:
+    """Raises ValueError if the run was interrupted within an epoch, and its images have changed since.
+
+    Arguments as in `is_complete`.
+    """
+    newest = next(iter(run_directory.newest_first(out)), None)
+    progress = checkpoint.read(newest, verify=False).get("progress", {}) if newest else {}
+    if not progress.get("images_done"):
+        return
+    settings = settings_of(out, file)
+    names = run_directory.interrupted_images(out, "auto")
+    images = RunData(ImageSpec.of(settings), data_of(settings, code), torch.device("cpu"), None, lambda: names)
+    source = images.open_split("train", reads_labels=False)
+    now = fingerprint(source, with_labels=False)
+    if all(progress["images"].get(kind, digest) == digest for kind, digest in now.items()):
+        return
+    folder = folder_of(source)
+    added = sorted(set(folder.names).difference(names)) if folder and names else []
+    listed = f", such as {first_few([printable(name) for name in added])}" if added else ""
+    raise ValueError(
+        f"{out} was interrupted within an epoch, and images were added{listed}, or removed: restore the images as they "
+        f"were until the epoch is complete, or give another `output_dir`"
+    )
+
+
+def processes_of(out: Path, file: Path, machine: Machine, code: str | None) -> int:
+    """Returns the number of processes: that of the run, if it exists, else that of the recipe, else that of the rules.
+
+    Raises:
+        ValueError: the machine has fewer GPUs or cores.
+    """
+    wanted = entries_of(file).get(PROCESSES) if file.exists() else None
+    of_run = None
+    if is_run(out):
+        of_run = environment.read_last(out)["processes"]
+        if wanted not in (None, of_run):
+            logger.info(f"processes={wanted} of {file} has no effect on the run in {out}, which keeps {of_run}")
+    processes = of_run or wanted
+    if processes is None:
+        settings = settings_of(out, file)
+        optim = OptimSpec.of(settings)
+        processes = rules.processes_of(machine, len(report.open_images(data_of(settings, code))))
+        logger.info(f"{file} has no line `processes`: {counted(processes, 'process')} here")
+        lr_sched.scaled_lr(optim.lr, optim.blr, processes * optim.batch_size * optim.accum_iter)  # it logs both
+    most = machine.gpus or machine.cores
+    if not (type(processes) is int and 1 <= processes <= most):
+        unit = "GPUs" if machine.gpus else "CPU cores"
+        of = f"the run in {out}" if of_run else file
+        remedy = "give another `output_dir`" if of_run else "give fewer `processes` and more `accum_iter` in it"
+        raise ValueError(
+            f"{of} has {processes} processes, and this machine has {most} {unit}; `batch_size` counts the images of "
+            f"one process: use another machine, or {remedy}"
+        )
+    return processes
+
+
+def entries_of(file: Path) -> dict[str, Any]:
+    """Returns the entries of a recipe, as `read_recipe`. An error names the file."""
+    try:
+        return read_recipe(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no recipe: {error}") from error
+
+
+def settings_of(out: Path, file: Path) -> Mapping[str, Any]:
+    """Returns the settings of a recipe; without it, those of the run."""
+    if file.exists():
+        return Script(main_pretrain).settings({"config": file}).record()
+    return environment.read_last(out)["settings"]
+
+
+def data_of(settings: Mapping[str, Any], code: str | None) -> DataSpec:
+    """Returns the dataset of a run, which is `code` if the user gives it."""
+    return report.data_of(settings, argparse.Namespace(data_path=None, dataset=code))
+
+
+def comparison_of(out: Path, code: str | None) -> list[str]:
     """Returns the command that compares the encoder of a run with raw pixels; [] without labels."""
     settings = environment.read_last(out)["settings"]
-    data = report.data_of(settings, argparse.Namespace(data_path=None, dataset=None))
+    data = data_of(settings, code)
     source = report.open_images(data)
     is_labelled = not is_stream(source) and verdict.is_classified(source)
     if not (settings.get("probe_path") or is_labelled):
@@ -194,21 +333,22 @@ def has_many(source: Any) -> bool:
     return bool(per_class) and counts.min() >= 2 * per_class
 
 
-def call(words: Sequence[str], is_read: bool = False) -> str:
+def call(words: Sequence[str], is_read: bool = False, threads: int | None = None) -> str:
     """Prints and runs a command.
 
     Args:
         is_read: return what it prints; it is printed, too.
+        threads: number of threads of PyTorch. Default: that of the launcher.
 
     Raises:
         SystemExit: it failed; with its exit status.
     """
-    variables = dict(word.split("=", 1) for word in words if VARIABLE.match(word))
-    program = [word for word in words if not VARIABLE.match(word)]
-    shown = ["python" if word == sys.executable else word for word in words]
+    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    shown = [f"{name}={value}" for name, value in variables.items()]
+    shown += ["python" if word == sys.executable else word for word in words]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     output = []
-    with command(program, env=os.environ | variables, stdout=subprocess.PIPE if is_read else None) as process:
+    with command(words, env=os.environ | variables, stdout=subprocess.PIPE if is_read else None) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             output.append(line)

@@ -206,7 +206,8 @@ def test_repeated_lists_of_names_are_one_list_and_replace_the_list_of_a_recipe(t
 
 
 def test_explicit_settings_are_recorded(tmp_path):
-    path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
+    text = "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n"
+    path = recipe(tmp_path, f"{text}processes: 2\n")  # `mae start` starts them
     argv = ["--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0"]
     run = entry_point.parse(main_pretrain.get_args_parser(), list(map(str, argv)))
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
@@ -312,7 +313,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
     ("norm_pix_loss: on", "norm_pix_loss takes true or false"),
     ("epochs: 3\nlr: 1\nepochs: 4", "has epochs twice"),
-], ids=range(36))  # fmt: skip
+    ("processes: 0", "processes=0"), ("processes: [2]", "processes"),
+], ids=range(38))  # fmt: skip
 def test_invalid_recipes_are_errors(text, message, tmp_path, refused):
     """Recipes execute nothing and can't fill the memory."""
     path = tmp_path / "recipe.yaml"

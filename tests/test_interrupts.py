@@ -155,8 +155,8 @@ def run(name):
         time.sleep(60)
     call(LONG if name == part else ["true"])
 start.write_recipe = lambda given, file: run("check")
-start.recipe.command_of = lambda *_: ["training"]
-start.comparison_of = lambda out: run("between") if part == "between" else ["comparison"]
+start.train = lambda *_: run("training")
+start.comparison_of = lambda *_: run("between") if part == "between" else ["comparison"]
 start.call = lambda words: run("page" if "mae.inference.report" in words else words[0])
 entry_point.run(start.main, start.get_args_parser())
 """

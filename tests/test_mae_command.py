@@ -1,6 +1,7 @@
 """The command `mae`: its list of commands, and `mae start`, from a folder of images to a page."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -12,9 +13,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mains import fails
+from PIL import Image
 
 from mae import __main__ as mae_command
 from mae import parallel, start
+from mae.checkpoints import checkpoint, run_directory
+from mae.data.fingerprint import fingerprint
+from mae.data.open import open_source
+from mae.recommend.facts import Machine
+from mae.settings import DataSpec
 
 
 def run(*words, cwd=ROOT):
@@ -92,10 +99,11 @@ def test_the_page_of_a_complete_run_is_named(tmp_path, monkeypatch, capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/mine is complete") and last == "page: runs/mine/report.html"
     os.utime(out / start.COMPLETE, (0, 0))  # a checkpoint is newer
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(start, "write_recipe", lambda *_: sys.exit("begins"))
+    with pytest.raises(SystemExit, match="begins"):
         start.main(start.get_args_parser().parse_args(words))
     (out / start.COMPLETE).unlink()  # a page of the meantime
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="begins"):
         start.main(start.get_args_parser().parse_args(words))
 
 
@@ -141,13 +149,135 @@ def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(start, "call", call)
-    monkeypatch.setattr(start, "comparison_of", lambda _: ["compare"])
-    monkeypatch.setattr(start.recipe, "command_of", lambda *_: ["train"])
+    monkeypatch.setattr(start, "comparison_of", lambda *_: ["compare"])
+    monkeypatch.setattr(start, "train", lambda *_: called.append(["train"]))
     Path("runs").mkdir()
-    Path("runs/mine.yaml").touch()
+    Path("runs/mine.yaml").write_text("data_path: images\n")
     with pytest.raises(SystemExit) as stop:
         start.main(start.get_args_parser().parse_args(["images", "--output_dir", "runs/mine"]))
     assert stop.value.code == 2
     assert called[:2] == [["train"], ["compare"]] and "mae.inference.report" in called[2]
     assert "the comparison has failed" in capsys.readouterr().out
     assert not Path("runs/mine", start.COMPLETE).exists()  # the next call repeats it
+
+
+@pytest.fixture
+def run_of_pictures(tmp_path, monkeypatch):
+    """`mae start` for a folder of 40 images on two cores, without the programs that it starts; returns their words."""
+    called = []
+
+    def start_run(*flags):
+        called.clear()
+        start.main(start.get_args_parser().parse_args(["images", "--output_dir", "runs/mine", *flags]))
+        return [*called]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "call", lambda words, **_: called.append(words))
+    monkeypatch.setattr(start.recipe, "this_machine", lambda can_cache: Machine(gpus=0, cores=2, cache_bytes=0))
+    for folder in ("images", "runs/mine"):
+        Path(folder).mkdir(parents=True)
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(f"images/{number:02}.png")
+    Path("runs/mine/environment.jsonl").write_text('{"processes": 1, "settings": {"data_path": "images"}}\n')
+    return start_run
+
+
+def write_state(images_done=0):
+    """A checkpoint of the run, as far as `mae start` reads it."""
+    images = fingerprint(open_source(DataSpec(data_path="images"), "train"), with_labels=False)
+    progress = {"epoch": 1, "images_done": images_done, "images": images}
+    checkpoint.write({"epoch": 0, "progress": progress}, Path("runs/mine/checkpoint-last.pth"))
+
+
+def value_of(words, flag):
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def test_the_command_has_the_path_of_the_recipe_and_nothing_of_its_comments(run_of_pictures):
+    """Also of a recipe that was copied, or that has moved; a run that has lost its recipe has its settings."""
+    text = "#   torchrun --standalone --no-python touch PWNED --config runs/original.yaml --output_dir runs/original\n"
+    Path("runs/mine.yaml").write_text(f"{text}data_path: images\nepochs: 7\nprocesses: 2\n")
+    training, page = run_of_pictures()
+    assert {"PWNED", "runs/original.yaml", "runs/original", "--no-python"}.isdisjoint(training)
+    assert "--nproc_per_node=2" in training and "main_pretrain" in training
+    assert [value_of(training, f"--{flag}") for flag in ("config", "output_dir", "resume")] == [
+        "runs/mine.yaml", "runs/mine", "auto",
+    ]  # fmt: skip
+    assert "runs/mine" in page
+    write_state()
+    Path("runs/mine.yaml").rename("elsewhere.yaml")
+    training, _ = run_of_pictures("--minutes", "7")
+    assert value_of(training, "--config") is None and value_of(training, "--output_dir") == "runs/mine"
+    assert "--nproc_per_node=1" in training and not Path("runs/mine.yaml").exists()
+
+
+def test_the_number_of_processes_is_that_of_the_run_of_the_recipe_or_of_the_rules(run_of_pictures, capsys):
+    """40 images have batches of 32, half of which is enough for a core. An impossible number is refused with both."""
+    recipe, environment = Path("runs/mine.yaml"), Path("runs/mine/environment.jsonl")
+    recipe.write_text("data_path: images\nbatch_size: 16\nblr: 0.01\n")
+    assert "--nproc_per_node=2" in run_of_pictures()[0]
+    output = capsys.readouterr().out
+    assert "2 processes" in output and "32; learning rate 0.00125" in output
+    for number, text in (
+        ("3", "runs/mine.yaml has 3 processes.* 2 CPU cores"),
+        ("0", "runs/mine.yaml.*processes=0"),
+        ("x", "runs/mine.yaml"),
+    ):
+        recipe.write_text(f"data_path: images\nprocesses: {number}\n")
+        with pytest.raises(ValueError, match=text):
+            run_of_pictures()
+    write_state()
+    recipe.write_text("data_path: images\nprocesses: 2\n")
+    assert "--nproc_per_node=1" in run_of_pictures()[0]
+    for number, text in (
+        ("64", "runs/mine has 64 processes.* 2 CPU cores"),
+        ('"--no-python"', "runs/mine has --no-python processes"),
+    ):
+        environment.write_text(f'{{"processes": {number}, "settings": {{}}}}\n')
+        with pytest.raises(ValueError, match=text):
+            run_of_pictures()
+
+
+@pytest.mark.parametrize("change", ["recipe", "images", "starts"])
+def test_a_run_is_complete_until_its_recipe_or_its_images_change(change, run_of_pictures, capsys):
+    """Whatever the times of the files are."""
+    recipe, page = Path("runs/mine.yaml"), Path("runs/mine/report.html")
+    recipe.write_text("data_path: images\nprocesses: 1\n")
+    assert len(run_of_pictures()) == 2
+    page.touch()
+    assert not run_of_pictures() and "page: runs/mine/report.html" in capsys.readouterr().out
+    if change == "recipe":
+        recipe.write_text("data_path: images\nprocesses: 2\n")
+    elif change == "images":
+        Path("images/00.png").rename("images/new.png")
+    else:
+        with Path("runs/mine/environment.jsonl").open("a") as file:
+            file.write(json.dumps({"processes": 1, "settings": {"data_path": "images", "epochs": 8}}) + "\n")
+    for path in (recipe, page, *Path("images").iterdir()):
+        os.utime(path, (0, 0))
+    assert len(run_of_pictures()) == 2
+    assert not run_of_pictures()
+
+
+def test_an_image_that_was_added_within_an_epoch_is_named(run_of_pictures):
+    """When it is gone, or between two epochs, the run resumes."""
+    Path("runs/mine.yaml").write_text("data_path: images\nprocesses: 1\n")
+    write_state(images_done=8)
+    names = "".join(f"{path.name}\0" for path in sorted(Path("images").iterdir()))
+    run_directory.record_images(Path("runs/mine"), names.encode())
+    Image.new("L", (8, 8)).save("images/new.png")
+    with pytest.raises(ValueError, match=r"new\.png.*`output_dir`"):
+        run_of_pictures()
+    Path("images/new.png").unlink()
+    assert len(run_of_pictures()) == 2
+    Image.new("L", (8, 8)).save("images/new.png")
+    write_state()
+    assert len(run_of_pictures()) == 2
+
+
+def test_settings_of_a_run_directory_are_no_further_arguments(run_of_pictures):
+    Path("runs/mine.yaml").write_text("data_path: images\nprocesses: 1\n")
+    settings = {"data_path": "images", "probe_path": ["images", "--dataset=wds:pipe:touch PWNED"]}
+    Path("runs/mine/environment.jsonl").write_text(json.dumps({"processes": 1, "settings": settings}) + "\n")
+    with pytest.raises(ValueError, match="probe_path"):
+        run_of_pictures()

@@ -24,7 +24,7 @@ from mae.settings.arguments import arguments
 from mae.settings.images import unused_crops
 from mae.settings.run import Run
 from mae.settings.types import InvalidValue
-from mae.settings.values import BOOLEANS, read_recipe
+from mae.settings.values import BOOLEANS, PROCESSES, read_recipe
 from mae.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -204,8 +204,6 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
         parser.error(f"--config {path} can't be read: {error.strerror}")
     except ValueError as error:
         parser.error(f"--config {path} is no recipe: {' '.join(str(error).split())}")
-    if not isinstance(recipe, dict):
-        parser.error(f"--config {path} must be a list of `flag: value` lines")
     by_flag = parser._option_string_actions
     known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
     settings = argparse.Namespace()
@@ -215,6 +213,7 @@ def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
+    recipe.pop(PROCESSES, None)  # of `mae start`: the launcher decides here
     for key, value in recipe.items():
         if key not in known or key == "config":
             parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")

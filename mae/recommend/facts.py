@@ -116,6 +116,10 @@ class Machine(NamedTuple):
     cores: int
     cache_bytes: float  # that decoded images may take; 0: they can't be kept
 
+    def threads(self, processes: int) -> int:
+        """Returns the number of threads of each process that computes on the cores."""
+        return max(1, self.cores // processes)
+
 
 def warnings_of(images: Images) -> list[str]:
     """Returns what is wrong with a dataset."""

@@ -301,7 +301,7 @@ def write(
     lines = [*fixed, *(line for line in found if line.name not in left_out)]
     settings = {line.name: line.value for line in lines}
     processes = processes_of(machine, labels)
-    threads = max(1, machine.cores // processes)
+    threads = machine.threads(processes)
     effective = rules.images_per_update(lines, processes)
     short = of_trial(labels, effective)
     if short is None:

@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -70,8 +69,8 @@ def write(
     loading = [line for line in rules.loading_lines(images, machine) if line.name not in given]
     settings = {line.name: line.value for line in [*start, *inputs, *loading]}
     patches = math.prod(rules.grid_of(settings["input_size"], settings["patch_size"]))
-    processes = rules.processes_of(machine, images)
-    threads = max(1, machine.cores // processes)
+    processes = rules.processes_of(machine, images.count)
+    threads = machine.threads(processes)
 
     def lines_of(model: str) -> list[Line]:
         lines = [*inputs, *rules.optimization_lines(images, machine, model, given.get("repeated_sampling", 1))]
@@ -216,22 +215,6 @@ def save(path: Path, title: str, minutes: float, command: str, lines: list[Line]
     """Writes the file of a recipe. Its header has the time and the command that runs it."""
     header = f"# {title} for {minutes_text(minutes)} on the machine that wrote this file.\n#\n#   {command}\n#\n"
     atomic.write_text(path, header + text_of(lines))
-
-
-def command_of(path: Path, output_dir: Path) -> list[str]:
-    """Returns the command in the header of a recipe, with another run directory, for this Python.
-
-    Raises:
-        ValueError: the header has no command.
-    """
-    flag, folder = arguments({"output_dir": output_dir})
-    for line in path.read_text(encoding="utf-8").splitlines():
-        words = shlex.split(line.removeprefix("#").strip()) if flag in line else []
-        if "torchrun" in words:
-            words[words.index(flag) + 1] = folder
-            at = words.index("torchrun")
-            return [*words[:at], sys.executable, "-m", "torch.distributed.run", *words[at + 1 :]]
-    raise ValueError(f"{path}: its header has no command of torchrun: delete the file, so that it is written again")
 
 
 def launch(path: Path, processes: int, threads: int, flags: list[str], script: str = "main_pretrain") -> str:

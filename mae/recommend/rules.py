@@ -13,6 +13,7 @@ from mae.data.image_facts import rounded
 from mae.plurals import counted
 from mae.recommend.facts import MAX_CROPPED, Images, Machine, largest_crop
 from mae.settings.choices import SMALL
+from mae.settings.values import PROCESSES
 from mae.sizes import Size, side_or_sides, to_pair
 from mae.training import measured_runs
 from models_vit import SIZES
@@ -190,15 +191,19 @@ def model_line(images: Images, patches: int, model: str) -> Line:
     return Line("model", f"mae_vit_{model}", reason)
 
 
-def processes_of(machine: Machine, images: Images) -> int:
-    """Returns the number of processes: one for each GPU, or one for each core that has enough images of a batch."""
-    return machine.gpus or min(machine.cores, max(1, effective_batch(images, False) // MIN_PROCESS_BATCH))
+def processes_of(machine: Machine, count: int) -> int:
+    """Returns the number of processes: one for each GPU, or one for each core that has enough images of a batch.
+
+    Args:
+        count: number of images.
+    """
+    return machine.gpus or min(machine.cores, max(1, effective_batch(count, False) // MIN_PROCESS_BATCH))
 
 
-def effective_batch(images: Images, has_gpu: bool) -> int:
-    """Returns the number of images per update: a power of two, at most all images."""
-    largest = min(MAX_BATCH, max(BATCH, images.count // UPDATES_PER_EPOCH)) if has_gpu else BATCH
-    return 2 ** int(math.log2(min(largest, images.count)))
+def effective_batch(count: int, has_gpu: bool) -> int:
+    """Returns the number of images per update: a power of two, at most all `count` images."""
+    largest = min(MAX_BATCH, max(BATCH, count // UPDATES_PER_EPOCH)) if has_gpu else BATCH
+    return 2 ** int(math.log2(min(largest, count)))
 
 
 def batch_lines(count: int, wanted: int, processes: int, repeats: int = 1) -> list[Line]:
@@ -233,9 +238,9 @@ def optimization_lines(images: Images, machine: Machine, model: str, repeats: in
     Args:
         repeats: `repeated_sampling`: an epoch has each image so many times.
     """
-    processes = processes_of(machine, images)
+    processes = processes_of(machine, images.count)
     width = SIZES[model]["embed_dim"]
-    batches = batch_lines(images.total * repeats, effective_batch(images, machine.gpus > 0), processes, repeats)
+    batches = batch_lines(images.total * repeats, effective_batch(images.count, machine.gpus > 0), processes, repeats)
     lr = LR * WIDTH / width * math.sqrt(images_per_update(batches, processes) / BATCH)
     rate = (
         f"{LR:g} for {WIDTH} channels and {BATCH} images per update; a wider model has a smaller rate, a larger batch "
@@ -254,6 +259,7 @@ def optimization_lines(images: Images, machine: Machine, model: str, repeats: in
             "3 to 4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
         ),
         *batches,
+        Line(PROCESSES, processes, "of `mae start`, which keeps them in a run that resumes"),
         Line("optimizer", "muon", "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
         Line("lr", float(f"{lr:.2g}"), rate),
     ]

@@ -30,6 +30,18 @@ class Trial(NamedTuple):
     startup: float  # seconds that a run takes besides its updates
 
 
+def torchrun(processes: int, script: str, settings: Mapping[str, Any], flags: Sequence[str] = ()) -> list[str]:
+    """Returns the command that runs a script in processes of this machine, with this Python.
+
+    Args:
+        script: name of the script.
+        settings: by name.
+        flags: further arguments.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launcher, "-m", script, *arguments(settings), *flags]
+
+
 def measure(
     recipe: Path, processes: int, threads: int, given: Sequence[str], script: str, settings: Mapping[str, Any],
     updates: int = UPDATES,
@@ -51,8 +63,7 @@ def measure(
             "config": recipe, "output_dir": folder, "epochs": EPOCHS, "warmup_epochs": 1, "save_every": EPOCHS,
             **settings,
         }  # fmt: skip
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, "-m", script, *arguments(settings), *given]
+        command = torchrun(processes, script, settings, given)
         logger.info(f"measuring   {EPOCHS * updates} updates in {counted(processes, 'process')}")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

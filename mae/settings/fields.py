@@ -95,6 +95,15 @@ def element_types(kind: type[Values]) -> dict[str, tuple[type, ...]]:
     return {name: _element_types(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) != ClassVar}
 
 
+def lists(kind: type[Values]) -> set[str]:
+    """Returns the names of the settings of a class whose values may be lists; tuples are lists in a file."""
+    return {name for name, hint in get_type_hints(kind).items() if _takes_list(hint)}
+
+
+def _takes_list(hint: Any) -> bool:
+    return get_origin(hint) in (list, tuple) or any(map(_takes_list, get_args(hint)))
+
+
 def _element_types(hint: Any) -> tuple[type, ...]:
     if get_origin(hint) in (list, Union, UnionType):
         return tuple(dict.fromkeys(kind for part in get_args(hint) for kind in _element_types(part)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mae.settings.data import DataSpec
-from mae.settings.fields import FREE, HEAD, IMAGES, LABELS, MACHINE, MODEL, OPTIM, SPLIT, Values, element_types
+from mae.settings.fields import FREE, HEAD, IMAGES, LABELS, MACHINE, MODEL, OPTIM, SPLIT, Values, element_types, lists
 from mae.settings.images import AugmentationSpec, ImageSpec
 from mae.settings.model import ModelSpec
 from mae.settings.training import ComparisonSpec, EvaluationSpec, MachineSpec, OptimSpec
@@ -52,9 +52,9 @@ def names_resumed(resumed: str) -> list[str]:
 
 
 def fits(name: str, value: Any) -> bool:
-    """Whether a recorded value of a setting, or each element of a list, has its type. bool is no number."""
+    """Whether a recorded value of a setting has its type; of a list, each element. bool is no number."""
     kinds = ELEMENT_TYPES.get(name)
-    parts = value if isinstance(value, list | tuple) else [value]
+    parts = value if isinstance(value, list | tuple) and name in LISTS else [value]
     return kinds is None or all(type(part) in kinds for part in parts)
 
 
@@ -67,6 +67,7 @@ def differs(name: str, first: Any, second: Any) -> bool:
 
 
 ELEMENT_TYPES = {name: kinds for kind in SPECS for name, kinds in element_types(kind).items()}
+LISTS = {name for kind in SPECS for name in lists(kind)}
 # What rebuilds a model and its transform:
 REBUILDS = names_with(MODEL, HEAD, LABELS, IMAGES)
 EXPORTED = [*REBUILDS, *FLIPS]  # what files of other formats keep

@@ -3,23 +3,34 @@
 import re
 from typing import Any
 
+from mae.settings.types import positive_int
+
 # What needs no quotes in a recipe. It is a word, and ends as one: a message may go on with a colon or a comma.
 PLAIN = re.compile(r"(?=[^\s,;\[\]{}()'\"#]+$)[-+.]?[\w./~][^\s]*(?<![:.])")
 NULL = re.compile("(null|Null|NULL|~|)$")
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
+PROCESSES = "processes"  # an entry of a recipe that is no setting: `mae start` starts so many
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
-def read_recipe(text: str) -> Any:
-    """Returns the content of a recipe. All values are texts, which the type of a flag reads, except null.
+def read_recipe(text: str) -> dict[Any, Any]:
+    """Returns the entries of a recipe. Values are texts, which the type of a flag reads, except null and `processes`.
 
     Raises:
-        ValueError: as `yaml_loader.load`.
+        ValueError: as `yaml_loader.load`, or the text has no entries, or `processes` is no number of processes.
     """
     from mae.settings.yaml_loader import load  # a command without a recipe needs no yaml
 
-    return load(text, lambda value: None if NULL.match(value) else value)
+    recipe = load(text, lambda value: None if NULL.match(value) else value)
+    if not isinstance(recipe, dict):
+        raise ValueError("it must be a list of `flag: value` lines")
+    if (processes := recipe.get(PROCESSES)) is not None:
+        try:
+            recipe[PROCESSES] = positive_int(str(processes))
+        except ValueError:
+            raise ValueError(f"processes={as_yaml(processes)} must be a whole number of at least 1") from None
+    return recipe
 
 
 def read_value(text: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from mae import parallel
 from mae.files import atomic
+from mae.settings.run import fits
 
 logger = logging.getLogger(__name__)
 
@@ -97,5 +98,11 @@ def read_last(output_dir: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the directory is none of a run.
+        ValueError: a setting is of another type. Settings become arguments of commands.
     """
-    return json.loads((output_dir / FILE).read_text(encoding="utf-8").splitlines()[-1])
+    path = output_dir / FILE
+    start: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    for name, value in start["settings"].items():
+        if value is not None and not fits(name, value):
+            raise ValueError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
+    return start
