@@ -148,9 +148,9 @@ def test_held_out_images_that_equal_others_are_counted(labelled, pretrain, tmp_p
     for file, copy in zip(of_train, of_val, strict=True):
         shutil.copy(file, copy)
     pretrain("own", data_path=labelled, probe_every=1, probe_path=labelled, epochs=1)
-    assert "equal images" not in capsys.readouterr().out
+    assert "equal training" not in capsys.readouterr().out
     pretrain("copied", data_path=labelled, probe_every=1, probe_path=copies, epochs=1)
-    assert "3 of 23 held-out images equal images" in capsys.readouterr().out
+    assert "3 of 23 held-out images equal training images, 0 with another label" in capsys.readouterr().out
 
 
 def test_the_rank_of_both_poolings_is_that_of_the_class_token(pretrain, labelled):

@@ -16,6 +16,7 @@ from mae.compare.encoders import PIXELS, UPDATES, Encoder, open_encoders
 from mae.compare.protocols import LORA, TUNED, reason_against, row_of
 from mae.compare.summary import Result
 from mae.compare.trials import Size, Trial, Trials
+from mae.data import equal_images
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
 from mae.data.source import Source
@@ -61,6 +62,7 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
     data = RunData(run.images, run.data, torch.device("cpu"))
     open_split, held_out = data.splits()
     train, val = open_pair(open_split, run.images.task)
+    equal_images.warn(train, val)
     if held_out:
         val = data.readable(val, held_out)
     sizes = _sizes_of(spec, train)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mae import parallel
-from mae.data.source import is_stream
+from mae.data.source import is_stream, whole
 
 VALIDATION = "validation"  # the digest of the images and labels that select the best state
 
@@ -30,10 +30,7 @@ def fingerprint(source: Any, with_labels: bool, val: Any = None) -> dict[str, st
 
 
 def _digests(source: Any, with_labels: bool) -> dict[str, str]:
-    indices = np.arange(len(source))
-    while hasattr(source, "source"):  # a subset, or images in memory
-        indices = source.indices[indices] if hasattr(source, "indices") else indices
-        source = source.source
+    source, indices = whole(source)
     digests = {}
     parts: list[list[bytes]] = getattr(source, "file_names", list)()
     if parts:

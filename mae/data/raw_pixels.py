@@ -1,7 +1,5 @@
 """Small pictures as features, which an encoder is compared with."""
 
-import hashlib
-
 import numpy as np
 import torch
 
@@ -40,9 +38,3 @@ def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
     prepared = normalize if has_units else transforms.to_unit_range
     batches = loader.eval_loader(samples, 256, num_workers, False)
     return torch.cat([prepared(batch.images) for batch in batches]).flatten(1).numpy()
-
-
-def digests(pictures: np.ndarray) -> np.ndarray:
-    """Returns a number of each picture (n,), which is the same for equal pictures (n, c·h·w) only."""
-    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in pictures)
-    return np.frombuffer(hashes, np.uint64)

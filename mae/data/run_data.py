@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,14 +171,22 @@ class RunData:
         return image_facts.readable(source, self.images.in_chans, self.data.num_workers, self.values, total)
 
     def open_val(self) -> tuple[Source, dict[str, str]]:
-        """Opens the validation set; with `val_fraction`, the held-out training images. Returns as `open_pair`."""
-        if self.data.val_fraction:
-            return self.open_pair()[1:]
-        from mae.data import labels
+        """Opens the validation set; with `val_fraction`, the held-out training images. Returns as `open_pair`.
 
+        A warning says how many of its files equal training images, if there are any.
+        """
+        from mae.data import equal_images, labels
+
+        if self.data.val_fraction:
+            train, val, chosen = self.open_pair()
+            equal_images.warn(train, val)
+            return val, chosen
         open_split, total = self.splits()
         val = labels.require(open_split("val"), "val", self.images.task)
         self.check_statistics(val)
+        if not self.data.dataset:
+            with suppress(ValueError):  # an evaluation needs no training images
+                equal_images.warn(open_split("train"), val)
         return val, {"held_out_images": labels.identity(val, total)} if total else {}
 
     def cached(self, *sources: Any) -> Sequence[Any]:

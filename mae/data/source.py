@@ -82,6 +82,15 @@ def is_stream(source: Any) -> TypeIs[Stream]:
     return getattr(source, "is_stream", False)
 
 
+def whole(source: Any) -> tuple[Any, np.ndarray]:
+    """Returns the dataset of a subset, or of images in memory, and the indices of its samples in it (n,)."""
+    indices = np.arange(len(source))
+    while hasattr(source, "source"):
+        indices = source.indices[indices] if hasattr(source, "indices") else indices
+        source = source.source
+    return source, indices
+
+
 def require_random_access(source: Source | Stream) -> Source:
     """Returns a source. Raises ValueError if it is a stream."""
     if is_stream(source):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae.data import loader, raw_pixels
+from mae.data import equal_images, loader, raw_pixels
 from mae.data.samples import Samples
 from mae.data.source import Source, evenly_spaced
 from mae.evaluate import knn
@@ -41,10 +41,10 @@ def is_classified(source: Source) -> bool:
 
 def hits_of(
     model: Autoencoder, train: Source, val: Source, extract: Extract, num_workers: int
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[dict[str, np.ndarray], str]:
     """Returns whether k neighbors classify each held-out image correctly (n,), by ENCODER, PIXELS and RANDOM.
 
-    Returns also the number of held-out images whose pixels are those of an image that classifies.
+    Returns also `equal_images.sentence` of their pixels.
     """
     images = ImageSpec.of(model.settings)
     with_random_weights = random_weights(model)
@@ -53,8 +53,8 @@ def hits_of(
         PIXELS: [torch.from_numpy(raw_pixels.read(source, images, num_workers)) for source in (train, val)],
         RANDOM: [extract(with_random_weights, source) for source in (train, val)],
     }
-    known, seen = (raw_pixels.digests(rows.numpy()) for rows in pairs[PIXELS])  # `predict` changes the rows
-    equal = int(np.isin(seen, known).sum())
+    of_pictures = (equal_images.of_pictures(rows.numpy()) for rows in pairs[PIXELS])  # `predict` changes the rows
+    equal = equal_images.sentence(train, val, *of_pictures)
     labels, truth = (torch.as_tensor(np.asarray(source.labels)) for source in (train, val))
     found = {}
     for name, (bank, queries) in pairs.items():
@@ -198,12 +198,12 @@ def section(
     verdict = EQUAL if told in ({0.0}, {1.0}) else conclusion(found)
     sentences = [verdict, *(in_words(name, difference) for name, difference in found.items()), without_labels]
     logger.info(" ".join(sentences))
-    leak = f" {equal:,} held-out images equal images that classify them: all accuracies are too high." if equal else ""
     if equal:
-        logger.warning(leak.strip())
+        logger.warning(equal)
     rows = [[ENCODER, f"{100 * hits[ENCODER].mean():.1f}", ""]]
     for name, (mean, low, high) in found.items():
         rows.append([name, f"{100 * hits[name].mean():.1f}", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"])
+    leak = f" {equal}." if equal else ""
     measured_on = knn.in_words(min(NEIGHBORS, len(train)), len(train), len(val))
     note = (
         f"{measured_on}. The held-out images are of {held_out}.{leak} The intervals are of these images: one run says "

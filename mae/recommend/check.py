@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mae.cli import entry_point, flags, options
-from mae.data import large
+from mae.data import equal_images, large
 from mae.data.batches import up_to_cores
 from mae.data.image_facts import ImageFacts, all_facts, channels_of, progress, statistics_of
 from mae.data.labels import has_class_numbers, has_ids, is_placeholder
@@ -122,7 +122,9 @@ def report_on(
         heights, widths = np.array([fact.stored_size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
         (size, most), *others = Counter(fact.stored_size for fact in good).most_common()
-        different = {(fact.size, fact.digest) for fact in good}
+        different: dict[tuple[Any, bytes], int] = {}  # the first label of equal images
+        relabelled = sum(different.setdefault((fact.size, fact.digest), fact.label) != fact.label for fact in good)
+        of_others = f", {relabelled:,} with another label" if relabelled else ""
         among = f" among the {len(facts):,} that were read" if read else ""
         pixels = sum(math.prod(fact.size) for fact in good)
         valid = sum(fact.valid for fact in good)
@@ -131,7 +133,7 @@ def report_on(
             f"channels    {channels_text(good, in_chans)}",
             f"depth       {counted(sum(fact.deep for fact in good), 'image')} of more than 8 bits",
             f"values      {min(fact.low for fact in good):.4g} to {max(fact.high for fact in good):.4g}, when scaled",
-            f"duplicates  {counted(len(good) - len(different), 'image')}{among}",
+            f"duplicates  {counted(len(good) - len(different), 'image')}{among}{of_others}",
         ]
         if reduced := sum(fact.size != fact.stored_size for fact in good):
             lines.append(
@@ -224,6 +226,8 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     facts = list(progress(facts_of, "reading", len(indices), leave=True))
     seconds = time.perf_counter() - started
     print("\n".join(report_on(images, facts, seconds, in_chans, run.images.task, exif)))
+    if not (run.data.dataset or source) and (equal := equal_images_of(run, args.split, images)):
+        print(f"held-out    {equal}")
     num_bad = sum(bool(fact.unreadable) for fact in facts)
     if not args.recipe and num_bad < len(facts):  # a recipe has them
         mean, std = statistics_of(facts)
@@ -310,6 +314,16 @@ def open_images(run: Run, split: str, function: OpenDataset | None) -> Source | 
         images = open_source(data, split, function=function, task=None)
         logger.warning(f"{error}. Pre-training does not read the labels")
         return images
+
+
+def equal_images_of(run: Run, split: str, images: Any) -> str:
+    """Returns what `equal_images.in_files` says of the images of both splits; "" if one of them has none."""
+    try:
+        other: Any = open_images(run, "train" if split == "val" else "val", None)
+    except ValueError:  # the check is of `images`
+        return ""
+    train, val = (other, images) if split == "val" else (images, other)
+    return equal_images.in_files(train, val)
 
 
 def mask_format(images: ImageSpec, nb_classes: int | None) -> "MaskFormat":

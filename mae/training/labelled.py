@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import mae.build
-from mae.data import extra_inputs, labels
+from mae.data import equal_images, extra_inputs, labels
 from mae.data.run_data import RunData
 from mae.data.source import Source
 from mae.evaluate.imagenet import synsets
@@ -29,6 +29,7 @@ def open_labelled(
         images, and mean and standard deviation of the numbers.
     """
     train, val, record = data.open_pair(nb_classes, reads_in_order)
+    equal_images.warn(train, val)
     if data.images.task == CLASSIFICATION:
         return train, val, record
     mean, std = labels.statistics(train, data.images.task)

@@ -12,7 +12,7 @@ from torch import nn
 
 from mae import masking, parallel
 from mae.context import STEPS
-from mae.data import extra_inputs, labels, loader, raw_pixels
+from mae.data import equal_images, extra_inputs, labels, loader, raw_pixels
 from mae.data.batches import prefetch
 from mae.data.run_data import RunData
 from mae.data.samples import Samples
@@ -168,18 +168,14 @@ class OnlineProbe:
         if self.is_labelled:
             workers = self.data.data.num_workers
             parts = []
-            digests = []
+            of_pictures = []
             for source in (self.train, self.val):
                 pixels = raw_pixels.read(source, self.data.images, workers)
                 mine = slice(parallel.rank(), None, parallel.world_size())
                 parts.append((torch.from_numpy(pixels), torch.as_tensor(np.asarray(source.labels)[mine])))
-                digests.append(np.concatenate(parallel.gather(raw_pixels.digests(pixels))))
-            known, seen = digests
-            if equal := int(np.isin(seen, known).sum()):
-                logger.warning(
-                    f"`probe_every`: {equal:,} of {len(seen):,} held-out images equal images that classify them, so "
-                    f"that the accuracy is too high"
-                )
+                of_pictures.append(parallel.interleave(parallel.gather(equal_images.of_pictures(pixels))))
+            if equal := equal_images.sentence(self.train, self.val, *of_pictures):
+                logger.warning(f"`probe_every`: {equal}")
             of_pixels = 100 * float(self.hits_of(*parts).double().mean())
         return {"constant": constant, "pixels": of_pixels}
 

@@ -91,6 +91,11 @@ class Members(Files):
         names = [self.names[index] for index in indices]
         return Members(self.root, names, self.is_zip, self.positions[np.asarray(indices)])
 
+    def size(self, index: int) -> int:
+        """Returns the number of unpacked bytes of a file."""
+        position = Position(*self.positions[index].tolist())
+        return position.unpacked if self.is_zip else position.size
+
     def read(self, index: int) -> bytes:
         """As `Files.read`."""
         position = Position(*self.positions[index].tolist())

@@ -74,6 +74,10 @@ class Files:
         """Returns a text that changes when the file changes."""
         return version_of(self.path(index))
 
+    def size(self, index: int) -> int:
+        """Returns the number of bytes of a file. Raises OSError if there is none."""
+        return os.stat(self.path(index)).st_size
+
     def read(self, index: int) -> bytes:
         """Returns the bytes of a file. Raises OSError or BadImage if it can't be read."""
         return read_file(self.path(index))
