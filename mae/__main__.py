@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {  # by what one wants to do: module, and what it does
     "An answer about your images": {
-        "start": ("mae.start", "from a folder of images to a page: recipe, pre-training, comparison"),
+        "start": ("mae.recommend", "from a folder of images to a page: recipe, pre-training, comparison"),
         "recipe": ("mae.data", "check images, and write a recipe for them, this machine and a time"),
         "report": ("mae.inference.report", "a page about a run: curves, verdict, reconstructions, neighbors"),
         "compare": ("main_compare", "encoders, raw pixels and training from scratch, in one table"),

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, TracebackType
 
-from torch.utils.data import get_worker_info
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDERS = ("mae", "examples", "demo", "benchmarks")  # beside each other, with the modules
 MODULES = ("main_", "engine_", "models_", "submitit_", "hubconf")
@@ -58,6 +56,8 @@ def marked() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from torch.utils.data import get_worker_info  # a wrong argument is refused before PyTorch is imported
+
         if get_worker_info() and is_on_purpose(error):
             error.add_note(OF_WORKER)
         raise

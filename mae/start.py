@@ -28,7 +28,6 @@ import torch
 import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
-from mae.cli import entry_point
 from mae.cli.script import Script
 from mae.data.fingerprint import fingerprint
 from mae.data.kinds.listing import folder_of
@@ -40,7 +39,7 @@ from mae.files.untrusted import printable
 from mae.inference import report, verdict
 from mae.interrupts import command, raised
 from mae.plurals import counted
-from mae.recommend import check, recipe, rules, trial
+from mae.recommend import recipe, rules, start_flags, trial
 from mae.recommend.facts import Machine
 from mae.settings import DataSpec, ImageSpec, OptimSpec
 from mae.settings.arguments import arguments, in_words
@@ -50,17 +49,6 @@ from mae.user_code import runs_code
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `mae recipe` that are not those of this command, and their flags.
-OF_RECIPE = {
-    "recipe": "recipe", "purpose": "for", "split": "split", "limit": "limit", **{name: name for name in check.ENCODER}
-}  # fmt: skip
-HELP = {
-    # Those that are refused or have no effect are not in --help.
-    **dict.fromkeys([*OF_RECIPE, *check.MASKS, *check.OTHERS], argparse.SUPPRESS),
-    "minutes": "time of the pre-training, without the check, the comparison and the page (default: that of 800,000 "
-    "images or 80 epochs, whichever is more, with which measured runs had most of their gain, at most 8 hours; with "
-    "--init_from 30)",
-}
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
 COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
@@ -73,14 +61,7 @@ LABELS = 500  # of the comparison, if each class has many: choosing the settings
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = check.get_args_parser()
-    parser.description = "Pre-trains on a folder of images, compares the encoder, and writes a page about it."
-    parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="directory of the run (default: runs/NAME of the images)"
-    )
-    for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
-    return parser
+    return start_flags.get_args_parser()
 
 
 @raised()
@@ -89,22 +70,14 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         Interrupted: a signal stopped the part that runs.
-        ValueError: several processes were launched, an argument is not one of this command, or no images are named.
+        ValueError: several processes were launched, or as in `start_flags.given_of`.
         SystemExit: a part has failed; the exit status is that of the part.
     """
     log.start_logging()
-    defaults = vars(get_args_parser().parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name != "output_dir" and value != defaults[name]}
-    images = args.path or args.data_path or args.train_list or args.dataset
+    given = start_flags.given_of(args)
     if parallel.launched_processes() > 1:
         raise ValueError("it starts the processes itself: run it without torchrun or srun, or run the recipe with them")
-    if unused := [name for name in OF_RECIPE if name in given]:
-        raise ValueError(f"`{OF_RECIPE[unused[0]]}` is an argument of `mae recipe`, which writes a recipe only")
-    if not images:
-        raise ValueError("name a folder of images, such as: mae start IMAGES")
-    path = Path(str(images))
-    name = (path.name if path.is_dir() else path.stem).replace(":", "_")
-    out = args.output_dir.expanduser() if args.output_dir else Path("runs", name)
+    out = start_flags.output_dir(args)
     file = out.with_name(f"{out.name}.yaml")
     require_same_images(given, out, file)
     code = dataset if runs_code(dataset := str(given.get("dataset", ""))) else None  # a recipe can't name it
@@ -356,7 +329,3 @@ def call(words: Sequence[str], is_read: bool = False, threads: int | None = None
     if status:
         sys.exit(status if status > 0 else 128 - status)
     return "".join(output)
-
-
-if __name__ == "__main__":
-    entry_point.run(main, get_args_parser())

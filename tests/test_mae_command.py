@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,9 @@ from mae.recommend.facts import Machine
 from mae.settings import DataSpec
 
 
-def run(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, "-m", "mae", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+def run(*words, cwd=ROOT, **variables):
+    command = [sys.executable, "-m", "mae", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True)
 
 
 def test_the_help_lists_the_commands_without_importing_torch():
@@ -39,10 +41,13 @@ def test_the_help_lists_the_commands_without_importing_torch():
             "map", "anomalies", "features", "predict", "reconstruct", "export", "submit"} == {*names}  # fmt: skip
 
 
+LAZY = {"mae.data": "mae.recommend.check", "mae.recommend": "mae.start"}  # they import it after their arguments
+
+
 def test_each_command_is_a_module_with_a_parser():
     for commands in mae_command.COMMANDS.values():
         for module, text in commands.values():
-            found = importlib.import_module("mae.recommend.check" if module == "mae.data" else module)
+            found = importlib.import_module(LAZY.get(module, module))
             assert hasattr(found, "get_args_parser") or module.startswith("submitit"), module
             assert text and not text.endswith(".")
 
@@ -55,6 +60,42 @@ def test_a_command_has_the_flags_of_its_module_and_its_exit_status():
     assert (done.returncode, done.stderr) == (
         1, "mae: error: there is no command prtrain; did you mean pretrain?; mae --help lists them\n"
     )  # fmt: skip
+
+
+def test_arguments_are_checked_before_pytorch_is_imported(tmp_path):
+    """Importing it takes up to half a minute. In its place is a module that can't be imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "photos").mkdir()
+    for words, named in (
+        ("start photos --minutes 0", "--minutes"), ("start photos --minuts 3", "--minutes"),
+        ("start photos --split val", "split"), ("start none", "data_path"),
+        ("recipe none", "data_path"), ("recipe photos --minutes 3", "recipe"),
+    ):  # fmt: skip
+        done = run(*words.split(), cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert done.returncode and named in done.stderr and "torch" not in done.stderr, words
+
+
+def test_a_run_within_its_images_is_refused(tmp_path):
+    """Its files would be among them. The message names another directory, with the name of the folder."""
+    done = run("start", ".", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and f"output_dir={tmp_path.parent / 'runs' / tmp_path.name}" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_closed_pipe_is_no_error():
+    """Such as that of `| head`. The command prints and logs."""
+    code = """
+import logging, sys
+from mae.cli import entry_point
+def main(args):
+    logging.basicConfig(stream=sys.stdout)
+    logging.warning("a line")
+    print("another")
+entry_point.run(main, entry_point.parser(""))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
 
 
 def test_mistakes_of_start_are_one_line(tmp_path, capsys, monkeypatch):

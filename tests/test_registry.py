@@ -9,7 +9,7 @@ from mains import lines, open_source, parse
 import main_linprobe
 import main_pretrain
 from mae.cli.options import REGISTRIES, registry_of
-from mae.data.open import KINDS, Kind
+from mae.data.kinds.registry import KINDS, Kind
 from mae.inference import get_model
 from mae.inference.export import export
 from mae.masking import MASKING

@@ -180,3 +180,9 @@ def test_a_full_disk_at_the_start_is_named(pictures, tmp_path, capsys, monkeypat
     (tmp_path / "environment.jsonl").symlink_to("/dev/full")
     line = fails(capsys, monkeypatch, main_pretrain, *small_run(pictures, tmp_path, "--batch_size", 4))
     assert f"{tmp_path}/environment.jsonl (No space left on device)" in line
+
+
+def test_an_empty_checkpoint_has_its_reason_once(tmp_path, caplog):
+    (tmp_path / "checkpoint-last.pth").touch()
+    assert run_directory.newest_first(tmp_path) == run_directory.newest_first(tmp_path) == []
+    assert caplog.text.count("checkpoint-last.pth is not a checkpoint") == caplog.text.count("it is empty") == 1

@@ -212,10 +212,12 @@ def check_file(file: BinaryIO) -> bool:
         Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
 
     Raises:
-        ValueError: the file is a text or incomplete, or its parts are compressed.
+        ValueError: the file is empty, a text or incomplete, or its parts are compressed.
         zipfile.BadZipFile: it is damaged.
     """
     start = file.read(len(LFS_POINTER)).lower().lstrip()
+    if not start:
+        raise ValueError("it is empty")
     for text, what in TEXTS.items():
         if start.startswith(text):
             raise ValueError(f"it is {what}")

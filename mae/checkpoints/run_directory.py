@@ -1,6 +1,7 @@
 """The run directory, its checkpoints and its lock. It must not contain another run; one run at a time writes to it."""
 
 import contextlib
+import functools
 import gzip
 import logging
 import math
@@ -56,8 +57,14 @@ def newest_first(folder: Path) -> list[Path]:
         try:
             positions.append((position(path), path))
         except CheckpointError as error:
-            logger.warning(f"resume=auto skips {path.name}: {error}")
+            _warn_once(f"resume=auto skips {path.name}: {error}")
     return [path for _, path in sorted(positions, reverse=True)]
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Logs a warning of a file once, although a run lists its files several times."""
+    logger.warning(text)
 
 
 def best_first(folder: Path) -> list[Path]:

@@ -5,7 +5,9 @@ import copy
 import logging
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,9 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from mae import errors, parallel
+from mae import errors
 from mae.cli.flags import Range, Size, is_refused_in_recipes
 from mae.files import recipes
 from mae.files.untrusted import printable
@@ -274,23 +274,37 @@ def run(
     """Parses the command line and runs `main`. An error on purpose (`errors.is_on_purpose`) prints one line.
 
     The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
+    It is 141, without a message, if the reader of stdout has ended, such as `head`.
 
     Args:
         convert: arguments, names of the explicit ones -> the argument of `main`. Default: the arguments.
     """
     _open_streams()
+    logging.raiseExceptions = False  # a line that can't be written, as after `| head`, has no traceback
     args, explicit = parse_command(parser)
     trains = "resume" in args and not getattr(args, "eval", False)
     same = "the same command with --resume auto" if trains and args.resume != "auto" else "the same command"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
         main(convert(args, explicit))
+        sys.stdout.flush()
+        from mae import parallel  # imports PyTorch: a wrong argument is refused before
+
         parallel.teardown()  # not after an error, because the processes would wait for each other
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(128 + signal.SIGPIPE)
+    except MemoryError as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
     except RuntimeError as error:
+        import torch
+
+        from mae import parallel
+
         # PyTorch raises RuntimeError for a failed allocation on the CPU, and for a killed worker process.
-        if "allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             _fail(parser, args, error, _out_of_memory(args), 1)
         elif "DataLoader worker" in str(error) and "Original Traceback" not in str(error):  # no error of the dataset
             reason = str(error).partition(". ")[0].strip()
@@ -312,6 +326,13 @@ def run(
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)
+
+
+def _is_stdout_closed() -> bool:
+    """Whether stdout is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 def _fail(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mae.cli.flags import not_in_recipes
+from mae.data.kinds.registry import KINDS
 from mae.encoders import class_named
 from mae.registry import default_name, described
 from mae.settings.arguments import OFF
@@ -174,8 +175,6 @@ def add_dataset_option(group: argparse._ActionsContainer, labels: bool = True, f
         labels: the images need labels.
         folder: the argument with the folder of torchvision's files.
     """
-    from mae.data.open import KINDS
-
     kinds = [(prefix, kind.help) for prefix, kind in KINDS.items() if kind.has_labels or not labels]
     texts = [f"{prefix}:{text}" if prefix else text for prefix, text in kinds]
     add_to(group, "dataset", help=f"dataset of a library: {'; '.join(texts)}".replace("{folder}", folder))

@@ -2,16 +2,16 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from mae import parallel
 from mae.data.kinds.folders import NoValidation, check_split_names, find_files, no_split, warn_of_inner_splits
 from mae.data.kinds.listing import Listing
+from mae.data.kinds.registry import KINDS, kind_of
 from mae.data.source import OpenDataset, Source, Stream
 from mae.files.untrusted import printable
-from mae.registry import lazily
 from mae.settings import DataSpec
 from mae.settings.choices import CLASSIFICATION
 
@@ -32,35 +32,6 @@ LAYOUTS = {
     "dtd/dtd": "DTD", "fgvc-aircraft-2013b/data": "FGVCAircraft", "eurosat/2750": "EuroSAT", "gtsrb/GTSRB": "GTSRB",
     "caltech101/101_ObjectCategories": "Caltech101", "SUN397/ClassName.txt": "SUN397",
 }  # fmt: skip
-
-
-class Kind(NamedTuple):
-    """An entry of KINDS."""
-
-    help: str  # what follows the prefix and its colon
-    function: Callable[..., Any]  # function(name, split, data, task, function) -> Source | Stream
-    uses: tuple[str, ...] = ()  # which of download, num_images and data_path have an effect
-    has_labels: bool = True
-
-
-# The kinds of --dataset, by the prefix of a value; "" for values without one. `name` is a value without its prefix, and
-# the other arguments are those of `open_source`.
-KINDS = {
-    "": Kind("a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in {folder}",
-        lazily("mae.data.kinds.torchvision", "open_dataset"), ("data_path", "download")),
-    "hf": Kind("NAME_OR_FOLDER (Hugging Face), with #IMAGE or #IMAGE,LABEL if several columns are possible",
-        lazily("mae.data.kinds.huggingface", "open_dataset")),
-    "py": Kind("MODULE:FUNCTION, your function(split, data_path) that returns a dataset (docs/data.md)",
-        lazily("mae.data.kinds.targets", "open_dataset"), ("data_path",)),
-    "wds": Kind("SHARDS (WebDataset), such as wds:s/{000..127}.tar",
-        lazily("mae.data.kinds.shards", "open_dataset"), ("num_images",), has_labels=False),
-}  # fmt: skip
-
-
-def kind_of(dataset: str) -> tuple[str, str]:
-    """Returns the key of KINDS for a value of --dataset, and the value without prefix."""
-    prefix, _, name = dataset.partition(":")
-    return (prefix, name) if prefix and prefix in KINDS else ("", dataset)
 
 
 def dataset_in(root: Path) -> str | None:

@@ -167,5 +167,5 @@ class HuggingFaceSet(NumberedItems):
 
 
 def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
-    """Opens a dataset, as an entry of `mae.data.open.KINDS`."""
+    """Opens a dataset, as an entry of `mae.data.kinds.registry.KINDS`."""
     return HuggingFaceSet(name, split)

@@ -162,5 +162,5 @@ def read_members(shards: Iterable[dict[str, Any]], handle: Callable[[Exception],
 
 
 def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Shards:
-    """Opens shards, as an entry of `mae.data.open.KINDS`."""
+    """Opens shards, as an entry of `mae.data.kinds.registry.KINDS`."""
     return parallel.from_rank_0(lambda: Shards(name, data.num_images))

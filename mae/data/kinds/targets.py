@@ -80,7 +80,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
-    """Opens a dataset, as an entry of `mae.data.open.KINDS`. `name` is that of the function."""
+    """Opens a dataset, as an entry of `mae.data.kinds.registry.KINDS`. `name` is that of the function."""
     if task in (None, CLASSIFICATION):
         return UserSet(function, split, data.data_path, f"{DATASET}{name}", reads_labels=task is not None)
     return TargetSet(function, split, data.data_path, f"{DATASET}{name}", task)

@@ -173,5 +173,5 @@ def require_training(images: Any) -> None:
 
 
 def open_dataset(name: str, split: str, data: DataSpec, task: str | None, function: OpenDataset | None) -> Source:
-    """Opens a dataset, as an entry of `mae.data.open.KINDS`."""
+    """Opens a dataset, as an entry of `mae.data.kinds.registry.KINDS`."""
     return TorchvisionSet(name, split, data.data_path, data.download)
