@@ -133,7 +133,7 @@ def digests(out: Path, file: Path, code: str | None) -> dict[str, str]:
         val = open_source(data, "val", task=None)
     except ValueError:  # there are none
         val = None
-    parts = {"recipe": file, "starts": out / environment.FILE}
+    parts = {"recipe": file, "run": out / environment.FILE}
     files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in parts.items() if path.exists()}
     images = fingerprint(report.open_images(data), with_labels=False, val=val)
     return {**files, "images": " ".join(images.values())}

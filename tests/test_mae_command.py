@@ -279,7 +279,7 @@ def test_the_number_of_processes_is_that_of_the_run_of_the_recipe_or_of_the_rule
             run_of_pictures()
 
 
-@pytest.mark.parametrize("change", ["recipe", "images", "starts"])
+@pytest.mark.parametrize("change", ["recipe", "images", "run"])
 def test_a_run_is_complete_until_its_recipe_or_its_images_change(change, run_of_pictures, capsys):
     """Whatever the times of the files are."""
     recipe, page = Path("runs/mine.yaml"), Path("runs/mine/report.html")

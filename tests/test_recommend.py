@@ -222,7 +222,7 @@ def test_a_recipe_fits_the_format_of_the_images(fast_machine, write, tmp_path, c
     assert len(found["mean"]) == len(found["std"]) == found["in_chans"]
     assert all(0 < value < 1 for value in found["mean"])
     assert all(re.search(r"  # \w", text) for text in out.read_text().splitlines() if text[0] != "#")
-    assert found["batch_size"] * 2 <= 48
+    assert found["processes"] == 2 and found["batch_size"] * 2 <= 48
     call(
         main_pretrain, config=out, output_dir=tmp_path / "run", epochs=1, warmup_epochs=0, updates_per_epoch=2,
         vis_every=0, device="cpu", amp="off",
