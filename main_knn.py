@@ -14,7 +14,7 @@ On ImageNet, 8 GPUs of one machine:
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def main(
     device = precision.device
     data = session.open_data(spares_stand_in=spares_stand_in)
     train, val, statistics = open_labelled(data, run.model.nb_classes, True)
+    ks = run.evaluation.k if "k" in session.explicit else at_most(len(train), run.evaluation.k)
     task = tasks.task_of({**run.record(), **statistics}, val)
     model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=features is not None)
     extra_inputs.require_fitting(model, train, val)
@@ -79,7 +80,7 @@ def main(
     queries = frozen.load("val")
     del model, frozen  # to free its memory
     found = predict(
-        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=run.evaluation.k,
+        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=ks,
         temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=device,
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
@@ -88,6 +89,14 @@ def main(
     values = {pair: found[name] for pair, found in scores.items()}
     report(scores, list(values)[tasks.best_of([*values.values()], task.lower_is_better)])
     return values
+
+
+def at_most(count: int, ks: Sequence[int]) -> list[int]:
+    """Returns numbers of neighbors. The number of training images, `count`, takes the place of larger ones."""
+    limited = [*dict.fromkeys(min(k, count) for k in ks)]
+    if limited != ks:
+        logger.info(f"k={limited}: there are {count:,} training images")
+    return limited
 
 
 def scores_of(evaluation: Any) -> dict[str, float]:

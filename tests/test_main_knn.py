@@ -58,6 +58,11 @@ def test_accuracies_equal_those_of_scikit_learn(classify, noisy, tmp_path):
         classify(main_knn, **flags, nb_classes=4)
 
 
+def test_the_default_neighbors_are_at_most_the_training_images(classify, capsys):
+    assert classify(main_knn).keys() == {(10, 0.07), (20, 0.07), (48, 0.07)}
+    assert "k=[10, 20, 48]" in capsys.readouterr().out
+
+
 def test_an_encoder_without_a_file_depends_on_the_seed(classify, noisy):
     accuracies = [classify(main_knn, data_path=noisy, k="1 3 5 9", seed=seed) for seed in (5, 5, 6)]
     assert accuracies[0] == accuracies[1] != accuracies[2]
