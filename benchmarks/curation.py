@@ -214,7 +214,7 @@ def lists_of(
     """Returns the lists of the images at `chosen`."""
     images = map_lists.images_of(Subset(source, chosen), np.zeros(len(chosen), int), "")
     digests = [looks.digests[index] for index in chosen]
-    return map_lists.all_of(images, features[chosen], digests, looks.grays[chosen], pooling)
+    return map_lists.all_of(images, features[chosen], digests, looks.grays[chosen], looks.colors[chosen], pooling)
 
 
 def pairs_in(rows: Iterable[Sequence[str]]) -> set[frozenset[str]]:

@@ -1,8 +1,11 @@
 """What stands out among features: near-duplicates, outliers, votes of neighbors; oracles are those of scikit-learn."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, NearestNeighbors
 from torch.nn.functional import normalize
 
@@ -11,6 +14,12 @@ from mae.inference import curation, neighbors
 
 def found_in(rows):
     return neighbors.find(rows, k=curation.NEIGHBORS)
+
+
+def pairs_in(rows, grays):
+    """The near-duplicates among gray pictures (n, side, side) and their features."""
+    colors = grays.round().clamp(0, 255).byte()[..., None].expand(-1, -1, -1, 3)
+    return curation.near_duplicates(found_in(rows), grays, colors)
 
 
 def test_equal_images_are_in_groups():
@@ -23,7 +32,7 @@ def test_near_duplicates_are_near_in_features_and_pictures():
     rows, grays = torch.randn(300, 16), 128 + 40 * torch.randn(300, 8, 8)
     rows[1], grays[1] = rows[0] + 0.1 * torch.randn(16), grays[0] + 4 * torch.randn(8, 8)
     rows[3] = rows[2]
-    pairs = curation.near_duplicates(found_in(rows), grays)
+    pairs = pairs_in(rows, grays)
     assert pairs.images.tolist() == [[0, 1]]
     window = np.sin(np.pi * np.arange(1, 9) / 9) ** 2
     windowed = (grays.numpy() - grays.numpy().mean((1, 2), keepdims=True)) * np.outer(window, window)
@@ -42,21 +51,72 @@ def test_near_duplicates_are_near_in_features_and_pictures():
 def test_brightness_and_contrast_of_pictures_do_not_count():
     rows, grays = torch.randn(100, 16), 128 + 40 * torch.randn(100, 8, 8)
     rows[1], grays[1] = 1.001 * rows[0], 20 + 0.5 * grays[0]
-    assert curation.near_duplicates(found_in(rows), grays).images.tolist() == [[0, 1]]
+    assert pairs_in(rows, grays).images.tolist() == [[0, 1]]
 
 
 def test_a_texture_that_is_shifted_is_a_near_duplicate():
     """Its features may be those of another image: the encoder sees the patches at their positions."""
-    textures = torch.nn.functional.avg_pool2d(torch.randn(300, 26, 26), 2, stride=1)
+    textures = 128 + 80 * torch.nn.functional.avg_pool2d(torch.randn(300, 26, 26), 2, stride=1)
     grays = textures[:, :24, :24].clone()
     grays[1] = textures[0, 1:25, 1:25]
-    assert curation.near_duplicates(found_in(torch.randn(300, 16)), grays).images.tolist() == [[0, 1]]
+    assert pairs_in(torch.randn(300, 16), grays).images.tolist() == [[0, 1]]
+
+
+def pairs_with(picture, other):
+    """The near-duplicates of a picture and another one, whose features are equal, among 98 others (24, 24, 3)."""
+    generator = np.random.default_rng(1)
+    every = [picture, other]
+    for _ in range(98):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), np.uint8))
+        every.append(np.asarray(coarse.resize((24, 24), Image.Resampling.BILINEAR)))
+    grays = np.stack([np.asarray(Image.fromarray(each).convert("L"), np.float32) for each in every])
+    rows = torch.randn(100, 16)
+    rows[1] = rows[0]
+    pairs = curation.near_duplicates(found_in(rows), torch.from_numpy(grays), torch.from_numpy(np.stack(every)))
+    return pairs.images.tolist()
+
+
+def flat(*color):
+    return np.full((24, 24, 3), color, np.uint8)
+
+
+def disc(*color):
+    rows, columns = np.ogrid[:24, :24]
+    return np.where(((rows - 12) ** 2 + (columns - 12) ** 2 < 50)[..., None], flat(*color), flat(250))
+
+
+SCENE = np.asarray(
+    Image.fromarray(np.random.default_rng(0).integers(0, 220, (5, 5, 3), np.uint8)).resize((28, 28), 2)
+)  # fmt: skip
+MIDDLE = SCENE[2:26, 2:26]
+FOUR = {"red": disc(200, 60, 60), "green": disc(60, 160, 60), "blue": disc(60, 60, 200), "yellow": disc(200, 180, 60)}
+NO_PAIRS = {
+    "flat": (flat(200, 60, 60), flat(60, 160, 60)),
+    "flat, gray": (flat(80), flat(160)),
+    "negative": (MIDDLE, 255 - MIDDLE),
+    "turned": (MIDDLE, MIDDLE[::-1, ::-1]),
+    **{f"{a}, {b}": (FOUR[a], FOUR[b]) for a, b in itertools.combinations(FOUR, 2)},
+}
+CHANGED = {
+    "brighter": (1.1 * MIDDLE).astype(np.uint8), "less contrast": 60 + MIDDLE // 2, "shifted": SCENE[1:25, 3:27],
+    "noisy": MIDDLE ^ np.uint8(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), NO_PAIRS.values(), ids=NO_PAIRS)
+def test_pictures_of_equal_spectra_that_do_not_agree_are_no_pair(first, second):
+    assert pairs_with(first, second) == []
+
+
+@pytest.mark.parametrize("other", CHANGED.values(), ids=CHANGED)
+def test_pictures_that_agree_are_a_pair(other):
+    assert pairs_with(MIDDLE, other) == [[0, 1]]
 
 
 def test_random_images_and_flat_pictures_have_no_near_duplicates():
     rows = torch.randn(300, 16)
-    assert len(curation.near_duplicates(found_in(rows), torch.randn(300, 8, 8)).images) == 0
-    assert len(curation.near_duplicates(found_in(rows), torch.ones(300, 8, 8)).images) == 0
+    assert len(pairs_in(rows, 128 + 40 * torch.randn(300, 8, 8)).images) == 0
+    assert len(pairs_in(rows, torch.ones(300, 8, 8)).images) == 0
 
 
 def test_outliers_are_far_in_comparison_with_their_neighbors():

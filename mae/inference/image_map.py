@@ -66,6 +66,7 @@ class Looks(NamedTuple):
 
     digests: Sequence[bytes]  # equal for images of equal size and pixels
     grays: Tensor  # (n, GRAY, GRAY)
+    colors: Tensor  # uint8 (n, GRAY, GRAY, 3)
     thumbnails: Sequence[np.ndarray]  # uint8 (height, width, 3), at most SIDES[0] a side
 
 
@@ -139,7 +140,7 @@ def take(model: Model, source: Source, features: Tensor, total: int, num_workers
         raise ValueError(f"{count} different images are too few: a map compares each with {curation.NEIGHBORS} others")
     components = curation.reduced(features)
     images = map_lists.images_of(source, curation.clusters(components), among(len(source), total))
-    lists = map_lists.all_of(images, features, looks.digests, looks.grays, pooling)
+    lists = map_lists.all_of(images, features, looks.digests, looks.grays, looks.colors, pooling)
     listed = {index for each in lists.values() for shown, _ in each.entries[:LISTED] for index in shown}
     chosen = on_map(len(source), sorted(listed))
     names = relative(images.names)
@@ -169,7 +170,7 @@ def about_map(source: Source, features: Tensor, count: int) -> str:
 
 
 class Pictures(Dataset):
-    """Digest, small gray picture (GRAY, GRAY) and thumbnail (height, width, 3) of each image of a source."""
+    """Digest, small picture in gray (GRAY, GRAY) and in colors, and thumbnail (height, width, 3) of each image."""
 
     def __init__(self, model: Model, source: Source) -> None:
         self.samples = feature_file.samples_of(model, source)
@@ -177,15 +178,17 @@ class Pictures(Dataset):
         self.range = show_range(self.normalize, decoded(self.samples))  # a sentence, or ""
 
     @errors.marked()
-    def __getitem__(self, index: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
         stored = self.samples.read(index).image
         pixels = to_tensor(stored)
         content = f"{tuple(pixels.shape)} {pixels.dtype}".encode() + pixels.numpy().tobytes()
         picture = self.displayed(stored)
-        gray = picture.convert("L").resize((map_lists.GRAY, map_lists.GRAY), Image.Resampling.BILINEAR)
+        size = (map_lists.GRAY, map_lists.GRAY)
+        gray = picture.convert("L").resize(size, Image.Resampling.BILINEAR)
+        colors = picture.resize(size, Image.Resampling.BILINEAR)
         picture.thumbnail((SIDES[0], SIDES[0]))
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        return digest, np.asarray(gray, np.float32), np.asarray(picture)
+        return digest, np.asarray(gray, np.float32), np.asarray(colors), np.asarray(picture)
 
     def displayed(self, stored: Picture) -> Image.Image:
         """Returns a decoded image in colors for display, in its own size."""
@@ -207,8 +210,8 @@ def look_at(pictures: Pictures, count: int, num_workers: int) -> Looks:
     """Reads all images."""
     batches = Batches(pictures, up_to_cores(num_workers), batch_size=16, sampler=range(count), collate_fn=list)
     bar = tqdm(chain.from_iterable(batches), "reading", count, unit="image", leave=False, disable=None)
-    digests, grays, thumbnails = zip(*bar, strict=True)
-    return Looks(digests, torch.from_numpy(np.stack(grays)), thumbnails)
+    digests, grays, colors, thumbnails = zip(*bar, strict=True)
+    return Looks(digests, torch.from_numpy(np.stack(grays)), torch.from_numpy(np.stack(colors)), thumbnails)
 
 
 def on_map(count: int, listed: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from mae.plurals import counted
 from mae.pooling import TITLES
 from mae.settings.choices import BOTH, PATCHES
 
-GRAY = 24  # side of the small gray pictures
+GRAY = 24  # side of the small pictures
 
 
 class Images(NamedTuple):
@@ -48,7 +48,7 @@ def images_of(source: Source, clusters: np.ndarray, compared: str) -> Images:
 
 
 def all_of(
-    images: Images, features: Tensor, digests: Sequence[Hashable], grays: Tensor, pooling: str = ""
+    images: Images, features: Tensor, digests: Sequence[Hashable], grays: Tensor, colors: Tensor, pooling: str = ""
 ) -> dict[str, Listed]:  # fmt: skip
     """Returns the lists by the end of the name of their CSV file.
 
@@ -56,6 +56,7 @@ def all_of(
         features: of the images (n, D).
         digests: of their pixels, equal for equal images (n,). More than curation.NEIGHBORS differ.
         grays: small gray pictures (n, GRAY, GRAY).
+        colors: the same in colors, uint8 (n, GRAY, GRAY, 3).
         pooling: of the features, a key of `mae.pooling.TITLES`. Of BOTH, the patches tell outliers.
     """
     groups = curation.groups_of_equal(digests)
@@ -68,7 +69,7 @@ def all_of(
         space = TITLES[PATCHES]
     lists = {
         "duplicates": duplicates(images, groups),
-        "near_duplicates": near_duplicates(images, different, found, grays),
+        "near_duplicates": near_duplicates(images, different, found, grays, colors),
         "outliers": outliers(images, different, far, space),
     }  # fmt: skip
     if len(np.unique(images.labels[images.labels >= 0])) > 1:
@@ -102,14 +103,16 @@ def _differing(labels: Collection[str]) -> str:
     return f", labelled {' and '.join(named)}" if len(named) > 1 else ""
 
 
-def near_duplicates(images: Images, different: np.ndarray, found: nearest.Neighbors, grays: Tensor) -> Listed:
+def near_duplicates(
+    images: Images, different: np.ndarray, found: nearest.Neighbors, grays: Tensor, colors: Tensor
+) -> Listed:
     """Lists the pairs of images that are nearly equal."""
-    pairs = curation.near_duplicates(found, grays[different])
+    pairs = curation.near_duplicates(found, grays[different], colors[different])
     text = (
         f"Pairs among {len(different):,} different images, the nearest first. The distance of a pair is divided by the "
         f"mean distance of both to their {curation.LOCAL}th neighbor, in the features and in the amplitude spectra of "
         f"gray pictures of {GRAY} x {GRAY} pixels. It is below 1 for the spectra. The geometric mean, in which the "
-        f"spectra count twice, is shown, and is below {curation.NEAR}."
+        f"spectra count twice, is shown, and is below {curation.NEAR}. The pictures agree after a shift, also in color."
     )
     entries = []
     rows: list[list[Any]] = [
