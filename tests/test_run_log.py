@@ -28,8 +28,9 @@ from torch import nn
 import main_finetune
 import main_pretrain
 from mae import parallel
+from mae.inference import report
 from mae.settings import DataSpec, EvaluationSpec, ModelSpec
-from mae.training import costs, log, log_writers, trainer
+from mae.training import costs, environment, log, log_writers, trainer
 from mae.training.log import RunLog, start_logging
 from mae.training.meters import Meters, Stopwatch
 from mae.training.precision import Precision
@@ -413,6 +414,25 @@ def test_other_ranks_do_not_read_what_rank_0_writes(tmp_path, monkeypatch):
     (tmp_path / "log.txt").touch()
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     log.log_commands(str(tmp_path), 1, DataSpec(), ModelSpec(), EvaluationSpec(), has_labels=False)
+
+
+def test_lines_that_a_crash_has_cut_off_are_skipped_and_named(pretrain, capsys):
+    """A page is written, and a run resumes, whose line is a new one."""
+    out = pretrain(epochs=1)
+    files = [out / "environment.jsonl", out / "log.txt"]
+    for file in files:
+        line = file.read_text()
+        file.write_text(line + line[:-9])
+    capsys.readouterr()
+    assert call(report, out, device="cpu", num_workers=0).exists()
+    pretrain(epochs=2, resume="auto")
+    text = capsys.readouterr().out
+    assert all(f"{file}, line 2" in text for file in files)
+    assert [line["epoch"] for line in lines(out)] == [0, 1]
+    assert [start["settings"]["epochs"] for start in environment.read(out)] == [1, 2]
+    files[0].write_text(line[:-9])
+    with pytest.raises(ValueError, match=r"environment\.jsonl"):
+        environment.read(out)
 
 
 def test_a_log_that_is_no_text_is_named(pretrain):

@@ -1,12 +1,15 @@
-"""Results by name, in a JSON file that is complete after each of them."""
+"""Results: lines of JSON in a file that grows, and a JSON file that is complete after each result."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mae.files import atomic
+
+logger = logging.getLogger(__name__)
 
 
 def to_line(scores: Mapping[str, Any]) -> str:
@@ -17,9 +20,32 @@ def to_line(scores: Mapping[str, Any]) -> str:
     return json.dumps(finite)
 
 
-def from_line(line: str) -> dict[str, Any]:
-    """Returns the scores of a line of `to_line`; null becomes NaN."""
-    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+def add_line(path: Path, line: str) -> None:
+    """Adds a line to a file. After a line that a crash has cut off, it begins a new one.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    with atomic.writing(path), path.open("ab+") as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        begin = "" if file.read(1) in (b"", b"\n") else "\n"
+        file.write(f"{begin}{line}\n".encode())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the JSON objects in the lines of a file. A warning names each line that a crash has cut off.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            logger.warning(f"{path}, line {number} is incomplete or damaged, and is skipped")
+    return found
 
 
 class Results:

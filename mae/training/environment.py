@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mae import parallel
-from mae.files import atomic
+from mae.files import results
 from mae.settings.run import fits
 
 logger = logging.getLogger(__name__)
@@ -88,21 +88,33 @@ def record(output_dir: Path, device: torch.device, settings: Mapping[str, Any]) 
     """
     path = output_dir / FILE
     recorded = {name: settings[name] for name in sorted(settings) if name != "classes"}
-    with atomic.writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**describe(device), "settings": recorded}) + "\n")
+    results.add_line(path, json.dumps({**describe(device), "settings": recorded}))
     logger.info(f"settings and versions: {path}")
 
 
-def read_last(output_dir: Path) -> dict[str, Any]:
-    """Returns the entries about the last start of a run: those of `describe`, and its `settings`.
+def read(output_dir: Path) -> list[dict[str, Any]]:
+    """Returns the entries about each start of a run: those of `describe`, and its `settings`.
 
     Raises:
+        ValueError: no start has a complete line.
         OSError: the directory is none of a run.
-        ValueError: a setting is of another type. Settings become arguments of commands.
     """
     path = output_dir / FILE
-    start: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    starts = results.read_lines(path)
+    if not starts:
+        raise ValueError(f"{path} has no complete line: resume the run, which adds one")
+    return starts
+
+
+def read_last(output_dir: Path) -> dict[str, Any]:
+    """Returns the entries about the last start of a run, as `read`.
+
+    Raises:
+        ValueError: as in `read`, or a setting is of another type. Settings become arguments of commands.
+        OSError: as in `read`.
+    """
+    start = read(output_dir)[-1]
     for name, value in start["settings"].items():
         if value is not None and not fits(name, value):
-            raise ValueError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
+            raise ValueError(f"{output_dir / FILE}: its recorded {name}, {str(value)[:80]}, is invalid")
     return start

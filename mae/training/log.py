@@ -1,13 +1,12 @@
 """The log of a run: a progress bar or lines, log.txt and TensorBoard. Only rank 0 writes it."""
 
-import json
 import logging
 import math
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +308,9 @@ def log_commands(
         labelled = labelled_images(images, evaluation.probe_path, has_labels)
         logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
     log_report_command(output_dir, data, model)
-    if Path(output_dir, LINES).exists():  # it is absent if the disk was full
-        logger.info(summary_of(Path(output_dir)))
+    # It is absent if the disk was full.
+    if Path(output_dir, LINES).exists() and (entries := read(Path(output_dir))):
+        logger.info(summary_of(entries, len(environment.read(Path(output_dir)))))
 
 
 def _read_back(last: Path, has_best: bool) -> Path:
@@ -335,11 +335,14 @@ def _read_back(last: Path, has_best: bool) -> Path:
     return last
 
 
-def summary_of(output_dir: Path) -> str:
-    """Returns a sentence about all epochs of a run of `main_pretrain.py`: time, starts, loss, and the highest k-NN."""
-    entries = read(output_dir)
+def summary_of(entries: Sequence[Mapping[str, Any]], starts: int) -> str:
+    """Returns a sentence about all epochs of a run of `main_pretrain.py`: time, starts, loss, and the highest k-NN.
+
+    Args:
+        entries: those of log.txt.
+        starts: number of starts of the run.
+    """
     last = entries[-1]
-    starts = len((output_dir / environment.FILE).read_text(encoding="utf-8").splitlines())
     seconds = sum(entry["seconds"] for entry in entries)
     parts = [f"{counted(len(entries), 'epoch')} in {duration(seconds)} of training"]
     if starts > 1:
@@ -391,11 +394,14 @@ def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
 
 def read(output_dir: Path) -> list[dict[str, Any]]:
     """Returns the entries of log.txt, one per completed epoch. Undefined values, which are null, become NaN."""
-    return [results.from_line(line) for line in (output_dir / LINES).read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: math.nan if value is None else value for name, value in entries.items()}
+        for entries in results.read_lines(output_dir / LINES)
+    ]
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
-    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again.
+    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again, and damaged ones.
 
     Raises:
         ValueError: the file is not text. It may be another one, so it is not replaced.
@@ -403,17 +409,11 @@ def _drop_lines_from(path: Path, first_epoch: int) -> None:
     if not path.exists():
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text, so the run can't add to it: rename it") from error
-    lines = []
-    for line in text.splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):  # a crash truncated the line
-            continue
-    atomic.write_text(path, "".join(lines))
+    kept = [entries for entries in results.read_lines(path) if entries.get("epoch", first_epoch) < first_epoch]
+    atomic.write_text(path, "".join(f"{results.to_line(entries)}\n" for entries in kept))
 
 
 def duration(seconds: float) -> str:
