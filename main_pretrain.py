@@ -128,7 +128,7 @@ def main(
         with_required_terms(partial(loss, mask_ratio=mask_ratio, normalize=data.normalize), run.model), model, built,
         batches, precision, session.record(facts), run.optim, run.machine, fingerprint(train, with_labels=False),
         callbacks=callbacks, lr_schedule=code.lr_schedule, forward=partial(model, data.blank_image(), mask_ratio),
-        further_entries=explained.open_share(model, samples, data, num_visible, run.optim.batch_size),
+        further_entries=explained.open_share(model, samples, data, mask_ratio, run.optim.batch_size),
     ) as training:  # fmt: skip
         gate = open_gate(run.machine.init_from, probe, training.progress)
         training.fit(after_epoch, run.evaluation.eval_every, selects=KNN if gate else "", gate=gate)

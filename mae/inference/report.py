@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> Path:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     if some is not None and not is_stream(source) and isinstance(model, Autoencoder):
         opened = RunData(ImageSpec.of(settings), replace(data, num_workers=args.num_workers), device)
-        result = answer(model, some, source, opened, of_state, args)
+        result = answer(model, source, opened, of_state, args)
         if path.name == run_directory.BEST and epochs:
             result += page.paragraph(SELECTED)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
@@ -143,29 +143,26 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def answer(
-    model: Autoencoder, some: Source, source: Source, data: RunData, of_state: Sequence[Mapping[str, Any]],
-    args: argparse.Namespace,
+    model: Autoencoder, source: Source, data: RunData, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
 ) -> str:  # fmt: skip
     """Returns whether the pre-training helped, as HTML. Where nothing can be evaluated, it says why.
 
     Args:
-        some: training images.
-        source: all training images.
+        source: the training images.
         data: the dataset of the run.
         of_state: the entries of log.txt up to the state of the model.
     """
-    masked = features.samples_of(model, some, draw_noise=partial(torch.rand, model.num_patches))
-    without_labels = verdict.learned(model, of_state, masked, args.num_workers)
+    without_labels = verdict.explained(of_state)
     if not verdict.is_classified(source):
         text = "Not each image has one of several classes" if source.classes else "The images have no labels"
         text += ", so that nothing says whether the features tell them apart."
-        return page.paragraph(f"{without_labels} {text}", "verdict")
+        return page.paragraph(f"{without_labels} {text}".strip(), "verdict")
     try:
         train, val, held_out = open_pair(data, source)
     except ValueError as error:
         text = f"No images are evaluated: {error}"
         logger.warning(text)
-        return page.paragraph(f"{without_labels} {text}", "verdict")
+        return page.paragraph(f"{without_labels} {text}".strip(), "verdict")
     return verdict.section(model, train, val, held_out, without_labels, partial(rows_of, args=args), args.num_workers)
 
 

@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mae.data import equal_images, loader, raw_pixels
-from mae.data.samples import Samples
-from mae.data.source import Source, evenly_spaced
+from mae.data import equal_images, raw_pixels
+from mae.data.source import Source
 from mae.evaluate import knn
 from mae.inference import page
 from mae.inference.model import Autoencoder
 from mae.settings import ImageSpec
-from mae.training.explained import OF_TARGET, has_constant, losses_of_constants
+from mae.training.explained import OF_TARGET
 
 logger = logging.getLogger(__name__)
 
-IMAGES = 500  # evenly spaced training images on which the loss of patch means is computed
-BATCH_SIZE = 128
 NEIGHBORS = 20
 TEMPERATURE = 0.07
 LEVEL = 95  # percent of an interval
@@ -139,44 +136,18 @@ def conclusion(found: Mapping[str, tuple[float, float, float]]) -> str:
 
 def explained(entries: Sequence[Mapping[str, Any]]) -> str:
     """Returns a sentence on what the model has learned without labels; "" if the log does not have it."""
-    for name, images in (("test_explained", "held-out"), ("train_explained", "training")):
-        values = [entry[name] for entry in entries if entry.get(name) is not None]
-        if values and math.isfinite(values[-1]):
+    for name, losses, images in (
+        ("test_explained", ["test_loss"], "held-out"),
+        ("train_explained", OF_TARGET, "training"),
+    ):
+        found = [entry for entry in entries if entry.get(name) is not None]
+        if found and (share := found[-1][name]) < 1:
+            loss = next(found[-1][loss] for loss in losses if loss in found[-1])
             return (
-                f"The model explains {values[-1]:.1%} of the variance of masked patches of {images} images: 0 is their "
-                f"mean, 100 % the patches themselves."
+                f"The model explains {share:.1%} of the variance of {images} images: the {images} loss is {loss:.3f}, "
+                f"and that of their mean {loss / (1 - share):.3f}."
             )
     return ""
-
-
-def of_patch_means(model: Autoencoder, samples: Samples, entries: Sequence[Mapping[str, Any]], num_workers: int) -> str:
-    """Returns a sentence that compares the loss of normalized pixels with that of the mean of each patch.
-
-    Returns "" if the loss is of other targets.
-
-    Args:
-        samples: training images, with the noise of masks.
-        entries: those of log.txt up to the state of the model.
-    """
-    network: Any = model
-    last = entries[-1] if entries else {}  # the start of a run has none
-    loss = next((last[name] for name in OF_TARGET if last.get(name) is not None), None)
-    if loss is None or not network.norm_pix_loss or not has_constant(network):
-        return ""
-    some = evenly_spaced(len(samples), IMAGES)
-    batches = loader.eval_loader(samples, BATCH_SIZE, num_workers, pin_memory=False, indices=some)
-    device = model.normalize.mean.device
-    of_means = losses_of_constants(network, batches, 0, model.normalize, device).zero
-    return f"Its loss of normalized pixels is {loss:.3f}, and that of the mean of each patch {of_means:.3f}."
-
-
-def learned(model: Autoencoder, entries: Sequence[Mapping[str, Any]], samples: Samples, num_workers: int) -> str:
-    """Returns what the model has learned without labels, as `explained` and `of_patch_means` say it.
-
-    Args:
-        entries, samples, num_workers: as in `of_patch_means`.
-    """
-    return f"{explained(entries)} {of_patch_means(model, samples, entries, num_workers)}".strip()
 
 
 def section(
@@ -189,7 +160,7 @@ def section(
         train: the images that classify.
         val: held-out images of the same classes.
         held_out: what the held-out images are, in words.
-        without_labels: from `learned`.
+        without_labels: from `explained`.
         extract: function(model, source) that returns features (n, D).
     """
     hits, equal = hits_of(model, train, val, extract, num_workers)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae import masking, parallel
+from mae import parallel
 from mae.context import STEPS
 from mae.data import equal_images, extra_inputs, labels, loader, raw_pixels
 from mae.data.batches import prefetch
@@ -158,12 +158,10 @@ class OnlineProbe:
 
         They are None if they are not known.
         """
-        constant = None
-        if explained.has_constant(model):
-            num_visible = masking.num_visible(model.num_patches, self.mask_ratio)
-            constant = explained.losses_of_constants(
-                model, self.masked_batches(), num_visible, self.data.normalize, self.precision.device
-            ).best
+        with torch.compiler.set_stance("force_eager"), self.precision.autocast():  # no graph of two calls
+            constant = explained.loss_of_mean(
+                model, self.masked_batches(), self.mask_ratio, self.data.normalize, self.precision.device
+            )
         of_pixels = None
         if self.is_labelled:
             workers = self.data.data.num_workers
