@@ -102,8 +102,8 @@ def loss_of_mean(
                 # Near the best constant, so that the difference of large losses does not round the result.
                 base = total.base if total else _minimum([_parabola(loss_of, zero)])
                 part = _parabola(loss_of, base)
-            except Exception as error:  # of the user's code
-                reason = str(error) if isinstance(error, NoConstant) else f"{type(error).__name__}: {error}"
+            except Exception as error:  # of the user's code; if it is a mistake, the first update shows it
+                reason = str(error) if isinstance(error, NoConstant) else f"it raises {type(error).__name__}"
                 break
             images = len(batch.images)
             count += images
