@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,20 @@ entry_point.run(main, entry_point.parser(""))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
+
+
+def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path):
+    """With both versions and a command."""
+    package = tmp_path / "site-packages/torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = "from mae.cli import entry_point\n"
+    code += "entry_point.run(lambda _: __import__('torchvision.transforms'), entry_point.parser(''))"
+    variables = os.environ | {"PYTHONPATH": str(package.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "pip install" in line and "torchvision::nms does not exist" in line
+    assert all(metadata.version(name) in line for name in ("torch", "torchvision"))
 
 
 def test_mistakes_of_start_are_one_line(tmp_path, capsys, monkeypatch):

@@ -269,6 +269,45 @@ def test_minutes_without_a_recipe_are_an_error(tmp_path):
         call(check, tmp_path, "--minutes", 3)
 
 
+FAILED = """[rank1]: Traceback (most recent call last):
+[rank0]: Traceback (most recent call last):
+[rank1]:   File "main_pretrain.py", line 98, in main
+[rank0]:   File "main_pretrain.py", line 98, in main
+[rank1]: KeyError: 'a cause'
+[rank0]: RuntimeError: the other rank
+[rank1]: During handling of the above exception, another exception occurred:
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "loop.py", line 3, in update
+[rank1]: RuntimeError: CUDA error: device-side assert
+[rank1]: Search for it in a manual.
+E1201 09:56:34.280000 11334 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)
+Traceback (most recent call last):
+  File "torch/distributed/run.py", line 1142, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+KILLED = """E1201 09:56:34.280000 11334 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)
+  traceback : Signal 9 (SIGKILL) received by PID 11354
+============================================================
+"""
+
+
+@pytest.mark.parametrize(("output", "reason"), [
+    (FAILED, "RuntimeError: CUDA error: device-side assert"), (KILLED, "Signal 9 (SIGKILL) received by PID 11354"),
+])  # fmt: skip
+def test_a_failed_trial_has_the_last_line_of_its_error_and_a_file(tmp_path, monkeypatch, output, reason):
+    """In place of torchrun is a program that prints what torchrun did."""
+    package = tmp_path / "torch/distributed"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "run.py").write_text(f"import sys; print({output!r}); sys.exit(1)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as raised:
+        trial.measure(tmp_path / "recipe.yaml", 2, 1, [], "main_pretrain", {})
+    message, file = re.fullmatch(r"a trial run .* failed: (.*) \(.* (/.*)\)", str(raised.value)).groups()
+    assert (message, Path(file).read_text().strip()) == (reason, output.strip())
+
+
 @pytest.mark.slow
 def test_a_trial_that_fails_says_why(tmp_path, monkeypatch):
     gray(tmp_path)

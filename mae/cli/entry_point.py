@@ -1,6 +1,7 @@
 """The command line: `--config` recipes, and error messages in one line. `mae/settings` defines the flags."""
 
 import argparse
+import contextlib
 import copy
 import logging
 import os
@@ -10,7 +11,8 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +36,7 @@ MESSAGES = (  # the end of --help
     "flag beside it above (--no_NAME; --cls_token for global_pool)."
 )
 FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
+IMPORTS_TORCHVISION = re.compile(r"torchvision[/\\]__init__\.py\", line \d+, in <module>")  # in a traceback
 OPTIONAL = {"datasets", "webdataset", "imagecodecs"}  # packages that a setting needs
 
 
@@ -286,7 +289,8 @@ def run(
     same = "the same command with --resume auto" if trains and args.resume != "auto" else "the same command"
     resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
-        main(convert(args, explicit))
+        with _fitting_versions():
+            main(convert(args, explicit))
         sys.stdout.flush()
         from mae import parallel  # imports PyTorch: a wrong argument is refused before
 
@@ -326,6 +330,26 @@ def run(
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)
+
+
+@contextlib.contextmanager
+def _fitting_versions() -> Iterator[None]:
+    """Raises ValueError in place of an error in the import of torchvision, also in a worker process.
+
+    torchvision is compiled for one version of torch. Its import fails beside another one, with many errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not IMPORTS_TORCHVISION.search("".join(traceback.format_exception(error))):
+            raise
+        torch, torchvision = map(metadata.version, ("torch", "torchvision"))
+        build = torch.partition("+")[2]  # such as cpu
+        index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+        raise ValueError(
+            f"torchvision {torchvision} can't be imported with torch {torch} ({str(error).strip().splitlines()[-1]}); "
+            f"install versions that fit: pip install --force-reinstall torch torchvision{index}"
+        ) from error
 
 
 def _is_stdout_closed() -> bool:

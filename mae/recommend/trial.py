@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 # of the trial; its first epoch is slower and does not count
 EPOCHS = 4
 UPDATES = 15
+# of torchrun: what follows is of no rank
+REPORT = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic", re.MULTILINE)
 
 
 class Trial(NamedTuple):
@@ -67,13 +71,33 @@ def measure(
         logger.info(f"measuring   {EPOCHS * updates} updates in {counted(processes, 'process')}")
         started = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with interrupts.command(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            errors = process.communicate()[1]
+        output = Path(folder, "output.txt")
+        with output.open("w") as file, interrupts.command(command, env=environment, stdout=file, stderr=file) as trial:
+            pass
         seconds = time.perf_counter() - started
-        if process.returncode:
-            of_script = errors.partition("torch/distributed/elastic")[0]  # the rest is the report of torchrun
-            reasons = [line for line in errors.splitlines() if ": error: " in line] or [of_script[-2000:]]
-            raise ValueError(f"a trial run of the recipe failed: {reasons[0].partition(': error: ')[2] or reasons[0]}")
+        if trial.returncode:
+            kept = Path(tempfile.mkdtemp(prefix="mae-trial-"), output.name)
+            shutil.move(output, kept)
+            text = kept.read_text(errors="replace")
+            raise ValueError(f"a trial run of the recipe failed: {reason_of(text)} (the output is in {kept})")
         lines = log.read(Path(folder))
     rate = statistics.median(line["images_per_s"] for line in lines[1:])
     return Trial(rate, seconds - sum(line["seconds"] for line in lines))
+
+
+def reason_of(output: str) -> str:
+    """Returns the line of an output of torchrun that says why a rank failed.
+
+    That is a message of this project, the last line of the first traceback, or the signal that has ended the rank.
+    """
+    of_ranks = REPORT.split(output, maxsplit=1)[0]
+    if messages := re.findall(": error: (.*)", of_ranks):
+        return str(messages[0])
+    if first := re.search(r"^(\[rank\d+\]: )?Traceback", of_ranks, re.MULTILINE):
+        prefix = first[1] or ""
+        of_first = [line for line in of_ranks[first.start() :].splitlines() if line.startswith(prefix)]
+        lines = [line.removeprefix(prefix) for line in of_first]
+        if ends := [line for before, line in pairwise(lines) if before.startswith(" ") and line[:1].strip()]:
+            return ends[-1]  # earlier ones are of its causes
+    signals = re.findall(r"traceback : (Signal .*)", output)
+    return str(signals[-1] if signals else output.strip().rpartition("\n")[2])
