@@ -135,9 +135,7 @@ def main(
         precision, record, run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
-        training.fit(
-            evaluate_epoch, run.evaluation.eval_every, task.selects_best, task.lower_is_better, saves_first=True
-        )
+        training.fit(evaluate_epoch, run.evaluation.eval_every, task.best_by, task.lower_is_better, saves_first=True)
     log_report_command(run.machine.output_dir, run.data, run.model)
     return None
 

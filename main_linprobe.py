@@ -187,7 +187,7 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
         trained=model.head if run.data.cache_features else None, is_locked=True,
     ) as training:  # fmt: skip
         training.fit(
-            evaluate_epoch, run.evaluation.eval_every, selects=task.selects_best,
+            evaluate_epoch, run.evaluation.eval_every, selects=task.best_by,
             lower_is_better=task.lower_is_better, saves_first=not features.are_stored,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from mae.checkpoints import checkpoint, run_directory
 from mae.cli import entry_point
 from mae.data.run_data import RunData
 from mae.data.source import OpenDataset
+from mae.evaluate import metrics
 from mae.probes import pools_tokens
 from mae.settings import EVALUATE, TRAIN, DataSpec, ImageSpec, MachineSpec, ModelSpec, Run, names_with
 from mae.settings.fields import LABELS
@@ -105,12 +106,15 @@ class Use:
 
 
 def settings_of(parser: ArgumentParser, args: Namespace | Run, source: OpenDataset | None = None) -> Run:
-    """Returns the settings of a command, with the name of `source` as the dataset.
+    """Returns the settings of a command, with the name of `source` as the dataset. It imports its metrics.
 
     Raises:
-        ValueError: they have a different dataset.
+        ValueError: they have a different dataset, or a metric can't be imported.
     """
     run = entry_point.settings_of(args, parser)
+    for name in run.evaluation.metric or ():
+        if ":" in name:
+            metrics.register(name)
     return run.changed({"dataset": user_code.dataset_of(source, run.data.dataset)}) if source else run
 
 

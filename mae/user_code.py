@@ -10,7 +10,8 @@ from typing import Any
 
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
-NAMED = ("encoder", "optimizer", "lr_schedule")  # a value without ":" is a key of their registry (`mae.registry`)
+# Of these settings, a value without ":" is a key of the registry (`mae.registry`).
+NAMED = ("encoder", "optimizer", "lr_schedule", "metric")
 DATASET = "py:"  # before the name of a function, as a value of --dataset
 
 

@@ -10,10 +10,11 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import lines
+from mains import call, lines
 from sklearn import metrics as sk
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -205,6 +206,45 @@ def test_a_new_metric_is_one_entry(classify, monkeypatch):
     assert wrong[5, 0.07] == pytest.approx(1 - right[5, 0.07])
     with pytest.raises(ValueError, match=r"metric=r2 is not for task=classification: give accuracy.* errors"):
         classify(main_knn, k=5, metric="r2")
+
+
+OWN = """
+from mae.evaluate.metrics import Metric
+def errors(given):
+    return (given.truth != given.predictions).mean()
+def right(given):
+    return (given.truth == given.scores.argmax(axis=1)).mean()
+fewest = Metric("", errors, ("classification",), lower_is_better=True)
+"""
+
+
+def test_a_metric_of_the_users_code_selects_and_is_given_again(classify, own_module):
+    """A file does not import it."""
+    own_module("wrong", OWN)
+    name, run = "wrong:fewest", {"metric": "wrong:fewest wrong:right accuracy", "aa": "none", "reprob": 0}
+    out = classify(main_finetune, **run, epochs=3, lr=0.003)
+    errors = [line[f"test_{name}"] for line in lines(out)]
+    assert errors == pytest.approx([1 - line["test_accuracy"] for line in lines(out)])
+    assert errors == pytest.approx([1 - line["test_wrong:right"] for line in lines(out)])
+    assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == np.argmin(errors)
+    METRICS.pop(name)
+    with pytest.raises(ValueError, match=f"metric={name}"):
+        classify(main_finetune, resume="auto", epochs=4)
+    assert name not in METRICS
+    classify(main_linprobe, "probe", metric=name, epochs=1)
+    wrong, right = (classify(main_knn, k=30, metric=one)[30, 0.07] for one in (name, "accuracy"))
+    assert wrong == pytest.approx(1 - right)
+    with pytest.raises(ValueError, match="metric=wrong:nothing"):
+        classify(main_knn, metric="wrong:nothing")
+
+
+@pytest.mark.slow
+def test_encoders_are_compared_by_a_metric_of_the_users_code(own_module, labelled, tmp_path):
+    own_module("wrong", OWN)
+    small = {"model": "vit_mini_patch4", "input_size": 16, "num_workers": 0, "device": "cpu"}
+    flags = {"encoders": "scratch", "protocols": "knn", "labels": "all", "metric": "wrong:fewest"}
+    table = call(main_compare, data_path=labelled, output_dir=tmp_path / "compared", **flags, **small)
+    assert "wrong:fewest" in table
 
 
 def test_classes_without_images_do_not_change_the_weights_of_the_others():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mains import lines, open_source, parse
 
+import main_finetune
 import main_linprobe
 import main_pretrain
 from mae.cli.options import REGISTRIES, registry_of
@@ -91,11 +92,14 @@ def test_a_recipe_may_have_names_and_no_code(tmp_path, capsys):
     recipe.write_text("optimizer: muon\nlr_schedule: cosine\n")
     run = parse(main_pretrain, config=recipe).optim
     assert (run.optimizer, run.lr_schedule) == ("muon", None)  # None: the default
-    for text in ("optimizer: own:function", "lr_schedule: own:function"):
+    for script, text in (
+        (main_pretrain, "optimizer: own:function"), (main_pretrain, "lr_schedule: own:function"),
+        (main_finetune, "metric: [accuracy, own:function]"),
+    ):  # fmt: skip
         recipe.write_text(text)
         with pytest.raises(SystemExit):
-            parse(main_pretrain, config=recipe)
-        assert text.partition(":")[0] in capsys.readouterr().err
+            parse(script, config=recipe)
+        assert f"must not set {text.partition(':')[0]}" in capsys.readouterr().err
 
 
 def test_a_new_probe_trains_and_is_evaluated(classify, monkeypatch):

@@ -17,6 +17,7 @@ from mae.settings.choices import HEAD_CHOICES, TF32
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS
 from mae.settings.types import InvalidValue, count_or_all, positive
+from mae.suggestions import did_you_mean
 from mae.user_code import NAMED, runs_code
 
 GROUPS = {name: name for name in ("data", "augmentation", "model", "optimization", "evaluation", "run")}  # of --help
@@ -100,7 +101,7 @@ def _of_registry(name: str, registry: Mapping[str, Any], argument: dict[str, Any
     """Returns the arguments of a flag with the names and the help of a registry."""
     text = argument["help"].replace("{choices}", described(registry))
     if name in NAMED:
-        default = default_name(registry)
+        default = default_name(registry) if "{default}" in text else ""
         text = text.replace("{default}", default)
         return {**argument, "help": text, "type": _name_or_code(registry, default)}
     return {**argument, "help": text, "choices": [*registry]}
@@ -111,7 +112,8 @@ def _name_or_code(registry: Collection[str], default: str) -> Callable[[str], st
 
     def name(text: str) -> str | None:
         if ":" not in text and text not in registry:
-            raise InvalidValue(f"must be {', '.join(registry)} or MODULE:NAME, got {text}")
+            near = did_you_mean(text, registry)
+            raise InvalidValue(f"must be {', '.join(registry)} or MODULE:NAME, got {text}{near}")
         return None if text == default else text
 
     return name
@@ -244,7 +246,8 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
     add(
         parser, "metric",
         help=f"metrics to print and log: {{choices}}. The first selects {selects}. They are fractions, unless they "
-        f"are in the units of the labels (default: the top-1 accuracy{defaults})",
+        f"are in the units of the labels. Or your own, MODULE:NAME: function(predictions) or a Metric of "
+        f"mae.evaluate.metrics. Files record its name, and do not import it (default: the top-1 accuracy{defaults})",
     )  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """Metrics of predictions (--metric), in the units of scikit-learn and SciPy, which compute them.
 
-Classification and multilabel metrics are fractions. A metric is a function and an entry of METRICS.
+Classification and multilabel metrics are fractions. A metric is a function and an entry of METRICS, to which `register`
+adds those of the user's code.
 """
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from mae.registry import find
-from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION, TASK_CHOICES
+from mae.user_code import call, import_object
 
 
 class Predictions(NamedTuple):
@@ -35,6 +38,20 @@ class Metric(NamedTuple):
     needs_absence: bool = False  # it is undefined for a class that all images have, too
     has_order: bool = False  # it weights errors by the order of the classes
     of_constant: str = ""  # what it is if a target is the same for all images
+
+
+def register(name: str) -> None:
+    """Adds a metric of the user's code to METRICS.
+
+    Args:
+        name: `module:name` of a `Metric`, or of a function of `Predictions`: then higher values are better.
+
+    Raises:
+        ValueError: it can't be imported.
+    """
+    found = import_object("metric=", name)
+    metric = found if isinstance(found, Metric) else Metric("", found, TASK_CHOICES, needs_scores=True)
+    METRICS[name] = metric._replace(function=partial(call, f"metric={name}", metric.function))
 
 
 def compute(

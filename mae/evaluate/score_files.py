@@ -98,7 +98,8 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
         OSError: as in `write_matrix`.
     """
     has_classes = labels.dtype.kind == "i"
-    used = metrics.names_of(MULTILABEL if has_classes else REGRESSION)
+    known = metrics.names_of(MULTILABEL if has_classes else REGRESSION)
+    used = [name for name in known if ":" not in name]  # one of the user's code may need all classes
     rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
     for number, name in enumerate(names):
         truth = labels[:, [number]]

@@ -95,7 +95,7 @@ class Classification:
     Attributes:
         title: name of the score that selects.
         selects: its entry of log.txt.
-        selects_best: the same for the best state, or "" if the validation labels are equal: they select none.
+        best_by: the same for the best state, or "" if the validation labels are equal: they select none.
         lower_is_better: whether lower scores are better.
     """
 
@@ -106,7 +106,7 @@ class Classification:
         self.class_weight = class_weight
         self.grades = grades
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
-        self.selects_best = self.selects
+        self.best_by = self.selects
         self.lower_is_better = lower_is_better(self.title)
 
     def of_outputs(self, count: int) -> str:
@@ -239,6 +239,8 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     task = flags["task"]
     weight = flags.get("class_weight") and train is not None
     names = list(dict.fromkeys(flags["metric"] or metrics.DEFAULT_METRICS[task]))
+    if code := [name for name in names if ":" in name and name not in METRICS]:  # a file can't make a program import it
+        raise ValueError(f"the resumed run has a metric of its own: give metric={code[0]}")
     known = metrics.names_of(task)
     if others := [name for name in names if name not in known]:
         raise ValueError(f"metric={others[0]} is not for task={task}: give {', '.join(known)}")
@@ -259,7 +261,7 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
             flags["target_std"],
         )
         if len(constant) == len(val.classes) and METRICS[names[0]].of_constant:
-            task.selects_best = ""
+            task.best_by = ""
         return task
     if flags.get("regression_loss"):
         raise ValueError(f"regression_loss={flags['regression_loss']} is for task=regression, and the task is {task}")
