@@ -70,7 +70,7 @@ def open_source(
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
     file_list = {"train": data.train_list, "val": data.val_list}.get(split)
-    _warn_of_unused(data, bool(file_list), label_columns)
+    _warn_of_unused(data, bool(data.train_list or data.val_list), label_columns)
     if masks:
         from mae.data.kinds.pairs import open_pairs
 

@@ -43,6 +43,7 @@ from mae.recommend.check_flags import (
     FINETUNING,
     LABELS,
     MASKS,
+    NAMES_LABELS,
     NOT_OF_FINETUNING,
     OF_FINETUNING,
     ON_BAD_IMAGE,
@@ -92,6 +93,8 @@ def report_on(
             (label,) = {*counts, *named}
             name = source.classes[label] if label < len(source.classes) else label
             text = f"none: all images are of {name}; pre-training needs no labels"
+        if lacking := sum(fact.label < 0 for fact in good):
+            text += f"; {counted(lacking, 'image')} without a label"
         lines.append(f"classes     {text}")
     elif task != CLASSIFICATION:
         lines.append(f"labels      {len(source.classes)} for each image: {first_few(source.classes)}")
@@ -167,6 +170,11 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     run = Run.of({**given, **named})
     encoder = _encoder(args.init_from, args.in_chans) if args.init_from else None
     images = open_images(run, args.split, source)
+    if args.split == "train" and run.explicit.isdisjoint(NAMES_LABELS) and run.data.data_path:
+        images, labels_of_file = labelled(args, run, images)
+        if labels_of_file:
+            given |= labels_of_file
+            run = Run.of({**given, **named})
     indices = evenly_spaced(len(images), args.limit or len(images))
     values = PixelValues(run.images.nodata, run.images.value_range, run.images.channels_last)
     in_chans = args.in_chans or (encoder.in_chans if encoder else channels_of(images, values))
@@ -194,6 +202,24 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
             write_finetuning(args, run, source, *facts_of_images)
         else:
             write_pretraining(args, encoder, *facts_of_images)
+
+
+def labelled(args: argparse.Namespace, run: Run, images: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the images with the labels of a CSV file beside them, and the settings of the list for a recipe.
+
+    Raises:
+        ValueError: as in `label_files.Labels.write`.
+    """
+    from mae.recommend import label_files
+
+    data_path = Path(str(run.data.data_path))
+    found, lines = label_files.find(images, data_path, args.task)
+    print("".join(f"{line}\n" for line in lines), end="")
+    finetunes = args.purpose == FINETUNING
+    if not found or not args.recipe or (found.task != CLASSIFICATION and not finetunes):  # pre-training has no labels
+        return (found.applied_to(images) if found else images), {}
+    path = args.recipe.with_name(f"{args.recipe.stem}_labels.csv")
+    return found.applied_to(images), found.write(path, images, data_path, only_labelled=finetunes)
 
 
 def _warn_of_idle(args: argparse.Namespace, given: Mapping[str, Any]) -> None:

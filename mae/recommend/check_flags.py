@@ -31,6 +31,7 @@ PRETRAIN = (
 ON_BAD_IMAGE = "on_bad_image"
 LABELS = ("task", "label_columns", "val_list")
 MASKS = ("train_folders", "val_folders", "reduce_zero_label", "palette")
+NAMES_LABELS = ("dataset", "train_list", "label_columns", *MASKS)  # with one of them, no file is searched for labels
 OTHERS = ("crop_pct", "val_fraction", "nb_classes", "train_per_class", "cache_features", "short_side")
 # The values of --for; what a recipe of fine-tuning has besides, and what it has not.
 PRETRAINING = "pretrain"

@@ -134,7 +134,7 @@ class HuggingFaceSet(NumberedItems):
             labels[:] = [-1 if value is None else value for value in values]
             return names, labels
         known = [index for index, value in enumerate(values) if value not in (None, "", -1)]
-        classes, labels[known] = number_labels([str(values[index]) for index in known], len(known))
+        classes, labels[known] = number_labels([str(values[index]) for index in known])
         return classes, labels
 
     def __len__(self) -> int:

@@ -70,8 +70,7 @@ def read_list(
         masks: decodes the masks of one of MASK_COLUMNS, which are the labels. Any suffix but .json is then CSV.
 
     Raises:
-        ValueError: the list has another format, has labels for some of its files only, different labels for a file, or
-            an image without a mask.
+        ValueError: the list has another format, different labels for a file, or an image without a mask.
         OSError: the list can't be read.
     """
     origin = f"{flag} {path}"
@@ -247,12 +246,11 @@ def _labels_of(table: Table, task: str | None, columns: Sequence[str] | None) ->
     if task == CLASSIFICATION and len(columns) > 1:
         raise ValueError(f"task=classification has one label column; give one of {', '.join(columns)}")
     if task == CLASSIFICATION:
-        labels = [text for (text,) in rows if text.lower() not in UNLABELED]
-        if 0 < len(labels) < len(rows):
-            raise ValueError(
-                f"only {len(labels)} of its {len(rows)} files have a label; an empty label, nan and -1 are none"
-            )
-        return number_labels(labels, len(rows))
+        is_labelled = np.array([text.lower() not in UNLABELED for (text,) in rows])
+        classes, numbers = number_labels([text for (text,) in rows if text.lower() not in UNLABELED])
+        labels = np.full(len(rows), -1)
+        labels[is_labelled] = numbers
+        return classes, labels
     names = [printable(name) for name in columns]
     if task == REGRESSION:
         return names, _numbers(table, columns, rows, np.isfinite, "task=regression needs a finite number")
@@ -390,10 +388,8 @@ def are_ids(classes: Sequence[str]) -> bool:
     return bool(classes) and all(map(INTEGER.fullmatch, classes))
 
 
-def number_labels(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
+def number_labels(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Returns the classes that occur, and the labels as indices into them. Labels that spell numbers are in order."""
-    if not labels:
-        return [], np.full(count, -1)
     texts = {*labels}
     words = {text.lower() for text in texts if not DECIMAL.fullmatch(text)}
     if words == {"nan"}:
