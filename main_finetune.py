@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import nn
 
+import engine_finetune
 import mae.build
 import models_vit
-from engine_finetune import evaluate_model, loss
 from mae.cli import entry_point, options
 from mae.data import extra_inputs, transforms
 from mae.data.fingerprint import fingerprint
@@ -41,7 +41,7 @@ from mae.training.callbacks import Callback
 from mae.training.compiling import compile_model
 from mae.training.labelled import load_for_evaluation, open_labelled
 from mae.training.log import NullLog, log_report_command
-from mae.training.mixup import make_erasing, make_mixup, smoothing_of
+from mae.training.mixup import Loss, make_criterion, make_erasing, make_mixup, smoothing_of
 from mae.training.optimizers import param_groups_lrd
 from mae.weights import loading
 
@@ -72,7 +72,8 @@ def get_args_parser() -> ArgumentParser:
 def main(
     args: Namespace | Run, source: OpenDataset | None = None, callbacks: Sequence[Callback] = (),
     encoder: type[models_vit.Encoder] | None = None, optimizer: optimizers.MakeOptimizer | None = None,
-    spares_stand_in: bool = False,
+    spares_stand_in: bool = False, loss: Loss | None = None,
+    model_class: Callable[..., models_vit.VisionTransformer] = models_vit.VisionTransformer,
 ) -> tasks.Evaluation | None:  # fmt: skip
     """Trains and evaluates a classifier for `--epochs` epochs; with --eval, returns the result of one evaluation.
 
@@ -83,18 +84,19 @@ def main(
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
         spares_stand_in: as in `RunData`.
+        loss: function(outputs, labels) -> loss (), in place of that of --task. `test_loss` is that of --task.
+        model_class: class of the model, or a `partial` of it, such as a `VisionTransformer` with another head.
     """
-    from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
-
     session = open_session(
-        get_args_parser(), args, "main_finetune", uses=CLASSIFIER, source=source, encoder=encoder, optimizer=optimizer
-    )
+        get_args_parser(), args, "main_finetune", uses=CLASSIFIER, source=source, encoder=encoder, optimizer=optimizer,
+        model_class=model_class, loss=loss,
+    )  # fmt: skip
     run = session.run
     file = session.file
     precision = session.precision
     data = session.open_data(spares_stand_in=spares_stand_in)
 
-    build = partial(mae.build.classifier, encoder=session.code.encoder)
+    build = partial(mae.build.classifier, encoder=session.code.encoder, model_class=model_class)
     if run.evaluation.eval and file:
         return evaluate_file(session, data, file, build)
 
@@ -114,25 +116,24 @@ def main(
 
     augment = augmentation(run.images, run.augmentation, data.statistics[0])
     batches = data.train_batches(train, augment, run.optim.batch_size, run.optim.accum_iter)
-    criterion = SoftTargetCrossEntropy() if mixup else partial(task.loss, smoothing=smoothing)
+    criterion = make_criterion(loss, task.loss, smoothing, mixup is not None, session.explicit)
     erase = make_erasing(run.augmentation, precision.device)
     groups = param_groups_lrd(model, run.optim.weight_decay, model.no_weight_decay(), run.optim.layer_decay)
     built = optimizers.build(run.optim.optimizer, session.code.optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {task.of_outputs(len(classes))}")
-
     val_batches = data.eval_batches(val, run.optim.batch_size)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
-        scores = evaluate_model(
+        scores = engine_finetune.evaluate_model(
             model, val_batches, normalize=data.normalize, precision=precision.of_evaluation(), task=task
         )
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     with trainer.opened(
-        partial(loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model, built, batches,
-        precision, record, run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
+        partial(engine_finetune.loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model,
+        built, batches, precision, record, run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
         training.fit(evaluate_epoch, run.evaluation.eval_every, task.best_by, task.lower_is_better, saves_first=True)
@@ -150,7 +151,8 @@ def build_model(
 ) -> models_vit.VisionTransformer:
     """Builds the classifier of a run, with the encoder of a file."""
     model = build(replace(spec, nb_classes=len(classes)), images)
-    if file and not loading.load_encoder(model, file, spec.adapt_input, classes, images.task, has_ids):
+    takes_head = file and loading.load_encoder(model, file, spec.adapt_input, classes, images.task, has_ids)
+    if file and not takes_head and isinstance(model.head, nn.Linear):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     return model
 
@@ -160,7 +162,9 @@ def evaluate_file(
 ) -> tasks.Evaluation | None:
     """Evaluates the classifier of a file on the validation set; with --suite, on these suites, and returns None."""
     run = session.run
-    test = partial(evaluate_model, normalize=data.normalize, precision=session.precision.of_evaluation())
+    test = partial(
+        engine_finetune.evaluate_model, normalize=data.normalize, precision=session.precision.of_evaluation()
+    )
     if run.evaluation.suite:
         evaluate_suites(session, data, file, build, test)
         return None

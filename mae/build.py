@@ -159,10 +159,13 @@ def _arguments_of_class(
     return arguments
 
 
-def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
+def classifier(
+    spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None,
+    model_class: Callable[..., VisionTransformer] = VisionTransformer,
+) -> VisionTransformer:  # fmt: skip
     """Builds the classifier of a run."""
     encoder = encoder or encoders.class_of(spec.encoder)
-    return _set_options(build(VisionTransformer, encoder, classifier_arguments(spec, image, encoder)), spec)
+    return _set_options(build(model_class, encoder, classifier_arguments(spec, image, encoder)), spec)
 
 
 def frozen_encoder(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:

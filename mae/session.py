@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 import mae.build
 from mae import encoders, parallel, user_code
@@ -29,7 +30,7 @@ from mae.training.lr_sched import Schedule
 from mae.training.optimizers import MakeOptimizer
 from mae.training.precision import Precision
 from models_mae import MaskedAutoencoderViT
-from models_vit import Encoder
+from models_vit import Encoder, VisionTransformer
 
 if TYPE_CHECKING:
     from mae.weights.reading import Weights
@@ -44,10 +45,11 @@ class Code:
     """Classes and functions of the user's code: arguments of `main`, or named by settings of the command."""
 
     source: OpenDataset | None = None
-    model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
+    model_class: Callable[..., Any] = MaskedAutoencoderViT  # or a classifier
     encoder: type[Encoder] | None = None
     optimizer: MakeOptimizer | None = None
     lr_schedule: Schedule | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def has_published_model(self, spec: ModelSpec) -> bool:
         """Whether the model is that of the paper."""
@@ -172,7 +174,7 @@ def _open_code(run: Run, source: OpenDataset | None, objects: Mapping[str, Any])
     for name, given in objects.items():
         if name == "model_class":
             found[name] = mae.build.model_class_of(run.model.model_class, given)
-            if given is not MaskedAutoencoderViT:
+            if given not in (MaskedAutoencoderViT, VisionTransformer):
                 names[name] = getattr(given, "func", given).__qualname__
         elif given is None:
             found[name] = user_code.named_object(name, run[name])

@@ -31,9 +31,10 @@ from test_dino import of_transformers
 from torch import nn
 
 import mae.build
+import main_finetune
 import main_knn
 import main_pretrain
-from examples import data_clips, data_volumes, reconstructions
+from examples import data_clips, data_volumes, ordinal, reconstructions
 from examples.colored_masks import ColoredMasks
 from examples.complementary_masks import ComplementaryMasks
 from examples.cross_decoder import CrossDecoder
@@ -53,6 +54,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import Block, VisionTransformer
 
 TEACHER = "vit_tiny_patch16_224"
+DISTANCE = "examples.ordinal:distance"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -546,6 +548,41 @@ def test_weights_of_single_frames_are_inflated(pretrain, tmp_path):
     torch.testing.assert_close(still[:, 2], single.patch_embed(frame[:, :1].expand(-1, 3, -1, -1)))
     assert torch.equal(clip.pos_embed, clip.table(128, (16, 4)))
     assert torch.equal(clip.blocks[3].mlp.fc2.weight, single.blocks[3].mlp.fc2.weight)
+
+
+def test_a_head_a_loss_and_a_metric_of_the_users_code_train_select_and_resume(labelled, tmp_path, monkeypatch):
+    """Labels are grades. A run that lacks the class or the loss is refused, and so is another program."""
+
+    def train(name, main=ordinal.main, **flags):
+        settings = {
+            "data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "epochs": 3,
+            "warmup_epochs": 0, "aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003, "num_workers": 0, "amp": "off",
+            "device": "cpu", "output_dir": tmp_path / name, "metric": DISTANCE,
+        }  # fmt: skip
+        found = main(parse(main_finetune, **{**settings, **flags}))
+        return tmp_path / name if found is None else found
+
+    whole = train("whole")
+    assert_same_run(whole, stop_and_resume(monkeypatch, train, 3, epochs=3), "checkpoint-2.pth")
+    scores = [line[f"test_{DISTANCE}"] for line in lines(whole)]
+    assert lines(whole)[-1]["train_loss"] < lines(whole)[0]["train_loss"]
+    assert checkpoint.read(whole / "checkpoint-best.pth")["epoch"] == np.argmin(scores)
+    record = checkpoint.read(whole / "checkpoint-2.pth")["args"]
+    assert (record["model_class"], record["loss"]) == ("Ordinal", "examples.ordinal:squared_distance")
+    code = {"loss": ordinal.squared_distance, "model_class": ordinal.Ordinal}
+    for missing in code:
+        given = {name: value for name, value in code.items() if name != missing}
+        with pytest.raises(ValueError, match=f"{missing}=.*{record[missing]}"):
+            train("whole", partial(main_finetune.main, **given), resume="auto", epochs=4)
+    evaluated = {"eval": True, "resume": whole / "checkpoint-2.pth"}
+    found = train("evaluated", partial(main_finetune.main, model_class=ordinal.Ordinal), **evaluated)
+    assert found.metrics[DISTANCE] == pytest.approx(scores[-1])
+    for wrong in (
+        partial(train, "evaluated", main_finetune.main, **evaluated),
+        partial(get_model, evaluated["resume"]),
+    ):
+        with pytest.raises(ValueError, match="model_class=Ordinal"):
+            wrong()
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ class OptimSpec(Values, group="optimization", role=OPTIM):
         help="decay of the learning rate after the warm-up: {choices}; or your own, MODULE:FUNCTION: "
         "function(progress) returns the factor of the rate for the progress after the warm-up, 0 to 1. Files record "
         "its name, and do not import it (default: {default})")
+    loss: str | None = fact(None, role=TRAINING)  # name of the user's function. Argument of main_finetune.main
     class_weight: str | None = setting(None, role=TRAINING, choices=["balanced"],
         help="balanced: the loss of an image is divided by the share of its class in the training set, so that small "
         "and large classes count equally (default: all images count equally)")

@@ -1,13 +1,20 @@
-"""What changes the images and targets of a batch in fine-tuning: random erasing, mixup and cutmix, label smoothing."""
+"""What changes the images and targets of a batch in fine-tuning (erasing, mixup, cutmix, smoothing), and the loss."""
 
+import logging
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mae.settings.arguments import advice, in_words
 from mae.settings.choices import CLASSIFICATION
 from mae.settings.images import AugmentationSpec
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, C), labels -> ()
 
 
 def make_erasing(changes: AugmentationSpec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -62,6 +69,29 @@ def make_mixup(
         label_smoothing=smoothing,
         num_classes=num_classes,
     )
+
+
+def make_criterion(
+    loss: Loss | None, of_task: Callable[..., Tensor], smoothing: float, mixes: bool, explicit: frozenset[str]
+) -> Loss:
+    """Returns the loss of a run. A warning names settings that have no effect on that of the user's code.
+
+    Args:
+        loss: of the user's code, if any.
+        of_task: the loss of --task, with the argument `smoothing`.
+        mixes: labels are shares of the classes (B, C), because images are mixed.
+        explicit: names of the explicit settings.
+    """
+    if loss:
+        for name in sorted(explicit & {"class_weight", "regression_loss", "smoothing"}):
+            logger.warning(f"`{name}` has no effect on the `loss` that is given")
+        return loss
+    if not mixes:
+        return partial(of_task, smoothing=smoothing)
+    from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
+
+    found: Loss = SoftTargetCrossEntropy()
+    return found
 
 
 def smoothing_of(smoothing: float, task: str, is_explicit: bool) -> float:

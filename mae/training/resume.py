@@ -35,6 +35,7 @@ OF_DATA = ("classes", "colors", "train_images", "held_out_images")
 # Entries of a parameter group that depend on the schedule, the flags and the machine of this start
 OF_THIS_START = {"lr", "lr_scale", "weight_decay", "fused", "foreign", "capturable"}
 
+OF_PROGRAM = ("model_class", "loss")  # the user's code, which a program gives to `main`
 STARTS = ("finetune", "init_from")  # the file of the weights from which a run starts
 BATCH_FACTORS = ("batch_size", "accum_iter", "world_size")  # of the effective batch size, in published checkpoints
 
@@ -55,7 +56,7 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
         script: name of the script, which checkpoints record.
 
     Raises:
-        CheckpointError: the checkpoint is of another script, a setting in it is invalid, or it has other updates.
+        CheckpointError: the checkpoint is of another script, a setting in it is invalid, or updates or code differ.
     """
     recorded = parallel.from_rank_0(lambda: _recorded(Path(settings["output_dir"]), settings["resume"], script))
     if not recorded:
@@ -63,6 +64,10 @@ def resumed_settings(settings: Mapping[str, Any], explicit: frozenset[str], scri
     file, saved, is_ours = recorded
     explicit -= {name for name in STARTS if not settings.get(name)}
     _require_same_start(file, saved, settings, explicit)
+    for name in OF_PROGRAM:
+        if saved.get(name) and not settings.get(name):  # a file can't make a program import code
+            raise CheckpointError(f"the resumed run has a {name} of its own: give {name}={saved[name]}")
+    _require_same(["loss"], {"loss": None, **saved}, {"loss": None, **settings})
     if "lora" in explicit:  # before the model gets the recorded scale for other updates
         _require_same(["lora"], saved, settings)
     found = taken_from(saved, settings, explicit, RESUME if is_ours else RESUME_PUBLISHED)

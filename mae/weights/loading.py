@@ -72,9 +72,8 @@ def init_mae(model: Any, weights: Weights) -> None:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
     """
-    classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__ not in LIBRARY}
     name = weights.settings.get("model_class")
-    if name and re.split("[.:]", name)[-1] not in classes:
+    if not _has_class(model, name):
         logger.warning(f"{weights.origin} was trained with the class {name}, and this model lacks its changes")
     left_out = set() if name else _of_classifier(weights)
     tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in left_out}
@@ -96,6 +95,12 @@ def init_mae(model: Any, weights: Weights) -> None:
     require_fit(model, weights, fitted, optional)
     without = f", without {some(left_out)}" if left_out else ""
     logger.info(f"weights from {weights.origin} ({weights.kind}){without}")
+
+
+def _has_class(model: nn.Module, name: str | None) -> bool:
+    """Whether a model has the class of the user's code that a file records, if any."""
+    classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__ not in LIBRARY}
+    return not name or re.split("[.:]", name)[-1] in classes
 
 
 def _of_classifier(weights: Weights) -> set[str]:
@@ -161,9 +166,11 @@ def load_classifier(model: Any, weights: Weights) -> None:
     """Loads all weights of a classifier or of a segmentation model.
 
     Raises:
-        CheckpointError: the file has another architecture or several heads.
+        CheckpointError: the file has another architecture or several heads, or a class of the user's code.
     """
     _require_one_head(weights)
+    if not _has_class(model, name := weights.settings.get("model_class")):
+        raise CheckpointError(f"{weights.origin} was trained with model_class={name}, whose changes this model lacks")
     fitted = fit(model, weights)
     require_fit(model, weights, fitted)
     if "pos_embed" in fitted.resized and "input_size" not in weights.settings:
