@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import forecast, leaderboard, machine, pooling, scripts
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
-from mae.files import locks
+from mae.files import locks, results
 from mae.inference import more_time, report, verdict
 from mae.training import environment, log
 from mae.training.environment import commit
@@ -130,7 +130,7 @@ def in_words(outcome: Outcome) -> list[str]:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -185,8 +185,7 @@ def main(args: argparse.Namespace) -> None:
             scripts.run_python("-m", "mae", "start", images, "--minutes", f"{minutes:g}", "--output_dir", out)
             row = {**case, "seconds": round(time.perf_counter() - begin), **result_of(out)}
             row |= {"machine": machine.processor(), "commit": version}
-            with ROWS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            results.add_line(ROWS, json.dumps(row))
             leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
             print(json.dumps(row), flush=True)
     print(table())

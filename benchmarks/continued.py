@@ -45,7 +45,7 @@ from mae.cli.script import Script
 from mae.compare import store
 from mae.data.generators import preserve_generators
 from mae.evaluate.tables import markdown
-from mae.files import atomic, locks
+from mae.files import atomic, locks, results
 from mae.fp32 import in_fp32
 from mae.inference.export import export
 from mae.training import log
@@ -216,7 +216,7 @@ def features(model: Any, images: Sequence[Image.Image]) -> Tensor:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def recorded(name: str, **of_run: str) -> Any:
@@ -287,8 +287,7 @@ def main(args: argparse.Namespace) -> None:
         folder = WORK / kind / f"{arm}-{seed}"
         with suppress(locks.Busy), locks.locked(folder):  # busy: a process of the other core has it
             row |= {**measure(arm, kind, seed, file), "machine": machine.processor(), "commit": version}
-            with ROWS.open("a") as rows:
-                rows.write(json.dumps(row) + "\n")
+            results.add_line(ROWS, json.dumps(row))
             leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
             print(json.dumps(row), flush=True)
     print(table())

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import leaderboard, machine, scripts
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
+from mae.files import results
 from mae.training import log
 from mae.training.environment import commit
 
@@ -42,14 +43,14 @@ def measure(seed: int) -> dict[str, Any]:
     command = ["./run", "demo", "--seed", str(seed)]
     subprocess.run(command, cwd=scripts.ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True)
     seconds = round(time.monotonic() - begin)
-    results = json.loads((OUT / "results.json").read_text())
-    margins = {name: round(100 * (results[ours] - results[other]), 2) for name, (ours, other) in MARGINS.items()}
+    scores = json.loads((OUT / "results.json").read_text())
+    margins = {name: round(100 * (scores[ours] - scores[other]), 2) for name, (ours, other) in MARGINS.items()}
     return {"seed": seed, "seconds": seconds, "epochs": len(log.read(OUT / "pretrain")), **margins}
 
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table() -> str:
@@ -76,8 +77,7 @@ def main(args: argparse.Namespace) -> None:
     version = commit()
     for seed in args.seeds:
         row = {**measure(seed), "machine": machine.processor(), "commit": version}
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        results.add_line(ROWS, json.dumps(row))
         leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
     print(table())
 

@@ -37,7 +37,7 @@ from mae.data.image_facts import all_facts
 from mae.data.open import open_source
 from mae.data.source import Source
 from mae.evaluate.tables import markdown
-from mae.files import atomic, locks
+from mae.files import atomic, locks, results
 from mae.recommend import finetuning, trial
 from mae.recommend.facts import Images
 from mae.recommend.finetuning import Labels, Start
@@ -191,7 +191,7 @@ def rows_of(study: Study, done: Sequence[Mapping[str, Any]]) -> Iterator[dict[st
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -233,8 +233,7 @@ def main(args: argparse.Namespace) -> None:
     version = commit()
     for row in rows_of(Study(kinds, (200, ALL), (0, 1, 2), args.minutes, WORK), read()):
         complete = {**row, "machine": machine.processor(), "commit": version}
-        with ROWS.open("a") as file:
-            file.write(json.dumps(complete) + "\n")
+        results.add_line(ROWS, json.dumps(complete))
         leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(read()), PAGE)
         print(json.dumps(complete), flush=True)
     print(table(read()))

@@ -43,7 +43,7 @@ from mae.cli import entry_point
 from mae.cli.script import Script
 from mae.compare import store
 from mae.evaluate.tables import markdown
-from mae.files import atomic, locks
+from mae.files import atomic, locks, results
 from mae.training import log
 from mae.training.environment import commit
 from mae.training.gate import KNN
@@ -249,7 +249,7 @@ def is_better(pairs: Sequence[Pair]) -> bool:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -304,8 +304,7 @@ def main(args: argparse.Namespace) -> None:
         row = {**case._asdict(), **{name: scores[name] for name in ("epochs", "curve")}}
         row |= {"machine": machine.processor(), "commit": version}
         found.append(row)
-        with rows_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        results.add_line(rows_file, json.dumps(row))
         if not args.rehearse:
             leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
         print(json.dumps(row), flush=True)

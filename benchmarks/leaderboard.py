@@ -36,7 +36,7 @@ from benchmarks.model_table import pretraining_macs
 from mae.cli import entry_point
 from mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae.evaluate.tables import markdown
-from mae.files import atomic
+from mae.files import atomic, results
 from mae.settings.arguments import arguments
 from mae.settings.types import positive, positive_int
 from mae.training import log
@@ -229,7 +229,7 @@ def measures(flags: dict[str, Any], lines: list[dict[str, Any]], images: int) ->
 
 def read() -> list[dict[str, Any]]:
     """Returns all rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()]
+    return results.read_lines(ROWS)
 
 
 def budget_of(row: dict[str, Any]) -> str:
@@ -335,8 +335,8 @@ def main(args: argparse.Namespace) -> None:
     for seed, name in itertools.product(args.seeds, args.entries):
         earlier = read()
         rows = rows_of(name, seed, args, version)
-        with ROWS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            results.add_line(ROWS, json.dumps(row))
         write_table("python benchmarks/leaderboard.py", table(), PAGE)
         atomic.write_text(BOARD, board_of(read()))
         print(*map(json.dumps, rows), *(agreement(row, earlier) for row in rows), sep="\n", flush=True)

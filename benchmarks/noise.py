@@ -42,7 +42,7 @@ from mae.data.image_facts import all_facts
 from mae.data.open import open_source
 from mae.data.source import Source
 from mae.evaluate.tables import markdown
-from mae.files import atomic, locks
+from mae.files import atomic, locks, results
 from mae.recommend import rules
 from mae.recommend.facts import Images, Machine
 from mae.settings import DataSpec
@@ -124,7 +124,7 @@ def measure(settings: Mapping[str, Any], out: Path) -> float:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -163,8 +163,7 @@ def main(args: argparse.Namespace) -> None:
         except locks.Busy:  # a process of the other core has it
             continue
         row |= {"epochs": EPOCHS[kind], "k-NN": accuracy, "machine": machine.processor(), "commit": version}
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        results.add_line(ROWS, json.dumps(row))
         leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(read()), PAGE)
         print(json.dumps(row), flush=True)
     print(table(read()))

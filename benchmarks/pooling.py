@@ -35,7 +35,7 @@ from mae.cli import entry_point
 from mae.cli.script import Script
 from mae.compare import store
 from mae.evaluate.tables import markdown
-from mae.files import atomic, locks
+from mae.files import atomic, locks, results
 from mae.settings.choices import POOL_CHOICES
 from mae.training import log
 from mae.training.environment import commit
@@ -101,7 +101,7 @@ def measure(kind: str, seed: int, pool: str, encoder: Path) -> dict[str, float]:
 
 def read() -> list[dict[str, Any]]:
     """Returns the rows of all runs."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -140,8 +140,7 @@ def main(args: argparse.Namespace) -> None:
                 row = run | {
                     "pool": pool, **found, "images": images, "machine": machine.processor(), "commit": version
                 }  # fmt: skip
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                results.add_line(ROWS, json.dumps(row))
                 print(json.dumps(row), flush=True)
             leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)
     print(table())

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from benchmarks import leaderboard, machine, records, sandbox, scripts
 from mae.cli import entry_point
 from mae.evaluate.tables import markdown
+from mae.files import results
 from mae.settings.types import positive
 from mae.training.environment import commit
 
@@ -238,7 +239,7 @@ def run_entry(file: Path, seed: int, seconds: float, held_out: bool) -> Row:
 
 def read() -> list[Row]:
     """Returns all rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return results.read_lines(ROWS) if ROWS.exists() else []
 
 
 def table() -> str:
@@ -332,8 +333,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{file.stem}, seed {seed}: {row['score']:.2f}, a rehearsal without a row", flush=True)
         else:
             print(json.dumps(row), flush=True)
-            with ROWS.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            results.add_line(ROWS, json.dumps(row))
             leaderboard.write_table("python benchmarks/speedrun.py", table(), PAGE)
     for file, found in scores.items():
         print(f"{file.stem}: {summary(found)} over the seeds; ± {errors[file]} over the evaluated images")
