@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from mains import open_source
 from PIL import Image
 from torchvision import tv_tensors
 
-from mae.data import large, transforms
+from mae.data import image_cache, large, transforms
 from mae.data.decode import decode, decode_item
 from mae.data.item import Item
 from mae.data.pixels import size_of, to_tensor
+from mae.data.samples import Samples
 
 HEIGHT, WIDTH = 403, 530  # no multiples of 4
 RAMP = np.add.outer(np.arange(HEIGHT), np.arange(WIDTH)).astype(np.float64) / (HEIGHT + WIDTH)
@@ -86,6 +88,19 @@ def test_pictures_with_masks_or_maps_keep_their_size(are_large):
     assert size_of(decode_item(Item(data, label=mask), 3).image) == (HEIGHT, WIDTH)
     assert size_of(decode_item(Item(data, inputs={"map": tv_tensors.Image(mask[None])}), 3).image) == (HEIGHT, WIDTH)
     assert size_of(decode_item(Item(data), 3).image) == (-(-HEIGHT // 4), -(-WIDTH // 4))
+
+
+def test_crops_of_cached_large_pictures_are_those_without_a_cache(tmp_path, are_large):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(FILES["PNG"][0])
+    source = open_source("train", str(folder))
+    cache = image_cache.cached(Samples(source, transforms.eval_transform(24), in_chans=3, seed=0), 0)
+    crops = [
+        Samples(each, transforms.pretrain_transform(24), in_chans=3, seed=0)[3, 0].item.image
+        for each in (source, cache)
+    ]
+    assert torch.equal(*crops)
 
 
 @pytest.mark.slow
