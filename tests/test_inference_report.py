@@ -26,7 +26,7 @@ import main_knn
 import main_linprobe
 from mae.cli import entry_point
 from mae.evaluate import pictures
-from mae.inference import get_model, report
+from mae.inference import export, get_model, report
 
 PACKAGES = {"mae.data": "mae.recommend.check"}  # with a command
 
@@ -131,6 +131,32 @@ def test_the_commands_of_the_page_parse_and_name_the_checkpoint(page, run, capsy
     few = ["--labels", "12", "--draws", "1", "--protocols", "knn"]  # else all images, and linear probes
     call(main_compare, *commands[2][3:], *few, device="cpu", num_workers=0)
     assert "| checkpoint-2 (k-NN) |" in Path(f"{run}_compared", "table.md").read_text()
+
+
+def test_the_commands_of_few_images_with_a_bad_one_and_another_encoder_run(pretrain, labelled, tmp_path, capsys):
+    """Fewer images than k, too few for a map, one that can't be read, and class tokens that timm does not have."""
+    images = shutil.copytree(labelled / "train", tmp_path / "images")
+    for file in sorted(images.glob("*/*"))[::3] + sorted(images.glob("*/*"))[1::3]:
+        file.unlink()
+    min(images.glob("*/*")).write_bytes(b"")
+    out = pretrain(data_path=images, epochs=1, on_bad_image="skip", num_cls_tokens=2)
+    commands = {words[2]: words[3:] for words in Page(call(report, out, device="cpu", num_workers=0)).commands[:-1]}
+    assert "mae.inference.image_map" not in commands
+    for module, flags in commands.items():
+        assert entry_point.parse_command(parser_of(PACKAGES.get(module, module)), flags)
+    capsys.readouterr()
+    call(main_knn, *commands["main_knn"], device="cpu", num_workers=0)
+    assert "Acc@1" in capsys.readouterr().out
+    *flags, _ = commands["mae.inference.export"]
+    call(export, *flags, tmp_path / "encoder.safetensors")
+    assert (tmp_path / "encoder.safetensors").exists()
+
+
+def test_images_that_can_not_be_evaluated_are_in_no_command(pretrain, labelled, tmp_path):
+    images = shutil.copytree(labelled, tmp_path / "images")
+    (images / "val/kind5").rename(images / "val/other")
+    page = Page(call(report, pretrain(data_path=images, epochs=1), device="cpu", num_workers=0))
+    assert [words[4] for words in page.commands[:3]] == ["LABELLED"] * 3
 
 
 def test_a_run_ends_with_the_command_of_its_page(pictures, tmp_path):

@@ -124,7 +124,7 @@ def export(model: Model, to: str, out: Path) -> None:
         OSError: the disk is full, or the folder can't be written to.
     """
     model = without_adapters(model)
-    if reason := _unsupported(model, to):
+    if reason := unsupported(model, to):
         raise ValueError(f"to={to}: the format has no {reason}; give to=safetensors")
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def export(model: Model, to: str, out: Path) -> None:
         WRITERS[to](model, written)
 
 
-def _unsupported(model: Model, to: str) -> str:
+def unsupported(model: Model, to: str) -> str:
     """Returns the part of a model that a format does not have, or ""."""
     if isinstance(model, TimmClassifier) and to != "safetensors":
         return "model of timm"

@@ -33,8 +33,9 @@ from mae.data.run_data import RunData
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import features, image_map, more_time, neighbors, page, tuned, verdict
+from mae.inference import curation, export, features, image_map, more_time, neighbors, page, tuned, verdict
 from mae.inference.model import Autoencoder, Model, get_model
+from mae.inference.state_dicts import encoder_of, without_adapters
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
 from mae.settings.fields import default_of
@@ -50,6 +51,7 @@ NAME = "report.html"
 OF_CLASSIFIER = {"test_acc1": "accuracy (%)", "test_acc5": "top-5 accuracy (%)"}  # titles of curves
 FINETUNING = "main_finetune"
 SCRIPTS = ("main_pretrain", FINETUNING)
+Pair = tuple[Source, Source, str]  # the images that classify, held-out images, and what the latter are
 IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
 RECONSTRUCTIONS = 8
 SELECTED = (
@@ -126,14 +128,16 @@ def main(args: argparse.Namespace) -> Path:
         sections += mapped(model, source, data, args)
     elif some is not None:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
-    if some is not None and not is_stream(source) and isinstance(model, Autoencoder):
-        opened = RunData(ImageSpec.of(settings), replace(data, num_workers=args.num_workers), device)
-        result = answer(model, source, opened, of_state, args)
+    opened = RunData(ImageSpec.of(settings), replace(data, num_workers=args.num_workers), device)
+    pair = pair_or_reason(opened, source)
+    if some is not None and isinstance(model, Autoencoder):
+        result = answer(model, pair, of_state, args)
         if path.name == run_directory.BEST and epochs:
             result += page.paragraph(SELECTED)
         sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
+    labelled = labelled_images(settings, data, not isinstance(pair, str))
     sections += [
-        page.section("What to do next", commands(args.run_dir, path, settings, data, source)),
+        page.section("What to do next", commands(args.run_dir, path, settings, data, source, labelled, model)),
         page.section("Settings", settings_of(start)),
     ]
     title = f"Pre-training run {args.run_dir.resolve().name}"
@@ -143,30 +147,33 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def answer(
-    model: Autoencoder, source: Source, data: RunData, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
+    model: Autoencoder, pair: Pair | str, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
 ) -> str:  # fmt: skip
     """Returns whether the pre-training helped, as HTML. Where nothing can be evaluated, it says why.
 
     Args:
-        source: the training images.
-        data: the dataset of the run.
+        pair: from `pair_or_reason`.
         of_state: the entries of log.txt up to the state of the model.
     """
     without_labels = verdict.explained(of_state)
-    if not verdict.is_classified(source):
+    if isinstance(pair, str):
+        return page.paragraph(f"{without_labels} {pair}".strip(), "verdict")
+    return verdict.section(model, *pair, without_labels, partial(rows_of, args=args), args.num_workers)
+
+
+def pair_or_reason(data: RunData, source: Source | Stream) -> Pair | str:
+    """Returns `open_pair`, or a sentence that says why no images are evaluated."""
+    if is_stream(source) or not verdict.is_classified(source):
         text = "Not each image has one of several classes" if source.classes else "The images have no labels"
-        text += ", so that nothing says whether the features tell them apart."
-        return page.paragraph(f"{without_labels} {text}".strip(), "verdict")
+        return f"{text}, so that nothing says whether the features tell them apart."
     try:
-        train, val, held_out = open_pair(data, source)
+        return open_pair(data, source)
     except ValueError as error:
-        text = f"No images are evaluated: {error}"
-        logger.warning(text)
-        return page.paragraph(f"{without_labels} {text}".strip(), "verdict")
-    return verdict.section(model, train, val, held_out, without_labels, partial(rows_of, args=args), args.num_workers)
+        logger.warning(f"no images are evaluated: {error}")
+        return f"No images are evaluated: {error}"
 
 
-def open_pair(data: RunData, source: Source) -> tuple[Source, Source, str]:
+def open_pair(data: RunData, source: Source) -> Pair:
     """Returns the images that classify, the held-out images, and what the latter are, in words.
 
     Args:
@@ -402,19 +409,24 @@ def mapped(model: Model, source: Source | Stream, data: DataSpec, args: argparse
     return survey.sections
 
 
-def labelled_images(settings: Mapping[str, Any], data: DataSpec, source: Source | Stream) -> Mapping[str, Any]:
+def labelled_images(settings: Mapping[str, Any], data: DataSpec, has_labels: bool) -> Mapping[str, Any]:
     """Returns the labelled images of a run, as settings. Without val/, the commands hold out a part of them."""
     named = {name: getattr(data, name) for name in ("data_path", "dataset", "train_list", "val_list")}
-    return log.labelled_images(named, settings.get("probe_path"), bool(source.classes))
+    return log.labelled_images(named, settings.get("probe_path"), has_labels)
 
 
 def comparison(
     run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
 ) -> list[str]:
     """Returns the command that compares a checkpoint with raw pixels, without the interpreter."""
+    return compare_command(run_dir, checkpoint, data, labelled_images(settings, data, bool(source.classes)))
+
+
+def compare_command(run_dir: Path, checkpoint: Path, data: DataSpec, labelled: Mapping[str, Any]) -> list[str]:
+    """Returns the command of `comparison`. `labelled` is from `labelled_images`."""
     skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
     return [
-        "main_compare", *arguments(labelled_images(settings, data, source)), "--encoders", "pixels", str(checkpoint),
+        "main_compare", *arguments(labelled), "--encoders", "pixels", str(checkpoint),
         "--protocols", "knn", "linear", *skips, "--output_dir", f"{run_dir}_compared",
     ]  # fmt: skip
 
@@ -443,10 +455,14 @@ def compared(run_dir: Path, checkpoint: Path) -> str:
 
 
 def commands(
-    run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
-) -> str:
-    """Returns commands that use a checkpoint."""
-    found = labelled_images(settings, data, source)
+    run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream,
+    found: Mapping[str, Any], model: Model,
+) -> str:  # fmt: skip
+    """Returns commands that use a checkpoint.
+
+    Args:
+        found: from `labelled_images`.
+    """
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
     path = data.train_list or data.data_path
@@ -456,22 +472,27 @@ def commands(
         images = ["IMAGES"]
     code = encoders.user_code_of(settings)
     file = str(checkpoint)
+    skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
+    to_timm = not export.unsupported(without_adapters(encoder_of(model)), "timm")
+    format_of_encoder = ["timm", "--out", "encoder"] if to_timm else ["safetensors", "--out", "encoder.safetensors"]
     lines = {
-        "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file],
-        "Compare with raw pixels": comparison(run_dir, checkpoint, settings, data, source),
+        "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file, *skips],
+        "Compare with raw pixels": compare_command(run_dir, checkpoint, data, found),
         "Compute the features of all images": [
-            "mae.inference.features", *images, "--model", file, "--out", "features.npz",
+            "mae.inference.features", *images, "--model", file, *skips, "--out", "features.npz",
         ],
         "Find the neighbors of an image": [
-            "mae.inference.neighbors", *images, "--model", file, "--query", "IMAGE", "--out", "neighbors.png",
+            "mae.inference.neighbors", *images, "--model", file, *skips, "--query", "IMAGE", "--out", "neighbors.png",
         ],
         "Map the images, and list duplicates, outliers and labels that look wrong": [
-            "mae.inference.image_map", *images, "--model", file, "--out", "map.html",
+            "mae.inference.image_map", *images, "--model", file, *skips, "--out", "map.html",
         ],
         "Export the encoder": [
-            "mae.inference.export", "--model", file, "--encoder_only", "--to", "timm", "--out", "encoder",
+            "mae.inference.export", "--model", file, "--encoder_only", "--to", *format_of_encoder,
         ],
     }  # fmt: skip
+    if len(source) <= curation.NEIGHBORS:  # too few for a map
+        lines = {title: words for title, words in lines.items() if words[0] != "mae.inference.image_map"}
     named_lines = {
         "Fine-tune with labels": log.finetune_command(found, file, code),
         **{title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()},
