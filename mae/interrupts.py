@@ -25,14 +25,15 @@ PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, and its state is saved.
+    """A signal stopped the run.
 
     Args:
         signum: number of the signal. The exit code is 128 + signum, as in a shell.
+        is_saved: the state of the run is saved.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, is_saved: bool = True) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}" + (", the state is saved" if is_saved else ""))
         self.signum = signum
 
 
@@ -40,9 +41,13 @@ class Interrupts:
     """Context manager that records signals. A second SIGINT raises KeyboardInterrupt.
 
     SIGHUP remains ignored under nohup.
+
+    Args:
+        saves: the run saves its state when it stops, which a warning says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saves: bool = True) -> None:
+        self.saves = saves
         self.pending: int | None = None  # the recorded signal
         self.earlier: dict[int, Any] = {}
         self.raises = False
@@ -66,7 +71,7 @@ class Interrupts:
         self.raises = True
         try:
             if self.pending:
-                raise Interrupted(self.pending)
+                raise Interrupted(self.pending, self.saves)
             yield
         finally:
             self.raises = False
@@ -74,7 +79,7 @@ class Interrupts:
     def _record(self, signum: int, frame: object) -> None:
         if signum == signal.SIGINT and self.pending == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.pending is None:
+        if self.pending is None and self.saves:
             when = "now" if self.raises else "after this update"
             logger.warning(
                 f"{signal.Signals(signum).name}: the run stops {when} and saves its state"
@@ -84,13 +89,13 @@ class Interrupts:
         self.pending = signum
         if self.raises:
             self.raises = False  # not during the handling of the error
-            raise Interrupted(signum)
+            raise Interrupted(signum, self.saves)
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Context manager, or decorator, of code in which a signal raises `Interrupted` at once."""
-    with Interrupts() as interrupts, interrupts.at_once():
+    with Interrupts(saves=False) as interrupts, interrupts.at_once():
         yield
 
 

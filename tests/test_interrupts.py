@@ -188,6 +188,7 @@ def test_a_signal_ends_each_part_of_start(tmp_path, part, number):
         os.kill(run.processes[0].pid, number)
         assert run.wait(20) == [128 + number], (tmp_path / "output").read_text()
         assert not is_running(process)
+    assert "saved" not in (tmp_path / "output").read_text()  # by a part that has no state
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")

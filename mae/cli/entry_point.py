@@ -326,7 +326,7 @@ def run(
             raise
         _fail(parser, args, error, errors.message(error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        reason = f"{error}, the state is saved; {same} resumes the run"
+        reason = f"{error}; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)
