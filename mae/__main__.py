@@ -4,6 +4,7 @@ This module imports nothing of the library, so that `mae --help` takes no time.
 """
 
 import runpy
+import signal
 import sys
 
 COMMANDS = {  # by what one wants to do: module, and what it does
@@ -46,6 +47,7 @@ def main() -> None:
     name, *words = sys.argv[1:] or ["--help"]
     modules = {command: module for commands in COMMANDS.values() for command, (module, _) in commands.items()}
     if name in ("-h", "--help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback after `| head`
         print(help_text())
     elif name in modules:
         sys.argv = [f"mae {name}", *words]

@@ -55,7 +55,7 @@ def test_whole_numbers_with_many_values_are_no_classes(tmp_path):
     folder = folder_with(tmp_path, "image,age", *(f"{number:02}.png,{20 + number}" for number in range(COUNT)))
     found, (line,) = found_in(folder)
     assert found.task == REGRESSION
-    assert f"--task {CLASSIFICATION}" in line
+    assert f"task={CLASSIFICATION}" in line
     assert found_in(folder, CLASSIFICATION)[0].task == CLASSIFICATION
     file = tmp_path / "labels.csv"
     settings = found.write(file, open_source("train", str(folder)), folder, only_labelled=True)
@@ -79,4 +79,4 @@ def test_whole_numbers_with_many_values_are_no_classes(tmp_path):
 def test_a_file_that_does_not_fit_is_named_with_the_flag_of_lists(tmp_path, rows):
     found, (line,) = found_in(folder_with(tmp_path, *rows))
     assert found is None
-    assert "labels.csv" in line and "--train_list" in line
+    assert "labels.csv" in line and "train_list=" in line

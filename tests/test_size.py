@@ -82,14 +82,10 @@ def test_scripts_are_short(trees):
         assert size.statements(ast.walk(trees[script])) <= 130, script
 
 
-def test_method_and_loop_are_short():
-    """What a reader of both opens; DESIGN names the files."""
-    assert size.lines_of(size.ROOT, size.METHOD_AND_LOOP).total() <= 2002
-
-
 @pytest.mark.slow
-def test_a_value_passes_few_functions(traces):
-    assert 5 <= len(traces["functions that receive mask_ratio"]) <= 10
-    assert 1 <= len(traces["functions from main to backward"]) <= 3
-    assert 5 <= len(traces["functions that receive a file of --finetune"]) <= 20
-    assert 20 <= len(traces["functions that an image passes before the model"]) <= 40
+def test_the_functions_that_a_value_passes_are_found(traces):
+    """They are printed, and have no limit."""
+    assert len(traces["functions that receive mask_ratio"]) >= 5
+    assert len(traces["functions from main to backward"]) >= 1
+    assert len(traces["functions that receive a file of --finetune"]) >= 5
+    assert len(traces["functions that an image passes before the model"]) >= 20

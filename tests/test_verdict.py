@@ -131,7 +131,7 @@ def test_it_has_the_loss_of_the_mean(pretrain, pictures, capsys):
     from mains import lines
 
     text = paragraphs(call(report, out, device="cpu", num_workers=0).read_text().split("<h2>")[1])
-    assert f"training loss is {lines(out)[-1]['train_loss']:.3f}" in text
+    assert f"loss of its predictions is {lines(out)[-1]['train_loss']:.3f}" in text
     assert f"that of their mean {float(of_mean):.3f}." in text
 
 

@@ -104,7 +104,8 @@ def image_facts(item: Item, in_chans: int, values: PixelValues = AS_STORED, upri
     picture = to_tensor(decoded.image)
     pixels = picture.flatten(1) if decoded.valid is None else picture[:, decoded.valid]
     sums = np.zeros((2, len(pixels)))
-    low, high = np.inf, -np.inf
+    low = np.inf
+    high = -np.inf
     for part in pixels.split(PART, dim=1) if pixels.numel() else ():
         numbers = to_unit_range(part).double()
         sums += torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).numpy()

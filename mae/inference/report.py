@@ -465,10 +465,9 @@ def commands(
     """
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
-    path = data.train_list or data.data_path
+    path = data.data_path or data.train_list  # the commands read paths that are relative to the list
     images = [*([path] if path else []), *arguments({"dataset": data.dataset})]
-    is_elsewhere = data.train_list and data.data_path  # the commands read paths that are relative to the list
-    if is_stream(source) or is_elsewhere or not images:
+    if is_stream(source) or not images:
         images = ["IMAGES"]
     code = encoders.user_code_of(settings)
     file = str(checkpoint)

@@ -144,8 +144,8 @@ def explained(entries: Sequence[Mapping[str, Any]]) -> str:
         if found and (share := found[-1][name]) < 1:
             loss = next(found[-1][loss] for loss in losses if loss in found[-1])
             return (
-                f"The model explains {share:.1%} of the variance of {images} images: the {images} loss is {loss:.3f}, "
-                f"and that of their mean {loss / (1 - share):.3f}."
+                f"The model explains {share:.1%} of the variance of {images} images: the loss of its predictions is "
+                f"{loss:.3f}, and that of their mean {loss / (1 - share):.3f}."
             )
     return ""
 

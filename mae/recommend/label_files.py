@@ -38,7 +38,7 @@ class Labels(NamedTuple):
         numbers = {text for text in self.texts if text}
         if all(map(DECIMAL.fullmatch, numbers)):
             other = CLASSIFICATION if self.task == REGRESSION else REGRESSION
-            kind = f"{len(numbers):,} different numbers, {kind}; --task {other} is the other kind"
+            kind = f"{len(numbers):,} different numbers, {kind}; task={other} is the other kind"
         return (
             f"labels      column {printable(self.column)} of {printable(self.file)} ({kind}); "
             f"{counted(self.texts.count(''), 'image')} without a label, {counted(self.num_unused, 'row')} without an "
@@ -95,10 +95,10 @@ def find(images: Any, data_path: Path, task: str | None) -> tuple[Labels | None,
             found.append(_read(path, files, data_path, task))
         except (ValueError, csv.Error, OSError) as error:
             name = printable(path.name)
-            lines.append(f"labels      {name} is not used: {error}; --train_list {name} reads a list of images")
+            lines.append(f"labels      {name} is not used: {error}; train_list={name} reads a list of images")
     if len(found) > 1:
         names = ", ".join(printable(one.file) for one in found)
-        return None, [f"labels      {names} are not used: each one names the images; give one as --train_list"]
+        return None, [f"labels      {names} are not used: each one names the images; give one as `train_list`"]
     return (found[0], [found[0].line]) if found else (None, lines)
 
 

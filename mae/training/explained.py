@@ -69,7 +69,8 @@ def open_share(
     if constant is None:
         return None
     seconds = time.perf_counter() - begin
-    logger.info(f"0 % explained is a loss of {constant:.4f}, of {len(some):,} training images ({seconds:.1f} s)")
+    images = f"{len(some):,} training images"
+    logger.info(f"0 % explained is a loss of {constant:.4f}, without other terms, of {images} ({seconds:.1f} s)")
     return partial(share, constant=constant)
 
 

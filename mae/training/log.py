@@ -307,6 +307,8 @@ def log_commands(
         images = {"data_path": data.data_path, "dataset": data.dataset, "train_list": data.train_list}
         labelled = labelled_images(images, evaluation.probe_path, has_labels)
         logger.info(f"fine-tune: {shlex.join(finetune_command(labelled, str(file), code))}")
+        if labelled is UNLABELLED:
+            logger.info(f"{labelled['data_path']} is a folder of images in train/CLASS and val/CLASS")
     log_report_command(output_dir, data, model)
     # It is absent if the disk was full.
     if Path(output_dir, LINES).exists() and (entries := read(Path(output_dir))):
