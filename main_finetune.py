@@ -22,9 +22,10 @@ from typing import Any
 
 from torch import nn
 
-import engine_finetune
 import mae.build
 import models_vit
+from engine_finetune import evaluate_model
+from engine_finetune import loss as loss_of_batch
 from mae.cli import entry_point, options
 from mae.data import extra_inputs, transforms
 from mae.data.fingerprint import fingerprint
@@ -125,14 +126,14 @@ def main(
     val_batches = data.eval_batches(val, run.optim.batch_size)
 
     def evaluate_epoch(epoch: int, log: NullLog) -> dict[str, Any]:
-        scores = engine_finetune.evaluate_model(
+        scores = evaluate_model(
             model, val_batches, normalize=data.normalize, precision=precision.of_evaluation(), task=task
         )
         report_scores(scores, classes, run.evaluation.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     with trainer.opened(
-        partial(engine_finetune.loss, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model,
+        partial(loss_of_batch, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup), model,
         built, batches, precision, record, run.optim, run.machine, fingerprint(train, True, val), callbacks=callbacks,
         forward=partial(model, data.blank_image()), loss_tag="loss",
     ) as training:  # fmt: skip
@@ -162,9 +163,7 @@ def evaluate_file(
 ) -> tasks.Evaluation | None:
     """Evaluates the classifier of a file on the validation set; with --suite, on these suites, and returns None."""
     run = session.run
-    test = partial(
-        engine_finetune.evaluate_model, normalize=data.normalize, precision=session.precision.of_evaluation()
-    )
+    test = partial(evaluate_model, normalize=data.normalize, precision=session.precision.of_evaluation())
     if run.evaluation.suite:
         evaluate_suites(session, data, file, build, test)
         return None

@@ -40,7 +40,7 @@ from mae.cli import entry_point
 from mae.cli.script import Script
 from mae.compare import store
 from mae.evaluate.tables import markdown
-from mae.files import atomic, results
+from mae.files import atomic
 from mae.inference import anomalies, get_model
 from mae.pooling import Pooling
 from mae.settings.choices import CLASS_TOKEN
@@ -230,7 +230,7 @@ def features_of(encoder: Any, images: Tensor) -> Tensor:
 
 def table(rows: Sequence[Sequence[str]] | None = None) -> str:
     """Returns the table of rows. Default: those that the command wrote."""
-    return markdown(COLUMNS, results.read_lines(ROWS) if rows is None else rows)
+    return markdown(COLUMNS, [json.loads(line) for line in ROWS.read_text().splitlines()] if rows is None else rows)
 
 
 def main(args: argparse.Namespace) -> None:

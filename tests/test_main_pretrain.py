@@ -274,12 +274,14 @@ def test_a_resumed_run_does_not_need_its_initial_weights(pretrain, capsys):
 
 
 def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
-    forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
+    forward, calls = MaskedAutoencoderViT.forward, iter(range(100))
 
     def spoiled(self, *given, **context):
-        return forward_loss(self, *given, **context) * (float("nan") if self.training and next(calls) == 3 else 1)
+        loss, *others = forward(self, *given, **context)
+        is_update = self.training and torch.is_grad_enabled()
+        return loss * (float("nan") if is_update and next(calls) == 3 else 1), *others
 
-    monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", spoiled)
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", spoiled)
     with pytest.raises(NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth"):
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
@@ -324,17 +326,19 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
 
 ONE_RANK_NAN = """
 import time
+import torch
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from mae import parallel; from mae.checkpoints import checkpoint; from mae.cli import entry_point
-forward_loss, write, calls = MaskedAutoencoderViT.forward_loss, checkpoint.write, iter(range(1000))
+forward, write, calls = MaskedAutoencoderViT.forward, checkpoint.write, iter(range(1000))
 def spoiled(self, *given, **context):
-    is_spoiled = self.training and next(calls) >= 2 and parallel.rank() == 1
-    return forward_loss(self, *given, **context) * (float("nan") if is_spoiled else 1)
+    loss, *others = forward(self, *given, **context)
+    is_spoiled = self.training and torch.is_grad_enabled() and next(calls) >= 2 and parallel.rank() == 1
+    return loss * (float("nan") if is_spoiled else 1), *others
 def slowly(*given):
     time.sleep(3)
     write(*given)
-MaskedAutoencoderViT.forward_loss, checkpoint.write = spoiled, slowly
+MaskedAutoencoderViT.forward, checkpoint.write = spoiled, slowly
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 

@@ -22,7 +22,7 @@ from mae.recommend.facts import Images, Machine, warnings_of
 from mae.recommend.rules import Line
 from mae.settings.arguments import arguments
 from mae.settings.choices import NO_CROP
-from mae.settings.values import as_yaml
+from mae.settings.values import PROCESSES, as_yaml
 from mae.sizes import Size
 from mae.training import measured_runs
 from mae.user_code import runs_code
@@ -75,7 +75,8 @@ def write(
     def lines_of(model: str) -> list[Line]:
         lines = [*inputs, *rules.optimization_lines(images, machine, model, given.get("repeated_sampling", 1))]
         of_model = continued.lines(lines, encoder) if encoder else [rules.model_line(images, patches, model), *lines]
-        return [*start, *of_model, *loading]
+        of_start = Line(PROCESSES, processes, "of `mae start`, which keeps them in a run that resumes")
+        return [*start, *of_model, of_start, *loading]
 
     def measure(model: str, updates: int = trial.UPDATES) -> trial.Trial:
         settings = {"updates_per_epoch": updates, "vis_every": 0}

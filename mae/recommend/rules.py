@@ -13,7 +13,6 @@ from mae.data.image_facts import rounded
 from mae.plurals import counted
 from mae.recommend.facts import MAX_CROPPED, Images, Machine, largest_crop
 from mae.settings.choices import SMALL
-from mae.settings.values import PROCESSES
 from mae.sizes import Size, side_or_sides, to_pair
 from mae.training import measured_runs
 from models_vit import SIZES
@@ -259,7 +258,6 @@ def optimization_lines(images: Images, machine: Machine, model: str, repeats: in
             "3 to 4 points better on the leaderboard with letters; 0 may be better for photographs: 1 to 2 points",
         ),
         *batches,
-        Line(PROCESSES, processes, "of `mae start`, which keeps them in a run that resumes"),
         Line("optimizer", "muon", "better on the leaderboard with letters (1 to 2 points) and photographs (3)"),
         Line("lr", float(f"{lr:.2g}"), rate),
     ]

@@ -112,6 +112,9 @@ def loss_of_mean(
             total = Parabola(base, *(map(torch.add, total[1:], sums) if total else sums))
     for buffer, value in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(value)
+    reshard: Any = getattr(model, "reshard", None)
+    if reshard:  # of FSDP: weights outside its units stay gathered without a backward pass
+        reshard()
     results = parallel.gather((total, count, reason))
     if reasons := [reason for _, _, reason in results if reason]:
         _log_once(f"the share of the loss that {type(model).__name__} explains is not known: {reasons[0]}")
