@@ -4,7 +4,7 @@
     apt-get install $(python benchmarks/letters.py)
     OMP_NUM_THREADS=1 python benchmarks/choices.py              # 4 kinds of images, half an hour each on an idle core
 
-Started once per core, the command shares the kinds. For each of 40 draws of 300 labels, a classifier of the frozen
+Started once per core, the command shares the kinds. For each of 40 draws of 300 labels, a predictor of the frozen
 features of an encoder (pooling.py's, with class token or mean of the patches) or of pixels is chosen by the rule of
 `mae.compare.choices`, fitted on the draw, and evaluated on the images of val/. The best in hindsight is the pooling and
 the values of the grid with the highest mean on these images over all draws.
@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks import leaderboard, machine, pooling
 from mae.cli import entry_point
 from mae.compare import choices
-from mae.compare.classifiers import BASELINES, KNN, LOGISTIC_REGRESSION, Classifier
+from mae.compare.predictors import BASELINES, USES, Predictor
 from mae.data import raw_pixels
 from mae.data.labels import some_of_each_class
 from mae.data.open import open_source
@@ -37,7 +37,7 @@ from mae.files import locks, results
 from mae.inference import features
 from mae.inference.model import get_model
 from mae.settings import DataSpec, ImageSpec
-from mae.settings.choices import CLASS_TOKEN, PATCHES
+from mae.settings.choices import CLASS_TOKEN, CLASSIFICATION, PATCHES
 from mae.training.environment import commit
 from mae.training.precision import Precision
 
@@ -68,10 +68,10 @@ def options_of(kind: str) -> tuple[Options, Options, Source, Source]:
     return cast(Options, encoded), cast(Options, pixels), train, val
 
 
-def measure(classifier: Classifier, options: Options, train: Source, val: Source) -> dict[str, Any]:
+def measure(predictor: Predictor, options: Options, train: Source, val: Source) -> dict[str, Any]:
     """Returns the accuracies of the draws in percent: of the choice, of the default, and of the best in hindsight."""
     per_class = max(1, LABELS // len(train.classes))
-    grid = [*itertools.product(*classifier.grid)]
+    grid = [*itertools.product(*predictor.grid)]
     truth = np.asarray(val.labels)
     chosen = list[float]()
     of_grid = list[list[float]]()
@@ -79,18 +79,18 @@ def measure(classifier: Classifier, options: Options, train: Source, val: Source
     for draw in range(DRAWS):
         few = some_of_each_class(train, per_class, draw)
         labels = np.asarray(few.labels)
-        found = choices.choose(classifier, {name: one[few.indices] for name, (one, _) in options.items()}, labels, draw)
+        found = choices.choose(predictor, {name: one[few.indices] for name, (one, _) in options.items()}, labels, draw)
         accuracies = []
         for name, (bank, queries) in options.items():
             values = [*grid, *([found.values] if name == found.option else [])]
-            classes = classifier.predict(bank[few.indices], labels, queries, values)
+            classes = predictor.predict(bank[few.indices], labels, queries, values).argmax(axis=2)
             accuracies += (100 * (classes[: len(grid)] == truth).mean(axis=1)).tolist()
             if name == found.option:
                 chosen.append(100 * float((classes[-1] == truth).mean()))
         of_grid.append(accuracies)
-        texts.append(f"{found.option}, {classifier.in_words(found.values)}")
+        texts.append(f"{found.option}, {predictor.in_words(found.values)}")
     every: np.ndarray = np.array(of_grid)
-    default = every[:, grid.index(classifier.default)]
+    default = every[:, grid.index(predictor.default)]
     return {
         "labels": per_class * len(train.classes), "chosen": chosen, "default": default.tolist(),
         "hindsight": every[:, every.mean(axis=0).argmax()].tolist(), "texts": texts,
@@ -98,7 +98,7 @@ def measure(classifier: Classifier, options: Options, train: Source, val: Source
 
 
 def read() -> list[dict[str, Any]]:
-    """Returns the rows of all kinds and classifiers."""
+    """Returns the rows of all kinds and predictors."""
     return results.read_lines(ROWS) if ROWS.exists() else []
 
 
@@ -109,9 +109,9 @@ def table(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         default, chosen, hindsight = (np.array(row[name]) for name in ("default", "chosen", "hindsight"))
         shown = [f"{each.mean():.1f} ± {each.std(ddof=1):.1f}" for each in (default, chosen, hindsight)]
         gains = [f"{(chosen - hindsight).mean():+.1f}", f"{(chosen - default).min():+.1f}"]
-        lines.append([row["kind"], row["of"], row["classifier"], f"{row['labels']:,}", *shown, *gains])
+        lines.append([row["kind"], row["of"], row["predictor"], f"{row['labels']:,}", *shown, *gains])
     titles = [
-        "images", "of", "classifier", "labels", "default, %", "chosen, %", "best in hindsight, %",
+        "images", "of", "predictor", "labels", "default, %", "chosen, %", "best in hindsight, %",
         "chosen − hindsight, mean", "chosen − default, worst draw",
     ]  # fmt: skip
     return markdown(titles, lines)
@@ -122,14 +122,15 @@ def main(args: argparse.Namespace) -> None:
     version = commit()
     for kind in args.kinds:
         with suppress(locks.Busy), locks.locked(pooling.WORK / kind / "choices"), threadpool_limits(1):
-            cases = [("encoder", KNN), ("encoder", LOGISTIC_REGRESSION), *(("pixels", each) for each in BASELINES)]
-            done = {(row["of"], row["classifier"]) for row in read() if row["kind"] == kind}
+            cases = [("encoder", each) for each in USES[CLASSIFICATION].values()]
+            cases += [("pixels", each) for each in BASELINES[CLASSIFICATION]]
+            done = {(row["of"], row["predictor"]) for row in read() if row["kind"] == kind}
             if not (missing := [(of, each) for of, each in cases if (of, each.title) not in done]):
                 continue
             encoded, pixels, train, val = options_of(kind)
-            for of, classifier in missing:
-                found = measure(classifier, encoded if of == "encoder" else pixels, train, val)
-                row = {"kind": kind, "of": of, "classifier": classifier.title, **found}
+            for of, predictor in missing:
+                found = measure(predictor, encoded if of == "encoder" else pixels, train, val)
+                row = {"kind": kind, "of": of, "predictor": predictor.title, **found}
                 row |= {"machine": machine.processor(), "commit": version}
                 results.add_line(ROWS, json.dumps(row))
                 leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), PAGE)

@@ -1,4 +1,4 @@
-"""The choice of hyperparameters by cross-validation with the labels of a draw alone: one rule for all classifiers."""
+"""The choice of hyperparameters by cross-validation with the labels of a draw alone: one rule for all predictors."""
 
 import itertools
 import logging
@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae.compare.classifiers import Classifier, Values
+from mae.compare.predictors import Predictor, Values, judged
+from mae.settings.choices import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 
@@ -19,44 +20,49 @@ MOST_EXTENSIONS = 8  # of a grid, each by about a factor of 3
 
 
 class Choice(NamedTuple):
-    """What was chosen for a classifier."""
+    """What was chosen for a predictor."""
 
     option: str  # a key of `options`
     values: Values
-    correct: np.ndarray  # share of the predictions for each searched image that are correct (n,); none if not searched
+    scores: np.ndarray  # `judged` by cross-validation, of each searched image (n,); none if nothing was searched
+    note: str = ""  # why nothing was searched
 
     @property
-    def accuracy(self) -> float:
-        """By cross-validation; NaN if nothing was searched."""
-        return float(self.correct.mean()) if len(self.correct) else float("nan")
+    def score(self) -> float:
+        """The mean by cross-validation; NaN if nothing was searched."""
+        return float(self.scores.mean()) if len(self.scores) else float("nan")
 
 
-def choose(classifier: Classifier, options: Mapping[str, np.ndarray], labels: np.ndarray, seed: int) -> Choice:
-    """Chooses features and hyperparameters of a classifier.
+def choose(
+    predictor: Predictor, options: Mapping[str, np.ndarray], targets: np.ndarray, seed: int,
+    task: str = CLASSIFICATION, metric: str = "",
+) -> Choice:  # fmt: skip
+    """Chooses features and hyperparameters of a predictor.
 
     The first option with the default values stands, unless others are better by more than the standard error of the
     paired difference. A grid that ends at its best is extended. If an image is the only one of its class and the
-    classifier needs folds, the default is returned.
+    predictor needs folds, the default is returned.
 
     Args:
         options: features (n, D) of the labelled images, by name: for example, two poolings.
-        labels: their classes (n,).
+        targets: their classes (n,), labels or numbers (n, C).
         seed: of the folds, and of the MOST images with which the grid is searched.
+        task, metric: as in `judged`.
     """
-    rows = stratified(labels, MOST, seed)
-    labels = labels[rows]
-    default = (next(iter(options)), classifier.default)
-    smallest = int(np.unique(labels, return_counts=True)[1].min())
-    if classifier.leave_one_out is None and smallest == 1:
-        return Choice(*default, np.empty(0))
+    rows = stratified(targets, MOST, seed)
+    targets = targets[rows]
+    default = (next(iter(options)), predictor.default)
+    folds = min(FOLDS, _smallest(targets))
+    if predictor.leave_one_out is None and folds < 2:
+        return Choice(*default, np.empty(0), "the default, because a class has one image")
     searched = {name: features[rows] for name, features in options.items()}
     found: dict[tuple[str, Values], np.ndarray] = {}
-    axes = [list(values) for values in classifier.grid]
+    axes = [list(values) for values in predictor.grid]
     for _ in range(MOST_EXTENSIONS + 1):
         new = [values for values in itertools.product(*axes) if (default[0], values) not in found]
         for name, features in searched.items():
-            correct = _correct(classifier, features, labels, new, min(FOLDS, smallest), seed)
-            found |= dict(zip(((name, values) for values in new), correct, strict=True))
+            scores = _scores(predictor, features, targets, new, folds, seed, task, metric)
+            found |= dict(zip(((name, values) for values in new), scores, strict=True))
         best = max(found, key=lambda key: (found[key].mean(), key == default, _inner(axes, key[1])))
         if not _extend(axes, best[1]):
             break
@@ -66,32 +72,39 @@ def choose(classifier: Classifier, options: Mapping[str, np.ndarray], labels: np
     return Choice(*chosen, found[chosen])
 
 
-def stratified(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+def stratified(targets: np.ndarray, most: int, seed: int) -> np.ndarray:
     """Returns sorted rows of at most `most` random images, with the shares of the classes of all images."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    quantile = np.empty(len(labels))  # of an image among those of its class, from 0 to 1
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
+    order = np.random.default_rng(seed).permutation(len(targets))
+    if targets.ndim == 2:  # no class, or several
+        return np.sort(order[:most])
+    quantile = np.empty(len(targets))  # of an image among those of its class, from 0 to 1
+    for label in np.unique(targets):
+        rows = order[targets[order] == label]
         quantile[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
     return np.sort(np.argsort(quantile, kind="stable")[:most])
 
 
-def _correct(
-    classifier: Classifier, features: np.ndarray, labels: np.ndarray, values: Sequence[Values], folds: int, seed: int
-) -> np.ndarray:
-    """Returns the share of the predictions for each image that are correct, by others: (len(values), n)."""
-    from sklearn.model_selection import RepeatedStratifiedKFold
+def _smallest(targets: np.ndarray) -> int:
+    """Returns the number of images of the rarest class; of all images, if they have no single class."""
+    return len(targets) if targets.ndim == 2 else int(np.unique(targets, return_counts=True)[1].min())
 
-    if classifier.leave_one_out:
-        return (classifier.leave_one_out(features, labels, values) == labels).astype(float)
-    repeats = REPEATS if len(labels) < ENOUGH else 1
-    correct = np.zeros((len(values), len(labels)))
-    for train, held_out in RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(
-        features, labels
-    ):
-        classes = classifier.predict(features[train], labels[train], features[held_out], values)
-        correct[:, held_out] += (classes == labels[held_out]) / repeats
-    return correct
+
+def _scores(
+    predictor: Predictor, features: np.ndarray, targets: np.ndarray, values: Sequence[Values], folds: int, seed: int,
+    task: str, metric: str,
+) -> np.ndarray:  # fmt: skip
+    """Returns the scores of the predictions for each image by others: (len(values), n)."""
+    from sklearn.model_selection import RepeatedKFold, RepeatedStratifiedKFold
+
+    if predictor.leave_one_out:
+        return judged(predictor.leave_one_out(features, targets, values), targets, task, metric)
+    repeats = REPEATS if len(targets) < ENOUGH else 1
+    kind = RepeatedStratifiedKFold if targets.ndim == 1 else RepeatedKFold
+    scores = np.zeros((len(values), len(targets)))
+    for train, held_out in kind(n_splits=folds, n_repeats=repeats, random_state=seed).split(features, targets):
+        outputs = predictor.predict(features[train], targets[train], features[held_out], values)
+        scores[:, held_out] += judged(outputs, targets[held_out], task, metric) / repeats
+    return scores
 
 
 def _inner(axes: Sequence[Sequence[float]], values: Values) -> int:

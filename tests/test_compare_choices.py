@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mae.compare import choices
-from mae.compare.classifiers import BASELINES, COMPONENTS, KNN, LOGISTIC_REGRESSION, SVM, Classifier
+from mae.compare.predictors import BASELINES, COMPONENTS, KNN, LOGISTIC_REGRESSION, RIDGE, SVM, SVR, USES, Predictor
+from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 
 LABELS = np.repeat(np.arange(4), 50)
 
@@ -16,16 +17,16 @@ def clusters(spread: float, width: int = 16, labels: np.ndarray = LABELS) -> np.
     return (centers[labels] + spread * draw.normal(size=(len(labels), width))).astype(np.float32)
 
 
-def planted(right: dict[tuple[float, ...], int], default: tuple[float, ...], grid: tuple[float, ...]) -> Classifier:
-    """Returns a classifier whose predictions for the first images are right, for as many as `right` says."""
+def planted(right: dict[tuple[float, ...], int], default: tuple[float, ...], grid: tuple[float, ...]) -> Predictor:
+    """Returns a predictor whose predictions for the first images are right, for as many as `right` says."""
 
     def leave_one_out(features, labels, values):
         found = np.tile(labels, (len(values), 1))
         for row, value in zip(found, values, strict=True):
             row[right.get(value, 0) :] += 1
-        return found
+        return np.eye(labels.max() + 2)[found]
 
-    return Classifier("planted", ("C",), (grid,), default, lambda *_: np.empty(0), leave_one_out)
+    return Predictor("planted", ("C",), (grid,), default, lambda *_: np.empty(0), leave_one_out)
 
 
 def test_the_default_stands_unless_another_value_is_better_by_more_than_the_standard_error():
@@ -35,7 +36,7 @@ def test_the_default_stands_unless_another_value_is_better_by_more_than_the_stan
     assert choices.choose(near, features, LABELS, 0).values == (1.0,)
     far = planted({(1.0,): 100, (2.0,): 120, (3.0,): 99}, (1.0,), (1.0, 2.0, 3.0))
     assert choices.choose(far, features, LABELS, 0).values == (2.0,)
-    assert choices.choose(far, features, LABELS, 0).accuracy == 0.6
+    assert choices.choose(far, features, LABELS, 0).score == 0.6
 
 
 def test_a_grid_that_ends_at_its_best_is_extended():
@@ -46,20 +47,20 @@ def test_a_grid_that_ends_at_its_best_is_extended():
 
 def test_features_are_chosen_as_hyperparameters_are():
     options = {"class token": clusters(9), "mean of the patches": clusters(0.5)}
-    for classifier in (KNN, LOGISTIC_REGRESSION):
-        chosen = choices.choose(classifier, options, LABELS, 0)
-        assert chosen.option == "mean of the patches" and chosen.accuracy > 0.9
+    for predictor in (KNN, LOGISTIC_REGRESSION):
+        chosen = choices.choose(predictor, options, LABELS, 0)
+        assert chosen.option == "mean of the patches" and chosen.score > 0.9
     same = choices.choose(KNN, {"class token": clusters(0.5), "mean of the patches": clusters(0.5)}, LABELS, 0)
     assert same.option == "class token"
 
 
-@pytest.mark.parametrize("classifier", [KNN, *BASELINES], ids=lambda each: each.title)
-def test_no_image_is_judged_by_a_fit_that_has_seen_it(classifier):
+@pytest.mark.parametrize("predictor", [KNN, *BASELINES[CLASSIFICATION]], ids=lambda each: each.title)
+def test_no_image_is_judged_by_a_fit_that_has_seen_it(predictor):
     """Features and labels are independent: any fit that sees an image gets more than a quarter right."""
     draw = np.random.default_rng(0)
     features = draw.normal(size=(200, 300)).astype(np.float32)
-    found = choices.choose(classifier, {"": features}, draw.permutation(LABELS), 0)
-    assert abs(found.accuracy - 0.25) < 0.12
+    found = choices.choose(predictor, {"": features}, draw.permutation(LABELS), 0)
+    assert abs(found.score - 0.25) < 0.12
 
 
 def test_neighbors_leave_out_the_image_itself_as_scikit_learn_does():
@@ -72,23 +73,23 @@ def test_neighbors_leave_out_the_image_itself_as_scikit_learn_does():
     for row in range(200):
         np.add.at(votes[row], LABELS[near[row]], np.exp((1 - distances[row] ** 2 / 2) / 0.07))
     assert KNN.leave_one_out is not None
-    assert (KNN.leave_one_out(features, LABELS, [(10,)])[0] == votes.argmax(axis=1)).mean() > 0.99
+    assert (KNN.leave_one_out(features, LABELS, [(10,)])[0].argmax(axis=1) == votes.argmax(axis=1)).mean() > 0.99
 
 
-@pytest.mark.parametrize("classifier", [KNN, LOGISTIC_REGRESSION, SVM, COMPONENTS], ids=lambda each: each.title)
-def test_classes_are_predicted_for_each_value(classifier):
+@pytest.mark.parametrize("predictor", [KNN, LOGISTIC_REGRESSION, SVM, COMPONENTS], ids=lambda each: each.title)
+def test_classes_are_predicted_for_each_value(predictor):
     features, queries = clusters(0.3)[::2], clusters(0.3)[1::2]
-    values = [classifier.default, tuple(axis[0] for axis in classifier.grid)]
-    classes = classifier.predict(features, LABELS[::2], queries, values)
-    assert classes.shape == (2, 100) and (classes == LABELS[1::2]).mean() > 0.9
+    values = [predictor.default, tuple(axis[0] for axis in predictor.grid)]
+    outputs = predictor.predict(features, LABELS[::2], queries, values)
+    assert outputs.shape == (2, 100, 4) and (outputs.argmax(axis=2) == LABELS[1::2]).mean() > 0.9
 
 
 def test_an_image_that_is_the_only_one_of_its_class_leaves_the_default():
     labels = np.array([0] * 10 + [1])
     chosen = choices.choose(SVM, {"": clusters(1, labels=labels)}, labels, 0)
-    assert chosen.values == SVM.default and np.isnan(chosen.accuracy)
+    assert chosen.values == SVM.default and np.isnan(chosen.score)
     pairs = np.repeat(np.arange(8), 2)  # two folds
-    assert choices.choose(SVM, {"": clusters(0.1, labels=pairs)}, pairs, 0).accuracy > 0.9
+    assert choices.choose(SVM, {"": clusters(0.1, labels=pairs)}, pairs, 0).score > 0.9
 
 
 def test_a_grid_is_searched_on_a_part_of_many_images_with_the_shares_of_the_classes():
@@ -97,3 +98,32 @@ def test_a_grid_is_searched_on_a_part_of_many_images_with_the_shares_of_the_clas
     assert np.bincount(labels[rows]).tolist() == [1500, 450, 50]
     assert len(choices.stratified(labels, 5000, 0)) == 4000
     assert not np.array_equal(rows, choices.stratified(labels, 2000, 1))
+
+
+def test_support_vectors_are_those_of_scikit_learn():
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    features, queries = clusters(3)[::2], clusters(3)[1::2]
+    model = make_pipeline(StandardScaler(), SVC(C=10, gamma=0.3 / 16)).fit(features, LABELS[::2])
+    outputs = SVM.predict(features, LABELS[::2], queries, [(1, 3), (10, 0.3)])[1]
+    assert outputs == pytest.approx(model.decision_function(queries), abs=0.01)
+
+
+@pytest.mark.parametrize("predictor", [KNN, RIDGE, SVR, COMPONENTS], ids=lambda each: each.title)
+def test_numbers_are_predicted_in_their_units(predictor):
+    features = clusters(0.5)
+    numbers = np.stack([100 + 30.0 * LABELS, -LABELS / 50.0], axis=1)
+    outputs = predictor.predict(features[::2], numbers[::2], features[1::2], [predictor.default])[0]
+    assert (np.abs(outputs - numbers[1::2]).mean(axis=0) < [18, 0.012]).all()  # the mean has 30 and 0.02
+    found = choices.choose(predictor, {"": features}, numbers, 0, REGRESSION, "mae")
+    assert -10 < found.score < 0
+
+
+@pytest.mark.parametrize("name", USES[MULTILABEL])
+def test_several_labels_are_predicted(name):
+    labels = np.stack([LABELS % 2, LABELS // 2, np.zeros_like(LABELS)], axis=1)
+    labels[0, 2] = 1  # in some folds, no image has the third label
+    found = choices.choose(USES[MULTILABEL][name], {"": clusters(0.5)}, labels, 0, MULTILABEL)
+    assert found.score > 0.95
