@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 python benchmarks/choices.py              # 4 kinds of images, half an hour each on an idle core
 
 Started once per core, the command shares the kinds. For each of 40 draws of 300 labels, a predictor of the frozen
-features of an encoder (pooling.py's, with class token or mean of the patches) or of pixels is chosen by the rule of
+features of an encoder (pooling.py's, with its default pooling, the class token or the mean of the patches) or of pixels is chosen by the rule of
 `mae.compare.choices`, fitted on the draw, and evaluated on the images of val/. The best in hindsight is the pooling and
 the values of the grid with the highest mean on these images over all draws.
 """
@@ -45,7 +45,6 @@ ROWS, PAGE = (Path(__file__).with_name(name) for name in ("choices.jsonl", "choi
 KINDS = ("garments", "photographs", "cells", "letters")
 LABELS = 300
 DRAWS = 40
-POOLINGS = (CLASS_TOKEN, PATCHES)
 
 Options = dict[str, tuple[np.ndarray, np.ndarray]]  # features of the training and of the test images, by name
 
@@ -61,7 +60,7 @@ def options_of(kind: str) -> tuple[Options, Options, Source, Source]:
             features.extract(features.Extractor(model, pool), source, None, {}, 256, 0, precision)
             for source in (train, val)
         )
-        for pool in POOLINGS
+        for pool in dict.fromkeys([model.pooling.name, CLASS_TOKEN, PATCHES])
     }
     images = ImageSpec.of(model.settings)
     pixels = {"pixels": tuple(raw_pixels.read(source, images, 0) for source in (train, val))}
