@@ -24,13 +24,13 @@ class Choice(NamedTuple):
 
     option: str  # a key of `options`
     values: Values
-    scores: np.ndarray  # `judged` by cross-validation, of each searched image (n,); none if nothing was searched
+    scores: np.ndarray  # `judged` by cross-validation, of each searched image (n,)
     note: str = ""  # why nothing was searched
 
     @property
     def score(self) -> float:
-        """The mean by cross-validation; NaN if nothing was searched."""
-        return float(self.scores.mean()) if len(self.scores) else float("nan")
+        """The mean by cross-validation."""
+        return float(self.scores.mean())
 
 
 def choose(
@@ -40,8 +40,8 @@ def choose(
     """Chooses features and hyperparameters of a predictor.
 
     The first option with the default values stands, unless others are better by more than the standard error of the
-    paired difference. A grid that ends at its best is extended. If an image is the only one of its class and the
-    predictor needs folds, the default is returned.
+    paired difference. A grid that ends at its best is extended. If a class has one image and the predictor needs folds,
+    the default is returned.
 
     Args:
         options: features (n, D) of the labelled images, by name: for example, two poolings.
@@ -53,9 +53,10 @@ def choose(
     targets = targets[rows]
     default = (next(iter(options)), predictor.default)
     folds = min(FOLDS, _smallest(targets))
-    if predictor.leave_one_out is None and folds < 2:
-        return Choice(*default, np.empty(0), "the default, because a class has one image")
     searched = {name: features[rows] for name, features in options.items()}
+    if predictor.leave_one_out is None and folds < 2:
+        (scores,) = _scores(predictor, searched[default[0]], targets, [default[1]], folds, seed, task, metric)
+        return Choice(*default, scores, "the default, because a class has one image")
     found: dict[tuple[str, Values], np.ndarray] = {}
     axes = [list(values) for values in predictor.grid]
     for _ in range(MOST_EXTENSIONS + 1):
@@ -99,9 +100,10 @@ def _scores(
     if predictor.leave_one_out:
         return judged(predictor.leave_one_out(features, targets, values), targets, task, metric)
     repeats = REPEATS if len(targets) < ENOUGH else 1
-    kind = RepeatedStratifiedKFold if targets.ndim == 1 else RepeatedKFold
+    kind = RepeatedStratifiedKFold if targets.ndim == 1 and folds > 1 else RepeatedKFold
+    count = folds if folds > 1 else min(FOLDS, len(targets))
     scores = np.zeros((len(values), len(targets)))
-    for train, held_out in kind(n_splits=folds, n_repeats=repeats, random_state=seed).split(features, targets):
+    for train, held_out in kind(n_splits=count, n_repeats=repeats, random_state=seed).split(features, targets):
         outputs = predictor.predict(features[train], targets[train], features[held_out], values)
         scores[:, held_out] += judged(outputs, targets[held_out], task, metric) / repeats
     return scores

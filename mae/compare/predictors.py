@@ -61,6 +61,11 @@ def _of_classes(scores: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return found
 
 
+def _of_one_class(classes: np.ndarray, queries: int, values: int) -> np.ndarray:
+    """Returns scores (values, queries, C) that predict the only class of a fit."""
+    return np.stack([_of_classes(np.zeros((queries, 1)), classes)] * values)
+
+
 def _logistic_regression(
     features: np.ndarray, targets: np.ndarray, queries: np.ndarray, values: Sequence[Values]
 ) -> np.ndarray:
@@ -83,7 +88,7 @@ def _logistic_of_classes(
 
     classes = np.unique(labels)
     if len(classes) == 1:
-        return np.stack([_of_classes(np.zeros((len(queries), 1)), classes)] * len(values))
+        return _of_one_class(classes, len(queries), len(values))
     tolerance = TOLERANCE if len(values) == 1 else SEARCH_TOLERANCE
     model = LogisticRegression(max_iter=ITERATIONS, warm_start=True, tol=tolerance)
     found: dict[Values, np.ndarray] = {}
@@ -140,8 +145,11 @@ def _svm_of(make: Callable[..., Any], method: str) -> Predict:
 def _svm(features: np.ndarray, labels: np.ndarray, queries: np.ndarray, values: Sequence[Values]) -> np.ndarray:
     from sklearn.svm import SVC
 
+    classes = np.unique(labels)
+    if len(classes) == 1:
+        return _of_one_class(classes, len(queries), len(values))
     scores = _svm_of(SVC, "decision_function")(features, labels, queries, values)
-    return np.stack([_of_classes(each, np.unique(labels)) for each in scores])
+    return np.stack([_of_classes(each, classes) for each in scores])
 
 
 def _by_column(fit: Callable[[], Predict]) -> Predict:
