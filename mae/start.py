@@ -2,10 +2,11 @@
 
     mae start IMAGES --minutes 30 --output_dir runs/mine
 
-It checks the images and writes a recipe (runs/mine.yaml), pre-trains with it (runs/mine), compares the encoder with raw
-pixels with 500 labels if the images have labels (runs/mine_compared), and writes the page (runs/mine/report.html). The
-minutes are those of the pre-training. The same command resumes what was interrupted. If all parts have succeeded, it
-names the page. The flags are those of `mae recipe`. Processes are started for all GPUs or cores.
+It checks the images and writes a recipe (runs/mine.yaml), pre-trains with it (runs/mine), and writes the page
+(runs/mine/report.html), which compares the encoder with classifiers of pixels if the images have labels, and with the
+encoders of --against. The minutes are those of the pre-training. The same command resumes what was interrupted. If all
+parts have succeeded, it names the page. The flags are those of `mae recipe`. Processes are started for all GPUs or
+cores.
 """
 
 import argparse
@@ -22,21 +23,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import main_pretrain
 from mae import parallel
 from mae.checkpoints import checkpoint, run_directory
 from mae.cli.script import Script
+from mae.compare import answer
 from mae.data.fingerprint import fingerprint
 from mae.data.kinds.listing import folder_of
 from mae.data.open import open_source
 from mae.data.run_data import RunData
-from mae.data.source import first_few, is_stream
+from mae.data.source import first_few
 from mae.files import atomic
 from mae.files.untrusted import printable
-from mae.inference import report, verdict
+from mae.inference import report
 from mae.interrupts import command, raised
 from mae.plurals import counted
 from mae.recommend import recipe, rules, start_flags, trial
@@ -52,11 +53,10 @@ logger = logging.getLogger(__name__)
 SPEED = re.compile(r"training    ([\d,]+) images/s")  # in the output of `mae recipe`
 COUNT = re.compile(r"images      ([\d,]+)")
 UNLABELLED = re.compile("^classes     none", re.MULTILINE)
-PASSES = 3  # over the images, that the comparison and the page take, about: k-NN, a linear probe and the verdict
-FITTING = 150  # seconds of the baselines on raw pixels and of the probes, about
+PASSES = 3  # over the images, that the page takes, about: the features of the encoder and of random weights, neighbors
+FITTING = 60  # seconds of the classifiers, about
 NAMES = ("data_path", "train_list", "dataset")  # settings that name images
 COMPLETE = "complete"  # in the run directory: all parts have succeeded. It has `digests`; until d42b7c83, nothing
-LABELS = 500  # of the comparison, if each class has many: choosing the settings of a probe with all takes long
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -82,26 +82,21 @@ def main(args: argparse.Namespace) -> None:
     require_same_images(given, out, file)
     code = dataset if runs_code(dataset := str(given.get("dataset", ""))) else None  # a recipe can't name it
     page = out / "report.html"
-    if page.exists() and is_complete(out, file, code):
+    missing = [name for name in args.against if name not in answer.read(out / answer.FILE).get("rows", {})]
+    if page.exists() and not missing and is_complete(out, file, code):
         logger.info(f"{out} is complete, with the settings of {out}.yaml; for others, give another `output_dir`")
         print(f"page: {page}")
         return
     if file.exists() or is_run(out):
         settings = file if file.exists() else f"the run in {out}"
         logger.info(f"the settings are those of {settings}; for others, give another `output_dir`")
-    else:
+    for name in missing:  # what can't be opened, or downloaded, is refused before the training
+        answer.open_encoder(name)
+    if not (file.exists() or is_run(out)):
         write_recipe(given, file)
     train(out, file, code)
-    status = 0
-    if comparison := comparison_of(out, code):
-        try:
-            call(comparison)
-        except SystemExit as error:
-            status = int(error.code or 0)
-            logger.warning("the comparison has failed: the page has what is finished of it")
-    call([sys.executable, "-m", "mae.inference.report", str(out), *arguments({"dataset": code})])  # it prints the path
-    if status:
-        sys.exit(status)
+    further = arguments({"dataset": code, "against": args.against or None})
+    call([sys.executable, "-m", "mae.inference.report", str(out), *further])  # it prints the path
     atomic.write_text(out / COMPLETE, json.dumps(digests(out, file, code)))
 
 
@@ -178,7 +173,7 @@ def write_recipe(given: dict[str, Any], file: Path) -> None:
     numbers = [found[1].replace(",", "") for pattern in (COUNT, SPEED) if (found := pattern.search(output))]
     if len(numbers) == 2:
         count, speed = map(int, numbers)
-        parts = "the comparison with raw pixels (k-NN and linear) and the page add"
+        parts = "the comparison with pixels and the page add"
         seconds = FITTING + PASSES * count / speed
         if UNLABELLED.search(output):
             parts = "the page adds"
@@ -283,27 +278,6 @@ def settings_of(out: Path, file: Path) -> Mapping[str, Any]:
 def data_of(settings: Mapping[str, Any], code: str | None) -> DataSpec:
     """Returns the dataset of a run, which is `code` if the user gives it."""
     return report.data_of(settings, argparse.Namespace(data_path=None, dataset=code))
-
-
-def comparison_of(out: Path, code: str | None) -> list[str]:
-    """Returns the command that compares the encoder of a run with raw pixels; [] without labels."""
-    settings = environment.read_last(out)["settings"]
-    data = data_of(settings, code)
-    source = report.open_images(data)
-    is_labelled = not is_stream(source) and verdict.is_classified(source)
-    if not (settings.get("probe_path") or is_labelled):
-        logger.info("the images have no labels: there is no comparison")
-        return []
-    file = run_directory.best_first(out)[0]
-    few = ["--labels", str(LABELS)] if is_labelled and has_many(source) else []
-    return [sys.executable, "-m", *report.comparison(out, file, settings, data, source), *few]
-
-
-def has_many(source: Any) -> bool:
-    """Whether each class of a source has twice as many images as LABELS has of it, as a held-out part may need."""
-    counts = np.bincount(source.labels, minlength=len(source.classes))
-    per_class = LABELS // len(source.classes)
-    return bool(per_class) and counts.min() >= 2 * per_class
 
 
 def call(words: Sequence[str], is_read: bool = False, threads: int | None = None) -> str:

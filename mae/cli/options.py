@@ -330,6 +330,15 @@ def add_inference_options(
     add_to(parser, "encoder", "encoder_args", "device", "debug")
 
 
+def add_against_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --against, of an answer."""
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="ENCODER",
+        help="other encoders that the encoder of the run is compared with: names or files as of --finetune of "
+        "main_knn.py, such as facebook/dinov2-small",
+    )  # fmt: skip
+
+
 def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of batches and precision of a command that uses a trained model."""
     add_to(parser, "batch_size", default=128)

@@ -55,7 +55,7 @@ def _standardized(features: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray
 def _of_classes(scores: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Scores (m, ...) of scikit-learn, of the sorted classes of a fit -> (m, C) of all classes up to the largest."""
     if scores.ndim == 1:  # of the second of two classes
-        scores = np.stack([-scores, scores], axis=1)
+        scores = np.stack([np.zeros_like(scores), scores], axis=1)
     found = np.full((len(scores), classes[-1] + 1), -np.inf, dtype=np.float32)
     found[:, classes] = scores
     return found
@@ -82,7 +82,7 @@ def _logistic_regression(
 def _logistic_of_classes(
     features: np.ndarray, labels: np.ndarray, queries: np.ndarray, values: Sequence[Values]
 ) -> np.ndarray:
-    """Returns the logarithms of the shares of the classes. Each fit starts from that of the value before."""
+    """Returns logits of the classes. Each fit starts from that of the value before."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -96,7 +96,7 @@ def _logistic_of_classes(
         warnings.simplefilter("ignore", ConvergenceWarning)  # of a weak regularization, which no choice prefers
         for value in sorted(values):
             fitted = model.set_params(C=value[0]).fit(features, labels)
-            found[value] = _of_classes(fitted.predict_log_proba(queries), classes)
+            found[value] = _of_classes(fitted.decision_function(queries), classes)
     return np.stack([found[value] for value in values])
 
 

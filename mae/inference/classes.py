@@ -119,15 +119,23 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             unused: beginnings of the names of weights that the result does not depend on.
         """
-        used = {name: values for name, values in self.initial.items() if not name.startswith(unused)}
-        weights = dict(self.named_parameters())  # type: ignore[attr-defined]
-        random = [name for name in used.keys() & weights.keys() if _are_random(used[name], weights[name])]
-        self.initial = {} if random else {name: self.initial[name] for name in self.initial.keys() - used.keys()}
+        random = self.random_weights(*unused)
+        self.initial = {} if random else {name: self.initial[name] for name in self.initial if name.startswith(unused)}
         if random:
             logger.warning(
                 f"{self.settings['model']} has random weights ({some(random)}), on which the result depends: load them "
                 f"(get_model(..., pretrained=True), or a file that has them) or train them"
             )
+
+    def random_weights(self, *unused: str) -> list[str]:
+        """Returns the names of weights that still have the random values of the constructor, until a warning says so.
+
+        Args:
+            unused: as in `_warn_of_random_weights`.
+        """
+        weights = dict(self.named_parameters())  # type: ignore[attr-defined]
+        used = [name for name in self.initial if not name.startswith(unused) and name in weights]
+        return [name for name in used if _are_random(self.initial[name], weights[name])]
 
     @classmethod
     def _from_pretrained(cls, **arguments: Any) -> Any:

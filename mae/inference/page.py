@@ -118,6 +118,11 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
+def details(title: str, content: str) -> str:
+    """Returns a section that is closed until the reader opens it."""
+    return f"<details><summary><b>{title}</b></summary>{content}</details>"
+
+
 def render(title: str, about: str, facts: Mapping[str, str], sections: Iterable[str]) -> str:
     """Returns the page."""
     title = html.escape(title)

@@ -2,10 +2,11 @@
 
     python -m mae.inference.report runs/mine
 
-The page says whether the pre-training helped, compared with raw pixels and random weights. It has the curves of
-log.txt, reconstructions, nearest neighbors, commands, and the settings. It is of checkpoint-best.pth if the run has
-one, or of the newest checkpoint. It is one file, which loads nothing else. With --map, a map of the images and lists of
-what stands out take the place of the neighbors.
+The page begins with what the encoder is worth: classifiers on its features, on pixels, on random weights and on other
+encoders (--against), on the same held-out images, which answer.json keeps. Reconstructions, commands, nearest
+neighbors, curves and settings follow. It is of checkpoint-best.pth if the run has one, or of the newest checkpoint. It
+is one file, which loads nothing else. With --map, a map of the images and lists of what stands out take the place of
+the neighbors.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import mae.build
 from mae import encoders, masking, parallel
 from mae.checkpoints import run_directory
 from mae.cli import entry_point, options
+from mae.compare import answer, answer_page, choices, verdict
 from mae.data import extra_inputs, labels, loader
 from mae.data.image_facts import readable
 from mae.data.labels import Subset, first_rows
@@ -33,11 +34,13 @@ from mae.data.run_data import RunData
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import curation, export, features, image_map, more_time, neighbors, page, tuned, verdict
+from mae.inference import curation, export, features, image_map, neighbors, page, progress, tuned
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.inference.state_dicts import encoder_of, without_adapters
+from mae.recommend import finetuning
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
+from mae.settings.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 from mae.settings.fields import default_of
 from mae.settings.run import FIELDS, differs
 from mae.training import environment, log, online_probe
@@ -51,13 +54,14 @@ NAME = "report.html"
 OF_CLASSIFIER = {"test_acc1": "accuracy (%)", "test_acc5": "top-5 accuracy (%)"}  # titles of curves
 FINETUNING = "main_finetune"
 SCRIPTS = ("main_pretrain", FINETUNING)
-Pair = tuple[Source, Source, str]  # the images that classify, held-out images, and what the latter are
 IMAGES = 2_000  # evenly spaced images among which the neighbors are: minutes for ViT-B on a CPU
-RECONSTRUCTIONS = 8
+RECONSTRUCTIONS = 12
 SELECTED = (
     f"{run_directory.BEST} was selected by k-NN in training (`probe_every`): its accuracy on the images that selected "
     f"it is optimistic."
 )
+RELEASED = "facebook/dinov2-small"  # an example
+FORWARD_PASSES = 3  # as long as an image takes in training
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {
     "train_loss": "training loss", "test_loss": "held-out loss", "train_explained": "variance explained",
@@ -82,6 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "images, near-duplicates, outliers, and labels that the neighbors do not have; the lists are CSV files, too",
     )  # fmt: skip
     options.add_to(parser, "data_path", help="images of the run, if it read them elsewhere")
+    options.add_against_option(parser)
     options.add_dataset_option(parser)
     options.add_to(parser, "encoder", "encoder_args", "num_workers", "device", "debug")
     options.add_to(parser, "batch_size", default=128)
@@ -112,69 +117,75 @@ def main(args: argparse.Namespace) -> Path:
     source = open_images(data)
     model: Any = get_model(path, device=device, **options.chosen_settings(args))
     extra_inputs.require_fitting(model, source)
-    sections = [page.section("Curves", curves(entries) + note_of_probe(entries, settings))]
-    if not settings.get("init_from"):
-        longer = more_time.section(entries, settings["epochs"], ImageSpec.of(settings), len(source))
-        sections.insert(0, page.section("Would more time help?", longer))
     some: Source | None = None
     if not is_stream(source):
         some = Subset(source, np.array(evenly_spaced(len(source), IMAGES)))
         if data.on_bad_image == "skip":
             some = readable(some, model.in_chans, args.num_workers, model.values)
+    spec = replace(ImageSpec.of(settings), task=task_of(source))
+    images = labelled_or_reason(RunData(spec, replace(data, num_workers=args.num_workers), device), source)
+    results = None
+    sections = []
+    without_labels = progress.explained(of_state)
+    if some is not None and isinstance(model, Autoencoder):
+        if isinstance(images, str):
+            if args.against:
+                logger.warning(f"`against` has no effect: {images}")
+            result = page.paragraph(f"{without_labels} {images}", "verdict")
+        else:
+            how = answer.Extraction(Precision("auto", device), args.batch_size, args.num_workers)
+            results = answer.compute(args.run_dir / answer.FILE, model, images, args.against, how)
+            result = answer_page.section(results, without_labels)
+        if path.name == run_directory.BEST and epochs:
+            result += page.paragraph(SELECTED)
+        sections.append(page.section("Is it worth it?", result))
     if isinstance(model, Autoencoder):
         drawn = reconstructions(model, source if some is None else some, ModelSpec.of(settings))
         sections.append(page.section("Reconstructions", drawn))
+    labelled = labelled_images(settings, data, not isinstance(images, str))
+    further = commands(args.run_dir, path, settings, data, source, labelled, model, results)
+    sections.append(page.section("What to do next", further))
     if args.map:
         sections += mapped(model, source, data, args)
     elif some is not None:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
-    opened = RunData(ImageSpec.of(settings), replace(data, num_workers=args.num_workers), device)
-    pair = pair_or_reason(opened, source)
-    if some is not None and isinstance(model, Autoencoder):
-        result = answer(model, pair, of_state, args)
-        if path.name == run_directory.BEST and epochs:
-            result += page.paragraph(SELECTED)
-        sections.insert(0, page.section("Did it help?", result + compared(args.run_dir, path)))
-    labelled = labelled_images(settings, data, not isinstance(pair, str))
-    sections += [
-        page.section("What to do next", commands(args.run_dir, path, settings, data, source, labelled, model)),
-        page.section("Settings", settings_of(start)),
-    ]
+    closed = answer_page.details(results) if results else ""
+    if not settings.get("init_from"):
+        closed += page.paragraph(progress.sentences(entries, settings["epochs"], len(source)))
+    closed += curves(entries) + note_of_probe(entries, settings) + page.definitions(measures_of(of_state))
+    sections.append(page.details("Classifiers, curves, costs and settings", closed + settings_of(start)))
     title = f"Pre-training run {args.run_dir.resolve().name}"
-    images = data.train_list or data.dataset or data.data_path
-    about = f"{settings['model']} on {len(source):,} images of {images}. The pictures are of {state_of(path, epochs)}."
-    return save(args.run_dir, page.render(title, about, facts_of(entries, of_state, settings), sections))
+    named = data.train_list or data.dataset or data.data_path
+    about = f"{settings['model']} on {len(source):,} images of {named}. The pictures are of {state_of(path, epochs)}."
+    return save(args.run_dir, page.render(title, about, facts_of(entries, of_state, settings, results), sections))
 
 
-def answer(
-    model: Autoencoder, pair: Pair | str, of_state: Sequence[Mapping[str, Any]], args: argparse.Namespace
-) -> str:  # fmt: skip
-    """Returns whether the pre-training helped, as HTML. Where nothing can be evaluated, it says why.
-
-    Args:
-        pair: from `pair_or_reason`.
-        of_state: the entries of log.txt up to the state of the model.
-    """
-    without_labels = verdict.explained(of_state)
-    if isinstance(pair, str):
-        return page.paragraph(f"{without_labels} {pair}".strip(), "verdict")
-    return verdict.section(model, *pair, without_labels, partial(rows_of, args=args), args.num_workers)
+def task_of(source: Source | Stream) -> str:
+    """Returns what the labels of images mean: several of them are 0 or 1, and numbers have other values, too."""
+    labels = np.asarray([] if is_stream(source) or not source.classes else source.labels)
+    if labels.ndim < 2:
+        return CLASSIFICATION
+    return MULTILABEL if np.isin(labels, (0, 1)).all() else REGRESSION
 
 
-def pair_or_reason(data: RunData, source: Source | Stream) -> Pair | str:
-    """Returns `open_pair`, or a sentence that says why no images are evaluated."""
-    if is_stream(source) or not verdict.is_classified(source):
-        text = "Not each image has one of several classes" if source.classes else "The images have no labels"
-        return f"{text}, so that nothing says whether the features tell them apart."
+def labelled_or_reason(data: RunData, source: Source | Stream) -> answer.Labelled | str:
+    """Returns the images of an answer, or a sentence that says why there is none."""
+    if is_stream(source) or not source.classes:
+        return "The images have no labels, so that nothing says whether the features tell them apart."
+    if data.images.task == MULTILABEL:
+        return "The images have several labels each, and there is no baseline of such labels: no comparison is made."
+    given = np.asarray(source.labels)
+    if data.images.task == CLASSIFICATION and (given.min() < 0 or given.min() == given.max()):
+        return "Not each image has one of several classes, so that nothing says whether the features tell them apart."
     try:
-        return open_pair(data, source)
+        return open_labelled(data, source)
     except ValueError as error:
         logger.warning(f"no images are evaluated: {error}")
         return f"No images are evaluated: {error}"
 
 
-def open_pair(data: RunData, source: Source) -> Pair:
-    """Returns the images that classify, the held-out images, and what the latter are, in words.
+def open_labelled(data: RunData, source: Source) -> answer.Labelled:
+    """Returns the images of an answer.
 
     Args:
         source: the training images. Those that a list repeats count once.
@@ -184,9 +195,10 @@ def open_pair(data: RunData, source: Source) -> Pair:
         BadImage: as in `RunData.readable`.
     """
     open_split, total = data.splits(Subset(source, first_rows(source)))
-    parts = labels.open_pair(open_split)
-    train, val = (data.readable(Subset(part, np.array(evenly_spaced(len(part), IMAGES)))) for part in parts)
-    return train, val, data.name_held_out(total)
+    train, val = labels.open_pair(open_split, data.images.task)
+    rows = choices.stratified(np.asarray(train.labels), answer.MOST, 0), np.array(evenly_spaced(len(val), answer.MOST))
+    train, val = (data.readable(Subset(part, some)) for part, some in zip((train, val), rows, strict=True))
+    return answer.Labelled(train, val, data.name_held_out(total), data.images.task)
 
 
 def state_of(path: Path, epochs: int) -> str:
@@ -227,7 +239,7 @@ def write_tuned(
     started = f"started from {settings['finetune']}" if settings.get("finetune") else "started from random weights"
     epochs, _ = run_directory.position(path)
     about = f"{settings['model']} on {images}, {started}. The scores and pictures are of {state_of(path, epochs)}."
-    facts = {**tuned.facts_of(found), **facts_of(entries, up_to(entries, epochs), settings)}
+    facts = {**facts_of(entries, up_to(entries, epochs), settings), **tuned.facts_of(found)}
     return save(args.run_dir, page.render(title, about, facts, sections))
 
 
@@ -292,17 +304,32 @@ def up_to(entries: Sequence[Mapping[str, Any]], epochs: int) -> list[Mapping[str
     return [entry for entry in entries if entry["epoch"] < epochs]
 
 
-def facts_of(
-    entries: Sequence[Mapping[str, Any]], of_state: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
-) -> dict[str, str]:
-    """Returns the main numbers of a run, by their titles. The measures are those of a state, `up_to` it."""
+def measures_of(of_state: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the last measures of a state, by their titles. `of_state`: its entries of log.txt, `up_to`."""
     last = {name: entry[name] for entry in of_state for name in MEASURES if name in entry}
-    numbers = {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
-    return {
-        "epochs": f"{entries[-1]['epoch'] + 1} of {settings['epochs']}", **numbers,
+    return {MEASURES[name]: f"{value:.4g}" for name, value in last.items()}
+
+
+def facts_of(
+    entries: Sequence[Mapping[str, Any]], of_state: Sequence[Mapping[str, Any]], settings: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Returns the main numbers of a run, by their titles."""
+    facts = {
+        "epochs": f"{entries[-1]['epoch'] + 1} of {settings['epochs']}",
         "training time": log.duration(sum(entry["seconds"] for entry in entries)),
-        "images/s": f"{entries[-1]['images_per_s']:,.0f}",
-    }  # fmt: skip
+    }
+    measures = measures_of(of_state)
+    for name in (MEASURES["test_explained"], MEASURES["train_explained"], MEASURES["train_loss"]):
+        if name in measures:
+            facts[name] = measures[name]
+            break
+    if results:
+        labels = verdict.sizes_of(results)[-1]
+        accuracy = verdict.scores_of_best(results, verdict.ENCODER, labels).mean()
+        name = "accuracy" if results["task"] == CLASSIFICATION else "r2"
+        facts[f"{name}, {labels:,} labels"] = f"{accuracy:.1%}"
+    return facts
 
 
 def curves(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -311,7 +338,8 @@ def curves(entries: Sequence[Mapping[str, Any]]) -> str:
     found |= dict.fromkeys(name for entry in entries for name in entry if name in chain(*TOGETHER))
     figures = [[name for name in names if name in found] for names in TOGETHER]
     figures += [[name] for name in found if name not in chain(*TOGETHER)]
-    return f'<div class="curves">{"".join(curve(entries, names) for names in figures if names)}</div>'
+    drawn = [names for names in figures if any(sum(name in entry for entry in entries) > 1 for name in names)]
+    return f'<div class="curves">{"".join(curve(entries, names) for names in drawn)}</div>'
 
 
 def note_of_probe(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
@@ -415,53 +443,15 @@ def labelled_images(settings: Mapping[str, Any], data: DataSpec, has_labels: boo
     return log.labelled_images(named, settings.get("probe_path"), has_labels)
 
 
-def comparison(
-    run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream
-) -> list[str]:
-    """Returns the command that compares a checkpoint with raw pixels, without the interpreter."""
-    return compare_command(run_dir, checkpoint, data, labelled_images(settings, data, bool(source.classes)))
-
-
-def compare_command(run_dir: Path, checkpoint: Path, data: DataSpec, labelled: Mapping[str, Any]) -> list[str]:
-    """Returns the command of `comparison`. `labelled` is from `labelled_images`."""
-    skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
-    return [
-        "main_compare", *arguments(labelled), "--encoders", "pixels", str(checkpoint),
-        "--protocols", "knn", "linear", *skips, "--output_dir", f"{run_dir}_compared",
-    ]  # fmt: skip
-
-
-def compared(run_dir: Path, checkpoint: Path) -> str:
-    """Returns the tables and sentences of the command of `comparison`, as HTML; "" if it has not run.
-
-    Args:
-        checkpoint: the state that the page shows.
-    """
-    file = Path(f"{run_dir}_compared", "table.md")
-    if not file.exists():
-        return ""
-    parts = ["<h3>Compared with raw pixels, with labels</h3>"]
-    if file.stat().st_mtime < checkpoint.stat().st_mtime:
-        text = f"This comparison is older than {checkpoint.name}, and of an earlier state. Run its command again."
-        parts.append(page.paragraph(text))
-    for block in file.read_text(encoding="utf-8").strip().split("\n\n"):
-        if block.startswith("|"):
-            rows_of_texts = [line[1:-1].split("|") for line in block.replace("**", "").splitlines()]
-            titles, _, *rows = ([text.strip() for text in texts] for texts in rows_of_texts)
-            parts.append(page.table(titles, rows))
-        else:
-            parts.append(page.paragraph(block))
-    return "".join(parts)
-
-
 def commands(
     run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream,
-    found: Mapping[str, Any], model: Model,
+    found: Mapping[str, Any], model: Model, results: Mapping[str, Any] | None,
 ) -> str:  # fmt: skip
     """Returns commands that use a checkpoint.
 
     Args:
         found: from `labelled_images`.
+        results: from `answer.compute`.
     """
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
@@ -474,9 +464,9 @@ def commands(
     skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
     to_timm = not export.unsupported(without_adapters(encoder_of(model)), "timm")
     format_of_encoder = ["timm", "--out", "encoder"] if to_timm else ["safetensors", "--out", "encoder.safetensors"]
+    against = ["mae", "report", str(run_dir), "--against", RELEASED, *arguments(code)]
     lines = {
         "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file, *skips],
-        "Compare with raw pixels": compare_command(run_dir, checkpoint, data, found),
         "Compute the features of all images": [
             "mae.inference.features", *images, "--model", file, *skips, "--out", "features.npz",
         ],
@@ -493,12 +483,24 @@ def commands(
     if len(source) <= curation.NEIGHBORS:  # too few for a map
         lines = {title: words for title, words in lines.items() if words[0] != "mae.inference.image_map"}
     named_lines = {
-        "Fine-tune with labels": log.finetune_command(found, file, code),
+        f"Fine-tune with labels{minutes_text(results, source)}": log.finetune_command(found, file, code),
+        **({"Compare with a released encoder": against} if results else {}),
         **{title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()},
     }
     shown = [f"<h3>{title}</h3>{page.command(words)}" for title, words in named_lines.items()]
     note += "The first command writes a recipe for the labels, and prints the command that trains with it."
+    if results and not all(one.is_better for one in verdict.of_baseline(results)):
+        note = f"Where frozen features are not better than pixels, fine-tuning may be. {note}"
     return page.paragraph(note) + "".join(shown)
+
+
+def minutes_text(results: Mapping[str, Any] | None, source: Source | Stream) -> str:
+    """Returns about how long a fine-tuning with all labels takes here, by the speed of the features; "" if unknown."""
+    if not results or len(source) >= finetuning.MANY_LABELS:
+        return ""
+    counted = finetuning.Labels(len(source), len(source.classes), 1, results["images"])
+    images = finetuning.epochs_of(counted) * len(source) * FORWARD_PASSES
+    return f", about {log.duration(images / results['rows'][verdict.ENCODER]['images_per_s'])}"
 
 
 def settings_of(start: Mapping[str, Any]) -> str:

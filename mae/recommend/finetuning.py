@@ -218,6 +218,11 @@ def most_epochs(images: Images, labels: Labels, start: Start) -> int:
     """Returns the number of epochs if there is time for them."""
     if is_published(images, labels):
         return 100 if start.width <= SIZES["base_patch16"]["embed_dim"] else 50
+    return epochs_of(labels)
+
+
+def epochs_of(labels: Labels) -> int:
+    """Returns the number of epochs of fewer than MANY_LABELS labels."""
     least, most = EPOCHS
     epochs = min(most, max(least, EPOCHS_OF_ONE / math.sqrt(labels.images)))
     return round(epochs * (AUGMENTED if has_few(labels) else 1))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mae.cli import options
 from mae.recommend import check_flags
 
 # Arguments of `mae recipe` that are not those of this command, and their flags.
@@ -11,6 +12,7 @@ OF_RECIPE = {
     "recipe": "recipe", "purpose": "for", "split": "split", "limit": "limit",
     **{name: name for name in check_flags.ENCODER},
 }  # fmt: skip
+NOT_OF_RECIPE = ("output_dir", "against")
 HELP = {
     # Those that are refused or have no effect are not in --help.
     **dict.fromkeys([*OF_RECIPE, *check_flags.MASKS, *check_flags.OTHERS], argparse.SUPPRESS),
@@ -28,19 +30,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", type=Path, metavar="DIR", help="directory of the run (default: runs/NAME of the images)"
     )
+    options.add_against_option(parser)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
     return parser
 
 
 def given_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments that are given, but `output_dir`.
+    """Returns the arguments that are given, but those in NOT_OF_RECIPE.
 
     Raises:
         ValueError: an argument is not one of this command, or no images are named.
     """
     defaults = vars(get_args_parser().parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name != "output_dir" and value != defaults[name]}
+    given = {name: value for name, value in vars(args).items() if name not in NOT_OF_RECIPE and value != defaults[name]}
     if unused := [name for name in OF_RECIPE if name in given]:
         raise ValueError(f"`{OF_RECIPE[unused[0]]}` is an argument of `mae recipe`, which writes a recipe only")
     if not images_of(args):
