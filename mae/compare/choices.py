@@ -39,8 +39,9 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Chooses features and hyperparameters of a predictor.
 
-    The first option with the default values stands, unless others are better by more than the standard error of the
-    paired difference. A grid that ends at its best is extended. If a class has one image and the predictor needs folds,
+    The first option with the default values stands, unless others of the grid are better by more than the standard error
+    of the paired difference. A grid that ends at its best is extended; a value beyond it has to be better by as much than
+    what the grid has. If a class has one image and the predictor needs folds,
     the default is returned.
 
     Args:
@@ -67,9 +68,13 @@ def choose(
         best = max(found, key=lambda key: (found[key].mean(), key == default, _inner(axes, key[1])))
         if not _extend(axes, best[1]):
             break
-    gain = found[best] - found[default]
-    error = gain.std(ddof=1) / np.sqrt(len(gain))
-    chosen = best if gain.mean() > error else default
+    of_grid = {key: scores for key, scores in found.items() if key[1] in itertools.product(*predictor.grid)}
+    chosen = default
+    for candidates in (of_grid, found):
+        best = max(candidates, key=lambda key: candidates[key].mean())
+        gain = found[best] - found[chosen]
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+            chosen = best
     return Choice(*chosen, found[chosen])
 
 
