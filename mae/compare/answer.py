@@ -227,7 +227,7 @@ def _uses(kind: str, options: Options, images: Labelled) -> dict[str, list[dict[
         for draw in range(draws)
         for rows in [choices.stratified(truth, labels, draw)]
     ]
-    found = iter(Parallel(n_jobs=-1)(jobs))
+    found = iter(Parallel(n_jobs=-1 if len(truth) >= BOTH_SIZES else 1)(jobs))  # processes take seconds to start
     return {
         title: [{"labels": labels, "draws": [next(found) for _ in range(draws)]} for labels, draws in sizes]
         for title in named

@@ -39,10 +39,9 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Chooses features and hyperparameters of a predictor.
 
-    The first option with the default values stands, unless others of the grid are better by more than the standard error
-    of the paired difference. A grid that ends at its best is extended; a value beyond it has to be better by as much than
-    what the grid has. If a class has one image and the predictor needs folds,
-    the default is returned.
+    The first option with the default values stands, unless others of the grid are better by more than the standard
+    error of the paired difference. A grid that ends at its best is extended; a value beyond it has to be better than
+    the choice from the grid by as much. If a class has one image and the predictor needs folds, the default is chosen.
 
     Args:
         options: features (n, D) of the labelled images, by name: for example, two poolings.

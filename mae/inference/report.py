@@ -464,7 +464,6 @@ def commands(
     skips = arguments({"on_bad_image": "skip"}) if data.on_bad_image == "skip" else []
     to_timm = not export.unsupported(without_adapters(encoder_of(model)), "timm")
     format_of_encoder = ["timm", "--out", "encoder"] if to_timm else ["safetensors", "--out", "encoder.safetensors"]
-    against = ["mae", "report", str(run_dir), "--against", RELEASED, *arguments(code)]
     lines = {
         "Classify by nearest neighbors": ["main_knn", *labelled, "--finetune", file, *skips],
         "Compute the features of all images": [
@@ -480,11 +479,15 @@ def commands(
             "mae.inference.export", "--model", file, "--encoder_only", "--to", *format_of_encoder,
         ],
     }  # fmt: skip
+    if results:
+        lines = {
+            "Compare with a released encoder": ["mae.inference.report", str(run_dir), "--against", RELEASED],
+            **lines,
+        }
     if len(source) <= curation.NEIGHBORS:  # too few for a map
         lines = {title: words for title, words in lines.items() if words[0] != "mae.inference.image_map"}
     named_lines = {
         f"Fine-tune with labels{minutes_text(results, source)}": log.finetune_command(found, file, code),
-        **({"Compare with a released encoder": against} if results else {}),
         **{title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()},
     }
     shown = [f"<h3>{title}</h3>{page.command(words)}" for title, words in named_lines.items()]
