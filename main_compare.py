@@ -32,11 +32,10 @@ from mae.settings import Run
 from mae.settings.types import positive_int
 from mae.user_code import DATASET
 
-MODULES = {
-    "knn": main_knn, "linear": main_linprobe, "attentive": main_linprobe, "lora": main_finetune,
-    "finetune": main_finetune,
+SCRIPTS = {
+    "knn": Script(main_knn, "encode"), "linear": Script(main_knn, "encode"), "attentive": Script(main_linprobe),
+    "lora": Script(main_finetune), "finetune": Script(main_finetune),
 }  # fmt: skip
-SCRIPTS = {protocol: Script(module) for protocol, module in MODULES.items()}
 
 
 def get_args_parser() -> ArgumentParser:

@@ -18,15 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import models_vit
 from mae.cli import entry_point, options
 from mae.data import extra_inputs
-from mae.data.source import OpenDataset
+from mae.data.run_data import RunData
+from mae.data.source import OpenDataset, Source
 from mae.evaluate import tasks
 from mae.evaluate.knn import predict
 from mae.evaluate.tables import markdown
 from mae.files import results
-from mae.session import FEATURES, open_session
+from mae.session import FEATURES, Session, open_session
 from mae.settings import Run
 from mae.training.frozen_features import FrozenFeatures
 from mae.training.labelled import build_frozen, open_labelled
@@ -50,38 +53,27 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(
-    args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None,
-    features: Path | None = None, spares_stand_in: bool = False,
-) -> dict[tuple[int, float], float]:  # fmt: skip
+    args: Namespace | Run, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None
+) -> dict[tuple[int, float], float]:
     """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
-        features: folder that keeps the features for runs with the same images and encoder, as in `FrozenFeatures`.
-        spares_stand_in: as in `RunData`.
     """
     session = open_session(get_args_parser(), args, "main_knn", uses=FEATURES, source=source, encoder=encoder)
     run = session.run
-    precision = session.precision
-    device = precision.device
-    data = session.open_data(spares_stand_in=spares_stand_in)
+    data = session.open_data()
     train, val, statistics = open_labelled(data, run.model.nb_classes, True)
     ks = run.evaluation.k if "k" in session.explicit else at_most(len(train), run.evaluation.k)
     task = tasks.task_of({**run.record(), **statistics}, val)
-    model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=features is not None)
-    extra_inputs.require_fitting(model, train, val)
-    model.to(device)
-    frozen = FrozenFeatures(
-        run.model, data, model, precision, {"train": train, "val": val}, run.optim.batch_size,
-        Path(run.machine.output_dir), kept=features,
-    )  # fmt: skip
+    frozen = open_features(session, data, train, val)
     bank = frozen.load("train")
     queries = frozen.load("val")
-    del model, frozen  # to free its memory
+    del frozen  # to free the memory of the encoder
     found = predict(
         *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=ks,
-        temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=device,
+        temperatures=run.evaluation.temperature, num_classes=len(train.classes), device=session.precision.device,
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
     name = task.selects.removeprefix("test_")
@@ -89,6 +81,32 @@ def main(
     values = {pair: found[name] for pair, found in scores.items()}
     report(scores, list(values)[tasks.best_of([*values.values()], task.lower_is_better)])
     return values
+
+
+def open_features(
+    session: Session, data: RunData, train: Source, val: Source, kept: Path | None = None
+) -> FrozenFeatures:
+    """Builds the encoder of a run. `kept` is as in `FrozenFeatures`."""
+    run = session.run
+    model = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=kept is not None)
+    extra_inputs.require_fitting(model, train, val)
+    model.to(session.precision.device)
+    return FrozenFeatures(
+        run.model, data, model, session.precision, {"train": train, "val": val}, run.optim.batch_size,
+        Path(run.machine.output_dir), kept=kept,
+    )  # fmt: skip
+
+
+def encode(args: Namespace | Run, train: Source, val: Source, kept: Path) -> dict[str, list[np.ndarray]]:
+    """Returns the features of two datasets by pooling, as `FrozenFeatures.load_all` does.
+
+    Args:
+        kept: folder of the features, which resumes and serves further calls.
+    """
+    session = open_session(get_args_parser(), args, "main_knn", uses=FEATURES, encoder=None)
+    data = session.open_data()
+    data.check_statistics(train)
+    return open_features(session, data, train, val, kept).load_all()
 
 
 def at_most(count: int, ks: Sequence[int]) -> list[int]:

@@ -47,7 +47,7 @@ from mae.settings import DataSpec, ImageSpec, ModelSpec, OptimSpec, Run
 from mae.training import feature_files, trainer
 from mae.training.callbacks import Callback
 from mae.training.frozen_features import MAX_BATCH, FrozenFeatures, encode_images, encoder_state
-from mae.training.labelled import build_frozen, load_for_evaluation, load_frozen, open_labelled
+from mae.training.labelled import load_for_evaluation, load_frozen, open_labelled
 from mae.training.log import NullLog
 from mae.training.precision import Precision
 
@@ -87,7 +87,7 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
-        features: folder that keeps stored features for runs with the same images and encoder, as in `FrozenFeatures`.
+        features: folder that keeps stored tokens for runs with the same images and encoder, as in `FrozenFeatures`.
         spares_stand_in: as in `RunData`.
     """
     session = open_session(get_args_parser(), args, "main_linprobe", uses=PROBE, source=source, encoder=encoder)
@@ -149,12 +149,8 @@ def train_probe(session: Session, data: RunData, callbacks: Sequence[Callback], 
     record = session.record(facts)
     task = tasks.task_of(record, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=task)  # stored tokens are fp16
-    frozen = model
-    if kept is not None and not model.head_pools:
-        frozen = build_frozen(run.model, run.images, session.file, session.code.encoder, has_all=True)
-        frozen.load_state_dict(encoder_state(model), strict=False)  # without a file, the weights are random
     features = FrozenFeatures(
-        run.model, data, frozen.to(precision.device), precision, {**sets, "train": train}, run.optim.batch_size,
+        run.model, data, model, precision, {**sets, "train": train}, run.optim.batch_size,
         Path(run.machine.output_dir), run.machine.resume, kept,
     )  # fmt: skip
     passes = {name: features.open(name) for name in sets}

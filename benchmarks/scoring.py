@@ -14,7 +14,8 @@ from PIL import Image
 import main_knn
 from benchmarks import scripts
 from mae.cli import entry_point
-from mae.compare import baselines
+from mae.compare import choices
+from mae.compare.predictors import BASELINES
 from mae.data import raw_pixels
 from mae.data.labels import some_of_each_class
 from mae.data.open import open_source
@@ -23,6 +24,7 @@ from mae.evaluate import knn
 from mae.files import spreadsheet
 from mae.settings import DataSpec, ImageSpec
 from mae.settings.arguments import arguments
+from mae.settings.choices import CLASSIFICATION
 from mae.training import log
 
 SCORED = ("500 labels", "k-NN")
@@ -134,18 +136,20 @@ def neighbors(flags: dict[str, Any]) -> float:
 def of_pixels(flags: dict[str, Any], seed: int) -> dict[str, float]:
     """Returns the accuracies of raw pixels in percent: fitted with few labels, and of neighbors with all labels.
 
-    The better of logistic regression and an RBF-SVM counts, by its mean over the draws of labels.
+    The best baseline of a comparison counts, by its mean over the draws of labels.
     """
     lists: Any = {name: str(flags[name]) for name in ("train_list", "val_list") if name in flags}
     data = DataSpec(data_path=str(scripts.ROOT / flags["data_path"]), **lists)
     images = ImageSpec(input_size=flags["input_size"], in_chans=flags["in_chans"], crop="none")
     train, val = (cast(Source, open_source(data, split)) for split in ("train", "val"))
     bank, queries = (raw_pixels.read(source, images, 0) for source in (train, val))
-    fitted: dict[str, list[float]] = {name: [] for name in baselines.STRENGTHS}
+    fitted = [list[float]() for _ in BASELINES[CLASSIFICATION]]
     for draw in range(10 * seed, 10 * seed + DRAWS):
         few = some_of_each_class(train, labels_per_class(flags["data_path"]), draw)
         pixels = raw_pixels.read(few, images, 0)
-        for name, found in fitted.items():
-            found.append(baselines.evaluate(name, pixels, few.labels, queries, val.labels, draw)[0])
+        for found, predictor in zip(fitted, BASELINES[CLASSIFICATION], strict=True):
+            chosen = choices.choose(predictor, {"": pixels}, few.labels, draw)
+            (outputs,) = predictor.predict(pixels, few.labels, queries, [chosen.values])
+            found.append(100 * float((outputs.argmax(axis=1) == val.labels).mean()))
     near = 100 * knn.accuracy(bank, train.labels, queries, val.labels, NEIGHBORS)
-    return {"500 labels": round(max(map(statistics.fmean, fitted.values())), 2), "k-NN": round(near, 2)}
+    return {"500 labels": round(max(map(statistics.fmean, fitted)), 2), "k-NN": round(near, 2)}

@@ -10,6 +10,8 @@ from test_main_compare import recorded, rows, untimed
 
 import main_compare
 import main_pretrain
+from mae.compare.predictors import BASELINES
+from mae.settings.choices import CLASSIFICATION
 
 pytestmark = pytest.mark.usefixtures("forked")
 WIDTH = 128  # of `test_dino.SIZES`, with 2 blocks
@@ -50,7 +52,8 @@ def test_the_table_has_each_start_and_its_costs(compared, starts):
     found = {(row["encoder"], row["protocol"], row["labels"]): row for row in rows(out)}
     starts_and_scratch = [(name, protocol) for name in ("dinov2-small", "continued", "scratch")
                           for protocol in ("k-NN", "LoRA", "fine-tuned")]  # fmt: skip
-    named = {*starts_and_scratch, ("pixels", "logistic regression"), ("pixels", "RBF-SVM")} - {("scratch", "LoRA")}
+    baselines = {("pixels", each.title) for each in BASELINES[CLASSIFICATION]}
+    named = {*starts_and_scratch, *baselines} - {("scratch", "LoRA")}
     assert found.keys() == {(*key, labels) for key in named for labels in ("12", "48")}
     assert text == (out / "table.md").read_text()
     assert re.search(

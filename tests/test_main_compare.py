@@ -19,10 +19,12 @@ from conftest import ROOT
 from mains import Stopped, assert_same_run, call, fails, lines, open_source, parse, stop_after
 from PIL import Image
 from scipy import stats
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from test_knn import predictions
 from test_libraries import write_idx
@@ -33,13 +35,15 @@ import main_finetune
 import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
-from mae.compare import baselines, encoders, store, summary
+from mae.compare import choices, encoders, store, summary, trials
+from mae.compare.predictors import BASELINES, USES
 from mae.compare.summary import Result
 from mae.data import raw_pixels
-from mae.data.labels import hold_out, some_of_each_class
+from mae.data.labels import some_of_each_class
 from mae.inference import get_model
 from mae.interrupts import Interrupted
 from mae.settings import ImageSpec
+from mae.settings.choices import CLASSIFICATION
 
 pytestmark = pytest.mark.usefixtures("forked")
 SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
@@ -154,109 +158,89 @@ def recorded(file):
     return checkpoint.read(file)["args"]
 
 
+def right(title, values, train, labels, test, truth):
+    """The accuracy of scikit-learn in percent."""
+    if title.startswith("k-NN"):
+        if title != "k-NN":
+            pca = PCA(min(int(values[0]), len(train) - 1), whiten=True, svd_solver="full").fit(train)
+            train, test = pca.transform(train), pca.transform(test)
+        sets = ((torch.from_numpy(features).float(), one) for features, one in ((train, labels), (test, truth)))
+        return 100 * accuracy_score(truth, predictions(*sets, int(values[-1]), 0.07))
+    is_svm = title == "RBF-SVM"
+    model = SVC(C=values[0], gamma=values[1] / train.shape[1]) if is_svm else LogisticRegression(C=values[0])
+    return 100 * make_pipeline(StandardScaler(), model.set_params(max_iter=1000)).fit(train, labels).score(test, truth)
+
+
 @pytest.mark.slow
 def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
-    """C is chosen on a fifth of the training images of the draw, from a grid that is extended at its best end."""
-    test, test_labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(draws[1])))
+    """The labels of a draw choose by the rule of `choices`."""
+    test, truth = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(draws[1])))
     for draw, source in enumerate(draws[0]):
         train, labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(source)))
-        some = np.random.default_rng(draw).permutation(len(labels))
-        split = next(StratifiedShuffleSplit(1, test_size=0.2, random_state=draw).split(some, labels[some]))
-        rest, held_out = some[split[0]], some[split[1]]
-        for protocol, model, values in (
-            ("logistic regression", LogisticRegression(max_iter=300), (0.01, 0.1, 1)), ("RBF-SVM", SVC(), (1, 10, 100)),
-        ):  # fmt: skip
-            accuracy, chosen = row_of(compared[0], protocol, draw, "pixels")
-            best = float(re.match(r"C ([^,]+)", chosen)[1])
-            fitted = {c: model.set_params(C=c).fit(train[rest], labels[rest]).score(train[held_out], labels[held_out])
-                      for c in {*values, best}}  # fmt: skip
-            assert fitted[best] == max(fitted.values())
-            right = [100 * model.set_params(C=c).fit(train, labels).score(test, test_labels) for c in (best, *values)]
-            assert len(set(right)) > 1
-            assert accuracy == pytest.approx(right[0])
+        for predictor in BASELINES[CLASSIFICATION]:
+            chosen = choices.choose(predictor, {"": train}, labels, draw)
+            accuracy = right(predictor.title, chosen.values, train, labels, test, truth)
+            assert row_of(compared[0], predictor.title, draw, "pixels") == (
+                pytest.approx(accuracy), predictor.in_words(chosen.values)
+            )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
-    """k and the pooling are chosen on a fifth of the training images of the first draw."""
-    models = {}
-    for pooling, pools in (("cls", False), ("avg", True)):  # the latter with a layer norm after pooling
-        models[pooling] = get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=pools)
-        models[pooling].load_state_dict(checkpoint.read(encoder)["model"], strict=False)
+def test_rows_of_a_frozen_encoder_are_those_of_scikit_learn(compared, encoder, draws):
+    """The labels of a draw choose the pooling, too. The class token is the default of this file."""
+    models = [get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=pools) for pools in (False, True)]
+    for model in models:  # the latter with a layer norm after pooling
+        model.load_state_dict(checkpoint.read(encoder)["model"], strict=False)
 
-    def features(source, pooling):
-        pixels, labels = pixels_of(source)
+    def features(source):
+        images = (pixels_of(source)[0] - 0.45) / 0.3
         with torch.no_grad():
-            return models[pooling].eval().forward_features((pixels - 0.45) / 0.3), labels
+            token, mean = (model.eval().forward_features(images).numpy() for model in models)
+            patches = models[0].get_intermediate_layers(images)[0][:, 2:].mean(dim=1).numpy()
+        parts = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (token, patches)]
+        both = np.concatenate(parts, axis=1)
+        return {"class token": token, "mean of the patches": mean, "class token and mean of the patches": both}
 
-    def right(k, pooling, train, test):
-        bank, queries = features(train, pooling), features(test, pooling)
-        return 100 * accuracy_score(queries[1], predictions(bank, queries, k, 0.07))
-
-    split, held_out = hold_out(draws[0][0], 0.2, 0, "--val_fraction"), {}
-    for name, scores in read(compared[0]).items():
-        if found := re.fullmatch(r"choices/mine/knn/30/0/(cls|avg)/([\d-]+)", name):
-            ks = [int(k) for k in found[2].split("-")]
-            expected = {k: right(k, found[1], *split) for k in ks}
-            assert {k: scores[f"acc1_k{k}"] for k in ks} == pytest.approx(expected)
-            held_out |= {(k, found[1]): score for k, score in expected.items()}
-    assert {(k, pooling) for k in (1, 5, 20) for pooling in models} <= held_out.keys()
+    queries = features(draws[1])
     for draw, source in enumerate(draws[0]):
-        accuracy, chosen = row_of(compared[0], "k-NN", draw)
-        k, title = re.fullmatch(r"k (\d+), (.*)", chosen).groups()
-        best = int(k), {"class token": "cls", "mean of the patches": "avg"}[title]
-        assert held_out[best] == max(held_out.values())
-        assert accuracy == pytest.approx(right(*best, source, draws[1]))
+        banks = features(source)
+        for title, predictor in USES[CLASSIFICATION].items():
+            chosen = choices.choose(predictor, banks, source.labels, draw)
+            sets = (banks[chosen.option], source.labels, queries[chosen.option], draws[1].labels)
+            text = f"{predictor.in_words(chosen.values)}, {chosen.option}"
+            assert row_of(compared[0], title, draw) == (pytest.approx(right(title, chosen.values, *sets)), text)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("protocol", "title"), [("linear", "linear probe"), ("finetune", "fine-tuned")])
-def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws, protocol, title):
+def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws):
     pixels, labels = pixels_of(draws[1])
     for draw in (0, 1):
-        out = compared[0] / f"runs/mine/{protocol}/30/{draw}"
+        out = compared[0] / f"runs/mine/finetune/30/{draw}"
         file = out / f"checkpoint-{len(lines(out)) - 1}.pth"
         with torch.no_grad():
             predicted = get_model(str(file))((pixels - 0.45) / 0.3).argmax(dim=1)
-        args = recorded(file)
-        chosen = f"blr {args['blr']:g}"
-        if protocol == "linear":
-            chosen += ", mean of the patches" if args["global_pool"] else ", class token"
-        right = pytest.approx(100 * accuracy_score(labels, predicted))
-        assert row_of(compared[0], title, draw) == (right, chosen)
+        accuracy = pytest.approx(100 * accuracy_score(labels, predicted))
+        assert row_of(compared[0], "fine-tuned", draw) == (accuracy, f"blr {recorded(file)['blr']:g}")
 
 
 @pytest.mark.slow
 def test_settings_of_the_runs(compared, blobs, encoder):
-    """Shared flags, flags of the protocols, draws, chosen rates, and epochs."""
+    """Shared flags, draws, chosen rates, and epochs."""
     out, scores = compared[0], read(compared[0])
     runs = {str(file.parent.relative_to(out / "runs")): recorded(file) for file in out.rglob("checkpoint-*.pth")}
-    choices = {name: score["test_acc1"] for name, score in scores.items() if re.match("choices/mine/(lin|fin)", name)}
-    cells = [f"mine/{protocol}/30/{draw}" for protocol in ("linear", "finetune") for draw in (0, 1)]
-    assert sorted(runs) == sorted([*choices, *cells])
-    tried = {protocol: [name for name in choices if protocol in name] for protocol in ("linear", "finetune")}
-    folders = {
-        f"choices/mine/linear/30/0/{pooling}/{rate}" for pooling in ("cls", "avg") for rate in (1.0, 30.0, 300.0)
-    }
-    assert folders <= {*tried["linear"]}
-    assert {f"choices/mine/finetune/30/0/{rate}" for rate in (0.001, 0.01)} < {*tried["finetune"]}
+    tried = {name: score["test_acc1"] for name, score in scores.items() if name.startswith("choices/mine/finetune")}
+    cells = [f"mine/finetune/30/{draw}" for draw in (0, 1)]
+    assert sorted(runs) == sorted([*tried, *cells])
     shared = {**GIVEN, "finetune": encoder, "data_path": blobs, "train_list": blobs / "train.csv",
               "val_list": blobs / "val.csv", "train_per_class": 10, "batch_size": 8}  # fmt: skip
     for name, args in runs.items():
-        of_run = {"seed": int(name.split("/30/")[1][0]), "val_fraction": 0.2 if name in choices else None}
-        if "linear" in name:
-            of_run |= {"epochs": 60, "cache_features": True, "probe": "linear"}
-        else:
-            of_run |= {"epochs": 3, "layer_decay": 0.75}
-            of_run["warmup_epochs"] = of_run["epochs"] // 10
-        if name in cells:  # the choice has the best score on the held-out images
-            of_choice = (
-                [f"{args['blr']}"]
-                if "finetune" in name
-                else ["avg" if args["global_pool"] else "cls", f"{args['blr']}"]
-            )
-            choice = "/".join(["choices", name[:-1] + "0", *of_choice])
-            assert choices[choice] == max(choices[other] for other in tried[name.split("/")[1]])
+        of_run = {"seed": int(name.split("/30/")[1][0]), "val_fraction": 0.2 if name in tried else None,
+                  "epochs": 3, "layer_decay": 0.75, "warmup_epochs": 0}  # fmt: skip
+        if name in cells:  # the choice has the best score on the held-out images of the draw
+            of_draw = {
+                rate.rpartition("/")[2]: score for rate, score in tried.items() if rate.startswith(f"choices/{name}")
+            }
+            assert {"0.001", "0.01"} < {*of_draw} and of_draw[f"{args['blr']}"] == max(of_draw.values())
         expected = {key: str(value) if isinstance(value, Path) else value for key, value in (shared | of_run).items()}
         assert {key: args[key] for key in expected} == expected
         assert args["resume"] == "auto"
@@ -268,7 +252,7 @@ def test_every_result_can_be_repeated(compared):
     (words,) = (row["command"].split() for row in rows(out) if (row["protocol"], row["draw"]) == ("k-NN", "1"))
     assert words[:2] == ["python", "main_knn.py"]
     (accuracy,) = call(main_knn, *words[2:]).values()
-    assert accuracy == row_of(out, "k-NN", 1)[0]
+    assert accuracy == pytest.approx(row_of(out, "k-NN", 1)[0])
     means = {(row["encoder"], row["protocol"]): [] for row in rows(out)}
     for row in rows(out):
         means[row["encoder"], row["protocol"]].append(float(row["accuracy"]))
@@ -294,7 +278,7 @@ def test_architecture_and_data_of_the_runs(model, encoder, tmp_path):
              "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")  # fmt: skip
     (tmp_path / "recipe.yaml").write_text("crop: none\nbatch_size: 16\npatch_size: 4\n")
     compare(tmp_path, tmp_path / "out", encoder, *flags, *model)
-    assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels", "pixels", "scratch", "mine"]
+    assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels"] * 3 + ["scratch", "mine"]
     assert "--input_size 16" in rows(tmp_path / "out")[0]["command"]
     same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10,
             "crop": "none", "hflip": 0.2}  # fmt: skip
@@ -309,24 +293,19 @@ def test_rates_are_selected_with_few_labels(pictures, tmp_path, capsys, monkeypa
     """Of two classes. A fifth is held out, and at least one image."""
     for split in ("train", "val"):
         pairs = shutil.copytree(pictures / "train", tmp_path / "pairs" / split).parent
-    (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
-    flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "linear", "--labels", "4", "--blr",
-             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}",
+    (tmp_path / "probe.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\nprobe: attentive\n")
+    flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "attentive", "--labels", "4",
+             "--blr", "1e-3", "--recipes", f"attentive={tmp_path / 'probe.yaml'}",
              *(word for name, value in SHAPE.items() for word in (f"--{name}", value)))  # fmt: skip
     compare(pairs, tmp_path / "out", None, *flags)
     (row,) = rows(tmp_path / "out")
     args = parse(main_linprobe, *row["command"].split()[2:]).record()
     assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
-    assert re.fullmatch(
-        r"blr \S+, (class token|mean of the patches|class token and mean of the patches)", row["chosen"]
-    )
+    assert re.fullmatch(r"blr \S+", row["chosen"])
     assert list((tmp_path / "out").rglob("log.txt"))
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     line = fails(capsys, monkeypatch, main_compare, *flags_of(pairs, tmp_path / "two", None, *flags, "--labels", "2"))
-    assert re.search(r"1 image, fewer than .*the output is in .*recipes=linear=YAML", line)
-
-
-SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
+    assert re.search(r"1 image, fewer than .*the output is in .*recipes=attentive=YAML", line)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -336,9 +315,10 @@ SCORES = {"test_acc1": 50.0, "acc1_k5": 40.0, "acc1_k20": 60.0, "seconds": 1.0}
     ("--budget 1 2 3", "budget.* has 3 values: give one, or one for each of 1 .*labels"),
     ("--labels 12 13", r"labels=\[12, 13\]: these are 12, 12 images"),
     ("--labels 48 all --budget 2 3", r"labels=\[48, all\]: these are 48, 48 images"),
-    ("--recipes linear=x.yaml", "recipes=linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
-    ("--recipes finetune", "recipes=finetune: give PROTOCOL=YAML once for each of knn, finetune"),
-    (f"--recipes knn={RECIPE} knn={RECIPE}", "recipes=knn=.*: give PROTOCOL=YAML once for each of"),
+    (f"--recipes lora={RECIPE}", "recipes=lora=.*: .* give PROTOCOL=YAML once for each of finetune"),
+    ("--recipes finetune", "recipes=finetune: .* give PROTOCOL=YAML once for each of finetune"),
+    (f"--recipes finetune={RECIPE} finetune={RECIPE}", "recipes=finetune=.*: .* PROTOCOL=YAML once for each of"),
+    (f"--recipes knn={RECIPE}", "recipes=knn=.*: knn and linear are no trainings"),
     ("--encoders a=", "encoders=a=: give a file or a published name"),
     ("--encoders timm:vit_base_patch16_223", r"timm:vit_base_patch16_223: .* mean vit_base_patch16_224\?"),
     ("--encoders a=scratch.pth a=scratch.pth", "there is no file scratch.pth"),
@@ -373,12 +353,13 @@ def test_names_of_encoders(tmp_path, monkeypatch):
 
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr(baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
+    choose = choices.choose
+    monkeypatch.setattr(choices, "choose", lambda *args: computed.append(args[2]) or choose(*args))
     for count in (3, 4):
         files = [file for path in sorted(labelled.glob("train/*")) for file in sorted(path.iterdir())[:count]]
         (tmp_path / "list.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
         compare(labelled, tmp_path / "out", encoder, "--train_list", tmp_path / "list.txt", "--encoders", "pixels")
-    assert len(computed) == 4
+    assert [len(labels) for labels in computed] == 2 * [12] * 3 and len(rows(tmp_path / "out")) == 3
 
 
 @pytest.mark.slow
@@ -386,7 +367,7 @@ def test_a_validation_set_that_is_added_computes_the_scores_again(labelled, enco
     """Training images took its place. They chose nothing, and now they do: each score is of other images."""
     data = tmp_path / "data"
     shutil.copytree(labelled / "train", data / "train")
-    flags = ("--encoders", "pixels", encoder, "--protocols", "knn")
+    flags = ("--encoders", "pixels", encoder, "--blr", "1e-3", "1e-2", "--budget", "1")
     compare(data, tmp_path / "out", encoder, *flags)
     records = sorted((tmp_path / "out/runs").rglob("run.json"))
     before = [record.read_text() for record in records]
@@ -416,9 +397,9 @@ def test_another_label_computes_the_scores_again(labelled, encoder, tmp_path):
 
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     names = []
-    monkeypatch.setattr(store, "run_once", lambda folder, *_: names.append(folder) or SCORES)
+    monkeypatch.setattr(store, "kept", lambda folder, *_: names.append(folder) or {})
     (tmp_path / "recipe.yaml").write_text("amps: off\n")
-    flags = ("--protocols", "finetune", "knn", "--recipes", f"knn={tmp_path / 'recipe.yaml'}")
+    flags = ("--protocols", "knn", "finetune", "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")
     with pytest.raises(SystemExit):
         compare(labelled, tmp_path / "out", encoder, *flags)
     assert "recipe.yaml: there is no flag 'amps'; did you mean amp?" in capsys.readouterr().err
@@ -523,35 +504,34 @@ def test_the_table_says_of_which_images_its_scores_are(tmp_path):
     assert summary.write(tmp_path, others, 23).endswith("\n\nThe scores are of 23 held-out images.\n")
 
 
-def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
-    fit, threads = SVC.fit, []
+def test_a_baseline_is_trained_on_all_images_by_one_thread(labelled, tmp_path, monkeypatch):
+    """Also if some of them choose its hyperparameters."""
+    fit, fits = SVC.fit, []
 
-    def record(model, *data):
-        threads.append(max(pool["num_threads"] for pool in threadpool_info()))
-        return fit(model, *data)
+    def record(model, kernel, labels):
+        fits.append((len(labels), max(pool["num_threads"] for pool in threadpool_info())))
+        return fit(model, kernel, labels)
 
     monkeypatch.setattr(SVC, "fit", record)
-    images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
+    monkeypatch.setattr(choices, "MOST", 24)
     with threadpool_limits(2):
-        baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
-    assert threads == [1] * 4  # three values of C, and the choice
+        compare(labelled, tmp_path, None, "--encoders", "pixels", "--labels", "all")
+    assert fits[-1] == (48, 1) and {count for count, _ in fits[:-1]} <= {*range(18, 24)}
 
 
-def test_a_fit_that_has_not_converged_is_recorded(monkeypatch, recwarn):
-    images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
-    monkeypatch.setattr(baselines, "ITERATIONS", 2)
-    chosen = baselines.evaluate("logistic regression", images, labels, images, labels, seed=0)[1]
-    assert chosen.endswith(", stopped after 2 iterations") and not recwarn
-
-
-def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
-    monkeypatch.setattr(baselines, "MOST", 100)
-    labels = np.repeat([0, 1, 2], [5, 1000, 1000])
-    assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
-    train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
-    assert baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
-    with pytest.raises(ValueError, match="class"):
-        baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
+@pytest.mark.parametrize("limit", [0, 600])
+def test_a_baseline_that_would_take_too_long_is_left_out(labelled, tmp_path, monkeypatch, limit):
+    """No encoder is the best one where the baseline is missing that is the strongest with fewer labels."""
+    monkeypatch.setattr(trials, "MANY", 20)
+    monkeypatch.setattr(trials, "MOST_SECONDS", limit)
+    monkeypatch.setattr(choices, "MOST", 18)
+    text = compare(labelled, tmp_path, None, "--encoders", "pixels", "scratch", "--model", "vit_mini_patch4",
+                   "--input_size", "16", "--protocols", "knn", "--labels", "12", "all")  # fmt: skip
+    found = [row["labels"] for row in rows(tmp_path) if row["encoder"] == "pixels"]
+    assert found.count("12") == 3 and found.count("48") == (0 if limit == 0 else 3)
+    reasons = [line for line in text.splitlines() if "is left out: with 48 labels, a fit would take about" in line]
+    assert len(reasons) == 3 - found.count("48")
+    assert ("With 48 labels, there is none of pixels" in text) is (limit == 0)
 
 
 def test_pixels_of_the_baselines(labelled, tmp_path):
@@ -674,7 +654,7 @@ def test_a_comparison_that_was_stopped_before_an_encoder_names_no_best_one(label
         compare(labelled, tmp_path, encoder, "--protocols", "finetune")
     table, incomplete, _ = (tmp_path / "table.md").read_text().split("\n\n")
     assert "pixels (RBF-SVM)" in table and "**" not in table
-    assert all(part in incomplete for part in ("2 of 3 results", "12 labels", "mine (fine-tuned)"))
+    assert all(part in incomplete for part in ("3 of 4 results", "12 labels", "mine (fine-tuned)"))
 
 
 def test_a_comparison_is_one_process(labelled, encoder, tmp_path, monkeypatch):
@@ -692,24 +672,25 @@ def test_two_comparisons_share_the_runs(labelled, encoder, tmp_path):
     tables = [process.communicate()[0].split("\n\n")[1] for process in processes]
     assert tables[0] == tables[1] and "mine (k-NN)" in tables[0]
     assert [process.returncode for process in processes] == [0, 0]
-    assert {path.read_text().count("-NN Acc@1") for path in tmp_path.glob("runs/mine/knn/12/*/output.txt")} == {1}
     assert len([name for name in read(tmp_path) if name.startswith("mine/")]) == 4
+    assert not (tmp_path / "runs/features").exists()
 
 
 def test_a_recipe_does_not_replace_what_is_compared(labelled, encoder, tmp_path, capsys):
     """The start, the images and the metric are those of the comparison: a recipe of mae.data has some of them."""
     own = {"val_fraction": 0.25, "train_per_class": 4, "metric": ["balanced_accuracy"], "data_path": str(labelled)}
-    (tmp_path / "knn.yaml").write_text(yaml.safe_dump({**own, "k": [2]}))
+    probe = {"epochs": 1, "warmup_epochs": 0, "blr": 0.1, "batch_size": 8, "probe": "attentive"}
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump({**own, **probe}))
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({**own, "finetune": str(encoder), "batch_size": 8}))
-    flags = ("--encoders", "scratch", encoder, "--labels", "all")
-    more = ("--recipes", f"knn={tmp_path / 'knn.yaml'}", f"finetune={tmp_path / 'tuned.yaml'}")
+    flags = ("--encoders", "scratch", encoder, "--labels", "all", "--protocols", "attentive", "finetune")
+    more = ("--recipes", f"attentive={tmp_path / 'probe.yaml'}", f"finetune={tmp_path / 'tuned.yaml'}")
     text = compare(labelled, tmp_path / "out", encoder, *flags, *more)
     commands = {(row["encoder"], row["protocol"]): row["command"] for row in rows(tmp_path / "out")}
     assert len(commands) == 4 and "48 labels" in text and "23 held-out images" in text
     for (name, protocol), command in commands.items():
         assert ("--finetune" in command) is (name != "scratch")
         assert not re.search("val_fraction|train_per_class|balanced_accuracy", command)
-        assert ("--k 2" in command) is (protocol == "k-NN")
+        assert ("--blr 0.1" in command) is (protocol == "attentive probe")
     output = capsys.readouterr().out
     assert output.count("`val_fraction`") == 2 and output.count("`finetune`") == 1  # a line for each recipe
     accuracies = [float(row["accuracy"]) for row in rows(tmp_path / "out")]
@@ -718,17 +699,9 @@ def test_a_recipe_does_not_replace_what_is_compared(labelled, encoder, tmp_path,
 
 def test_the_learning_rate_of_a_probe_is_a_base_learning_rate(labelled, encoder, tmp_path, capsys, monkeypatch):
     (tmp_path / "r.yaml").write_text("lr: 6.4\nepochs: 1\nwarmup_epochs: 0\n")
-    more = ("--protocols", "linear", "--recipes", f"linear={tmp_path / 'r.yaml'}", "--blr", "1e-3")
+    more = ("--protocols", "attentive", "--recipes", f"attentive={tmp_path / 'r.yaml'}", "--blr", "1e-3")
     line = fails(capsys, monkeypatch, main_compare, *flags_of(labelled, tmp_path / "out", encoder, *more))
-    assert re.search(r"recipes=linear=.*r.yaml: it has lr=6.4; give `blr`", line)
-
-
-def test_a_recipe_of_several_temperatures_is_an_error(labelled, encoder, tmp_path, capsys, monkeypatch):
-    """The table has one score for each run."""
-    (tmp_path / "r.yaml").write_text("k: [2]\ntemperature: [0.1, 0.04]\n")
-    more = flags_of(labelled, tmp_path / "out", encoder, "--recipes", f"knn={tmp_path / 'r.yaml'}")
-    line = fails(capsys, monkeypatch, main_compare, *more)
-    assert re.search(r"recipes=knn=.*r.yaml: it has the temperatures .0.1, 0.04.; give one", line)
+    assert re.search(r"recipes=attentive=.*r.yaml: it has lr=6.4; give `blr`", line)
 
 
 def test_a_result_belongs_to_the_contents_of_its_files(tmp_path):
@@ -812,14 +785,3 @@ def test_draws_that_tell_encoders_apart_are_those_of_students_t(count):
         found = [*results("a", 70 + noise - noise.mean() + factor * limit), *results("b", [70.0] * count)]
         text = summary.conclusion(summary.entries_of(found))
         assert ("not distinguishable from b" in text) is not is_clear
-
-
-def test_a_baseline_is_trained_on_all_images(monkeypatch):
-    """Also if some of them choose C."""
-    monkeypatch.setattr(baselines, "MOST", 40)
-    generator = np.random.default_rng(0)
-    images = generator.normal(size=(1000, 20))
-    labels = (images[:, 0] + images[:, 1] + generator.normal(0, 1, 1000) > 0).astype(int)
-    found, chosen = baselines.evaluate("logistic regression", images[:600], labels[:600], images[600:], labels[600:], 0)
-    model = LogisticRegression(C=float(chosen.split()[1]), max_iter=300).fit(images[:600], labels[:600])
-    assert found == pytest.approx(100 * model.score(images[600:], labels[600:]))

@@ -15,7 +15,10 @@ from mains import Stopped, argv_of, assert_same_run, call, lines, open_source, s
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sk
+from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import main_compare
 import main_finetune
@@ -23,7 +26,12 @@ import main_knn
 import main_linprobe
 from mae.checkpoints import checkpoint
 from mae.checkpoints.checkpoint import CheckpointError
+from mae.compare import summary
+from mae.compare.predictors import BASELINES
+from mae.data import open as opener
+from mae.data import raw_pixels
 from mae.inference import export, get_model
+from mae.settings import DataSpec, ImageSpec
 
 NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
 SMALL = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu", "amp": "off"}
@@ -457,6 +465,13 @@ def test_a_file_has_one_task(tune, weighed, classify):
     assert classify(main_knn, finetune=weighed, k=3)  # of class folders, although the file is of numbers
 
 
+def command_of(out, protocol):
+    """The flags in the command of a result of a comparison."""
+    return next(
+        row.command.split()[2:] for row in summary.read(out) if (row.encoder, row.protocol) == ("mine", protocol)
+    )
+
+
 @pytest.mark.slow
 def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     """The lowest error is the best one. Each cell is the result of the script."""
@@ -475,19 +490,49 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     assert best.startswith("mine")
     (conclusion,) = (line for line in table if f"{best} has the best mae, " in line)
     assert " below scratch" in conclusion
-    choices = {}  # errors on held-out images, by pooling and k
-    for file in (tmp_path / "compare/runs/choices/mine/knn").rglob("run.json"):
-        for name, error in json.loads(file.read_text())["scores"].items():
-            if name.startswith("mae_k"):
-                choices.setdefault((file.parents[1].name, name.removeprefix("mae_k")), []).append(error)
-    _, k = min(choices, key=lambda choice: np.mean(choices[choice]))
-    assert len(choices) >= 3 and f"(k {k}" in cells["mine (k-NN)"]
+    (neighbors,) = call(main_knn, *command_of(tmp_path / "compare", "k-NN")).values()
+    assert errors["mine (k-NN)"] == pytest.approx(neighbors, rel=1e-3)
     logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
     assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
     for changed, message in (({"labels": 10}, r"labels=.*10.* give labels=all"),
-                             ({"encoders": "pixels scratch"}, r"encoders=.*pixels.* omit pixels")):  # fmt: skip
+                             ({"task": "multilabel", "metric": "average_precision", "label_columns": "tags", "encoders": "pixels"},
+                              r"encoders=.*pixels.*task=multilabel has no baseline")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call(main_compare, **flags | changed)
+
+
+@pytest.mark.slow
+def test_baselines_and_probes_of_a_comparison_are_those_of_scikit_learn(folder, forked, tmp_path):
+    """Of numbers. The error is the mean over both, in their units."""
+    flags = {**lists(folder), "task": "regression", "label_columns": "weight age", "metric": "mae", "labels": "all",
+             "input_size": 16, "device": "cpu", "num_workers": 0, "encoders": "pixels scratch", "protocols": "linear",
+             "model": "vit_mini_patch4", "output_dir": tmp_path}  # fmt: skip
+    call(main_compare, **flags)
+    found = {(row.encoder, row.protocol): row for row in summary.read(tmp_path)}
+    assert found.keys() == {*(("pixels", each.title) for each in BASELINES["regression"]), ("scratch", "linear probe")}
+    data = DataSpec(train_list=flags["train_list"], val_list=flags["val_list"])
+    sets = [opener.open_source(data, split, task="regression", label_columns=["weight", "age"])
+            for split in ("train", "val")]  # fmt: skip
+    train, val = (raw_pixels.read(source, ImageSpec(16, 3), 0) for source in sets)
+    row = found["pixels", "ridge regression"]
+    model = make_pipeline(StandardScaler(), Ridge(float(row.chosen.removeprefix("alpha "))))
+    target = StandardScaler().fit(sets[0].labels)
+    predicted = target.inverse_transform(model.fit(train, target.transform(sets[0].labels)).predict(val))
+    assert row.accuracy == pytest.approx(sk.mean_absolute_error(sets[1].labels, predicted), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_encoders_are_compared_by_several_labels(tune, folder, forked, tmp_path):
+    """The result of k-NN is that of the script."""
+    out = tune(task="multilabel", label_columns="tags", epochs=2)
+    flags = {**lists(folder), "task": "multilabel", "label_columns": "tags", "labels": "all", "input_size": 16,
+             "device": "cpu", "num_workers": 0, "amp": "off", "encoders": f"mine={out}/checkpoint-1.pth",
+             "protocols": "knn linear", "output_dir": tmp_path / "compare"}  # fmt: skip
+    call(main_compare, **flags)
+    near, probe = summary.read(tmp_path / "compare")
+    (neighbors,) = call(main_knn, *command_of(tmp_path / "compare", "k-NN")).values()
+    assert near.metric == probe.metric == "average_precision" and near.accuracy == pytest.approx(neighbors, rel=1e-3)
+    assert 0 < probe.accuracy <= 1
 
 
 def test_labels_of_a_dataset_are_checked(tune):

@@ -289,11 +289,12 @@ def test_a_comparison_of_models_of_timm(saved, mixed, tmp_path, capsys):
     words = ["--encoders", "t=timm:test_vit", "timm:test_convnext", "scratch", "--timm_weights", f"test_vit={path}",
              f"test_convnext={convnext}", "--protocols", "knn", "finetune", "--labels", "all", "--budget", 1, "--model",
              "vit_mini_patch4", "--input_size", 16, "--patch_size", 8, "--mean", ".1", ".2", ".3", "--amp", "off",
-             "--recipes", f"knn={tmp_path / 'knn.yaml'}"]  # fmt: skip
-    (tmp_path / "knn.yaml").write_text("k: [5]\nmodel: vit_tiny_patch16\ninput_size: 32\n")
+             "--recipes", f"finetune={tmp_path / 'tuned.yaml'}"]  # fmt: skip
+    (tmp_path / "tuned.yaml").write_text("model: vit_tiny_patch16\nbatch_size: 16\n")
     text = compared(mixed, tmp_path / "out", *words)
     (train, truth), (val, labels) = files(mixed, "train"), files(mixed, "val")
-    expected = predictions((pooled(model, train), truth), (pooled(model, val), labels), 5, 0.07)
+    k = int(re.search(r"\| t \(k-NN\) \|.*\(k (\d+), pooling of timm\)", text)[1])
+    expected = predictions((pooled(model, train), truth), (pooled(model, val), labels), min(k, 48), 0.07)
     assert f"| t (k-NN) | {100 * accuracy_score(labels, expected):.1f}" in text.replace("**", "")
     rows = re.findall(r"^\| (\w+ \([\w-]+\))", text, re.MULTILINE)
     frozen = ["t (fine-tuned)", "test_convnext (fine-tuned)"]
@@ -319,11 +320,11 @@ def test_a_comparison_of_gray_images(saved, mixed, tmp_path, capsys):
     """With --in_chans, --mean and --std are for models of timm, too; a warning says that their weights are adapted."""
     name = saved("test_vit")[1]
     flags = ["--in_chans", 1, "--mean", ".2", "--std", ".6", "--protocols", "knn", "--labels", "all"]
-    (tmp_path / "knn.yaml").write_text("k: [5]\nmodel: vit_tiny_patch16\ninput_size: 32\n")
-    text = compared(mixed, tmp_path, "--encoders", f"t={name}", *flags, "--recipes", f"knn={tmp_path / 'knn.yaml'}")
+    text = compared(mixed, tmp_path, "--encoders", f"t={name}", *flags)
     assert "adapted to 1" in capsys.readouterr().out
-    (found,) = call(main_knn, *flags[:6], data_path=mixed, finetune=name, k=5, num_workers=0, device="cpu").values()
-    assert f"| t (k-NN) | **{found:.1f}** (k 5, pooling of timm) |" in text
+    k = int(re.search(r"\(k (\d+), pooling of timm\)", text)[1])
+    (found,) = call(main_knn, *flags[:6], data_path=mixed, finetune=name, k=k, num_workers=0, device="cpu").values()
+    assert f"| t (k-NN) | **{found:.1f}** (k {k}, pooling of timm) |" in text
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -20,11 +20,13 @@ class Script:
     """A script such as main_finetune.py.
 
     Args:
-        module: has `main` and `get_args_parser`.
+        module: has `get_args_parser`, and the function.
+        function: name of the function of the settings that is called.
     """
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, function: str = "main") -> None:
         self.module = module
+        self.function = function
         self.name = module.__name__
 
     def settings(self, given: Mapping[str, Any]) -> Run:
@@ -36,18 +38,18 @@ class Script:
         return entry_point.parse(self.module.get_args_parser(), arguments(given))
 
     def call_main(self, given: Mapping[str, Any], output: Path, **options: Any) -> Any:
-        """Calls `main` with settings, and returns its result. It appends what it prints to a file.
+        """Calls the function with settings, and returns its result. It appends what it prints to a file.
 
         Args:
             given: the settings.
-            options: further arguments of `main`.
+            options: its further arguments.
 
         Raises:
             ValueError: the script has failed.
         """
         with output.open("a", buffering=1, encoding="utf-8") as file, redirect_stdout(file):
             try:
-                return self.module.main(self.settings(given), **options)
+                return getattr(self.module, self.function)(self.settings(given), **options)
             except (ValueError, OSError, ArithmeticError) as error:
                 if not errors.is_on_purpose(error, given.values()):
                     raise

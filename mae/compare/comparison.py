@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 
 from mae import parallel
-from mae.compare import baselines, costs, store, summary
+from mae.compare import costs, store, summary
 from mae.compare.encoders import PIXELS, UPDATES, Encoder, open_encoders
+from mae.compare.images import Size
+from mae.compare.predictors import BASELINES
 from mae.compare.protocols import LORA, TUNED, reason_against, row_of
 from mae.compare.summary import Result
-from mae.compare.trials import Size, Trial, Trials
+from mae.compare.trials import Trial, Trials
 from mae.data import equal_images
 from mae.data.labels import open_pair
 from mae.data.run_data import RunData
@@ -33,7 +36,6 @@ logger = logging.getLogger(__name__)
 # The standard error of an accuracy of n images is up to 50 / root of n points: a point with ENOUGH.
 ENOUGH = 2500
 MOST_DRAWS = 10
-MOST_SPLITS = 5  # for hyperparameters
 
 
 def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
@@ -54,29 +56,35 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
         raise ValueError("main_compare.py is one process: start it without torchrun; a second one shares the trials")
     spec = run.comparison
     settings = run.record()
-    _require_comparable(spec, run.images.task, run.evaluation.metric)
+    _require_comparable(spec, run.images.task)
     _warn_of_unused(spec.protocols, settings)
     out = Path(run.machine.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoders = open_encoders(spec, settings, run.explicit)
-    data = RunData(run.images, run.data, torch.device("cpu"))
+    images = replace(run.images, in_chans=encoders[0].architecture["in_chans"])  # a file records them
+    data = RunData(images, run.data, torch.device("cpu"))
     open_split, held_out = data.splits()
     train, val = open_pair(open_split, run.images.task)
     equal_images.warn(train, val)
     if held_out:
         val = data.readable(val, held_out)
     sizes = _sizes_of(spec, train)
-    trials = Trials(spec, settings, run.explicit, scripts, out / "runs", train, val, data.readable, bool(held_out))
+    trials = Trials(run, sizes, scripts, out / "runs", data, train, val, bool(held_out))
     left_out = _left_out(encoders, spec.protocols)
-    planned = _plan(encoders, spec.protocols, sizes, left_out)
+    planned = _plan(encoders, spec.protocols, sizes, left_out, run.images.task)
     for trial in planned:
         trials.settings(trial)  # the script's error about a setting comes now, and not after hours
     costs_text = costs.write(out, encoders, run.machine.device, run.machine.amp, run.model.encoder)
-    keys = [(row_of(trial.encoder.name, trial.protocol), trial.size.labels, trial.draw) for trial in planned]
     text = ""
     results = dict[str, Result]()
+    slow: dict[tuple[str, int], str] = {}  # by row and number of labels, why a baseline is left out
     try:
         for trial, result in _results_of(trials, planned):
+            if isinstance(result, str):
+                if trial.key[:2] not in slow:
+                    logger.warning(f"{trial.key[0]} is left out: {result}")
+                slow[trial.key[:2]] = result
+                continue
             results[trial.name] = result
             chosen = f"{result.chosen}, " if result.chosen else ""
             unit = " %" if result.metric == summary.ACCURACY else ""
@@ -84,24 +92,28 @@ def compare(run: Run, scripts: Mapping[str, store.Script]) -> str:
                 f"[{len(results)}/{len(planned)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.metric} {result.accuracy:.4g}{unit} ({chosen}{result.seconds:.0f} s)"
             )
+        trials.remove_features()
     finally:
         if results:
             with locks.locked(out, "table.md.lock", waits=True):
                 found = [results[trial.name] for trial in planned if trial.name in results]
-                text = summary.write(out, found, len(val), left_out, data.name_held_out(held_out), keys)
+                reasons = {row: "; ".join(text for (one, _), text in slow.items() if one == row) for row, _ in slow}
+                unknown = {key for key in slow if _is_strongest(*key, found)}
+                keys = [trial.key for trial in planned if trial.key[:2] not in slow.keys() - unknown]
+                text = summary.write(out, found, len(val), left_out | reasons, data.name_held_out(held_out), keys)
     logger.info(f"\n{text}\n{costs_text}\n\nall runs with their commands: {out / 'results.csv'}")
     return text
 
 
-def _require_comparable(spec: ComparisonSpec, task: str, metric: Sequence[str] | None) -> None:
-    """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
+def _require_comparable(spec: ComparisonSpec, task: str) -> None:
+    """Raises ValueError if the labels exclude a subset of labels or a baseline."""
     if task != CLASSIFICATION and spec.labels != ["all"]:
         raise ValueError(
             f"labels={as_yaml(spec.labels)}: subsets have equally many images of each class, and task={task} has no "
             f"single class; give labels=all"
         )
-    if (metric or task != CLASSIFICATION) and PIXELS in spec.encoders:
-        raise ValueError(f"encoders={PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
+    if not BASELINES[task] and PIXELS in spec.encoders:
+        raise ValueError(f"encoders={PIXELS}: task={task} has no baseline; omit {PIXELS}")
 
 
 def _warn_of_unused(protocols: Collection[str], settings: Mapping[str, Any]) -> None:
@@ -127,16 +139,14 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
             f"many of each class; give each once"
         )
     sizes = [
-        Size(labels, per_class, count if per_class else 1, epochs, 1 if spec.draws else _splits_of(labels))
+        Size(labels, per_class, count if per_class else 1, epochs)
         for (labels, per_class), count, epochs in zip(numbers, draws, budgets, strict=True)
     ]
     if not spec.draws:
         texts = [f"{size.draws} of {counted(size.labels, 'label')}" for size in sizes]
         logger.info(
             f"draws: {', '.join(texts)} (1 of all labels; of fewer, as many as have {ENOUGH:,} labels together, at "
-            f"most {MOST_DRAWS}). A held-out fifth of each of up to {MOST_SPLITS} draws chooses the hyperparameters of "
-            f"encoders, so that these depend on more labels than a draw has (`draws` sets another number, and only the "
-            f"first draw chooses)"
+            f"most {MOST_DRAWS}; `draws` sets another number)"
         )
     return sizes
 
@@ -144,11 +154,6 @@ def _sizes_of(spec: ComparisonSpec, train: Source) -> list[Size]:
 def _draws_of(labels: int) -> int:
     """Returns the number of random subsets by default: several if labels are few."""
     return min(MOST_DRAWS, math.ceil(ENOUGH / labels))
-
-
-def _splits_of(labels: int) -> int:
-    """Returns the number of held-out fifths that choose hyperparameters by default: several if labels are few."""
-    return min(MOST_SPLITS, _draws_of(labels))
 
 
 def _number_of(text: str, train: Source) -> tuple[int, int | None]:
@@ -179,13 +184,15 @@ def _for_each(labels: Sequence[str], setting: str, values: list[int]) -> list[in
 
 
 def _plan(
-    encoders: Sequence[Encoder], protocols: Sequence[str], sizes: Sequence[Size], left_out: Mapping[str, str]
+    encoders: Sequence[Encoder], protocols: Sequence[str], sizes: Sequence[Size], left_out: Mapping[str, str], task: str
 ) -> list[Trial]:
     """Returns the trials in the order of the table, without rows that are left out."""
     return [
         Trial(encoder, protocol, size, draw)
         for encoder in encoders
-        for protocol in (baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(protocols))
+        for protocol in (
+            [each.title for each in BASELINES[task]] if encoder.name == PIXELS else dict.fromkeys(protocols)
+        )
         if row_of(encoder.name, protocol) not in left_out
         for size in sizes
         for draw in range(size.draws)
@@ -212,8 +219,20 @@ def _left_out(encoders: Sequence[Encoder], protocols: Sequence[str]) -> dict[str
     return reasons
 
 
-def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Trial, Result]]:
-    """Yields the results of all trials; the first draw of each comes first. It waits for those in other processes."""
+def _is_strongest(row: str, labels: int, results: Sequence[Result]) -> bool:
+    """Whether a baseline is the best one with the largest number of labels, below `labels`, of which it has results."""
+    entries = summary.entries_of(results)
+    if not (smaller := [one for one in entries.get(row, {}) if one < labels]):
+        return False
+    columns = [by_labels[max(smaller)] for by_labels in entries.values() if max(smaller) in by_labels]
+    return entries[row][max(smaller)].rank == max(entry.rank for entry in columns if entry.encoder == PIXELS)
+
+
+def _results_of(trials: Trials, planned: Sequence[Trial]) -> Iterator[tuple[Trial, Result | str]]:
+    """Yields what `Trials.result` returns of all trials; the first draw of each comes first.
+
+    It waits for those in other processes.
+    """
     pending = sorted(planned, key=lambda trial: trial.draw)
     while pending:
         busy: list[Trial] = []

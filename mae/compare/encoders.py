@@ -1,14 +1,13 @@
 """The encoders of a comparison, with the settings of their architecture and weights."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae.compare.store import Settings
-from mae.pooling import OF_TIMM
 from mae.settings import UNSET, ImageSpec, ModelSpec, names_of, names_with
-from mae.settings.choices import PATCHES, POOL_CHOICES, TIMM
+from mae.settings.choices import TIMM
 from mae.settings.fields import HEAD, LABELS
 from mae.settings.run import FLIPS
 from mae.settings.training import ComparisonSpec
@@ -18,7 +17,7 @@ from mae.weights import model_settings, model_zoo, reading
 # random weights; baselines on raw pixels
 SCRATCH = "scratch"
 PIXELS = "pixels"
-RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
+RESERVED = (SCRATCH, PIXELS, "choices", "features")  # names of encoders and folders in runs/
 UPDATES = ("lora", "lora_alpha")
 ARCHITECTURE = ("model", "encoder", "encoder_args", *UPDATES)  # settings that a file of --encoders replaces
 BY_TIMM = ("input_size", "crop_pct", *names_of(ModelSpec))  # settings that a model of timm determines
@@ -32,7 +31,6 @@ class Encoder(NamedTuple):
     settings: Settings  # of its architecture and weights
     architecture: Settings  # complete, without the settings of its weights
     without: Collection[str] = ()  # settings of the comparison that it does not take: those of a model of timm
-    poolings: Sequence[str] = ()  # those that it has, for the protocols that pool
 
 
 def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str]) -> list[Encoder]:
@@ -49,7 +47,6 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
     """
     settings: dict[str, Settings] = {}
     of_timm: dict[str, Encoder] = {}
-    poolings: dict[str, Sequence[str]] = {}
     of_first: Settings = {}
     timm_files = _timm_files(spec)
     for text in spec.encoders:
@@ -60,7 +57,6 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
                 f"`encoders`: two have the name {directory}; give names, such as long=runs/b/checkpoint-99.pth"
             )
         settings[name] = {}
-        poolings[name] = POOL_CHOICES
         if file:
             path = timm_files.get(file, file)
             weights = reading.read(path)
@@ -70,8 +66,6 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
             recorded = _recorded_settings(given, explicit, text, weights)
             settings[name] = {key: value for key, value in recorded.items() if key not in READ_BY_SCRIPTS}
             settings[name]["finetune"] = path
-            if "fc_norm.weight" in weights.tensors:  # a classifier without a norm of the class token
-                poolings[name] = (PATCHES,)
             of_first = of_first or recorded | {key: weights.settings.get(key) for key in FLIPS}
     untrained = of_first
     if "model" in explicit or not of_first:  # the images are those of the first file
@@ -83,8 +77,7 @@ def open_encoders(spec: ComparisonSpec, given: Settings, explicit: frozenset[str
     shared = {name: given[name] for name in names}
     fixed = {name: value for name, value in shared.items() if name in explicit}
     return [
-        of_timm.get(name)
-        or Encoder(name, of_file or untrained, {**shared, **(of_file or untrained), **fixed}, (), poolings[name])
+        of_timm.get(name) or Encoder(name, of_file or untrained, {**shared, **(of_file or untrained), **fixed})
         for name, of_file in settings.items()
     ]
 
@@ -110,7 +103,7 @@ def _of_timm(given: Settings, explicit: frozenset[str], name: str, path: str, re
     """Returns a model of timm. Images of other channels may have any values, and keep `mean` and `std`."""
     channels = given["in_chans"] if "in_chans" in explicit else recorded["in_chans"]
     without = BY_TIMM if channels != recorded["in_chans"] else (*BY_TIMM, "mean", "std")
-    return Encoder(name, {"finetune": path}, recorded | {"in_chans": channels}, without, (OF_TIMM,))
+    return Encoder(name, {"finetune": path}, recorded | {"in_chans": channels}, without)
 
 
 def _recorded_settings(given: Settings, explicit: frozenset[str], text: str, weights: Any) -> Settings:

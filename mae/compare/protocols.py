@@ -12,23 +12,20 @@ LINEAR = "linear"
 ATTENTIVE = "attentive"
 LORA = "lora"
 FINETUNE = "finetune"
+FITTED = (KNN, LINEAR)  # protocols that train nothing: predictors are fitted on features
 TUNED = (LORA, FINETUNE)  # protocols that train the encoder
 TITLES = {
     KNN: summary.KNN, LINEAR: "linear probe", ATTENTIVE: "attentive probe", LORA: "LoRA", FINETUNE: "fine-tuned",
 }  # fmt: skip
-PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
-         "eval_every": 60, "save_every": 60}  # fmt: skip
-# The settings of each protocol without a recipe.
+# The settings of each training without a recipe.
 DEFAULTS: dict[str, Settings] = {
-    KNN: {"k": [1, 5, 20, 100]},
-    LINEAR: {**PROBE, "blr": [1, 3, 10, 30, 100, 300]},
-    ATTENTIVE: {**PROBE, "blr": [0.3, 1, 3, 10, 30], "probe": "attentive"},
+    ATTENTIVE: {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256, "eval_every": 60,
+                "save_every": 60, "blr": [0.3, 1, 3, 10, 30], "probe": "attentive"},
     LORA: {"batch_size": 128, "blr": 1e-2, "layer_decay": 1},
     FINETUNE: {"batch_size": 128},
-}
+}  # fmt: skip
 RANK = 8  # of low-rank updates
 RATE_OF_LORA = 10  # times the rate of all weights: updates of few parameters need a larger one
-GRIDS = {KNN: "k"} | dict.fromkeys((LINEAR, ATTENTIVE, *TUNED), "blr")  # the setting of which the best value is chosen
 
 
 def row_of(encoder: str, protocol: str) -> str:

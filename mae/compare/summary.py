@@ -27,7 +27,7 @@ class Result(NamedTuple):
     labels: int  # number of training images
     draw: int  # number of the random subset of the labels
     accuracy: float  # top-1, in percent; or the score `metric`
-    chosen: str  # hyperparameters that were chosen on held-out training images
+    chosen: str  # hyperparameters that were chosen with the labels of the draw
     seconds: float
     command: str
     metric: str = ACCURACY  # or a name of --metric
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
     @property
     def choice(self) -> str:
-        """What was chosen, in parentheses after a space; baselines choose for each draw. "" if nothing was."""
+        """What was chosen, in parentheses after a space; each draw chooses. "" if nothing was."""
         texts = dict.fromkeys(filter(None, self.chosen.values()))
         return f" ({' or '.join(texts)})" if texts else ""
 
@@ -130,7 +130,7 @@ def table(
     """Returns the table in Markdown, with what was chosen, and costs. The best mean of each column is bold.
 
     Args:
-        left_out: rows that were not computed, and the reasons, which stand below the table.
+        left_out: rows, or some of their entries, that were not computed, and the reasons, which stand below the table.
         unfinished: numbers of labels with which a row is missing. Nothing is bold there.
     """
     columns = columns_of(entries)
@@ -144,7 +144,7 @@ def table(
         texts = {n: f"**{entry}**" if is_best[n] else str(entry) for n, entry in row.items()}
         scores = [f"{texts[n]}{row[n].choice}" if n in row else "" for n in columns]
         lines.append([title, *scores, *(cost[title] for cost in costs.values())])
-    lines += [[title, *("–" for _ in (*columns, *costs))] for title in left_out]
+    lines += [[title, *("–" for _ in (*columns, *costs))] for title in left_out if title not in entries]
     notes = [f"{title} is left out: {reason}." for title, reason in left_out.items()]
     return "\n".join([markdown([*titles, *costs], lines), *(f"\n{note}" for note in notes)])
 

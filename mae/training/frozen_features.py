@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +18,9 @@ from mae.data import transforms
 from mae.data.item import Batch
 from mae.data.run_data import RunData
 from mae.data.source import Source, versions
-from mae.pooling import pooled
+from mae.pooling import OF_TIMM, pooled
 from mae.settings import REBUILDS, ModelSpec
-from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES
+from mae.settings.choices import BOTH, CLASS_TOKEN, PATCHES, TIMM
 from mae.training import feature_files
 from mae.training.compiling import padded
 from mae.training.precision import Precision
@@ -55,14 +56,6 @@ def _all_poolings(model: Any, images: Tensor, **inputs: Tensor) -> Tensor:
     return torch.cat([pooled(model, tokens, CLASS_TOKEN), mean, pooled(model, tokens, BOTH)], dim=1)
 
 
-def _one_of(features: Tensor, spec: ModelSpec) -> Tensor:
-    """Returns the pooling of a run: (n, 4 D) of `_all_poolings` -> (n, D), or (n, 2 D) with `pool=both`."""
-    width = features.shape[1] // 4
-    if spec.pool == BOTH:
-        return features[:, 2 * width :]
-    return features[:, width : 2 * width] if spec.global_pool else features[:, :width]
-
-
 class FrozenFeatures:
     """Features of a frozen encoder for the images of this process.
 
@@ -75,8 +68,8 @@ class FrozenFeatures:
             norm of its tokens, from which all poolings come; without this norm there is one.
         sets: datasets by name.
         output_dir, resume: the settings. A run that does not resume removes the files of an earlier run.
-        kept: folder for runs with the same images and encoder, which may differ in `global_pool` and `pool`. The
-            features of all poolings are computed in one pass, in the first of them.
+        kept: folder of the stored features or tokens, for several runs with the same images and encoder. Features of
+            all poolings are computed in one pass.
 
     Raises:
         ValueError: the disk has no space for the files.
@@ -111,7 +104,10 @@ class FrozenFeatures:
         return lambda: (Batch(features[n : n + size], targets[n : n + size]) for n in starts)
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
-        """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
+        """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,).
+
+        With `kept`, features are those of `_all_poolings` (n, 4 D), mapped from a file.
+        """
         source = self.sets[name]
         if name == "train" and self.data.samples(source, transforms.scaled_transform(0)).augments():
             logger.warning("the dataset augments its images: each has the features of one augmentation")
@@ -122,10 +118,21 @@ class FrozenFeatures:
         if self.model.head_pools:
             options["dtype"] = torch.float16
         features, targets = feature_files.extract(partial(self._encode, name), source, **options)
-        if self.has_all:
-            features = _one_of(features, self.spec)
-        # A copy, because k-NN normalizes features in place, and these are mapped from a file.
-        return (features if self.model.head_pools else features.clone()) if self.kept else features, targets
+        return features, targets
+
+    def load_all(self) -> dict[str, list[np.ndarray]]:
+        """Returns the features (n, D) of each dataset with `kept`, by the names of the poolings: that of the run first.
+
+        Those of BOTH are (n, 2 D). The arrays are mapped from files: do not write to them.
+        """
+        stored = [self.load(name)[0].numpy() for name in self.sets]
+        if not self.has_all:
+            return {OF_TIMM if self.spec.model.startswith(TIMM) else PATCHES: stored}
+        width = stored[0].shape[1] // 4
+        parts = {CLASS_TOKEN: slice(0, width), PATCHES: slice(width, 2 * width), BOTH: slice(2 * width, None)}
+        found = {name: [features[:, part] for features in stored] for name, part in parts.items()}
+        first = self.spec.pool or (PATCHES if self.spec.global_pool else CLASS_TOKEN)
+        return {first: found[first], **found}
 
     def _encode(self, name: str, source: Source) -> Iterator[Batch]:
         on_bad_image = None if name == "val" or self.data.data.on_bad_image is None else "error"
