@@ -64,8 +64,8 @@ def choose(
         for name, features in searched.items():
             scores = _scores(predictor, features, targets, new, folds, seed, task, metric)
             found |= dict(zip(((name, values) for values in new), scores, strict=True))
-        best = max(found, key=lambda key: (found[key].mean(), key == default, _inner(axes, key[1])))
-        if not _extend(axes, best[1]):
+        best = max(found, key=lambda key: (found[key].mean(), key == default, inner(axes, key[1])))
+        if not extend(axes, best[1]):
             break
     of_grid = {key: scores for key, scores in found.items() if key[1] in itertools.product(*predictor.grid)}
     chosen = default
@@ -113,12 +113,12 @@ def _scores(
     return scores
 
 
-def _inner(axes: Sequence[Sequence[float]], values: Values) -> int:
+def inner(axes: Sequence[Sequence[float]], values: Values) -> int:
     """Returns the number of values that are at no end of their axis."""
     return sum(axis[0] < value < axis[-1] for axis, value in zip(axes, values, strict=True))
 
 
-def _extend(axes: Sequence[list[float]], best: Values) -> bool:
+def extend(axes: Sequence[list[float]], best: Values) -> bool:
     """Adds the next value beyond each end that is the best; returns whether there is one."""
     lengths = [len(axis) for axis in axes]
     for axis, value in zip(axes, best, strict=True):

@@ -46,12 +46,13 @@ class Images:
         self.train = data.readable(some)
         self.indices = some.indices if self.train is some else some.indices[self.train.indices]  # type: ignore[attr-defined]
         self.val = val
-        self.targets, self.truth = np.asarray(self.train.labels), np.asarray(val.labels)
+        sets = [self.train, val]
         units = {}
         if run.images.task != CLASSIFICATION:
             mean, std = labels.statistics(self.train, run.images.task)
-            self.targets, self.truth = (labels.standardized(one, mean, std).labels for one in (self.train, val))
+            sets = [labels.standardized(source, mean, std) for source in sets]
             units = {"target_mean": mean, "target_std": std}
+        self.targets, self.truth = (np.asarray(source.labels) for source in sets)
         self.task = tasks.task_of(run.record() | units, val)
 
     def _draw(self, per_class: int | None, seed: int) -> np.ndarray:

@@ -320,7 +320,8 @@ class Trials:
             banks = {name: bank[rows] for name, (bank, _) in features.items()}
             with threadpool_limits(1 if len(targets) < FEW else None):
                 choice = choices.choose(predictor, banks, targets, trial.draw, self.given["task"], self.metric)
-                bank, queries = banks[choice.option], features[choice.option][1]
+                bank = banks[choice.option]
+                queries = features[choice.option][1]
                 (outputs,) = predictor.predict(bank, targets, queries, [choice.values])
             score = self.images.score_of(outputs, "k" in predictor.names)
             texts = [predictor.in_words(choice.values), POOLING_TITLES.get(choice.option, ""), choice.note]
