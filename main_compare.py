@@ -12,9 +12,13 @@ Released weights on your own images, on one GPU:
     python main_compare.py --data_path IMAGES --encoders scratch mae_pretrain_vit_base timm:vit_small_patch16_dinov3 \\
         --labels 500 5000 all --draws 3 --budget 50 --output_dir runs/compare
 
-Each result is that of a run of main_knn.py, main_linprobe.py or main_finetune.py, in this process. The same command
-resumes an interrupted comparison and skips the runs that are complete. Started several times at once, with the same
---output_dir, it shares the runs: one command for each GPU, or for each CPU core with OMP_NUM_THREADS=1.
+k-NN and linear probes are fitted on the features of a frozen encoder, and baselines on pixels, for each draw of the
+labels: its labels choose the hyperparameters by cross-validation, and the default stands unless another value is better
+by more than the standard error. Trainings are runs of main_linprobe.py or main_finetune.py, in this process; a held-out
+fifth of a draw chooses among several rates.
+
+The same command resumes an interrupted comparison and skips the runs that are complete. Started several times at once,
+with the same --output_dir, it shares the runs: one command for each GPU, or for each CPU core with OMP_NUM_THREADS=1.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -46,7 +50,7 @@ def get_args_parser() -> ArgumentParser:
     rank = "rank of the low-rank updates of the protocol lora (default: that of its recipe, else 8)"
     options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16", type=positive_int, help=rank)
     options.add_comparison_options(parser, SCRIPTS)
-    options.add_metric_options(parser, selects="hyperparameters, and is compared")
+    options.add_metric_options(parser, selects="the rates of trainings, and is compared")
     parser.set_defaults(protocols=["knn", "linear", "finetune"])
     return parser
 

@@ -258,8 +258,8 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     add(parser, "labels", "draws", "budget")
     add_to(
         group_of(parser, "evaluation"), "blr", nargs="+", type=positive, default=None,
-        help="base learning rates of fine-tuning; those of lora are ten times as large. Of several, the best on "
-        "held-out training images of the first draw is used (default: that of the recipe, else 1e-3)",
+        help="base learning rates of fine-tuning; those of lora are ten times as large. Of several, each draw "
+        "uses the best on a held-out fifth of its images (default: that of the recipe, else 1e-3)",
     )  # fmt: skip
     add(parser, "recipes")
     add(

@@ -29,7 +29,7 @@ class Result(NamedTuple):
     accuracy: float  # top-1, in percent; or the score `metric`
     chosen: str  # hyperparameters that were chosen with the labels of the draw
     seconds: float
-    command: str
+    command: str  # or what was fitted
     metric: str = ACCURACY  # or a name of --metric
     trained_parameters: int | None = None  # None: of a baseline, or of an earlier version
     peak_memory_gb: float | None = None  # of a training with CUDA, in 10^9 bytes
