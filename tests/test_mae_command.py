@@ -9,9 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import ROOT
 from mains import fails
@@ -133,15 +131,6 @@ def test_the_exit_status_of_a_part_is_that_of_the_command(tmp_path, monkeypatch)
     assert stop.value.code == 128 + 15
 
 
-def test_the_comparison_has_few_labels_if_each_class_has_many():
-    def source(*counts):
-        return SimpleNamespace(labels=np.repeat(np.arange(len(counts)), counts), classes=["a"] * len(counts))
-
-    assert start.has_many(source(500, 900))
-    assert not start.has_many(source(499, 5000))
-    assert not start.has_many(source(*[9] * 600))  # more classes than labels
-
-
 def test_the_page_of_a_complete_run_is_named(tmp_path, monkeypatch, capsys):
     """tests/demo_readme.py goes from a folder of images to a page."""
     monkeypatch.chdir(tmp_path)
@@ -194,27 +183,28 @@ def test_folders_of_one_name_are_not_confused(tmp_path, monkeypatch, capsys):
         start.main(start.get_args_parser().parse_args(["photos.v2"]))
 
 
-def test_the_page_is_written_after_a_comparison_that_fails(tmp_path, monkeypatch, capsys):
-    """The exit status is that of the comparison."""
-    called = []
-
-    def call(words):
-        called.append(words)
-        if words == ["compare"]:
-            raise SystemExit(2)
-
+def test_another_encoder_is_opened_before_the_training(tmp_path, monkeypatch, capsys):
+    """A name that does not exist or can't be downloaded, and a file that is no encoder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "call", call)
-    monkeypatch.setattr(start, "comparison_of", lambda *_: ["compare"])
-    monkeypatch.setattr(start, "train", lambda *_: called.append(["train"]))
-    Path("runs").mkdir()
-    Path("runs/mine.yaml").write_text("data_path: images\n")
-    with pytest.raises(SystemExit) as stop:
-        start.main(start.get_args_parser().parse_args(["images", "--output_dir", "runs/mine"]))
-    assert stop.value.code == 2
-    assert called[:2] == [["train"], ["compare"]] and "mae.inference.report" in called[2]
-    assert "the comparison has failed" in capsys.readouterr().out
-    assert not Path("runs/mine", start.COMPLETE).exists()  # the next call repeats it
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "text.pth").write_text("no weights")
+    Path("images").mkdir()
+    monkeypatch.setattr(start, "write_recipe", lambda *_: sys.exit("begins"))
+    for name in ("nothing", "nobody/nothing", "text.pth"):
+        assert name in fails(capsys, monkeypatch, start, "images", "--against", name)
+    assert not Path("runs").exists()
+
+
+def test_a_complete_run_gets_the_rows_of_another_encoder(run_of_pictures, monkeypatch, capsys):
+    monkeypatch.setattr(start, "is_complete", lambda *_: True)
+    monkeypatch.setattr(start, "train", lambda *_: None)
+    monkeypatch.setattr(start.answer, "open_encoder", lambda name: None)
+    Path("runs/mine/report.html").touch()
+    assert run_of_pictures() == []
+    (words,) = run_of_pictures("--against", "owner/name")
+    assert words[-2:] == ["--against", "owner/name"]
+    Path("runs/mine/answer.json").write_text(json.dumps({"rows": {"owner/name": {}}}))
+    assert run_of_pictures("--against", "owner/name") == []
 
 
 @pytest.fixture

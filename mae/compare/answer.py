@@ -145,9 +145,9 @@ def compute(
             "kind": row.kind, "digest": row.digest, "images_per_s": round(images_per_s, 1), **row.facts,
             "uses": _uses(row.kind, options, images),
         }  # fmt: skip
-        results["sentence"] = verdict.sentence(results) if is_complete(results) else ""
+        results["sentences"] = verdict.sentences(results) if is_complete(results) else []
         atomic.write_text(file, json.dumps(results, indent=1) + "\n")
-    logger.info(f"{results['sentence']} ({time.perf_counter() - begin:.0f} s)")
+    logger.info(f"{' '.join(results['sentences'])} ({time.perf_counter() - begin:.0f} s)")
     if results["equal"]:
         logger.warning(results["equal"])
     return results

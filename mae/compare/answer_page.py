@@ -13,8 +13,9 @@ def section(results: dict[str, Any], without_labels: str) -> str:
         results: from `answer.compute`.
         without_labels: a sentence on what the model has learned without labels.
     """
-    found = page.paragraph(f"{results['sentence']} {without_labels}", "verdict")
-    found += page.table(*verdict.table(results)) + page.paragraph(verdict.note(results))
+    first, *others = results["sentences"]
+    found = page.paragraph(first, "verdict") + page.table(*verdict.table(results))
+    found += "".join(map(page.paragraph, [*others, verdict.note(results), without_labels]))
     if not verdict.others(results):
         found += page.paragraph("No released encoder was compared: a command below does it.")
     return found

@@ -128,13 +128,14 @@ def of_baseline(results: Results) -> list[Difference]:
     return [difference(results, ENCODER, PIXELS, labels) for labels in sizes_of(results)]
 
 
-def sentence(results: Results) -> str:
-    """Returns what the encoder is worth, compared with the strongest baseline, random weights and other encoders.
+def sentences(results: Results) -> list[str]:
+    """Returns what the encoder is worth, compared with the strongest baseline, other encoders and random weights.
 
-    Pre-training is said to help with the numbers of labels with which the encoder is better than both of the former.
+    Pre-training is said to help with the numbers of labels with which the encoder is better than the baseline and
+    random weights.
     """
     if _tell_nothing(results):
-        return "These images tell nothing: all features classify all of them equally."
+        return ["These images tell nothing: all features classify all of them equally."]
     sizes = sizes_of(results)
     of_pixels = of_baseline(results)
     of_random = [difference(results, ENCODER, RANDOM, labels) for labels in sizes]
@@ -144,11 +145,11 @@ def sentence(results: Results) -> str:
     ]
     if helped:
         where = "" if helped == sizes else f" with {_labels(helped[0])}"
-        texts.insert(0, f"Pre-training helped{where}.")
-    for title in (RANDOM, *others(results)):
+        texts[0] = f"Pre-training helped{where}. {texts[0]}"
+    for title in (*others(results), RANDOM):
         found = [difference(results, ENCODER, title, labels)._replace(other=shown(results, title)) for labels in sizes]
         texts.append(_sentence(found))
-    return " ".join(texts)
+    return texts
 
 
 def _sentence(found: Sequence[Difference]) -> str:
@@ -189,13 +190,14 @@ def others(results: Results) -> list[str]:
 def shown(results: Results, title: str) -> str:
     """Returns the title of a row for a reader, with its input size and whether its weights are random."""
     row = results["rows"][title]
+    title = title if title.count("/") < 2 else title.rpartition("/")[2]  # a path
     facts = [row["input"]] if row["kind"] == "other" else []
     facts += ["weights are random"] if row.get("has_random_weights") else []
     return f"{title} ({', '.join(facts)})" if facts else title
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Returns the titles and the rows of the table that `sentence` is about."""
+    """Returns the titles and the rows of the table that `sentences` are about."""
     sizes = sizes_of(results)
     unit = "accuracy" if results["task"] == CLASSIFICATION else "r2"
     titles = ["features", *(f"{unit} with {_labels(labels)}, %" for labels in sizes)]

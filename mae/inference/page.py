@@ -47,6 +47,7 @@ dt { color: var(--soft) }
 table { border-collapse: collapse; font-size: .9rem }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 600 }
+.wide { overflow-x: auto }
 .verdict { color: #1b2530; font-size: 1.1rem }
 summary { margin: 12px 0; cursor: pointer }
 """
@@ -104,7 +105,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table of texts. The first column has the names of the rows."""
     header = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
-    return f"<table><tr>{header}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return f'<div class="wide"><table><tr>{header}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 def paragraph(text: str, style: str = "") -> str:

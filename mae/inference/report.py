@@ -11,6 +11,7 @@ the neighbors.
 
 import argparse
 import logging
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from mae.files import atomic
 from mae.inference import curation, export, features, image_map, neighbors, page, progress, tuned
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.inference.state_dicts import encoder_of, without_adapters
+from mae.plurals import counted
 from mae.recommend import finetuning
 from mae.settings import DATASETS, DataSpec, ImageSpec, ModelSpec
 from mae.settings.arguments import arguments, in_words
@@ -320,10 +322,9 @@ def facts_of(
         "training time": log.duration(sum(entry["seconds"] for entry in entries)),
     }
     measures = measures_of(of_state)
-    for name in (MEASURES["test_explained"], MEASURES["train_explained"], MEASURES["train_loss"]):
-        if name in measures:
-            facts[name] = measures[name]
-            break
+    name = next(name for name in ("test_explained", "train_explained", "train_loss") if MEASURES[name] in measures)
+    value = float(measures[MEASURES[name]])
+    facts[MEASURES[name]] = f"{value:.1%}" if name.endswith("explained") else f"{value:.4g}"
     if results:
         labels = verdict.sizes_of(results)[-1]
         accuracy = verdict.scores_of_best(results, verdict.ENCODER, labels).mean()
@@ -501,9 +502,10 @@ def minutes_text(results: Mapping[str, Any] | None, source: Source | Stream) -> 
     """Returns about how long a fine-tuning with all labels takes here, by the speed of the features; "" if unknown."""
     if not results or len(source) >= finetuning.MANY_LABELS:
         return ""
-    counted = finetuning.Labels(len(source), len(source.classes), 1, results["images"])
-    images = finetuning.epochs_of(counted) * len(source) * FORWARD_PASSES
-    return f", about {log.duration(images / results['rows'][verdict.ENCODER]['images_per_s'])}"
+    labelled = finetuning.Labels(len(source), len(source.classes), 1, results["images"])
+    images = finetuning.epochs_of(labelled) * len(source) * FORWARD_PASSES
+    minutes = math.ceil(images / results["rows"][verdict.ENCODER]["images_per_s"] / 60)
+    return f", about {counted(minutes, 'minute')}"
 
 
 def settings_of(start: Mapping[str, Any]) -> str:
