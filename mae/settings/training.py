@@ -148,8 +148,9 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
     encoders: list[str] = setting([], required=True, nargs="+", metavar="[NAME=]ENCODER",
         help="checkpoint files, folders, published names, OWNER/NAME of the Hugging Face Hub, timm:MODEL (a model of "
         "timm with its weights, frozen), scratch (random weights in the architecture of the first file, or of "
-        "--model), pixels (baselines on raw pixels: logistic regression, an RBF-SVM and k-NN on principal components; for "
-        "numbers ridge regression, an RBF-SVR and k-NN). NAME is the title in the table (default: the name of the file)")
+        "--model), pixels (baselines on raw pixels: logistic regression, an RBF-SVM and k-NN on principal components; "
+        "for numbers ridge regression, an RBF-SVR and k-NN). NAME is the title in the table (default: the name of the "
+        "file)")
     timm_weights: list[str] = setting([], nargs="+", metavar="NAME=FILE",
         help="files with the weights of models timm:NAME of --encoders (default: downloaded)")
     protocols: list[str] = setting([], nargs="+", metavar="P")
@@ -163,5 +164,6 @@ class ComparisonSpec(Values, group="evaluation", role=TRAINING):
         "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes")
     recipes: list[str] = setting([], nargs="+", metavar="P=YAML",
         help="a recipe for the training of a protocol (attentive, lora, finetune), such as "
-        "finetune=finetune_fashion_mnist, instead of the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record")
+        "finetune=finetune_fashion_mnist, instead of the settings of this script. Its flags for images (crop, "
+        "input_size, ...) replace those that encoders record")
     keep_checkpoints: bool = setting(False, group="run", action="switch", help="keep the checkpoints of completed runs")
