@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python benchmarks/choices.py              # 4 kinds of images, half an hour each on an idle core
 
 Started once per core, the command shares the kinds. For each of 40 draws of 300 labels, a predictor of the frozen
-features of an encoder (pooling.py's, with its default pooling, the class token or the mean of the patches) or of pixels is chosen by the rule of
-`mae.compare.choices`, fitted on the draw, and evaluated on the images of val/. The best in hindsight is the pooling and
-the values of the grid with the highest mean on these images over all draws.
+features of an encoder (pooling.py's, with its default pooling, the class token or the mean of the patches) or of pixels
+is chosen by the rule of `mae.compare.choices`, fitted on the draw, and evaluated on the images of val/. The best in
+hindsight is the pooling and the values of the grid with the highest mean on these images over all draws.
 """
 
 import argparse

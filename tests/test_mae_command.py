@@ -200,6 +200,7 @@ def test_a_complete_run_gets_the_rows_of_another_encoder(run_of_pictures, monkey
     monkeypatch.setattr(start, "train", lambda *_: None)
     monkeypatch.setattr(start.answer, "open_encoder", lambda name: None)
     Path("runs/mine/report.html").touch()
+    Path("runs/mine.yaml").write_text("data_path: images\nprocesses: 1\n")
     assert run_of_pictures() == []
     (words,) = run_of_pictures("--against", "owner/name")
     assert words[-2:] == ["--against", "owner/name"]
@@ -319,11 +320,3 @@ def test_an_image_that_was_added_within_an_epoch_is_named(run_of_pictures):
     Image.new("L", (8, 8)).save("images/new.png")
     write_state()
     assert len(run_of_pictures()) == 2
-
-
-def test_settings_of_a_run_directory_are_no_further_arguments(run_of_pictures):
-    Path("runs/mine.yaml").write_text("data_path: images\nprocesses: 1\n")
-    settings = {"data_path": "images", "probe_path": ["images", "--dataset=wds:pipe:touch PWNED"]}
-    Path("runs/mine/environment.jsonl").write_text(json.dumps({"processes": 1, "settings": settings}) + "\n")
-    with pytest.raises(ValueError, match="probe_path"):
-        run_of_pictures()
