@@ -34,7 +34,7 @@ from mae.data.open import open_source
 from mae.data.source import Source
 from mae.evaluate.tables import markdown
 from mae.files import locks, results
-from mae.inference import features
+from mae.inference import extraction
 from mae.inference.model import get_model
 from mae.settings import DataSpec, ImageSpec
 from mae.settings.choices import CLASS_TOKEN, CLASSIFICATION, PATCHES
@@ -57,7 +57,7 @@ def options_of(kind: str) -> tuple[Options, Options, Source, Source]:
     precision = Precision("off", model.normalize.mean.device)
     encoded = {
         pool: tuple(
-            features.extract(features.Extractor(model, pool), source, None, {}, 256, 0, precision)
+            extraction.extract(extraction.Extractor(model, pool), source, None, {}, 256, 0, precision)
             for source in (train, val)
         )
         for pool in dict.fromkeys([model.pooling.name, CLASS_TOKEN, PATCHES])

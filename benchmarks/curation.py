@@ -34,7 +34,7 @@ from mae.data.labels import Subset
 from mae.data.source import Source, require_random_access
 from mae.evaluate import tables
 from mae.files import atomic
-from mae.inference import features, get_model, image_map, map_lists
+from mae.inference import extraction, features, get_model, image_map, map_lists
 from mae.settings import DataSpec, ImageSpec
 from mae.training.precision import Precision
 
@@ -233,7 +233,7 @@ def measure(kind: str) -> list[list[str]]:
     looks = image_map.look_at(image_map.Pictures(model, source), len(source), 0)
     precision = Precision("off", torch.device("cpu"))
     spaces = {
-        "encoder": features.extract(features.Extractor(model, None), source, None, {}, 128, 0, precision),
+        "encoder": extraction.extract(extraction.Extractor(model, None), source, None, {}, 128, 0, precision),
         "raw pixels": raw_pixels.read(source, ImageSpec.of(model.settings), 0),
     }
     names = ["/".join(Path(source.name(index)).parts[-2:]) for index in range(len(source))]

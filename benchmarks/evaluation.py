@@ -37,7 +37,7 @@ from mae.cli import entry_point
 from mae.data import loader, transforms
 from mae.data.open import open_source
 from mae.data.samples import Samples
-from mae.inference import features, get_model
+from mae.inference import extraction, get_model
 from mae.parallel import choose_device
 from mae.settings import DataSpec, types
 from mae.training.compiling import compile_model
@@ -115,7 +115,7 @@ def our_features(
         return clocks[-1]
 
     with tempfile.TemporaryDirectory() as out, patch.object(loader, "eval_loader", timed_loader):
-        features.extract(
+        extraction.extract(
             extractor, source, Path(out, "rows"), {}, args.batch_size, args.num_workers, precision, fast_jpeg
         )
         return clocks[0].rate()
@@ -150,7 +150,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], tuple[Callable[[str], Any], Callable[...,
     ("eval", "ours"): (lambda size: get_model(f"vit_{size}", nb_classes=1000), our_evaluation),
     ("features", "transformers"): (peers.transformers_encoder, transformers_features),
     ("features", "ours"): (
-        lambda size: features.Extractor(get_model(f"vit_{size}", global_pool=False), "cls"),
+        lambda size: extraction.Extractor(get_model(f"vit_{size}", global_pool=False), "cls"),
         our_features,
     ),
 }

@@ -22,7 +22,7 @@ from mae.data import equal_images, extra_inputs, raw_pixels
 from mae.data.fingerprint import fingerprint
 from mae.data.source import Source
 from mae.files import atomic
-from mae.inference import features
+from mae.inference import extraction
 from mae.inference.classes import NOT_IN_FEATURES
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.pooling import TITLES, pooled
@@ -78,7 +78,7 @@ class Row(NamedTuple):
     facts: Mapping[str, Any]
 
 
-class _Poolings(features.Extractor):
+class _Poolings(extraction.Extractor):
     """Normalized images (B, c, H, W) -> the features of several poolings, one beside the other."""
 
     def __init__(self, model: Model, names: Sequence[str]) -> None:
@@ -202,7 +202,7 @@ def _features(model: Model, images: Labelled, how: Extraction) -> Options:
         names = [*dict.fromkeys([*names, CLASS_TOKEN, PATCHES])]
     extractor = _Poolings(model, names)
     train, val = (
-        features.extract(extractor, source, None, {}, how.batch_size, how.num_workers, how.precision)
+        extraction.extract(extractor, source, None, {}, how.batch_size, how.num_workers, how.precision)
         for source in (images.train, images.val)
     )
     width = train.shape[1] // sum(1 + (name == BOTH) for name in names)

@@ -204,16 +204,16 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
     titles += [f"the encoder is better by ({LEVEL} % interval), {labels:,} labels" for labels in sizes]
     rows = []
     for title in [ENCODER, PIXELS, RANDOM, *others(results)]:
-        cells = [
+        columns = [
             f"{_mean(scores_of_best(results, title, labels))} ({_in_words(best_uses(results, title, labels))})"
             for labels in sizes
         ]
         if title == ENCODER:
-            cells += [""] * len(sizes)
+            columns += [""] * len(sizes)
         else:
             found = [difference(results, ENCODER, title, labels) for labels in sizes]
-            cells += [f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})" for one in found]
-        rows.append([shown(results, title), *cells])
+            columns += [f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})" for one in found]
+        rows.append([shown(results, title), *columns])
     return titles, rows
 
 
@@ -224,11 +224,11 @@ def table_of_uses(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for title, row in results["rows"].items():
         for use in row["uses"]:
-            cells = []
+            columns = []
             for labels in sizes:
                 chosen = dict.fromkeys(draw["chosen"] for draw in _draws(results, title, use, labels))
-                cells += [_mean(scores_of(results, title, use, labels)), " or ".join(chosen)]
-            rows.append([f"{shown(results, title)}, {use}", *cells])
+                columns += [_mean(scores_of(results, title, use, labels)), " or ".join(chosen)]
+            rows.append([f"{shown(results, title)}, {use}", *columns])
     return titles, rows
 
 

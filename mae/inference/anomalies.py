@@ -48,7 +48,7 @@ from mae.evaluate import pictures, tables
 from mae.files import spreadsheet
 from mae.files.untrusted import printable, require_outside
 from mae.fp32 import in_fp32
-from mae.inference import features
+from mae.inference import extraction, features
 from mae.inference.classes import NOT_IN_FEATURES, ImageLike, Images, Model
 from mae.inference.model import get_model, to_bytes, to_rgb
 from mae.settings import types
@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> Tensor:
     def compute(source: Source, function: Callable[..., Tensor]) -> Tensor:
         step = _Step(memory.model, function)
         sizes = (args.batch_size, args.num_workers)
-        return torch.from_numpy(features.extract(step, source, None, {}, *sizes, precision, args.fast_jpeg))
+        return torch.from_numpy(extraction.extract(step, source, None, {}, *sizes, precision, args.fast_jpeg))
 
     rows = compute(normal, memory.sampler(len(normal)))
     memory.fill(rows.to(device), args.memory)
@@ -333,8 +333,8 @@ def main(args: argparse.Namespace) -> Tensor:
     return report(memory.model, tested, distances, compared, args.out)
 
 
-class _Step(features.Extractor):
-    """A function of normalized images and extra inputs, as `features.extract` takes it."""
+class _Step(extraction.Extractor):
+    """A function of normalized images and extra inputs, as `extraction.extract` takes it."""
 
     def __init__(self, model: Model, function: Callable[..., Tensor]) -> None:
         super().__init__(model, pool=None)
@@ -440,7 +440,7 @@ def draw(model: Model, source: Source, indices: Sequence[int], distances: Tensor
         indices: of the images, among the distances (n, h, w).
         compared: distances of normal images (m, h, w). If m is 0, colors are those of the distances.
     """
-    samples = features.samples_of(model, source)
+    samples = extraction.samples_of(model, source)
     pictures.show_range(model.normalize, pictures.decoded(samples))
     low, high = np.quantile((compared if len(compared) else distances).numpy(), (0.95, 1))
     pairs = []

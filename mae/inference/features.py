@@ -15,34 +15,30 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 from mae import parallel
 from mae.checkpoints import checkpoint
 from mae.cli import entry_point, flags, options
-from mae.data import extra_inputs, loader
+from mae.data import extra_inputs
 from mae.data.image_facts import readable
-from mae.data.item import Batch
 from mae.data.labels import has_class_numbers
 from mae.data.open import LISTS, open_source
 from mae.data.pixels import BadImage
-from mae.data.samples import Samples
 from mae.data.source import Source, Stream, is_stream, versions
 from mae.files import atomic
-from mae.inference.classes import NOT_IN_FEATURES
+from mae.inference import extraction
 from mae.inference.model import Model, get_model
 from mae.pooling import TITLES
 from mae.settings import DataSpec
 from mae.settings.choices import POOL_CHOICES, REGRESSION
-from mae.training import feature_files
-from mae.training.compiling import compile_model, padded
+from mae.training.compiling import compile_model
 from mae.training.log import start_logging
 from mae.training.precision import Precision
 
@@ -97,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     try:
-        rows = extract(
+        rows = extraction.extract(
             extractor, source, partial, row_settings(extractor.model, source, args, precision), args.batch_size,
             args.num_workers, precision, args.fast_jpeg,
         )  # fmt: skip
@@ -137,7 +133,7 @@ def open_images(args: argparse.Namespace) -> Source:
 
 def open_extractor(
     args: argparse.Namespace, source: Source | None = None
-) -> tuple["Extractor", Source, Precision]:  # fmt: skip
+) -> tuple[extraction.Extractor, Source, Precision]:  # fmt: skip
     """Opens the model, the images and the precision of a command with the flags of `add_options`.
 
     Args:
@@ -154,7 +150,7 @@ def open_extractor(
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
     extra_inputs.require_fitting(model, source)
-    extractor = Extractor(model, args.pool)
+    extractor = extraction.Extractor(model, args.pool)
     logger.info(f"features: {f'--pool {args.pool}' if args.pool else model.pooling}")
     if args.compile:
         compile_model(extractor, device, freeze_weights=True)
@@ -165,21 +161,6 @@ def open_labelled(data: DataSpec, split: str) -> Source | Stream:
     """Opens a dataset. Labels of the user's code that are not class numbers are numbers (n, C), as in regression."""
     source = open_source(data, split)
     return source if has_class_numbers(source) else open_source(data, split, task=REGRESSION)
-
-
-def samples_of(
-    model: Model, source: Source | Stream, fast_jpeg: bool = False, draw_noise: Callable[[], torch.Tensor] | None = None
-) -> Samples:
-    """Returns the images of a dataset as a model gets them in an evaluation.
-
-    Args:
-        fast_jpeg: as in `decode`.
-        draw_noise: as in `Samples`.
-    """
-    return Samples(
-        source, model.preprocess, in_chans=model.in_chans, seed=0, draw_noise=draw_noise, on_bad_image="error",
-        fast_jpeg=fast_jpeg, exif=bool(model.settings.get("exif")), values=model.values,
-    )  # fmt: skip
 
 
 def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -204,57 +185,6 @@ def read(path: str | Path) -> np.ndarray:
         with np.load(path) as file:
             return file["features"]
     return load_file(path)["features"]
-
-
-class Extractor(torch.nn.Module):
-    """Normalized images (B, c, H, W) -> features, as a module, which can be compiled.
-
-    Args:
-        pool: as in `ModelMixin.extract_feat`.
-    """
-
-    def __init__(self, model: Model, pool: str | None) -> None:
-        super().__init__()
-        self.model = model
-        self.pool = pool
-
-    def forward(self, imgs: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.model.compute_features(imgs, self.pool, **inputs)
-
-
-def extract(
-    extractor: Extractor,
-    source: Source,
-    folder: Path | None,
-    settings: dict[str, Any],
-    batch_size: int,
-    num_workers: int,
-    precision: Precision,
-    fast_jpeg: bool = False,
-) -> np.ndarray:
-    """Computes features (n, D), or (n, T + N, D) for tokens, in fp32.
-
-    Args:
-        folder: folder of the features, which are mapped into memory, and of their progress. If it exists with the same
-            settings, the run is resumed. None: they are in memory.
-        settings: from `row_settings`, for a folder.
-        fast_jpeg: as in `decode`.
-
-    Raises:
-        OSError: the disk is full. The same command resumes the run.
-        BadImage: an image can't be read.
-    """
-    model = extractor.model
-
-    def encode(rest: Source) -> Iterator[Batch]:
-        samples = samples_of(model, rest, fast_jpeg)
-        batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
-        return feature_files.encode(
-            padded(extractor, extractor), batches, normalize=model.normalize, precision=precision
-        )
-
-    with model.evaluating(*NOT_IN_FEATURES):
-        return feature_files.extract(encode, source, folder, settings)[0].numpy()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from mae.data.source import Source, evenly_spaced
 from mae.evaluate.pictures import decoded, show_range
 from mae.files import atomic, spreadsheet
 from mae.files.untrusted import require_outside
-from mae.inference import curation, map_lists, nearest, neighbors, page
+from mae.inference import curation, extraction, map_lists, nearest, neighbors, page
 from mae.inference import features as feature_file
 from mae.inference.classes import Model
 from mae.inference.features import POOLS
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> Path:
     require_outside("out", [args.out], [args.data_path])  # the lists could be taken for labels
     every = feature_file.open_images(args)
     extractor, source, precision = feature_file.open_extractor(args, some_of(every))
-    rows = torch.from_numpy(feature_file.extract(
+    rows = torch.from_numpy(extraction.extract(
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip
     pool = args.pool or extractor.model.pooling.name
@@ -173,7 +173,7 @@ class Pictures(Dataset):
     """Digest, small picture in gray (GRAY, GRAY) and in colors, and thumbnail (height, width, 3) of each image."""
 
     def __init__(self, model: Model, source: Source) -> None:
-        self.samples = feature_file.samples_of(model, source)
+        self.samples = extraction.samples_of(model, source)
         self.normalize = copy.deepcopy(model.normalize).cpu()  # for worker processes
         self.range = show_range(self.normalize, decoded(self.samples))  # a sentence, or ""
 

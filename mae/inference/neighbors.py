@@ -31,8 +31,8 @@ from mae.data.source import Source, evenly_spaced
 from mae.evaluate import pictures
 from mae.files import atomic
 from mae.files.untrusted import require_files, require_outside
+from mae.inference import extraction, nearest
 from mae.inference import features as feature_file
-from mae.inference import nearest
 from mae.inference.classes import Model
 from mae.inference.nearest import Neighbors
 from mae.inference.reconstruct import SUFFIXES
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> Neighbors:
     extractor, source, precision = feature_file.open_extractor(args)
     model = extractor.model
     model.settings["exif"] = bool(model.settings.get("exif"))  # of the queries, as of the images
-    rows = torch.from_numpy(feature_file.extract(
+    rows = torch.from_numpy(extraction.extract(
         extractor, source, None, {}, args.batch_size, args.num_workers, precision, args.fast_jpeg
     ))  # fmt: skip
     if args.query:
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> Neighbors:
         queries = read_images(model, source, chosen)
         names = names_of(source, chosen)
     columns = columns_of(model, source, queries, found.indices)
-    pictures.show_range(model.normalize, pictures.decoded(feature_file.samples_of(model, source)))
+    pictures.show_range(model.normalize, pictures.decoded(extraction.samples_of(model, source)))
     with atomic.replacing(args.out) as written:
         Image.fromarray(draw(columns, model.normalize.displayed, names)).save(written)
     if text := agreement(source, rows):
@@ -161,7 +161,7 @@ def names_of(source: Source, indices: Sequence[int]) -> list[str]:
 
 def read_images(model: Model, source: Source, indices: Sequence[int]) -> Tensor:
     """Returns images of a dataset as the input of a model (b, c, H, W), on its device."""
-    samples = feature_file.samples_of(model, source)
+    samples = extraction.samples_of(model, source)
     batch = collate([samples[0, index].item for index in indices])
     return to_device(batch, model.normalize.mean.device).normalized(model.normalize)
 

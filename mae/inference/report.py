@@ -35,7 +35,7 @@ from mae.data.run_data import RunData
 from mae.data.source import Source, Stream, evenly_spaced, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
-from mae.inference import curation, export, features, image_map, neighbors, page, progress, tuned
+from mae.inference import curation, export, extraction, features, image_map, neighbors, page, progress, tuned
 from mae.inference.model import Autoencoder, Model, get_model
 from mae.inference.state_dicts import encoder_of, without_adapters
 from mae.plurals import counted
@@ -378,7 +378,7 @@ def curve(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec) -> str:
     """Draws reconstructions of evenly spaced images, masked as in the run."""
     draw_noise, mask_ratio = mae.build.mask_sampler(spec, model)
-    samples = features.samples_of(model, source, draw_noise=draw_noise)
+    samples = extraction.samples_of(model, source, draw_noise=draw_noise)
     shown = pictures.show_range(model.normalize, pictures.decoded(samples))
     batch = loader.examples(samples, RECONSTRUCTIONS)
     scale = neighbors.scale_of(batch.images)
@@ -393,8 +393,10 @@ def reconstructions(model: Autoencoder, source: Source | Stream, spec: ModelSpec
 def rows_of(model: Model, source: Source, args: argparse.Namespace) -> torch.Tensor:
     """Computes the features of images, (n, D)."""
     precision = Precision("auto", parallel.choose_device(args.device))
-    extractor = features.Extractor(model, None)
-    return torch.from_numpy(features.extract(extractor, source, None, {}, args.batch_size, args.num_workers, precision))
+    extractor = extraction.Extractor(model, None)
+    return torch.from_numpy(
+        extraction.extract(extractor, source, None, {}, args.batch_size, args.num_workers, precision)
+    )
 
 
 def nearest_images(model: Model, source: Source, total: int, args: argparse.Namespace) -> str:
@@ -408,7 +410,7 @@ def nearest_images(model: Model, source: Source, total: int, args: argparse.Name
     chosen = evenly_spaced(len(source), neighbors.QUERIES)
     found = neighbors.find(rows, rows[chosen], chosen)
     columns = neighbors.columns_of(model, source, neighbors.read_images(model, source, chosen), found.indices)
-    shown = pictures.show_range(model.normalize, pictures.decoded(features.samples_of(model, source)))
+    shown = pictures.show_range(model.normalize, pictures.decoded(extraction.samples_of(model, source)))
     pixels = pictures.tile(columns, model.normalize.displayed, neighbors.scale_of(columns[0]))
     among = f"{len(source):,} of the {total:,}" if len(source) < total else f"the {total:,}"
     text = f"The images with the nearest features, by cosine similarity, among {among} training images. "
