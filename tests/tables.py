@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from benchmarks import (
     anomalies,
-    answers,
+    choices,
     continued,
     demo_seeds,
     finetune_rule,
@@ -33,11 +33,11 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/records.py": records.table,
     "python benchmarks/speedrun.py": speedrun.table,
     "python benchmarks/start_from.py": start_from.table,
+    "python benchmarks/choices.py": choices.table,
     "python benchmarks/continued.py": continued.table,
     "python benchmarks/demo_seeds.py": demo_seeds.table,
     "python benchmarks/finetune_rule.py": lambda: finetune_rule.table(finetune_rule.read()),
     "python benchmarks/forecast.py": forecast.table,
-    "python benchmarks/answers.py": answers.table,
     "python benchmarks/anomalies.py --anomalib PYTHON": anomalies.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
     "python benchmarks/pooling.py": pooling.table,
