@@ -13,9 +13,10 @@ ENCODER = "the encoder"
 PIXELS = "pixels"
 RANDOM = "random weights"
 LEVEL = 95  # percent of an interval
-# With fewer, no encoder is called better.
+# With fewer, no encoder is called better or worse.
 LEAST_LABELS = 200
 LEAST_IMAGES = 100  # held-out
+BOTH_SIZES = 1_000  # labels below which only the results with all labels are compared
 
 Results = Mapping[str, Any]  # the content of answer.json
 
@@ -28,7 +29,7 @@ class Difference(NamedTuple):
     low: float  # bounds of the interval
     high: float
     other: str  # what the second row is, or its use
-    is_enough: bool  # the images are enough to call a row better
+    is_enough: bool  # the images are enough to tell
 
     @property
     def is_better(self) -> bool:
@@ -38,7 +39,7 @@ class Difference(NamedTuple):
     @property
     def is_worse(self) -> bool:
         """Whether the second row is better."""
-        return self.high < 0
+        return self.high < 0 and self.is_enough
 
 
 def packed(scores: np.ndarray, task: str) -> str | list[float]:
@@ -56,7 +57,13 @@ def unpacked(scores: str | Sequence[float]) -> np.ndarray:
 
 
 def sizes_of(results: Results) -> list[int]:
-    """Returns the numbers of labels, in ascending order."""
+    """Returns the numbers of labels that are compared, in ascending order."""
+    sizes = _all_sizes(results)
+    return sizes if results["labels"] >= BOTH_SIZES else sizes[-1:]
+
+
+def _all_sizes(results: Results) -> list[int]:
+    """Returns the numbers of labels, the last of which is that of all."""
     first = next(iter(results["rows"][ENCODER]["uses"].values()))
     return [size["labels"] for size in first]
 
@@ -87,8 +94,12 @@ def scores_of_best(results: Results, title: str, labels: int) -> np.ndarray:
 
 def difference(results: Results, first: str, second: str, labels: int) -> Difference:
     """Compares the best uses of two rows."""
-    pairs = scores_of_best(results, first, labels) - scores_of_best(results, second, labels)
-    mean, low, high = interval(pairs, results["task"] == CLASSIFICATION)
+    by_size = {
+        size: scores_of_best(results, first, size) - scores_of_best(results, second, size)
+        for size in _all_sizes(results)
+    }
+    variance = _variance_of_labels(by_size, labels, results["labels"])
+    mean, low, high = interval(by_size[labels], variance, results["task"] == CLASSIFICATION)
     is_enough = labels >= LEAST_LABELS and results["images"] >= LEAST_IMAGES
     other = _in_words(best_uses(results, second, labels))
     return Difference(labels, 100 * mean, 100 * low, 100 * high, other, is_enough)
@@ -98,23 +109,48 @@ def _in_words(uses: Sequence[str]) -> str:
     return " or ".join(use for use, _ in Counter(uses).most_common())
 
 
-def interval(differences: np.ndarray, are_classes: bool = True) -> tuple[float, float, float]:
+def _variance_of_labels(by_size: Mapping[int, np.ndarray], labels: int, total: int) -> tuple[float, int]:
+    """Returns the variance of a mean difference that comes from the choice of the labels, and its degrees of freedom.
+
+    Draws of m of n labels differ by less than draws of new labels: their variance v is that of new labels, s, times
+    1 - m / n. The mean of d draws has the variance v / d, and that of the n labels which they share, s · m / n. Images
+    on which single draws differ are a part of the variance between the draws, which the variance of the images has, too:
+    it does not count, up to a half, because few draws tell it badly.
+
+    Args:
+        by_size: the differences with each number of labels (draws, images); those of all labels are the last.
+        labels: the number of the mean.
+        total: the number of all labels.
+    """
+    count, differences = next(iter(by_size.items()))
+    draws = len(differences)
+    if draws == 1:
+        return 0.0, 1
+    means = differences.mean(axis=1, keepdims=True)
+    between = float(means.var(ddof=1))
+    rest = differences - means - differences.mean(axis=0) + differences.mean()
+    of_images = (rest**2).sum() / (draws - 1) / (rest.shape[1] - 1) / rest.shape[1]
+    between = max(between / 2, between - of_images)
+    of_draws = 1 / draws if labels == count else 0
+    return between * (of_draws + count / (total - count)), draws - 1
+
+
+def interval(
+    differences: np.ndarray, variance_of_labels: tuple[float, int] = (0.0, 1), are_classes: bool = True
+) -> tuple[float, float, float]:  # fmt: skip
     """Returns the mean of paired differences of scores (draws, n), and the bounds of its interval.
 
-    The variance has two parts: that of the images, of which the held-out ones are a sample, and that of the draws of
-    labels. Its degrees of freedom are those of Satterthwaite (1946). For classes, half an image more is right and half
-    an image more is wrong in each direction (Agresti and Min 2005): no difference of few images is certain.
+    The variance has two parts, of the held-out images and of the labels, and the degrees of freedom of Satterthwaite
+    (1946). For classes, half an image more is right and half an image more is wrong in each direction (Agresti and Min
+    2005): no difference of few images is certain.
     """
     from scipy import stats  # takes half a second
 
-    draws = len(differences)
     mean = float(differences.mean())
     of_images = differences.mean(axis=0)
     if are_classes:
         of_images = np.concatenate([of_images, [math.sqrt(0.5), -math.sqrt(0.5)]])
-    parts = [(of_images.var(ddof=1) / len(of_images), len(of_images) - 1)]
-    if draws > 1:
-        parts.append((differences.mean(axis=1).var(ddof=1) / draws, draws - 1))
+    parts = [(of_images.var(ddof=1) / len(of_images), len(of_images) - 1), variance_of_labels]
     variance = sum(part for part, _ in parts)
     if not variance:
         return mean, mean, mean
@@ -169,7 +205,7 @@ def _comparison(one: Difference, name: str) -> str:
         side = "better" if one.is_better else "worse"
         return f"{side}{name and f' than {name}'} by {abs(one.mean):.1f} points ({numbers})"
     text = f"not distinguishable{name and f' from {name}'} ({one.mean:+.1f}, {numbers})"
-    return text if one.low <= 0 else f"{text[:-1]}; labels or held-out images are too few to call it better)"
+    return text if one.low <= 0 <= one.high else f"{text[:-1]}; labels or held-out images are too few to tell)"
 
 
 def _labels(count: int) -> str:
@@ -240,11 +276,12 @@ def _mean(scores: np.ndarray) -> str:
 
 def note(results: Results) -> str:
     """Returns what the results were measured on."""
-    draws = max(len(size["draws"]) for size in next(iter(results["rows"][ENCODER]["uses"].values())))
-    several = f"; means of {draws} draws of {_labels(sizes_of(results)[0])}" if draws > 1 else ""
+    sizes = sizes_of(results)
+    draws = len(scores_of_best(results, ENCODER, sizes[0]))
+    several = f"; means of {draws} draws of {_labels(sizes[0])}" if draws > 1 else ""
     equal = f" {results['equal']}." if results["equal"] else ""
     return (
         f"{results['images']:,} held-out images of {results['held_out']}{several}. Classifiers and their "
         f"hyperparameters are chosen by cross-validation with the labels of each draw. Intervals are of images and "
-        f"draws, not of other runs.{equal}"
+        f"labels, not of other runs.{equal}"
     )
