@@ -1,25 +1,24 @@
 """The parts of the demo; `.ci/run` runs the complete demo."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from mains import call
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from test_compare_answer import results_of
 
+from benchmarks import demo_seeds
 from demo import epochs as choose_epochs
 from demo import report
 from mae.compare import summary
 from mae.compare.summary import Result
-from mae.evaluate import knn, pictures
-from mae.inference import get_model
+from mae.compare.verdict import ENCODER, PIXELS, RANDOM
+from mae.evaluate import knn
 
 
 def script(*argv, cwd=ROOT):
@@ -68,29 +67,6 @@ def test_an_interrupted_command_leaves_the_pictures_that_exist(unpacked, tmp_pat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy]
 
 
-def test_the_regression_of_the_report_is_selected_on_training_images():
-    """A fifth of the training images selects the strength; all of them train the result."""
-    generator = np.random.default_rng(1)
-    labels, test_labels = generator.integers(0, 3, 60), generator.integers(0, 3, 90)
-    train, test = (generator.normal(size=(len(own), 20)) + own[:, None] / 2 for own in (labels, test_labels))
-    order, scores = np.random.default_rng(0).permutation(60), {}
-    for strength in report.STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=report.ITERATIONS)
-        scores[strength] = model.fit(train[order[12:]], labels[order[12:]]).score(train[order[:12]], labels[order[:12]])
-    best = LogisticRegression(C=max(scores, key=scores.get), max_iter=report.ITERATIONS).fit(train, labels)
-    assert report.probe(train, labels, test, test_labels) == best.score(test, test_labels)
-
-
-def test_features_of_the_report():
-    mae = get_model("mae_vit_mini_patch4")
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        tokens = mae.forward_features(mae.normalize(images)).numpy()
-    features = report.encode(mae, images)
-    np.testing.assert_allclose(features[:, :128], tokens[:, 0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(features[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
-
-
 def test_neighbors_returns_the_accuracy():
     """Classes are separate clusters; one of five test labels is wrong."""
     angles = np.linspace(0, 1, 40)
@@ -103,43 +79,60 @@ def test_neighbors_returns_the_accuracy():
 @pytest.mark.slow
 def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     data = tmp_path / "data"
-    for split, count in (("train", 40), ("val", 8)):
+    for split, count in (("train", 40), ("val", 10)):
         for folder in (unpacked / split).iterdir():
             (data / split / folder.name).mkdir(parents=True)
             for path in sorted(folder.iterdir())[:count]:
                 (data / split / folder.name / path.name).symlink_to(path)
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
-    rows = {("pixels", "logistic regression"): 60, ("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40,
-            ("pretrained", "fine-tuned"): 70}  # fmt: skip
-    written = [Result(*row, 50, draw, acc + draw, "", 1.0, "") for row, acc in rows.items() for draw in (0, 1)]
+    scores = {labels: np.arange(10) < right for labels, right in ((500, [[7], [8], [9]]), (2000, [[6]]))}
+    found = results_of(dict.fromkeys((ENCODER, PIXELS, RANDOM), scores), images=10)
+    (tmp_path / "answer.json").write_text(json.dumps(found))
+    accuracies = {("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40, ("pretrained", "fine-tuned"): 70}
+    written = [Result(*row, 50, draw, acc + draw, "", 1.0, "") for row, acc in accuracies.items() for draw in (0, 1)]
     (tmp_path / "compared").mkdir()
     summary.write(tmp_path / "compared", written)
     out = tmp_path / "report"
-    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--comparison",
-           tmp_path / "compared", "--out", out)  # fmt: skip
-    results = json.loads((out / "results.json").read_text())
-    assert {"raw pixels", "untrained encoder", "pre-trained encoder"} < results.keys()
-    assert all(0.25 < results[name] < 1 for name in results if "labels" not in name)
-    assert results["50 labels: the same, fine-tuned from the pre-trained encoder"] == pytest.approx(0.705)
-    table = (out / "table.md").read_text()
-    assert f"| raw pixels | {results['raw pixels']:.1%} | {results['raw pixels, neighbours']:.1%} |" in table
-    assert "| transformer from scratch | 40.5% | 0.7 |" in table
+    given = ["--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--out", out]
+    script("demo/report.py", *given)
+    assert [path.name for path in out.iterdir()] == ["reconstructions.png"]
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
-    rows = np.asarray(Image.open(out / "neighbors.png").convert("L"))[pictures.HEADER :]
-    scale = report.SIDE // 28
-    side = 28 * scale + pictures.GAP
-    assert rows.shape == (12 * side - pictures.GAP, 7 * side - pictures.GAP)
-    first, last = (rows[top::scale, ::scale][:28, :28] for top in (0, 11 * side))
-    tests = [file for folder in sorted((data / "val").iterdir()) for file in sorted(folder.iterdir())]
-    for drawn, file in ((first, tests[0]), (last, tests[-1])):
-        assert np.array_equal(drawn, Image.open(file))
-    two_counts = [*written, written[0]._replace(labels=100)]
-    cases = ((two_counts, r"\[50, 100\]"), (written[:-2], "pretrained"), ([], "results.csv"))
-    for number, (wrong, message) in enumerate(cases):
-        folder = tmp_path / f"wrong{number}"
-        folder.mkdir()
-        if wrong:
-            summary.write(folder, wrong)
-        with pytest.raises((ValueError, FileNotFoundError), match=f"{re.escape(str(folder))}.*{message}"):
-            report.few_labels(folder)
+    script("demo/report.py", *given, "--answer", tmp_path / "answer.json", "--comparison", tmp_path / "compared")
+    results = json.loads((out / "results.json").read_text())
+    assert results["trained"]["50"] == {
+        "pixels (RBF-SVM)": [65, 66], "transformer from scratch (fine-tuned)": [40, 41],
+        "the encoder (fine-tuned)": [70, 71],
+    }  # fmt: skip
+    assert results["frozen"]["500"]["pixels (RBF-SVM)"] == pytest.approx([70, 80, 90])
+    assert results["frozen"]["2000"]["the encoder (k-NN)"] == pytest.approx([60])
+    table = (out / "table.md").read_text()
+    assert "| the encoder (k-NN) | 80.0 ± 10.0 | 60.0 |" in table and found["sentences"][0] in table
+    assert "| transformer from scratch (fine-tuned) | 40.5 ± 0.7 |" in table
+    (tmp_path / "wrong").mkdir()
+    summary.write(tmp_path / "wrong", written[:-2])
+    with pytest.raises(ValueError, match="no encoder pretrained"):
+        report.of_comparison(tmp_path / "wrong")
+
+
+def test_margins_of_the_seeds_are_to_the_strongest_classifier_of_pixels_on_the_same_labels(tmp_path, monkeypatch):
+    pixels = {"pixels (logistic regression)": 80.0, "pixels (RBF-SVM)": 82.0}
+    rows = [
+        {
+            "seed": seed, "seconds": 300 + seed, "epochs": 45, "machine": "M",
+            "frozen": {
+                "500": pixels | {"the encoder (k-NN)": 81.0 + seed}, "10000": pixels | {"the encoder (k-NN)": 90.0},
+            },
+            "trained": {
+                "500": {"pixels (RBF-SVM)": 70.0, "the encoder (fine-tuned)": 75.0},
+                "10000": {"the encoder (fine-tuned)": 88.0},
+            },
+        }
+        for seed in (0, 2)
+    ]  # fmt: skip
+    monkeypatch.setattr(demo_seeds, "read", lambda: rows)
+    lines = demo_seeds.table().splitlines()
+    assert "| pixels (RBF-SVM) | 82.0 | +0.0 | 82.0 | +0.0 |" in lines
+    assert "| the encoder (k-NN) | 82.0 (81.0 to 83.0) | +0.0 (-1.0 to +1.0) | 90.0 | +8.0 |" in lines
+    assert "| the encoder (fine-tuned) | 75.0 | +5.0 | 88.0 | +6.0 |" in lines
+    assert "2 seeds" in lines[-1] and "301 (300 to 302) seconds" in lines[-1]
