@@ -227,8 +227,9 @@ def _uses(kind: str, options: Options, images: Labelled) -> dict[str, list[dict[
         for draw in range(draws)
         for rows in [choices.stratified(truth, labels, draw)]
     ]
-    processes = -1 if len(truth) >= verdict.BOTH_SIZES else 1  # they take seconds to start
-    done = Parallel(n_jobs=processes, return_as="generator")(jobs)
+    # Processes take seconds to start. They get arrays that may be written: PyTorch warns of others.
+    processes = -1 if len(truth) >= verdict.BOTH_SIZES else 1
+    done = Parallel(n_jobs=processes, mmap_mode="c", return_as="generator")(jobs)
     found = iter(tqdm(done, "classifiers", len(jobs), unit="fit", leave=False, disable=None))
     return {
         title: [{"labels": labels, "draws": [next(found) for _ in range(draws)]} for labels, draws in sizes]
