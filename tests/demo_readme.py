@@ -34,8 +34,8 @@ def test_they_run(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000, name
     assert len(lines(tmp_path / "runs/mine")) >= 7
     assert re.search(r"the check took \d:\d\d:\d\d; after the pre-training, .* add about \d:\d\d:\d\d", done.stdout)
-    assert "Did it help?" in (tmp_path / "runs/mine/report.html").read_text()
-    assert (tmp_path / "runs/mine_compared/table.md").exists()
+    assert "Is it worth it?" in (tmp_path / "runs/mine/report.html").read_text()
+    assert (tmp_path / "runs/mine/answer.json").exists()
     # What the page says to expect, less a margin.
     tuned, probed = (lines(tmp_path / "runs" / name)[-1]["test_acc1"] for name in ("tuned", "probe"))
     assert tuned > 80
