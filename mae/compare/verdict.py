@@ -113,9 +113,9 @@ def _variance_of_labels(by_size: Mapping[int, np.ndarray], labels: int, total: i
     """Returns the variance of a mean difference that comes from the choice of the labels, and its degrees of freedom.
 
     Draws of m of n labels differ by less than draws of new labels: their variance v is that of new labels, s, times
-    1 - m / n. The mean of d draws has the variance v / d, and that of the n labels which they share, s · m / n. A part of
-    v comes from the images on which single draws differ, and the variance of the images has it, too: it does not count
-    twice, but at most half of v, because few draws tell it badly.
+    1 - m / n. The mean of d draws has the variance v / d, and that of the n labels which they share, s · m / n. A part
+    of v comes from images on which single draws differ, which the variance of the images has, too. It does not count
+    twice, but it is at most half of v, because few draws tell it badly.
 
     Args:
         by_size: the differences with each number of labels (draws, images); those of all labels are the last.
