@@ -1,19 +1,21 @@
-"""./run demo with several seeds of the pre-training, then fine-tuning with all labels: accuracies, and its time.
+"""./run demo with several seeds of the pre-training, then fine-tuning with all labels: the accuracies of both.
 
-    python benchmarks/demo_seeds.py     # five seeds, an hour on two idle cores
+    python benchmarks/demo_seeds.py     # five seeds, 15 minutes each on two idle cores
 
-Each seed appends its row to demo_seeds.jsonl. The same command resumes: it skips the seeds that have a row. It writes
-the tables of README.md and demo/README.md. The time is that of `./run demo` without the set-up of .venv.
+Each seed has two rows in demo_seeds.jsonl: of the demo, and of the fine-tuning. The same command resumes: it skips what
+has a row. It writes the table of README.md and demo/README.md.
 """
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +33,37 @@ from mae.training.environment import commit
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 README, PAGE = (scripts.ROOT / name for name in ("README.md", "demo/README.md"))
-COMMAND = "python benchmarks/demo_seeds.py"
 OUT = scripts.ROOT / "demo/output"
-BUDGET = 30  # epochs of fine-tuning with all labels, as with 500: about 3 minutes for both encoders, one on each core
+WORK = scripts.ROOT / "runs/demo_seeds"
+BUDGET = 20  # epochs of fine-tuning with all labels: about 7 minutes of two idle cores, one for each encoder
 SIZES = ("500", "10000")  # labels
+DEMO, ALL_LABELS = "demo", "all labels"  # the parts of a seed
+
+Accuracies = dict[str, dict[str, dict[str, float]]]  # in percent, by frozen or trained, number of labels, and row
 
 
-def measure(seed: int) -> dict[str, Any]:
-    """Runs the demo, and fine-tunes with all labels; returns seconds, epochs and accuracies in percent."""
+def encoder_of(seed: int) -> Path:
+    """Returns the file of the encoder of a seed."""
+    return WORK / f"encoder{seed}.pth"
+
+
+def run_demo(seed: int) -> dict[str, Any]:
+    """Runs the demo, and keeps its encoder; returns seconds, epochs and accuracies."""
     begin = time.monotonic()
     command = ["./run", "demo", "--seed", str(seed)]
     subprocess.run(command, cwd=scripts.ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True)
     seconds = round(time.monotonic() - begin)
+    WORK.mkdir(parents=True, exist_ok=True)
+    shutil.copy(OUT / "pretrained.pth", encoder_of(seed))
     found = json.loads((OUT / "results.json").read_text())
-    found["trained"] |= report.of_comparison(fine_tuned())
-    accuracies = {
-        kind: {labels: {row: round(statistics.fmean(draws), 2) for row, draws in rows.items()}
-               for labels, rows in by_labels.items()}
-        for kind, by_labels in found.items()
-    }  # fmt: skip
-    return {"seed": seed, "seconds": seconds, "epochs": len(log.read(OUT / "pretrain")), **accuracies}
+    return {"seconds": seconds, "epochs": len(log.read(OUT / "pretrain")), **means(found)}
 
 
-def fine_tuned() -> Path:
-    """Fine-tunes with all labels, from the encoder and from scratch; returns the folder of the comparison."""
-    out = OUT / "all_labels"
+def fine_tune(seed: int) -> dict[str, Any]:
+    """Fine-tunes with all labels, from the encoder of a seed and from scratch; returns the accuracies."""
+    out = WORK / f"all_labels{seed}"
     command = [
-        sys.executable, "main_compare.py", "--encoders", "scratch", f"pretrained={OUT / 'pretrained.pth'}",
+        sys.executable, "main_compare.py", "--encoders", "scratch", f"pretrained={encoder_of(seed)}",
         "--protocols", "finetune", "--labels", "all", "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml",
         "--budget", str(BUDGET), "--data_path", str(scripts.DATA), "--output_dir", str(out),
     ]  # fmt: skip
@@ -66,7 +72,17 @@ def fine_tuned() -> Path:
     codes = [process.wait() for process in both]
     if any(codes):
         raise subprocess.CalledProcessError(max(codes, key=abs), command)
-    return out
+    return {"budget": BUDGET, **means({"trained": report.of_comparison(out)})}
+
+
+def means(found: Mapping[str, report.Accuracies]) -> Accuracies:
+    """Returns the means over the draws."""
+    return {
+        kind: {
+            labels: {row: statistics.fmean(draws) for row, draws in rows.items()} for labels, rows in by_labels.items()
+        }
+        for kind, by_labels in found.items()
+    }
 
 
 def read() -> list[dict[str, Any]]:
@@ -76,59 +92,61 @@ def read() -> list[dict[str, Any]]:
 
 def table() -> str:
     """Returns the table of accuracies, with the points to the strongest classifier of pixels on the same labels."""
-    seeds = read()
-    if not seeds:
-        return "No seed has been measured yet."
-    rows = dict.fromkeys(row for kind in ("frozen", "trained") for size in SIZES for row in seeds[0][kind][size])
-    lines = []
+    rows = read()
+    by_seed: dict[int, Accuracies] = {}
     for row in rows:
-        kind = "frozen" if row in seeds[0]["frozen"]["500"] else "trained"
+        found = by_seed.setdefault(row["seed"], {"frozen": {}, "trained": {}})
+        for kind, by_labels in found.items():
+            by_labels |= row.get(kind, {})
+    names = [
+        (kind, name) for kind in ("frozen", "trained") for row in rows for name in row.get(kind, {}).get("500", {})
+    ]
+    lines = []
+    for kind, name in dict.fromkeys(names):
+        if kind == "trained" and name.startswith(PIXELS):  # of other draws than the page: in `margin`
+            continue
         cells = []
         for size in SIZES:
-            cells.append(with_range([seed[kind][size][row] for seed in seeds], ".1f"))
-            cells.append(with_range([margin(seed, kind, size, row) for seed in seeds], "+.1f"))
-        lines.append([row, *cells])
+            having = [found for found in by_seed.values() if name in found[kind].get(size, {})]
+            cells.append(with_range([found[kind][size][name] for found in having], ".1f"))
+            cells.append(with_range([margin(found, kind, size, name) for found in having], "+.1f"))
+        lines.append([name, *cells])
     counts = [f"{int(size):,} labels" for size in SIZES]
     titles = ["accuracy on test images, %", *(text for count in counts for text in (count, "to pixels"))]
-    return f"{markdown(titles, lines)}\n\n{times()}"
+    demos, tuned = (counted(sum(row["part"] == part for row in rows), "seed") for part in (DEMO, ALL_LABELS))
+    machines = " and ".join(dict.fromkeys(row["machine"] for row in rows))
+    return f"{markdown(titles, lines)}\n\n{demos}; fine-tuned with 10,000 labels: {tuned}. On two cores of {machines}."
 
 
-def margin(seed: dict[str, Any], kind: str, size: str, row: str) -> float:
+def margin(found: Accuracies, kind: str, size: str, name: str) -> float:
     """Returns the points to the strongest classifier of pixels, fitted on the same labels."""
-    rows = seed[kind][size]
-    if not any(name.startswith(PIXELS) for name in rows):  # all labels: there is one draw of them
-        rows = seed["frozen"][size]
-    return seed[kind][size][row] - max(value for name, value in rows.items() if name.startswith(PIXELS))
-
-
-def times() -> str:
-    """Returns a sentence on the seeds, the processors and the time of the demo."""
-    rows = read()
-    texts = []
-    for name in dict.fromkeys(row["machine"] for row in rows):
-        runs = [row for row in rows if row["machine"] == name]
-        epochs = " or ".join(map(str, sorted({row["epochs"] for row in runs})))
-        seconds = with_range([row["seconds"] for row in runs], ".0f")
-        of_epochs = f"{counted(len(runs), 'seed')} of {epochs} epochs"
-        texts.append(f"{of_epochs} on two cores of {name}. `./run demo` takes {seconds} seconds there.")
-    return "\n".join(texts)
+    rows = found[kind][size]
+    if not any(other.startswith(PIXELS) for other in rows):  # all labels: there is one draw of them
+        rows = found["frozen"][size]
+    return found[kind][size][name] - max(value for other, value in rows.items() if other.startswith(PIXELS))
 
 
 def with_range(values: Sequence[float], form: str) -> str:
-    """Returns the mean of the seeds, and their range if they differ."""
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    """Returns the mean of the seeds, and their range if they differ; "" without values."""
+    if not values:
+        return ""
+    low = f"{min(values):{form}}"
+    high = f"{max(values):{form}}"
     return f"{statistics.fmean(values):{form}}" + (f" ({low} to {high})" if low != high else "")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the seeds that have no row, and writes the tables."""
+    """Runs what has no row, and writes the table."""
     version = commit()
-    done = {row["seed"] for row in read()}
-    for seed in args.seeds:
-        if seed not in done:
-            results.add_line(ROWS, json.dumps({**measure(seed), "machine": machine.processor(), "commit": version}))
+    for seed, (part, measure) in itertools.product(args.seeds, {DEMO: run_demo, ALL_LABELS: fine_tune}.items()):
+        done = {(row["seed"], row["part"]) for row in read()}
+        if (seed, part) not in done:
+            if part == ALL_LABELS and not encoder_of(seed).exists():
+                run_demo(seed)
+            row = {"seed": seed, "part": part, **measure(seed), "machine": machine.processor(), "commit": version}
+            results.add_line(ROWS, json.dumps(row))
         for page in (README, PAGE):
-            leaderboard.write_table(COMMAND, table(), page)
+            leaderboard.write_table(f"python benchmarks/{Path(__file__).name}", table(), page)
     print(table())
 
 

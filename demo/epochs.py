@@ -2,7 +2,7 @@
 
     python demo/epochs.py demo/output/speed
 
-With each of these numbers, the pre-trained encoder is better than raw pixels. times.md has the time of the demo.
+times.md has the time of the demo.
 """
 
 import argparse
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 from mae.cli import entry_point
 from mae.training import log
 
-EPOCHS = (45, 60, 90)  # after 30, the features are not always better than pixels
+EPOCHS = (45, 60, 90)  # fewer make the features worse
 IMAGES = 10_000
 SECONDS = 150  # of the pre-training, so that the demo takes four minutes
 
