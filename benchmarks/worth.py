@@ -2,7 +2,7 @@
 
     python demo/unpack_data.py
     apt-get install $(python benchmarks/letters.py)
-    OMP_NUM_THREADS=1 python benchmarks/worth.py        # 5 kinds, ten minutes each on an idle core
+    OMP_NUM_THREADS=1 python benchmarks/worth.py        # 5 kinds, about ten minutes each on an idle core
 
 The encoders are those of pooling.py: 200,000 images processed, in some minutes. Each is compared with classifiers of
 pixels and with random weights as on the page of a run (`mae.compare.answer`). The same command resumes.
