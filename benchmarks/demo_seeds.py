@@ -37,7 +37,8 @@ OUT = scripts.ROOT / "demo/output"
 WORK = scripts.ROOT / "runs/demo_seeds"
 BUDGET = 20  # epochs of fine-tuning with all labels: about 7 minutes of two idle cores, one for each encoder
 SIZES = ("500", "10000")  # labels
-DEMO, ALL_LABELS = "demo", "all labels"  # the parts of a seed
+DEMO = "demo"  # the parts of a seed
+ALL_LABELS = "all labels"
 
 Accuracies = dict[str, dict[str, dict[str, float]]]  # in percent, by frozen or trained, number of labels, and row
 

@@ -42,7 +42,6 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/anomalies.py --anomalib PYTHON": anomalies.table,
     "python benchmarks/noise.py": lambda: noise.table(noise.read()),
     "python benchmarks/pooling.py": pooling.table,
-    "python benchmarks/choices.py": choices.table,
     "python benchmarks/worth.py": worth.table,
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)

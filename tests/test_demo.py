@@ -86,7 +86,7 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
                 (data / split / folder.name / path.name).symlink_to(path)
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
     scores = {labels: np.arange(10) < right for labels, right in ((500, [[7], [8], [9]]), (2000, [[6]]))}
-    found = results_of(dict.fromkeys((ENCODER, PIXELS, RANDOM), scores), images=10)
+    found = results_of(dict.fromkeys((ENCODER, PIXELS, RANDOM), scores), 10000, 10)
     (tmp_path / "answer.json").write_text(json.dumps(found))
     accuracies = {("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40, ("pretrained", "fine-tuned"): 70}
     written = [Result(*row, 50, draw, acc + draw, "", 1.0, "") for row, acc in accuracies.items() for draw in (0, 1)]

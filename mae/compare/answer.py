@@ -40,6 +40,9 @@ MOST = 10_000  # labelled images, and held-out images
 SIZE = 500  # labels, besides all of them; at most half of them
 DRAWS = 5  # of SIZE labels. With three, equal encoders are called better too often: their variance is a guess
 
+READING = ("exif", "nodata", "value_range", "channels_last")  # settings of a run that other encoders take
+DARK = 0.25  # of the range of values, below which images of more than 8 bits are dark
+
 Options = dict[str, tuple[np.ndarray, np.ndarray]]  # features of the labelled and of the held-out images, by their name
 
 
@@ -92,14 +95,19 @@ class _Poolings(extraction.Extractor):
         return torch.cat([pooled(self.model, tokens, name) for name in self.names], dim=1)
 
 
-def open_encoder(name: str, device: str | torch.device = "cpu") -> Model:
+def open_encoder(name: str, device: str | torch.device = "cpu", **settings: Any) -> Model:
     """Opens an encoder that a run is compared with, at the input size that its file records.
 
+    Args:
+        settings: how the values of the images are read.
+
     Raises:
-        ValueError: there is no such file or name, or it can't be downloaded.
-        CheckpointError: the file is damaged, or has no encoder.
+        ValueError: there is no such file or name, it can't be downloaded, or the file is damaged or has no encoder.
     """
-    return get_model(name, pretrained=True, device=device)
+    try:
+        return get_model(name, pretrained=True, device=device, **settings)
+    except ValueError as error:
+        raise ValueError(f"against={name}: {error}") from error
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -145,7 +153,9 @@ def compute(
             "kind": row.kind, "digest": row.digest, "images_per_s": round(images_per_s, 1), **row.facts,
             "uses": _uses(row.kind, options, images),
         }  # fmt: skip
-        results["sentences"] = verdict.sentences(results) if is_complete(results) else []
+        is_done = is_complete(results)
+        results["sentences"] = verdict.sentences(results) if is_done else []
+        results["differences"] = verdict.numbers(results) if is_done else {}
         atomic.write_text(file, json.dumps(results, indent=1) + "\n")
     logger.info(f"{' '.join(results['sentences'])} ({time.perf_counter() - begin:.0f} s)")
     if results["equal"]:
@@ -181,8 +191,15 @@ def _rows(
     yield row_of(ENCODER, "run", model)
     yield Row(PIXELS, "pixels", compute_digest([raw_pixels.VERSION, spec.record()]), pixels, {})
     yield row_of(RANDOM, "random", with_random_weights(model))
+    values = {name: model.settings[name] for name in READING if model.settings.get(name) is not None}
+    brightest = float((model.normalize.mean + 3 * model.normalize.std).max())
+    if against and not spec.value_range and 0 < brightest < DARK:
+        logger.warning(
+            f"`against`: the images have values up to about {brightest:.2g} of their range, and other encoders get "
+            f"dark images: for a fair comparison, start a run with `value_range`, such as 0 4095"
+        )
     for name in against:
-        yield row_of(name, "other", open_encoder(name, how.precision.device))
+        yield row_of(name, "other", open_encoder(name, how.precision.device, **values))
 
 
 def with_random_weights(model: Autoencoder) -> Autoencoder:

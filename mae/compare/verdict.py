@@ -164,6 +164,18 @@ def of_baseline(results: Results) -> list[Difference]:
     return [difference(results, ENCODER, PIXELS, labels) for labels in sizes_of(results)]
 
 
+def numbers(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """Returns the differences of the encoder to each other row in points, by its title, for a file."""
+    return {
+        title: [
+            {name: round(value, 2) if isinstance(value, float) else value for name, value in one._asdict().items()}
+            for one in (difference(results, ENCODER, title, labels) for labels in sizes_of(results))
+        ]
+        for title in results["rows"]
+        if title != ENCODER
+    }
+
+
 def sentences(results: Results) -> list[str]:
     """Returns what the encoder is worth, compared with the strongest baseline, other encoders and random weights.
 
@@ -193,8 +205,8 @@ def _sentence(found: Sequence[Difference]) -> str:
     parts = []
     for number, one in enumerate(found):
         is_named = number == 0 or one.other != found[number - 1].other
-        label = _labels(one.labels) if number == 0 else f"{one.labels:,}"
-        parts.append(f"with {label}, {_comparison(one, one.other if is_named else '')}")
+        label = f"{_labels(one.labels)}, the encoder is" if number == 0 else f"{one.labels:,},"
+        parts.append(f"with {label} {_comparison(one, one.other if is_named else '')}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -237,7 +249,7 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
     sizes = sizes_of(results)
     unit = "accuracy" if results["task"] == CLASSIFICATION else "r2"
     titles = ["features", *(f"{unit} with {_labels(labels)}, %" for labels in sizes)]
-    titles += [f"the encoder is better by ({LEVEL} % interval), {labels:,} labels" for labels in sizes]
+    titles += [f"the encoder − this row, points ({LEVEL} % interval), {labels:,} labels" for labels in sizes]
     rows = []
     for title in [ENCODER, PIXELS, RANDOM, *others(results)]:
         columns = [
@@ -279,9 +291,10 @@ def note(results: Results) -> str:
     sizes = sizes_of(results)
     draws = len(scores_of_best(results, ENCODER, sizes[0]))
     several = f"; means of {draws} draws of {_labels(sizes[0])}" if draws > 1 else ""
+    of_draw = " of each draw" if draws > 1 else ""
     equal = f" {results['equal']}." if results["equal"] else ""
     return (
         f"{results['images']:,} held-out images of {results['held_out']}{several}. Classifiers and their "
-        f"hyperparameters are chosen by cross-validation with the labels of each draw. Intervals are of images and "
+        f"hyperparameters are chosen by cross-validation with the labels{of_draw}. Intervals are of images and "
         f"labels, not of other runs.{equal}"
     )

@@ -13,6 +13,7 @@ import argparse
 import logging
 import math
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -32,7 +33,7 @@ from mae.data.image_facts import readable
 from mae.data.labels import Subset, first_rows
 from mae.data.open import open_source
 from mae.data.run_data import RunData
-from mae.data.source import Source, Stream, evenly_spaced, is_stream
+from mae.data.source import Source, Stream, evenly_spaced, first_few, is_stream
 from mae.evaluate import pictures, tables
 from mae.files import atomic
 from mae.inference import curation, export, extraction, features, image_map, neighbors, page, progress, tuned
@@ -63,7 +64,7 @@ SELECTED = (
     f"it is optimistic."
 )
 RELEASED = "facebook/dinov2-small"  # an example
-FORWARD_PASSES = 3  # as long as an image takes in training
+SLOWER = 2  # times as long as in the pre-training, an image takes in fine-tuning, about: all its patches are visible
 FEW = 30  # epochs whose values are dots, because a line needs several
 MEASURES = {
     "train_loss": "training loss", "test_loss": "held-out loss", "train_explained": "variance explained",
@@ -138,28 +139,33 @@ def main(args: argparse.Namespace) -> Path:
             how = answer.Extraction(Precision("auto", device), args.batch_size, args.num_workers)
             results = answer.compute(args.run_dir / answer.FILE, model, images, args.against, how)
             result = answer_page.section(results, without_labels)
+        if not settings.get("init_from"):
+            result += page.paragraph(progress.sentences(entries, settings["epochs"], len(source)))
         if path.name == run_directory.BEST and epochs:
             result += page.paragraph(SELECTED)
         sections.append(page.section("Is it worth it?", result))
     if isinstance(model, Autoencoder):
         drawn = reconstructions(model, source if some is None else some, ModelSpec.of(settings))
         sections.append(page.section("Reconstructions", drawn))
-    labelled = labelled_images(settings, data, not isinstance(images, str))
-    further = commands(args.run_dir, path, settings, data, source, labelled, model, results)
+    labelled = labelled_images(settings, data, not isinstance(images, str) and has_all_labels(source))
+    further = commands(args.run_dir, path, settings, data, source, labelled, model, results, entries)
     sections.append(page.section("What to do next", further))
     if args.map:
         sections += mapped(model, source, data, args)
     elif some is not None:
         sections.append(page.section("Nearest neighbors", nearest_images(model, some, len(source), args)))
     closed = answer_page.details(results) if results else ""
-    if not settings.get("init_from"):
-        closed += page.paragraph(progress.sentences(entries, settings["epochs"], len(source)))
     closed += curves(entries) + note_of_probe(entries, settings) + page.definitions(measures_of(of_state))
     sections.append(page.details("Classifiers, curves, costs and settings", closed + settings_of(start)))
     title = f"Pre-training run {args.run_dir.resolve().name}"
     named = data.train_list or data.dataset or data.data_path
     about = f"{settings['model']} on {len(source):,} images of {named}. The pictures are of {state_of(path, epochs)}."
     return save(args.run_dir, page.render(title, about, facts_of(entries, of_state, settings, results), sections))
+
+
+def has_all_labels(source: Source | Stream) -> bool:
+    """Whether each image has a label, as supervised training needs it."""
+    return not is_stream(source) and bool(np.min(source.labels, initial=0) >= 0 or np.ndim(source.labels) > 1)
 
 
 def task_of(source: Source | Stream) -> str:
@@ -177,8 +183,8 @@ def labelled_or_reason(data: RunData, source: Source | Stream) -> answer.Labelle
     if data.images.task == MULTILABEL:
         return "The images have several labels each, and there is no baseline of such labels: no comparison is made."
     given = np.asarray(source.labels)
-    if data.images.task == CLASSIFICATION and (given.min() < 0 or given.min() == given.max()):
-        return "Not each image has one of several classes, so that nothing says whether the features tell them apart."
+    if data.images.task == CLASSIFICATION and len(np.unique(given[given >= 0])) < 2:
+        return "The images do not have several classes, so that nothing says whether the features tell them apart."
     try:
         return open_labelled(data, source)
     except ValueError as error:
@@ -196,11 +202,18 @@ def open_labelled(data: RunData, source: Source) -> answer.Labelled:
         ValueError: as in `labels.open_pair`.
         BadImage: as in `RunData.readable`.
     """
-    open_split, total = data.splits(Subset(source, first_rows(source)))
+    rows = first_rows(source)
+    if data.images.task == CLASSIFICATION:
+        rows = rows[np.asarray(source.labels)[rows] >= 0]  # the others have no label
+    open_split, total = data.splits(Subset(source, rows))
     train, val = labels.open_pair(open_split, data.images.task)
-    rows = choices.stratified(np.asarray(train.labels), answer.MOST, 0), np.array(evenly_spaced(len(val), answer.MOST))
-    train, val = (data.readable(Subset(part, some)) for part, some in zip((train, val), rows, strict=True))
-    return answer.Labelled(train, val, data.name_held_out(total), data.images.task)
+    train = data.readable(Subset(train, choices.stratified(np.asarray(train.labels), answer.MOST, 0)))
+    val = data.readable(Subset(val, np.array(evenly_spaced(len(val), answer.MOST))))
+    held_out = data.name_held_out(total)
+    if data.images.task == CLASSIFICATION:
+        missing = [name for number, name in enumerate(train.classes) if number not in val.labels]
+        held_out += f" (none is of {first_few(missing)})" if missing else ""
+    return answer.Labelled(train, val, held_out, data.images.task)
 
 
 def state_of(path: Path, epochs: int) -> str:
@@ -448,13 +461,14 @@ def labelled_images(settings: Mapping[str, Any], data: DataSpec, has_labels: boo
 
 def commands(
     run_dir: Path, checkpoint: Path, settings: Mapping[str, Any], data: DataSpec, source: Source | Stream,
-    found: Mapping[str, Any], model: Model, results: Mapping[str, Any] | None,
+    found: Mapping[str, Any], model: Model, results: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]],
 ) -> str:  # fmt: skip
     """Returns commands that use a checkpoint.
 
     Args:
         found: from `labelled_images`.
         results: from `answer.compute`.
+        entries: those of log.txt.
     """
     labelled = arguments(found)
     note = f"{labelled[-1]} has images in train/CLASS and val/CLASS. " if found is log.UNLABELLED else ""
@@ -490,7 +504,7 @@ def commands(
     if len(source) <= curation.NEIGHBORS:  # too few for a map
         lines = {title: words for title, words in lines.items() if words[0] != "mae.inference.image_map"}
     named_lines = {
-        f"Fine-tune with labels{minutes_text(results, source)}": log.finetune_command(found, file, code),
+        f"Fine-tune with labels{minutes_text(results, source, entries)}": log.finetune_command(found, file, code),
         **{title: ["python", "-m", *words, *arguments(code)] for title, words in lines.items()},
     }
     shown = [f"<h3>{title}</h3>{page.command(words)}" for title, words in named_lines.items()]
@@ -500,13 +514,15 @@ def commands(
     return page.paragraph(note) + "".join(shown)
 
 
-def minutes_text(results: Mapping[str, Any] | None, source: Source | Stream) -> str:
-    """Returns about how long a fine-tuning with all labels takes here, by the speed of the features; "" if unknown."""
+def minutes_text(
+    results: Mapping[str, Any] | None, source: Source | Stream, entries: Sequence[Mapping[str, Any]]
+) -> str:  # fmt: skip
+    """Returns about how long a fine-tuning with all labels takes here, by the speed of the run; "" if unknown."""
     if not results or len(source) >= finetuning.MANY_LABELS:
         return ""
     labelled = finetuning.Labels(len(source), len(source.classes), 1, results["images"])
-    images = finetuning.epochs_of(labelled) * len(source) * FORWARD_PASSES
-    minutes = math.ceil(images / results["rows"][verdict.ENCODER]["images_per_s"] / 60)
+    images = finetuning.epochs_of(labelled) * len(source)
+    minutes = math.ceil(SLOWER * images / statistics.median(entry["images_per_s"] for entry in entries) / 60)
     return f", about {counted(minutes, 'minute')}"
 
 
