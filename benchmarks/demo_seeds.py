@@ -106,12 +106,12 @@ def table() -> str:
     for kind, name in dict.fromkeys(names):
         if kind == "trained" and name.startswith(PIXELS):  # of other draws than the page: in `margin`
             continue
-        cells = []
+        texts = []
         for size in SIZES:
             having = [found for found in by_seed.values() if name in found[kind].get(size, {})]
-            cells.append(with_range([found[kind][size][name] for found in having], ".1f"))
-            cells.append(with_range([margin(found, kind, size, name) for found in having], "+.1f"))
-        lines.append([name, *cells])
+            texts.append(with_range([found[kind][size][name] for found in having], ".1f"))
+            texts.append(with_range([margin(found, kind, size, name) for found in having], "+.1f"))
+        lines.append([name, *texts])
     counts = [f"{int(size):,} labels" for size in SIZES]
     titles = ["accuracy on test images, %", *(text for count in counts for text in (count, "to pixels"))]
     demos, tuned = (counted(sum(row["part"] == part for row in rows), "seed") for part in (DEMO, ALL_LABELS))
