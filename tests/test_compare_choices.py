@@ -127,3 +127,13 @@ def test_several_labels_are_predicted(name):
     labels[0, 2] = 1  # in some folds, no image has the third label
     found = choices.choose(USES[MULTILABEL][name], {"": clusters(0.5)}, labels, 0, MULTILABEL)
     assert found.score > 0.95
+
+
+@pytest.mark.parametrize("predictor", [LOGISTIC_REGRESSION, RIDGE], ids=lambda each: each.title)
+def test_wide_features_have_the_outputs_of_their_span(predictor):
+    """Columns of zeros do not change a fit; with them, the features are wider than the images are many."""
+    features = clusters(3)
+    wide = np.concatenate([features, np.zeros((200, 400), np.float32)], axis=1)
+    targets = LABELS if predictor is LOGISTIC_REGRESSION else LABELS[:, None].astype(float)
+    narrow, same = (predictor.predict(each[::2], targets[::2], each[1::2], [(1,)]) for each in (features, wide))
+    assert same == pytest.approx(narrow, abs=0.02)

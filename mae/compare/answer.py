@@ -245,7 +245,7 @@ def _uses(kind: str, options: Options, images: Labelled) -> dict[str, list[dict[
         for rows in [choices.stratified(truth, labels, draw)]
     ]
     # Processes take seconds to start. They get arrays that may be written: PyTorch warns of others.
-    processes = -1 if len(truth) >= verdict.BOTH_SIZES else 1
+    processes = -1 if len(truth) >= verdict.LEAST_LABELS else 1
     done = Parallel(n_jobs=processes, mmap_mode="c", return_as="generator")(jobs)
     found = iter(tqdm(done, "classifiers", len(jobs), unit="fit", leave=False, disable=None))
     return {
