@@ -334,8 +334,8 @@ def add_against_option(parser: argparse.ArgumentParser) -> None:
     """Adds --against, of an answer."""
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="ENCODER",
-        help="other encoders that the encoder of the run is compared with: names or files as of --finetune of "
-        "main_knn.py, such as facebook/dinov2-small",
+        help="other encoders that the encoder of the run is compared with: names or files, as main_knn.py takes them, "
+        "such as facebook/dinov2-small",
     )  # fmt: skip
 
 

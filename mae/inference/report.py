@@ -335,9 +335,11 @@ def facts_of(
         "training time": log.duration(sum(entry["seconds"] for entry in entries)),
     }
     measures = measures_of(of_state)
-    name = next(name for name in ("test_explained", "train_explained", "train_loss") if MEASURES[name] in measures)
-    value = float(measures[MEASURES[name]])
-    facts[MEASURES[name]] = f"{value:.1%}" if name.endswith("explained") else f"{value:.4g}"
+    for name in ("test_explained", "train_explained", "train_loss"):  # the log has none of the start
+        if MEASURES[name] in measures:
+            value = float(measures[MEASURES[name]])
+            facts[MEASURES[name]] = f"{value:.1%}" if name.endswith("explained") else f"{value:.4g}"
+            break
     if results:
         labels = verdict.sizes_of(results)[-1]
         accuracy = verdict.scores_of_best(results, verdict.ENCODER, labels).mean()
